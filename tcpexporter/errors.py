@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Every error that tcpexporter raises on purpose."""
+
+
+class TcpExporterError(Exception):
+    """What a user is told: one sentence that says what to do about it."""
+
+
+class SettingsError(TcpExporterError):
+    """A setting has an unknown name or a value that cannot be used."""
+
+
+class SourceError(TcpExporterError):
+    """Connections cannot be had from a source."""
+
+
+class LoadError(SourceError):
+    """The BPF program cannot be compiled, loaded or attached."""
+
+
+class TrackerError(SourceError):
+    """The kernel refuses an operation on the tracker's maps."""
+
+
+class SocketTableError(SourceError):
+    """The kernel's socket tables cannot be read, or not understood."""
+
+
+class ServerError(TcpExporterError):
+    """The metrics cannot be served at the address that was asked for."""
+
+
+class PrivilegeError(TcpExporterError):
+    """Root cannot be given up as asked."""
