@@ -17,8 +17,8 @@ class Direction(enum.IntEnum):
 
 KEY = np.dtype(
     [
-        ("local_address", ">u4", 4),
-        ("remote_address", ">u4", 4),
+        ("local_address", "u1", 16),
+        ("remote_address", "u1", 16),
         ("netns", "u4"),
         ("local_port", "u2"),
         ("remote_port", "u2"),
@@ -26,8 +26,8 @@ KEY = np.dtype(
 )
 """``struct connection_key``: what a connection is known by.
 
-Addresses are four 32-bit words in network byte order, IPv4 as ::ffff:a.b.c.d;
-``netns`` is the inode of the network namespace, 0 when it is not known.
+Addresses are bytes in network order, IPv4 as ::ffff:a.b.c.d; ``netns`` is
+the inode of the network namespace, 0 when it is not known.
 """
 
 VALUE = np.dtype(
@@ -53,8 +53,11 @@ LISTENER = np.dtype([("netns", "u4"), ("port", "u2"), ("ip_version", "u1")])
 Records: TypeAlias = npt.NDArray[np.void]
 """A one-dimensional array of one of the dtypes above."""
 
-MAPPED_IPV4_WORD = 0xFFFF
-"""The third word of ::ffff:a.b.c.d."""
+PORTS = 65536
+"""How many port numbers there are."""
+
+IPV4_PREFIX = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
+"""What ::ffff:a.b.c.d begins with."""
 
 _KEY_BYTES = np.dtype((np.void, KEY.itemsize))
 
@@ -64,11 +67,10 @@ def ip_versions(keys: Records) -> npt.NDArray[np.uint8]:
 
     An IPv4 client of a dual-stack socket has a v4-mapped address, so it is 4.
     """
-    address = keys["local_address"]
-    mapped = (
-        (address[:, 2] == MAPPED_IPV4_WORD) & (address[:, 0] == 0) & (address[:, 1] == 0)
-    )
-    return np.where(mapped, np.uint8(4), np.uint8(6))
+    # As words: three comparisons a key instead of twelve.
+    prefix = keys["local_address"].view(np.uint32)[:, :3]
+    is_mapped = (prefix == IPV4_PREFIX.view(np.uint32)).all(axis=1)
+    return np.where(is_mapped, np.uint8(4), np.uint8(6))
 
 
 def contains(keys: Records, among: Records) -> npt.NDArray[np.bool_]:

@@ -1,7 +1,22 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Flags, environment and file to one frozen `Settings`."""
 
-from dataclasses import dataclass
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from importlib import metadata
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import configargparse
+
+from tcpexporter.errors import SettingsError
+
+_PREFIX = "TCPEXPORTER_"
+_LONGEST_DURATION_S = (2**63 - 1) // 10**9
+"""In nanoseconds it fits into a signed 64-bit number."""
 
 
 @dataclass(frozen=True)
@@ -13,7 +28,7 @@ class Settings:
     ports: tuple[int, ...] = ()
     """Local ports to watch, ascending; empty: all."""
     listen_address: str | None = None
-    """None: every address, IPv4 and IPv6."""
+    """IP address or host name; None: every address, IPv4 and IPv6."""
     listen_port: int = 9690
     duration_s: int = 6
     conf: str | None = None
@@ -30,3 +45,408 @@ class Settings:
     log_level: str = "info"
     log_format: str = "text"
     once: bool = False
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """What the user chose: flags over environment over file over defaults.
+
+    ``argv`` is without the program's name. Prints and exits with 0 for
+    ``--help`` and ``--version``.
+
+    Raises:
+        SettingsError: a name is unknown, a value does not parse or the file
+            cannot be read; says which, where it came from and what it takes.
+    """
+    parser = _parser()
+    # Text only: argparse's own conversion would not know where a value came from.
+    texts = vars(parser.parse_args(_arguments(argv), env_vars=_variables(environ)))
+    _refuse_unknown_variables(environ)
+    origins = _origins(parser)
+    values: dict[str, Any] = {
+        setting.field: setting.value(texts[setting.name], origins.get(setting.name))
+        for setting in _SETTINGS
+    }
+    address, port = values.pop("listen")
+    return Settings(listen_address=address, listen_port=port, **values)
+
+
+class _Told(str):
+    """A value's text, and where it was written."""
+
+    __slots__ = ("origin",)
+    origin: str
+
+    def __new__(cls, text: str, origin: str) -> Self:
+        told = super().__new__(cls, text)
+        told.origin = origin
+        return told
+
+
+class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ships no types
+    """A parser that leaves it to its caller to tell the user and to exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; --help says what there is")
+
+
+class _FileFormat(configargparse.ConfigFileParser):  # type: ignore[misc]  # ships no types
+    """Lines of ``name value`` or ``name=value``; ``name`` alone turns a switch on."""
+
+    def parse(self, stream: Path) -> dict[str, _Told]:
+        items: dict[str, _Told] = {}
+        for number, line in enumerate(_lines(stream), start=1):
+            if not line or line.startswith("#"):
+                continue
+            name, told = _item(line, f"{stream} line {number}")
+            if name in items:
+                raise SettingsError(f"{told.origin}: {name} is set a second time")
+            items[name] = told
+        return items
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(
+            f"the settings file {path} (flag --conf or environment variable CONF)"
+            f" cannot be read: {reason}"
+        ) from error
+    return [line.strip() for line in text.split("\n")]
+
+
+def _item(line: str, origin: str) -> tuple[str, _Told]:
+    name, *rest = re.split(r"\s*=\s*|\s+", line, maxsplit=1)
+    setting = _FILE_SETTINGS.get(name.replace("_", "-"))
+    if setting is None:
+        raise SettingsError(
+            f"{origin}: {name!r} is not a setting that a file can have; --help lists them"
+        )
+    text = rest[0] if rest else "true" if setting.kind is _SWITCH else ""
+    return setting.name, _Told(text, origin)
+
+
+def _arguments(argv: Sequence[str]) -> list[str]:
+    """Flags as Go also takes them, in the one form that argparse understands fully.
+
+    Registered with one dash they could be abbreviated whatever ``allow_abbrev``
+    says, and a switch with an optional value would swallow the next argument.
+    """
+    flags = (re.sub(r"^-(?=[a-z]{2})", "--", argument) for argument in argv)
+    return [f"{flag}=true" if flag in _SWITCH_FLAGS else flag for flag in flags]
+
+
+def _variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Of each setting the variable that counts, by the name that the parser looks up."""
+    return {
+        setting.variables[0]: _Told(environ[name], f"environment variable {name}")
+        for setting in _SETTINGS
+        for name in reversed(setting.variables)  # the first is entered last and stays
+        if name in environ
+    }
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    known = {name for setting in _SETTINGS for name in setting.variables}
+    for name in environ:
+        if name.startswith(_PREFIX) and name not in known:
+            raise SettingsError(
+                f"environment variable {name}: there is no such setting; --help lists them"
+            )
+
+
+def _origins(parser: _Parser) -> dict[str, str]:
+    """Where the text that won was written, by setting; flags and defaults do not say."""
+    sources = parser.get_source_to_settings_dict().values()
+    return {
+        action.dest: text.origin
+        for source in sources
+        for action, text in source.values()
+        if isinstance(text, _Told)
+    }
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="tcpexporter",
+        usage="%(prog)s [FLAG ...]",
+        description="Tells Prometheus how many TCP connections are long-term.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        add_config_file_help=False,
+        add_env_var_help=False,
+        config_file_parser_class=_FileFormat,
+        config_file_open_func=Path,  # _FileFormat reads it, and words what goes wrong
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    for title, settings in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        for setting in settings:
+            group.add_argument(
+                *setting.flags,
+                dest=setting.name,
+                default=setting.default,
+                metavar=setting.kind.metavar,
+                help=f"{setting.help}; takes {setting.kind.takes}"
+                f" (default: {setting.default or 'none'})",
+                env_var=setting.variables[0],
+                is_config_file_arg=setting.kind is _PATH,
+            )
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("tcpexporter")
+    except metadata.PackageNotFoundError:  # run from its source tree
+        return "(not installed)"
+
+
+def _whole(lowest: int, highest: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        # int() also takes spaces, underscores and the digits of other scripts.
+        if not re.fullmatch("[0-9]+", text) or not lowest <= int(text) <= highest:
+            raise ValueError(text)
+        return int(text)
+
+    return whole
+
+
+_port = _whole(1, 65535)
+
+
+def _port_range(text: str) -> range:
+    first, dash, last = text.partition("-")
+    ports = range(_port(first), _port(last if dash else first) + 1)
+    if not ports:
+        raise ValueError(text)
+    return ports
+
+
+def _ports(text: str) -> tuple[int, ...]:
+    if text == "-1":
+        return ()
+    ranges = map(_port_range, text.split(","))
+    return tuple(sorted(set(itertools.chain.from_iterable(ranges))))
+
+
+def _host(text: str) -> str:
+    if bracketed := re.fullmatch(r"\[(.*)\]", text):
+        return str(IPv6Address(bracketed[1]))
+    if re.fullmatch("[0-9.]+", text):
+        return str(IPv4Address(text))
+    if not re.fullmatch("[A-Za-z0-9._-]+", text):
+        raise ValueError(text)
+    return text
+
+
+def _listen(text: str) -> tuple[str | None, int]:
+    host, _, port = text.rpartition(":")
+    return _host(host) if host else None, _port(port)
+
+
+def _seconds(text: str) -> float:
+    pattern = r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9.]+)s)?|([0-9.]+)"
+    match = re.fullmatch(pattern, text)
+    if not text or not match:
+        raise ValueError(text)
+    hours, minutes, seconds, plain = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds + plain
+
+
+def _duration(text: str) -> int:
+    seconds = _seconds(text)
+    if seconds > _LONGEST_DURATION_S or not seconds.is_integer():
+        raise ValueError(text)
+    return int(seconds)
+
+
+def _interval(text: str) -> float:
+    seconds = _seconds(text)
+    if not 0.1 <= seconds <= 3600:
+        raise ValueError(text)
+    return seconds
+
+
+def _user(text: str) -> str:
+    if not re.fullmatch(r"[^\s:\0]+", text):
+        raise ValueError(text)
+    return text
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a setting can be set to."""
+
+    metavar: str
+    takes: str
+    parse: Callable[[str], object]
+    """Raises LookupError or ValueError for what is not as ``takes`` says."""
+
+
+def _choice(*words: str) -> _Kind:
+    *others, last = words
+    takes = f"{', '.join(others)} or {last}"
+    return _Kind("WORD", takes, {word: word for word in words}.__getitem__)
+
+
+_BOOLEANS = dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True) | dict.fromkeys(
+    ("0", "f", "F", "FALSE", "false", "False"), False
+)
+"""The words of Go's strconv.ParseBool."""
+
+_SWITCH = _Kind("[=BOOL]", "true or false", _BOOLEANS.__getitem__)
+_PORTS = _Kind(
+    "PORTS", "-1 for all, or ports from 1 to 65535 as in 443 or 443,8000-8100", _ports
+)
+_LISTEN = _Kind(
+    "[HOST:]PORT",
+    "a port from 1 to 65535, alone or after a host as in localhost:9690 or [::1]:9690",
+    _listen,
+)
+_DURATION = _Kind(
+    "TIME", "whole seconds as in 90, or hours to seconds as in 1m30s", _duration
+)
+_INTERVAL = _Kind(
+    "TIME", "0.1 to 3600 seconds as in 0.5, or minutes and seconds as in 1m30s", _interval
+)
+_CONNECTIONS = _Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
+_USER = _Kind("USER", "the name of a user", _user)
+_PATH = _Kind("PATH", "the path of a file", lambda text: text or None)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One thing to choose."""
+
+    name: str
+    default: str
+    """As a user would write it."""
+    kind: _Kind
+    help: str
+    _: KW_ONLY
+    alias: str | None = None
+    attribute: str | None = None
+    """Of `Settings`, where it is not the name."""
+    from_go: bool = False
+    """The Go program has it too, and its environment variables have no prefix."""
+
+    @property
+    def field(self) -> str:
+        return self.attribute or self.name.replace("-", "_")
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name, *([self.alias] if self.alias else [])]
+
+    @property
+    def flags(self) -> list[str]:
+        return [f"--{name}" for name in self.names]
+
+    @property
+    def variables(self) -> list[str]:
+        """The environment variables that set it, the one that wins first."""
+        names = [name.replace("-", "_").upper() for name in self.names]
+        return [_PREFIX + name for name in names] + (names if self.from_go else [])
+
+    def value(self, text: str, origin: str | None) -> object:
+        """What ``text`` means; ``origin`` says where it was written if not in a flag."""
+        try:
+            return self.kind.parse(text)
+        except (LookupError, ValueError):
+            raise SettingsError(
+                f"{origin or f'flag --{self.name}'}: {self.name} takes {self.kind.takes},"
+                f" not {text!r}"
+            ) from None
+
+
+_GROUPS = {
+    "what is counted": (
+        _Setting(
+            "simple",
+            "false",
+            _SWITCH,
+            "one gauge without labels, not one for each port and IP version",
+            from_go=True,
+        ),
+        _Setting("tcpv6", "true", _SWITCH, "count IPv6 connections too", from_go=True),
+        _Setting(
+            "port",
+            "-1",
+            _PORTS,
+            "count connections to these local ports only",
+            attribute="ports",
+            from_go=True,
+        ),
+        _Setting(
+            "duration",
+            "6",
+            _DURATION,
+            "how long a connection has been established when it becomes long-term",
+            attribute="duration_s",
+            from_go=True,
+        ),
+        _Setting(
+            "direction",
+            "inbound",
+            _choice("inbound", "outbound", "all"),
+            "count connections that were opened to this host, from it, or both",
+        ),
+        _Setting(
+            "netns",
+            "self",
+            _choice("self", "all"),
+            "count connections of the exporter's network namespace, or of every one",
+        ),
+    ),
+    "where it is known from": (
+        _Setting(
+            "source",
+            "auto",
+            _choice("auto", "ebpf", "sock_diag", "procfs"),
+            "what tells about connections, auto being the first of the others that works",
+        ),
+        _Setting(
+            "interval",
+            "1",
+            _INTERVAL,
+            "time between two polls of sock_diag or procfs",
+            attribute="interval_s",
+        ),
+        _Setting(
+            "max-connections",
+            "262144",
+            _CONNECTIONS,
+            "how many connections there is room for",
+        ),
+    ),
+    "how it is told": (
+        _Setting("listen", "9690", _LISTEN, "serve /metrics here", from_go=True),
+        _Setting("once", "false", _SWITCH, "print the metrics once and exit"),
+        _Setting(
+            "log-level",
+            "info",
+            _choice("debug", "info", "warning", "error"),
+            "log what is at least this severe",
+        ),
+        _Setting("log-format", "text", _choice("text", "json"), "how a log line looks"),
+    ),
+    "how it is run": (
+        _Setting("user", "nobody", _USER, "become this user when root is no longer needed"),
+        _Setting(
+            "conf", "", _PATH, "read settings from here", alias="config", from_go=True
+        ),
+    ),
+}
+_SETTINGS = tuple(itertools.chain.from_iterable(_GROUPS.values()))
+_SWITCH_FLAGS = {flag for each in _SETTINGS if each.kind is _SWITCH for flag in each.flags}
+_FILE_SETTINGS = {each.name: each for each in _SETTINGS if each.kind is not _PATH}
+
+_EPILOG = (
+    "A setting can also be a line of the file that --conf names (port 443, port=443, or"
+    " simple alone; # begins a line of comment) or an environment variable"
+    f" ({_PREFIX}PORT; for "
+    + ", ".join(each.name for each in _SETTINGS if each.from_go)
+    + " without the prefix too); flags win over environment variables, those over the file."
+)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tcpexporter.connections import CONNECTION, LISTENER, Records
+from tcpexporter.connections import LISTENER, Records
 
 
 class Source(Protocol):
@@ -14,6 +14,18 @@ class Source(Protocol):
 
     name: str
     """As ``--source`` has it."""
+
+    def start(self) -> None:
+        """Learn of the connections that are there already.
+
+        Raises:
+            SourceError: they cannot be read.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        ...
 
     def read(self) -> Iterator[Records]:
         """Every connection that is established now, in chunks of dtype `CONNECTION`.
@@ -62,10 +74,14 @@ class MemorySource:
         self._listeners = np.empty(0, LISTENER) if listeners is None else listeners
         self._kernel_events = dict(kernel_events or {})
 
+    def start(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
     def read(self) -> Iterator[Records]:
-        for chunk in self.chunks:
-            assert chunk.dtype == CONNECTION
-            yield chunk
+        yield from self.chunks
 
     def listeners(self) -> Records:
         return self._listeners

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Wires the modules together; signals and exit codes."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+from prometheus_client import CollectorRegistry, generate_latest
+from pythonjsonlogger.json import JsonFormatter
+
+from tcpexporter import privileges, server, version
+from tcpexporter.collector import ConnectionCollector, make_registry
+from tcpexporter.connections import Direction
+from tcpexporter.counting import select
+from tcpexporter.ebpf import EbpfSource
+from tcpexporter.errors import SettingsError, SourceError, TcpExporterError
+from tcpexporter.polling import PollingSource
+from tcpexporter.settings import Settings, parse
+from tcpexporter.sockets import netns_inode, open_tables
+from tcpexporter.sources import Source
+
+log = logging.getLogger("tcpexporter")
+
+SOURCES = ("ebpf", "sock_diag", "procfs")
+"""In the order in which ``--source auto`` tries them."""
+
+DIRECTIONS = {
+    "inbound": (Direction.INBOUND,),
+    "outbound": (Direction.OUTBOUND,),
+    "all": (Direction.INBOUND, Direction.OUTBOUND),
+}
+
+
+def main() -> None:
+    """Run until a signal comes; exits with 0, 1 for a failure, 2 for a wrong setting."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    try:
+        settings = parse(sys.argv[1:], os.environ)
+        _set_up_logging(settings)
+        _run(settings)
+    except SettingsError as error:
+        sys.exit(_complain(error, 2))
+    except TcpExporterError as error:
+        sys.exit(_complain(error, 1))
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+def _complain(error: TcpExporterError, code: int) -> int:
+    sys.stderr.write(f"tcpexporter: {error}\n")
+    return code
+
+
+def _set_up_logging(settings: Settings) -> None:
+    handler = logging.StreamHandler()
+    fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    if settings.log_format == "json":
+        handler.setFormatter(JsonFormatter(fields))
+    else:
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        )
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def _run(settings: Settings) -> None:
+    with contextlib.ExitStack() as resources:
+        listening = []
+        if not settings.once:
+            listening = server.listen(settings.listen_address, settings.listen_port)
+        for each in listening:
+            resources.enter_context(each)
+        account = privileges.find_user(settings.user) if os.geteuid() == 0 else None
+        source = _open_source(settings)
+        resources.callback(source.close)
+        privileges.drop(account, source.kernel_events)
+        registry = _make_registry(source, settings)
+        if settings.once:
+            source.start()
+            _print_once(registry, settings.duration_s)
+            return
+        starting = _Starting(source)
+        starting.begin()
+        app = server.App(
+            registry,
+            ready=starting.awaited,
+            settings=dataclasses.asdict(settings),
+            version=version.VERSION,
+        )
+        server.serve(listening, app)
+        starting.raise_failure()
+
+
+def _open_source(settings: Settings) -> Source:
+    if settings.source != "auto":
+        return _open(settings.source, settings)
+    reasons = []
+    for name in SOURCES:
+        try:
+            source = _open(name, settings)
+        except SourceError as error:
+            reasons.append(f"{name} does not work: {error}")
+            continue
+        if reasons:
+            log.warning("polling %s, because %s", name, "; ".join(reasons))
+        return source
+    raise SourceError("; ".join(reasons))
+
+
+def _open(name: str, settings: Settings) -> Source:
+    if name == "ebpf":
+        return EbpfSource(netns=settings.netns, max_connections=settings.max_connections)
+    return PollingSource(open_tables(name, settings.netns), settings.interval_s)
+
+
+def _make_registry(source: Source, settings: Settings) -> CollectorRegistry:
+    selection = select(
+        settings.ports,
+        tcpv6=settings.tcpv6,
+        directions=DIRECTIONS[settings.direction],
+        own_listener=None if settings.once else (netns_inode(), settings.listen_port),
+    )
+    return make_registry(
+        ConnectionCollector(
+            source,
+            selection,
+            duration_s=settings.duration_s,
+            named_ports=settings.ports,
+            simple=settings.simple,
+        )
+    )
+
+
+def _print_once(registry: CollectorRegistry, duration_s: int) -> None:
+    for left_s in range(duration_s, 0, -1):
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\rwatching, {left_s} s left \033[K")
+        time.sleep(1)
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\033[K")
+    sys.stdout.write(generate_latest(registry).decode())
+
+
+class _Starting:
+    """Learning of the connections from before, while HTTP already says so."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._awaited: str | None = "the connections from before are being read"
+        self._failure: SourceError | None = None
+
+    def begin(self) -> None:
+        threading.Thread(target=self._start, name="start", daemon=True).start()
+
+    def awaited(self) -> str | None:
+        return self._awaited
+
+    def raise_failure(self) -> None:
+        if self._failure:
+            raise self._failure
+
+    def _start(self) -> None:
+        try:
+            self._source.start()
+        except SourceError as error:
+            self._failure = error
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._awaited = None
+            log.info("counting connections by %s", self._source.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What is published: metric names, help texts, and the collector that fills them."""
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from tcpexporter import version
+from tcpexporter.counting import IP_VERSIONS, PerPort, PortMask, Selection, count, listened
+from tcpexporter.sources import Source
+
+PORT_LABELS = ("port", "tcp_version")
+
+
+class ConnectionCollector(Collector):
+    """Reads its source at each scrape; remembers only which ports it has published."""
+
+    def __init__(
+        self,
+        source: Source,
+        selection: Selection,
+        *,
+        duration_s: int,
+        named_ports: Iterable[int] = (),
+        simple: bool = False,
+        boottime_ns: Callable[[], int] = lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+    ) -> None:
+        """Count the connections of ``source`` that are in ``selection``.
+
+        Args:
+            source: where the connections come from.
+            selection: which of them are counted.
+            duration_s: from what age on a connection is long-term.
+            named_ports: have a series from the first scrape on.
+            simple: publish one number without labels.
+            boottime_ns: the clock of ``established_ns``.
+        """
+        self._source = source
+        self._selection = selection
+        self._duration_s = duration_s
+        self._simple = simple
+        self._boottime_ns = boottime_ns
+        self._published = np.zeros_like(selection.mask)
+        self._published[:, list(named_ports)] = True
+        self._published &= selection.mask
+
+    def collect(self) -> Iterator[Metric]:
+        """The metric families of one scrape.
+
+        Raises:
+            SourceError: the source cannot be read.
+        """
+        started_s = time.perf_counter()
+        since_ns = self._boottime_ns() - self._duration_s * 1_000_000_000
+        counts = count(self._source.read(), self._selection, since_ns)
+        self._published |= listened(self._source.listeners(), self._selection)
+        self._published |= counts.established > 0
+        yield self._connections(
+            "netstat_tcp_longterm_connections_total",
+            f"TCP connections established for at least {self._duration_s} seconds.",
+            counts.long_term,
+        )
+        yield self._connections(
+            "tcp_established_connections",
+            "TCP connections that are established, whatever their age.",
+            counts.established,
+        )
+        yield from self._about_the_source(counts.total)
+        yield GaugeMetricFamily(
+            "tcpexporter_collect_duration_seconds",
+            "How long it took to read and count the connections for this page.",
+            time.perf_counter() - started_s,
+        )
+
+    def _connections(self, name: str, text: str, counts: PerPort) -> GaugeMetricFamily:
+        if self._simple:
+            return GaugeMetricFamily(name, text, int(counts.sum()))
+        family = GaugeMetricFamily(name, text, labels=PORT_LABELS)
+        for port, ip_version, number in _by_port(self._published, counts):
+            family.add_metric((str(port), str(ip_version)), number)
+        return family
+
+    def _about_the_source(self, total: int) -> Iterator[Metric]:
+        yield InfoMetricFamily(
+            "tcpexporter_source",
+            "Where the connections come from, as --source has it.",
+            {"source": self._source.name},
+        )
+        yield GaugeMetricFamily(
+            "tcpexporter_tracked_connections",
+            "TCP connections that are known, of every port, direction and IP version.",
+            total,
+        )
+        if self._source.max_connections is not None:
+            yield GaugeMetricFamily(
+                "tcpexporter_max_connections",
+                "TCP connections that fit, as --max-connections has it.",
+                self._source.max_connections,
+            )
+        if events := self._source.kernel_events():
+            family = CounterMetricFamily(
+                "tcpexporter_kernel_events",
+                "Connections that the BPF program inserted, removed, or had no room for.",
+                labels=("action",),
+            )
+            for action, number in events.items():
+                family.add_metric((action,), number)
+            yield family
+
+
+class BuildCollector(Collector):
+    """Which tcpexporter this is."""
+
+    def collect(self) -> Iterator[Metric]:
+        """One family that never changes."""
+        yield InfoMetricFamily(
+            "tcpexporter_build",
+            "The version of tcpexporter, the commit it was built from, and its Python.",
+            {
+                "version": version.VERSION,
+                "revision": version.REVISION,
+                "python": platform.python_version(),
+            },
+        )
+
+
+def make_registry(collector: ConnectionCollector) -> CollectorRegistry:
+    """Everything a scrape shows, on one page."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    registry.register(BuildCollector())
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    return registry
+
+
+def _by_port(published: PortMask, counts: PerPort) -> Iterator[tuple[int, int, int]]:
+    places, ports = np.nonzero(published)
+    for place, port, number in zip(
+        places.tolist(), ports.tolist(), counts[published].tolist(), strict=True
+    ):
+        yield port, IP_VERSIONS[place], number

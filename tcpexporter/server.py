@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""HTTP: the metrics and the few pages beside them, which no client can keep from others."""
+
+import asyncio
+import base64
+import contextlib
+import errno
+import gzip
+import hashlib
+import logging
+import signal
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from html import escape
+from typing import Any, cast
+from urllib.parse import parse_qs
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder, gzip_accepted
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import HANDLED_SIGNALS
+
+from tcpexporter.errors import ServerError, SourceError
+
+REQUEST_TIMEOUT_S = 10.0
+"""From connecting, or the first byte of a later request, until the response is taken.
+
+Prometheus gives up a scrape after 10 s unless told otherwise, so an answer that
+takes longer has nobody waiting for it.
+"""
+
+KEEP_ALIVE_S = 75
+"""A connection may wait this long for its next request: longer than between two scrapes."""
+
+MAX_CONNECTIONS = 256
+"""Far more than there are scrapers, far fewer than the 1,024 descriptors we may have."""
+
+BACKLOG = 128
+"""Clients that asyncio accepts at once and that the kernel keeps waiting, per address.
+
+Those accepted at once come on top of MAX_CONNECTIONS for a moment, so that with two
+addresses 512 would be too many for 1,024 descriptors.
+"""
+
+MAX_HEAD_BYTES = 16 * 1024
+"""A request head that is not complete by then is refused; a scrape's has 300 bytes."""
+
+READ_BYTES = 4 * 1024
+"""Read from a client at once. asyncio's own 256 KiB would be 64 MiB for all of them."""
+
+GRACE_S = 0.3
+"""What clients in the middle of a response get to take the rest of it when we stop."""
+
+# Dropping a client resets its connection: otherwise the kernel would go on for minutes
+# trying to send what a client that does not read has left.
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+# What getaddrinfo(3) names but this host does not have, IPv6 mostly.
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+_REMEDIES = {
+    errno.EADDRINUSE: "port {port} is already in use:"
+    " stop what uses it or choose another with --listen",
+    errno.EACCES: "port {port} is not permitted:"
+    " start as root or choose one of 1024 or above with --listen",
+    errno.EADDRNOTAVAIL: "{address} is not an address of this host:"
+    " choose with --listen one that `ip address` shows",
+    errno.EAFNOSUPPORT: "{address} needs IPv6, which this host does not have:"
+    " choose an IPv4 address with --listen",
+}
+
+_STYLE = """
+:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
+body { max-width: 42rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse }
+th, td { padding: .2rem 2rem .2rem 0; text-align: left; vertical-align: top }
+th { font-weight: normal }
+td { font-family: ui-monospace, monospace; overflow-wrap: anywhere }
+"""
+
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+
+# Nothing but our own style: the page shows what a user wrote.
+_CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    f"style-src 'sha256-{_STYLE_HASH}'"
+)
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+_Address = tuple[Any, ...]
+
+log = logging.getLogger(__name__)
+
+
+def listen(address: str | None, port: int) -> list[socket.socket]:
+    """Listen at an address or a host name; what the host does not have of it is left out.
+
+    Args:
+        address: None is every address of the host, IPv4 and IPv6.
+        port: 0 takes a free one, the same at all addresses.
+
+    Returns:
+        One listening socket per address.
+
+    Raises:
+        ServerError: the port cannot be had at one of the addresses.
+    """
+    sockets: list[socket.socket] = []
+    absent: OSError | None = None
+    try:
+        for family, (host, _, *scope) in _resolve(address, port):
+            try:
+                sockets.append(_bind(family, (host, port, *scope)))
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                absent = error
+            else:
+                port = sockets[-1].getsockname()[1]
+        if absent and not sockets:
+            raise absent
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise _refusal(error, address, port) from error
+    return sockets
+
+
+def _resolve(address: str | None, port: int) -> list[tuple[socket.AddressFamily, _Address]]:
+    try:
+        found = socket.getaddrinfo(
+            address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (socket.gaierror, UnicodeError) as error:
+        raise ServerError(
+            f"{address} is not known: give an address or a name of this host with --listen"
+        ) from error
+    # A name that /etc/hosts has twice is found twice, and cannot be bound twice.
+    return list(dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found))
+
+
+def _bind(family: socket.AddressFamily, sockaddr: _Address) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            # IPv4 has its own socket, whatever net.ipv6.bindv6only says.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(sockaddr)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    log.info("listening on %s, port %s", *sock.getsockname()[:2])
+    return sock
+
+
+def _refusal(error: OSError, address: str | None, port: int) -> ServerError:
+    sentence = _REMEDIES.get(
+        error.errno or 0, f"cannot listen at {{address}} on port {{port}}: {error.strerror}"
+    )
+    return ServerError(sentence.format(address=address or "any address", port=port))
+
+
+@dataclass(frozen=True)
+class _Response:
+    status: int
+    body: bytes
+    content_type: str = "text/plain; charset=utf-8"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def _text(status: int, sentence: str, **headers: str) -> _Response:
+    return _Response(status, f"{sentence}\n".encode(), headers=headers)
+
+
+class App:
+    """The pages, as an ASGI application."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        ready: Callable[[], str | None],
+        settings: Mapping[str, object],
+        version: str,
+    ) -> None:
+        """Serve what a registry collects.
+
+        Args:
+            registry: Asked anew for each scrape, in the event loop.
+            ready: What is waited for before there are metrics, None when there are.
+            settings: Shown on the landing page.
+            version: Likewise.
+        """
+        self._registry = registry
+        self._ready = ready
+        self._landing_page = _landing_page(version, settings).encode()
+        self._trouble: str | None = None
+        self._pages: Mapping[str, Callable[[Scope], _Response]] = {
+            "/": self._landing,
+            "/metrics": self._metrics,
+            "/-/healthy": self._health,
+            "/-/ready": self._readiness,
+        }
+
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        response = self._respond(scope)
+        headers = {
+            "date": formatdate(usegmt=True),
+            "content-type": response.content_type,
+            "content-length": str(len(response.body)),
+            **response.headers,
+        }
+        if _has_body(scope):
+            # Nobody reads it, so there is no telling where the next request begins.
+            headers["connection"] = "close"
+        await send(
+            {
+                "type": "http.response.start",
+                "status": response.status,
+                "headers": [(k.encode(), v.encode("latin-1")) for k, v in headers.items()],
+            }
+        )
+        await send({"type": "http.response.body", "body": response.body})
+
+    def _respond(self, scope: Scope) -> _Response:
+        page = self._pages.get(scope["path"])
+        if page is None:
+            return _text(404, "not found: the metrics are at /metrics")
+        if scope["method"] not in ("GET", "HEAD"):
+            return _text(405, "only GET and HEAD are allowed", allow="GET, HEAD")
+        return page(scope)
+
+    def _landing(self, _scope: Scope) -> _Response:
+        return _Response(
+            200,
+            self._landing_page,
+            "text/html; charset=utf-8",
+            {"content-security-policy": _CONTENT_SECURITY_POLICY},
+        )
+
+    def _health(self, _scope: Scope) -> _Response:
+        return _text(200, "healthy")
+
+    def _readiness(self, _scope: Scope) -> _Response:
+        awaited = self._ready()
+        return _text(503, f"not ready: {awaited}") if awaited else _text(200, "ready")
+
+    def _metrics(self, scope: Scope) -> _Response:
+        readiness = self._readiness(scope)
+        if readiness.status != 200:
+            return readiness
+        try:
+            exposition = _exposition(self._registry, scope)
+        except SourceError as error:
+            self._note(str(error))
+            return _text(503, str(error))
+        self._note(None)
+        return exposition
+
+    def _note(self, trouble: str | None) -> None:
+        if trouble == self._trouble:
+            return
+        self._trouble = trouble
+        if trouble:
+            log.error("no metrics can be had: %s", trouble)
+        else:
+            log.info("metrics can be had again")
+
+
+def _exposition(registry: CollectorRegistry, scope: Scope) -> _Response:
+    try:
+        encode, content_type = choose_encoder(_header(scope, b"accept"))
+    except TypeError:
+        # prometheus_client compares the parts of any version as if they were numbers.
+        encode, content_type = choose_encoder("")
+    names = parse_qs(scope["query_string"].decode("latin-1")).get("name[]")
+    body = encode(registry.restricted_registry(names) if names else registry)
+    if not gzip_accepted(_header(scope, b"accept-encoding")):
+        return _Response(200, body, content_type)
+    # Level 1 takes a fifth of the time of 9, and everybody else waits meanwhile.
+    packed = gzip.compress(body, compresslevel=1)
+    return _Response(200, packed, content_type, {"content-encoding": "gzip"})
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    return b",".join(value for key, value in scope["headers"] if key == name).decode(
+        "latin-1"
+    )
+
+
+def _has_body(scope: Scope) -> bool:
+    length = _header(scope, b"content-length")
+    return length not in ("", "0") or bool(_header(scope, b"transfer-encoding"))
+
+
+def _landing_page(version: str, settings: Mapping[str, object]) -> str:
+    rows = "\n".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(_shown(value))}</td></tr>'
+        for name, value in settings.items()
+    )
+    return f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>tcpexporter</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>tcpexporter {escape(version)}</h1>
+<p>How many TCP connections have lasted for long, per local port and IP version.</p>
+<ul>
+<li><a href="metrics">Metrics</a></li>
+<li><a href="-/healthy">Health</a>: does it run?</li>
+<li><a href="-/ready">Readiness</a>: does it have metrics?</li>
+</ul>
+<h2>Settings in force</h2>
+<table>
+{rows}
+</table>
+</body>
+</html>
+"""
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "not set"
+    return "not set" if value is None else str(value)
+
+
+class _Connection(H11Protocol, asyncio.BufferedProtocol):
+    """uvicorn's HTTP/1.1, with bounds on the time and memory that a client can take.
+
+    A connection is busy from its first moment, later from the first byte of a request,
+    until its response is taken; it is idle from then on. Only busy ones have a deadline
+    of ours: uvicorn closes the idle ones.
+    """
+
+    waiting_since: float
+    """When it last got on with something, on the clock of the loop."""
+
+    _deadline: asyncio.TimerHandle
+    _buffer: bytearray
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Find a place for the client, if need be that of whoever has waited longest."""
+        others = cast("set[_Connection]", self.connections)
+        if len(others) >= MAX_CONNECTIONS:
+            min(others, key=lambda other: other.waiting_since).drop()
+        super().connection_made(transport)
+        # With no room in the buffer, "writing is paused" means "not all taken yet".
+        transport.set_write_buffer_limits(0)
+        self._buffer = bytearray(READ_BYTES)
+        self._begin()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Leave no timer behind: it would keep all that the connection has in memory."""
+        self._deadline.cancel()
+        super().connection_lost(exc)
+        # uvicorn does this only when there was no error.
+        self._unset_keepalive_if_required()
+
+    def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002
+        """Have asyncio read into this."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take what asyncio has read."""
+        if self._idle():
+            self._begin()
+        self.data_received(bytes(self._buffer[:nbytes]))
+
+    def on_response_complete(self) -> None:
+        """Become idle, or go on to a request that was sent without waiting."""
+        if self.flow.write_paused:
+            return  # resume_writing() comes back to it
+        self._deadline.cancel()
+        self.waiting_since = self.loop.time()
+        super().on_response_complete()
+        if not self._idle():
+            self._begin()
+
+    def resume_writing(self) -> None:
+        """Note that all that was written is taken."""
+        super().resume_writing()
+        if self.cycle is not None and self.cycle.response_complete:
+            self.on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP; in the middle of a response there is no way to."""
+        if self.cycle is None or self.cycle.response_complete:
+            super().send_400_response(msg)
+        else:
+            self.drop()
+
+    def drop(self) -> None:
+        """Close the connection at once, whatever is still to be sent."""
+        self.connections.discard(self)
+        self.transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE
+        )
+        self.transport.abort()
+
+    def _begin(self) -> None:
+        self.waiting_since = self.loop.time()
+        self._deadline = self.loop.call_later(REQUEST_TIMEOUT_S, self.drop)
+
+    def _idle(self) -> bool:
+        return self.timeout_keep_alive_task is not None and not self.transport.is_closing()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, woken by a signal: its own looks for one ten times a second."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.stop = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on a signal: uvicorn's would also raise it again, and so kill us."""
+        loop = asyncio.get_running_loop()
+        before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
+        for number in before:
+            loop.add_signal_handler(number, self.stop.set)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
+
+    async def main_loop(self) -> None:
+        """Wait until told to stop."""
+        await self.stop.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let clients take what was begun, but not for long."""
+        asyncio.get_running_loop().call_later(GRACE_S, self._drop_all)
+        await super().shutdown(sockets)
+
+    def _drop_all(self) -> None:
+        for connection in list(cast("set[_Connection]", self.server_state.connections)):
+            connection.drop()
+
+
+def serve(sockets: Sequence[socket.socket], app: App) -> None:
+    """Answer requests until SIGTERM or SIGINT, then return within half a second.
+
+    Whoever has something to do meanwhile, such as getting ready, starts a thread before.
+
+    Args:
+        sockets: From `listen`; closed on return.
+        app: What answers.
+    """
+    asyncio.run(_Server(_config(app)).serve(list(sockets)))
+
+
+def _config(app: App) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        interface="asgi3",
+        http=_Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",  # its warnings are written at the pace of whoever sends garbage
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,  # kept right by the tick that we do without: ours is in `App`
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+    )

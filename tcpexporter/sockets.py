@@ -1,0 +1,532 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What the kernel's socket tables say now: sock_diag, else /proc/net/tcp and tcp6."""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pyroute2 import netns as network_namespaces
+from pyroute2.netlink import (
+    NETLINK_SOCK_DIAG,
+    NLM_F_DUMP,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+)
+from pyroute2.netlink.diag import (
+    SOCK_DIAG_BY_FAMILY,
+    SS_ESTABLISHED,
+    SS_LISTEN,
+    inet_diag_req,
+)
+
+from tcpexporter.connections import (
+    CONNECTION,
+    IPV4_PREFIX,
+    KEY,
+    LISTENER,
+    PORTS,
+    Direction,
+    Records,
+    ip_versions,
+)
+from tcpexporter.errors import SocketTableError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Bytes = npt.NDArray[np.uint8]
+
+OWN_NETNS = Path("/proc/self/ns/net")
+NAMED_NETNS = Path("/run/netns")
+
+REPLY_BYTES = 65536
+"""More than one message of a dump, 32 KiB (netlink_dump in net/netlink/af_netlink.c)."""
+
+REPLY_TIMEOUT_S = 10
+PIECE_BYTES = 1 << 20
+
+ENTRY = np.dtype([("key", KEY), ("state", "u1"), ("v6only", "?")])
+"""A socket as either table tells of it: a TCP state, and of a listener if it is v6only."""
+
+DIAG_MESSAGE = np.dtype(
+    [
+        ("length", "u4"),
+        ("type", "u2"),
+        ("flags", "u2"),
+        ("sequence", "u4"),
+        ("sender", "u4"),
+        ("family", "u1"),
+        ("state", "u1"),
+        ("timer", "u1"),
+        ("retrans", "u1"),
+        ("local_port", ">u2"),
+        ("remote_port", ">u2"),
+        ("local_address", "u1", 16),
+        ("remote_address", "u1", 16),
+        ("rest", "V32"),
+    ]
+)
+"""``struct nlmsghdr`` and ``struct inet_diag_msg``: netlink(7), sock_diag(7)."""
+
+NETLINK_HEADER_BYTES = 16
+INET_DIAG_SKV6ONLY = 11
+
+
+class Reader(Protocol):
+    """The sockets of one network namespace, from one kind of table."""
+
+    name: str
+    """As ``--source`` has it."""
+
+    def entries(self) -> Iterator[Records]:
+        """The sockets in state ESTABLISHED or LISTEN, in chunks of dtype `ENTRY`."""
+        ...
+
+    def listening(self) -> Iterator[Records]:
+        """Those in state LISTEN alone."""
+        ...
+
+    def close(self) -> None:
+        """Give its descriptors back."""
+        ...
+
+
+class SocketTables:
+    """The tables of one or more network namespaces."""
+
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        self.name = readers[0].name
+        self._readers = list(readers)
+
+    def close(self) -> None:
+        """Give all descriptors back."""
+        for reader in self._readers:
+            reader.close()
+
+    def established(self) -> Records:
+        """The connections in state ESTABLISHED, of dtype `CONNECTION`.
+
+        ``established_ns`` is when each was seen, on CLOCK_BOOTTIME: it was
+        established then or before. A connection is inbound when its local port
+        is listened on in its network namespace.
+
+        What is there throughout is nearly always seen, and nearly always once.
+        The kernel goes on by position from one part of a dump to the next: a
+        change in the same hash bucket can hide or repeat a neighbour
+        (tcp_diag_dump and tcp_get_idx in the kernel's net/ipv4).
+
+        Raises:
+            SocketTableError: they cannot be read, or not understood.
+        """
+        return _joined([_established(reader) for reader in self._readers], CONNECTION)
+
+    def listeners(self) -> Records:
+        """The listening ports, of dtype `LISTENER`, without repetitions.
+
+        Raises:
+            SocketTableError: they cannot be read, or not understood.
+        """
+        found = [
+            _listeners(entries) for each in self._readers for entries in each.listening()
+        ]
+        return np.unique(_joined(found, LISTENER))
+
+
+def open_tables(name: str, netns: str) -> SocketTables:
+    """The socket tables to read from now on; needs root for other namespaces than ours.
+
+    Args:
+        name: ``sock_diag``, ``procfs``, or ``auto`` for the first of them that works.
+        netns: ``self``, or ``all`` for every network namespace there is now.
+
+    Raises:
+        SocketTableError: they cannot be read; says why and what would help.
+    """
+    if name == "auto":
+        try:
+            return open_tables("sock_diag", netns)
+        except SocketTableError as error:
+            log.warning("reading /proc/net/tcp instead of sock_diag: %s", error)
+            return open_tables("procfs", netns)
+    reader = SockDiagReader if name == "sock_diag" else ProcfsReader
+    own = reader(OWN_NETNS)
+    if netns == "self":
+        return SocketTables([own])
+    return SocketTables([own, *_readers_of_others(reader)])
+
+
+def netns_inode(netns: Path = OWN_NETNS) -> int:
+    """The number by which the kernel tells network namespaces apart.
+
+    Raises:
+        SocketTableError: there is no such namespace, or it may not be seen.
+    """
+    try:
+        return netns.stat().st_ino
+    except OSError as error:
+        raise SocketTableError(
+            f"cannot see network namespace {netns}: {error.strerror}"
+        ) from error
+
+
+def _readers_of_others(reader: Callable[[Path], Reader]) -> list[Reader]:
+    found: dict[int, Path] = {}
+    for path in [*NAMED_NETNS.glob("*"), *Path("/proc").glob("[0-9]*/ns/net")]:
+        try:
+            found.setdefault(path.stat().st_ino, path)
+        except FileNotFoundError:  # the process has ended meanwhile
+            continue
+        except PermissionError:
+            raise SocketTableError(
+                "--netns all takes root, to see every namespace"
+            ) from None
+    found.pop(netns_inode(), None)
+    readers = []
+    for path in found.values():
+        try:
+            readers.append(reader(path))
+        except SocketTableError as error:
+            log.warning(
+                "connections of a network namespace from before are not seen: %s", error
+            )
+    return readers
+
+
+def _within(netns: Path, act: Callable[[], T]) -> T:
+    """What ``act`` gives in another network namespace.
+
+    A thread enters it and ends: setns(2) moves one thread alone.
+    """
+    if netns == OWN_NETNS:
+        return act()
+    outcome: list[T | OSError] = []
+
+    def enter_and_act() -> None:
+        try:
+            network_namespaces.setns(str(netns), flags=0)
+            outcome.append(act())
+        except OSError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=enter_and_act)
+    thread.start()
+    thread.join()
+    if isinstance(outcome[0], OSError):
+        raise outcome[0]
+    return outcome[0]
+
+
+class SockDiagReader:
+    """The sockets of one network namespace by sock_diag(7), whole replies at a time."""
+
+    name = "sock_diag"
+
+    def __init__(self, netns: Path) -> None:
+        """Ask once, so that what is constructed works.
+
+        Raises:
+            SocketTableError: the kernel does not answer.
+        """
+        self._netns = netns_inode(netns)
+        self._sequence = 0
+        try:
+            self._socket = _within(netns, _netlink_socket)
+        except OSError as error:
+            raise SocketTableError(f"no sock_diag in {netns}: {error.strerror}") from error
+        try:
+            for _ in self.listening():
+                pass
+        except SocketTableError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def entries(self) -> Iterator[Records]:
+        return self._dump(1 << SS_ESTABLISHED | 1 << SS_LISTEN)
+
+    def listening(self) -> Iterator[Records]:
+        return self._dump(1 << SS_LISTEN)
+
+    def _dump(self, states: int) -> Iterator[Records]:
+        try:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                self._sequence += 1
+                self._socket.send(sock_diag_request(family, states, self._sequence))
+                yield from self._replies()
+        except OSError as error:
+            raise SocketTableError(
+                f"sock_diag does not answer ({error}): modprobe tcp_diag may help"
+            ) from error
+
+    def _replies(self) -> Iterator[Records]:
+        buffer = np.empty(REPLY_BYTES, np.uint8)
+        finished = False
+        while not finished:
+            size = self._socket.recv_into(buffer.data)
+            runs, finished = decode_sock_diag(buffer[:size], self._sequence)
+            for messages in runs:
+                yield _diag_entries(messages, self._netns)
+
+
+def _netlink_socket() -> socket.socket:
+    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+    opened.settimeout(REPLY_TIMEOUT_S)
+    return opened
+
+
+def sock_diag_request(family: int, states: int, sequence: int) -> bytes:
+    """A request for the TCP sockets of a family in any of ``states``, a bit for each."""
+    request = inet_diag_req()
+    request["header"]["type"] = SOCK_DIAG_BY_FAMILY
+    request["header"]["flags"] = NLM_F_REQUEST | NLM_F_DUMP
+    request["header"]["sequence_number"] = sequence
+    request["sdiag_family"] = family
+    request["sdiag_protocol"] = socket.IPPROTO_TCP
+    request["idiag_states"] = states
+    request.encode()
+    return bytes(request.data)
+
+
+def decode_sock_diag(reply: Bytes, sequence: int) -> tuple[list[Bytes], bool]:
+    """Take one datagram of a sock_diag dump apart.
+
+    Returns:
+        Arrays of bytes of shape (messages, length), one for each run of
+        messages that are equally long, as nearly all of a dump are; and
+        whether the dump is finished. A datagram that answers another request
+        than ``sequence`` gives nothing: it is left from a dump that was given up.
+
+    Raises:
+        SocketTableError: the kernel reports an error, or a message is malformed.
+    """
+    runs: list[Bytes] = []
+    offset = 0
+    while offset < len(reply):
+        length = _message_length(reply, offset)
+        kind = int(reply[offset + 4 : offset + 6].view(np.uint16)[0])
+        if int(reply[offset + 8 : offset + 12].view(np.uint32)[0]) != sequence:
+            return [], False
+        if kind == NLMSG_DONE:
+            return runs, True
+        if kind == NLMSG_ERROR:
+            number = -int(reply[offset + 16 : offset + 20].view(np.int32)[0])
+            raise SocketTableError(f"sock_diag refuses: {os.strerror(number)}")
+        if length < DIAG_MESSAGE.itemsize:
+            raise SocketTableError(f"sock_diag reply: short message at byte {offset}")
+        aligned = (length + 3) & ~3
+        rows = reply[offset : offset + (len(reply) - offset) // aligned * aligned]
+        rows = rows.reshape(-1, aligned)
+        alike = (rows[:, :6] == rows[0, :6]).all(axis=1)
+        rows = rows[: len(rows) if alike.all() else int(alike.argmin())]
+        runs.append(rows)
+        offset += rows.size
+    return runs, False
+
+
+def _message_length(reply: Bytes, offset: int) -> int:
+    left = len(reply) - offset
+    length = int(reply[offset : offset + 4].view(np.uint32)[0]) if left >= 4 else 0
+    if not NETLINK_HEADER_BYTES + 4 <= length <= left:
+        raise SocketTableError(f"sock_diag reply: malformed message at byte {offset}")
+    return length
+
+
+def _diag_entries(rows: Bytes, netns: int) -> Records:
+    messages = np.ascontiguousarray(rows[:, : DIAG_MESSAGE.itemsize]).view(DIAG_MESSAGE)[
+        :, 0
+    ]
+    entries = np.zeros(len(messages), ENTRY)
+    is_ipv4 = messages["family"] == socket.AF_INET
+    for end in ("local", "remote"):
+        address = messages[f"{end}_address"]
+        entries["key"][f"{end}_address"] = np.where(
+            is_ipv4[:, None], _mapped(address[:, :4]), address
+        )
+        entries["key"][f"{end}_port"] = messages[f"{end}_port"]
+    entries["key"]["netns"] = netns
+    entries["state"] = messages["state"]
+    entries["v6only"] = _attribute(rows, INET_DIAG_SKV6ONLY) != 0
+    return entries
+
+
+def _attribute(rows: Bytes, kind: int) -> Bytes:
+    """The first byte of an attribute's payload in each message, 0 where it is not there.
+
+    All messages are walked at once, one attribute further each time.
+    """
+    payload = np.zeros(len(rows), np.uint8)
+    position = np.full(len(rows), DIAG_MESSAGE.itemsize)
+    every = np.arange(len(rows))
+    last = rows.shape[1] - 5
+    while len(every := every[position[every] <= last]):
+        at = position[every]
+        header = rows[every[:, None], at[:, None] + np.arange(4)].view(np.uint16)
+        here = header[:, 1] == kind
+        payload[every[here]] = rows[every[here], at[here] + 4]
+        position[every] += np.maximum((header[:, 0].astype(np.intp) + 3) & ~3, 4)
+    return payload
+
+
+class ProcfsReader:
+    """The sockets of one network namespace by /proc/net/tcp and tcp6, a piece at a time."""
+
+    name = "procfs"
+
+    def __init__(self, netns: Path) -> None:
+        """Open the files, which stay those of the namespace.
+
+        Raises:
+            SocketTableError: they cannot be opened.
+        """
+        self._netns = netns_inode(netns)
+        try:
+            self._files = _within(netns, _open_procfs)
+        except OSError as error:
+            raise SocketTableError(
+                f"cannot open {error.filename}: {error.strerror}"
+            ) from error
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def entries(self) -> Iterator[Records]:
+        for address_words, descriptor in self._files.items():
+            for text in _lines(descriptor):
+                entries = decode_procfs(text, address_words, self._netns)
+                yield entries[np.isin(entries["state"], (SS_ESTABLISHED, SS_LISTEN))]
+
+    def listening(self) -> Iterator[Records]:
+        for entries in self.entries():
+            yield entries[entries["state"] == SS_LISTEN]
+
+
+def _open_procfs() -> dict[int, int]:
+    """A descriptor of each table, by how many words its addresses have."""
+    # thread-self: that of the thread which has entered the namespace
+    tables = {1: "/proc/thread-self/net/tcp", 4: "/proc/thread-self/net/tcp6"}
+    files = {1: os.open(tables[1], os.O_RDONLY)}
+    with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+        files[4] = os.open(tables[4], os.O_RDONLY)
+    return files
+
+
+def _lines(descriptor: int) -> Iterator[bytes]:
+    """The lines of a table below its heading, many whole ones at a time."""
+    try:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        rest = os.read(descriptor, PIECE_BYTES)
+        rest = rest[rest.find(b"\n") + 1 :]
+        while piece := os.read(descriptor, PIECE_BYTES):
+            whole, newline, torn = (rest + piece).rpartition(b"\n")
+            yield whole + newline
+            rest = torn
+    except OSError as error:
+        raise SocketTableError(f"cannot read /proc/net/tcp: {error.strerror}") from error
+    yield rest
+
+
+_NIBBLES = np.full(256, 255, np.uint8)
+_NIBBLES[np.frombuffer(b"0123456789ABCDEF", np.uint8)] = np.arange(16)
+
+
+def decode_procfs(text: bytes, address_words: int, netns: int) -> Records:
+    """Whole lines of /proc/net/tcp (one address word) or tcp6 (four), as dtype `ENTRY`.
+
+    Only the first columns are read, ``sl: local rem st``, which no kernel has
+    changed (proc_net_tcp in the kernel's Documentation/networking).
+
+    Raises:
+        SocketTableError: a line is malformed; says at which byte.
+    """
+    data = np.frombuffer(text, np.uint8)
+    ends = np.flatnonzero(data == ord("\n"))
+    starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
+    template = b": %s:HHHH %s:HHHH HH" % ((b"H" * 8 * address_words,) * 2)
+    columns = np.frombuffer(template, np.uint8)
+    colons = np.flatnonzero(data == ord(":"))
+    index = np.searchsorted(colons, starts)
+    first = np.append(colons, len(data))[index]
+    if len(short := np.flatnonzero(first + len(columns) > ends)):
+        raise SocketTableError(f"/proc/net/tcp: short line at byte {starts[short[0]]}")
+    fields = data[first[:, None] + np.arange(len(columns))]
+    is_hex = columns == ord("H")
+    nibbles: Bytes = _NIBBLES[fields[:, is_hex]]
+    wrong = (nibbles == 255).any(axis=1) | (fields != columns)[:, ~is_hex].any(axis=1)
+    if wrong.any():
+        raise SocketTableError(
+            f"/proc/net/tcp: malformed line at byte {starts[wrong.argmax()]}"
+        )
+    octets: Bytes = nibbles[:, ::2] << np.uint8(4) | nibbles[:, 1::2]
+    return _procfs_entries(octets, address_words, netns)
+
+
+def _procfs_entries(octets: Bytes, address_words: int, netns: int) -> Records:
+    entries = np.zeros(len(octets), ENTRY)
+    address_bytes = 4 * address_words
+    for end, at in (("local", 0), ("remote", address_bytes + 2)):
+        # Each word is printed as the number that its bytes are to this host.
+        numbers = np.ascontiguousarray(octets[:, at : at + address_bytes]).view(">u4")
+        address = numbers.astype("=u4").view(np.uint8)
+        entries["key"][f"{end}_address"] = (
+            _mapped(address) if address_words == 1 else address
+        )
+        port = np.ascontiguousarray(octets[:, at + address_bytes : at + address_bytes + 2])
+        entries["key"][f"{end}_port"] = port.view(">u2")[:, 0]
+    entries["key"]["netns"] = netns
+    entries["state"] = octets[:, -1]
+    return entries
+
+
+def _mapped(ipv4: Bytes) -> Bytes:
+    """IPv4 addresses, four bytes each, as ::ffff:a.b.c.d."""
+    return np.hstack([np.broadcast_to(IPV4_PREFIX, (len(ipv4), len(IPV4_PREFIX))), ipv4])
+
+
+def _established(reader: Reader) -> Records:
+    connections = []
+    listened = np.zeros(PORTS, np.bool_)
+    for entries in reader.entries():
+        listened[entries["key"]["local_port"][entries["state"] == SS_LISTEN]] = True
+        established = entries[entries["state"] == SS_ESTABLISHED]
+        found = np.zeros(len(established), CONNECTION)
+        found["key"] = established["key"]
+        found["value"]["established_ns"] = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        connections.append(found)
+    joined = _joined(connections, CONNECTION)
+    is_inbound = listened[joined["key"]["local_port"]]
+    joined["value"]["direction"] = np.where(
+        is_inbound, Direction.INBOUND, Direction.OUTBOUND
+    )
+    return joined
+
+
+def _listeners(entries: Records) -> Records:
+    """A listener for each IP version that a socket accepts: :: takes both, if it may."""
+    versions = ip_versions(entries["key"])
+    is_any = (entries["key"]["local_address"] == 0).all(axis=1)
+    takes_both = is_any & ~entries["v6only"]
+    listeners = np.zeros(len(entries) + int(takes_both.sum()), LISTENER)
+    listeners["netns"] = np.concatenate(
+        [entries["key"]["netns"], entries["key"]["netns"][takes_both]]
+    )
+    ports = entries["key"]["local_port"]
+    listeners["port"] = np.concatenate([ports, ports[takes_both]])
+    listeners["ip_version"] = 4
+    listeners["ip_version"][: len(entries)] = versions
+    return listeners
+
+
+def _joined(chunks: list[Records], dtype: np.dtype[np.void]) -> Records:
+    return np.concatenate(chunks) if chunks else np.empty(0, dtype)

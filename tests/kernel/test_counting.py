@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What is counted, and when: the command, real BPF and real sockets against ss(8)."""
+
+import ctypes
+import socket
+import time
+
+import pytest
+
+from tests.support import (
+    Exporter,
+    Peers,
+    inside,
+    new_netns,
+    reset,
+    ss_established,
+)
+
+ALWAYS_LONG_TERM = ("--duration", "0")
+
+
+def test_ipv4_and_ipv6_are_counted_apart() -> None:
+    """Connections count under the IP version on the wire, at both metrics."""
+    with Exporter(*ALWAYS_LONG_TERM) as exporter, Peers() as four, Peers("::1") as six:
+        four.connect(7)
+        six.connect(5)
+        assert exporter.established(four.port, 4) == 7
+        assert exporter.long_term(four.port, 4) == 7
+        assert exporter.established(six.port, 6) == 5
+        assert exporter.long_term(six.port, 6) == 5
+        assert exporter.established(six.port, 4) is None
+
+
+def test_an_ipv4_client_of_a_dual_stack_socket_is_ipv4() -> None:
+    """``::ffff:a.b.c.d`` is version 4, beside real IPv6 clients of the same port."""
+    with Exporter() as exporter, Peers("::") as both:
+        both.connect(11, "127.0.0.1")
+        both.connect(3, "::1")
+        assert exporter.established(both.port, 4) == 11
+        assert exporter.established(both.port, 6) == 3
+        assert ss_established(both.port) == {"4": 11, "6": 3}
+
+
+def test_outbound_connections_are_counted_when_asked_for() -> None:
+    """Each loopback connection has two ends: inbound by default, outbound, or both."""
+    with Peers() as peers, Exporter() as inbound, Exporter("--direction", "all") as both:
+        with Exporter("--direction", "outbound") as outbound:
+            peers.connect(1)
+            ephemeral = peers.pairs[0][0].getsockname()[1]
+            assert inbound.established(peers.port) == 1
+            assert inbound.established(ephemeral) is None
+            assert outbound.established(ephemeral) == 1
+            assert outbound.established(peers.port) == 0
+            assert both.established(ephemeral) == 1
+            assert both.established(peers.port) == 1
+
+
+def test_a_connection_becomes_long_term_at_its_duration() -> None:
+    """It is established at once, and long-term from ``duration`` on, not before."""
+    with Exporter("--duration", "2") as exporter, Peers() as peers:
+        peers.connect(3)
+        opened_s = time.monotonic()
+        early = exporter.long_term(peers.port)
+        if time.monotonic() - opened_s < 2:  # this machine may stop for a while
+            assert early == 0
+        assert exporter.established(peers.port) == 3
+        time.sleep(2.1)
+        assert exporter.long_term(peers.port) == 3
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
+def test_half_close_by_either_end_counts_no_more(end: int) -> None:
+    """A connection leaves with the first FIN, sent (FIN_WAIT1) or received (CLOSE_WAIT)."""
+    with Exporter(*ALWAYS_LONG_TERM, "--direction", "all") as exporter, Peers() as peers:
+        peers.connect(5)
+        ephemeral = peers.pairs[0][0].getsockname()[1]
+        assert exporter.established(ephemeral) == 1
+        peers.pairs[0][end].shutdown(socket.SHUT_WR)
+        assert exporter.established(peers.port) == 4
+        assert exporter.long_term(peers.port) == 4
+        assert exporter.established(ephemeral) == 0
+        assert ss_established(peers.port) == {"4": 4}
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
+def test_a_reset_connection_counts_no_more(end: int) -> None:
+    """RST takes both ends from ESTABLISHED to CLOSE."""
+    with Exporter() as exporter, Peers() as peers:
+        peers.connect(5)
+        reset(peers.pairs[0][end])
+        assert exporter.established(peers.port) == 4
+
+
+def test_disconnecting_counts_no_more() -> None:
+    """connect(AF_UNSPEC) takes a socket from ESTABLISHED to CLOSE."""
+    with Exporter("--direction", "all") as exporter, Peers() as peers:
+        peers.connect(2)
+        client, _ = peers.pairs[0]
+        ephemeral = client.getsockname()[1]
+        assert exporter.established(ephemeral) == 1
+        disconnect(client)
+        assert exporter.established(ephemeral) == 0
+
+
+def disconnect(connected: socket.socket) -> None:
+    """connect(2) with AF_UNSPEC, which Python's socket has no address for."""
+    unspecified = ctypes.create_string_buffer(16)
+    assert ctypes.CDLL(None).connect(connected.fileno(), unspecified, 16) == 0
+
+
+def test_a_listener_without_connections_has_a_zero() -> None:
+    """``== 0`` can be alerted on from the first scrape on, for what the socket accepts."""
+    with Peers() as four, Peers("::") as both, Peers("::1") as six, Exporter() as exporter:
+        samples = exporter.samples()
+        shown = {
+            dict(labels)["port"] + "/" + dict(labels)["tcp_version"]: value
+            for (name, labels), value in samples.items()
+            if name == "netstat_tcp_longterm_connections_total"
+        }
+        assert shown == {
+            f"{four.port}/4": 0,
+            f"{both.port}/4": 0,
+            f"{both.port}/6": 0,
+            f"{six.port}/6": 0,
+        }
+
+
+def test_a_port_once_seen_keeps_its_series() -> None:
+    """A service that is gone, listener and all, is 0 and not absent."""
+    with Exporter() as exporter:
+        with Peers() as peers:
+            peers.connect(3)
+            assert exporter.established(peers.port) == 3
+        assert exporter.established(peers.port) == 0
+
+
+def test_a_named_port_has_a_zero_without_listener() -> None:
+    """``--port`` shows its ports from the first scrape on, and no other."""
+    with Exporter("--port", "4433,8443") as exporter, Peers() as other:
+        other.connect(1)
+        assert exporter.established(4433) == 0
+        assert exporter.established(8443, 6) == 0
+        assert exporter.established(other.port) is None
+
+
+def test_without_tcpv6_only_ipv4_is_shown() -> None:
+    """``--tcpv6=false`` leaves IPv6 out, listeners too."""
+    with Exporter("--tcpv6=false") as exporter, Peers("::") as both:
+        both.connect(3, "127.0.0.1")
+        both.connect(5, "::1")
+        assert exporter.established(both.port, 4) == 3
+        assert exporter.established(both.port, 6) is None
+
+
+def test_simple_is_one_number() -> None:
+    """``--simple`` has one series without labels, the sum."""
+    with Exporter("--simple", *ALWAYS_LONG_TERM) as exporter, Peers() as a, Peers("::1") as b:
+        a.connect(7)
+        b.connect(11)
+        assert exporter.value("netstat_tcp_longterm_connections_total") == 18
+        assert exporter.value("tcp_established_connections") == 18
+
+
+def test_the_exporters_own_port_is_never_counted() -> None:
+    """Neither its listener nor the connections of those who scrape it."""
+    with Exporter() as exporter:
+        with socket.create_connection(("127.0.0.1", exporter.port)):
+            assert exporter.established(exporter.port) is None
+
+
+def test_another_namespace_is_counted_only_when_asked_for() -> None:
+    """``--netns self`` is as /proc/net/tcp; ``all`` is the host, from before and after."""
+    with new_netns() as elsewhere:
+        with inside(elsewhere):
+            older = Peers()
+            older.connect(5)
+        with older, Exporter() as own, Exporter("--netns", "all") as every:
+            older.connect(2)
+            with inside(elsewhere):
+                newer = Peers()
+                newer.connect(3)
+            with newer:
+                assert own.established(older.port) is None
+                assert own.established(newer.port) is None
+                assert every.established(older.port) == 7
+                assert every.established(newer.port) == 3
+                assert own.value("tcpexporter_tracked_connections") == 1  # who scrapes it
+
+
+def test_kernel_events_are_counted() -> None:
+    """Inserted and removed are the state changes of both ends of each connection."""
+    with Exporter("--source", "ebpf") as exporter, Peers() as peers:
+
+        def events() -> dict[str, float]:
+            return {
+                dict(labels)["action"]: value
+                for (name, labels), value in exporter.samples().items()
+                if name == "tcpexporter_kernel_events_total"
+            }
+
+        before = events()
+        peers.connect(13)
+        for client, server in peers.pairs[:5]:
+            client.close()
+            server.close()
+        after = events()
+        # Each scrape is a connection too: its ends come, and those of the one before go.
+        assert after["inserted"] - before["inserted"] - 2 * 13 in range(1, 3)
+        assert after["removed"] - before["removed"] - 2 * 5 in range(1, 3)
+        assert after["refused"] == before["refused"] == 0
+
+
+def test_a_full_map_refuses_and_says_so() -> None:
+    """With more connections than fit it stays up, and counts what it refused."""
+    with Exporter("--max-connections", "16", "--direction", "all") as exporter:
+        with Peers() as peers:
+            peers.connect(61)
+            tracked = exporter.value("tcpexporter_tracked_connections")
+            refused = exporter.value("tcpexporter_kernel_events_total", action="refused")
+            assert tracked is not None
+            assert refused is not None
+            assert tracked <= 16
+            assert refused >= 2 * 61 - 16
+            assert exporter.value("tcpexporter_max_connections") == 16
+
+
+def test_an_address_pair_in_use_again_has_its_own_age() -> None:
+    """The second connection between the same two addresses and ports counts anew."""
+    with Exporter("--duration", "1") as exporter, Peers() as peers:
+        for _ in range(2):
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            client.bind(("127.0.0.1", 61543))
+            client.connect(("127.0.0.1", peers.port))
+            server, _ = peers.listener.accept()
+            assert exporter.established(peers.port) == 1
+            assert exporter.long_term(peers.port) == 0
+            time.sleep(1.1)
+            assert exporter.long_term(peers.port) == 1
+            reset(client)
+            server.close()
+            assert exporter.established(peers.port) == 0

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What tests of several kinds share: an exporter that runs, and sockets in a namespace."""
+
+import contextlib
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+from prometheus_client.parser import text_string_to_metric_families
+from pyroute2 import netns as network_namespaces
+
+LONG_TERM = "netstat_tcp_longterm_connections_total"
+ESTABLISHED = "tcp_established_connections"
+DEADLINE_S = 20.0
+
+_numbers = itertools.count()
+
+
+@functools.cache
+def why_no_bpf() -> str | None:
+    """Why kernel tests cannot run here; None when they can."""
+    if os.geteuid() != 0:
+        return "kernel tests need root"
+    if importlib.util.find_spec("bcc") is None:
+        return "kernel tests need the distribution's BCC"
+    if not any(
+        Path(root, "events").is_dir()
+        for root in ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
+    ):
+        return "kernel tests need tracefs: mount -t tracefs tracefs /sys/kernel/tracing"
+    return None
+
+
+@contextlib.contextmanager
+def new_netns() -> Iterator[str]:
+    """A network namespace with a loopback device and nothing else; yields its name."""
+    name = f"tcpexporter-test-{os.getpid()}-{next(_numbers)}"
+    _ip("netns", "add", name)
+    try:
+        _ip("-n", name, "link", "set", "lo", "up")
+        yield name
+    finally:
+        _ip("netns", "delete", name)
+
+
+@contextlib.contextmanager
+def inside(netns: str) -> Iterator[None]:
+    """This thread, and what it starts, in a network namespace."""
+    network_namespaces.pushns(netns)
+    try:
+        yield
+    finally:
+        network_namespaces.popns()
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+class Peers:
+    """A listener and the two ends of each connection made to it."""
+
+    def __init__(self, address: str = "127.0.0.1", port: int = 0, *, backlog: int = 512) -> None:
+        self._family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.listener = socket.socket(self._family)
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind((address, port))
+        self.listener.listen(backlog)
+        self.port: int = self.listener.getsockname()[1]
+        self.pairs: list[tuple[socket.socket, socket.socket]] = []
+
+    def connect(self, count: int, address: str | None = None) -> None:
+        """Open that many more connections, accepted ones."""
+        target = address or self.listener.getsockname()[0]
+        for _ in range(count):
+            client = socket.create_connection((target, self.port))
+            server, _ = self.listener.accept()
+            self.pairs.append((client, server))
+
+    def close(self) -> None:
+        for each in itertools.chain([self.listener], *self.pairs):
+            each.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def reset(connected: socket.socket) -> None:
+    """Close with RST instead of FIN: socket(7), SO_LINGER."""
+    connected.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
+    )
+    connected.close()
+
+
+def ss_established(port: int) -> Counter[str]:
+    """How many connections ss(8) shows at a local port, by IP version."""
+    shown = subprocess.check_output(
+        ["ss", "-Htn", "state", "established", f"( sport = :{port} )"], text=True
+    )
+    locals_ = (line.split()[2] for line in shown.splitlines())
+    return Counter("6" if "]:" in each and "::ffff:" not in each else "4" for each in locals_)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Exporter:
+    """The exporter as its own process, in the namespace of who starts it."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        command: Sequence[str] = (sys.executable, "-m", "tcpexporter"),
+        address: str = "127.0.0.1",
+        wait: bool = True,
+    ) -> None:
+        self.port = free_port()
+        self._address = address
+        self.process = subprocess.Popen(
+            [*command, "--listen", f"{address}:{self.port}", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if wait:
+            self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
+        until = time.monotonic() + DEADLINE_S
+        while time.monotonic() < until and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                self.get("/-/ready")
+                return
+            time.sleep(0.02)
+        self.process.kill()
+        _, complaints = self.process.communicate()
+        raise AssertionError(f"the exporter does not become ready:\n{complaints}")
+
+    def get(self, path: str) -> str:
+        url = f"http://{self._address}:{self.port}{path}"
+        with urllib.request.urlopen(url, timeout=DEADLINE_S) as response:  # noqa: S310
+            page: str = response.read().decode()
+            return page
+
+    def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        """One scrape: values by name and sorted labels."""
+        return {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in text_string_to_metric_families(self.get("/metrics"))
+            for sample in family.samples
+        }
+
+    def value(self, name: str, **labels: str | int) -> float | None:
+        """One value of one scrape, None where there is no such series."""
+        wanted = tuple(sorted((key, str(value)) for key, value in labels.items()))
+        return self.samples().get((name, wanted))
+
+    def established(self, port: int, version: int = 4) -> float | None:
+        return self.value(ESTABLISHED, port=port, tcp_version=version)
+
+    def long_term(self, port: int, version: int = 4) -> float | None:
+        return self.value(LONG_TERM, port=port, tcp_version=version)
+
+    def stop(self) -> tuple[int, str]:
+        """End it as an operator does; its exit code and what it wrote to standard error."""
+        self.process.terminate()
+        _, complaints = self.process.communicate(timeout=DEADLINE_S)
+        return self.process.returncode, complaints
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def bpf_programs() -> list[str]:
+    """The names of all BPF programs in the kernel, by bpftool's way: their ids in turn."""
+    shown = subprocess.check_output(["bpftool", "-j", "prog", "list"], text=True)
+    return [each.get("name", "") for each in json.loads(shown)]
