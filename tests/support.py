@@ -71,7 +71,9 @@ def _ip(*arguments: str) -> None:
 class Peers:
     """A listener and the two ends of each connection made to it."""
 
-    def __init__(self, address: str = "127.0.0.1", port: int = 0, *, backlog: int = 512) -> None:
+    def __init__(
+        self, address: str = "127.0.0.1", port: int = 0, *, backlog: int = 512
+    ) -> None:
         self._family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.listener = socket.socket(self._family)
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -101,9 +103,7 @@ class Peers:
 
 def reset(connected: socket.socket) -> None:
     """Close with RST instead of FIN: socket(7), SO_LINGER."""
-    connected.setsockopt(
-        socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
-    )
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     connected.close()
 
 
@@ -113,7 +113,9 @@ def ss_established(port: int) -> Counter[str]:
         ["ss", "-Htn", "state", "established", f"( sport = :{port} )"], text=True
     )
     locals_ = (line.split()[2] for line in shown.splitlines())
-    return Counter("6" if "]:" in each and "::ffff:" not in each else "4" for each in locals_)
+    return Counter(
+        "6" if "]:" in each and "::ffff:" not in each else "4" for each in locals_
+    )
 
 
 def free_port() -> int:
@@ -156,7 +158,7 @@ class Exporter:
 
     def get(self, path: str) -> str:
         url = f"http://{self._address}:{self.port}{path}"
-        with urllib.request.urlopen(url, timeout=DEADLINE_S) as response:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=DEADLINE_S) as response:
             page: str = response.read().decode()
             return page
 

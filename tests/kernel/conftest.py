@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Every kernel test runs in a network namespace of its own, or is skipped with the reason."""
+"""Every kernel test runs in a network namespace of its own, or says why it cannot."""
 
 from collections.abc import Iterator
 

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Seeding with real BPF and sockets, each interleaving of `reconcile.seed` forced."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from tcpexporter import loader, reconcile
+from tcpexporter.connections import CONNECTION, Direction, Records
+from tcpexporter.sockets import netns_inode, open_tables
+from tcpexporter.tracker import Tracker
+from tests.support import Exporter, Peers, inside, new_netns, reset
+
+
+@pytest.fixture
+def tracker() -> Iterator[Tracker]:
+    """One that is attached to this namespace and not seeded."""
+    attached = Tracker(
+        loader.load(loader.Request(max_connections=1024, netns=netns_inode()))
+    )
+    yield attached
+    attached.close()
+
+
+class Looks:
+    """The socket tables, with something that happens after each look is taken."""
+
+    def __init__(self, *after: Callable[[], object]) -> None:
+        self._tables = open_tables("sock_diag", "self")
+        self._after = list(after)
+        self.taken = 0
+
+    def __call__(self) -> Records:
+        look = self._tables.established()
+        self.taken += 1
+        if self._after:
+            self._after.pop(0)()
+        return look
+
+    def close(self) -> None:
+        self._tables.close()
+
+
+def seed(tracker: Tracker, *after: Callable[[], object]) -> int:
+    """Seed with those things happening after the looks; how many looks it took."""
+    looks = Looks(*after)
+    try:
+        reconcile.seed(tracker, looks)
+    finally:
+        looks.close()
+    return looks.taken
+
+
+def everything(chunks: Iterator[Records]) -> Records:
+    return np.concatenate([chunk.copy() for chunk in chunks])
+
+
+def at_port(tracker: Tracker, port: int) -> Records:
+    """All that the tracker has of a local port, from events and seeds."""
+    known = everything(tracker.read())
+    return known[known["key"]["local_port"] == port]
+
+
+def boottime_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+@pytest.fixture
+def peers() -> Iterator[Peers]:
+    with Peers() as opened:
+        yield opened
+
+
+def test_connections_from_before_are_seeded(peers: Peers) -> None:
+    """a: what was open before the program was attached counts from when it was seen."""
+    peers.connect(5)
+    tracker = Tracker(loader.load(loader.Request(1024, netns_inode())))
+    try:
+        before_ns = boottime_ns()
+        assert seed(tracker) == 2
+        seeds = at_port(tracker, peers.port)
+        assert len(seeds) == 5
+        assert (seeds["value"]["established_ns"] >= before_ns).all()
+        assert (seeds["value"]["established_ns"] <= boottime_ns()).all()
+        assert (seeds["value"]["direction"] == Direction.INBOUND).all()
+        peers.pairs[0][0].close()
+        assert len(at_port(tracker, peers.port)) == 4
+    finally:
+        tracker.close()
+
+
+def test_what_the_kernel_told_is_not_seeded(tracker: Tracker, peers: Peers) -> None:
+    """b: opened while attached, before the first look: once, with the kernel's time."""
+    peers.connect(5)
+    opened_ns = boottime_ns()
+    seed(tracker)
+    known = at_port(tracker, peers.port)
+    assert len(known) == 5
+    assert (known["value"]["established_ns"] <= opened_ns).all()
+    assert len(everything(tracker.seeded())) == 0
+
+
+def test_what_opens_after_the_first_look_keeps_its_time(
+    tracker: Tracker, peers: Peers
+) -> None:
+    """c: opened between the looks: once, with the kernel's time."""
+    times_ns = []
+
+    def open_more() -> None:
+        times_ns.append(boottime_ns())
+        peers.connect(3)
+        times_ns.append(boottime_ns())
+
+    seed(tracker, open_more, open_more)
+    known = at_port(tracker, peers.port)
+    assert len(known) == 6
+    established_ns = np.sort(known["value"]["established_ns"])
+    assert (established_ns[:3] >= times_ns[0]).all()
+    assert (established_ns[:3] <= times_ns[1]).all()
+    assert (established_ns[3:] >= times_ns[2]).all()
+    assert (established_ns[3:] <= times_ns[3]).all()
+
+
+class Reusable:
+    """A connection whose address pair can be used again at once."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self.open()
+
+    def open(self) -> None:
+        self.client = socket.socket()
+        self.client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.client.bind(("127.0.0.1", 61999))
+        self.client.connect(("127.0.0.1", self._peers.port))
+        self.server, _ = self._peers.listener.accept()
+
+    def close(self) -> None:
+        if self.client.fileno() < 0:
+            return
+        reset(self.client)
+        self.server.close()
+
+    def reopen(self) -> None:
+        self.close()
+        self.open()
+
+
+@pytest.fixture
+def reusable(peers: Peers) -> Iterator[Reusable]:
+    """A connection from before the tracker."""
+    made = Reusable(peers)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def late_tracker(reusable: Reusable) -> Iterator[Tracker]:
+    """One that is attached when the connection is there already."""
+    del reusable
+    attached = Tracker(loader.load(loader.Request(1024, netns_inode())))
+    yield attached
+    attached.close()
+
+
+def test_what_closes_before_it_is_a_seed_does_not_stay(
+    late_tracker: Tracker, reusable: Reusable, peers: Peers
+) -> None:
+    """d: seen by the first look, closed before it is added: gone after the others."""
+    assert seed(late_tracker, reusable.close) == 3
+    assert len(at_port(late_tracker, peers.port)) == 0
+
+
+def test_what_is_reopened_before_it_is_a_seed_has_its_own_time(
+    late_tracker: Tracker, reusable: Reusable, peers: Peers
+) -> None:
+    """e: closed and opened anew between first look and adding: the kernel's time."""
+    times_ns = []
+
+    def reopen() -> None:
+        times_ns.append(boottime_ns())
+        reusable.reopen()
+
+    seed(late_tracker, reopen)
+    known = at_port(late_tracker, peers.port)
+    assert len(known) == 1
+    assert known["value"]["established_ns"][0] >= times_ns[0]
+    assert len(everything(late_tracker.seeded())) == 0
+
+
+@pytest.mark.parametrize("look", [1, 2], ids=["second look", "third look"])
+def test_what_is_reopened_while_seeds_are_settled_has_its_own_time(
+    late_tracker: Tracker, reusable: Reusable, peers: Peers, look: int
+) -> None:
+    """f: a stale seed, opened anew after a later look: the kernel's time, once."""
+    times_ns = []
+
+    def reopen() -> None:
+        times_ns.append(boottime_ns())
+        reusable.open()
+
+    nothing = [lambda: None] * (look - 1)
+    seed(late_tracker, reusable.close, *nothing, reopen)
+    known = at_port(late_tracker, peers.port)
+    assert len(known) == 1
+    assert known["value"]["established_ns"][0] >= times_ns[0]
+    assert len(everything(late_tracker.seeded())) == 0
+
+
+def test_what_closes_while_seeds_are_settled_does_not_stay(
+    late_tracker: Tracker, reusable: Reusable, peers: Peers
+) -> None:
+    """g: a seed that closes after the second look: the kernel takes it out."""
+    assert seed(late_tracker, lambda: None, reusable.close) == 2
+    assert len(at_port(late_tracker, peers.port)) == 0
+
+
+def test_what_one_look_misses_stays(
+    late_tracker: Tracker, reusable: Reusable, peers: Peers
+) -> None:
+    """h: hidden from the second look, there in the third: it was never gone."""
+    del reusable
+    tables = open_tables("sock_diag", "self")
+    looks = 0
+
+    def look() -> Records:
+        nonlocal looks
+        looks += 1
+        return np.empty(0, CONNECTION) if looks == 2 else tables.established()
+
+    reconcile.seed(late_tracker, look)
+    assert looks == 3
+    assert len(at_port(late_tracker, peers.port)) == 1
+    tables.close()
+
+
+def test_a_stale_seed_has_no_part_in_its_successors_age(
+    late_tracker: Tracker, reusable: Reusable, peers: Peers
+) -> None:
+    """A seed whose close was missed goes when the kernel tells of a new connection."""
+    reusable.reopen()
+    stale = np.zeros(1, CONNECTION)
+    stale["key"] = at_port(late_tracker, peers.port)["key"]
+    reusable.close()
+    stale["value"]["established_ns"] = 1
+    assert late_tracker.add_seeds(stale) == 0
+    assert len(at_port(late_tracker, peers.port)) == 1
+    reusable.open()
+    known = at_port(late_tracker, peers.port)
+    assert len(known) == 1
+    assert known["value"]["established_ns"][0] > 1
+
+
+def test_more_seeds_than_fit_are_reported(tracker: Tracker) -> None:
+    """What finds no room is counted, what fits is kept."""
+    seeds = np.zeros(1031, CONNECTION)
+    seeds["key"]["remote_port"] = np.arange(1031)
+    assert tracker.add_seeds(seeds) == 1031 - 1024
+    assert len(everything(tracker.seeded())) == 1024
+
+
+def test_removing_seeds_passes_over_those_that_are_gone(tracker: Tracker) -> None:
+    """Any mixture of known and unknown keys ends with none of them there."""
+    seeds = np.zeros(101, CONNECTION)
+    seeds["key"]["remote_port"] = np.arange(101)
+    tracker.add_seeds(seeds[::3])
+    tracker.remove_seeds(seeds["key"][1:])
+    assert everything(tracker.seeded())["key"]["remote_port"].tolist() == [0]
+
+
+def test_seeds_of_the_command_are_long_term_after_duration() -> None:
+    """Through the command: IPv4, IPv6 and v4-mapped from before, counted from its start."""
+    with Peers() as four, Peers("::") as both:
+        four.connect(7)
+        both.connect(5, "127.0.0.1")
+        both.connect(3, "::1")
+        with Exporter("--source", "ebpf", "--duration", "1") as exporter:
+            time.sleep(1.1)
+            assert exporter.long_term(four.port) == 7
+            assert exporter.long_term(both.port, 4) == 5
+            assert exporter.long_term(both.port, 6) == 3
+            four.pairs[0][0].close()
+            assert exporter.long_term(four.port) == 6
+
+
+def test_outbound_connections_from_before_are_not_inbound() -> None:
+    """One end has a listener on its port, the other has not."""
+    with Peers() as peers:
+        peers.connect(2)
+        ephemeral = peers.pairs[0][0].getsockname()[1]
+        with Exporter("--direction", "outbound") as exporter:
+            assert exporter.established(ephemeral) == 1
+            assert exporter.established(peers.port) == 0
+
+
+def test_every_namespaces_connections_are_seeded() -> None:
+    """``--netns all`` has those from before of a namespace without any process."""
+    with new_netns() as elsewhere:
+        with inside(elsewhere):
+            peers = Peers("::1")
+            peers.connect(5)
+        with peers, Exporter("--netns", "all") as exporter:
+            assert exporter.established(peers.port, 6) == 5
