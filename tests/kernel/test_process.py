@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The process: what it holds, how it ends, and what it says when it cannot start."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tcpexporter import loader, privileges
+from tcpexporter.connections import CONNECTION
+from tcpexporter.sockets import netns_inode
+from tcpexporter.tracker import Tracker
+from tests.support import DEADLINE_S, Exporter, Peers, bpf_programs
+
+OURS = "on_state_change"
+NOBODY = 65534
+
+
+def status(process: int, thread: int) -> dict[str, list[str]]:
+    lines = Path(f"/proc/{process}/task/{thread}/status").read_text().splitlines()
+    return {
+        name: value.split() for name, _, value in (line.partition(":") for line in lines)
+    }
+
+
+def threads(process: int) -> list[int]:
+    return [int(each.name) for each in Path(f"/proc/{process}/task").iterdir()]
+
+
+def wait_until_gone(expected: int) -> None:
+    """The kernel frees what a killed process held a moment after it is reaped."""
+    until = time.monotonic() + DEADLINE_S
+    while bpf_programs().count(OURS) > expected:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("source", ["ebpf", "sock_diag"])
+def test_root_is_given_up_for_good(source: str) -> None:
+    """No thread has a root id, a group, or a capability in any set, nor a way back."""
+    with Exporter("--source", source) as exporter:
+        pid = exporter.process.pid
+        for thread in threads(pid):
+            shown = status(pid, thread)
+            assert shown["Uid"] == [str(NOBODY)] * 4
+            assert shown["Gid"] == [str(NOBODY)] * 4
+            assert shown["Groups"] == []
+            for held in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+                assert int(shown[held][0], 16) == 0, held
+            assert shown["NoNewPrivs"] == ["1"]
+
+
+def test_the_user_can_be_chosen() -> None:
+    """``--user`` names whom it becomes."""
+    with Exporter("--user", "daemon") as exporter:
+        pid = exporter.process.pid
+        assert status(pid, pid)["Uid"] == ["1"] * 4
+
+
+def test_the_serving_process_does_not_hold_bcc() -> None:
+    """Neither BCC nor LLVM is mapped, and the child that loaded them is gone."""
+    with Exporter("--source", "ebpf") as exporter:
+        maps = Path(f"/proc/{exporter.process.pid}/maps").read_text()
+        assert "libbpf" in maps
+        assert "libbcc" not in maps
+        assert "LLVM" not in maps
+        children = Path(
+            f"/proc/{exporter.process.pid}/task/{exporter.process.pid}/children"
+        ).read_text()
+        assert children == ""
+
+
+def test_maps_can_be_used_without_privilege() -> None:
+    """Reading, adding and removing work by descriptor after everything is dropped."""
+    tracker = Tracker(loader.load(loader.Request(1024, netns_inode())))
+    child = os.fork()
+    if child == 0:
+        outcome = 1
+        with contextlib.suppress(BaseException):
+            privileges.drop(privileges.find_user("nobody"), tracker.events)
+            seeds = np.zeros(7, CONNECTION)
+            seeds["key"]["remote_port"] = np.arange(7)
+            tracker.add_seeds(seeds)
+            tracker.remove_seeds(seeds["key"][:2])
+            tracker.events()
+            outcome = 0 if sum(len(chunk) for chunk in tracker.seeded()) == 5 else 2
+        os._exit(outcome)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    tracker.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
+    """Exit code 0, nothing on standard error but its log, nothing left in the kernel."""
+    before = bpf_programs().count(OURS)
+    with Exporter("--source", "ebpf") as exporter:
+        assert bpf_programs().count(OURS) == before + 1
+        with socket.create_connection(("127.0.0.1", exporter.port)):
+            exporter.process.send_signal(number)
+            _, complaints = exporter.process.communicate(timeout=DEADLINE_S)
+        assert exporter.process.returncode == 0
+        assert "Traceback" not in complaints
+    wait_until_gone(before)
+
+
+def test_a_signal_while_it_loads_ends_it_cleanly() -> None:
+    """As early as a signal may come, it ends with 0 and leaves no child behind."""
+    before = bpf_programs().count(OURS)
+    for delay_s in (0.3, 0.4, 0.5, 0.7, 0.9):
+        with Exporter("--source", "ebpf", wait=False) as exporter:
+            time.sleep(delay_s)
+            code, complaints = exporter.stop()
+            assert code == 0, complaints
+            assert "Traceback" not in complaints
+    wait_until_gone(before)
+
+
+def test_killed_it_leaves_nothing_in_the_kernel() -> None:
+    """SIGKILL closes the descriptors, and with them goes everything."""
+    before = bpf_programs().count(OURS)
+    with Exporter("--source", "ebpf") as exporter:
+        assert bpf_programs().count(OURS) == before + 1
+        exporter.process.kill()
+    wait_until_gone(before)
+
+
+COMMAND = (sys.executable, "-m", "tcpexporter")
+AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *COMMAND)
+
+
+def refused(*arguments: str, command: tuple[str, ...] = COMMAND) -> tuple[int, str]:
+    """How a start that cannot work ends: its exit code and its last line."""
+    ended = subprocess.run(
+        [*command, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert "Traceback" not in ended.stderr
+    return ended.returncode, ended.stderr.splitlines()[-1]
+
+
+def test_a_port_in_use_is_refused() -> None:
+    """One sentence that names the port and the remedy, exit code 1."""
+    with Peers() as peers:
+        code, sentence = refused("--listen", f"127.0.0.1:{peers.port}")
+    assert code == 1
+    assert f"port {peers.port} is already in use" in sentence
+    assert "--listen" in sentence
+
+
+def test_an_unknown_user_is_refused() -> None:
+    """Before anything is loaded, with the setting that chooses another."""
+    code, sentence = refused("--user", "no-such-user")
+    assert code == 1
+    assert "no user 'no-such-user'" in sentence
+    assert "--user" in sentence
+
+
+def test_root_is_refused_as_user() -> None:
+    """Giving up root for root would be none."""
+    assert refused("--user", "root")[0] == 1
+
+
+def test_a_named_source_that_does_not_work_is_refused() -> None:
+    """``--source ebpf`` without privilege: exit code 1 and what would help, no fallback."""
+    code, sentence = refused("--source", "ebpf", command=AS_NOBODY)
+    assert code == 1
+    assert "takes root" in sentence
+    assert "sudo" in sentence
+
+
+def test_auto_says_why_it_polls() -> None:
+    """One warning: which source, why not a better one, what would help."""
+    with Exporter(command=AS_NOBODY) as exporter:
+        assert exporter.value("tcpexporter_source_info", source="sock_diag") == 1
+        code, complaints = exporter.stop()
+    assert code == 0
+    warnings = [line for line in complaints.splitlines() if "WARNING" in line]
+    assert len(warnings) == 1
+    assert "polling sock_diag, because ebpf does not work" in warnings[0]
+    assert "sudo" in warnings[0]
+
+
+@pytest.mark.parametrize("source", ["sock_diag", "procfs"])
+def test_polling_sources_give_the_same_numbers(source: str) -> None:
+    """A polling source counts what it sees, its age from the first poll that did."""
+    with (
+        Peers("::") as peers,
+        Exporter("--source", source, "--interval", "0.1", "--duration", "1") as exporter,
+    ):
+        peers.connect(7, "127.0.0.1")
+        peers.connect(5, "::1")
+        time.sleep(0.5)
+        assert exporter.value("tcpexporter_source_info", source=source) == 1
+        assert exporter.established(peers.port, 4) == 7
+        assert exporter.established(peers.port, 6) == 5
+        time.sleep(1.2)
+        assert exporter.long_term(peers.port, 4) == 7
+        assert exporter.long_term(peers.port, 6) == 5
+        peers.pairs[0][1].close()
+        time.sleep(0.5)
+        assert exporter.established(peers.port, 4) == 6
+        assert exporter.value("tcpexporter_kernel_events_total", action="inserted") is None
