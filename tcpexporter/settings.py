@@ -5,7 +5,6 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from importlib import metadata
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -13,6 +12,7 @@ from typing import Any, NoReturn, Self
 import configargparse
 
 from tcpexporter.errors import SettingsError
+from tcpexporter.version import VERSION
 
 _PREFIX = "TCPEXPORTER_"
 _LONGEST_DURATION_S = (2**63 - 1) // 10**9
@@ -179,7 +179,7 @@ def _parser() -> _Parser:
         config_file_parser_class=_FileFormat,
         config_file_open_func=Path,  # _FileFormat reads it, and words what goes wrong
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     for title, settings in _GROUPS.items():
         group = parser.add_argument_group(title)
         for setting in settings:
@@ -194,13 +194,6 @@ def _parser() -> _Parser:
                 is_config_file_arg=setting.kind is _PATH,
             )
     return parser
-
-
-def _version() -> str:
-    try:
-        return metadata.version("tcpexporter")
-    except metadata.PackageNotFoundError:  # run from its source tree
-        return "(not installed)"
 
 
 def _whole(lowest: int, highest: int) -> Callable[[str], int]:
@@ -306,7 +299,10 @@ _LISTEN = _Kind(
     _listen,
 )
 _DURATION = _Kind(
-    "TIME", "whole seconds as in 90, or hours to seconds as in 1m30s", _duration
+    "TIME",
+    f"whole seconds from 0 to {_LONGEST_DURATION_S}, or hours, minutes and seconds"
+    " as in 1m30s",
+    _duration,
 )
 _INTERVAL = _Kind(
     "TIME", "0.1 to 3600 seconds as in 0.5, or minutes and seconds as in 1m30s", _interval
