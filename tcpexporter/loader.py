@@ -208,8 +208,8 @@ def _import_bcc() -> Any:
     except ImportError as error:
         raise LoadError(
             f"Python cannot import BCC ({error}): install the distribution's python3-bpfcc "
-            "or python3-bcc, and its own Python or a virtual environment made from that with "
-            "--system-site-packages"
+            "or python3-bcc, and its own Python or a virtual environment made from that "
+            "with --system-site-packages"
         ) from error
     if not hasattr(bcc, "BPF"):
         raise LoadError(
