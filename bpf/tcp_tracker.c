@@ -5,6 +5,8 @@
  *
  * MAX_CONNECTIONS    how many entries each map can hold
  * NETNS              inode of the only network namespace to watch, 0: all
+ * LOSE_ONE_IN        in tests, how many events one is lost of, by chance
+ * LOSE_ONE_IN        in tests, how many events one is lost of, by chance
  * SKC_NET_OFFSET     of sock_common.skc_net  } from the running kernel's BTF,
  * NETNS_INUM_OFFSET  of net.ns.inum          } or neither, without BTF
  */
@@ -91,6 +93,16 @@ int on_state_change(struct tracepoint__sock__inet_sock_set_state *args)
 		return 0;
 	if (args->newstate != TCP_ESTABLISHED && args->oldstate != TCP_ESTABLISHED)
 		return 0;
+#ifdef LOSE_ONE_IN
+	/* For tests: as when the kernel does not run this program. */
+	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0)
+		return 0;
+#endif
+#ifdef LOSE_ONE_IN
+	/* For tests: as when the kernel does not run this program. */
+	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0)
+		return 0;
+#endif
 
 	key.netns = netns_of(args->skaddr);
 	if (NETNS && key.netns != NETNS)

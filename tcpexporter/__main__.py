@@ -83,7 +83,7 @@ def _run(settings: Settings) -> None:
         account = privileges.find_user(settings.user) if os.geteuid() == 0 else None
         source = _open_source(settings)
         resources.callback(source.close)
-        privileges.drop(account, source.kernel_events)
+        privileges.drop(account, source.report)
         registry = _make_registry(source, settings)
         if settings.once:
             source.start()
@@ -119,7 +119,12 @@ def _open_source(settings: Settings) -> Source:
 
 def _open(name: str, settings: Settings) -> Source:
     if name == "ebpf":
-        return EbpfSource(netns=settings.netns, max_connections=settings.max_connections)
+        return EbpfSource(
+            netns=settings.netns,
+            max_connections=settings.max_connections,
+            reconcile_interval_s=settings.reconcile_interval_s,
+            reconcile_cpu_share=settings.reconcile_cpu_percent / 100,
+        )
     return PollingSource(open_tables(name, settings.netns), settings.interval_s)
 
 

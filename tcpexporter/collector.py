@@ -3,7 +3,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from tcpexporter import version
 from tcpexporter.counting import IP_VERSIONS, PerPort, PortMask, Selection, count, listened
-from tcpexporter.sources import Source
+from tcpexporter.sources import Reconciliation, Source
 
 PORT_LABELS = ("port", "tcp_version")
 
@@ -101,21 +101,74 @@ class ConnectionCollector(Collector):
             "TCP connections that are known, of every port, direction and IP version.",
             total,
         )
-        if self._source.max_connections is not None:
+        report = self._source.report()
+        if report.max_connections is not None:
             yield GaugeMetricFamily(
                 "tcpexporter_max_connections",
-                "TCP connections that fit, as --max-connections has it.",
-                self._source.max_connections,
+                "TCP connections that there is room for.",
+                report.max_connections,
             )
-        if events := self._source.kernel_events():
-            family = CounterMetricFamily(
+        if report.seeded_connections is not None:
+            yield GaugeMetricFamily(
+                "tcpexporter_seeded_connections",
+                "Of the tracked connections, those known from the socket tables alone, whose "
+                "age is a lower bound.",
+                report.seeded_connections,
+            )
+        if report.kernel_events:
+            yield _by_label(
                 "tcpexporter_kernel_events",
                 "Connections that the BPF program inserted, removed, or had no room for.",
-                labels=("action",),
+                "action",
+                report.kernel_events,
             )
-            for action, number in events.items():
-                family.add_metric((action,), number)
-            yield family
+        if report.missed_events is not None:
+            yield CounterMetricFamily(
+                "tcpexporter_missed_events",
+                "Changes of state that the kernel did not run the BPF program for.",
+                report.missed_events,
+            )
+        if report.reconciliation is not None:
+            yield from _about_reconciling(report.reconciliation)
+
+
+def _about_reconciling(done: Reconciliation) -> Iterator[Metric]:
+    yield CounterMetricFamily(
+        "tcpexporter_reconciliations",
+        "How often the connections were compared with the kernel's socket tables.",
+        done.runs,
+    )
+    yield _by_label(
+        "tcpexporter_corrections",
+        "Connections that were added because their opening was missed, or removed as "
+        "their closing was.",
+        "kind",
+        {"missed_open": done.missed_open, "missed_close": done.missed_close},
+    )
+    yield GaugeMetricFamily(
+        "tcpexporter_reconcile_duration_seconds",
+        "How long the last comparison took.",
+        done.duration_s,
+    )
+    yield GaugeMetricFamily(
+        "tcpexporter_reconcile_interval_seconds",
+        "How long until the next comparison, unless events are missed; 0: not without that.",
+        done.interval_s,
+    )
+    yield GaugeMetricFamily(
+        "tcpexporter_last_reconcile_timestamp_seconds",
+        "When the last comparison ended; 0: there was none yet.",
+        done.finished_s,
+    )
+
+
+def _by_label(
+    name: str, text: str, label: str, values: Mapping[str, int]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=(label,))
+    for value, number in values.items():
+        family.add_metric((value,), number)
+    return family
 
 
 class BuildCollector(Collector):

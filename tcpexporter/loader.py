@@ -6,7 +6,6 @@ child hands the descriptors of what it made to its parent and exits; the maps
 and the attachment live as long as their descriptors.
 """
 
-import ctypes
 import json
 import logging
 import os
@@ -14,12 +13,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tcpexporter.btf import Btf
 from tcpexporter.errors import LoadError, SourceError
-from tcpexporter.libbpf import load_libbpf
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +33,6 @@ CAP_SYS_ADMIN = 21
 CAP_PERFMON = 38
 CAP_BPF = 39
 
-BTF_KIND_STRUCT = 4
-
 
 @dataclass(frozen=True)
 class Request:
@@ -45,6 +42,8 @@ class Request:
     """How many entries each map can hold."""
     netns: int
     """Inode of the only network namespace to watch, 0: all."""
+    lose_one_in: int = 0
+    """For tests: of how many events one is lost by chance, 0: none."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,8 @@ class Loaded:
     descriptors: Descriptors
     knows_netns: bool
     """Whether it tells network namespaces apart; else that of every key is 0."""
+    counts_misses: bool
+    """Whether the kernel counts all the events that it did not run the program for."""
 
 
 def load(request: Request) -> Loaded:
@@ -124,7 +125,7 @@ def _receive(channel: socket.socket) -> Loaded:
     outcome = json.loads(message)
     if "error" in outcome:
         raise LoadError(outcome["error"])
-    return Loaded(Descriptors(*descriptors), outcome["knows_netns"])
+    return Loaded(Descriptors(*descriptors), **outcome)
 
 
 def _main(channel_descriptor: int, request: Request) -> None:
@@ -134,10 +135,9 @@ def _main(channel_descriptor: int, request: Request) -> None:
         except SourceError as error:
             channel.send(json.dumps({"error": str(error)}).encode())
         else:
-            outcome = {"knows_netns": loaded.knows_netns}
-            socket.send_fds(
-                channel, [json.dumps(outcome).encode()], astuple(loaded.descriptors)
-            )
+            outcome = asdict(loaded)
+            descriptors = outcome.pop("descriptors").values()
+            socket.send_fds(channel, [json.dumps(outcome).encode()], list(descriptors))
     os._exit(0)  # BCC detaches when Python exits
 
 
@@ -146,13 +146,13 @@ def _load_here(request: Request) -> Loaded:
     _require_tracepoint()
     bcc = _import_bcc()
     sources = _sources()
-    offsets = _netns_offsets(needed=request.netns != 0)
+    types = _types(needed=request.netns != 0)
     # BCC takes it for a kernel's source tree, and looks into its include/.
     os.environ["BCC_KERNEL_SOURCE"] = str(sources)
     try:
         bpf = bcc.BPF(
             src_file=str(sources / "tcp_tracker.c"),
-            cflags=_cflags(sources, request, offsets),
+            cflags=_cflags(sources, request, types),
         )
         program = bpf.load_func("on_state_change", bcc.BPF.TRACEPOINT)
         bpf.attach_tracepoint(tp=TRACEPOINT, fn_name="on_state_change")
@@ -167,7 +167,9 @@ def _load_here(request: Request) -> Loaded:
         program=program.fd,
         perf_event=bpf.tracepoint_fds[TRACEPOINT.encode()],
     )
-    return Loaded(descriptors, knows_netns=bool(offsets))
+    return Loaded(
+        descriptors, knows_netns=types is not None, counts_misses=_counts_misses(types)
+    )
 
 
 def _sources() -> Path:
@@ -218,86 +220,51 @@ def _import_bcc() -> Any:
     return bcc
 
 
-def _cflags(sources: Path, request: Request, offsets: dict[str, int]) -> list[str]:
-    defines = {
-        "MAX_CONNECTIONS": request.max_connections,
-        "NETNS": request.netns,
-        **offsets,
-    }
-    return [f"-I{sources}"] + [f"-D{name}={value}" for name, value in defines.items()]
-
-
-def _netns_offsets(*, needed: bool) -> dict[str, int]:
-    """Where a socket's network namespace is found, in bytes; empty without BTF.
-
-    Only the running kernel's BTF knows it. Headers may be another version's.
-    """
+def _types(*, needed: bool) -> Btf | None:
     try:
-        btf = _Btf()
-        return {
-            "SKC_NET_OFFSET": btf.offset("sock_common", "skc_net"),
-            "NETNS_INUM_OFFSET": btf.offset("net", "ns") + btf.offset("ns_common", "inum"),
-        }
+        return Btf()
     except SourceError as error:
         if needed:
             raise LoadError(
                 f"{error}, so network namespaces cannot be told apart: --netns all counts "
                 "them together"
             ) from error
-        return {}
+        return None
 
 
-class _BtfType(ctypes.Structure):
-    _fields_ = (
-        ("name", ctypes.c_uint32),
-        ("info", ctypes.c_uint32),
-        ("size", ctypes.c_uint32),
-    )
+def _cflags(sources: Path, request: Request, types: Btf | None) -> list[str]:
+    defines = {
+        "MAX_CONNECTIONS": request.max_connections,
+        "NETNS": request.netns,
+        **_netns_offsets(types),
+    }
+    if request.lose_one_in:
+        defines["LOSE_ONE_IN"] = request.lose_one_in
+    return [f"-I{sources}"] + [f"-D{name}={value}" for name, value in defines.items()]
 
 
-class _BtfMember(ctypes.Structure):
-    _fields_ = (
-        ("name", ctypes.c_uint32),
-        ("type", ctypes.c_uint32),
-        ("offset", ctypes.c_uint32),
-    )
+def _netns_offsets(types: Btf | None) -> dict[str, int]:
+    """Where a socket's network namespace is found, in bytes.
 
-
-class _Btf:
-    """The running kernel's types, as libbpf reads them from /sys/kernel/btf/vmlinux.
-
-    The layouts are those of include/uapi/linux/btf.h: the members follow their
-    struct, ``info`` has their number in 16 bits, ``offset`` is in bits and
-    shares its word with a bitfield's size where the struct has bitfields.
+    Only the running kernel's BTF knows it. Headers may be another version's.
     """
+    if types is None:
+        return {}
+    return {
+        "SKC_NET_OFFSET": types.offset("sock_common", "skc_net"),
+        "NETNS_INUM_OFFSET": types.offset("net", "ns") + types.offset("ns_common", "inum"),
+    }
 
-    def __init__(self) -> None:
-        libbpf = load_libbpf()
-        libbpf.btf__load_vmlinux_btf.restype = ctypes.c_void_p
-        libbpf.btf__type_by_id.restype = ctypes.POINTER(_BtfType)
-        libbpf.btf__name_by_offset.restype = ctypes.c_char_p
-        self._libbpf = libbpf
-        self._btf = ctypes.c_void_p(libbpf.btf__load_vmlinux_btf())
-        if libbpf.libbpf_get_error(self._btf) or not self._btf:
-            raise LoadError(
-                "this kernel tells no types (no BTF in /sys/kernel/btf/vmlinux)"
-            )
 
-    def offset(self, struct: str, member: str) -> int:
-        """Bytes from the start of ``struct`` to ``member``."""
-        number = self._libbpf.btf__find_by_name_kind(
-            self._btf, struct.encode(), BTF_KIND_STRUCT
-        )
-        if number > 0:
-            described = self._libbpf.btf__type_by_id(self._btf, number).contents
-            first = ctypes.addressof(described) + ctypes.sizeof(described)
-            for each in (_BtfMember * (described.info & 0xFFFF)).from_address(first):
-                if (
-                    self._libbpf.btf__name_by_offset(self._btf, each.name)
-                    == member.encode()
-                ):
-                    return int(each.offset & 0xFFFFFF) // 8
-        raise LoadError(f"this kernel's BTF has no {struct}.{member}")
+def _counts_misses(types: Btf | None) -> bool:
+    """Whether ``recursion_misses`` is counted for tracepoints, too.
+
+    It is since Linux kernel commit dd8657894c11 ("bpf: Count missed stats in
+    trace_call_bpf") (in v6.7). Nothing shows that one, but what came with it does:
+    ``missed`` in ``struct bpf_link_info``, by commit 3acf8ace6823 ("bpf: Add missed
+    value to kprobe perf link info").
+    """
+    return types is not None and types.mentions("bpf_link_info", "missed")
 
 
 if __name__ == "__main__":

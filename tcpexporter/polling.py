@@ -3,21 +3,20 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
 from tcpexporter.connections import CONNECTION, Records, locate
 from tcpexporter.errors import SourceError
 from tcpexporter.sockets import SocketTables
+from tcpexporter.sources import Report
 
 log = logging.getLogger(__name__)
 
 
 class PollingSource:
     """The connections of the last poll, their age counted from the first that saw them."""
-
-    max_connections = None
 
     def __init__(self, tables: SocketTables, interval_s: float) -> None:
         self.name = tables.name
@@ -51,8 +50,8 @@ class PollingSource:
     def listeners(self) -> Records:
         return self._tables.listeners()
 
-    def kernel_events(self) -> Mapping[str, int]:
-        return {}
+    def report(self) -> Report:
+        return Report()
 
     def _poll_on(self) -> None:
         known = next(self.read())

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """What differs between the tracker and the socket tables, and which of them is right.
 
-The program is attached before the tables are read, so a connection can open or
-close at any point of seeding. `seed` takes these steps:
+The tables are right about what is established, and cannot be read at one
+moment. The tracker has the times, and can miss events. Connections open and
+close all the while, so no single difference proves anything.
 
-1. look at the tables: what is established becomes a seed, in one bulk update;
-2. take out of the seeds what the tracepoint has told of;
-3. look again: a seed that is not there any more is doubtful;
-4. look at the tables once more if there are doubtful seeds, and take out those
-   that are not there again.
+Seeding
+-------
+The program is attached before the tables are read. Then `seed`
+
+1. looks at the tables: what is established becomes a seed, in one bulk update;
+2. takes out of the seeds what the tracepoint has told of (in `Tracker.add_seeds`);
+3. looks again: a seed that is not there any more is doubtful;
+4. looks once more if there are doubtful seeds, and takes out those that are not
+   there again.
 
 For a connection, against those steps:
 
@@ -31,47 +36,213 @@ h. Open all the time, but hidden from one look by its neighbours (see
    3 and 4 miss it.
 
 Removing a seed is right at any time after its connection has closed, and a
-successor is never a seed, so no step has to be atomic with another.
+successor that the kernel tells of is never a seed, so no step has to be atomic
+with another.
 
-One window stays: the kernel tells of a close just before it stores the new
-state, and a task can be preempted between the two. A seed added in that window
-by 1, for a socket that 3 still shows as established, stays.
+The kernel tells of a close just before it stores the new state, and a task can
+be preempted between the two. A seed added in that window by 1, for a socket
+that 3 still shows as established, stays until the next reconciliation.
+
+Reconciling
+-----------
+`reconcile` looks at the tables, reads the tracker, and does both again if they
+differ. Only what differs in the same way both times is corrected:
+
+i. Open, and its opening was missed: both looks show it and the tracker never
+   has it. It is added as a seed, by steps 1 to 4.
+j. Opened before the first look, closed before the tracker was read: it looks
+   like i. The second look does not show it.
+k. As j, but opened anew before the second look and closed again before the
+   tracker was read again: it is added, and step 4 takes it out.
+l. Closed, and its closing was missed: neither look shows it and the tracker
+   has the same entry, of the same time, both times. It is removed.
+m. Opened after the first look had passed its place: the tracker has it, the look
+   does not. Its time is after the first look began, so it is not judged.
+n. The kernel tells of an opening just before it stores the state: the entry is
+   there and a look does not show it. The second look comes later and does.
+o. Open, and hidden from the first look by its neighbours: the second shows it.
+p. As l, but opened anew, with word of it, before it is removed. What is removed
+   from ``tracked`` is looked at as it is taken, in one step where the kernel has
+   that; a newer entry goes back, as a seed with its own time, by steps 2 to 4.
+
+So a correction can be wrong only if two looks in a row miss the same connection
+(n or o, twice). The next reconciliation then finds it as i, with a lower age.
 """
 
 import logging
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
-from tcpexporter.connections import Records, contains
+from tcpexporter.connections import Records, contains, locate
+from tcpexporter.errors import SourceError
+from tcpexporter.sources import Reconciliation
 from tcpexporter.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
+Look = Callable[[], Records]
+"""A look at the socket tables: what is established, of dtype `CONNECTION`."""
 
-def seed(tracker: Tracker, established: Callable[[], Records]) -> None:
-    """Add the connections that are older than the tracker.
+WATCH_S = 1.0
+"""How often the kernel is asked whether events were missed."""
 
-    Args:
-        tracker: already attached.
-        established: a look at the socket tables, of dtype `CONNECTION`.
+
+@dataclass(frozen=True)
+class Corrections:
+    """How many connections were corrected."""
+
+    missed_open: int = 0
+    missed_close: int = 0
+
+
+def seed(tracker: Tracker, look: Look) -> int:
+    """Add the connections that are older than the tracker, which is attached already.
+
+    Returns:
+        How many found no room.
 
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
-    seeds = established()
-    if refused := tracker.add_seeds(seeds):
-        log.warning(
-            "%s of the %s connections from before are not counted: raise --max-connections",
-            refused,
-            len(seeds),
+    return _add(tracker, look(), look)
+
+
+def reconcile(tracker: Tracker, look: Look) -> Corrections:
+    """Make the tracker agree with the socket tables, in what is certain.
+
+    Raises:
+        SourceError: the tables cannot be read, or the kernel refuses a map operation.
+    """
+    began_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    missing, gone = _differences(tracker, look())
+    gone = gone[gone["value"]["established_ns"] < began_ns]  # m
+    if not len(missing) and not len(gone):
+        return Corrections()
+    still_missing, still_gone = _differences(tracker, look())
+    missing = missing[contains(missing["key"], still_missing["key"])]
+    gone = gone[_same(gone, still_gone)]
+    refused = _add(tracker, missing, look) if len(missing) else 0
+    if len(gone):
+        _remove(tracker, gone, look)
+    return Corrections(missed_open=len(missing) - refused, missed_close=len(gone))
+
+
+def _differences(tracker: Tracker, established: Records) -> tuple[Records, Records]:
+    """What the tracker does not have, and what only the tracker has."""
+    known = np.concatenate([chunk.copy() for chunk in tracker.read()])
+    missing = established[~contains(established["key"], known["key"])]
+    gone = known[~contains(known["key"], established["key"])]
+    return missing, gone
+
+
+def _same(before: Records, now: Records) -> npt.NDArray[np.bool_]:
+    """Which entries of ``before`` are in ``now`` with the same key and time."""
+    place = locate(before["key"], now["key"])
+    is_there = place >= 0
+    if len(now):
+        is_there &= (
+            now["value"]["established_ns"][place] == before["value"]["established_ns"]
         )
-    for chunk in tracker.tracked():
-        told = chunk["key"]
-        tracker.remove_seeds(told[contains(told, seeds["key"])])
+    return is_there
+
+
+def _add(tracker: Tracker, seeds: Records, look: Look) -> int:
+    """Steps 2 to 4; returns how many seeds found no room."""
+    refused = tracker.add_seeds(seeds)
     doubtful = seeds["key"]
     for _ in range(2):
-        doubtful = doubtful[~contains(doubtful, established()["key"])]
+        doubtful = doubtful[~contains(doubtful, look()["key"])]
         if not len(doubtful):
-            return
+            return refused
     tracker.remove_seeds(np.unique(doubtful))
+    return refused
+
+
+def _remove(tracker: Tracker, gone: Records, look: Look) -> None:
+    tracker.remove_seeds(gone["key"])
+    newer = tracker.remove_tracked(gone)
+    if len(newer):
+        _add(tracker, newer, look)
+
+
+class Reconciler:
+    """Reconciles in a thread: at intervals, and when the kernel missed events."""
+
+    def __init__(
+        self, tracker: Tracker, look: Look, *, interval_s: float, cpu_share: float
+    ) -> None:
+        """Prepare to reconcile; `start` begins.
+
+        Args:
+            tracker: what is corrected.
+            look: at the socket tables; called from the thread.
+            interval_s: between two runs; 0: only when events were missed.
+            cpu_share: of one core, how much it may use on average. What it used is
+                waited for until it is no more than that, whatever the reason to run.
+        """
+        self.state = Reconciliation(interval_s=interval_s)
+        self._tracker = tracker
+        self._look = look
+        self._interval_s = interval_s
+        self._cpu_share = cpu_share
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="reconcile", daemon=True)
+
+    def start(self) -> None:
+        """Watch from now on."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, after the run that it is in."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        failing = False
+        trouble = 0
+        finished_s = time.monotonic()
+        rest_s = 0.0
+        while not self._stop.wait(WATCH_S):
+            try:
+                seen = self._trouble()
+                waited_s = time.monotonic() - finished_s
+                is_due = 0 < self._interval_s <= waited_s
+                if waited_s < rest_s or (seen == trouble and not is_due):
+                    continue
+                rest_s = self._run()
+                trouble = seen
+                failing = False
+            except SourceError as error:
+                if not failing:
+                    log.warning("the numbers cannot be checked: %s", error)
+                failing = True
+            finished_s = time.monotonic()
+
+    def _trouble(self) -> int:
+        """A number that grows when the kernel missed events, or had no room for them."""
+        return (self._tracker.missed_events() or 0) + self._tracker.events()["refused"]
+
+    def _run(self) -> float:
+        """Reconcile once; returns for how many seconds it has used its share of CPU."""
+        began_s = time.monotonic()
+        began_cpu_s = time.thread_time()
+        corrections = reconcile(self._tracker, self._look)
+        rest_s = (time.thread_time() - began_cpu_s) / self._cpu_share
+        self.state = replace(
+            self.state,
+            runs=self.state.runs + 1,
+            missed_open=self.state.missed_open + corrections.missed_open,
+            missed_close=self.state.missed_close + corrections.missed_close,
+            duration_s=time.monotonic() - began_s,
+            finished_s=time.time(),
+            interval_s=max(self._interval_s, rest_s),
+        )
+        if corrections != Corrections():
+            log.debug("corrected: %s", corrections)
+        return rest_s

@@ -41,6 +41,10 @@ class Settings:
     interval_s: float = 1.0
     """Between two polls of a polling source."""
     max_connections: int = 262144
+    reconcile_interval_s: float = 60.0
+    """Between two comparisons with the socket tables; 0: only when events were missed."""
+    reconcile_cpu_percent: float = 2.0
+    """Of one core, what they may use on average."""
     user: str = "nobody"
     log_level: str = "info"
     log_format: str = "text"
@@ -262,6 +266,20 @@ def _interval(text: str) -> float:
     return seconds
 
 
+def _reconcile(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds > 86400:
+        raise ValueError(text)
+    return seconds
+
+
+def _percent(text: str) -> float:
+    percent = float(text)
+    if not re.fullmatch(r"[0-9.]+", text) or not 0.1 <= percent <= 100:
+        raise ValueError(text)
+    return percent
+
+
 def _user(text: str) -> str:
     if not re.fullmatch(r"[^\s:\0]+", text):
         raise ValueError(text)
@@ -307,6 +325,8 @@ _DURATION = _Kind(
 _INTERVAL = _Kind(
     "TIME", "0.1 to 3600 seconds as in 0.5, or minutes and seconds as in 1m30s", _interval
 )
+_RECONCILE = _Kind("TIME", "0 for never, or seconds up to 86400, or as in 5m", _reconcile)
+_PERCENT = _Kind("PERCENT", "a number from 0.1 to 100", _percent)
 _CONNECTIONS = _Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
 _USER = _Kind("USER", "the name of a user", _user)
 _PATH = _Kind("PATH", "the path of a file", lambda text: text or None)
@@ -415,6 +435,20 @@ _GROUPS = {
             "262144",
             _CONNECTIONS,
             "how many connections there is room for",
+        ),
+        _Setting(
+            "reconcile-interval",
+            "60",
+            _RECONCILE,
+            "how often what eBPF told is compared with the kernel's socket tables",
+            attribute="reconcile_interval_s",
+        ),
+        _Setting(
+            "reconcile-cpu",
+            "2",
+            _PERCENT,
+            "how much of one core that may take on average",
+            attribute="reconcile_cpu_percent",
         ),
     ),
     "how it is told": (

@@ -54,8 +54,12 @@ REPLY_BYTES = 65536
 REPLY_TIMEOUT_S = 10
 PIECE_BYTES = 1 << 20
 
-ENTRY = np.dtype([("key", KEY), ("state", "u1"), ("v6only", "?")])
-"""A socket as either table tells of it: a TCP state, and of a listener if it is v6only."""
+ENTRY = np.dtype([("key", KEY), ("state", "u1"), ("v6only", "?"), ("age_ns", "i8")])
+"""A socket as either table tells of it.
+
+``state`` is a TCP state; ``v6only`` is of a listener; ``age_ns`` is how long a
+connection has been established at least, 0 where the table does not tell.
+"""
 
 DIAG_MESSAGE = np.dtype(
     [
@@ -78,7 +82,29 @@ DIAG_MESSAGE = np.dtype(
 """``struct nlmsghdr`` and ``struct inet_diag_msg``: netlink(7), sock_diag(7)."""
 
 NETLINK_HEADER_BYTES = 16
+INET_DIAG_INFO = 2
 INET_DIAG_SKV6ONLY = 11
+
+TCP_INFO = np.dtype(
+    {
+        "names": [
+            "options",
+            "last_data_sent_ms",
+            "last_data_recv_ms",
+            "last_ack_recv_ms",
+            "busy_time_us",
+        ],
+        "formats": ["u1", "u4", "u4", "u4", "u8"],
+        "offsets": [5, 44, 52, 56, 168],
+        "itemsize": 176,
+    }
+)
+"""The part of ``struct tcp_info`` that ages are taken from: include/uapi/linux/tcp.h."""
+
+TCPI_OPT_SYN_DATA = 32
+
+JIFFY_NS = 10_000_000
+"""The longest there is, at HZ=100: by up to one a difference of two is too large."""
 
 
 class Reader(Protocol):
@@ -115,9 +141,10 @@ class SocketTables:
     def established(self) -> Records:
         """The connections in state ESTABLISHED, of dtype `CONNECTION`.
 
-        ``established_ns`` is when each was seen, on CLOCK_BOOTTIME: it was
-        established then or before. A connection is inbound when its local port
-        is listened on in its network namespace.
+        ``established_ns`` is when each was seen, on CLOCK_BOOTTIME, or as long
+        before as the table can tell: it was established then or before. A
+        connection is inbound when its local port is listened on in its network
+        namespace.
 
         What is there throughout is nearly always seen, and nearly always once.
         The kernel goes on by position from one part of a dump to the next: a
@@ -253,16 +280,18 @@ class SockDiagReader:
         self._socket.close()
 
     def entries(self) -> Iterator[Records]:
-        return self._dump(1 << SS_ESTABLISHED | 1 << SS_LISTEN)
+        return self._dump(1 << SS_ESTABLISHED | 1 << SS_LISTEN, 1 << (INET_DIAG_INFO - 1))
 
     def listening(self) -> Iterator[Records]:
         return self._dump(1 << SS_LISTEN)
 
-    def _dump(self, states: int) -> Iterator[Records]:
+    def _dump(self, states: int, extensions: int = 0) -> Iterator[Records]:
         try:
             for family in (socket.AF_INET, socket.AF_INET6):
                 self._sequence += 1
-                self._socket.send(sock_diag_request(family, states, self._sequence))
+                self._socket.send(
+                    sock_diag_request(family, states, extensions, self._sequence)
+                )
                 yield from self._replies()
         except OSError as error:
             raise SocketTableError(
@@ -285,8 +314,11 @@ def _netlink_socket() -> socket.socket:
     return opened
 
 
-def sock_diag_request(family: int, states: int, sequence: int) -> bytes:
-    """A request for the TCP sockets of a family in any of ``states``, a bit for each."""
+def sock_diag_request(family: int, states: int, extensions: int, sequence: int) -> bytes:
+    """A request for the TCP sockets of a family in any of ``states``, a bit for each.
+
+    So are ``extensions``, the attributes that each reply is asked to have.
+    """
     request = inet_diag_req()
     request["header"]["type"] = SOCK_DIAG_BY_FAMILY
     request["header"]["flags"] = NLM_F_REQUEST | NLM_F_DUMP
@@ -294,6 +326,7 @@ def sock_diag_request(family: int, states: int, sequence: int) -> bytes:
     request["sdiag_family"] = family
     request["sdiag_protocol"] = socket.IPPROTO_TCP
     request["idiag_states"] = states
+    request["idiag_ext"] = extensions
     request.encode()
     return bytes(request.data)
 
@@ -356,26 +389,58 @@ def _diag_entries(rows: Bytes, netns: int) -> Records:
         entries["key"][f"{end}_port"] = messages[f"{end}_port"]
     entries["key"]["netns"] = netns
     entries["state"] = messages["state"]
-    entries["v6only"] = _attribute(rows, INET_DIAG_SKV6ONLY) != 0
+    has, v6only = _attribute(rows, INET_DIAG_SKV6ONLY, 1)
+    entries["v6only"][has] = v6only[:, 0] != 0
+    has, info = _attribute(rows, INET_DIAG_INFO, TCP_INFO.itemsize)
+    entries["age_ns"][has] = _lowest_ages_ns(info.view(TCP_INFO)[:, 0])
     return entries
 
 
-def _attribute(rows: Bytes, kind: int) -> Bytes:
-    """The first byte of an attribute's payload in each message, 0 where it is not there.
+def _attribute(rows: Bytes, kind: int, size: int) -> tuple[npt.NDArray[np.intp], Bytes]:
+    """The beginning of an attribute's payload, in those messages that have that much of it.
 
     All messages are walked at once, one attribute further each time.
+
+    Returns:
+        The indices of those messages, and the bytes, of shape (indices, size).
     """
-    payload = np.zeros(len(rows), np.uint8)
+    payload_at = np.zeros(len(rows), np.intp)
     position = np.full(len(rows), DIAG_MESSAGE.itemsize)
     every = np.arange(len(rows))
-    last = rows.shape[1] - 5
-    while len(every := every[position[every] <= last]):
+    while len(every := every[position[every] + 4 <= rows.shape[1]]):
         at = position[every]
         header = rows[every[:, None], at[:, None] + np.arange(4)].view(np.uint16)
-        here = header[:, 1] == kind
-        payload[every[here]] = rows[every[here], at[here] + 4]
-        position[every] += np.maximum((header[:, 0].astype(np.intp) + 3) & ~3, 4)
-    return payload
+        length = header[:, 0].astype(np.intp)
+        is_wanted = (header[:, 1] == kind) & (length >= 4 + size)
+        is_wanted &= at + 4 + size <= rows.shape[1]
+        payload_at[every[is_wanted]] = at[is_wanted] + 4
+        position[every] += np.maximum((length + 3) & ~3, 4)
+    has = np.flatnonzero(payload_at)
+    return has, rows[has[:, None], payload_at[has, None] + np.arange(size)]
+
+
+def _lowest_ages_ns(info: Records) -> npt.NDArray[np.int64]:
+    """How long connections have been established at least, from dtype `TCP_INFO`.
+
+    Each of these is counted from when the connection was established, or later:
+
+    - last_data_sent: tcp_finish_connect and tcp_rcv_state_process set ``lsndtime``
+      when they establish it;
+    - last_data_recv: tcp_finish_connect and tcp_create_openreq_child set ``lrcvtime``;
+      the latter at the SYN, too early, when that carried data (TCP Fast Open);
+    - last_ack_recv: tcp_ack sets ``rcv_tstamp``, at the latest for the handshake;
+    - busy_time: how long there was data on the way, likewise but for Fast Open.
+
+    Read in the kernel's net/ipv4, v4.10 to v6.18. They are counted in jiffies, which
+    stop in suspend and wrap: both make them smaller.
+    """
+    by_sender = np.maximum(info["last_data_sent_ms"], info["last_ack_recv_ms"])
+    by_all = np.maximum(by_sender, info["last_data_recv_ms"])
+    has_syn_data = info["options"] & TCPI_OPT_SYN_DATA != 0
+    age_ns = np.where(has_syn_data, by_sender, by_all).astype(np.int64) * 1_000_000
+    busy_ns = np.where(has_syn_data, 0, info["busy_time_us"]).astype(np.int64) * 1_000
+    ages_ns: npt.NDArray[np.int64] = np.maximum(age_ns, busy_ns) - JIFFY_NS
+    return np.maximum(ages_ns, 0)
 
 
 class ProcfsReader:
@@ -502,7 +567,8 @@ def _established(reader: Reader) -> Records:
         established = entries[entries["state"] == SS_ESTABLISHED]
         found = np.zeros(len(established), CONNECTION)
         found["key"] = established["key"]
-        found["value"]["established_ns"] = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        found["value"]["established_ns"] = np.maximum(now_ns - established["age_ns"], 0)
         connections.append(found)
     joined = _joined(connections, CONNECTION)
     is_inbound = listened[joined["key"]["local_port"]]

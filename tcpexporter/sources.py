@@ -2,11 +2,44 @@
 """The seam between where connections are known from and what is made of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from tcpexporter.connections import LISTENER, Records
+
+
+@dataclass(frozen=True)
+class Reconciliation:
+    """What comparing with the socket tables has come to."""
+
+    runs: int = 0
+    missed_open: int = 0
+    """Connections that were added because the kernel's word of them was missed."""
+    missed_close: int = 0
+    """Connections that were removed for the same reason."""
+    duration_s: float = 0.0
+    """Of the last run."""
+    finished_s: float = 0.0
+    """When the last run ended, by the wall clock; 0: there was none."""
+    interval_s: float = 0.0
+    """Until the next run, unless there is a reason for one before."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a source tells of itself; None is what it does not know."""
+
+    max_connections: int | None = None
+    """How many connections fit."""
+    kernel_events: Mapping[str, int] = field(default_factory=dict)
+    """What the BPF program did since it was loaded, by action."""
+    missed_events: int | None = None
+    """How many events the kernel did not run the program for."""
+    seeded_connections: int | None = None
+    """Of those read last, how many are known from the socket tables."""
+    reconciliation: Reconciliation | None = None
 
 
 class Source(Protocol):
@@ -46,13 +79,12 @@ class Source(Protocol):
         """
         ...
 
-    def kernel_events(self) -> Mapping[str, int]:
-        """What the BPF program did since it was loaded, by action; empty without one."""
-        ...
+    def report(self) -> Report:
+        """What there is to know about the source itself.
 
-    @property
-    def max_connections(self) -> int | None:
-        """How many connections fit, None where nothing bounds them."""
+        Raises:
+            SourceError: the kernel refuses to tell.
+        """
         ...
 
 
@@ -64,15 +96,13 @@ class MemorySource:
         chunks: Sequence[Records] = (),
         *,
         listeners: Records | None = None,
-        kernel_events: Mapping[str, int] | None = None,
-        max_connections: int | None = None,
+        report: Report | None = None,
         name: str = "memory",
     ) -> None:
         self.name = name
         self.chunks = list(chunks)
-        self.max_connections = max_connections
         self._listeners = np.empty(0, LISTENER) if listeners is None else listeners
-        self._kernel_events = dict(kernel_events or {})
+        self._report = report or Report()
 
     def start(self) -> None:
         pass
@@ -86,5 +116,5 @@ class MemorySource:
     def listeners(self) -> Records:
         return self._listeners
 
-    def kernel_events(self) -> Mapping[str, int]:
-        return self._kernel_events
+    def report(self) -> Report:
+        return self._report
