@@ -14,15 +14,15 @@ from types import FrameType
 from prometheus_client import CollectorRegistry, generate_latest
 from pythonjsonlogger.json import JsonFormatter
 
-from tcpexporter import privileges, server, version
+from tcpexporter import namespaces, privileges, server, version
 from tcpexporter.collector import ConnectionCollector, make_registry
 from tcpexporter.connections import Direction
-from tcpexporter.counting import select
+from tcpexporter.counting import named, select
 from tcpexporter.ebpf import EbpfSource
 from tcpexporter.errors import SettingsError, SourceError, TcpExporterError
 from tcpexporter.polling import PollingSource
 from tcpexporter.settings import Settings, parse
-from tcpexporter.sockets import netns_inode, open_tables
+from tcpexporter.sockets import open_tables
 from tcpexporter.sources import Source
 
 log = logging.getLogger("tcpexporter")
@@ -83,8 +83,9 @@ def _run(settings: Settings) -> None:
         account = privileges.find_user(settings.user) if os.geteuid() == 0 else None
         source = _open_source(settings)
         resources.callback(source.close)
+        collector = _make_collector(source, settings)
         privileges.drop(account, source.report)
-        registry = _make_registry(source, settings)
+        registry = make_registry(collector)
         if settings.once:
             source.start()
             _print_once(registry, settings.duration_s)
@@ -128,21 +129,23 @@ def _open(name: str, settings: Settings) -> Source:
     return PollingSource(open_tables(name, settings.netns), settings.interval_s)
 
 
-def _make_registry(source: Source, settings: Settings) -> CollectorRegistry:
+def _make_collector(source: Source, settings: Settings) -> ConnectionCollector:
+    own_netns = namespaces.inode()
+    every_netns = settings.netns == "all"
     selection = select(
         settings.ports,
         tcpv6=settings.tcpv6,
         directions=DIRECTIONS[settings.direction],
-        own_listener=None if settings.once else (netns_inode(), settings.listen_port),
+        own_listener=None if settings.once else (own_netns, settings.listen_port),
+        by_netns=every_netns,
     )
-    return make_registry(
-        ConnectionCollector(
-            source,
-            selection,
-            duration_s=settings.duration_s,
-            named_ports=settings.ports,
-            simple=settings.simple,
-        )
+    return ConnectionCollector(
+        source,
+        selection,
+        duration_s=settings.duration_s,
+        named=named(settings.ports, own_netns, selection),
+        names=namespaces.Names().read if every_netns else None,
+        simple=settings.simple,
     )
 
 

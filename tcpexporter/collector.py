@@ -3,9 +3,10 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
+import numpy.typing as npt
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -16,14 +17,17 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from tcpexporter import version
-from tcpexporter.counting import IP_VERSIONS, PerPort, PortMask, Selection, count, listened
+from tcpexporter.counting import SERIES, Selection, Series, count, listened
 from tcpexporter.sources import Reconciliation, Source
 
 PORT_LABELS = ("port", "tcp_version")
 
+FORGET_NS = 300_000_000_000
+"""How long a namespace without name, connection and listener keeps its series."""
+
 
 class ConnectionCollector(Collector):
-    """Reads its source at each scrape; remembers only which ports it has published."""
+    """Reads its source at each scrape; remembers only which series it has published."""
 
     def __init__(
         self,
@@ -31,7 +35,8 @@ class ConnectionCollector(Collector):
         selection: Selection,
         *,
         duration_s: int,
-        named_ports: Iterable[int] = (),
+        named: Series | None = None,
+        names: Callable[[], Mapping[int, str]] | None = None,
         simple: bool = False,
         boottime_ns: Callable[[], int] = lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME),
     ) -> None:
@@ -41,18 +46,20 @@ class ConnectionCollector(Collector):
             source: where the connections come from.
             selection: which of them are counted.
             duration_s: from what age on a connection is long-term.
-            named_ports: have a series from the first scrape on.
+            named: series that are there from the first scrape on, and stay.
+            names: of the namespaces there are, by inode, if they are told apart.
             simple: publish one number without labels.
             boottime_ns: the clock of ``established_ns``.
         """
         self._source = source
         self._selection = selection
         self._duration_s = duration_s
+        self._named = np.empty(0, np.uint64) if named is None else named
+        self._names = names
         self._simple = simple
         self._boottime_ns = boottime_ns
-        self._published = np.zeros_like(selection.mask)
-        self._published[:, list(named_ports)] = True
-        self._published &= selection.mask
+        self._published = self._named
+        self._used_ns: dict[int, int] = {}
 
     def collect(self) -> Iterator[Metric]:
         """The metric families of one scrape.
@@ -61,18 +68,21 @@ class ConnectionCollector(Collector):
             SourceError: the source cannot be read.
         """
         started_s = time.perf_counter()
-        since_ns = self._boottime_ns() - self._duration_s * 1_000_000_000
+        now_ns = self._boottime_ns()
+        since_ns = now_ns - self._duration_s * 1_000_000_000
         counts = count(self._source.read(), self._selection, since_ns)
-        self._published |= listened(self._source.listeners(), self._selection)
-        self._published |= counts.established > 0
+        listening = listened(self._source.listeners(), self._selection)
+        self._publish(np.union1d(counts.series, listening), now_ns)
         yield self._connections(
             "netstat_tcp_longterm_connections_total",
             f"TCP connections established for at least {self._duration_s} seconds.",
+            counts.series,
             counts.long_term,
         )
         yield self._connections(
             "tcp_established_connections",
             "TCP connections that are established, whatever their age.",
+            counts.series,
             counts.established,
         )
         yield from self._about_the_source(counts.total)
@@ -82,12 +92,33 @@ class ConnectionCollector(Collector):
             time.perf_counter() - started_s,
         )
 
-    def _connections(self, name: str, text: str, counts: PerPort) -> GaugeMetricFamily:
+    def _publish(self, used: Series, now_ns: int) -> None:
+        """What is used now, and was before, but for namespaces that are gone."""
+        published = np.union1d(self._published, used)
+        if self._names is not None:
+            kept = {*self._names(), *used.view(SERIES)["netns"].tolist()}
+            self._used_ns.update(dict.fromkeys(kept, now_ns))
+            recent = [
+                netns for netns, at in self._used_ns.items() if now_ns - at <= FORGET_NS
+            ]
+            self._used_ns = {netns: self._used_ns[netns] for netns in recent}
+            published = published[np.isin(published.view(SERIES)["netns"], recent)]
+        self._published = np.union1d(published, self._named)
+
+    def _connections(
+        self, name: str, text: str, series: Series, counts: npt.NDArray[np.int64]
+    ) -> GaugeMetricFamily:
         if self._simple:
             return GaugeMetricFamily(name, text, int(counts.sum()))
-        family = GaugeMetricFamily(name, text, labels=PORT_LABELS)
-        for port, ip_version, number in _by_port(self._published, counts):
-            family.add_metric((str(port), str(ip_version)), number)
+        values = np.zeros(len(self._published), np.int64)
+        values[np.searchsorted(self._published, series)] = counts
+        names = self._names() if self._names else None
+        labels = PORT_LABELS if names is None else (*PORT_LABELS, "netns")
+        family = GaugeMetricFamily(name, text, labels=labels)
+        rows = zip(self._published.view(SERIES).tolist(), values.tolist(), strict=True)
+        for (ip_version, port, netns), number in rows:
+            where = () if names is None else (names.get(netns, str(netns)),)
+            family.add_metric((str(port), str(ip_version), *where), number)
         return family
 
     def _about_the_source(self, total: int) -> Iterator[Metric]:
@@ -111,8 +142,8 @@ class ConnectionCollector(Collector):
         if report.seeded_connections is not None:
             yield GaugeMetricFamily(
                 "tcpexporter_seeded_connections",
-                "Of the tracked connections, those known from the socket tables alone, whose "
-                "age is a lower bound.",
+                "Of the tracked connections, those known from the socket tables alone: "
+                "their age is a lower bound.",
                 report.seeded_connections,
             )
         if report.kernel_events:
@@ -140,8 +171,8 @@ def _about_reconciling(done: Reconciliation) -> Iterator[Metric]:
     )
     yield _by_label(
         "tcpexporter_corrections",
-        "Connections that were added because their opening was missed, or removed as "
-        "their closing was.",
+        "Connections that were added as their opening was missed, or removed as their "
+        "closing was.",
         "kind",
         {"missed_open": done.missed_open, "missed_close": done.missed_close},
     )
@@ -195,11 +226,3 @@ def make_registry(collector: ConnectionCollector) -> CollectorRegistry:
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     return registry
-
-
-def _by_port(published: PortMask, counts: PerPort) -> Iterator[tuple[int, int, int]]:
-    places, ports = np.nonzero(published)
-    for place, port, number in zip(
-        places.tolist(), ports.tolist(), counts[published].tolist(), strict=True
-    ):
-        yield port, IP_VERSIONS[place], number

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Connections to counts per local port and IP version; pure functions."""
+"""Connections to counts per namespace, local port and IP version; pure functions."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,34 +7,38 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections import PORTS, Direction, Records, ip_versions
+from tcpexporter.connections import LISTENER, PORTS, Direction, Records, ip_versions
 
-IP_VERSIONS = (4, 6)
+SERIES = np.dtype([("ip_version", "u2"), ("port", "u2"), ("netns", "u4")])
+"""What has a count of its own; ``netns`` is 0 where namespaces are not told apart."""
 
-PerPort = npt.NDArray[np.int64]
-"""Of shape (2, 65536): IP version 4 and 6, local port."""
-
-PortMask = npt.NDArray[np.bool_]
-"""Of the same shape."""
+Series = npt.NDArray[np.uint64]
+"""A sorted array of `SERIES`, each seen as one number."""
 
 
 @dataclass(frozen=True)
 class Selection:
     """Which connections and listeners are spoken of."""
 
-    mask: PortMask
-    """By IP version and local port."""
+    ports: npt.NDArray[np.bool_]
+    """For each of the 65536, whether it is."""
+    ip_versions: Sequence[int]
     directions: Sequence[Direction]
     own_listener: tuple[int, int] | None
-    """Network namespace and port that the exporter itself listens on."""
+    """Namespace and port that the exporter itself listens on: never spoken of."""
+    by_netns: bool
+    """Whether namespaces are told apart."""
 
 
 @dataclass(frozen=True)
 class Counts:
     """What is established now."""
 
-    established: PerPort
-    long_term: PerPort
+    series: Series
+    established: npt.NDArray[np.int64]
+    """For each of ``series``."""
+    long_term: npt.NDArray[np.int64]
+    """Likewise."""
     total: int
     """Of all connections that were read, selected or not."""
 
@@ -45,12 +49,13 @@ def select(
     tcpv6: bool,
     directions: Sequence[Direction],
     own_listener: tuple[int, int] | None,
+    by_netns: bool = False,
 ) -> Selection:
     """A selection from what a user chose; no ``ports`` are all of them."""
-    mask = np.zeros((len(IP_VERSIONS), PORTS), np.bool_)
-    mask[:, list(ports) if ports else slice(None)] = True
-    mask[1] &= tcpv6
-    return Selection(mask, tuple(directions), own_listener)
+    mask = np.zeros(PORTS, np.bool_)
+    mask[list(ports) if ports else slice(None)] = True
+    versions = (4, 6) if tcpv6 else (4,)
+    return Selection(mask, versions, tuple(directions), own_listener, by_netns)
 
 
 def count(
@@ -64,47 +69,73 @@ def count(
         long_term_since_ns: on CLOCK_BOOTTIME; a connection established then or
             before is long-term. Negative: none is.
     """
-    established = np.zeros(len(IP_VERSIONS) * PORTS, np.int64)
-    long_term = np.zeros_like(established)
     total = 0
+    found = [_count_chunk(np.empty(0, np.uint64), np.empty(0, np.bool_))]
     for chunk in chunks:
         total += len(chunk)
         chosen = chunk[np.isin(chunk["value"]["direction"], selection.directions)]
-        chosen = chosen[
-            ~_is_own(chosen["key"]["netns"], chosen["key"]["local_port"], selection)
-        ]
-        place = _place(ip_versions(chosen["key"]), chosen["key"]["local_port"])
-        established += np.bincount(place, minlength=len(established))
-        if long_term_since_ns >= 0:
-            is_old = chosen["value"]["established_ns"] <= long_term_since_ns
-            long_term += np.bincount(place[is_old], minlength=len(established))
-    shape = selection.mask.shape
+        key = chosen["key"]
+        series = _series(key["netns"], key["local_port"], ip_versions(key), selection)
+        is_selected = series != 0
+        is_old = np.full(len(chosen), long_term_since_ns >= 0)
+        is_old &= chosen["value"]["established_ns"] <= max(long_term_since_ns, 0)
+        found.append(_count_chunk(series[is_selected], is_old[is_selected]))
+    all_series, established, long_term = map(np.concatenate, zip(*found, strict=True))
+    merged, place = np.unique(all_series, return_inverse=True)
     return Counts(
-        np.where(selection.mask, established.reshape(shape), 0),
-        np.where(selection.mask, long_term.reshape(shape), 0),
+        merged,
+        _sums(place, established, len(merged)),
+        _sums(place, long_term, len(merged)),
         total,
     )
 
 
-def listened(listeners: Records, selection: Selection) -> PortMask:
-    """The selected ports that are in ``listeners``, of dtype `LISTENER`."""
-    others = listeners[~_is_own(listeners["netns"], listeners["port"], selection)]
-    mask = np.zeros(selection.mask.size, np.bool_)
-    mask[_place(others["ip_version"], others["port"])] = True
-    return mask.reshape(selection.mask.shape) & selection.mask
+def listened(listeners: Records, selection: Selection) -> Series:
+    """The selected series of ``listeners``, of dtype `LISTENER`."""
+    series = _series(
+        listeners["netns"], listeners["port"], listeners["ip_version"], selection
+    )
+    return np.unique(series[series != 0])
 
 
-def _is_own(
-    netns: npt.NDArray[np.uint32], port: npt.NDArray[np.uint16], selection: Selection
-) -> npt.NDArray[np.bool_]:
-    if selection.own_listener is None:
-        return np.zeros(len(port), np.bool_)
-    own_netns, own_port = selection.own_listener
-    is_own: PortMask = (port == own_port) & ((netns == own_netns) | (netns == 0))
-    return is_own
+def named(ports: Sequence[int], netns: int, selection: Selection) -> Series:
+    """The selected series of ``ports`` in one namespace."""
+    listeners = np.zeros(len(ports) * 2, LISTENER)
+    listeners["netns"] = netns
+    listeners["port"] = np.repeat(np.array(ports, np.uint16), 2)
+    listeners["ip_version"] = np.tile(np.array((4, 6), np.uint8), len(ports))
+    return listened(listeners, selection)
 
 
-def _place(
-    versions: npt.NDArray[np.uint8], ports: npt.NDArray[np.uint16]
-) -> npt.NDArray[np.intp]:
-    return np.where(versions == 6, PORTS, 0) + ports.astype(np.intp)
+def _series(
+    netns: npt.NDArray[np.uint32],
+    port: npt.NDArray[np.uint16],
+    ip_version: npt.NDArray[np.uint8],
+    selection: Selection,
+) -> Series:
+    """Of each, 0 for what is not selected."""
+    series = np.zeros(len(port), SERIES)
+    series["ip_version"] = ip_version
+    series["port"] = port
+    if selection.by_netns:
+        series["netns"] = netns
+    is_selected = selection.ports[port] & np.isin(ip_version, selection.ip_versions)
+    if selection.own_listener is not None:
+        own_netns, own_port = selection.own_listener
+        is_selected &= (port != own_port) | ((netns != own_netns) & (netns != 0))
+    return np.where(is_selected, series.view(np.uint64), np.uint64(0))
+
+
+def _count_chunk(
+    series: Series, is_old: npt.NDArray[np.bool_]
+) -> tuple[Series, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    merged, place, established = np.unique(series, return_inverse=True, return_counts=True)
+    return merged, established, _sums(place, is_old, len(merged))
+
+
+def _sums(
+    place: npt.NDArray[np.intp], numbers: npt.NDArray[np.int64 | np.bool_], size: int
+) -> npt.NDArray[np.int64]:
+    sums = np.zeros(size, np.int64)
+    np.add.at(sums, place, numbers)
+    return sums

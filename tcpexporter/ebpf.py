@@ -5,14 +5,36 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from tcpexporter import loader
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter import loader, namespaces
 from tcpexporter.connections import Records
-from tcpexporter.reconcile import Reconciler, seed
-from tcpexporter.sockets import netns_inode, open_tables
+from tcpexporter.reconcile import Reconciler, Tables, seed
+from tcpexporter.sockets import SocketTables, open_tables
 from tcpexporter.sources import Report
 from tcpexporter.tracker import Tracker
 
 log = logging.getLogger(__name__)
+
+
+class _WithoutNetns:
+    """Socket tables in the eyes of a program that cannot tell namespaces apart.
+
+    A connection of a namespace that the tables do not cover cannot be told from one
+    whose closing was missed, so they say that they cover none.
+    """
+
+    def __init__(self, tables: SocketTables) -> None:
+        self._tables = tables
+
+    def established(self) -> Records:
+        connections = self._tables.established()
+        connections["key"]["netns"] = 0
+        return connections
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        return np.empty(0, np.uint32)
 
 
 class EbpfSource:
@@ -31,7 +53,7 @@ class EbpfSource:
         """Load and attach the program; takes root, or CAP_BPF and CAP_PERFMON.
 
         Args:
-            netns: ``self``, or ``all`` for every network namespace of the host.
+            netns: as `namespaces.find` takes it, or ``all`` for every one of the host.
             max_connections: how many the tracker holds, and as many seeds.
             reconcile_interval_s: as `Reconciler` has it.
             reconcile_cpu_share: likewise.
@@ -41,21 +63,25 @@ class EbpfSource:
         """
         self._max_connections = max_connections
         self._refused_is_told = False
-        only = netns_inode() if netns == "self" else 0
+        only = 0 if netns == "all" else namespaces.inode(namespaces.find(netns))
         with contextlib.ExitStack() as undo:
             self._tracker = Tracker(loader.load(loader.Request(max_connections, only)))
             undo.callback(self._tracker.close)
             self._tables = open_tables("auto", netns)
             undo.pop_all()
+        knows_netns = self._tracker.knows_netns
+        self._compared: Tables = (
+            self._tables if knows_netns else _WithoutNetns(self._tables)
+        )
         self._reconciler = Reconciler(
             self._tracker,
-            self._look,
+            self._compared,
             interval_s=reconcile_interval_s,
             cpu_share=reconcile_cpu_share,
         )
 
     def start(self) -> None:
-        if refused := seed(self._tracker, self._look):
+        if refused := seed(self._tracker, self._compared):
             self._tell_refused(refused)
         self._reconciler.start()
 
@@ -81,12 +107,6 @@ class EbpfSource:
             seeded_connections=self._tracker.seeds_read,
             reconciliation=self._reconciler.state,
         )
-
-    def _look(self) -> Records:
-        connections = self._tables.established()
-        if not self._tracker.knows_netns:
-            connections["key"]["netns"] = 0
-        return connections
 
     def _tell_refused(self, refused: int) -> None:
         if not self._refused_is_told:

@@ -60,20 +60,22 @@ m. Opened after the first look had passed its place: the tracker has it, the loo
    does not. Its time is after the first look began, so it is not judged.
 n. The kernel tells of an opening just before it stores the state: the entry is
    there and a look does not show it. The second look comes later and does.
-o. Open, and hidden from the first look by its neighbours: the second shows it.
-p. As l, but opened anew, with word of it, before it is removed. What is removed
+o. Of a network namespace that the tables do not cover, as it is newer than the
+   exporter: it is not judged.
+p. Open, and hidden from the first look by its neighbours: the second shows it.
+q. As l, but opened anew, with word of it, before it is removed. What is removed
    from ``tracked`` is looked at as it is taken, in one step where the kernel has
    that; a newer entry goes back, as a seed with its own time, by steps 2 to 4.
 
 So a correction can be wrong only if two looks in a row miss the same connection
-(n or o, twice). The next reconciliation then finds it as i, with a lower age.
+(n or p, twice). The next reconciliation then finds it as i, with a lower age.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -85,8 +87,18 @@ from tcpexporter.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
-Look = Callable[[], Records]
-"""A look at the socket tables: what is established, of dtype `CONNECTION`."""
+
+class Tables(Protocol):
+    """The socket tables to look at, as `SocketTables` gives them."""
+
+    def established(self) -> Records:
+        """What is established, of dtype `CONNECTION`."""
+        ...
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        """The inodes of the network namespaces that they cover."""
+        ...
+
 
 WATCH_S = 1.0
 """How often the kernel is asked whether events were missed."""
@@ -100,7 +112,7 @@ class Corrections:
     missed_close: int = 0
 
 
-def seed(tracker: Tracker, look: Look) -> int:
+def seed(tracker: Tracker, tables: Tables) -> int:
     """Add the connections that are older than the tracker, which is attached already.
 
     Returns:
@@ -109,35 +121,36 @@ def seed(tracker: Tracker, look: Look) -> int:
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
-    return _add(tracker, look(), look)
+    return _add(tracker, tables.established(), tables)
 
 
-def reconcile(tracker: Tracker, look: Look) -> Corrections:
+def reconcile(tracker: Tracker, tables: Tables) -> Corrections:
     """Make the tracker agree with the socket tables, in what is certain.
 
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
     began_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    missing, gone = _differences(tracker, look())
+    missing, gone = _differences(tracker, tables)
     gone = gone[gone["value"]["established_ns"] < began_ns]  # m
     if not len(missing) and not len(gone):
         return Corrections()
-    still_missing, still_gone = _differences(tracker, look())
+    still_missing, still_gone = _differences(tracker, tables)
     missing = missing[contains(missing["key"], still_missing["key"])]
     gone = gone[_same(gone, still_gone)]
-    refused = _add(tracker, missing, look) if len(missing) else 0
+    refused = _add(tracker, missing, tables) if len(missing) else 0
     if len(gone):
-        _remove(tracker, gone, look)
+        _remove(tracker, gone, tables)
     return Corrections(missed_open=len(missing) - refused, missed_close=len(gone))
 
 
-def _differences(tracker: Tracker, established: Records) -> tuple[Records, Records]:
-    """What the tracker does not have, and what only the tracker has."""
+def _differences(tracker: Tracker, tables: Tables) -> tuple[Records, Records]:
+    """What only the tables have, and what only the tracker has."""
+    established = tables.established()
     known = np.concatenate([chunk.copy() for chunk in tracker.read()])
     missing = established[~contains(established["key"], known["key"])]
     gone = known[~contains(known["key"], established["key"])]
-    return missing, gone
+    return missing, gone[np.isin(gone["key"]["netns"], tables.namespaces())]  # o
 
 
 def _same(before: Records, now: Records) -> npt.NDArray[np.bool_]:
@@ -151,43 +164,43 @@ def _same(before: Records, now: Records) -> npt.NDArray[np.bool_]:
     return is_there
 
 
-def _add(tracker: Tracker, seeds: Records, look: Look) -> int:
+def _add(tracker: Tracker, seeds: Records, tables: Tables) -> int:
     """Steps 2 to 4; returns how many seeds found no room."""
     refused = tracker.add_seeds(seeds)
     doubtful = seeds["key"]
     for _ in range(2):
-        doubtful = doubtful[~contains(doubtful, look()["key"])]
+        doubtful = doubtful[~contains(doubtful, tables.established()["key"])]
         if not len(doubtful):
             return refused
     tracker.remove_seeds(np.unique(doubtful))
     return refused
 
 
-def _remove(tracker: Tracker, gone: Records, look: Look) -> None:
+def _remove(tracker: Tracker, gone: Records, tables: Tables) -> None:
     tracker.remove_seeds(gone["key"])
     newer = tracker.remove_tracked(gone)
     if len(newer):
-        _add(tracker, newer, look)
+        _add(tracker, newer, tables)
 
 
 class Reconciler:
     """Reconciles in a thread: at intervals, and when the kernel missed events."""
 
     def __init__(
-        self, tracker: Tracker, look: Look, *, interval_s: float, cpu_share: float
+        self, tracker: Tracker, tables: Tables, *, interval_s: float, cpu_share: float
     ) -> None:
         """Prepare to reconcile; `start` begins.
 
         Args:
             tracker: what is corrected.
-            look: at the socket tables; called from the thread.
+            tables: what it is compared with, from the thread.
             interval_s: between two runs; 0: only when events were missed.
             cpu_share: of one core, how much it may use on average. What it used is
                 waited for until it is no more than that, whatever the reason to run.
         """
         self.state = Reconciliation(interval_s=interval_s)
         self._tracker = tracker
-        self._look = look
+        self._tables = tables
         self._interval_s = interval_s
         self._cpu_share = cpu_share
         self._stop = threading.Event()
@@ -232,7 +245,7 @@ class Reconciler:
         """Reconcile once; returns for how many seconds it has used its share of CPU."""
         began_s = time.monotonic()
         began_cpu_s = time.thread_time()
-        corrections = reconcile(self._tracker, self._look)
+        corrections = reconcile(self._tracker, self._tables)
         rest_s = (time.thread_time() - began_cpu_s) / self._cpu_share
         self.state = replace(
             self.state,

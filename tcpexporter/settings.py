@@ -35,7 +35,7 @@ class Settings:
     direction: str = "inbound"
     """inbound, outbound or all."""
     netns: str = "self"
-    """self or all."""
+    """self, all, or the name or path of a network namespace."""
     source: str = "auto"
     """auto, ebpf, sock_diag or procfs."""
     interval_s: float = 1.0
@@ -280,7 +280,7 @@ def _percent(text: str) -> float:
     return percent
 
 
-def _user(text: str) -> str:
+def _word(text: str) -> str:
     if not re.fullmatch(r"[^\s:\0]+", text):
         raise ValueError(text)
     return text
@@ -327,8 +327,11 @@ _INTERVAL = _Kind(
 )
 _RECONCILE = _Kind("TIME", "0 for never, or seconds up to 86400, or as in 5m", _reconcile)
 _PERCENT = _Kind("PERCENT", "a number from 0.1 to 100", _percent)
+_NETNS = _Kind(
+    "NETNS", "self, all, a name that ip netns shows, or a path with a slash", _word
+)
 _CONNECTIONS = _Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
-_USER = _Kind("USER", "the name of a user", _user)
+_USER = _Kind("USER", "the name of a user", _word)
 _PATH = _Kind("PATH", "the path of a file", lambda text: text or None)
 
 
@@ -412,8 +415,9 @@ _GROUPS = {
         _Setting(
             "netns",
             "self",
-            _choice("self", "all"),
-            "count connections of the exporter's network namespace, or of every one",
+            _NETNS,
+            "count connections of the exporter's network namespace, of every one, or of"
+            " another",
         ),
     ),
     "where it is known from": (

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pyroute2 import netns as network_namespaces
+from pyroute2 import netns as pyroute2_netns
 from pyroute2.netlink import (
     NETLINK_SOCK_DIAG,
     NLM_F_DUMP,
@@ -28,6 +28,7 @@ from pyroute2.netlink.diag import (
     inet_diag_req,
 )
 
+from tcpexporter import namespaces
 from tcpexporter.connections import (
     CONNECTION,
     IPV4_PREFIX,
@@ -38,20 +39,21 @@ from tcpexporter.connections import (
     Records,
     ip_versions,
 )
-from tcpexporter.errors import SocketTableError
+from tcpexporter.errors import SocketTableError, SourceError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Bytes = npt.NDArray[np.uint8]
 
-OWN_NETNS = Path("/proc/self/ns/net")
-NAMED_NETNS = Path("/run/netns")
-
 REPLY_BYTES = 65536
 """More than one message of a dump, 32 KiB (netlink_dump in net/netlink/af_netlink.c)."""
 
 REPLY_TIMEOUT_S = 10
+
+FORGET_S = 300
+"""How long a namespace may be without any socket: a service in it may be restarting."""
+
 PIECE_BYTES = 1 << 20
 
 ENTRY = np.dtype([("key", KEY), ("state", "u1"), ("v6only", "?"), ("age_ns", "i8")])
@@ -112,6 +114,8 @@ class Reader(Protocol):
 
     name: str
     """As ``--source`` has it."""
+    netns: int
+    """Inode of the namespace."""
 
     def entries(self) -> Iterator[Records]:
         """The sockets in state ESTABLISHED or LISTEN, in chunks of dtype `ENTRY`."""
@@ -127,16 +131,27 @@ class Reader(Protocol):
 
 
 class SocketTables:
-    """The tables of one or more network namespaces."""
+    """The tables of one or more network namespaces.
+
+    A reader holds its namespace, and the kernel keeps what is held: the devices
+    of a container that is long gone, too. So one of several that has had no socket
+    for a while is let go, unless the namespace has a name.
+    """
 
     def __init__(self, readers: Sequence[Reader]) -> None:
+        """Read through these; the first is of the namespace that is never let go."""
         self.name = readers[0].name
         self._readers = list(readers)
+        self._used_s = {reader.netns: time.monotonic() for reader in readers}
 
     def close(self) -> None:
         """Give all descriptors back."""
         for reader in self._readers:
             reader.close()
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        """The inodes of the namespaces that are read."""
+        return np.array([reader.netns for reader in self._readers], np.uint32)
 
     def established(self) -> Records:
         """The connections in state ESTABLISHED, of dtype `CONNECTION`.
@@ -154,7 +169,15 @@ class SocketTables:
         Raises:
             SocketTableError: they cannot be read, or not understood.
         """
-        return _joined([_established(reader) for reader in self._readers], CONNECTION)
+        found = []
+        used = set()
+        for reader in self._readers:
+            connections, has_listeners = _established(reader)
+            found.append(connections)
+            if has_listeners or len(connections):
+                used.add(reader.netns)
+        self._let_go(used)
+        return _joined(found, CONNECTION)
 
     def listeners(self) -> Records:
         """The listening ports, of dtype `LISTENER`, without repetitions.
@@ -167,13 +190,22 @@ class SocketTables:
         ]
         return np.unique(_joined(found, LISTENER))
 
+    def _let_go(self, used: set[int]) -> None:
+        now_s = time.monotonic()
+        used |= {self._readers[0].netns, *namespaces.named()}
+        self._used_s.update(dict.fromkeys(used, now_s))
+        for reader in self._readers[1:]:
+            if now_s - self._used_s[reader.netns] > FORGET_S:
+                reader.close()
+                self._readers.remove(reader)
+
 
 def open_tables(name: str, netns: str) -> SocketTables:
     """The socket tables to read from now on; needs root for other namespaces than ours.
 
     Args:
         name: ``sock_diag``, ``procfs``, or ``auto`` for the first of them that works.
-        netns: ``self``, or ``all`` for every network namespace there is now.
+        netns: as `namespaces.find` takes it, or ``all`` for every one there is now.
 
     Raises:
         SocketTableError: they cannot be read; says why and what would help.
@@ -185,43 +217,17 @@ def open_tables(name: str, netns: str) -> SocketTables:
             log.warning("reading /proc/net/tcp instead of sock_diag: %s", error)
             return open_tables("procfs", netns)
     reader = SockDiagReader if name == "sock_diag" else ProcfsReader
-    own = reader(OWN_NETNS)
-    if netns == "self":
-        return SocketTables([own])
-    return SocketTables([own, *_readers_of_others(reader)])
+    if netns != "all":
+        return SocketTables([reader(namespaces.find(netns))])
+    return SocketTables([reader(namespaces.OWN), *_open_others(reader)])
 
 
-def netns_inode(netns: Path = OWN_NETNS) -> int:
-    """The number by which the kernel tells network namespaces apart.
-
-    Raises:
-        SocketTableError: there is no such namespace, or it may not be seen.
-    """
-    try:
-        return netns.stat().st_ino
-    except OSError as error:
-        raise SocketTableError(
-            f"cannot see network namespace {netns}: {error.strerror}"
-        ) from error
-
-
-def _readers_of_others(reader: Callable[[Path], Reader]) -> list[Reader]:
-    found: dict[int, Path] = {}
-    for path in [*NAMED_NETNS.glob("*"), *Path("/proc").glob("[0-9]*/ns/net")]:
-        try:
-            found.setdefault(path.stat().st_ino, path)
-        except FileNotFoundError:  # the process has ended meanwhile
-            continue
-        except PermissionError:
-            raise SocketTableError(
-                "--netns all takes root, to see every namespace"
-            ) from None
-    found.pop(netns_inode(), None)
+def _open_others(reader: Callable[[Path], Reader]) -> list[Reader]:
     readers = []
-    for path in found.values():
+    for path in namespaces.others().values():
         try:
             readers.append(reader(path))
-        except SocketTableError as error:
+        except SourceError as error:
             log.warning(
                 "connections of a network namespace from before are not seen: %s", error
             )
@@ -233,13 +239,13 @@ def _within(netns: Path, act: Callable[[], T]) -> T:
 
     A thread enters it and ends: setns(2) moves one thread alone.
     """
-    if netns == OWN_NETNS:
+    if netns == namespaces.OWN:
         return act()
     outcome: list[T | OSError] = []
 
     def enter_and_act() -> None:
         try:
-            network_namespaces.setns(str(netns), flags=0)
+            pyroute2_netns.setns(str(netns), flags=0)
             outcome.append(act())
         except OSError as error:
             outcome.append(error)
@@ -263,7 +269,7 @@ class SockDiagReader:
         Raises:
             SocketTableError: the kernel does not answer.
         """
-        self._netns = netns_inode(netns)
+        self.netns = namespaces.inode(netns)
         self._sequence = 0
         try:
             self._socket = _within(netns, _netlink_socket)
@@ -305,7 +311,7 @@ class SockDiagReader:
             size = self._socket.recv_into(buffer.data)
             runs, finished = decode_sock_diag(buffer[:size], self._sequence)
             for messages in runs:
-                yield _diag_entries(messages, self._netns)
+                yield _diag_entries(messages, self.netns)
 
 
 def _netlink_socket() -> socket.socket:
@@ -454,7 +460,7 @@ class ProcfsReader:
         Raises:
             SocketTableError: they cannot be opened.
         """
-        self._netns = netns_inode(netns)
+        self.netns = namespaces.inode(netns)
         try:
             self._files = _within(netns, _open_procfs)
         except OSError as error:
@@ -469,7 +475,7 @@ class ProcfsReader:
     def entries(self) -> Iterator[Records]:
         for address_words, descriptor in self._files.items():
             for text in _lines(descriptor):
-                entries = decode_procfs(text, address_words, self._netns)
+                entries = decode_procfs(text, address_words, self.netns)
                 yield entries[np.isin(entries["state"], (SS_ESTABLISHED, SS_LISTEN))]
 
     def listening(self) -> Iterator[Records]:
@@ -559,7 +565,8 @@ def _mapped(ipv4: Bytes) -> Bytes:
     return np.hstack([np.broadcast_to(IPV4_PREFIX, (len(ipv4), len(IPV4_PREFIX))), ipv4])
 
 
-def _established(reader: Reader) -> Records:
+def _established(reader: Reader) -> tuple[Records, bool]:
+    """The connections of a namespace, and whether it has listeners."""
     connections = []
     listened = np.zeros(PORTS, np.bool_)
     for entries in reader.entries():
@@ -575,7 +582,7 @@ def _established(reader: Reader) -> Records:
     joined["value"]["direction"] = np.where(
         is_inbound, Direction.INBOUND, Direction.OUTBOUND
     )
-    return joined
+    return joined, bool(listened.any())
 
 
 def _listeners(entries: Records) -> Records:

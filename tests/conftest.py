@@ -11,7 +11,8 @@ import pytest
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.skipped and os.environ.get("CI") == "true":
-        _, _, reason = report.longrepr  # type: ignore[misc]  # of a skip: path, line, reason
+        assert isinstance(report.longrepr, tuple)  # of a skip: path, line, reason
+        reason = report.longrepr[2]
         report.outcome = "failed"
         report.longrepr = f"skipped, which CI does not allow: {reason}"
     return report

@@ -175,11 +175,11 @@ class Exporter:
         wanted = tuple(sorted((key, str(value)) for key, value in labels.items()))
         return self.samples().get((name, wanted))
 
-    def established(self, port: int, version: int = 4) -> float | None:
-        return self.value(ESTABLISHED, port=port, tcp_version=version)
+    def established(self, port: int, version: int = 4, **netns: str) -> float | None:
+        return self.value(ESTABLISHED, port=port, tcp_version=version, **netns)
 
-    def long_term(self, port: int, version: int = 4) -> float | None:
-        return self.value(LONG_TERM, port=port, tcp_version=version)
+    def long_term(self, port: int, version: int = 4, **netns: str) -> float | None:
+        return self.value(LONG_TERM, port=port, tcp_version=version, **netns)
 
     def stop(self) -> tuple[int, str]:
         """End it as an operator does; its exit code and what it wrote to standard error."""

@@ -186,8 +186,8 @@ def test_another_namespace_is_counted_only_when_asked_for() -> None:
             with newer:
                 assert own.established(older.port) is None
                 assert own.established(newer.port) is None
-                assert every.established(older.port) == 7
-                assert every.established(newer.port) == 3
+                assert every.established(older.port, netns=elsewhere) == 7
+                assert every.established(newer.port, netns=elsewhere) == 3
 
 
 def test_kernel_events_are_counted() -> None:

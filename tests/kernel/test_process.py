@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcpexporter import loader, privileges
+from tcpexporter import loader, namespaces, privileges
 from tcpexporter.connections import CONNECTION
-from tcpexporter.sockets import netns_inode
 from tcpexporter.tracker import Tracker
 from tests.support import DEADLINE_S, Exporter, Peers, bpf_programs
 
@@ -79,7 +78,7 @@ def test_the_serving_process_does_not_hold_bcc() -> None:
 
 def test_maps_can_be_used_without_privilege() -> None:
     """Reading, adding and removing work by descriptor after everything is dropped."""
-    tracker = Tracker(loader.load(loader.Request(1024, netns_inode())))
+    tracker = Tracker(loader.load(loader.Request(1024, namespaces.inode())))
     child = os.fork()
     if child == 0:
         outcome = 1

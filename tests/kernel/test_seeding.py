@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from tcpexporter import loader, reconcile
+from tcpexporter import loader, namespaces, reconcile
 from tcpexporter.connections import CONNECTION, Direction, Records
-from tcpexporter.sockets import netns_inode, open_tables
+from tcpexporter.sockets import open_tables
 from tcpexporter.tracker import Tracker
 from tests.support import Exporter, Peers, inside, new_netns, reset
 
@@ -19,7 +20,7 @@ from tests.support import Exporter, Peers, inside, new_netns, reset
 def tracker() -> Iterator[Tracker]:
     """One that is attached to this namespace and not seeded."""
     attached = Tracker(
-        loader.load(loader.Request(max_connections=1024, netns=netns_inode()))
+        loader.load(loader.Request(max_connections=1024, netns=namespaces.inode()))
     )
     yield attached
     attached.close()
@@ -32,13 +33,19 @@ class Looks:
         self._tables = open_tables("sock_diag", "self")
         self._after = list(after)
         self.taken = 0
+        self.hide_from_look = 0
 
-    def __call__(self) -> Records:
+    def established(self) -> Records:
         look = self._tables.established()
         self.taken += 1
+        if self.taken == self.hide_from_look:
+            return look[:0]
         if self._after:
             self._after.pop(0)()
         return look
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        return self._tables.namespaces()
 
     def close(self) -> None:
         self._tables.close()
@@ -61,7 +68,8 @@ def everything(chunks: Iterator[Records]) -> Records:
 def at_port(tracker: Tracker, port: int) -> Records:
     """All that the tracker has of a local port, from events and seeds."""
     known = everything(tracker.read())
-    return known[known["key"]["local_port"] == port]
+    here: Records = known[known["key"]["local_port"] == port]
+    return here
 
 
 def boottime_ns() -> int:
@@ -75,15 +83,15 @@ def peers() -> Iterator[Peers]:
 
 
 def test_connections_from_before_are_seeded(peers: Peers) -> None:
-    """a: what was open before the program was attached counts from when it was seen."""
+    """a: what was open before the program was attached, no older than it is."""
+    opened_ns = boottime_ns()
     peers.connect(5)
-    tracker = Tracker(loader.load(loader.Request(1024, netns_inode())))
+    tracker = Tracker(loader.load(loader.Request(1024, namespaces.inode())))
     try:
-        before_ns = boottime_ns()
         assert seed(tracker) == 2
         seeds = at_port(tracker, peers.port)
         assert len(seeds) == 5
-        assert (seeds["value"]["established_ns"] >= before_ns).all()
+        assert (seeds["value"]["established_ns"] >= opened_ns).all()
         assert (seeds["value"]["established_ns"] <= boottime_ns()).all()
         assert (seeds["value"]["direction"] == Direction.INBOUND).all()
         peers.pairs[0][0].close()
@@ -161,7 +169,7 @@ def reusable(peers: Peers) -> Iterator[Reusable]:
 def late_tracker(reusable: Reusable) -> Iterator[Tracker]:
     """One that is attached when the connection is there already."""
     del reusable
-    attached = Tracker(loader.load(loader.Request(1024, netns_inode())))
+    attached = Tracker(loader.load(loader.Request(1024, namespaces.inode())))
     yield attached
     attached.close()
 
@@ -223,18 +231,12 @@ def test_what_one_look_misses_stays(
 ) -> None:
     """h: hidden from the second look, there in the third: it was never gone."""
     del reusable
-    tables = open_tables("sock_diag", "self")
-    looks = 0
-
-    def look() -> Records:
-        nonlocal looks
-        looks += 1
-        return np.empty(0, CONNECTION) if looks == 2 else tables.established()
-
-    reconcile.seed(late_tracker, look)
-    assert looks == 3
+    looks = Looks()
+    looks.hide_from_look = 2
+    reconcile.seed(late_tracker, looks)
+    looks.close()
+    assert looks.taken == 3
     assert len(at_port(late_tracker, peers.port)) == 1
-    tables.close()
 
 
 def test_a_stale_seed_has_no_part_in_its_successors_age(
@@ -303,4 +305,4 @@ def test_every_namespaces_connections_are_seeded() -> None:
             peers = Peers("::1")
             peers.connect(5)
         with peers, Exporter("--netns", "all") as exporter:
-            assert exporter.established(peers.port, 6) == 5
+            assert exporter.established(peers.port, 6, netns=elsewhere) == 5
