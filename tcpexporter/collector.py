@@ -171,8 +171,7 @@ def _about_reconciling(done: Reconciliation) -> Iterator[Metric]:
     )
     yield _by_label(
         "tcpexporter_corrections",
-        "Connections that were added as their opening was missed, or removed as their "
-        "closing was.",
+        "Connections that were added or removed because the kernel's word was missed.",
         "kind",
         {"missed_open": done.missed_open, "missed_close": done.missed_close},
     )
@@ -183,7 +182,7 @@ def _about_reconciling(done: Reconciliation) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily(
         "tcpexporter_reconcile_interval_seconds",
-        "How long until the next comparison, unless events are missed; 0: not without that.",
+        "How long until the next comparison, unless events are missed; 0: until then.",
         done.interval_s,
     )
     yield GaugeMetricFamily(

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -66,6 +66,14 @@ def inside(netns: str) -> Iterator[None]:
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
+
+
+def eventually(check: Callable[[], bool]) -> None:
+    """Wait until something is so; fail when it never is."""
+    until = time.monotonic() + DEADLINE_S
+    while not check():
+        assert time.monotonic() < until, "it does not become so"
+        time.sleep(0.05)
 
 
 class Peers:

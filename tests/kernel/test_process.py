@@ -16,7 +16,7 @@ import pytest
 from tcpexporter import loader, namespaces, privileges
 from tcpexporter.connections import CONNECTION
 from tcpexporter.tracker import Tracker
-from tests.support import DEADLINE_S, Exporter, Peers, bpf_programs
+from tests.support import DEADLINE_S, Exporter, Peers, bpf_programs, eventually
 
 OURS = "on_state_change"
 NOBODY = 65534
@@ -198,14 +198,11 @@ def test_polling_sources_give_the_same_numbers(source: str) -> None:
     ):
         peers.connect(7, "127.0.0.1")
         peers.connect(5, "::1")
-        time.sleep(0.5)
+        eventually(lambda: exporter.established(peers.port, 4) == 7)
+        eventually(lambda: exporter.established(peers.port, 6) == 5)
         assert exporter.value("tcpexporter_source_info", source=source) == 1
-        assert exporter.established(peers.port, 4) == 7
-        assert exporter.established(peers.port, 6) == 5
-        time.sleep(1.2)
-        assert exporter.long_term(peers.port, 4) == 7
-        assert exporter.long_term(peers.port, 6) == 5
+        eventually(lambda: exporter.long_term(peers.port, 4) == 7)
+        eventually(lambda: exporter.long_term(peers.port, 6) == 5)
         peers.pairs[0][1].close()
-        time.sleep(0.5)
-        assert exporter.established(peers.port, 4) == 6
+        eventually(lambda: exporter.established(peers.port, 4) == 6)
         assert exporter.value("tcpexporter_kernel_events_total", action="inserted") is None

@@ -1,79 +1,32 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Seeding with real BPF and sockets, each interleaving of `reconcile.seed` forced."""
 
-import socket
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
-from tcpexporter import loader, namespaces, reconcile
-from tcpexporter.connections import CONNECTION, Direction, Records
-from tcpexporter.sockets import open_tables
+from tcpexporter import reconcile
+from tcpexporter.connections import CONNECTION, Direction
 from tcpexporter.tracker import Tracker
-from tests.support import Exporter, Peers, inside, new_netns, reset
+from tests.kernel.tracking import Looks, Reusable, at_port, attach, boottime_ns, everything
+from tests.support import Exporter, Peers, inside, new_netns
 
 
 @pytest.fixture
 def tracker() -> Iterator[Tracker]:
     """One that is attached to this namespace and not seeded."""
-    attached = Tracker(
-        loader.load(loader.Request(max_connections=1024, netns=namespaces.inode()))
-    )
+    attached = attach()
     yield attached
     attached.close()
 
 
-class Looks:
-    """The socket tables, with something that happens after each look is taken."""
-
-    def __init__(self, *after: Callable[[], object]) -> None:
-        self._tables = open_tables("sock_diag", "self")
-        self._after = list(after)
-        self.taken = 0
-        self.hide_from_look = 0
-
-    def established(self) -> Records:
-        look = self._tables.established()
-        self.taken += 1
-        if self.taken == self.hide_from_look:
-            return look[:0]
-        if self._after:
-            self._after.pop(0)()
-        return look
-
-    def namespaces(self) -> npt.NDArray[np.uint32]:
-        return self._tables.namespaces()
-
-    def close(self) -> None:
-        self._tables.close()
-
-
-def seed(tracker: Tracker, *after: Callable[[], object]) -> int:
+def seed(tracker: Tracker, *after: Callable[[], object], hide_from_look: int = 0) -> int:
     """Seed with those things happening after the looks; how many looks it took."""
-    looks = Looks(*after)
-    try:
+    with Looks(*after, hide_from_look=hide_from_look) as looks:
         reconcile.seed(tracker, looks)
-    finally:
-        looks.close()
-    return looks.taken
-
-
-def everything(chunks: Iterator[Records]) -> Records:
-    return np.concatenate([chunk.copy() for chunk in chunks])
-
-
-def at_port(tracker: Tracker, port: int) -> Records:
-    """All that the tracker has of a local port, from events and seeds."""
-    known = everything(tracker.read())
-    here: Records = known[known["key"]["local_port"] == port]
-    return here
-
-
-def boottime_ns() -> int:
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return looks.taken
 
 
 @pytest.fixture
@@ -86,7 +39,7 @@ def test_connections_from_before_are_seeded(peers: Peers) -> None:
     """a: what was open before the program was attached, no older than it is."""
     opened_ns = boottime_ns()
     peers.connect(5)
-    tracker = Tracker(loader.load(loader.Request(1024, namespaces.inode())))
+    tracker = attach()
     try:
         assert seed(tracker) == 2
         seeds = at_port(tracker, peers.port)
@@ -132,31 +85,6 @@ def test_what_opens_after_the_first_look_keeps_its_time(
     assert (established_ns[3:] <= times_ns[3]).all()
 
 
-class Reusable:
-    """A connection whose address pair can be used again at once."""
-
-    def __init__(self, peers: Peers) -> None:
-        self._peers = peers
-        self.open()
-
-    def open(self) -> None:
-        self.client = socket.socket()
-        self.client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.client.bind(("127.0.0.1", 61999))
-        self.client.connect(("127.0.0.1", self._peers.port))
-        self.server, _ = self._peers.listener.accept()
-
-    def close(self) -> None:
-        if self.client.fileno() < 0:
-            return
-        reset(self.client)
-        self.server.close()
-
-    def reopen(self) -> None:
-        self.close()
-        self.open()
-
-
 @pytest.fixture
 def reusable(peers: Peers) -> Iterator[Reusable]:
     """A connection from before the tracker."""
@@ -169,7 +97,7 @@ def reusable(peers: Peers) -> Iterator[Reusable]:
 def late_tracker(reusable: Reusable) -> Iterator[Tracker]:
     """One that is attached when the connection is there already."""
     del reusable
-    attached = Tracker(loader.load(loader.Request(1024, namespaces.inode())))
+    attached = attach()
     yield attached
     attached.close()
 
@@ -231,11 +159,7 @@ def test_what_one_look_misses_stays(
 ) -> None:
     """h: hidden from the second look, there in the third: it was never gone."""
     del reusable
-    looks = Looks()
-    looks.hide_from_look = 2
-    reconcile.seed(late_tracker, looks)
-    looks.close()
-    assert looks.taken == 3
+    assert seed(late_tracker, hide_from_look=2) == 3
     assert len(at_port(late_tracker, peers.port)) == 1
 
 

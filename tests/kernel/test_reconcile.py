@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Reconciling with real BPF and sockets, each case of `tcpexporter.reconcile` forced."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from tcpexporter import reconcile
+from tcpexporter.connections import CONNECTION, Direction, Records
+from tcpexporter.reconcile import Corrections, Reconciler
+from tcpexporter.tracker import Tracker
+from tests.kernel.tracking import Looks, Reusable, at_port, attach, boottime_ns, everything
+from tests.support import Exporter, Peers, eventually, inside, new_netns, ss_established
+
+NOTHING = Corrections()
+
+
+@pytest.fixture
+def tracker() -> Iterator[Tracker]:
+    attached = attach()
+    yield attached
+    attached.close()
+
+
+@pytest.fixture
+def peers() -> Iterator[Peers]:
+    with Peers() as opened:
+        yield opened
+
+
+def run(
+    tracker: Tracker, *after: Callable[[], object], hide_from_look: int = 0
+) -> Corrections:
+    """Reconcile with those things happening after the looks."""
+    with Looks(*after, hide_from_look=hide_from_look) as looks:
+        return reconcile.reconcile(tracker, looks)
+
+
+def forget(tracker: Tracker, port: int) -> Records:
+    """Make the tracker miss that the connections of a port were opened."""
+    missed = at_port(tracker, port)
+    tracker.remove_tracked(missed)
+    return missed
+
+
+def invent(tracker: Tracker, like: Records) -> None:
+    """Make the tracker miss that connections were closed: it has them as seeds."""
+    tracker.add_seeds(like)
+
+
+def test_agreement_takes_one_look(tracker: Tracker, peers: Peers) -> None:
+    """Where tables and tracker agree, nothing is done and nothing looked at again."""
+    peers.connect(5)
+    with Looks() as looks:
+        reconcile.seed(tracker, looks)
+        before = looks.taken
+        assert reconcile.reconcile(tracker, looks) == NOTHING
+        assert looks.taken == before + 1
+
+
+def test_a_missed_opening_is_added(tracker: Tracker, peers: Peers) -> None:
+    """i: open and unknown: added, with the direction and no more age than it has."""
+    opened_ns = boottime_ns()
+    peers.connect(5)
+    forget(tracker, peers.port)
+    corrections = run(tracker)
+    assert corrections.missed_open == 5
+    known = at_port(tracker, peers.port)
+    assert len(known) == 5
+    assert (known["value"]["established_ns"] >= opened_ns).all()
+    assert (known["value"]["direction"] == Direction.INBOUND).all()
+
+
+def test_what_closes_after_the_first_look_is_not_added(
+    tracker: Tracker, peers: Peers
+) -> None:
+    """j: in the first look, closed before the tracker is read: not missing."""
+    reusable = Reusable(peers)
+    assert run(tracker, reusable.close) == NOTHING
+    assert len(at_port(tracker, peers.port)) == 0
+
+
+def test_what_is_there_in_both_looks_by_chance_does_not_stay(
+    tracker: Tracker, peers: Peers
+) -> None:
+    """k: closed before each reading of the tracker, open at each look: gone at the end."""
+    reusable = Reusable(peers)
+    with Looks() as looks:
+
+        class Flickering:
+            """Open while it is looked at, closed otherwise, twice."""
+
+            def established(self) -> Records:
+                if looks.taken < 2:
+                    if reusable.client.fileno() < 0:
+                        reusable.open()
+                    look = looks.established()
+                    reusable.close()
+                    return look
+                return looks.established()
+
+            namespaces = looks.namespaces
+
+        reconcile.reconcile(tracker, Flickering())
+    assert len(at_port(tracker, peers.port)) == 0
+
+
+@pytest.mark.parametrize("known_by", ["event", "seed"])
+def test_a_missed_closing_is_removed(tracker: Tracker, peers: Peers, known_by: str) -> None:
+    """l: known and not open: removed, from either map."""
+    peers.connect(7)
+    with Looks() as looks:
+        reconcile.seed(tracker, looks)
+    stale = at_port(tracker, peers.port)[:3]
+    stale["key"]["remote_port"] = [1, 2, 3]  # nobody is connected from there
+    if known_by == "seed":
+        tracker.add_seeds(stale)
+    else:
+        put_tracked(tracker, stale)
+    assert len(at_port(tracker, peers.port)) == 10
+    assert run(tracker) == Corrections(missed_close=3)
+    assert len(at_port(tracker, peers.port)) == 7
+
+
+def put_tracked(tracker: Tracker, connections: Records) -> None:
+    """Put into the kernel's own map what only the BPF program puts there."""
+    seeded = tracker._descriptors.seeded
+    object.__setattr__(tracker._descriptors, "seeded", tracker._descriptors.tracked)
+    tracker._update_seeds(connections)
+    object.__setattr__(tracker._descriptors, "seeded", seeded)
+
+
+def test_what_opens_after_the_first_look_is_not_judged(
+    tracker: Tracker, peers: Peers
+) -> None:
+    """m: known and not in the first look, as it is newer: stays, with the kernel's time."""
+    with Looks() as looks:
+        reconcile.seed(tracker, looks)
+    assert run(tracker, lambda: peers.connect(3)) == NOTHING
+    known = at_port(tracker, peers.port)
+    assert len(known) == 3
+    assert len(everything(tracker.seeded())) == 0
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_what_one_look_does_not_show_stays(
+    tracker: Tracker, peers: Peers, look: int
+) -> None:
+    """n, p: hidden from one look, by its neighbours or as its state is not stored yet."""
+    peers.connect(5)
+    with Looks() as looks:
+        reconcile.seed(tracker, looks)
+    before = at_port(tracker, peers.port)
+    assert run(tracker, hide_from_look=look) == NOTHING
+    assert (at_port(tracker, peers.port) == before).all()
+
+
+def test_a_namespace_that_is_not_covered_is_not_judged(tracker: Tracker) -> None:
+    """o: the tables do not speak of it, so it is left as it is."""
+    elsewhere = np.zeros(5, CONNECTION)
+    elsewhere["key"]["netns"] = 1
+    elsewhere["key"]["remote_port"] = np.arange(5)
+    invent(tracker, elsewhere)
+    assert run(tracker).missed_close == 0
+    assert len(everything(tracker.seeded())) == 5
+
+
+def test_what_is_reopened_while_it_is_removed_keeps_its_time(
+    tracker: Tracker, peers: Peers
+) -> None:
+    """q: its closing was missed, its reopening told of just before it is removed."""
+    reusable = Reusable(peers)
+    fresh = at_port(tracker, peers.port)
+    stale = fresh.copy()
+    stale["value"]["established_ns"] = 1
+    with Looks() as looks:
+        reconcile._remove(tracker, stale, looks)
+    known = at_port(tracker, peers.port)
+    assert len(known) == 1
+    assert known["value"]["established_ns"] == fresh["value"]["established_ns"]
+    reusable.close()
+    assert len(at_port(tracker, peers.port)) == 0
+
+
+def test_lost_events_are_made_good(peers: Peers) -> None:
+    """With one in three events lost on purpose, one run makes every count right."""
+    tracker = attach(4096, lose_one_in=3)
+    try:
+        peers.connect(211)
+        for client, server in peers.pairs[:97]:
+            client.close()
+            server.close()
+        assert len(at_port(tracker, peers.port)) != 114
+        corrections = run(tracker)
+        assert corrections.missed_open > 0
+        assert corrections.missed_close > 0
+        assert len(at_port(tracker, peers.port)) == 114
+        assert ss_established(peers.port) == {"4": 114}
+    finally:
+        tracker.close()
+
+
+def test_the_thread_runs_at_its_interval(tracker: Tracker, peers: Peers) -> None:
+    """Without any sign of trouble, the interval alone finds what was missed."""
+    with Looks() as looks:
+        reconciler = Reconciler(tracker, looks, interval_s=1, cpu_share=1)
+        reconciler.start()
+        peers.connect(3)
+        forget(tracker, peers.port)
+        eventually(lambda: len(at_port(tracker, peers.port)) == 3)
+        reconciler.close()
+        assert reconciler.state.runs >= 1
+        assert reconciler.state.missed_open >= 3
+        assert abs(reconciler.state.finished_s - time.time()) < 60
+
+
+def test_the_thread_runs_when_there_was_no_room(peers: Peers) -> None:
+    """Refusals are a reason to run at once, without any interval."""
+    tracker = attach(16)
+    try:
+        with Looks() as looks:
+            reconciler = Reconciler(tracker, looks, interval_s=0, cpu_share=1)
+            reconciler.start()
+            time.sleep(1.5)
+            assert reconciler.state.runs == 0
+            peers.connect(31)
+            eventually(lambda: reconciler.state.runs > 0)
+            reconciler.close()
+    finally:
+        tracker.close()
+
+
+def test_the_thread_keeps_to_its_share_of_cpu(tracker: Tracker) -> None:
+    """After each run it rests until what it used is no more than its share."""
+    with Looks() as looks:
+        reconciler = Reconciler(tracker, looks, interval_s=0.1, cpu_share=1e-6)
+        reconciler.start()
+        eventually(lambda: reconciler.state.runs == 1)
+        time.sleep(2.5)
+        assert reconciler.state.runs == 1
+        assert reconciler.state.interval_s > 100
+        reconciler.close()
+
+
+def test_a_full_map_recovers() -> None:
+    """5,003 connections and room for 100: it stays up, says so, and is right after."""
+    with (
+        Peers(backlog=8192) as peers,
+        Exporter("--max-connections", "100", "--reconcile-interval", "1") as exporter,
+    ):
+        peers.connect(5003)
+        counted = exporter.established(peers.port)
+        assert counted is not None
+        assert 0 < counted <= 200
+        refused = exporter.value("tcpexporter_kernel_events_total", action="refused")
+        assert refused
+        for client, server in peers.pairs[:4972]:
+            client.close()
+            server.close()
+        eventually(lambda: exporter.established(peers.port) == 31)
+        assert ss_established(peers.port) == {"4": 31}
+        _, complaints = exporter.stop()
+    told = [line for line in complaints.splitlines() if "--max-connections" in line]
+    assert len(told) == 1
+
+
+def test_an_idle_connection_from_before_has_its_age() -> None:
+    """One that has been idle counts as long-term at once, not only after ``duration``."""
+    with Peers() as peers:
+        peers.connect(3)
+        time.sleep(2.1)
+        with Exporter("--source", "ebpf", "--duration", "2") as exporter:
+            assert exporter.long_term(peers.port) == 3
+
+
+def test_ages_from_before_are_never_too_high() -> None:
+    """A busy connection and a fresh one are no older than they are."""
+    with Peers() as peers:
+        opened_ns = boottime_ns()
+        peers.connect(101)
+        for client, server in peers.pairs:
+            client.send(b"x" * 1009)
+            server.recv(1009)
+        with Looks() as looks:
+            seen = looks.established()
+    assert len(seen) == 202
+    assert (seen["value"]["established_ns"] >= opened_ns).all()
+
+
+def test_another_namespace_can_be_named() -> None:
+    """``--netns NAME`` and ``--netns PATH`` watch that one alone, and keep it right."""
+    with new_netns() as elsewhere:
+        with inside(elsewhere):
+            older = Peers()
+            older.connect(5)
+        for netns in (elsewhere, f"/run/netns/{elsewhere}"):
+            with Peers() as here, Exporter("--netns", netns) as exporter:
+                here.connect(2)
+                assert exporter.established(older.port) == 5
+                assert exporter.established(here.port) is None
+        older.close()
+
+
+def test_namespaces_have_names_that_a_person_can_read() -> None:
+    """``--netns all``: ours is ``self``, a named one has its name."""
+    with new_netns() as elsewhere:
+        with inside(elsewhere):
+            older = Peers()
+            older.connect(5)
+        with older, Peers() as here, Exporter("--netns", "all") as exporter:
+            here.connect(2)
+            assert exporter.established(here.port, netns="self") == 2
+            assert exporter.established(older.port, netns=elsewhere) == 5
+
+
+def test_the_metrics_say_what_was_reconciled() -> None:
+    """Everything that reconciling did is on the page."""
+    with Peers() as peers:
+        peers.connect(7)
+        with Exporter("--source", "ebpf", "--reconcile-interval", "1") as exporter:
+            assert (exporter.value("tcpexporter_seeded_connections") or 0) >= 14
+            eventually(lambda: bool(exporter.value("tcpexporter_reconciliations_total")))
+            finished_s = exporter.value("tcpexporter_last_reconcile_timestamp_seconds")
+            assert finished_s is not None
+            assert abs(finished_s - time.time()) < 60
+            assert exporter.value("tcpexporter_missed_events_total") is not None
+            assert exporter.value("tcpexporter_corrections_total", kind="missed_open") == 0
+            assert exporter.value("tcpexporter_corrections_total", kind="missed_close") == 0
+            assert exporter.value("tcpexporter_reconcile_interval_seconds") == 1
+            assert exporter.value("tcpexporter_reconcile_duration_seconds")
