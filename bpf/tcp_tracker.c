@@ -4,8 +4,8 @@
  * the tracepoint sock:inet_sock_set_state. The loader defines:
  *
  * MAX_CONNECTIONS    how many entries each map can hold
+ * MAP_FLAGS          BPF_F_NO_PREALLOC, or 0
  * NETNS              inode of the only network namespace to watch, 0: all
- * LOSE_ONE_IN        in tests, how many events one is lost of, by chance
  * LOSE_ONE_IN        in tests, how many events one is lost of, by chance
  * SKC_NET_OFFSET     of sock_common.skc_net  } from the running kernel's BTF,
  * NETNS_INUM_OFFSET  of net.ns.inum          } or neither, without BTF
@@ -20,14 +20,16 @@
 #define WORDS(field) __builtin_assume_aligned(field, 8)
 
 /* Told by the tracepoint. Only this program adds to it. */
-BPF_HASH(tracked, struct connection_key, struct connection_value, MAX_CONNECTIONS);
+BPF_F_TABLE("hash", struct connection_key, struct connection_value, tracked,
+	    MAX_CONNECTIONS, MAP_FLAGS);
 
 /*
  * Found in the socket tables: established before the program was attached.
  * Only userspace adds to it, so it can do so in bulk without ever overwriting
  * a timestamp that the kernel gave.
  */
-BPF_HASH(seeded, struct connection_key, struct connection_value, MAX_CONNECTIONS);
+BPF_F_TABLE("hash", struct connection_key, struct connection_value, seeded,
+	    MAX_CONNECTIONS, MAP_FLAGS);
 
 BPF_PERCPU_ARRAY(events, struct tracker_events, 1);
 
@@ -93,11 +95,6 @@ int on_state_change(struct tracepoint__sock__inet_sock_set_state *args)
 		return 0;
 	if (args->newstate != TCP_ESTABLISHED && args->oldstate != TCP_ESTABLISHED)
 		return 0;
-#ifdef LOSE_ONE_IN
-	/* For tests: as when the kernel does not run this program. */
-	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0)
-		return 0;
-#endif
 #ifdef LOSE_ONE_IN
 	/* For tests: as when the kernel does not run this program. */
 	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0)

@@ -14,7 +14,7 @@ from types import FrameType
 from prometheus_client import CollectorRegistry, generate_latest
 from pythonjsonlogger.json import JsonFormatter
 
-from tcpexporter import namespaces, privileges, server, version
+from tcpexporter import namespaces, privileges, server, sizing, version
 from tcpexporter.collector import ConnectionCollector, make_registry
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
@@ -122,7 +122,8 @@ def _open(name: str, settings: Settings) -> Source:
     if name == "ebpf":
         return EbpfSource(
             netns=settings.netns,
-            max_connections=settings.max_connections,
+            max_connections=settings.max_connections
+            or sizing.max_connections(sizing.read_limits()),
             reconcile_interval_s=settings.reconcile_interval_s,
             reconcile_cpu_share=settings.reconcile_cpu_percent / 100,
         )

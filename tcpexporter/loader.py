@@ -29,6 +29,8 @@ LAST_WORDS_TIMEOUT_S = 0.5
 MESSAGE_BYTES = 65536
 SEE_DEBUG = "--log-level debug shows what it said"
 
+BPF_F_NO_PREALLOC = 1
+
 CAP_SYS_ADMIN = 21
 CAP_PERFMON = 38
 CAP_BPF = 39
@@ -235,12 +237,24 @@ def _types(*, needed: bool) -> Btf | None:
 def _cflags(sources: Path, request: Request, types: Btf | None) -> list[str]:
     defines = {
         "MAX_CONNECTIONS": request.max_connections,
+        "MAP_FLAGS": _map_flags(types),
         "NETNS": request.netns,
         **_netns_offsets(types),
     }
     if request.lose_one_in:
         defines["LOSE_ONE_IN"] = request.lose_one_in
     return [f"-I{sources}"] + [f"-D{name}={value}" for name, value in defines.items()]
+
+
+def _map_flags(types: Btf | None) -> int:
+    """Memory for a map's entries is taken when they come, where that is safe.
+
+    A map for 262,144 takes 4 MiB then and not 30, before there is any entry. In a
+    tracepoint it is safe since hash maps have their own allocator: Linux kernel commit
+    fba1a1c6c912 ("bpf: Convert hash map to bpf_mem_alloc.") (in v6.1).
+    """
+    has_allocator = types is not None and types.mentions("bpf_htab", "ma")
+    return BPF_F_NO_PREALLOC if has_allocator else 0
 
 
 def _netns_offsets(types: Btf | None) -> dict[str, int]:

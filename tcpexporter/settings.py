@@ -40,7 +40,8 @@ class Settings:
     """auto, ebpf, sock_diag or procfs."""
     interval_s: float = 1.0
     """Between two polls of a polling source."""
-    max_connections: int = 262144
+    max_connections: int | None = 262144
+    """None: as many as the host can come to have."""
     reconcile_interval_s: float = 60.0
     """Between two comparisons with the socket tables; 0: only when events were missed."""
     reconcile_cpu_percent: float = 2.0
@@ -213,6 +214,10 @@ def _whole(lowest: int, highest: int) -> Callable[[str], int]:
 _port = _whole(1, 65535)
 
 
+def _connections(text: str) -> int | None:
+    return None if text == "auto" else _whole(1, 16_777_216)(text)
+
+
 def _port_range(text: str) -> range:
     first, dash, last = text.partition("-")
     ports = range(_port(first), _port(last if dash else first) + 1)
@@ -330,7 +335,7 @@ _PERCENT = _Kind("PERCENT", "a number from 0.1 to 100", _percent)
 _NETNS = _Kind(
     "NETNS", "self, all, a name that ip netns shows, or a path with a slash", _word
 )
-_CONNECTIONS = _Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
+_CONNECTIONS = _Kind("NUMBER", "auto, or a whole number from 1 to 16777216", _connections)
 _USER = _Kind("USER", "the name of a user", _word)
 _PATH = _Kind("PATH", "the path of a file", lambda text: text or None)
 

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""How many connections a host can come to have: the rule of ``--max-connections auto``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+LOWEST = 1024
+HIGHEST = 16_777_216
+CONNECTION_BYTES = 16 * 1024
+"""What a connection with any traffic costs a host: socket, file and some of its buffers."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds a host's connections."""
+
+    memory_bytes: int
+    orphans: int
+    """net.ipv4.tcp_max_orphans: what the kernel itself derives from the host's size."""
+    open_files: int
+    """fs.file-max: all but those orphans take one each."""
+    conntrack: int | None
+    """net.netfilter.nf_conntrack_max, where connections are tracked: one entry for each,
+    of which both ends can be on this host."""
+
+
+def read_limits(proc: Path = Path("/proc")) -> Limits:
+    """The limits of this host."""
+    sysctl = proc / "sys"
+    conntrack = sysctl / "net/netfilter/nf_conntrack_max"
+    memory_line = (proc / "meminfo").read_text().splitlines()[0]  # MemTotal: 24684096 kB
+    return Limits(
+        memory_bytes=int(memory_line.split()[1]) * 1024,
+        orphans=int((sysctl / "net/ipv4/tcp_max_orphans").read_text()),
+        open_files=int((sysctl / "fs/file-max").read_text()),
+        conntrack=int(conntrack.read_text()) if conntrack.exists() else None,
+    )
+
+
+def max_connections(limits: Limits) -> int:
+    """As many as fit into memory, no fewer than orphans, no more than the other limits."""
+    wanted = max(limits.memory_bytes // CONNECTION_BYTES, limits.orphans)
+    bounds = [limits.open_files + limits.orphans, HIGHEST]
+    if limits.conntrack is not None:
+        bounds.append(2 * limits.conntrack)
+    return max(min(wanted, *bounds), LOWEST)
