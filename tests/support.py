@@ -2,10 +2,10 @@
 """What tests of several kinds share: an exporter that runs, and sockets in a namespace."""
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import itertools
-import json
 import os
 import socket
 import subprocess
@@ -20,9 +20,14 @@ from typing import Self
 from prometheus_client.parser import text_string_to_metric_families
 from pyroute2 import netns as network_namespaces
 
+from tcpexporter.libbpf import load_libbpf
+
 LONG_TERM = "netstat_tcp_longterm_connections_total"
 ESTABLISHED = "tcp_established_connections"
 DEADLINE_S = 20.0
+
+BPF_PROG_NAME = slice(64, 80)
+"""Where the name is in ``struct bpf_prog_info``, include/uapi/linux/bpf.h."""
 
 _numbers = itertools.count()
 
@@ -204,6 +209,18 @@ class Exporter:
 
 
 def bpf_programs() -> list[str]:
-    """The names of all BPF programs in the kernel, by bpftool's way: their ids in turn."""
-    shown = subprocess.check_output(["bpftool", "-j", "prog", "list"], text=True)
-    return [each.get("name", "") for each in json.loads(shown)]
+    """The names of all BPF programs in the kernel."""
+    libbpf = load_libbpf()
+    number = ctypes.c_uint32(0)
+    names = []
+    while libbpf.bpf_prog_get_next_id(number, ctypes.byref(number)) == 0:
+        descriptor = libbpf.bpf_prog_get_fd_by_id(number)
+        if descriptor < 0:  # it has gone meanwhile
+            continue
+        info = ctypes.create_string_buffer(512)
+        size = ctypes.c_uint32(len(info))
+        libbpf.bpf_obj_get_info_by_fd(descriptor, info, ctypes.byref(size))
+        os.close(descriptor)
+        name, _, _ = info.raw[BPF_PROG_NAME].partition(b"\0")
+        names.append(name.decode())
+    return names
