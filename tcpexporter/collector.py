@@ -16,7 +16,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from tcpexporter import version
+from tcpexporter import clock, version
 from tcpexporter.counting import SERIES, Selection, Series, count, listened
 from tcpexporter.sources import Reconciliation, Source
 
@@ -38,7 +38,7 @@ class ConnectionCollector(Collector):
         named: Series | None = None,
         names: Callable[[], Mapping[int, str]] | None = None,
         simple: bool = False,
-        boottime_ns: Callable[[], int] = lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        boottime_ns: Callable[[], int] = clock.boottime_ns,
     ) -> None:
         """Count the connections of ``source`` that are in ``selection``.
 

@@ -80,6 +80,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import Records, contains, locate
 from tcpexporter.errors import SourceError
 from tcpexporter.sources import Reconciliation
@@ -130,7 +131,7 @@ def reconcile(tracker: Tracker, tables: Tables) -> Corrections:
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
-    began_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    began_ns = boottime_ns()
     missing, gone = _differences(tracker, tables)
     gone = gone[gone["value"]["established_ns"] < began_ns]  # m
     if not len(missing) and not len(gone):

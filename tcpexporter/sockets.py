@@ -29,6 +29,7 @@ from pyroute2.netlink.diag import (
 )
 
 from tcpexporter import namespaces
+from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import (
     CONNECTION,
     IPV4_PREFIX,
@@ -574,7 +575,7 @@ def _established(reader: Reader) -> tuple[Records, bool]:
         established = entries[entries["state"] == SS_ESTABLISHED]
         found = np.zeros(len(established), CONNECTION)
         found["key"] = established["key"]
-        now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        now_ns = boottime_ns()
         found["value"]["established_ns"] = np.maximum(now_ns - established["age_ns"], 0)
         connections.append(found)
     joined = _joined(connections, CONNECTION)

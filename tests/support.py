@@ -156,9 +156,9 @@ class Exporter:
             text=True,
         )
         if wait:
-            self._wait_until_ready()
+            self.wait_until_ready()
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         until = time.monotonic() + DEADLINE_S
         while time.monotonic() < until and self.process.poll() is None:
             with contextlib.suppress(OSError):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from tcpexporter import reconcile
+from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import CONNECTION, Direction, Records
 from tcpexporter.reconcile import Corrections, Reconciler
 from tcpexporter.tracker import Tracker
-from tests.kernel.tracking import Looks, Reusable, at_port, attach, boottime_ns, everything
+from tests.kernel.tracking import Looks, Reusable, at_port, attach, everything
 from tests.support import Exporter, Peers, eventually, inside, new_netns, ss_established
 
 NOTHING = Corrections()

@@ -2,7 +2,6 @@
 """A tracker in this process, and socket tables with something between the looks."""
 
 import socket
-import time
 from collections.abc import Callable, Iterator
 from typing import Self
 
@@ -57,10 +56,6 @@ def at_port(tracker: Tracker, port: int) -> Records:
     known = everything(tracker.read())
     here: Records = known[known["key"]["local_port"] == port]
     return here
-
-
-def boottime_ns() -> int:
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 class Reusable:

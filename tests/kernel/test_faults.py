@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What is broken on purpose, and what is then done: as documented, in one sentence."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import DEADLINE_S, Exporter, Peers, eventually
+
+COMMAND = f"{sys.executable} -m tcpexporter"
+
+
+def in_own_mounts(preparation: str) -> tuple[str, ...]:
+    """A command that runs the exporter where something is mounted or not, for it alone."""
+    script = f'set -e; {preparation}; exec {COMMAND} "$@"'
+    return ("unshare", "--mount", "sh", "-c", script, "sh")
+
+
+WITHOUT_BTF = in_own_mounts("mount --bind /dev/null /sys/kernel/btf/vmlinux")
+WITHOUT_TRACEFS = in_own_mounts("mount -t tmpfs none /sys/kernel")
+WITHOUT_PROC = in_own_mounts("mount -t tmpfs none /proc")
+
+
+def refused(command: tuple[str, ...], *arguments: str) -> str:
+    """What it says when it cannot start: its last line."""
+    ended = subprocess.run(
+        [*command, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "Traceback" not in ended.stderr
+    return ended.stderr.splitlines()[-1]
+
+
+def test_without_btf_it_says_what_still_works() -> None:
+    """Without types namespaces cannot be told apart; ``--netns all`` is offered."""
+    sentence = refused(WITHOUT_BTF, "--source", "ebpf")
+    assert "no BTF" in sentence
+    assert "--netns all" in sentence
+
+
+def test_without_btf_all_namespaces_are_counted() -> None:
+    """``--netns all`` works without types: from before, from now, and after closing."""
+    with Peers() as peers:
+        peers.connect(5)
+        arguments = ("--source", "ebpf", "--netns", "all")
+        with Exporter(*arguments, command=WITHOUT_BTF) as exporter:
+            peers.connect(3)
+            counted = [
+                value
+                for (name, labels), value in exporter.samples().items()
+                if name == "tcp_established_connections"
+                and dict(labels)["port"] == str(peers.port)
+            ]
+            assert sum(counted) == 8
+            peers.pairs[0][0].close()
+            peers.pairs[7][0].close()
+            assert exporter.value("tcpexporter_missed_events_total") is None
+
+
+def test_without_tracefs_it_says_what_to_mount() -> None:
+    """The remedy is a command."""
+    assert "mount -t tracefs" in refused(WITHOUT_TRACEFS, "--source", "ebpf")
+
+
+def test_without_tracefs_auto_polls() -> None:
+    """``--source auto`` falls back, and says the same."""
+    with Exporter(command=WITHOUT_TRACEFS) as exporter, Peers() as peers:
+        peers.connect(3)
+        eventually(lambda: exporter.established(peers.port) == 3)
+        assert exporter.value("tcpexporter_source_info", source="sock_diag") == 1
+        _, complaints = exporter.stop()
+    assert "mount -t tracefs" in complaints
+
+
+def test_without_proc_it_says_so() -> None:
+    """A /proc that cannot be read ends it with one sentence."""
+    assert "/proc/" in refused(WITHOUT_PROC, "--source", "procfs")
+
+
+def deny_netlink() -> None:
+    """Have the kernel refuse netlink sockets to this process, by seccomp(2)."""
+    load, jump, give_back = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
+    allowed, denied = 0x7FFF0000, 0x00050000 | 1  # SECCOMP_RET_ALLOW, ERRNO | EPERM
+    socket_number = {"x86_64": 41, "aarch64": 198}[os.uname().machine]
+    program = (
+        (load, 0, 0, 0),  # the number of the system call
+        (jump, 0, 3, socket_number),
+        (load, 0, 0, 16),  # its first argument
+        (jump, 0, 1, socket.AF_NETLINK),
+        (give_back, 0, 0, denied),
+        (give_back, 0, 0, allowed),
+    )
+    code = ctypes.create_string_buffer(
+        b"".join(struct.pack("HBBI", *each) for each in program)
+    )
+    filter_ = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+    assert libc.prctl(22, 2, ctypes.c_char_p(filter_), 0, 0) == 0  # PR_SET_SECCOMP, FILTER
+
+
+DENY_AND_RUN = """
+from tcpexporter.__main__ import main
+from tests.kernel.test_faults import deny_netlink
+deny_netlink()
+main()
+"""
+WITHOUT_NETLINK = (sys.executable, "-c", DENY_AND_RUN)
+
+
+def test_without_sock_diag_proc_is_read() -> None:
+    """Where netlink is refused, connections from before come from /proc/net/tcp."""
+    with Peers() as peers:
+        peers.connect(7)
+        with Exporter("--source", "ebpf", command=WITHOUT_NETLINK) as exporter:
+            peers.connect(4)
+            assert exporter.established(peers.port) == 11
+            _, complaints = exporter.stop()
+    assert "reading /proc/net/tcp instead of sock_diag" in complaints
+
+
+def test_a_named_sock_diag_does_not_fall_back() -> None:
+    """``--source sock_diag`` where netlink is refused: exit code 1."""
+    assert "sock_diag" in refused(WITHOUT_NETLINK, "--source", "sock_diag")
+
+
+def kill_loader(process: subprocess.Popen[str], delay_s: float) -> bool:
+    """Kill the child that loads, that long after it is there; whether it still was."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until = time.monotonic() + DEADLINE_S
+    while process.poll() is None and time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            for child in map(int, children.read_text().split()):
+                if b"tcpexporter.loader" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    time.sleep(delay_s)
+                    os.kill(child, signal.SIGKILL)
+                    return True
+        time.sleep(0.001)
+    return False
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.1, 0.2, 0.3])
+def test_a_killed_loader_is_reported(delay_s: float) -> None:
+    """At whatever step it dies, the parent ends with one sentence, or has all it needs."""
+    with Exporter("--source", "ebpf", wait=False) as exporter:
+        kill_loader(exporter.process, delay_s)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            exporter.process.wait(2)
+        if exporter.process.returncode is None:
+            exporter.wait_until_ready()
+            return
+        _, complaints = exporter.process.communicate()
+        assert exporter.process.returncode == 1
+        assert "Traceback" not in complaints
+        assert "died" in complaints
+
+
+def test_in_a_time_namespace_ages_are_right() -> None:
+    """A container's CLOCK_BOOTTIME may be days ahead; the kernel's timestamps are not."""
+    ahead = ("unshare", "--time", "--fork", "--kill-child", "--boottime", "86400")
+    command = (*ahead, *COMMAND.split())
+    with Peers() as peers:
+        peers.connect(3)
+        with Exporter("--duration", "3600", command=command) as exporter:
+            peers.connect(4)
+            assert exporter.established(peers.port) == 7
+            assert exporter.long_term(peers.port) == 0
