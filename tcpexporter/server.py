@@ -39,12 +39,16 @@ KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 256
 """Far more than there are scrapers, far fewer than the 1,024 descriptors we may have."""
 
-BACKLOG = 128
-"""Clients that asyncio accepts at once and that the kernel keeps waiting, per address.
+ACCEPTED_AT_ONCE = 32
+"""Clients accepted per address and turn of the event loop.
 
-Those accepted at once come on top of MAX_CONNECTIONS for a moment, so that with two
-addresses 512 would be too many for 1,024 descriptors.
+A request that came with its client is answered two turns after the client got its
+place. The clients of these three turns and two addresses are fewer than MAX_CONNECTIONS:
+whoever asks at once cannot lose the place before the answer, however many others come.
 """
+
+BACKLOG = 1024
+"""Clients that wait in the kernel to be accepted; others try again after a second."""
 
 MAX_HEAD_BYTES = 16 * 1024
 """A request head that is not complete by then is refused; a scrape's has 300 bytes."""
@@ -287,7 +291,7 @@ def _exposition(registry: CollectorRegistry, scope: Scope) -> _Response:
     body = encode(registry.restricted_registry(names) if names else registry)
     if not gzip_accepted(_header(scope, b"accept-encoding")):
         return _Response(200, body, content_type)
-    # Level 1 takes a fifth of the time of 9, and everybody else waits meanwhile.
+    # Everybody else waits meanwhile: 10,000 series take 2 ms, and 60 ms at level 9.
     packed = gzip.compress(body, compresslevel=1)
     return _Response(200, packed, content_type, {"content-encoding": "gzip"})
 
@@ -442,6 +446,12 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
                 signal.signal(number, handler)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let more clients wait in the kernel than asyncio, by itself, accepts at once."""
+        await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(BACKLOG)
+
     async def main_loop(self) -> None:
         """Wait until told to stop."""
         await self.stop.wait()
@@ -481,7 +491,7 @@ def _config(app: App) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         date_header=False,  # kept right by the tick that we do without: ours is in `App`
-        backlog=BACKLOG,
+        backlog=ACCEPTED_AT_ONCE,
         timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )

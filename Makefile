@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-3.0-only
+# Whatever has to be installed, deploy/setup.sh installs.
+
+# Flags for the exporter: make run ARGS="--port 443 --duration 30"
+ARGS =
+
+bin = .venv/bin
+c_files = $(shell find bpf -name '*.[ch]')
+
+.PHONY: help
+help: ## Print these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: run
+# exec, so that a signal to make reaches the exporter and not a shell.
+run: setup ## Set up, then run the exporter; ARGS="--port 443" passes flags on
+	@deploy/setup.sh tracefs
+	@exec $(bin)/tcpexporter $(ARGS)
+
+.PHONY: setup
+setup: ## Install what the exporter needs; leaves .venv/bin/tcpexporter
+	@deploy/setup.sh run
+
+.PHONY: test
+# setup.sh unpacks Prometheus there when the system has none.
+test: export PATH := $(CURDIR)/.cache/prometheus/usr/bin:$(PATH):/usr/sbin:/sbin
+test: lint ## Set up, then lint and run all tests; as root also those of the kernel
+	@deploy/setup.sh tracefs
+	$(bin)/python -m pytest
+
+.PHONY: lint
+lint: setup-test ## Check style and types
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/clang-format --dry-run -Werror $(c_files)
+	$(bin)/mypy
+
+.PHONY: format
+format: setup-test ## Lay out Python and C as lint wants it
+	$(bin)/ruff format
+	$(bin)/clang-format -i $(c_files)
+
+.PHONY: bench
+bench: setup-test ## Measure the figures in the README
+	@deploy/setup.sh tracefs
+	$(bin)/python -m tests.benchmarks
+
+.PHONY: setup-test
+setup-test:
+	@deploy/setup.sh test
+
+.PHONY: constraints
+constraints: ## Pin the newest versions that pyproject.toml allows
+	deploy/setup.sh constraints
+
+.PHONY: clean
+clean: ## Remove .venv, caches and build output
+	rm -rf .venv .cache build dist *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find bpf tcpexporter tests -name __pycache__ -prune -exec rm -rf {} +

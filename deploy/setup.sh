@@ -1,0 +1,258 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-3.0-only
+#
+# Prepares this machine and this tree; the Makefile calls it with one of:
+#
+#   run          install what the exporter needs: BCC, and .venv with the exporter in it
+#   test         install that, and what lint, tests and benchmarks need
+#   tracefs      mount tracefs, where BCC reads the form of a tracepoint
+#   constraints  write deploy/constraints.txt anew
+#
+# Whatever is there already is left alone, without root and without the network.
+set -eu
+
+cd "$(dirname "$0")/.."
+
+# Not the first python3 on PATH: only the distribution's own sees its package of BCC.
+python=/usr/bin/python3
+prometheus_dir=.cache/prometheus
+# ip lies in sbin, which is not on every user's PATH.
+PATH=$PATH:/usr/sbin:/sbin:$PWD/$prometheus_dir/usr/bin
+
+main() {
+	case ${1-} in
+	run)
+		require_python
+		require bcc venv mount
+		fill_venv run .
+		;;
+	test)
+		require_python
+		require bcc venv mount ip ss gcc libc
+		require_prometheus
+		fill_venv test '.[test]'
+		;;
+	tracefs) mount_tracefs ;;
+	constraints) write_constraints ;;
+	*) fail "usage: $0 run|test|tracefs|constraints" ;;
+	esac
+}
+
+say() {
+	echo "setup: $*" >&2
+}
+
+fail() {
+	say "$*"
+	exit 1
+}
+
+is_root() {
+	[ "$(id -u)" -eq 0 ]
+}
+
+# --- What the system has to bring ---
+
+require_python() {
+	[ -x "$python" ] || fail "$python is missing: install the distribution's Python"
+	"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+		fail "$("$python" --version) is too old: this takes Python 3.11 or later"
+}
+
+# Installs those of the given needs that are not there.
+require() {
+	needs=$(lacking "$@")
+	[ -n "$needs" ] || return 0
+	system=$(system_family)
+	# shellcheck disable=SC2086  # one word for each need
+	packages=$(packages_for $needs | sort -u)
+	[ "$system" != other ] ||
+		fail "no packages are known for this system, install by hand: $(one_line "$packages")"
+	is_root || fail "install these, or use sudo: $(one_line "$packages")"
+	# shellcheck disable=SC2086  # one word for each package
+	"install_on_$system" $packages
+	needs=$(lacking "$@")
+	[ -z "$needs" ] || fail "installed, but still not found: $(one_line "$needs")"
+}
+
+lacking() {
+	for need in "$@"; do
+		is_there "$need" || echo "$need"
+	done
+}
+
+one_line() {
+	echo "$1" | paste -s -d , | sed 's/,/, /g'
+}
+
+is_there() {
+	case $1 in
+	bcc) has_module bcc ;;
+	venv) has_module ensurepip ;; # Debian has venv itself in another package
+	libc) [ -e /usr/include/stdlib.h ] ;;
+	*) command -v "$1" >/dev/null ;;
+	esac
+}
+
+# Found, not imported: importing BCC loads LLVM, which takes a while.
+has_module() {
+	"$python" -I -c '
+import sys
+from importlib.util import find_spec
+sys.exit(find_spec(sys.argv[1]) is None)' "$1"
+}
+
+# debian, fedora (each with what is made from it) or other.
+system_family() (
+	ID=other
+	# shellcheck source=/dev/null
+	[ ! -r /etc/os-release ] || . /etc/os-release
+	case " $ID ${ID_LIKE-} " in
+	*" debian "* | *" ubuntu "*) echo debian ;;
+	*" fedora "* | *" rhel "*) echo fedora ;;
+	*) echo other ;;
+	esac
+)
+
+packages_for() {
+	for need in "$@"; do
+		case $system:$need in
+		debian:bcc) echo python3-bpfcc ;;
+		debian:venv) echo python3-venv ;;
+		debian:ip | debian:ss) echo iproute2 ;;
+		debian:libc) echo libc6-dev ;;
+		fedora:bcc) echo python3-bcc ;;
+		fedora:venv) echo python3-libs ;;
+		fedora:ip | fedora:ss) echo iproute ;;
+		fedora:libc) echo glibc-devel ;;
+		fedora:mount) echo util-linux ;;
+		# dnf finds a file's package, whatever its name.
+		fedora:prometheus | fedora:promtool) echo "/usr/bin/$need" ;;
+		other:bcc) echo "BCC for $python" ;;
+		other:venv) echo "ensurepip for $python" ;;
+		other:libc) echo "the C library's headers" ;;
+		*) echo "$need" ;;
+		esac
+	done
+}
+
+install_on_debian() {
+	refresh_lists
+	apt_get install --no-install-recommends "$@"
+}
+
+install_on_fedora() {
+	dnf install -y --setopt=install_weak_deps=False "$@"
+}
+
+apt_get() {
+	# A machine that has just booted may still be upgrading itself: wait for its lock.
+	DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"
+}
+
+lists_are_fresh=no
+
+# A fresh machine has no lists or old ones, which name packages that are gone. If
+# only some cannot be had (another vendor's source, say), the rest may do.
+refresh_lists() {
+	[ "$lists_are_fresh" = no ] || return 0
+	apt_get update || say "not all package lists could be fetched, going on"
+	lists_are_fresh=yes
+}
+
+require_prometheus() {
+	[ -n "$(lacking prometheus promtool)" ] || return 0
+	case $(system_family) in
+	debian) unpack_prometheus ;;
+	*) require prometheus promtool ;;
+	esac
+}
+
+# Unpacked, not installed: installing it would start a Prometheus on :9090.
+unpack_prometheus() {
+	say "fetching the package prometheus into $prometheus_dir"
+	! is_root || refresh_lists
+	rm -rf "$prometheus_dir" "$prometheus_dir.new"
+	mkdir -p "$prometheus_dir.new"
+	(cd "$prometheus_dir.new" && fetch_prometheus) ||
+		fail "no Prometheus for the tests: install prometheus and promtool by hand"
+	mv "$prometheus_dir.new" "$prometheus_dir"
+}
+
+fetch_prometheus() {
+	unpack prometheus &&
+		# Since Debian 13 it is a package of its own.
+		{ [ -e usr/bin/promtool ] || unpack promtool; } &&
+		usr/bin/prometheus --version >/dev/null &&
+		usr/bin/promtool --version >/dev/null
+}
+
+unpack() {
+	# As root: apt's own user may not write here.
+	apt_get -o APT::Sandbox::User=root download "$1" &&
+		dpkg -x "$1"_*.deb . &&
+		rm "$1"_*.deb
+}
+
+# --- What goes into .venv ---
+
+# Installs the requirement ($2) that a purpose ($1) has, unless a stamp says it is done.
+# "test" holds all that "run" does.
+fill_venv() {
+	stamp=.venv/installed
+	state=$(state)
+	! grep -qsx "$state $1" "$stamp" || return 0
+	say "installing Python packages into .venv"
+	if ! grep -qs "^$state " "$stamp"; then
+		"$python" -m venv --clear --system-site-packages .venv
+	fi
+	pip_install .venv -c deploy/constraints.txt -e "$2"
+	printf '%s\n' "$state run" "$state $1" >"$stamp"
+}
+
+# A checksum of all that .venv was made from, its place included, as it does not
+# survive being moved. Times of files would not tell after a git checkout.
+state() {
+	{
+		cat pyproject.toml deploy/constraints.txt deploy/setup.sh
+		"$python" --version
+		pwd
+	} | sha256sum | cut -d ' ' -f 1
+}
+
+pip_install() {
+	venv=$1
+	shift
+	"$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"
+}
+
+# The newest versions that pyproject.toml allows, taken from a fresh environment.
+write_constraints() {
+	# What suits the oldest Python suits the newer ones, not the other way round.
+	"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
+		fail "$("$python" --version): constraints are made with Python 3.11"
+	is_there venv || fail "install python3-venv"
+	scratch=$(mktemp -d)
+	trap 'rm -rf "$scratch"' EXIT
+	"$python" -m venv "$scratch"
+	pip_install "$scratch" -e '.[test]'
+	"$scratch/bin/python" -m pip freeze --exclude-editable >"$scratch/pins"
+	{
+		echo "# The versions that setup installs and that the tests have passed with."
+		echo "# Written by \`make constraints\`; the ranges are in pyproject.toml."
+		cat "$scratch/pins"
+	} >deploy/constraints.txt
+}
+
+# --- What the kernel has to show ---
+
+mount_tracefs() {
+	[ ! -d /sys/kernel/tracing/events ] || return 0
+	[ ! -d /sys/kernel/debug/tracing/events ] || return 0
+	# Without root there is no BPF to want it for, and the exporter says so itself.
+	is_root || return 0
+	mount -t tracefs tracefs /sys/kernel/tracing ||
+		say "tracefs cannot be mounted here: no BPF"
+}
+
+main "$@"

@@ -1,0 +1,800 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The HTTP server, over real sockets on loopback."""
+
+import asyncio
+import base64
+import contextlib
+import errno
+import gc
+import gzip
+import hashlib
+import http.client
+import logging
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from html.parser import HTMLParser
+from typing import Any, NamedTuple
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as parse_openmetrics,
+)
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+from prometheus_client.registry import Collector
+
+from tcpexporter import server
+from tcpexporter.errors import ServerError, SourceError
+
+LOOPBACK = "127.0.0.1"
+PATIENCE_S = 10
+"""Until a test gives up on what should happen at once."""
+
+LANDING = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+HEALTHY = b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n"
+
+Start = Callable[..., int]
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+
+class Flaky(Collector):
+    """A collector that has trouble when told."""
+
+    trouble: Exception | None = None
+    collections = 0
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        self.collections += 1
+        if self.trouble:
+            raise self.trouble
+        yield GaugeMetricFamily("connections", "How many.", 7)
+
+
+def make_app(
+    *collectors: Collector,
+    ready: Callable[[], str | None] = lambda: None,
+    settings: Mapping[str, object] | None = None,
+) -> server.App:
+    registry = CollectorRegistry()
+    for collector in collectors:
+        registry.register(collector)
+    return server.App(registry, ready=ready, settings=settings or {}, version="1.2.3")
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Serve in a thread, at a free port, until the end of the test."""
+    # Signals are for the main thread.
+    monkeypatch.setattr(server._Server, "capture_signals", contextlib.nullcontext)
+    with contextlib.ExitStack() as running:
+
+        def start_one(app: server.App, address: str | None = LOOPBACK) -> int:
+            sockets = server.listen(address, 0)
+            port: int = sockets[0].getsockname()[1]
+            running.enter_context(serving(app, sockets))
+            return port
+
+        yield start_one
+
+
+@contextlib.contextmanager
+def serving(app: server.App, sockets: list[socket.socket]) -> Iterator[None]:
+    uvicorn_server = server._Server(server._config(app))
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def run() -> None:
+        loops.append(asyncio.get_running_loop())
+        await uvicorn_server.serve(sockets)
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    try:
+        yield
+    finally:
+        loops[0].call_soon_threadsafe(uvicorn_server.stop.set)
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+def ask(
+    port: int, path: str, method: str = "GET", *, host: str = LOOPBACK, **headers: str
+) -> Answer:
+    """Send one request on a connection of its own; ``accept_encoding`` is a header, too."""
+    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, headers=names)
+        response = connection.getresponse()
+        return Answer(response.status, response.headers, response.read())
+
+
+def dial(port: int) -> socket.socket:
+    return socket.create_connection((LOOPBACK, port), timeout=PATIENCE_S)
+
+
+def read_until(sock: socket.socket, end: bytes) -> None:
+    received = b""
+    while not received.endswith(end):
+        chunk = sock.recv(65536)
+        assert chunk, received
+        received += chunk
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """All that comes until the server closes, which must be within PATIENCE_S."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := sock.recv(65536):
+            received += chunk
+    return received
+
+
+def dropped_while_sending(sock: socket.socket, data: bytes, *, every_s: float) -> bool:
+    """Whether the server closes a connection that keeps on sending."""
+    sock.settimeout(every_s)
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        try:
+            sock.sendall(data)
+            if not sock.recv(1):
+                return True
+        except TimeoutError:
+            continue
+        except (ConnectionResetError, BrokenPipeError):
+            return True
+    return False
+
+
+# The pages
+
+
+def test_text_format(start: Start) -> None:
+    """A client that asks for nothing in particular gets the text format."""
+    answer = ask(start(make_app(Flaky())), "/metrics")
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    (family,) = parse_text(answer.body.decode())
+    assert [(s.name, s.value) for s in family.samples] == [("connections", 7)]
+
+
+def test_openmetrics_format(start: Start) -> None:
+    """What Prometheus asks for gets OpenMetrics, by its parser's judgement too."""
+    wanted = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+    answer = ask(start(make_app(Flaky())), "/metrics", accept=wanted)
+    assert answer.headers["content-type"].startswith(
+        "application/openmetrics-text; version=1"
+    )
+    (family,) = parse_openmetrics(answer.body.decode())  # type: ignore[no-untyped-call]
+    assert [(s.name, s.value) for s in family.samples] == [("connections", 7)]
+
+
+def test_accept_header_of_nonsense(start: Start) -> None:
+    """A version that is no number gets metrics, not a fault."""
+    wanted = "application/openmetrics-text;version=x"
+    answer = ask(start(make_app(Flaky())), "/metrics", accept=wanted)
+    assert (answer.status, b"connections 7" in answer.body) == (200, True)
+
+
+def test_gzip(start: Start) -> None:
+    """A client that can unpack gzip gets the same, packed, and its length."""
+    port = start(make_app(Flaky()))
+    plain = ask(port, "/metrics")
+    packed = ask(port, "/metrics", accept_encoding="deflate, gzip;q=0.8")
+    assert "content-encoding" not in plain.headers
+    assert packed.headers["content-encoding"] == "gzip"
+    assert packed.headers["content-length"] == str(len(packed.body))
+    assert gzip.decompress(packed.body) == plain.body
+
+
+def test_names(start: Start) -> None:
+    """name[] chooses metrics."""
+    registry = CollectorRegistry(auto_describe=True)
+    for name in ("first", "second", "third"):
+        Gauge(name, "One of three.", registry=registry)
+    app = server.App(registry, ready=lambda: None, settings={}, version="1")
+    answer = ask(start(app), "/metrics?name[]=first&name[]=third")
+    assert {family.name for family in parse_text(answer.body.decode())} == {
+        "first",
+        "third",
+    }
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/-/healthy", "/-/ready", "/nowhere"])
+def test_head(start: Start, path: str) -> None:
+    """HEAD gets the headers of GET and no body; both say the length and the date."""
+    port = start(make_app(Flaky()))
+    got = ask(port, path)
+    with dial(port) as sock:
+        sock.sendall(
+            f"HEAD {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+        )
+        head, _, body = read_all(sock).partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {got.status} ".encode())
+    assert f"content-length: {len(got.body)}\r\n".encode() in head + b"\r\n"
+    assert got.headers["content-length"] == str(len(got.body))
+    assert got.headers["date"]
+    assert "server" not in got.headers
+    assert body == b""
+
+
+@pytest.mark.parametrize(
+    "path", ["/nowhere", "/metrics/", "//metrics", "/favicon.ico", "/-"]
+)
+def test_no_such_page(start: Start, path: str) -> None:
+    """No path but ours has anything."""
+    assert ask(start(make_app()), path).status == 404
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])
+def test_other_methods(start: Start, method: str) -> None:
+    """Other methods are refused, and the right ones named."""
+    collector = Flaky()
+    answer = ask(start(make_app(collector)), "/metrics", method)
+    assert answer.status == 405
+    assert answer.headers["allow"] == "GET, HEAD"
+    assert collector.collections == 0
+
+
+def test_not_ready_then_ready(start: Start) -> None:
+    """Until we are ready nothing is collected, and both pages say what is awaited."""
+    awaited: str | None = "the socket tables are being read"
+    collector = Flaky()
+    port = start(make_app(collector, ready=lambda: awaited))
+    for path in ("/metrics", "/-/ready"):
+        answer = ask(port, path)
+        assert answer.status == 503
+        assert b"the socket tables are being read" in answer.body
+    assert ask(port, "/-/healthy").status == 200
+    assert collector.collections == 0
+    awaited = None
+    assert ask(port, "/-/ready").status == 200
+    assert ask(port, "/metrics").status == 200
+
+
+def test_source_error(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """A source in trouble gives 503 and its sentence, which is logged when it changes."""
+    caplog.set_level(logging.INFO, server.__name__)
+    collector = Flaky()
+    port = start(make_app(collector))
+    caplog.clear()
+    for sentence in ("the map is gone", "the map is gone", "no descriptors left"):
+        collector.trouble = SourceError(sentence)
+        answer = ask(port, "/metrics")
+        assert answer.status == 503
+        assert sentence in answer.body.decode()
+    collector.trouble = None
+    for _ in range(2):
+        assert ask(port, "/metrics").status == 200
+    assert caplog.messages == [
+        "no metrics can be had: the map is gone",
+        "no metrics can be had: no descriptors left",
+        "metrics can be had again",
+    ]
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_fault(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """A fault of ours gives 500 and a traceback for us, and the next scrape works."""
+    collector = Flaky()
+    collector.trouble = ZeroDivisionError("not expected")
+    port = start(make_app(collector))
+    assert ask(port, "/metrics").status == 500
+    assert [r.exc_info[1] for r in caplog.records if r.exc_info] == [collector.trouble]
+    collector.trouble = None
+    assert ask(port, "/metrics").status == 200
+
+
+class Page(HTMLParser):
+    """What a page has: elements that are closed in order, links, text."""
+
+    void = ("meta", "link", "br", "img")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str | None] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [value for name, value in attrs if name in ("href", "src")]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_landing_page(start: Start) -> None:
+    """The page has the version, the settings as text, and links to the rest."""
+    hostile = '<script>alert("1")</script>&amp;'
+    settings = {"ports": (80, 443), "conf": None, "<b>user": hostile}
+    port = start(make_app(settings=settings))
+    answer = ask(port, "/")
+    page = Page(answer.body.decode())
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.open == []
+    assert "script" not in page.tags
+    assert "b" not in page.tags
+    for text in ("1.2.3", "ports", "80, 443", "not set", "<b>user", hostile):
+        assert text in page.text
+    assert page.links == ["metrics", "-/healthy", "-/ready"]
+    assert "script-src" not in answer.headers["content-security-policy"]
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_landing_page_style_is_permitted(start: Start) -> None:
+    """The hash that the policy permits is that of the style the page has."""
+    answer = ask(start(make_app()), "/")
+    (style,) = re.findall(r"<style>(.*?)</style>", answer.body.decode(), re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"'sha256-{digest}'" in answer.headers["content-security-policy"]
+
+
+# Where it listens
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as sock:
+        sock.bind(("::1", 0))
+        return True
+    return False
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+
+
+@needs_ipv6
+def test_every_address(start: Start) -> None:
+    """Without an address, both families are served at one port."""
+    port = start(make_app(), None)
+    assert [ask(port, "/-/healthy", host=h).status for h in (LOOPBACK, "::1")] == [200, 200]
+
+
+@needs_ipv6
+@pytest.mark.parametrize(("address", "other"), [(LOOPBACK, "::1"), ("::1", LOOPBACK)])
+def test_one_address(start: Start, address: str, other: str) -> None:
+    """With an address, nothing is served at another."""
+    port = start(make_app(), address)
+    assert ask(port, "/-/healthy", host=address).status == 200
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, "/-/healthy", host=other)
+
+
+def test_host_name(start: Start) -> None:
+    """A name does as well as an address."""
+    assert ask(start(make_app(), "localhost"), "/-/healthy").status == 200
+
+
+def test_name_found_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that resolves twice to one address is listened on once."""
+    found = socket.getaddrinfo(LOOPBACK, 0, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_kwargs: found * 2)
+    (sock,) = server.listen("localhost", 0)
+    sock.close()
+
+
+def test_restart() -> None:
+    """A port is free again at once, although a connection that we closed lingers on it."""
+    (listener,) = server.listen(LOOPBACK, 0)
+    port = listener.getsockname()[1]
+    with dial(port) as client:
+        listener.accept()[0].close()
+        assert client.recv(1) == b""
+    listener.close()
+    (listener,) = server.listen(LOOPBACK, port)
+    listener.close()
+
+
+def test_port_in_use() -> None:
+    """Whoever takes a port that is taken is told so, and what to do."""
+    with contextlib.ExitStack() as opened:
+        for sock in server.listen(LOOPBACK, 0):
+            opened.enter_context(sock)
+        port = sock.getsockname()[1]
+        with pytest.raises(ServerError) as refused:
+            server.listen(None, port)
+    assert str(refused.value) == (
+        f"port {port} is already in use: stop what uses it or choose another with --listen"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.EACCES, "port 80 is not permitted: start as root or choose"),
+        (errno.EADDRNOTAVAIL, "127.0.0.1 is not an address of this host: choose"),
+        (errno.ENOBUFS, "cannot listen at 127.0.0.1 on port 80: No buffer space available"),
+    ],
+)
+def test_refusals(monkeypatch: pytest.MonkeyPatch, number: int, sentence: str) -> None:
+    """Each way in which the kernel refuses has its sentence; no socket is left open."""
+
+    def bind(_sock: socket.socket, _address: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
+    with pytest.raises(ServerError, match=f"^{re.escape(sentence)}"):
+        server.listen(LOOPBACK, 80)
+
+
+@pytest.mark.parametrize(
+    "error", [socket.gaierror(-2, "unknown"), UnicodeError("too long")]
+)
+def test_unknown_name(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """A name that nobody knows is refused by name."""
+
+    def getaddrinfo(*_args: object, **_kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(ServerError, match=r"^nowhere is not known: give an address"):
+        server.listen("nowhere", 0)
+
+
+@pytest.fixture
+def ipv6_error(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have the kernel refuse IPv6 with an error."""
+    bind = socket.socket.bind
+
+    def refuse(number: int) -> None:
+        def bind_ipv4(sock: socket.socket, address: tuple[str, int]) -> None:
+            if sock.family == socket.AF_INET6:
+                raise OSError(number, os.strerror(number))
+            bind(sock, address)
+
+        monkeypatch.setattr(socket.socket, "bind", bind_ipv4)
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
+def test_host_without_ipv6(ipv6_error: Callable[[int], None], number: int) -> None:
+    """A host without IPv6 is served by IPv4 alone, unless IPv6 was asked for."""
+    ipv6_error(number)
+    (sock,) = server.listen(None, 0)
+    sock.close()
+    assert sock.family == socket.AF_INET
+    with pytest.raises(ServerError, match=r"^::1 "):
+        server.listen("::1", 0)
+
+
+@needs_ipv6
+def test_port_in_use_for_ipv6_only(ipv6_error: Callable[[int], None]) -> None:
+    """Half of what was asked for is refused like none of it, and nothing is left open."""
+    ipv6_error(errno.EADDRINUSE)
+    with pytest.raises(ServerError, match=r"^port \d+ is already in use"):
+        server.listen(None, 0)
+
+
+# Clients that are slow, many or strange
+
+
+def test_keep_alive(start: Start) -> None:
+    """One connection serves one scrape after another."""
+    port = start(make_app(Flaky()))
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        ports = set()
+        for _ in range(3):
+            connection.request("GET", "/metrics")
+            ports.add(connection.sock.getsockname())
+            assert connection.getresponse().read()
+    assert len(ports) == 1
+
+
+@pytest.mark.parametrize("requests", [0, 1, 2])
+def test_slow_request(start: Start, monkeypatch: pytest.MonkeyPatch, requests: int) -> None:
+    """A request that dribbles in is dropped in time, be it the first or a later one."""
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.3)
+    with dial(start(make_app())) as sock:
+        for _ in range(requests):
+            sock.sendall(HEALTHY)
+            read_until(sock, b"healthy\n")
+            time.sleep(0.5)  # idle: the deadline of a request is not for this
+        sock.sendall(b"GET / HTTP/1.1\r\nX: ")
+        assert dropped_while_sending(sock, b"x", every_s=0.05)
+
+
+def test_silent_client(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever connects and says nothing is dropped."""
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.3)
+    with dial(start(make_app())) as sock:
+        assert read_all(sock) == b""
+
+
+def test_idle_connection_is_closed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection is not kept for ever after its last request."""
+    monkeypatch.setattr(server, "KEEP_ALIVE_S", 0.3)
+    with dial(start(make_app())) as sock:
+        sock.sendall(LANDING)
+        assert read_all(sock).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [
+        (LANDING, b""),
+        (LANDING + LANDING, b""),
+        (LANDING + b"\x16\x03", b""),
+        (HEALTHY + LANDING, b"healthy\n"),
+    ],
+)
+def test_slow_reader(
+    start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes, read: bytes
+) -> None:
+    """Whoever does not read a response is dropped in time, whatever else they send."""
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.5)
+    bind = server._bind
+
+    def bind_with_small_buffer(*where: Any) -> socket.socket:
+        sock = bind(*where)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return sock
+
+    # The kernel takes 12 kB of the response, the rest is for us to keep.
+    monkeypatch.setattr(server, "_bind", bind_with_small_buffer)
+    port = start(make_app(settings={"setting": "x" * 40_000}))
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(PATIENCE_S)
+        sock.connect((LOOPBACK, port))
+        sock.sendall(sent)
+        received = b""
+        while read not in received:
+            received += sock.recv(1)
+        assert until_refused(sock)
+
+
+def until_refused(sock: socket.socket) -> bool:
+    """Whether the server resets a connection from which nothing is read."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_patient_reader(start: Start) -> None:
+    """A big response arrives whole in many reads, and the next one after it."""
+    port = start(make_app(Flaky(), settings={"setting": "x" * 20_000_000}))
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        connection.request("GET", "/")
+        response = connection.getresponse()
+        assert len(response.read()) == int(response.headers["content-length"]) > 20_000_000
+        connection.request("GET", "/metrics")
+        assert connection.getresponse().status == 200
+
+
+def test_more_clients_than_places(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow clients lose their places, the oldest first, and a scrape is answered."""
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    port = start(make_app(Flaky()))
+    with contextlib.ExitStack() as opened:
+        slow = []
+        for _ in range(24):
+            slow.append(opened.enter_context(dial(port)))
+            slow[-1].sendall(b"GET /metrics HTTP/1.1\r\n")
+        assert ask(port, "/metrics").status == 200
+        assert [is_open(sock) for sock in slow] == [False] * 17 + [True] * 7
+
+
+def test_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that came with its client is answered, whatever crowd comes after it."""
+    assert 3 * 2 * server.ACCEPTED_AT_ONCE < server.MAX_CONNECTIONS
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 3 * server.ACCEPTED_AT_ONCE + 1)
+    monkeypatch.setattr(server._Server, "capture_signals", contextlib.nullcontext)
+    sockets = server.listen(LOOPBACK, 0)
+    port = sockets[0].getsockname()[1]
+    with contextlib.ExitStack() as opened:
+        first = opened.enter_context(dial(port))
+        first.sendall(HEALTHY)
+        for _ in range(2 * server.MAX_CONNECTIONS):
+            opened.enter_context(dial(port))
+        opened.enter_context(serving(make_app(), sockets))
+        read_until(first, b"healthy\n")
+        ask(port, "/")  # the crowd is in: stopping while asyncio accepts makes it warn
+
+
+def test_queue_in_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More clients can wait in the kernel than asyncio accepts at once."""
+    monkeypatch.setattr(server._Server, "capture_signals", contextlib.nullcontext)
+    sockets = server.listen(LOOPBACK, 0)
+    with serving(make_app(), sockets):
+        ask(sockets[0].getsockname()[1], "/")
+        info = sockets[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    # Of a listener, tcpi_sacked is the length of its queue: tcp_get_info() in
+    # net/ipv4/tcp.c.
+    (length,) = struct.unpack_from("I", info, 28)
+    assert length > server.ACCEPTED_AT_ONCE
+
+
+def is_open(sock: socket.socket) -> bool:
+    sock.setblocking(False)
+    try:
+        return bool(sock.recv(1))
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False
+
+
+@pytest.mark.parametrize("size", [server.MAX_HEAD_BYTES + server.READ_BYTES, 10_000_000])
+def test_head_without_end(start: Start, size: int) -> None:
+    """A head that is too long is refused, also when it comes at once and has an end."""
+    with dial(start(make_app())) as sock:
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * size + b"\r\n\r\n")
+        assert b" 200 " not in read_all(sock)
+
+
+def test_head_of_a_scrape_behind_proxies(start: Start) -> None:
+    """A head that is long, but within the limit, is taken."""
+    assert ask(start(make_app()), "/", cookie="x" * 15_000).status == 200
+
+
+@pytest.mark.parametrize(
+    "framing", ["Content-Length: 10000000000", "Transfer-Encoding: chunked"]
+)
+def test_endless_body(start: Start, framing: str) -> None:
+    """A body is not waited for, not read to its end, and not taken for the next request."""
+    with dial(start(make_app())) as sock:
+        sock.sendall(f"GET / HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode())
+        assert read_all(sock).startswith(b"HTTP/1.1 200 ")
+        assert dropped_while_sending(sock, b"x" * 1000, every_s=0.01)
+
+
+def test_expect_continue(start: Start) -> None:
+    """A client that asks first is not told to go on."""
+    with dial(start(make_app())) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
+        sock.sendall(b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n")
+        assert read_all(sock).startswith(b"HTTP/1.1 200 ")
+
+
+def test_pipelining(start: Start) -> None:
+    """Requests sent without waiting are answered in their order."""
+    paths = ("/-/healthy", "/nowhere", "/-/ready")
+    requests = [f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths]
+    with dial(start(make_app())) as sock:
+        sock.sendall(b"".join(requests) + b"GET / HTTP/1.0\r\n\r\n")
+        answers = re.findall(rb"^HTTP/1.1 (\d+) ", read_all(sock), re.MULTILINE)
+    assert answers == [b"200", b"404", b"200", b"200"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS ClientHello
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",  # HTTP/2 preface
+        b"GET / HTTP/1.1\r\n\r\n",  # no Host
+        b"GET /\xff\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        LANDING + b"\x16",
+        b"\r\n\r\n",
+    ],
+)
+def test_not_http(start: Start, caplog: pytest.LogCaptureFixture, sent: bytes) -> None:
+    """What is not HTTP/1 is told so and closed, without a word in the log."""
+    port = start(make_app(Flaky()))
+    caplog.clear()
+    with dial(port) as sock:
+        sock.sendall(sent)
+        assert b"HTTP/1.1 400 " in read_all(sock)
+    assert ask(port, "/metrics").status == 200
+    assert caplog.messages == []
+
+
+def test_body_that_is_not_http(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """A body that turns out invalid while its request is answered is no fault of ours."""
+    port = start(make_app())
+    caplog.clear()
+    with dial(port) as sock:
+        sock.sendall(LANDING[:-2] + b"Transfer-Encoding: chunked\r\n\r\nnot a chunk\r\n")
+        assert read_all(sock) == b""
+    assert caplog.messages == []
+
+
+def test_upgrade(start: Start) -> None:
+    """A WebSocket is not to be had: the request is answered like any other."""
+    answer = ask(
+        start(make_app()),
+        "/",
+        connection="upgrade",
+        upgrade="websocket",
+        sec_websocket_key="x",
+    )
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize(("sent", "read"), [(HEALTHY, b"healthy\n"), (b"GET /", b"")])
+def test_resets_leave_nothing_behind(start: Start, sent: bytes, read: bytes) -> None:
+    """A client that resets its connection leaves no timer that keeps it in memory."""
+    port = start(make_app())
+    for _ in range(20):
+        with dial(port) as sock:
+            sock.sendall(sent)
+            read_until(sock, read)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, server._RESET_ON_CLOSE)
+    end = time.monotonic() + server.REQUEST_TIMEOUT_S / 2
+    while connections_in_memory() > 5:
+        assert time.monotonic() < end
+        ask(port, "/")
+
+
+def connections_in_memory() -> int:
+    gc.collect()
+    return sum(isinstance(each, server._Connection) for each in gc.get_objects())
+
+
+# The end
+
+PROGRAM = """
+import signal
+from prometheus_client import CollectorRegistry
+from tcpexporter import server
+
+sockets = server.listen("127.0.0.1", 0)
+print(sockets[0].getsockname()[1], flush=True)
+settings = {"setting": "x" * 40_000_000}
+app = server.App(CollectorRegistry(), ready=lambda: None, settings=settings, version="1")
+signal.signal(signal.SIGTERM, print)
+signal.signal(signal.SIGINT, print)
+server.serve(sockets, app)
+assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT) is print
+print("returned")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal(number: signal.Signals) -> None:
+    """A signal ends it soon and quietly, whatever its clients are in the middle of."""
+    with (
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", PROGRAM],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+        contextlib.ExitStack() as opened,
+    ):
+        assert process.stdout
+        port = int(process.stdout.readline())
+        clients = [opened.enter_context(dial(port)) for _ in range(4)]
+        _silent, idle, slow, reader = clients
+        idle.sendall(b"GET /-/ready HTTP/1.1\r\nHost: x\r\n\r\n")
+        slow.sendall(b"GET /-/ready HTTP/1.1\r\n")
+        reader.sendall(LANDING)
+        assert idle.recv(65536)
+        assert reader.recv(10)
+        before = time.monotonic()
+        process.send_signal(number)
+        try:
+            output, errors = process.communicate(timeout=PATIENCE_S)
+        finally:
+            process.kill()
+        took_s = time.monotonic() - before
+    assert (process.returncode, output, errors) == (0, "returned\n", "")
+    assert took_s < 3
