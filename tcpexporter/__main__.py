@@ -98,8 +98,10 @@ def _run(settings: Settings) -> None:
             settings=dataclasses.asdict(settings),
             version=version.VERSION,
         )
-        server.serve(listening, app)
-        starting.raise_failure()
+        try:
+            server.serve(listening, app)
+        finally:
+            starting.raise_failure()
 
 
 def _open_source(settings: Settings) -> Source:

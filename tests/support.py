@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -154,6 +155,7 @@ class Exporter:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         if wait:
             self.wait_until_ready()
@@ -204,7 +206,9 @@ class Exporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            # With what the command has started: unshare(1) starts the exporter as a child.
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
 
 
