@@ -128,7 +128,7 @@ def ss_established(port: int) -> Counter[str]:
     )
     locals_ = (line.split()[2] for line in shown.splitlines())
     return Counter(
-        "6" if "]:" in each and "::ffff:" not in each else "4" for each in locals_
+        "6" if "[" in each and "::ffff:" not in each else "4" for each in locals_
     )
 
 

@@ -25,6 +25,9 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("source", "sock_diag", {"source": "sock_diag"}),
     ("interval", "0.5", {"interval_s": 0.5}),
     ("max-connections", "1000", {"max_connections": 1000}),
+    ("max-connections", "auto", {"max_connections": None}),
+    ("reconcile-interval", "5m", {"reconcile_interval_s": 300.0}),
+    ("reconcile-cpu", "0.5", {"reconcile_cpu_percent": 0.5}),
     ("user", "prometheus", {"user": "prometheus"}),
     ("log-level", "debug", {"log_level": "debug"}),
     ("log-format", "json", {"log_format": "json"}),
@@ -81,11 +84,19 @@ REFUSED = [
         for value in ("", "0", "0.09", "3600.1", "2h", "-1", "nan", "inf", "1e0", "fast")
     ],
     *[
-        ("max-connections", value, "a whole number from 1 to 16777216")
+        ("max-connections", value, "auto, or a whole number from 1 to 16777216")
         for value in ("", "0", "16777217", "-1", "1e3", "1_000", "many")
     ],
     *[("direction", value, "inbound, outbound or all") for value in ("", "in", "ALL")],
-    *[("netns", value, "self or all") for value in ("", "host")],
+    *[("netns", value, "self, all, a name") for value in ("", "two words", "a:b")],
+    *[
+        ("reconcile-interval", value, "0 for never, or seconds up to 86400")
+        for value in ("", "-1", "86401", "25h", "often")
+    ],
+    *[
+        ("reconcile-cpu", value, "a number from 0.1 to 100")
+        for value in ("", "0", "101", "-2", "2%", "nan", "1e1", "1.2.3")
+    ],
     *[("source", value, "auto, ebpf, sock_diag or procfs") for value in ("", "bpf")],
     *[
         ("log-level", value, "debug, info, warning or error")
@@ -632,9 +643,10 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         parse(["--help"], {})
     assert exited.value.code == 0
     text = capsys.readouterr().out
-    for name in [name for name, _, _ in SAMPLES] + ["conf", "help", "version"]:
+    names = {name for name, _, _ in SAMPLES} | {"conf"}
+    for name in names | {"help", "version"}:
         assert f"--{name}" in text
-    assert text.count("; takes ") == text.count(" (default: ") == len(SAMPLES) + 1
+    assert text.count("; takes ") == text.count(" (default: ") == len(names)
     assert "[env var: " not in text
     assert "TCPEXPORTER_PORT" in text
     assert "port=443" in text

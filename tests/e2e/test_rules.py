@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The alert rules in deploy/prometheus: promtool's view of them, and the collector's."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tcpexporter.__main__ import SOURCES
+from tcpexporter.collector import ConnectionCollector, make_registry
+from tcpexporter.connections import LISTENER, Direction
+from tcpexporter.counting import select
+from tcpexporter.sources import MemorySource, Reconciliation, Report
+from tcpexporter.tracker import EVENT_KINDS
+
+CASES = Path(__file__).with_name("rules_test.yml")
+RULES = sorted(Path(__file__).parents[2].glob("deploy/prometheus/*.rules.yml"))
+
+PORTS = (443, 3838, 5432)
+"""Those that the examples speak of."""
+
+OF_PROMETHEUS = {"job", "instance"}
+"""Labels that no page has: Prometheus adds them."""
+
+UNWATCHED = {
+    "tcpexporter_build_info",  # tells, and is never wrong
+    "tcpexporter_collect_duration_seconds",  # too long for a scrape is TcpexporterDown
+}
+"""Of the exporter's own metrics, those that no alert is about."""
+
+GROUPING = re.compile(r"\b(?:by|without|on)\s*\([^)]*\)")
+SELECTOR = re.compile(r"\b(up|[a-z]+(?:_[a-z]+)+)\b(?!\s*\()\s*(?:\{([^}]*)\})?")
+MATCHER = re.compile(r'(\w+)\s*!?=~?\s*"([^"]*)"')
+
+
+def promtool(*arguments: str | Path) -> str:
+    """What it says; the test fails if it objects."""
+    path = shutil.which("promtool")
+    if path is None:
+        pytest.skip("promtool is not on PATH: Debian has it in the package prometheus")
+    done = subprocess.run(
+        [path, *arguments], check=False, capture_output=True, text=True, timeout=60
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    return said
+
+
+def alerts() -> dict[str, str]:
+    """The text of each rule, by the name of its alert."""
+    parts = [part for path in RULES for part in path.read_text().split("- alert: ")[1:]]
+    return {part.splitlines()[0]: part for part in parts}
+
+
+def selectors(rule: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The metrics that an expression names, each with the labels and values it asks for."""
+    (expression,) = re.findall(r"(?s)\n +expr: (.*?)\n +for: ", rule)
+    found = SELECTOR.findall(GROUPING.sub("", expression))
+    return [(name, MATCHER.findall(matchers)) for name, matchers in found]
+
+
+def published() -> dict[str, dict[str, set[str]]]:
+    """Each metric that an exporter can have, with its labels and their values."""
+    listeners = np.array([(0, port, 4) for port in PORTS], LISTENER)
+    report = Report(
+        max_connections=100,
+        kernel_events=dict.fromkeys(EVENT_KINDS, 0),
+        missed_events=0,
+        seeded_connections=0,
+        reconciliation=Reconciliation(),
+    )
+    metrics: dict[str, dict[str, set[str]]] = {}
+    for name in SOURCES:
+        source = MemorySource(listeners=listeners, report=report, name=name)
+        selection = select((), tcpv6=True, directions=(*Direction,), own_listener=None)
+        registry = make_registry(ConnectionCollector(source, selection, duration_s=6))
+        for sample in (each for family in registry.collect() for each in family.samples):
+            values = metrics.setdefault(sample.name, {})
+            for label, value in sample.labels.items():
+                values.setdefault(label, set()).add(value)
+    return metrics
+
+
+def test_promtool_accepts_the_rules() -> None:
+    """``promtool check rules`` on each file, lint included."""
+    assert {path.name for path in RULES} == {"examples.rules.yml", "tcpexporter.rules.yml"}
+    assert promtool("check", "rules", "--lint-fatal", *RULES).count("SUCCESS") == len(RULES)
+
+
+def test_alerts_fire_when_they_should_and_not_otherwise() -> None:
+    """``promtool test rules``: which alerts fire at which time, and what they say."""
+    assert "SUCCESS" in promtool("test", "rules", CASES)
+
+
+def test_each_alert_has_a_case_where_it_fires_and_one_where_it_does_not() -> None:
+    """promtool passes over an alert without cases, and over the wrong name in a case."""
+    assert all(path.name in CASES.read_text() for path in RULES)
+    cases = re.findall(r"alertname: (\S+)\n +exp_alerts:(.*)", CASES.read_text())
+    assert len(cases) == CASES.read_text().count("eval_time:")
+    assert {name for name, expected in cases if expected == " []"} == alerts().keys()
+    assert {name for name, expected in cases if expected != " []"} == alerts().keys()
+
+
+@pytest.mark.parametrize("name", alerts())
+def test_each_alert_waits_and_explains_itself(name: str) -> None:
+    """It has a time to wait, a severity, a summary and a description."""
+    rule = alerts()[name]
+    assert re.search(r"\n +for: [1-9]\d*m\n", rule)
+    assert re.search(r"\n +severity: (critical|warning)\n", rule)
+    assert re.search(r'\n +summary: ".+"\n', rule)
+    assert re.search(r"\n +description: >-\n +\S+ ", rule)
+
+
+@pytest.mark.parametrize("name", alerts())
+def test_each_alert_is_about_what_is_published(name: str) -> None:
+    """Every metric, label and value in its expression is one that the collector has."""
+    metrics = published()
+    asked_for = selectors(alerts()[name])
+    assert asked_for
+    for metric, matchers in asked_for:
+        assert metric in {"up", *metrics}
+        for label, value in matchers:
+            assert label in OF_PROMETHEUS or value in metrics[metric].get(label, ())
+
+
+def test_the_cases_have_series_as_they_are_published() -> None:
+    """Every series that promtool is given has the name and labels that a page has."""
+    metrics = published()
+    series = re.findall(r"- series: '(\w+)\{(.*)\}'", CASES.read_text())
+    assert len(series) == CASES.read_text().count("series: ")
+    for metric, matchers in series:
+        labels = {label for label, _ in MATCHER.findall(matchers)}
+        assert metric in {"up", *metrics}
+        assert labels == OF_PROMETHEUS | metrics.get(metric, {}).keys(), metric
+
+
+def test_every_metric_about_the_exporter_has_an_alert() -> None:
+    """A new one is either watched or said to need no watching."""
+    own = {name for name in published() if name.startswith("tcpexporter_")}
+    watched = {metric for rule in alerts().values() for metric, _ in selectors(rule)}
+    assert own - watched == UNWATCHED

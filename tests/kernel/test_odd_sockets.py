@@ -1,0 +1,513 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Sockets that are opened, shared, moved or closed in odd ways, against ss(8)."""
+
+import contextlib
+import errno
+import http.client
+import re
+import socket
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.odd_sockets import (
+    DEVICE,
+    HARDWARE_ADDRESSES,
+    SYN_RECV,
+    SYN_SENT,
+    close_in_repair,
+    connect_in_repair,
+    deaf,
+    held_elsewhere,
+    ip,
+    linked_netns,
+    listening,
+    syn_had_data,
+    tcp_state,
+)
+from tests.support import (
+    DEADLINE_S,
+    ESTABLISHED,
+    LONG_TERM,
+    Exporter,
+    Peers,
+    inside,
+    reset,
+    ss_established,
+)
+
+BY_EVENTS = ("--source", "ebpf")
+BOTH_ENDS = (*BY_EVENTS, "--direction", "all")
+OUTBOUND = (*BY_EVENTS, "--direction", "outbound")
+
+
+def eventually(read: Callable[[], object], expected: object) -> None:
+    """Wait until it reads that; what it reads at the deadline is what fails."""
+    until = time.monotonic() + DEADLINE_S
+    while (seen := read()) != expected and time.monotonic() < until:
+        time.sleep(0.02)
+    assert seen == expected
+
+
+def agree(exporter: Exporter, port: int, expected: int, version: int = 4) -> None:
+    """The exporter and ss(8) come to the same number of connections at a port."""
+    eventually(
+        lambda: (exporter.established(port, version), ss_established(port).total()),
+        (expected, expected),
+    )
+
+
+def local_port(opened: socket.socket) -> int:
+    port: int = opened.getsockname()[1]
+    return port
+
+
+def set_sysctl(name: str, value: int) -> None:
+    """In the namespace of this thread, as /proc/sys/net always is."""
+    Path("/proc/sys/net", name).write_text(f"{value}\n")
+
+
+def connected_to_itself() -> socket.socket:
+    opened = socket.socket()
+    opened.bind(("127.0.0.1", 0))
+    opened.connect(opened.getsockname())
+    return opened
+
+
+def test_a_connection_to_itself_counts_once() -> None:
+    """Source equals destination: one socket, one end, one connection."""
+    with Exporter(*BOTH_ENDS) as exporter:
+        with contextlib.ExitStack() as open_ones:
+            opened = [open_ones.enter_context(connected_to_itself()) for _ in range(5)]
+            for each in opened:
+                assert each.getpeername() == each.getsockname()
+                agree(exporter, local_port(each), 1)
+            ended = local_port(opened[0])
+            opened[0].close()
+            agree(exporter, ended, 0)
+            agree(exporter, local_port(opened[1]), 1)
+
+
+def test_a_connection_to_itself_is_inbound() -> None:
+    """It opens simultaneously: SYN_SENT, SYN_RECV, ESTABLISHED, and the last step tells."""
+    with Exporter(*BY_EVENTS) as inbound, Exporter(*OUTBOUND) as outbound:
+        with connected_to_itself() as opened:
+            assert inbound.established(local_port(opened)) == 1
+            assert outbound.established(local_port(opened)) is None
+
+
+ADDRESSES = ("192.0.2.2", "192.0.2.3")
+"""Of the two ends of a link, of TEST-NET-1 (RFC 5737)."""
+
+CROSSING_PORT = 6007
+
+
+def hold_back(address: str) -> None:
+    """Give the link here its address; what is sent waits for a neighbour that is silent."""
+    ip("address", "add", f"{address}/24", "dev", DEVICE)
+    set_sysctl(f"ipv4/conf/{DEVICE}/arp_ignore", 8)
+    set_sysctl(f"ipv4/neigh/{DEVICE}/mcast_solicit", 97)  # seconds until it gives up
+
+
+def let_go(address: str, hardware_address: str) -> None:
+    """Send what waits here: the neighbour is known now."""
+    ip("neighbour", "replace", address, "lladdr", hardware_address, "dev", DEVICE)
+
+
+def begin_to_connect(local: str, remote: str) -> socket.socket:
+    opened = socket.socket()
+    opened.setblocking(False)
+    opened.bind((local, CROSSING_PORT))
+    assert opened.connect_ex((remote, CROSSING_PORT)) == errno.EINPROGRESS
+    assert tcp_state(opened) == SYN_SENT
+    return opened
+
+
+@contextlib.contextmanager
+def opened_simultaneously(other: str) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A connection without listener, from here to the other end of a link.
+
+    Both SYNs are on their way before either arrives: they wait until each end is
+    told its neighbour's hardware address. (RFC 9293, figure 7)
+    """
+    hold_back(ADDRESSES[0])
+    with inside(other):
+        hold_back(ADDRESSES[1])
+    with contextlib.ExitStack() as opened:
+        left = opened.enter_context(begin_to_connect(*ADDRESSES))
+        with inside(other):
+            right = opened.enter_context(begin_to_connect(*reversed(ADDRESSES)))
+        let_go(ADDRESSES[1], HARDWARE_ADDRESSES[1])
+        eventually(lambda: tcp_state(right), SYN_RECV)
+        assert tcp_state(left) == SYN_SENT
+        with inside(other):
+            let_go(ADDRESSES[0], HARDWARE_ADDRESSES[0])
+        yield left, right
+
+
+def test_a_simultaneous_open_counts_once_at_each_end() -> None:
+    """Two sockets connect to each other, their SYNs cross: one connection at either end."""
+    with linked_netns() as other:
+        with inside(other):
+            there = Exporter(*BOTH_ENDS)
+        with there, Exporter(*BOTH_ENDS) as here:
+            with opened_simultaneously(other) as (left, _):
+                agree(here, CROSSING_PORT, 1)
+                with inside(other):
+                    agree(there, CROSSING_PORT, 1)
+                reset(left)
+                agree(here, CROSSING_PORT, 0)
+                with inside(other):
+                    agree(there, CROSSING_PORT, 0)
+
+
+def test_a_simultaneous_open_is_inbound_at_each_end() -> None:
+    """Either end goes from SYN_SENT to SYN_RECV to ESTABLISHED: the last step tells."""
+    with linked_netns() as other:
+        with inside(other):
+            there = Exporter(*BY_EVENTS)
+        with there, Exporter(*BY_EVENTS) as here:
+            with opened_simultaneously(other):
+                agree(here, CROSSING_PORT, 1)
+                with inside(other):
+                    agree(there, CROSSING_PORT, 1)
+
+
+def open_fast(peers: Peers, opened: socket.socket) -> None:
+    """Connect with data in the SYN, if the server has given a cookie before."""
+    opened.sendto(b"odd", socket.MSG_FASTOPEN, peers.listener.getsockname())
+
+
+@pytest.fixture
+def fast_peers() -> Iterator[Peers]:
+    """A server that takes data in a SYN, and has given this host a cookie."""
+    set_sysctl("ipv4/tcp_fastopen", 1 | 2)  # as client and as server: ip-sysctl.rst
+    with Peers() as peers:
+        peers.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 17)
+        with socket.socket() as first:
+            open_fast(peers, first)
+            peers.listener.accept()[0].close()
+            assert not syn_had_data(first)
+        yield peers
+
+
+def test_fast_open_counts_at_both_ends(fast_peers: Peers) -> None:
+    """Connections whose SYN carried data count like any other, and end like any other."""
+    with Exporter(*BOTH_ENDS) as exporter:
+        for _ in range(7):
+            client = socket.socket()
+            open_fast(fast_peers, client)
+            server, _ = fast_peers.listener.accept()
+            fast_peers.pairs.append((client, server))
+            assert server.recv(3) == b"odd"
+            assert syn_had_data(client)
+            assert syn_had_data(server)
+        agree(exporter, fast_peers.port, 7)
+        agree(exporter, local_port(fast_peers.pairs[0][0]), 1)
+        for client, _ in fast_peers.pairs[:2]:
+            client.close()
+        agree(exporter, fast_peers.port, 5)
+
+
+def test_fast_open_counts_from_the_end_of_its_handshake(fast_peers: Peers) -> None:
+    """The server accepts and reads in SYN_RECV; it counts once the client has answered."""
+    with Exporter(*BOTH_ENDS) as exporter, socket.socket() as client:
+        client.setblocking(False)
+        with deaf(client):
+            open_fast(fast_peers, client)
+            server, _ = fast_peers.listener.accept()
+            fast_peers.pairs.append((client, server))
+            assert server.recv(3) == b"odd"
+            assert syn_had_data(server)
+            assert tcp_state(server) == SYN_RECV
+            agree(exporter, fast_peers.port, 0)
+        agree(exporter, fast_peers.port, 1)  # the SYN-ACK comes again after a second
+
+
+def mptcp_socket(address: str) -> socket.socket:
+    opened = socket.socket(proto=socket.IPPROTO_MPTCP)
+    opened.bind((address, 0))
+    return opened
+
+
+def refuses_mptcp() -> bool:
+    """Whether this kernel was built without MPTCP, and says so when asked for a socket."""
+    if Path("/proc/sys/net/mptcp").exists():
+        return False
+    refusal: int | None = None
+    try:
+        socket.socket(proto=socket.IPPROTO_MPTCP).close()
+    except OSError as error:
+        refusal = error.errno
+    assert refusal == errno.EPROTONOSUPPORT
+    return True
+
+
+def mptcp_established(port: int) -> int:
+    """How many MPTCP connections ss(8) shows at a local port: the outer sockets."""
+    shown = subprocess.check_output(
+        ["ss", "-HMn", "state", "established", f"( sport = :{port} )"], text=True
+    )
+    return len(shown.splitlines())
+
+
+def test_each_subflow_of_mptcp_counts_once() -> None:
+    """A TCP connection each, as in /proc/net/tcp; the socket around them is not another.
+
+    The first subflow has the addresses of that socket: it ends alone, and counts no
+    more although the MPTCP connection goes on. Where the kernel has no MPTCP there is
+    nothing to count, and that is what is shown.
+    """
+    if refuses_mptcp():
+        return
+    subflows = 3
+    ip("mptcp", "limits", "set", "subflow", str(subflows - 1))
+    for number in range(1, subflows):
+        ip("mptcp", "endpoint", "add", f"127.0.0.{number}", "dev", "lo", "subflow")
+    with Exporter(*BOTH_ENDS) as exporter, contextlib.ExitStack() as opened:
+        listener = opened.enter_context(mptcp_socket("127.0.0.1"))
+        listener.listen()
+        port = local_port(listener)
+        for _ in range(5):
+            client = opened.enter_context(mptcp_socket("127.0.0.5"))
+            client.connect(("127.0.0.1", port))
+            server = opened.enter_context(listener.accept()[0])
+            client.sendall(b"odd")  # no further subflow before both ends know of MPTCP
+            assert server.recv(3) == b"odd"
+        agree(exporter, port, 5 * subflows)
+        assert mptcp_established(port) == 5
+        assert exporter.established(local_port(client)) == 1
+        ip("mptcp", "endpoint", "delete", "id", "0", "127.0.0.5")
+        agree(exporter, port, 5 * (subflows - 1))
+        assert mptcp_established(port) == 5
+        assert exporter.established(local_port(client)) == 0
+
+
+def test_mptcp_that_falls_back_to_tcp_counts_once() -> None:
+    """An MPTCP client of a plain server is one TCP connection at either end."""
+    if refuses_mptcp():
+        return
+    with Exporter(*BOTH_ENDS) as exporter, Peers() as peers:
+        for _ in range(3):
+            client = mptcp_socket("127.0.0.5")
+            client.connect(peers.listener.getsockname())
+            peers.pairs.append((client, peers.listener.accept()[0]))
+        agree(exporter, peers.port, 3)
+        agree(exporter, local_port(client), 1)
+        client.close()
+        agree(exporter, peers.port, 2)
+        assert exporter.established(local_port(peers.pairs[0][0])) == 1
+
+
+def test_connections_that_nobody_has_accepted_count() -> None:
+    """A full accept queue is all established; those it has no room for are not, yet."""
+    room = 7  # one more than the backlog: sk_acceptq_is_full in include/net/sock.h
+    with Exporter(*BOTH_ENDS) as exporter, contextlib.ExitStack() as opened:
+        peers = opened.enter_context(Peers(backlog=room - 1))
+        address = peers.listener.getsockname()
+        queued = [
+            opened.enter_context(socket.create_connection(address)) for _ in range(room)
+        ]
+        agree(exporter, peers.port, room)
+        agree(exporter, local_port(queued[0]), 1)
+        for _ in range(5):
+            waiting = opened.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(address)
+        agree(exporter, peers.port, room)
+        assert exporter.established(local_port(waiting)) is None
+        assert tcp_state(waiting) == SYN_SENT
+        peers.listener.close()
+        agree(exporter, peers.port, 0)
+        agree(exporter, local_port(queued[0]), 0)
+
+
+def test_listeners_that_share_a_port_are_summed_once() -> None:
+    """SO_REUSEPORT: several listeners, each with some of the connections, one series."""
+    with Exporter(*BOTH_ENDS) as exporter, contextlib.ExitStack() as opened:
+        listeners: list[socket.socket] = []
+        port = 0
+        for _ in range(5):
+            listener = opened.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(("127.0.0.1", port))
+            listener.listen(97)
+            listener.setblocking(False)
+            listeners.append(listener)
+            port = local_port(listener)
+        for _ in range(97):
+            opened.enter_context(socket.create_connection(("127.0.0.1", port)))
+        shares = [len(accepted_at(each, opened)) for each in listeners]
+        assert sum(shares) == 97
+        assert 97 not in shares  # else the test shows nothing
+        agree(exporter, port, 97)
+        series = re.findall(
+            rf'^{ESTABLISHED}{{port="{port}",.*', exporter.get("/metrics"), re.MULTILINE
+        )
+        assert series == [f'{ESTABLISHED}{{port="{port}",tcp_version="4"}} 97.0']
+
+
+def accepted_at(
+    listener: socket.socket, opened: contextlib.ExitStack
+) -> list[socket.socket]:
+    """All that wait at a listener, to be closed with ``opened``."""
+    accepted = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            accepted.append(opened.enter_context(listener.accept()[0]))
+    return accepted
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
+def test_a_connection_closed_in_repair_mode_counts_no_more(end: int) -> None:
+    """TCP_REPAIR: one end vanishes without a packet, and the other knows when it sends."""
+    with Exporter(*BOTH_ENDS) as exporter, Peers() as peers:
+        peers.connect(5)
+        pair = peers.pairs[0]
+        counts = {local_port(pair[0]): 1, peers.port: 5}
+        for port, number in counts.items():
+            agree(exporter, port, number)
+        vanishing, left = local_port(pair[end]), local_port(pair[1 - end])
+        close_in_repair(pair[end])
+        agree(exporter, vanishing, counts[vanishing] - 1)
+        agree(exporter, left, counts[left])
+        pair[1 - end].sendall(b"odd")
+        agree(exporter, left, counts[left] - 1)
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
+def test_a_connection_made_again_by_repair_counts(end: int) -> None:
+    """Moved into another socket it counts again, once, and ends like any other."""
+    with Exporter(*BOTH_ENDS) as exporter, Peers() as peers:
+        peers.connect(5)
+        stays = peers.pairs[0][1 - end]
+        local, remote = stays.getpeername(), stays.getsockname()
+        count = {0: 1, 1: 5}[end]
+        agree(exporter, local[1], count)
+        numbers = close_in_repair(peers.pairs[0][end])
+        agree(exporter, local[1], count - 1)
+        with connect_in_repair(local, remote, numbers) as moved:
+            agree(exporter, local[1], count)
+            moved.sendall(b"odd")
+            assert stays.recv(3) == b"odd"
+        agree(exporter, local[1], count - 1)
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
+def test_a_socket_inherited_over_fork_counts_until_all_have_closed_it(end: int) -> None:
+    """Closing it in one of two processes changes nothing, closing it in both ends it."""
+    with Exporter(*BOTH_ENDS) as exporter, Peers() as peers:
+        peers.connect(3)
+        ephemeral = local_port(peers.pairs[0][0])
+        agree(exporter, ephemeral, 1)
+        with held_elsewhere(peers.pairs[0][end]):
+            peers.pairs[0][end].close()
+            agree(exporter, peers.port, 3)
+            agree(exporter, ephemeral, 1)
+        agree(exporter, peers.port, 2)
+        agree(exporter, ephemeral, 0)
+
+
+REUSED_PORT = 6011
+
+
+def open_at_reused_port(peers: Peers) -> tuple[socket.socket, socket.socket]:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    client.bind(("127.0.0.1", REUSED_PORT))
+    client.connect(peers.listener.getsockname())
+    return client, peers.listener.accept()[0]
+
+
+def test_an_address_pair_reused_at_once_has_the_last_ones_age() -> None:
+    """997 times closed by RST and opened anew within a millisecond: the last one's age.
+
+    The first is older than the exporter, and long-term.
+    """
+    duration_s = 1
+    gaps_s = []
+    with contextlib.ExitStack() as opened:
+        peers = opened.enter_context(Peers())
+        client, server = open_at_reused_port(peers)
+        exporter = opened.enter_context(Exporter(*BOTH_ENDS, "--duration", str(duration_s)))
+
+        def long_term() -> set[float | None]:
+            return {exporter.long_term(port) for port in (REUSED_PORT, peers.port)}
+
+        eventually(long_term, {1})
+        for _ in range(997):
+            reset(client)
+            closed_s = time.monotonic()
+            server.close()
+            client, server = open_at_reused_port(peers)
+            gaps_s.append(time.monotonic() - closed_s)
+        peers.pairs.append((client, server))
+        assert statistics.median(gaps_s) < 0.001  # this machine may stop for a while
+        agree(exporter, REUSED_PORT, 1)
+        agree(exporter, peers.port, 1)
+        eventually(lambda: 1 in long_term(), expected=True)
+        assert time.monotonic() - closed_s >= duration_s
+        eventually(long_term, {1})
+        reset(client)
+        agree(exporter, REUSED_PORT, 0)
+        agree(exporter, peers.port, 0)
+
+
+def test_link_local_connections_count_as_ipv6() -> None:
+    """IPv6 with a scope: fe80::2%odd to fe80::3%odd, over a link between namespaces."""
+    with linked_netns() as other, contextlib.ExitStack() as opened:
+        ip("address", "add", "fe80::2/64", "dev", DEVICE, "nodad")
+        ip("-n", other, "address", "add", "fe80::3/64", "dev", DEVICE, "nodad")
+        here = opened.enter_context(Exporter(*BOTH_ENDS))
+        with inside(other):
+            there = opened.enter_context(Exporter(*BOTH_ENDS))
+            scope = socket.if_nametoindex(DEVICE)
+            listener = opened.enter_context(socket.socket(socket.AF_INET6))
+            listener.bind(("fe80::3", 0, 0, scope))
+            listener.listen()
+        for _ in range(7):
+            address = ("fe80::3", local_port(listener), 0, socket.if_nametoindex(DEVICE))
+            client = opened.enter_context(socket.socket(socket.AF_INET6))
+            client.connect(address)
+            opened.enter_context(listener.accept()[0])
+        agree(here, local_port(client), 1, version=6)
+        with inside(other):
+            agree(there, local_port(listener), 7, version=6)
+        ended = local_port(client)
+        client.close()
+        agree(here, ended, 0, version=6)
+        with inside(other):
+            agree(there, local_port(listener), 6, version=6)
+
+
+EVERY_PORT = range(1, 65536)
+
+
+def test_every_port_can_listen() -> None:
+    """65,535 of them: each but the exporter's own has a zero, on a page still served."""
+    with Exporter(*BY_EVENTS) as exporter, listening("127.0.0.2", EVERY_PORT):
+        shown = subprocess.check_output(["ss", "-Htln", "src 127.0.0.2"], text=True)
+        assert len(shown.splitlines()) == len(EVERY_PORT)
+        page = page_of(exporter)
+        for name in (ESTABLISHED, LONG_TERM):
+            series = re.findall(
+                rf'^{name}{{port="(\d+)",tcp_version="4"}} 0.0$', page, re.MULTILINE
+            )
+            zeros = list(map(int, series))
+            assert zeros == [port for port in EVERY_PORT if port != exporter.port]
+
+
+def page_of(exporter: Exporter) -> str:
+    """The metrics, asked for from a bound address: connect(2) finds no port free."""
+    connection = http.client.HTTPConnection(
+        "127.0.0.1", exporter.port, timeout=DEADLINE_S, source_address=("127.0.0.1", 0)
+    )
+    with contextlib.closing(connection):
+        connection.request("GET", "/metrics")
+        response = connection.getresponse()
+        assert response.status == http.HTTPStatus.OK
+        return response.read().decode()

@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What a scrape shows, from a source in memory to the page."""
+
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.openmetrics.exposition import (
+    generate_latest as generate_openmetrics,
+)
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as parse_openmetrics,
+)
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from tcpexporter import version
+from tcpexporter.collector import BuildCollector, ConnectionCollector, make_registry
+from tcpexporter.connections import CONNECTION, IPV4_PREFIX, LISTENER, Direction, Records
+from tcpexporter.counting import named, select
+from tcpexporter.errors import SourceError, TrackerError
+from tcpexporter.sources import MemorySource, Reconciliation, Report
+
+GOLDEN_PAGE = Path(__file__).parent / "data" / "metrics.txt"
+LONG_TERM = "netstat_tcp_longterm_connections_total"
+ESTABLISHED = "tcp_established_connections"
+NOW_NS = 1_000 * 10**9
+DURATION_S = 6
+NETNS = 4026531840
+
+Shown = dict[tuple[str, str], float]
+Generate = Callable[[CollectorRegistry], bytes]
+Parse = Callable[[str], Iterable[Metric]]
+
+
+def connections(
+    port: int, number: int, *, ip_version: int = 4, age_s: float = DURATION_S
+) -> Records:
+    made = np.zeros(number, CONNECTION)
+    made["key"]["local_port"] = port
+    made["key"]["remote_port"] = range(40000, 40000 + number)
+    made["key"]["netns"] = NETNS
+    if ip_version == 4:
+        made["key"]["local_address"][:, :12] = IPV4_PREFIX
+    made["value"]["direction"] = Direction.INBOUND
+    made["value"]["established_ns"] = NOW_NS - int(age_s * 10**9)
+    return made
+
+
+def listeners(*ports: tuple[int, int]) -> Records:
+    return np.array([(NETNS, port, ip_version) for port, ip_version in ports], LISTENER)
+
+
+def collector_of(
+    source: MemorySource,
+    *,
+    ports: Sequence[int] = (),
+    named_ports: Sequence[int] | None = None,
+    tcpv6: bool = True,
+    simple: bool = False,
+) -> ConnectionCollector:
+    selection = select(
+        ports, tcpv6=tcpv6, directions=[Direction.INBOUND], own_listener=(NETNS, 9690)
+    )
+    return ConnectionCollector(
+        source,
+        selection,
+        duration_s=DURATION_S,
+        named=named(ports if named_ports is None else named_ports, NETNS, selection),
+        simple=simple,
+        boottime_ns=lambda: NOW_NS,
+    )
+
+
+def family(collected: ConnectionCollector, name: str) -> Metric | None:
+    """The family of that name from one scrape."""
+    return {each.name: each for each in collected.collect()}.get(name)
+
+
+def values(collected: ConnectionCollector, name: str) -> Shown:
+    """One scrape of a family: values by port and IP version."""
+    found = family(collected, name)
+    assert found
+    return {
+        (each.labels["port"], each.labels["tcp_version"]): each.value
+        for each in found.samples
+    }
+
+
+def test_long_term_connections_are_those_of_that_age() -> None:
+    """The boundary is the duration before now, on the clock that was injected."""
+    source = MemorySource(
+        [
+            connections(443, 3, age_s=DURATION_S + 1),
+            connections(443, 5, age_s=DURATION_S),
+            connections(443, 7, age_s=DURATION_S - 1e-6),
+        ]
+    )
+    collected = collector_of(source)
+    assert values(collected, LONG_TERM) == {("443", "4"): 8}
+    assert values(collected, ESTABLISHED) == {("443", "4"): 15}
+
+
+def test_the_clock_is_boottime() -> None:
+    """Without another clock, a connection of just now is not long-term."""
+    source = MemorySource([connections(443, 3)])
+    selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
+    collected = ConnectionCollector(source, selection, duration_s=1)
+    source.chunks[0]["value"]["established_ns"] = _boottime_ns()
+    assert values(collected, LONG_TERM) == {("443", "4"): 0}
+    source.chunks[0]["value"]["established_ns"] -= 1_000_000_000
+    assert values(collected, LONG_TERM) == {("443", "4"): 3}
+
+
+def _boottime_ns() -> int:
+    """From /proc/uptime, which is on CLOCK_BOOTTIME, in hundredths of a second."""
+    return int(Path("/proc/uptime").read_text().split()[0].replace(".", "")) * 10**7
+
+
+def test_a_listener_has_a_series_at_0() -> None:
+    """A port that is listened on is there from the first scrape, per IP version."""
+    source = MemorySource(listeners=listeners((443, 4), (443, 6), (80, 6), (9690, 4)))
+    collected = collector_of(source)
+    expected: Shown = {("443", "4"): 0, ("443", "6"): 0, ("80", "6"): 0}
+    assert values(collected, LONG_TERM) == expected
+    assert values(collected, ESTABLISHED) == expected
+
+
+def test_a_named_port_has_a_series_at_0() -> None:
+    """A port that --port names is there without a listener, and alone."""
+    source = MemorySource(
+        [connections(80, 3)], listeners=listeners((80, 4), (22, 6), (8443, 4))
+    )
+    collected = collector_of(source, ports=[443, 8443])
+    assert values(collected, ESTABLISHED) == {
+        ("443", "4"): 0,
+        ("443", "6"): 0,
+        ("8443", "4"): 0,
+        ("8443", "6"): 0,
+    }
+
+
+def test_without_ipv6_there_is_no_series_of_it() -> None:
+    """Neither a named port nor a listener nor a connection has one."""
+    source = MemorySource(
+        [connections(443, 3, ip_version=6)], listeners=listeners((443, 6), (8443, 6))
+    )
+    collected = collector_of(source, named_ports=[443], tcpv6=False)
+    assert values(collected, ESTABLISHED) == {("443", "4"): 0}
+
+
+def test_a_published_port_stays() -> None:
+    """A port once seen keeps its series at 0, by a connection or by a listener."""
+    source = MemorySource(
+        [connections(443, 3), connections(8443, 5, ip_version=6)],
+        listeners=listeners((22, 4)),
+    )
+    collected = collector_of(source)
+    first: Shown = {("443", "4"): 3, ("8443", "6"): 5, ("22", "4"): 0}
+    assert values(collected, ESTABLISHED) == first
+    assert values(collected, LONG_TERM) == first
+    source.chunks = []
+    source._listeners = listeners()
+    assert values(collected, ESTABLISHED) == dict.fromkeys(first, 0)
+    assert values(collected, LONG_TERM) == dict.fromkeys(first, 0)
+
+
+def test_a_series_at_0_is_not_shared() -> None:
+    """What one collector has published is not known to another of the same selection."""
+    source = MemorySource([connections(443, 3)])
+    selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
+    first, second = (
+        ConnectionCollector(each, selection, duration_s=0)
+        for each in (source, MemorySource())
+    )
+    assert values(first, ESTABLISHED) == {("443", "4"): 3}
+    assert values(second, ESTABLISHED) == {}
+
+
+def test_simple_is_one_number_without_labels() -> None:
+    """--simple adds all ports and both IP versions up."""
+    source = MemorySource(
+        [
+            connections(443, 3),
+            connections(443, 5, ip_version=6),
+            connections(80, 7, age_s=0),
+        ],
+        listeners=listeners((22, 4)),
+    )
+    collected = collector_of(source, simple=True)
+    for name, expected in ((LONG_TERM, 8), (ESTABLISHED, 15)):
+        found = family(collected, name)
+        assert found
+        assert [(each.labels, each.value) for each in found.samples] == [({}, expected)]
+
+
+def test_simple_adds_up_selected_ports_only() -> None:
+    """--simple --port is one number for those ports."""
+    source = MemorySource([connections(443, 3), connections(80, 5)])
+    found = family(collector_of(source, simple=True, ports=[443]), LONG_TERM)
+    assert found
+    assert [each.value for each in found.samples] == [3]
+
+
+def test_help_says_the_duration() -> None:
+    """The help text has the threshold that is in force."""
+    found = family(collector_of(MemorySource()), LONG_TERM)
+    assert found
+    assert "at least 6 seconds" in found.documentation
+
+
+def test_all_that_is_known_is_tracked() -> None:
+    """Connections of ports that are not selected are tracked all the same."""
+    source = MemorySource([connections(80, 5), connections(9690, 2)])
+    found = family(collector_of(source, ports=[443]), "tcpexporter_tracked_connections")
+    assert found
+    assert [each.value for each in found.samples] == [7]
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ({}, None),
+        ({"inserted": 7, "refused": 0}, {"inserted": 7, "refused": 0}),
+    ],
+)
+def test_kernel_events_are_shown_where_there_are_any(
+    events: Mapping[str, int], expected: Mapping[str, int] | None
+) -> None:
+    """A BPF program's counters are shown by action; a source without one has none."""
+    source = MemorySource(report=Report(kernel_events=events))
+    found = family(collector_of(source), "tcpexporter_kernel_events")
+    shown = found and {each.labels["action"]: each.value for each in found.samples}
+    assert shown == expected
+    if found:
+        assert {each.name for each in found.samples} == {"tcpexporter_kernel_events_total"}
+
+
+@pytest.mark.parametrize("most", [None, 262144])
+def test_the_bound_is_shown_where_there_is_one(most: int | None) -> None:
+    """A source that nothing bounds has no maximum."""
+    source = MemorySource(report=Report(max_connections=most))
+    found = family(collector_of(source), "tcpexporter_max_connections")
+    assert (found and [each.value for each in found.samples]) == (most and [most])
+
+
+def by_netns(source: MemorySource, names: Mapping[int, str]) -> ConnectionCollector:
+    """A collector that tells namespaces apart; its clock is one that a test can set."""
+    selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
+    return ConnectionCollector(
+        source,
+        replace(selection, by_netns=True),
+        duration_s=DURATION_S,
+        names=lambda: names,
+        boottime_ns=lambda: clock_ns[0],
+    )
+
+
+clock_ns = [NOW_NS]
+
+
+def netns_labels(collected: ConnectionCollector) -> dict[str, float]:
+    found = family(collected, ESTABLISHED)
+    assert found
+    return {each.labels["netns"]: each.value for each in found.samples}
+
+
+def test_a_namespace_has_its_name_or_its_inode() -> None:
+    """The label netns is there when namespaces are told apart, and says which."""
+    elsewhere = connections(443, 5)
+    elsewhere["key"]["netns"] = 17
+    source = MemorySource([connections(443, 3), elsewhere])
+    assert netns_labels(by_netns(source, {NETNS: "self"})) == {"self": 3, "17": 5}
+
+
+def test_a_namespace_that_is_gone_leaves_no_series() -> None:
+    """Without socket and without name it is forgotten after a while, not at once."""
+    elsewhere = connections(443, 5)
+    elsewhere["key"]["netns"] = 17
+    source = MemorySource([connections(443, 3), elsewhere])
+    names = {NETNS: "self", 17: "blue"}
+    collected = by_netns(source, names)
+    assert netns_labels(collected) == {"self": 3, "blue": 5}
+    source.chunks = []
+    assert netns_labels(collected) == {"self": 0, "blue": 0}
+    clock_ns[0] += 3600 * 10**9
+    assert netns_labels(collected) == {"self": 0, "blue": 0}
+    del names[17]
+    assert netns_labels(collected) == {"self": 0, "17": 0}
+    clock_ns[0] += 3600 * 10**9
+    assert netns_labels(collected) == {"self": 0}
+
+
+class BrokenSource(MemorySource):
+    """One that cannot be read to its end."""
+
+    broken = True
+
+    def read(self) -> Iterator[Records]:
+        yield from self.chunks
+        if self.broken:
+            raise TrackerError("the kernel refuses to read the map")
+
+
+class DeafSource(MemorySource):
+    """One that does not know its listeners."""
+
+    def listeners(self) -> Records:
+        raise SourceError("sock_diag does not answer")
+
+
+@pytest.mark.parametrize("broken", [BrokenSource([connections(443, 3)]), DeafSource()])
+@pytest.mark.parametrize("generate", [generate_latest, generate_openmetrics])
+def test_a_source_that_cannot_be_read_gives_no_page(
+    broken: MemorySource, generate: Generate
+) -> None:
+    """The error reaches whoever asks: no page at all is better than half a page."""
+    registry = CollectorRegistry()
+    registry.register(collector_of(broken))
+    with pytest.raises(SourceError):
+        generate(registry)
+
+
+def test_a_source_recovers() -> None:
+    """After a failed scrape the next one is whole."""
+    source = BrokenSource([connections(443, 3)])
+    collected = collector_of(source)
+    with pytest.raises(SourceError):
+        list(collected.collect())
+    source.broken = False
+    assert values(collected, ESTABLISHED) == {("443", "4"): 3}
+
+
+def example() -> MemorySource:
+    """One of everything that a page can show."""
+    return MemorySource(
+        [
+            connections(443, 7),
+            connections(443, 5, ip_version=6, age_s=60),
+            connections(443, 3, age_s=0),
+            connections(8443, 2, ip_version=6, age_s=5.9),
+        ],
+        listeners=listeners((22, 4), (22, 6), (9690, 4)),
+        report=Report(
+            max_connections=262144,
+            kernel_events={"inserted": 19, "removed": 2, "refused": 0},
+            missed_events=3,
+            seeded_connections=5,
+            reconciliation=Reconciliation(
+                runs=11,
+                missed_open=2,
+                missed_close=1,
+                duration_s=0.25,
+                finished_s=1795000000.5,
+                interval_s=60.0,
+            ),
+        ),
+        name="ebpf",
+    )
+
+
+@pytest.mark.parametrize("simple", [False, True])
+@pytest.mark.parametrize(
+    ("generate", "parse"),
+    [(generate_latest, parse_text), (generate_openmetrics, parse_openmetrics)],
+)
+def test_both_formats_parse(generate: Generate, parse: Parse, *, simple: bool) -> None:
+    """prometheus_client reads every value back, each once and with a help text."""
+    registry = make_registry(collector_of(example(), simple=simple))
+    families = list(parse(generate(registry).decode()))
+    assert all(each.documentation and each.type != "unknown" for each in families)
+    shown = [
+        (each.name, tuple(sorted(each.labels.items())))
+        for family in families
+        for each in family.samples
+    ]
+    assert len(shown) == len(set(shown))
+    samples = {each.name: each.value for family in families for each in family.samples}
+    assert samples["tcpexporter_tracked_connections"] == 17
+    assert samples["tcpexporter_kernel_events_total"] in (19, 2, 0)
+    assert samples["tcpexporter_build_info"] == samples["tcpexporter_source_info"] == 1
+    assert samples["process_start_time_seconds"] > 0
+    assert "tcpexporter_collect_duration_seconds" in samples
+    assert (LONG_TERM, ()) in shown if simple else (LONG_TERM, ()) not in shown
+
+
+def test_the_page_is_the_golden_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole page, names and texts and labels and order, is as it was agreed."""
+    monkeypatch.setattr(version, "VERSION", "1.2.3")
+    monkeypatch.setattr(version, "REVISION", "0123456789abcdef0123456789abcdef01234567")
+    monkeypatch.setattr(platform, "python_version", lambda: "3.11.2")
+    registry = CollectorRegistry()
+    registry.register(collector_of(example(), ports=[22, 443, 8443, 9100]))
+    registry.register(BuildCollector())
+    page = generate_latest(registry).decode()
+    name = "tcpexporter_collect_duration_seconds"
+    took = re.search(rf"^{name} (\S+)$", page, re.MULTILINE)
+    assert took
+    assert 0 < float(took[1]) < 60
+    page = page.replace(took[0], f"{name} 0.001")
+    assert page == GOLDEN_PAGE.read_text()

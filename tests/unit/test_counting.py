@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Counts per port and IP version, against what plain Python counts."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tcpexporter.connections import (
+    CONNECTION,
+    IPV4_PREFIX,
+    LISTENER,
+    PORTS,
+    Direction,
+    Records,
+)
+from tcpexporter.counting import (
+    SERIES,
+    Counts,
+    Selection,
+    Series,
+    count,
+    listened,
+    named,
+    select,
+)
+
+INBOUND = (Direction.INBOUND,)
+BOTH = (Direction.INBOUND, Direction.OUTBOUND)
+OWN_NETNS = 4026531840
+OTHER_NETNS = 4026532017
+
+
+class Connection(NamedTuple):
+    port: int = 443
+    version: int = 4
+    direction: int = Direction.INBOUND
+    netns: int = OWN_NETNS
+    established_ns: int = 0
+
+
+def records(connections: Sequence[Connection]) -> Records:
+    made = np.zeros(len(connections), CONNECTION)
+    for record, connection in zip(made, connections, strict=True):
+        record["key"]["local_port"] = connection.port
+        record["key"]["netns"] = connection.netns
+        record["key"]["local_address"][-1] = 1
+        if connection.version == 4:
+            record["key"]["local_address"][:12] = IPV4_PREFIX
+        record["value"]["direction"] = connection.direction
+        record["value"]["established_ns"] = connection.established_ns
+    return made
+
+
+def selection(
+    *ports: int,
+    tcpv6: bool = True,
+    directions: Sequence[Direction] = INBOUND,
+    own_listener: tuple[int, int] | None = None,
+) -> Selection:
+    return select(ports, tcpv6=tcpv6, directions=directions, own_listener=own_listener)
+
+
+def counted(
+    connections: Sequence[Connection], selected: Selection, since_ns: int = 0
+) -> Counts:
+    return count([records(connections)], selected, since_ns)
+
+
+Shown = dict[tuple[int, int], int]
+
+
+def established(counts: Counts) -> Shown:
+    """What is not 0, by port and IP version."""
+    return shown(counts.series, counts.established.tolist())
+
+
+def long_term(counts: Counts) -> Shown:
+    """Likewise."""
+    return shown(counts.series, counts.long_term.tolist())
+
+
+def shown(series: Series, numbers: Sequence[int]) -> Shown:
+    rows = zip(series.view(SERIES).tolist(), numbers, strict=True)
+    return {(port, version): number for (version, port, _), number in rows if number}
+
+
+def ports_of(series: Series) -> set[tuple[int, int]]:
+    return set(shown(series, [1] * len(series)))
+
+
+def test_ports_and_ip_versions_are_counted_apart() -> None:
+    """Each local port has a count for each IP version, the first and last port too."""
+    connections = (
+        [Connection(443, 4)] * 7
+        + [Connection(443, 6)] * 5
+        + [Connection(8443, 6)] * 3
+        + [Connection(1, 4)] * 2
+        + [Connection(PORTS - 1, 6)] * 11
+    )
+    counts = counted(connections, selection())
+    assert established(counts) == {
+        (443, 4): 7,
+        (443, 6): 5,
+        (8443, 6): 3,
+        (1, 4): 2,
+        (PORTS - 1, 6): 11,
+    }
+    assert counts.total == 28
+
+
+def test_only_selected_ports_are_counted() -> None:
+    """Other ports are in the total alone."""
+    connections = [Connection(port) for port in (442, 443, 443, 443, 444, 8000, 8001)]
+    counts = counted(connections, selection(443, 8000))
+    assert established(counts) == {(443, 4): 3, (8000, 4): 1}
+    assert long_term(counts) == {(443, 4): 3, (8000, 4): 1}
+    assert counts.total == 7
+
+
+def test_no_ports_are_all_ports() -> None:
+    """Without a choice every port of both versions is selected."""
+    assert selection().ports.shape == (PORTS,)
+    assert selection().ports.all()
+    assert selection().ip_versions == (4, 6)
+
+
+def test_ipv6_can_be_left_out() -> None:
+    """Without tcpv6 there is no count and no listener of IP version 6."""
+    selected = selection(443, 8443, tcpv6=False)
+    counts = counted([Connection(443, 4)] * 3 + [Connection(443, 6)] * 5, selected)
+    assert established(counts) == {(443, 4): 3}
+    assert counts.total == 8
+    listeners = np.array([(1, 443, 4), (1, 443, 6), (1, 8443, 6)], LISTENER)
+    assert ports_of(listened(listeners, selected)) == {(443, 4)}
+
+
+@pytest.mark.parametrize(
+    ("directions", "expected"),
+    [(INBOUND, 3), ((Direction.OUTBOUND,), 5), (BOTH, 8), ((), 0)],
+)
+def test_directions_are_selected(directions: Sequence[Direction], expected: int) -> None:
+    """A connection counts when its direction is one of those; one without, never."""
+    connections = (
+        [Connection(direction=Direction.INBOUND)] * 3
+        + [Connection(direction=Direction.OUTBOUND)] * 5
+        + [Connection(direction=0)] * 7
+    )
+    counts = counted(connections, selection(directions=directions))
+    assert counts.established.sum() == expected
+    assert counts.total == 15
+
+
+def test_own_listener_is_never_counted() -> None:
+    """Connections to the exporter are left out, where the namespace is not known too."""
+    selected = selection(own_listener=(OWN_NETNS, 9690))
+    connections = (
+        [Connection(9690, netns=OWN_NETNS)] * 3
+        + [Connection(9690, netns=0)] * 5
+        + [Connection(9690, netns=OTHER_NETNS)] * 7
+        + [Connection(9691, netns=OWN_NETNS)] * 11
+    )
+    counts = counted(connections, selected)
+    assert established(counts) == {(9690, 4): 7, (9691, 4): 11}
+    assert long_term(counts) == established(counts)
+    assert counts.total == 26
+
+
+def test_own_listener_is_not_listened() -> None:
+    """Our own port is no listener, that of another namespace is."""
+    selected = selection(own_listener=(OWN_NETNS, 9690))
+    listeners = np.array(
+        [(OWN_NETNS, 9690, 4), (0, 9690, 4), (OTHER_NETNS, 9690, 6), (OWN_NETNS, 80, 4)],
+        LISTENER,
+    )
+    assert ports_of(listened(listeners, selected)) == {(9690, 6), (80, 4)}
+
+
+def test_without_an_own_listener_nothing_is_left_out() -> None:
+    """With --once there is none: every port counts."""
+    counts = counted([Connection(9690)] * 3, selection())
+    assert established(counts) == {(9690, 4): 3}
+
+
+def test_listened_ports_are_selected_ones() -> None:
+    """A listener on another port, or of no port at all, has no part in it."""
+    listeners = np.array([(1, 443, 4), (1, 443, 4), (1, 443, 6), (1, 80, 4)], LISTENER)
+    assert ports_of(listened(listeners, selection(443, 8443))) == {(443, 4), (443, 6)}
+    assert ports_of(listened(listeners[:0], selection())) == set()
+
+
+def test_named_ports_are_of_both_versions_that_are_selected() -> None:
+    """A named port has a series for each IP version, in the one namespace."""
+    assert ports_of(named((443, 80), OWN_NETNS, selection())) == {
+        (443, 4),
+        (443, 6),
+        (80, 4),
+        (80, 6),
+    }
+    assert ports_of(named((443,), OWN_NETNS, selection(tcpv6=False))) == {(443, 4)}
+    assert ports_of(named((), OWN_NETNS, selection())) == set()
+
+
+def test_namespaces_are_told_apart_when_asked_for() -> None:
+    """The same port in two namespaces is one series, or two."""
+    connections = [Connection(netns=OWN_NETNS)] * 3 + [Connection(netns=OTHER_NETNS)] * 5
+    together = counted(connections, selection())
+    assert together.established.tolist() == [8]
+    apart = counted(connections, replace(selection(), by_netns=True))
+    by_netns = dict(
+        zip(apart.series.view(SERIES)["netns"].tolist(), apart.established, strict=True)
+    )
+    assert by_netns == {OWN_NETNS: 3, OTHER_NETNS: 5}
+
+
+def test_a_connection_is_long_term_from_the_boundary_on() -> None:
+    """Established at the boundary is long-term, a nanosecond later is not yet."""
+    boundary_ns = 10**18 + 1
+    connections = [
+        *[Connection(established_ns=boundary_ns - 1)] * 3,
+        *[Connection(established_ns=boundary_ns)] * 5,
+        *[Connection(established_ns=boundary_ns + 1)] * 7,
+    ]
+    counts = counted(connections, selection(), boundary_ns)
+    assert established(counts) == {(443, 4): 15}
+    assert long_term(counts) == {(443, 4): 8}
+
+
+@pytest.mark.parametrize(("since_ns", "expected"), [(-1, 0), (-(2**63), 0), (0, 3)])
+def test_before_boot_nothing_was_established(since_ns: int, expected: int) -> None:
+    """A host that is up for less than the duration has no long-term connection."""
+    counts = counted([Connection(established_ns=0)] * 3, selection(), since_ns)
+    assert counts.long_term.sum() == expected
+    assert counts.established.sum() == 3
+
+
+def test_no_chunks_are_no_connections() -> None:
+    """No chunk, or one with nothing in it, counts 0."""
+    for chunks in ([], [records([])]):
+        counts = count(chunks, selection(), 0)
+        assert counts.total == counts.established.sum() == counts.long_term.sum() == 0
+
+
+def test_a_chunk_is_done_with_before_the_next() -> None:
+    """A source may use one buffer again and again."""
+
+    def one_buffer() -> Iterator[Records]:
+        buffer = np.zeros(3, CONNECTION)
+        for port, times in ((80, 3), (443, 2)):
+            buffer[:times] = records([Connection(port)] * times)
+            yield buffer[:times]
+            buffer["key"]["local_port"] = 1
+
+    counts = count(one_buffer(), selection(), 0)
+    assert established(counts) == {(80, 4): 3, (443, 4): 2}
+
+
+# Few values, and neighbours of what is compared.
+some_connections = st.lists(
+    st.builds(
+        Connection,
+        port=st.sampled_from([0, 80, 443, 9690, PORTS - 1]),
+        version=st.sampled_from([4, 6]),
+        direction=st.sampled_from([0, 1, 2]),
+        netns=st.sampled_from([0, OWN_NETNS, OTHER_NETNS]),
+        established_ns=st.sampled_from([0, 99, 100, 101, 2**64 - 1]),
+    ),
+    max_size=31,
+)
+
+
+@given(
+    connections=some_connections,
+    cuts=st.lists(st.integers(0, 31), max_size=3),
+    ports=st.sets(st.sampled_from([80, 443, 9690])),
+    tcpv6=st.booleans(),
+    directions=st.sampled_from([INBOUND, (Direction.OUTBOUND,), BOTH]),
+    own_listener=st.sampled_from([None, (OWN_NETNS, 9690), (OTHER_NETNS, 80)]),
+    since_ns=st.sampled_from([-1, 0, 99, 100, 101, 2**63]),
+)
+def test_counts_are_those_of_a_python_loop(
+    *,
+    connections: list[Connection],
+    cuts: list[int],
+    ports: set[int],
+    tcpv6: bool,
+    directions: tuple[Direction, ...],
+    own_listener: tuple[int, int] | None,
+    since_ns: int,
+) -> None:
+    """Any connections in any chunks, under any selection, are counted one by one."""
+    expected = [
+        each
+        for each in connections
+        if (not ports or each.port in ports)
+        and (tcpv6 or each.version == 4)
+        and each.direction in directions
+        and not (
+            own_listener
+            and each.port == own_listener[1]
+            and each.netns in (0, own_listener[0])
+        )
+    ]
+    old = [each for each in expected if since_ns >= 0 and each.established_ns <= since_ns]
+    chunks = np.split(records(connections), sorted(cuts))
+    selected = selection(
+        *ports, tcpv6=tcpv6, directions=directions, own_listener=own_listener
+    )
+    counts = count(chunks, selected, since_ns)
+    assert established(counts) == Counter((each.port, each.version) for each in expected)
+    assert long_term(counts) == Counter((each.port, each.version) for each in old)
+    assert counts.total == len(connections)

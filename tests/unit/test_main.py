@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The wiring: logging, which source is taken, what --once prints, exit codes."""
+
+import contextlib
+import json
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tcpexporter import __main__ as main
+from tcpexporter.collector import make_registry
+from tcpexporter.connections import CONNECTION, IPV4_PREFIX, Direction, Records
+from tcpexporter.errors import LoadError, SocketTableError, SourceError
+from tcpexporter.settings import Settings
+from tcpexporter.sources import MemorySource, Source
+
+
+@contextlib.contextmanager
+def set_up_logging(settings: Settings) -> Iterator[None]:
+    """As the exporter does in its own process; afterwards all is as before."""
+    root, asyncio = logging.getLogger(), logging.getLogger("asyncio")
+    before = root.handlers, root.level, asyncio.level
+    root.handlers = []
+    try:
+        main._set_up_logging(settings)
+        yield
+    finally:
+        root.handlers = before[0]
+        root.setLevel(before[1])
+        asyncio.setLevel(before[2])
+
+
+def log_something() -> None:
+    log = logging.getLogger("tcpexporter.sockets")
+    log.debug("not to be seen")
+    log.warning('reading %s instead:\n"%s"', "/proc/net/tcp", "näh")
+
+
+def test_a_log_line_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Time, level, logger and message, on standard error."""
+    with set_up_logging(Settings(log_format="text")):
+        log_something()
+    out, err = capsys.readouterr()
+    assert out == ""
+    _, _, rest = err.partition(" WARNING ")
+    assert rest == 'tcpexporter.sockets: reading /proc/net/tcp instead:\n"näh"\n'
+
+
+def test_a_log_line_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """One object a line, whatever the message has in it."""
+    with set_up_logging(Settings(log_format="json")):
+        log_something()
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    record = json.loads(line)
+    assert record.pop("asctime")
+    assert record == {
+        "levelname": "WARNING",
+        "name": "tcpexporter.sockets",
+        "message": 'reading /proc/net/tcp instead:\n"näh"',
+    }
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_the_log_level_is_the_least_that_is_logged(
+    log_format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--log-level error leaves warnings out, debug leaves nothing out but asyncio's."""
+    with set_up_logging(Settings(log_level="error", log_format=log_format)):
+        log_something()
+    assert capsys.readouterr().err == ""
+    with set_up_logging(Settings(log_level="debug", log_format=log_format)):
+        log_something()
+        logging.getLogger("asyncio").debug("Using selector")
+    shown = capsys.readouterr().err
+    assert "not to be seen" in shown
+    assert "selector" not in shown
+
+
+class Sources:
+    """What `_open` is asked for, in order, and gives: a source in memory, or an error."""
+
+    def __init__(self, **broken: SourceError) -> None:
+        self.broken = broken
+        self.asked: list[str] = []
+
+    def open(self, name: str, _settings: Settings) -> Source:
+        self.asked.append(name)
+        if name in self.broken:
+            raise self.broken[name]
+        return MemorySource(name=name)
+
+
+NO_BPF = LoadError("BPF takes root")
+NO_DIAG = SocketTableError("modprobe tcp_diag may help")
+NO_PROC = SocketTableError("/proc is not mounted")
+
+
+@pytest.mark.parametrize(
+    ("sources", "asked", "warning"),
+    [
+        (Sources(), ["ebpf"], None),
+        (
+            Sources(ebpf=NO_BPF),
+            ["ebpf", "sock_diag"],
+            "polling sock_diag, because ebpf does not work: BPF takes root",
+        ),
+        (
+            Sources(ebpf=NO_BPF, sock_diag=NO_DIAG),
+            ["ebpf", "sock_diag", "procfs"],
+            (
+                "polling procfs, because ebpf does not work: BPF takes root;"
+                " sock_diag does not work: modprobe tcp_diag may help"
+            ),
+        ),
+    ],
+)
+def test_auto_takes_the_first_source_that_works(
+    sources: Sources,
+    asked: list[str],
+    warning: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In one warning it says why the better ones do not, and what would help."""
+    monkeypatch.setattr(main, "_open", sources.open)
+    assert main._open_source(Settings(source="auto")).name == asked[-1]
+    assert sources.asked == asked
+    assert caplog.messages == ([warning] if warning else [])
+
+
+def test_auto_without_any_source_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error has the reason of each."""
+    sources = Sources(ebpf=NO_BPF, sock_diag=NO_DIAG, procfs=NO_PROC)
+    monkeypatch.setattr(main, "_open", sources.open)
+    with pytest.raises(SourceError, match=r"takes root.*modprobe.*is not mounted"):
+        main._open_source(Settings(source="auto"))
+
+
+@pytest.mark.parametrize("name", main.SOURCES)
+def test_a_named_source_that_does_not_work_is_an_error(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other is tried."""
+    sources = Sources(ebpf=NO_BPF, sock_diag=NO_DIAG, procfs=NO_PROC)
+    monkeypatch.setattr(main, "_open", sources.open)
+    with pytest.raises(SourceError) as raised:
+        main._open_source(Settings(source=name))
+    assert raised.value is sources.broken[name]
+    assert sources.asked == [name]
+
+
+@pytest.mark.parametrize("name", ["sock_diag", "procfs"])
+def test_a_named_source_is_the_one_that_is_opened(name: str) -> None:
+    """The polling ones, really opened: they take no root."""
+    source = main._open_source(Settings(source=name))
+    assert source.name == name
+    source.start()
+    assert sum(map(len, source.read())) >= 0
+    source.close()
+
+
+def connections(port: int, number: int, direction: Direction) -> Records:
+    made = np.zeros(number, CONNECTION)
+    made["key"]["local_port"] = port
+    made["key"]["local_address"][:, :12] = IPV4_PREFIX
+    made["value"]["direction"] = direction
+    return made
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (Settings(), {"443": 3}),
+        (Settings(direction="outbound"), {"40001": 5}),
+        (Settings(direction="all"), {"443": 3, "40001": 5}),
+        (Settings(direction="all", ports=(443,), tcpv6=False), {"443": 3}),
+        (Settings(ports=(8443,), tcpv6=False), {"8443": 0}),
+        (Settings(listen_port=443), {}),
+        (Settings(listen_port=443, once=True), {"443": 3}),
+    ],
+)
+def test_once_prints_what_was_chosen(
+    settings: Settings, expected: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A page on standard output, of the ports and directions in the settings."""
+    source = MemorySource(
+        [connections(443, 3, Direction.INBOUND), connections(40001, 5, Direction.OUTBOUND)]
+    )
+    registry = make_registry(main._make_collector(source, settings))
+    main._print_once(registry, duration_s=0)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert {
+        sample.labels["port"]: sample.value
+        for family in text_string_to_metric_families(out)
+        for sample in family.samples
+        if sample.name == "tcp_established_connections"
+    } == expected
+
+
+class SlowSource(MemorySource):
+    """One whose start takes until it is told to go on, and may fail."""
+
+    def __init__(self, failure: SourceError | None = None) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+        self.failure = failure
+
+    def start(self) -> None:
+        self.go_on.wait()
+        if self.failure:
+            raise self.failure
+
+
+@pytest.fixture
+def stopped() -> Iterator[threading.Event]:
+    """Whether SIGTERM came; the handlers of `main` are gone afterwards."""
+    came = threading.Event()
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    signal.signal(signal.SIGTERM, lambda *_: came.set())
+    yield came
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def join_start() -> None:
+    """Wait for the start to be over, and for Python to have handled its signal."""
+    for thread in threading.enumerate():
+        if thread.name == "start":
+            thread.join(10)
+
+
+def test_starting_is_awaited(stopped: threading.Event) -> None:
+    """Something is said to be awaited for until the source has started."""
+    source = SlowSource()
+    starting = main._Starting(source)
+    starting.begin()
+    assert starting.awaited() == "the connections from before are being read"
+    source.go_on.set()
+    join_start()
+    assert starting.awaited() is None
+    starting.raise_failure()
+    assert not stopped.is_set()
+
+
+def test_a_failed_start_ends_the_exporter(stopped: threading.Event) -> None:
+    """The server is stopped by a signal, then the failure comes out; never ready."""
+    source = SlowSource(NO_DIAG)
+    starting = main._Starting(source)
+    starting.begin()
+    source.go_on.set()
+    join_start()
+    assert stopped.is_set()
+    assert starting.awaited()
+    with pytest.raises(SocketTableError, match="modprobe"):
+        starting.raise_failure()
+
+
+@pytest.mark.usefixtures("stopped")
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["--port", "http"], 2, "tcpexporter: flag --port: port takes "),
+        (
+            ["--once", "--source", "ebpf", "--user", "nobody"],
+            1,
+            "tcpexporter: BPF takes root\n",
+        ),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(
+    arguments: list[str],
+    code: int,
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """2 for a wrong setting, 1 for what does not work; no traceback."""
+    monkeypatch.setattr(sys, "argv", ["tcpexporter", *arguments])
+    monkeypatch.setattr(main, "_open", Sources(ebpf=NO_BPF).open)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(complaint)
+    assert err.count("\n") == 1
