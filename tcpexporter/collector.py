@@ -182,7 +182,7 @@ def _about_reconciling(done: Reconciliation) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily(
         "tcpexporter_reconcile_interval_seconds",
-        "How long until the next comparison, unless events are missed; 0: until then.",
+        "How long until the next comparison, unless events are missed; 0: only then.",
         done.interval_s,
     )
     yield GaugeMetricFamily(

@@ -1,40 +1,38 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A process that holds sockets and does random things with them, by a seed."""
+"""A process that holds sockets and does random things to them, repeatably by a seed."""
 
-import contextlib
 import ctypes
 import random
 import socket
 import sys
 import time
-from collections.abc import Callable
 
 from tests.kernel.worker import serve
 from tests.support import reset
 
-MOST_SOCKETS = 199
-"""From here on a process rather closes than opens."""
-
-LISTENING: tuple[tuple[int, int, int], ...] = (
+LISTENING = (
     (10007, 10009, 10037),
     (10039, 10061, 10067),
     (10069, 10079, 10091),
 )
-"""The ports of each process: IPv4, IPv6, and both."""
+"""The ports of each process: for IPv4, for IPv6, and for both."""
 
 BACKLOG = 1021
 
+MOST_CONNECTIONS = 199
+"""Ends that a process holds; from there on it closes one each time."""
+
 
 class Sockets:
-    """What a process holds."""
+    """What one process holds."""
 
     def __init__(self, ports: tuple[int, int, int]) -> None:
         self._ports = ports
         self._listeners: dict[int, socket.socket] = {}
         self._connected: list[socket.socket] = []
         self._disconnected: list[socket.socket] = []
-        self._random = random.Random()  # noqa: S311  # to be repeated, not to be secret
-        self._operations: list[Callable[[], str]] = [
+        self._random = random.Random()  # noqa: S311  # it is to be repeated
+        self._operations = (
             *[self.connect] * 11,
             *[self.accept] * 11,
             *[self.close] * 3,
@@ -43,26 +41,25 @@ class Sockets:
             *[self.disconnect] * 2,
             *[self.send] * 2,
             self.wait,
-        ]
+        )
         self.listen()
 
     def act(self, seed: int, operations: int, *, may_stop_listening: bool) -> list[str]:
-        """Do that many random things; what was done."""
+        """Listen at every port, then do that many random things; says what was done."""
         self._random.seed(seed)
         self.listen()
-        choices = self._operations + [self.toggle_listener] * may_stop_listening
-        return [self._do(self._random.choice(choices)) for _ in range(operations)]
+        choices = [*self._operations, *[self.stop_or_listen] * may_stop_listening]
+        return [self._do(self._random.choice(choices).__name__) for _ in range(operations)]
 
-    def _do(self, operation: Callable[[], str]) -> str:
-        if len(self._connected) > MOST_SOCKETS:
-            operation = self.close
+    def _do(self, operation: str) -> str:
+        if len(self._connected) >= MOST_CONNECTIONS:
+            operation = "close"
         try:
-            return f"{operation.__name__} {operation()}"
-        except OSError as error:  # refused, nothing to accept, reset by the other side
-            return f"{operation.__name__}: {error.strerror}"
+            return f"{operation} {getattr(self, operation)()}"
+        except OSError as error:  # refused, nobody to accept, reset by the other end
+            return f"{operation} ({error})"
 
     def listen(self) -> None:
-        """Have all listeners open."""
         for port in self._ports:
             if port not in self._listeners:
                 self._listeners[port] = self._listen(port)
@@ -73,87 +70,110 @@ class Sockets:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if port == self._ports[1]:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(("" if family == socket.AF_INET else "::", port))
+        listener.bind(("", port))
         listener.listen(BACKLOG)
         listener.setblocking(False)
         return listener
 
-    def toggle_listener(self) -> str:
-        """Close a listener and reset what waits in its queue, or open it again."""
+    def stop_or_listen(self) -> str:
+        """Close a listener, which resets what nobody has accepted, or open it again."""
         port = self._random.choice(self._ports)
         if port in self._listeners:
             self._listeners.pop(port).close()
         else:
-            self._listeners[port] = self._listen(port)
+            self.listen()
         return str(port)
 
     def connect(self) -> str:
         """Connect to any process, with a socket that was connected before if there is one."""
         family, address, port = self._target()
-        again = [each for each in self._disconnected if each.family == family]
-        client = again[0] if again else socket.socket(family)
-        if again:
-            self._disconnected.remove(client)
+        client = self._unconnected(family)
         try:
             client.connect((address, port))
         except OSError:
             client.close()
             raise
         self._connected.append(client)
-        return f"{address} {port}"
+        return f"{_port(client)} to {address} {port}"
+
+    def _unconnected(self, family: socket.AddressFamily) -> socket.socket:
+        for used in self._disconnected:
+            if used.family == family:
+                self._disconnected.remove(used)
+                return used
+        return socket.socket(family)
 
     def _target(self) -> tuple[socket.AddressFamily, str, int]:
         ipv4, ipv6, both = self._random.choice(LISTENING)
         address = f"127.0.{self._random.randrange(7)}.1"
         return self._random.choice(
-            [
+            (
                 (socket.AF_INET, address, ipv4),
                 (socket.AF_INET, address, both),
                 (socket.AF_INET6, f"::ffff:{address}", ipv4),
                 (socket.AF_INET6, f"::ffff:{address}", both),
                 (socket.AF_INET6, "::1", ipv6),
                 (socket.AF_INET6, "::1", both),
-            ]
+            )
         )
 
     def accept(self) -> str:
-        port = self._random.choice(self._ports)
-        if port not in self._listeners:
-            return f"{port} is closed"
-        accepted, _ = self._listeners[port].accept()
-        accepted.setblocking(True)
+        port, listener = self._random.choice(list(self._listeners.items()))
+        accepted, _ = listener.accept()
         self._connected.append(accepted)
         return str(port)
 
     def close(self) -> str:
-        """Close with FIN, or with RST where something was sent and not read."""
-        return _name(chosen := self._take()) + _after(chosen.close)
+        """Close with FIN, or with RST if something that was sent here was not read."""
+        chosen = self._take()
+        port = _port(chosen)
+        chosen.close()
+        return port
 
     def reset(self) -> str:
         chosen = self._take()
-        name = _name(chosen)
+        port = _port(chosen)
         reset(chosen)
-        return name
-
-    def half_close(self) -> str:
-        chosen = self._random.choice(self._connected)
-        chosen.shutdown(socket.SHUT_WR)
-        return _name(chosen)
+        return port
 
     def disconnect(self) -> str:
         """connect(2) with AF_UNSPEC, which Python's socket has no address for."""
         chosen = self._take()
-        name = _name(chosen)
+        port = _port(chosen)
         unspecified = ctypes.create_string_buffer(16)
         ctypes.CDLL(None).connect(chosen.fileno(), unspecified, 16)
         self._disconnected.append(chosen)
-        return name
+        return port
+
+    def half_close(self) -> str:
+        chosen = self._choose()
+        chosen.shutdown(socket.SHUT_WR)
+        return _port(chosen)
 
     def send(self) -> str:
-        chosen = self._random.choice(self._connected)
+        chosen = self._choose()
         chosen.send(b"unread")
-        return _name(chosen)
+        return _port(chosen)
 
     def wait(self) -> str:
-        time.sleep(self._random.uniform(0, 0.05))
-        return ""
+        wait_s = self._random.uniform(0, 0.05)
+        time.sleep(wait_s)
+        return f"{wait_s:.3f}"
+
+    def _choose(self) -> socket.socket:
+        if not self._connected:
+            raise OSError("none is connected")
+        return self._random.choice(self._connected)
+
+    def _take(self) -> socket.socket:
+        chosen = self._choose()
+        self._connected.remove(chosen)
+        return chosen
+
+
+def _port(chosen: socket.socket) -> str:
+    return str(chosen.getsockname()[1])
+
+
+if __name__ == "__main__":
+    serve(Sockets(LISTENING[int(sys.argv[1])]).act)
