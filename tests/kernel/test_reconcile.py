@@ -136,10 +136,12 @@ def put_tracked(tracker: Tracker, connections: Records) -> None:
 def test_what_opens_after_the_first_look_is_not_judged(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """m: known and not in the first look, as it is newer: stays, with the kernel's time."""
+    """m: known and not in the first look, as it is newer: no second look is needed."""
     with Looks() as looks:
         reconcile.seed(tracker, looks)
-    assert run(tracker, lambda: peers.connect(3)) == NOTHING
+    with Looks(lambda: peers.connect(3)) as looks:
+        assert reconcile.reconcile(tracker, looks) == NOTHING
+        assert looks.taken == 1
     known = at_port(tracker, peers.port)
     assert len(known) == 3
     assert len(everything(tracker.seeded())) == 0
