@@ -146,6 +146,12 @@ class ConnectionCollector(Collector):
                 "their age is a lower bound.",
                 report.seeded_connections,
             )
+        if report.refused_seeds is not None:
+            yield CounterMetricFamily(
+                "tcpexporter_refused_seeds",
+                "Connections found in the socket tables that there was no room for.",
+                report.refused_seeds,
+            )
         if report.kernel_events:
             yield _by_label(
                 "tcpexporter_kernel_events",

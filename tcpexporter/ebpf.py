@@ -81,8 +81,8 @@ class EbpfSource:
         )
 
     def start(self) -> None:
-        if refused := seed(self._tracker, self._compared):
-            self._tell_refused(refused)
+        seed(self._tracker, self._compared)
+        self._tell_refused()
         self._reconciler.start()
 
     def close(self) -> None:
@@ -97,20 +97,20 @@ class EbpfSource:
         return self._tables.listeners()
 
     def report(self) -> Report:
-        events = self._tracker.events()
-        if events["refused"]:
-            self._tell_refused(events["refused"])
+        self._tell_refused()
         return Report(
             max_connections=self._max_connections,
-            kernel_events=events,
+            kernel_events=self._tracker.events(),
             missed_events=self._tracker.missed_events(),
             seeded_connections=self._tracker.seeds_read,
+            refused_seeds=self._tracker.seeds_refused,
             reconciliation=self._reconciler.state,
         )
 
-    def _tell_refused(self, refused: int) -> None:
-        if not self._refused_is_told:
+    def _tell_refused(self) -> None:
+        refused = self._tracker.events()["refused"] + self._tracker.seeds_refused
+        if refused and not self._refused_is_told:
             log.warning(
                 "there is no room for %s connections: raise --max-connections", refused
             )
-        self._refused_is_told = True
+            self._refused_is_told = True

@@ -255,7 +255,7 @@ class Reconciler:
             missed_close=self.state.missed_close + corrections.missed_close,
             duration_s=time.monotonic() - began_s,
             finished_s=time.time(),
-            interval_s=max(self._interval_s, rest_s),
+            interval_s=max(self._interval_s, rest_s) if self._interval_s else 0.0,
         )
         if corrections != Corrections():
             log.debug("corrected: %s", corrections)

@@ -39,6 +39,8 @@ class Report:
     """How many events the kernel did not run the program for."""
     seeded_connections: int | None = None
     """Of those read last, how many are known from the socket tables."""
+    refused_seeds: int | None = None
+    """For how many found in the socket tables there was no room, at each attempt."""
     reconciliation: Reconciliation | None = None
 
 

@@ -43,6 +43,8 @@ class Tracker:
 
     def __init__(self, loaded: Loaded) -> None:
         self.knows_netns = loaded.knows_netns
+        self.seeds_refused = 0
+        """For how many seeds there has been no room, each time that they were added."""
         self.seeds_read = 0
         """How many of the connections that were read last are seeds."""
         self._counts_misses = loaded.counts_misses
@@ -92,6 +94,7 @@ class Tracker:
         """
         with self._adding:
             refused = self._update_seeds(seeds)
+            self.seeds_refused += refused
             for chunk in self.tracked():
                 told = chunk["key"]
                 self.remove_seeds(told[contains(told, seeds["key"])])

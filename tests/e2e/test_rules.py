@@ -16,8 +16,9 @@ from tcpexporter.counting import select
 from tcpexporter.sources import MemorySource, Reconciliation, Report
 from tcpexporter.tracker import EVENT_KINDS
 
-CASES = Path(__file__).with_name("rules_test.yml")
-RULES = sorted(Path(__file__).parents[2].glob("deploy/prometheus/*.rules.yml"))
+ROOT = Path(__file__).parents[2]
+RULES = sorted(ROOT.glob("deploy/prometheus/*.rules.yml"))
+CASES = ROOT / "tests/e2e/rules_test.yml"
 
 PORTS = (443, 3838, 5432)
 """Those that the examples speak of."""
@@ -70,6 +71,7 @@ def published() -> dict[str, dict[str, set[str]]]:
         kernel_events=dict.fromkeys(EVENT_KINDS, 0),
         missed_events=0,
         seeded_connections=0,
+        refused_seeds=0,
         reconciliation=Reconciliation(),
     )
     metrics: dict[str, dict[str, set[str]]] = {}
@@ -142,3 +144,10 @@ def test_every_metric_about_the_exporter_has_an_alert() -> None:
     own = {name for name in published() if name.startswith("tcpexporter_")}
     watched = {metric for rule in alerts().values() for metric, _ in selectors(rule)}
     assert own - watched == UNWATCHED
+
+
+def test_the_rules_look_for_the_job_that_the_readme_tells_to_make() -> None:
+    """A job of another name would leave TcpexporterDown silent."""
+    (name,) = re.findall(r"job_name: (\S+)", (ROOT / "README.md").read_text())
+    jobs = {job for rule in alerts().values() for job in re.findall('job="(.*?)"', rule)}
+    assert jobs == {name}

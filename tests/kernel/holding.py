@@ -6,6 +6,7 @@ import random
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 from tests.kernel.worker import serve
 from tests.support import reset
@@ -40,24 +41,34 @@ class Sockets:
             *[self.half_close] * 2,
             *[self.disconnect] * 2,
             *[self.send] * 2,
-            self.wait,
         )
         self.listen()
 
-    def act(self, seed: int, operations: int, *, may_stop_listening: bool) -> list[str]:
+    def act(
+        self,
+        seed: int,
+        operations: int,
+        *,
+        longest_pause_s: float,
+        may_stop_listening: bool,
+    ) -> list[str]:
         """Listen at every port, then do that many random things; says what was done."""
         self._random.seed(seed)
         self.listen()
         choices = [*self._operations, *[self.stop_or_listen] * may_stop_listening]
-        return [self._do(self._random.choice(choices).__name__) for _ in range(operations)]
+        done = []
+        for _ in range(operations):
+            done.append(self._do(self._random.choice(choices)))
+            time.sleep(self._random.uniform(0, longest_pause_s))
+        return done
 
-    def _do(self, operation: str) -> str:
+    def _do(self, operation: Callable[[], str]) -> str:
         if len(self._connected) >= MOST_CONNECTIONS:
-            operation = "close"
+            operation = self.close
         try:
-            return f"{operation} {getattr(self, operation)()}"
+            return f"{operation.__name__} {operation()}"
         except OSError as error:  # refused, nobody to accept, reset by the other end
-            return f"{operation} ({error})"
+            return f"{operation.__name__} ({error})"
 
     def listen(self) -> None:
         for port in self._ports:
@@ -85,7 +96,7 @@ class Sockets:
         return str(port)
 
     def connect(self) -> str:
-        """Connect to any process, with a socket that was connected before if there is one."""
+        """Connect to any process, with a socket that was connected before if there is."""
         family, address, port = self._target()
         client = self._unconnected(family)
         try:
@@ -97,10 +108,8 @@ class Sockets:
         return f"{_port(client)} to {address} {port}"
 
     def _unconnected(self, family: socket.AddressFamily) -> socket.socket:
-        for used in self._disconnected:
-            if used.family == family:
-                self._disconnected.remove(used)
-                return used
+        if family == socket.AF_INET and self._disconnected:
+            return self._disconnected.pop()
         return socket.socket(family)
 
     def _target(self) -> tuple[socket.AddressFamily, str, int]:
@@ -118,8 +127,10 @@ class Sockets:
         )
 
     def accept(self) -> str:
-        port, listener = self._random.choice(list(self._listeners.items()))
-        accepted, _ = listener.accept()
+        port = self._random.choice(self._ports)
+        if port not in self._listeners:
+            raise OSError(f"{port} is closed")
+        accepted, _ = self._listeners[port].accept()
         self._connected.append(accepted)
         return str(port)
 
@@ -142,7 +153,9 @@ class Sockets:
         port = _port(chosen)
         unspecified = ctypes.create_string_buffer(16)
         ctypes.CDLL(None).connect(chosen.fileno(), unspecified, 16)
-        self._disconnected.append(chosen)
+        # One that was connected to ::ffff:a.b.c.d hears no IPv6 any more.
+        if chosen.family == socket.AF_INET:
+            self._disconnected.append(chosen)
         return port
 
     def half_close(self) -> str:
@@ -154,11 +167,6 @@ class Sockets:
         chosen = self._choose()
         chosen.send(b"unread")
         return _port(chosen)
-
-    def wait(self) -> str:
-        wait_s = self._random.uniform(0, 0.05)
-        time.sleep(wait_s)
-        return f"{wait_s:.3f}"
 
     def _choose(self) -> socket.socket:
         if not self._connected:

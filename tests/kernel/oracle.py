@@ -8,7 +8,7 @@ import http.client
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -55,12 +55,16 @@ def count(ends: Ends) -> Counts:
     return counts
 
 
-def difference(shown: Counts, wanted: Counts) -> dict[Series, tuple[int, int]]:
+def at_ports(counts: Counts, ports: Collection[int]) -> Counts:
+    return Counter({each: counts[each] for each in counts if each[0] in ports})
+
+
+def difference(shown: Counts, true: Counts) -> dict[Series, tuple[int, int]]:
     """Where they differ: how many there are and how many there should be."""
     return {
-        series: (shown[series], wanted[series])
-        for series in sorted(shown | wanted)
-        if shown[series] != wanted[series]
+        series: (shown[series], true[series])
+        for series in sorted(shown | true)
+        if shown[series] != true[series]
     }
 
 
@@ -147,14 +151,17 @@ def _of_others(ends: Ends, exporter: Exporter) -> Ends:
     )
 
 
-def look_until(
-    exporter: Exporter, is_enough: Callable[[Page], bool]
-) -> tuple[Page, Counts]:
-    """A page of which that is so, as `look` gives it."""
+def look_reconciled(exporter: Exporter) -> tuple[Page, Counts]:
+    """As `look`, when a reconciliation has followed the last event that was missed."""
+    trouble = None
+    moment_s = time.time()
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until:
-        page, wanted = look(exporter)
-        if is_enough(page):
-            return page, wanted
-        time.sleep(0.2)
-    raise AssertionError("it is not reconciled")
+        page, true = look(exporter)
+        if page.trouble != trouble:
+            trouble = page.trouble
+            moment_s = time.time()
+        elif page.is_reconciled_since(moment_s):
+            return page, true
+        time.sleep(0.1)
+    raise AssertionError("it does not reconcile")

@@ -351,6 +351,7 @@ def example() -> MemorySource:
             kernel_events={"inserted": 19, "removed": 2, "refused": 0},
             missed_events=3,
             seeded_connections=5,
+            refused_seeds=1,
             reconciliation=Reconciliation(
                 runs=11,
                 missed_open=2,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcpexporter.connections import (
@@ -145,6 +145,7 @@ some_keys = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(wanted=some_keys, among=some_keys)
 def test_keys_are_found_as_a_dict_finds_them(
     wanted: list[bytes], among: list[bytes]
@@ -180,13 +181,14 @@ def test_one_byte_anywhere_makes_another_key() -> None:
 def test_duplicates_are_all_found() -> None:
     """A key that is there twice has one of its places, for each who asks for it."""
     among = np.zeros(5, KEY)
-    among["local_port"] = [443, 80, 443, 80, 443]
-    wanted = np.zeros(3, KEY)
-    wanted["local_port"] = [443, 443, 22]
-    first, second, third = locate(wanted, among).tolist()
+    among["local_port"] = [443, 22, 443, 80, 22]
+    wanted = np.zeros(4, KEY)
+    wanted["local_port"] = [443, 443, 22, 8443]
+    first, second, third, fourth = locate(wanted, among).tolist()
     assert first == second
-    assert first in (0, 2, 4)
-    assert third == -1
+    assert first in (0, 2)
+    assert third in (1, 4)
+    assert fourth == -1
 
 
 def test_keys_of_connections_are_found() -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcpexporter.connections import (
@@ -274,6 +274,7 @@ some_connections = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(
     connections=some_connections,
     cuts=st.lists(st.integers(0, 31), max_size=3),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyroute2.netlink import NLMSG_DONE, NLMSG_ERROR
 from pyroute2.netlink.diag import (
@@ -466,12 +466,14 @@ def decode_or_refuse(reply: Bytes) -> None:
         sockets._diag_entries(rows, NETNS)
 
 
+@settings(deadline=None)
 @given(reply=st.one_of(st.binary(), st.lists(any_message, max_size=7).map(b"".join)))
 def test_any_reply_is_decoded_or_refused(reply: bytes) -> None:
     """Whatever the bytes are, decoding ends, with SocketTableError or without."""
     decode_or_refuse(np.frombuffer(reply, np.uint8))
 
 
+@settings(deadline=None)
 @given(
     name=st.sampled_from(["diag-inet-0.bin", "diag-inet6-0.bin", "diag-error.bin"]),
     changes=st.dictionaries(st.integers(0, 2000), st.integers(0, 255), max_size=7),
@@ -497,6 +499,7 @@ def test_an_attribute_is_found_wherever_it_is() -> None:
     assert v6only(other, other, yes, other) == [True]
     assert v6only() == v6only(other) == v6only(other, other) == [False]
     assert v6only(other, attribute(INET_DIAG_SKV6ONLY, b"\0")) == [False]
+    assert v6only(other, attribute(INET_DIAG_SKV6ONLY, b"")) == [False]
 
 
 def test_attributes_of_many_messages_are_walked_apart() -> None:
@@ -512,6 +515,7 @@ def test_attributes_of_many_messages_are_walked_apart() -> None:
     assert entries["v6only"].tolist() == [True, True, False, False, False]
 
 
+@settings(deadline=None)
 @given(data=st.lists(st.binary(min_size=24, max_size=24), min_size=1, max_size=7))
 def test_any_attributes_are_walked_to_their_end(data: list[bytes]) -> None:
     """Lengths of 0 or past the end do no harm; an attribute's first byte is found."""
@@ -682,6 +686,7 @@ nearly_lines = st.lists(
 ).map(b"".join)
 
 
+@settings(deadline=None)
 @given(text=st.one_of(st.binary(), nearly_lines), words=st.sampled_from([1, 4]))
 def test_any_text_is_decoded_or_refused(text: bytes, words: int) -> None:
     """Whatever the bytes are, decoding ends, with SocketTableError or without."""
@@ -703,6 +708,7 @@ any_entry = st.tuples(
 )
 
 
+@settings(deadline=None)
 @given(entries=st.lists(any_entry, max_size=7), is_ipv4=st.booleans())
 def test_both_decoders_give_back_what_was_written(
     entries: list[tuple[bytes, int, bytes, int, int]], *, is_ipv4: bool

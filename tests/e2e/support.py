@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What the e2e tests share: the installed command, and a Prometheus that scrapes it."""
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from tests.support import DEADLINE_S, Exporter, free_port
+
+COMMAND = str(Path(sys.executable).with_name("tcpexporter"))
+README = Path(__file__).parents[2] / "README.md"
+
+
+class Command(Exporter):
+    """The installed command, as a user runs it."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        command: Sequence[str] = (COMMAND,),
+        address: str = "127.0.0.1",
+        port: int | None = None,
+    ) -> None:
+        if port is not None:  # of two flags the last one counts
+            arguments = (*arguments, "--listen", f"{address}:{port}")
+        super().__init__(*arguments, command=command, address=address, wait=False)
+        self.port = port or self.port
+        self.wait_until_ready()
+
+    @property
+    def target(self) -> str:
+        return f"{self._address}:{self.port}"
+
+    def fetch(self, path: str, **headers: str) -> tuple[str, str]:
+        """A page asked for with these headers, and its content type."""
+        with urllib.request.urlopen(
+            urllib.request.Request(f"http://{self.target}{path}", headers=headers),
+            timeout=DEADLINE_S,
+        ) as response:
+            return response.read().decode(), response.headers["content-type"]
+
+
+def tool(name: str) -> str:
+    """The path of a program that the test cannot do without."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not on PATH: Debian has it in the package prometheus")
+    return path
+
+
+def scrape_config(*targets: str) -> str:
+    """The README's own example, for other targets."""
+    blocks = re.findall("(?ms)^```yaml\n(.*?)^```$", README.read_text())
+    (example,) = (block for block in blocks if "\nscrape_configs:" in block)
+    before, place, after = example.partition('["localhost:9690"]')
+    assert place, "the README's scrape_configs has no localhost:9690"
+    return f"{before}{json.dumps(targets)}{after}"
+
+
+class Prometheus:
+    """A real Prometheus on loopback, with its data in a directory.
+
+    It takes five seconds until the first scrape, whatever it is told.
+    """
+
+    def __init__(self, directory: Path, *targets: str, interval_s: int = 1) -> None:
+        config = directory / "prometheus.yml"
+        config.write_text(
+            f"global:\n  scrape_interval: {interval_s}s\n{scrape_config(*targets)}"
+        )
+        self._address = f"127.0.0.1:{free_port()}"
+        self._log = directory / "prometheus.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [
+                    tool("prometheus"),
+                    f"--config.file={config}",
+                    f"--storage.tsdb.path={directory / 'data'}",
+                    f"--web.listen-address={self._address}",
+                    "--log.level=debug",  # where a scrape that failed is written
+                ],
+                stdout=log,
+                stderr=log,
+            )
+
+    def targets(self) -> list[dict[str, Any]]:
+        """How each target is doing: its url, health and last error."""
+        return list(self._ask("targets")["activeTargets"])
+
+    def types(self, metric: str) -> set[str]:
+        """What the targets say of which type a metric family is."""
+        return {each["type"] for each in self._ask("targets/metadata", metric=metric)}
+
+    def query(self, promql: str, *labels: str) -> dict[tuple[str, ...], float]:
+        """What PromQL gives now, by the values of these labels."""
+        found = self._ask("query", query=promql)["result"]
+        values: dict[tuple[str, ...], float] = {}
+        for each in found:
+            key = tuple(each["metric"].get(label, "") for label in labels)
+            values[key] = float(each["value"][1])
+        assert len(values) == len(found), f"{labels} do not tell apart {found}"
+        return values
+
+    def failed_scrapes(self) -> list[str]:
+        """What its log has of them, each with its reason."""
+        return [
+            line for line in self._log.read_text().splitlines() if "Scrape failed" in line
+        ]
+
+    def samples(self, selector: str) -> list[tuple[float, float]]:
+        """When one series was scraped, in seconds since the epoch, and what it was."""
+        (series,) = self._ask("query", query=f"{selector}[10m]")["result"]
+        return [(scraped_s, float(value)) for scraped_s, value in series["values"]]
+
+    def wait_for(
+        self, promql: str, expected: dict[tuple[str, ...], float], *labels: str
+    ) -> None:
+        """Until PromQL gives what is expected: a scrape comes when it comes."""
+        until = time.monotonic() + DEADLINE_S
+        while (found := self.query(promql, *labels)) != expected:
+            assert time.monotonic() < until, (
+                f"{promql} by {labels} should be {expected}, is {found}; last errors: "
+                f"{[each['lastError'] for each in self.targets()]}"
+            )
+            time.sleep(0.1)
+
+    def _ask(self, path: str, **parameters: str) -> Any:
+        query = urllib.parse.urlencode(parameters)
+        return json.loads(self._get(f"/api/v1/{path}?{query}"))["data"]
+
+    def _get(self, path: str) -> bytes:
+        url = f"http://{self._address}{path}"
+        with urllib.request.urlopen(url, timeout=DEADLINE_S) as response:
+            body: bytes = response.read()
+            return body
+
+    def wait_until_ready(self) -> None:
+        until = time.monotonic() + DEADLINE_S
+        while time.monotonic() < until and self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                self._get("/-/ready")
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"Prometheus does not get ready:\n{self._log.read_text()}")
+
+    def __enter__(self) -> Self:
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The installed command scraped by a real Prometheus, with the README's scrape_configs."""
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import pytest
+from prometheus_client.openmetrics import parser
+
+from tests.e2e.support import COMMAND, Command, Prometheus
+from tests.support import ESTABLISHED, LONG_TERM, Peers, free_port
+
+ACCEPT = {
+    "2.42": "application/openmetrics-text;version=1.0.0,"
+    "application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+    "3.5": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "application/openmetrics-text;version=0.0.1;q=0.5,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
+    "text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+}
+"""What Prometheus sends, by its version."""
+
+SOURCES = ("ebpf", "sock_diag", "procfs")
+
+
+def at(port: int, metric: str = LONG_TERM) -> str:
+    return f'{metric}{{port="{port}"}}'
+
+
+def test_prometheus_has_the_right_numbers_of_every_source(tmp_path: Path) -> None:
+    """IPv4 and IPv6 apart, falling when connections close, and no scrape ever fails."""
+    with contextlib.ExitStack() as running:
+        peers = running.enter_context(Peers("::"))
+        exporters = [
+            running.enter_context(
+                Command("--source", source, "--interval", "0.5", "--duration", "1")
+            )
+            for source in SOURCES
+        ]
+        prometheus = running.enter_context(
+            # The interval is also the timeout, and this machine may be busy.
+            Prometheus(tmp_path, *(each.target for each in exporters), interval_s=2)
+        )
+
+        def wait_for_numbers(four: int, six: int) -> None:
+            expected: dict[tuple[str, ...], float] = {
+                (source, version): number
+                for source in SOURCES
+                for version, number in (("4", four), ("6", six))
+            }
+            with_source = "* on(instance) group_left(source) tcpexporter_source_info"
+            query = f"{at(peers.port)} {with_source}"
+            prometheus.wait_for(query, expected, "source", "tcp_version")
+
+        peers.connect(7, "127.0.0.1")
+        peers.connect(5, "::1")
+        wait_for_numbers(7, 5)
+        for client, _ in peers.pairs[:3]:
+            client.close()
+        wait_for_numbers(4, 5)
+        for _, server in peers.pairs[7:]:
+            server.close()
+        wait_for_numbers(4, 0)
+        for each in exporters:  # Prometheus keeps a connection, which is nobody's business
+            own = f'{LONG_TERM}{{port="{each.port}",instance="{each.target}"}}'
+            assert prometheus.query(own) == {}
+        assert_no_scrape_failed(prometheus)
+        # Only OpenMetrics has this type.
+        assert prometheus.types("tcpexporter_source") == {"info"}
+
+
+def assert_no_scrape_failed(prometheus: Prometheus) -> None:
+    assert prometheus.failed_scrapes() == []
+    assert set(prometheus.query("min_over_time(up[10m])", "instance").values()) == {1}
+    for each in prometheus.targets():
+        assert each["health"] == "up"
+        assert each["lastError"] == ""
+
+
+def test_an_ipv6_target_is_scraped(tmp_path: Path) -> None:
+    """``--listen '[::1]:port'`` serves, and Prometheus scrapes, over IPv6."""
+    with (
+        Peers("::1") as peers,
+        Command("--duration", "0", address="[::1]") as exporter,
+        Prometheus(tmp_path, exporter.target) as prometheus,
+    ):
+        peers.connect(3)
+        prometheus.wait_for(at(peers.port), {("6",): 3}, "tcp_version")
+        (target,) = prometheus.targets()
+        assert target["scrapeUrl"] == f"http://[::1]:{exporter.port}/metrics"
+        assert_no_scrape_failed(prometheus)
+
+
+def test_the_readme_works_as_it_stands(tmp_path: Path) -> None:
+    """The command without a flag serves where the README's example scrapes."""
+    no_flag = ("sh", "-c", f'exec "{COMMAND}"')  # the shell keeps those it is given
+    with (
+        Peers() as peers,
+        Command(command=no_flag, port=9690) as exporter,
+        Prometheus(tmp_path, "localhost:9690") as prometheus,
+    ):
+        peers.connect(3)
+        prometheus.wait_for(at(peers.port, ESTABLISHED), {("4",): 3}, "tcp_version")
+        assert "at least 6 seconds" in exporter.get("/metrics")
+
+
+def test_a_restart_costs_at_most_one_scrape(tmp_path: Path) -> None:
+    """Connections from before are counted again at once, no series goes stale for long."""
+    # Prometheus scrapes every 15 s or more; a restart must fit in between two scrapes.
+    interval_s = 3
+    port = free_port()
+    with Peers() as peers:
+        peers.connect(7)
+        with Command("--duration", "0", port=port) as before:
+            with Prometheus(tmp_path, before.target, interval_s=interval_s) as prometheus:
+                prometheus.wait_for(at(peers.port), {("4",): 7}, "tcp_version")
+                assert before.stop()[0] == 0
+                with Command("--duration", "0", port=port):
+                    prometheus.wait_for("changes(process_start_time_seconds[10m])", {(): 1})
+                    scraped = prometheus.samples(at(peers.port))
+                    up = [value for _, value in prometheus.samples("up")]
+    assert {value for _, value in scraped} == {7}
+    gaps_s = [later - sooner for (sooner, _), (later, _) in itertools.pairwise(scraped)]
+    assert max(gaps_s) < 2.5 * interval_s
+    assert up.count(0) <= 1
+
+
+@pytest.mark.parametrize("version", ACCEPT)
+def test_openmetrics_is_what_prometheus_asks_for(version: str) -> None:
+    """The OpenMetrics page parses by the format's strict parser, and has the numbers."""
+    with Peers() as peers, Command("--duration", "0") as exporter:
+        peers.connect(3)
+        page, content_type = exporter.fetch("/metrics", Accept=ACCEPT[version])
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    parsed = parser.text_string_to_metric_families(page)  # type: ignore[no-untyped-call]
+    families = {each.name: each for each in parsed}
+    assert families["tcpexporter_source"].type == "info"
+    assert families["tcpexporter_kernel_events"].type == "counter"
+    assert families[LONG_TERM].type == "gauge"
+    counts = {each.labels["port"]: each.value for each in families[LONG_TERM].samples}
+    assert counts[str(peers.port)] == 3
