@@ -27,6 +27,7 @@ OF_PROMETHEUS = {"job", "instance"}
 """Labels that no page has: Prometheus adds them."""
 
 UNWATCHED = {
+    "tcpexporter_seeded_connections",  # all are after a restart, for as long as they last
     "tcpexporter_build_info",  # tells, and is never wrong
     "tcpexporter_collect_duration_seconds",  # too long for a scrape is TcpexporterDown
 }
