@@ -123,7 +123,7 @@ class Reader(Protocol):
         ...
 
     def listening(self) -> Iterator[Records]:
-        """Those in state LISTEN alone."""
+        """Those in state LISTEN alone; another thread may read `entries` meanwhile."""
         ...
 
     def close(self) -> None:
@@ -144,6 +144,8 @@ class SocketTables:
         self.name = readers[0].name
         self._readers = list(readers)
         self._used_s = {reader.netns: time.monotonic() for reader in readers}
+        # Not let go while it is asked for its listeners.
+        self._listening = threading.Lock()
 
     def close(self) -> None:
         """Give all descriptors back."""
@@ -183,22 +185,28 @@ class SocketTables:
     def listeners(self) -> Records:
         """The listening ports, of dtype `LISTENER`, without repetitions.
 
+        Another thread may be in `established` meanwhile.
+
         Raises:
             SocketTableError: they cannot be read, or not understood.
         """
-        found = [
-            _listeners(entries) for each in self._readers for entries in each.listening()
-        ]
+        with self._listening:
+            found = [
+                _listeners(entries)
+                for reader in self._readers
+                for entries in reader.listening()
+            ]
         return np.unique(_joined(found, LISTENER))
 
     def _let_go(self, used: set[int]) -> None:
         now_s = time.monotonic()
         used |= {self._readers[0].netns, *namespaces.named()}
         self._used_s.update(dict.fromkeys(used, now_s))
-        for reader in self._readers[1:]:
-            if now_s - self._used_s[reader.netns] > FORGET_S:
-                reader.close()
-                self._readers.remove(reader)
+        with self._listening:
+            for reader in self._readers[1:]:
+                if now_s - self._used_s[reader.netns] > FORGET_S:
+                    reader.close()
+                    self._readers.remove(reader)
 
 
 def open_tables(name: str, netns: str) -> SocketTables:
@@ -271,9 +279,9 @@ class SockDiagReader:
             SocketTableError: the kernel does not answer.
         """
         self.netns = namespaces.inode(netns)
-        self._sequence = 0
         try:
-            self._socket = _within(netns, _netlink_socket)
+            self._for_entries = _Dumps(_within(netns, _netlink_socket))
+            self._for_listening = _Dumps(_within(netns, _netlink_socket))
         except OSError as error:
             raise SocketTableError(f"no sock_diag in {netns}: {error.strerror}") from error
         try:
@@ -284,35 +292,51 @@ class SockDiagReader:
             raise
 
     def close(self) -> None:
-        self._socket.close()
+        self._for_entries.close()
+        self._for_listening.close()
 
     def entries(self) -> Iterator[Records]:
-        return self._dump(1 << SS_ESTABLISHED | 1 << SS_LISTEN, 1 << (INET_DIAG_INFO - 1))
+        states = 1 << SS_ESTABLISHED | 1 << SS_LISTEN
+        for messages in self._for_entries.read(states, 1 << (INET_DIAG_INFO - 1)):
+            yield _diag_entries(messages, self.netns)
 
     def listening(self) -> Iterator[Records]:
-        return self._dump(1 << SS_LISTEN)
+        for messages in self._for_listening.read(1 << SS_LISTEN, 0):
+            yield _diag_entries(messages, self.netns)
 
-    def _dump(self, states: int, extensions: int = 0) -> Iterator[Records]:
+
+class _Dumps:
+    """A netlink socket that one dump at a time is read from.
+
+    The kernel refuses a second dump while one is under way (EBUSY), and whoever
+    reads takes the answers of both.
+    """
+
+    def __init__(self, opened: socket.socket) -> None:
+        self._socket = opened
+        self._sequence = 0
+        self.close = opened.close
+
+    def read(self, states: int, extensions: int) -> Iterator[Bytes]:
+        """Runs of messages, as `decode_sock_diag` gives them."""
         try:
             for family in (socket.AF_INET, socket.AF_INET6):
                 self._sequence += 1
-                self._socket.send(
-                    sock_diag_request(family, states, extensions, self._sequence)
-                )
+                request = sock_diag_request(family, states, extensions, self._sequence)
+                self._socket.send(request)
                 yield from self._replies()
         except OSError as error:
             raise SocketTableError(
                 f"sock_diag does not answer ({error}): modprobe tcp_diag may help"
             ) from error
 
-    def _replies(self) -> Iterator[Records]:
+    def _replies(self) -> Iterator[Bytes]:
         buffer = np.empty(REPLY_BYTES, np.uint8)
         finished = False
         while not finished:
             size = self._socket.recv_into(buffer.data)
             runs, finished = decode_sock_diag(buffer[:size], self._sequence)
-            for messages in runs:
-                yield _diag_entries(messages, self.netns)
+            yield from runs
 
 
 def _netlink_socket() -> socket.socket:
@@ -463,25 +487,28 @@ class ProcfsReader:
         """
         self.netns = namespaces.inode(netns)
         try:
-            self._files = _within(netns, _open_procfs)
+            self._for_entries = _within(netns, _open_procfs)
+            self._for_listening = _within(netns, _open_procfs)
         except OSError as error:
             raise SocketTableError(
                 f"cannot open {error.filename}: {error.strerror}"
             ) from error
 
     def close(self) -> None:
-        for descriptor in self._files.values():
+        for descriptor in (*self._for_entries.values(), *self._for_listening.values()):
             os.close(descriptor)
 
     def entries(self) -> Iterator[Records]:
-        for address_words, descriptor in self._files.items():
-            for text in _lines(descriptor):
-                entries = decode_procfs(text, address_words, self.netns)
-                yield entries[np.isin(entries["state"], (SS_ESTABLISHED, SS_LISTEN))]
+        return self._read(self._for_entries, SS_ESTABLISHED, SS_LISTEN)
 
     def listening(self) -> Iterator[Records]:
-        for entries in self.entries():
-            yield entries[entries["state"] == SS_LISTEN]
+        return self._read(self._for_listening, SS_LISTEN)
+
+    def _read(self, files: dict[int, int], *states: int) -> Iterator[Records]:
+        for address_words, descriptor in files.items():
+            for text in _lines(descriptor):
+                entries = decode_procfs(text, address_words, self.netns)
+                yield entries[np.isin(entries["state"], states)]
 
 
 def _open_procfs() -> dict[int, int]:

@@ -54,6 +54,7 @@ def _run() -> Report:
         load_average=(load_before, os.getloadavg()[0]),
         other_exporters=others,
         tracked=samples.tracked,
+        idle_reconciliations=samples.idle_reconciliations,
         state_changes=samples.state_changes,
         figures=filled(samples.by_figure),
     )

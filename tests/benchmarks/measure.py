@@ -65,6 +65,7 @@ class Effort:
     scrapes: int
     polling_scrapes: int
     idle_s: float
+    """A multiple of --reconcile-interval has its fair share of reconciling."""
     polling_s: float
     event_rounds: int
     rate_pairs: int
@@ -89,7 +90,7 @@ FULL = Effort(
     starts=11,
     scrapes=503,
     polling_scrapes=101,
-    idle_s=30,
+    idle_s=120,
     polling_s=10,
     event_rounds=11,
     rate_pairs=17,
@@ -107,6 +108,8 @@ class Samples:
     )
     tracked: int = 0
     """While scrapes were timed, as the exporter has it; its scraper's connection is too."""
+    idle_reconciliations: int = 0
+    """While nothing happened."""
     state_changes: dict[str, int] = field(default_factory=dict)
     """How many there were in all event rounds."""
 
@@ -192,8 +195,15 @@ def _timed_s(act: Callable[[], object]) -> float:
 
 def _idle(samples: Samples, effort: Effort, exporter: Exporter) -> None:
     log.info("doing nothing for %s s", effort.idle_s)
+    before = _reconciliations(exporter)
     time.sleep(SETTLE_S)
     samples.add("idle_cpu_ratio", _cpu_ratio(exporter, effort.idle_s))
+    samples.idle_reconciliations = _reconciliations(exporter) - before
+
+
+def _reconciliations(exporter: Exporter) -> int:
+    with Scraper(exporter) as scraper:
+        return int(scraper.values()["tcpexporter_reconciliations_total", ""])
 
 
 def _cpu_ratio(exporter: Exporter, period_s: float) -> float:

@@ -29,6 +29,8 @@ class Report:
     """Attached on the host all the time: they slow down every state change a little."""
     tracked: int
     """Entries in the tracker while scrapes were timed."""
+    idle_reconciliations: int
+    """While nothing happened."""
     state_changes: Mapping[str, int]
     """Of all rounds in which the BPF program was timed."""
     figures: Sequence[Figure]
@@ -76,7 +78,7 @@ def rows(report: Report) -> Iterator[Row]:
 
 def conditions(report: Report) -> str:
     """What the figures are true of, as a few sentences."""
-    sentences = [_where(report), _what(), _state_changes(report)]
+    sentences = [_where(report), _what(report), _state_changes(report)]
     if report.other_exporters:
         sentences.append(f"{report.other_exporters} other exporters ran on the host.")
     if report.kernel["bpf_stats_enabled"]:
@@ -95,10 +97,11 @@ def _where(report: Report) -> str:
     )
 
 
-def _what() -> str:
+def _what(report: Report) -> str:
     return (
         f"Medians; {TRACKED:,} tracked are the two ends of each of"
         f" {CONNECTIONS:,} loopback connections."
+        f" While nothing happened it reconciled {report.idle_reconciliations} times."
     )
 
 

@@ -35,6 +35,7 @@ from tcpexporter.sockets import (
     TCPI_OPT_SYN_DATA,
     Bytes,
     ProcfsReader,
+    Reader,
     SockDiagReader,
     SocketTables,
     decode_procfs,
@@ -374,6 +375,23 @@ def test_an_abandoned_dump_does_not_disturb_the_next() -> None:
         at_port = found[found["key"]["local_port"] == peers.port]
         assert sorted(at_port["state"]) == [SS_ESTABLISHED] * 3 + [SS_LISTEN]
         assert (at_port["key"]["netns"] == namespaces.inode()).all()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_listeners_are_read_while_a_look_is_taken(name: str) -> None:
+    """A scrape in the middle of a look: both are whole, and neither waits for the other."""
+    with Peers() as peers:
+        peers.connect(3)
+        reader: Reader = (SockDiagReader if name == "sock_diag" else ProcfsReader)(
+            namespaces.OWN
+        )
+        look = reader.entries()
+        found = [next(look).copy()]
+        assert sum(len(chunk) for chunk in reader.listening()) >= 1
+        found += [chunk.copy() for chunk in look]
+        reader.close()
+    here = [chunk[chunk["key"]["local_port"] == peers.port] for chunk in found]
+    assert sum(len(chunk) for chunk in here) == 4
 
 
 def test_messages_of_different_lengths_lie_in_one_datagram() -> None:
