@@ -19,7 +19,7 @@ from tcpexporter.collector import ConnectionCollector, make_registry
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
 from tcpexporter.ebpf import EbpfSource
-from tcpexporter.errors import SettingsError, SourceError, TcpExporterError
+from tcpexporter.errors import ServerError, SettingsError, SourceError, TcpExporterError
 from tcpexporter.polling import PollingSource
 from tcpexporter.settings import Settings, parse
 from tcpexporter.sockets import open_tables
@@ -87,6 +87,9 @@ def _run(settings: Settings) -> None:
         privileges.drop(account, source.report)
         registry = make_registry(collector)
         if settings.once:
+            # Half a page, or none, is not to be taken for a page.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             source.start()
             _print_once(registry, settings.duration_s)
             return
@@ -159,7 +162,19 @@ def _print_once(registry: CollectorRegistry, duration_s: int) -> None:
         time.sleep(1)
     if sys.stderr.isatty():
         sys.stderr.write("\r\033[K")
-    sys.stdout.write(generate_latest(registry).decode())
+    _print(generate_latest(registry).decode())
+
+
+def _print(page: str) -> None:
+    if sys.stdout is None:
+        raise ServerError("cannot write to standard output: it is closed")
+    try:
+        sys.stdout.write(page)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python writes what is left when it ends, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ServerError(f"cannot write to standard output: {error.strerror}") from error
 
 
 class _Starting:

@@ -27,7 +27,7 @@ class SocketTableError(SourceError):
 
 
 class ServerError(TcpExporterError):
-    """The metrics cannot be served at the address that was asked for."""
+    """The metrics cannot be served, or printed, where that was asked for."""
 
 
 class PrivilegeError(TcpExporterError):

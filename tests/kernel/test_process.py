@@ -206,3 +206,33 @@ def test_polling_sources_give_the_same_numbers(source: str) -> None:
         peers.pairs[0][1].close()
         eventually(lambda: exporter.established(peers.port, 4) == 6)
         assert exporter.value("tcpexporter_kernel_events_total", action="inserted") is None
+
+
+@pytest.mark.parametrize("output", [">/dev/full", "| true", ">&-"])
+def test_once_says_when_it_cannot_print(output: str) -> None:
+    """A full disk, a reader that is gone, no output at all: one sentence, exit code 1."""
+    once = f"{' '.join(COMMAND)} --once --duration 0"
+    script = f"set -o pipefail; {once} {output}"
+    ended = subprocess.run(
+        ["bash", "-c", script],
+        check=False,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert ended.returncode == 1
+    assert "cannot write to standard output" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_once_interrupted_is_no_success() -> None:
+    """A signal while it watches ends it with a code that is not 0, and prints nothing."""
+    once = subprocess.Popen(
+        [*COMMAND, "--once", "--duration", "60"], stdout=subprocess.PIPE
+    )
+    time.sleep(2)
+    once.terminate()
+    page, _ = once.communicate(timeout=DEADLINE_S)
+    assert page == b""
+    assert once.returncode not in (0, None)
