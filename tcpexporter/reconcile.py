@@ -105,6 +105,9 @@ WATCH_S = 1.0
 """How often the kernel is asked whether events were missed."""
 
 
+STOP_TIMEOUT_S = 0.5
+
+
 @dataclass(frozen=True)
 class Corrections:
     """How many connections were corrected."""
@@ -212,10 +215,10 @@ class Reconciler:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread, after the run that it is in."""
+        """End the thread; a run that takes too long to wait for ends with the process."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(STOP_TIMEOUT_S)
 
     def _watch(self) -> None:
         failing = False
