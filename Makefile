@@ -45,6 +45,11 @@ bench: setup-test ## Measure the figures in the README
 	@deploy/setup.sh tracefs
 	$(bin)/python -m tests.benchmarks
 
+.PHONY: soak
+soak: setup-test ## Lose events by the thousand, and show that the numbers end right
+	@deploy/setup.sh tracefs
+	$(bin)/python -m tests.kernel.churn
+
 .PHONY: setup-test
 setup-test:
 	@deploy/setup.sh test

@@ -111,14 +111,28 @@ class Page:
         return counts
 
     @property
-    def trouble(self) -> float | None:
-        """What may have made it wrong: events that were missed, or had no room.
+    def missed(self) -> float | None:
+        """Events that the kernel did not tell of; None: it does not count them."""
+        return self.value("tcpexporter_missed_events_total")
 
-        None: the kernel does not tell.
-        """
-        missed = self.value("tcpexporter_missed_events_total")
+    @property
+    def trouble(self) -> float | None:
+        """What may have made it wrong: events that were missed, or that had no room."""
         refused = self.value("tcpexporter_kernel_events_total", action="refused")
-        return None if missed is None or refused is None else missed + refused
+        if self.missed is None or refused is None:
+            return None
+        return self.missed + refused
+
+    def corrected(self, kind: str) -> float:
+        """Connections that were ``missed_open`` or ``missed_close``."""
+        return self.value("tcpexporter_corrections_total", kind=kind) or 0
+
+    @property
+    def has_missed(self) -> bool:
+        """Whether events were missed, as can be told where they are not counted, too."""
+        if self.missed is None:
+            return self.corrected("missed_open") + self.corrected("missed_close") > 0
+        return self.missed > 0
 
     def is_reconciled_since(self, moment_s: float) -> bool:
         """Whether a comparison with the socket tables both began and ended since then."""

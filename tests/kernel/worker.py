@@ -28,13 +28,14 @@ class Worker:
         assert self.process.stdout
         self._requests = self.process.stdin
         self.answers = self.process.stdout
+        self.answer()  # that it is ready
 
     def ask(self, **request: Any) -> None:
         self._requests.write(json.dumps(request) + "\n")
         self._requests.flush()
 
     def answer(self) -> Any:
-        """What it says to what it was asked; at first, that it is ready."""
+        """What it says to what it was asked; each request has one."""
         assert select.select([self.answers], [], [], PATIENCE_S)[0], "it does not answer"
         line = self.answers.readline()
         assert line, "it has ended"

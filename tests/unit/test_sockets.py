@@ -829,14 +829,14 @@ def test_a_namespace_without_sockets_is_let_go(monkeypatch: pytest.MonkeyPatch) 
     tables = SocketTables([first, empty, used, named])
     tables.established()
     assert tables.namespaces().tolist() == [1, 2, 3, 4]
-    monkeypatch.setattr(sockets, "FORGET_S", -1)
+    monkeypatch.setattr(sockets, "FORGET_S", 0)
     tables.established()
-    assert tables.namespaces().tolist() == [1]
+    assert tables.namespaces().tolist() == [1, 3, 4]
     assert [each.closed for each in (first, empty, used, named)] == [
         False,
         True,
-        True,
-        True,
+        False,
+        False,
     ]
 
 

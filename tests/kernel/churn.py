@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""A soak: connections come and go faster than the kernel tells of all of them.
+
+    python -m tests.kernel.churn [--changes NUMBER] [--seconds NUMBER]
+
+The kernel does not run a BPF program in an interrupt of the same program. That is
+made frequent: packets are steered over two CPUs, so that each is interrupted for
+those of the other whatever it does. When it is quiet again, and the exporter has
+reconciled once more, it must say what ss(8) says.
+"""
+
+import argparse
+import contextlib
+import http.client
+import math
+import os
+import selectors
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from prometheus_client.samples import Sample
+
+from tests.kernel import oracle
+from tests.kernel.churning import MOST_DESCRIPTORS
+from tests.kernel.oracle import Page
+from tests.kernel.worker import Worker
+from tests.support import Exporter, inside, new_netns
+
+PORTS = (10007, 10009, 10037, 10039)
+"""Of the processes that churn, on two CPUs by turns."""
+
+MOST_SOCKETS = len(PORTS) * MOST_DESCRIPTORS
+
+CONNECTIONS = 499
+"""That a process makes before it is asked for more."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What came of it."""
+
+    changes: int
+    """How often a socket became established, or ceased to be."""
+    seconds: float
+    has_missed: bool
+    """Whether the kernel did not tell of events."""
+    missed: int | None
+    """How many, None where it does not count them."""
+    corrected_open: int
+    corrected_close: int
+    wrong_at_first: int
+    """By how many connections the counts were wrong when it became quiet."""
+    wrong: int
+    """And at the end, after no more than one reconciliation."""
+    scrapes: int
+    complaints: Sequence[str]
+    """What no scrape may show."""
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the exporter is not to be trusted, or this soak."""
+        problems = [*self.complaints]
+        if not self.has_missed:
+            problems.append("no event was missed: this proves nothing")
+        if self.wrong:
+            problems.append(f"{self.wrong} connections are wrong after reconciling")
+        return problems
+
+    def __str__(self) -> str:
+        rows = {
+            "state changes": f"{self.changes:,}",
+            "seconds": f"{self.seconds:.1f}",
+            "events missed": "not counted" if self.missed is None else f"{self.missed:,}",
+            "corrected, opening missed": f"{self.corrected_open:,}",
+            "corrected, closing missed": f"{self.corrected_close:,}",
+            "wrong when it became quiet": f"{self.wrong_at_first:,}",
+            "wrong at the end": f"{self.wrong:,}",
+            "scrapes": f"{self.scrapes:,}",
+            "scrapes that failed or were absurd": f"{len(self.complaints):,}",
+        }
+        return "".join(f"{name:36}{value:>12}\n" for name, value in rows.items())
+
+
+class Watcher(threading.Thread):
+    """Scrapes all the time, and complains of what no page may show."""
+
+    def __init__(self, exporter: Exporter) -> None:
+        super().__init__(daemon=True)
+        self.page = Page(exporter)
+        """The last one."""
+        self.scrapes = 0
+        self.complaints: list[str] = []
+        self._exporter = exporter
+        self._counters: dict[tuple[str, str], float] = {}
+        self._ending = threading.Event()
+
+    def run(self) -> None:
+        while not self._ending.is_set():
+            self.scrapes += 1
+            try:
+                self.page = Page(self._exporter)
+            except (AssertionError, OSError, http.client.HTTPException) as error:
+                self.complaints.append(f"scrape {self.scrapes}: {error!r}")
+            else:
+                wrong = ", ".join(self._absurdities(self.page))
+                if wrong:
+                    self.complaints.append(f"scrape {self.scrapes}: {wrong}")
+
+    def end(self) -> None:
+        self._ending.set()
+        self.join()
+
+    def _absurdities(self, page: Page) -> Iterator[str]:
+        for family in page.families:
+            for sample in family.samples:
+                if sample.value < 0 or not math.isfinite(sample.value):
+                    yield f"no number of anything: {sample}"
+                if family.type == "counter":
+                    yield from self._backwards(sample)
+        # A socket whose closing was missed is counted until it is corrected.
+        most = MOST_SOCKETS + (math.inf if page.missed is None else page.missed)
+        for series, number in page.counts().items():
+            if number > most:
+                yield f"more than there can be: {number} at {series}"
+
+    def _backwards(self, sample: Sample) -> Iterator[str]:
+        series = sample.name, str(sorted(sample.labels.items()))
+        before = self._counters.get(series, 0)
+        if sample.value < before:
+            yield f"less than {before} before: {sample}"
+        self._counters[series] = sample.value
+
+
+def churn(netns: str, *, changes: int, seconds: float, steer: bool = True) -> Figures:
+    """Churn in this namespace.
+
+    Args:
+        netns: the name of the namespace.
+        changes: how many there are at least, and until events were missed.
+        seconds: after that it ends anyway.
+        steer: whether packets are steered over two CPUs.
+    """
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    oracle.set_inside(netns, "/proc/sys/net/ipv4/ip_local_port_range", "50021 51019")
+    if steer:
+        mask = sum(1 << cpu for cpu in cpus)
+        oracle.set_inside(netns, "/sys/class/net/lo/queues/rx-0/rps_cpus", f"{mask:x}")
+    with contextlib.ExitStack() as running:
+        exporter = running.enter_context(Exporter("--source", "ebpf", "--direction", "all"))
+        workers = []
+        for number, port in enumerate(PORTS):
+            cpu = cpus[number % len(cpus)]
+            workers.append(Worker("tests.kernel.churning", cpu, port))
+            running.callback(workers[-1].kill)
+        watcher = Watcher(exporter)
+        watcher.start()
+        began_s = time.monotonic()
+        done = _make_busy(workers, watcher, changes=changes, until_s=began_s + seconds)
+        took_s = time.monotonic() - began_s
+        watcher.end()
+        return _judge(exporter, watcher, done, took_s)
+
+
+def _make_busy(
+    workers: Sequence[Worker], watcher: Watcher, *, changes: int, until_s: float
+) -> int:
+    """Have the processes churn; how many changes they made."""
+    done = 0
+    with selectors.DefaultSelector() as busy:
+        for worker in workers:
+            busy.register(worker.answers, selectors.EVENT_READ, worker)
+            worker.ask(connections=CONNECTIONS)
+        while busy.get_map():
+            ready = busy.select(oracle.PATIENCE_S)
+            assert ready, "no process answers"
+            for each, _ in ready:
+                worker = each.data
+                done += worker.answer()
+                is_enough = done >= changes and watcher.page.has_missed
+                if is_enough or time.monotonic() > until_s:
+                    busy.unregister(worker.answers)
+                else:
+                    worker.ask(connections=CONNECTIONS)
+    return done
+
+
+def _judge(exporter: Exporter, watcher: Watcher, done: int, took_s: float) -> Figures:
+    page, true = oracle.look(exporter)
+    wrong_at_first = _wrong(page, true)
+    if wrong_at_first:
+        page, true = oracle.look_reconciled(exporter)
+    return Figures(
+        changes=done,
+        seconds=took_s,
+        has_missed=page.has_missed,
+        missed=None if page.missed is None else int(page.missed),
+        corrected_open=int(page.corrected("missed_open")),
+        corrected_close=int(page.corrected("missed_close")),
+        wrong_at_first=wrong_at_first,
+        wrong=_wrong(page, true),
+        scrapes=watcher.scrapes,
+        complaints=watcher.complaints,
+    )
+
+
+def _wrong(page: Page, true: oracle.Counts) -> int:
+    differing = oracle.difference(page.counts(), true).values()
+    return sum(abs(shown - wanted) for shown, wanted in differing)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.kernel.churn",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--changes", type=int, default=1_000_000)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--steer", action=argparse.BooleanOptionalAction, default=True)
+    chosen = parser.parse_args()
+    with new_netns() as netns, inside(netns):
+        figures = churn(netns, **vars(chosen))
+    sys.stdout.write(str(figures))
+    sys.exit("\n".join(figures.problems) or None)
+
+
+if __name__ == "__main__":
+    main()
