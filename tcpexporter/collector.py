@@ -193,7 +193,7 @@ def _about_reconciling(done: Reconciliation) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily(
         "tcpexporter_last_reconcile_timestamp_seconds",
-        "When the last comparison ended; 0: there was none yet.",
+        "When the last comparison ended or was found needless; 0: there was none yet.",
         done.finished_s,
     )
 

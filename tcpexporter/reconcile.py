@@ -116,6 +116,9 @@ class Corrections:
     missed_close: int = 0
 
 
+NOTHING = Corrections()
+
+
 def seed(tracker: Tracker, tables: Tables) -> int:
     """Add the connections that are older than the tracker, which is attached already.
 
@@ -138,7 +141,7 @@ def reconcile(tracker: Tracker, tables: Tables) -> Corrections:
     missing, gone = _differences(tracker, tables)
     gone = gone[gone["value"]["established_ns"] < began_ns]  # m
     if not len(missing) and not len(gone):
-        return Corrections()
+        return NOTHING
     still_missing, still_gone = _differences(tracker, tables)
     missing = missing[contains(missing["key"], still_missing["key"])]
     gone = gone[_same(gone, still_gone)]
@@ -188,7 +191,12 @@ def _remove(tracker: Tracker, gone: Records, tables: Tables) -> None:
 
 
 class Reconciler:
-    """Reconciles in a thread: at intervals, and when the kernel missed events."""
+    """Reconciles in a thread: at intervals, and when the kernel missed events.
+
+    Where the kernel counts all that it missed, and since a run that found tables and
+    tracker to agree it has neither missed an event nor told of one, they still do:
+    then the next run is only noted, not made.
+    """
 
     def __init__(
         self, tracker: Tracker, tables: Tables, *, interval_s: float, cpu_share: float
@@ -222,18 +230,22 @@ class Reconciler:
 
     def _watch(self) -> None:
         failing = False
-        trouble = 0
+        seen = agreed = _Signs()
         finished_s = time.monotonic()
         rest_s = 0.0
         while not self._stop.wait(WATCH_S):
             try:
-                seen = self._trouble()
+                signs = self._signs()
                 waited_s = time.monotonic() - finished_s
                 is_due = 0 < self._interval_s <= waited_s
-                if waited_s < rest_s or (seen == trouble and not is_due):
+                if waited_s < rest_s or (signs.trouble == seen.trouble and not is_due):
                     continue
-                rest_s = self._run()
-                trouble = seen
+                if signs == agreed and signs.tells_all:
+                    self.state = replace(self.state, finished_s=time.time())
+                else:
+                    corrections, rest_s = self._run()
+                    agreed = signs if corrections == NOTHING else _Signs()
+                seen = signs
                 failing = False
             except SourceError as error:
                 if not failing:
@@ -241,12 +253,14 @@ class Reconciler:
                 failing = True
             finished_s = time.monotonic()
 
-    def _trouble(self) -> int:
-        """A number that grows when the kernel missed events, or had no room for them."""
-        return (self._tracker.missed_events() or 0) + self._tracker.events()["refused"]
+    def _signs(self) -> "_Signs":
+        missed = self._tracker.missed_events()
+        events = self._tracker.events()
+        refused = events.pop("refused")
+        return _Signs((missed or 0) + refused, sum(events.values()), missed is not None)
 
-    def _run(self) -> float:
-        """Reconcile once; returns for how many seconds it has used its share of CPU."""
+    def _run(self) -> tuple[Corrections, float]:
+        """Reconcile once; returns for how many seconds that has used its share of CPU."""
         began_s = time.monotonic()
         began_cpu_s = time.thread_time()
         corrections = reconcile(self._tracker, self._tables)
@@ -260,6 +274,18 @@ class Reconciler:
             finished_s=time.time(),
             interval_s=max(self._interval_s, rest_s) if self._interval_s else 0.0,
         )
-        if corrections != Corrections():
+        if corrections != NOTHING:
             log.debug("corrected: %s", corrections)
-        return rest_s
+        return corrections, rest_s
+
+
+@dataclass(frozen=True)
+class _Signs:
+    """What the kernel counts; while nothing does, nothing can have changed."""
+
+    trouble: int = 0
+    """Events that were missed or that there was no room for."""
+    changes: int = -1
+    """Connections that the program added or removed."""
+    tells_all: bool = False
+    """Whether missed events are among the trouble."""

@@ -10,12 +10,10 @@ import pytest
 from tcpexporter import reconcile
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import CONNECTION, Direction, Records
-from tcpexporter.reconcile import Corrections, Reconciler
+from tcpexporter.reconcile import NOTHING, Corrections, Reconciler
 from tcpexporter.tracker import Tracker
 from tests.kernel.tracking import Looks, Reusable, at_port, attach, everything
 from tests.support import Exporter, Peers, eventually, inside, new_netns, ss_established
-
-NOTHING = Corrections()
 
 
 @pytest.fixture
@@ -217,6 +215,22 @@ def test_the_thread_runs_at_its_interval(tracker: Tracker, peers: Peers) -> None
         assert reconciler.state.runs >= 1
         assert reconciler.state.missed_open >= 3
         assert abs(reconciler.state.finished_s - time.time()) < 60
+
+
+def test_the_thread_spares_itself_when_nothing_happens(
+    tracker: Tracker, peers: Peers
+) -> None:
+    """After a run without differences there is no other until something happens."""
+    with Looks() as looks:
+        reconciler = Reconciler(tracker, looks, interval_s=0.1, cpu_share=1)
+        reconciler.start()
+        eventually(lambda: reconciler.state.runs == 1)
+        noted_s = reconciler.state.finished_s
+        eventually(lambda: reconciler.state.finished_s > noted_s)
+        assert reconciler.state.runs == 1
+        peers.connect(1)
+        eventually(lambda: reconciler.state.runs == 2)
+        reconciler.close()
 
 
 def test_the_thread_runs_when_there_was_no_room(peers: Peers) -> None:
