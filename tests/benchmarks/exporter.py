@@ -23,9 +23,21 @@ AS_PROMETHEUS = {
 }
 
 
-def running(source: str = "ebpf") -> Exporter:
-    """An exporter that is ready, in this network namespace."""
-    return Exporter("--source", source, command=COMMAND)
+@contextlib.contextmanager
+def running(source: str = "ebpf") -> Iterator[Exporter]:
+    """An exporter that is ready, in this network namespace.
+
+    Raises:
+        RuntimeError: it has ended too early; what it said.
+    """
+    with Exporter("--source", source, command=COMMAND) as exporter:
+        try:
+            yield exporter
+        except Exception as error:
+            if exporter.process.poll() is None:
+                raise
+            code, complaints = exporter.stop()
+            raise RuntimeError(f"the exporter ended with {code}:\n{complaints}") from error
 
 
 @contextlib.contextmanager
