@@ -21,10 +21,14 @@ from urllib.parse import parse_qs
 import uvicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder, gzip_accepted
+from uvicorn.lifespan import off as _off  # noqa: F401  see below
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import HANDLED_SIGNALS
 
 from tcpexporter.errors import ServerError, SourceError
+
+# uvicorn imports it when it starts to serve. By then root is given up, and where the
+# exporter is installed may not be readable any more: below /root, for example.
 
 REQUEST_TIMEOUT_S = 10.0
 """From connecting, or the first byte of a later request, until the response is taken.

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,12 @@ def test_killed_it_leaves_nothing_in_the_kernel() -> None:
 
 
 COMMAND = (sys.executable, "-m", "tcpexporter")
-AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *COMMAND)
+AS_NOBODY = (
+    *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+    # The tree may lie where only root can read.
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+    *COMMAND,
+)
 
 
 def refused(*arguments: str, command: tuple[str, ...] = COMMAND) -> tuple[int, str]:
@@ -236,3 +242,32 @@ def test_once_interrupted_is_no_success() -> None:
     page, _ = once.communicate(timeout=DEADLINE_S)
     assert page == b""
     assert once.returncode not in (0, None)
+
+
+UNREADABLE = """
+set -e
+mount -t tmpfs -o mode=0700 none /mnt
+mkdir /mnt/venv
+mount --bind "$0" /mnt/venv
+exec /mnt/venv/bin/python -m tcpexporter "$@"
+"""
+
+
+def test_what_it_is_installed_in_need_not_be_readable_to_all() -> None:
+    """Below /root, say: nothing is imported any more once root is given up."""
+    command = ("unshare", "--mount", "sh", "-c", UNREADABLE, sys.prefix)
+    with Peers() as peers, Exporter(command=command) as exporter:
+        peers.connect(3)
+        assert exporter.established(peers.port) == 3
+        assert "tcpexporter" in exporter.get("/")
+        openmetrics = {"Accept": "application/openmetrics-text; version=1.0.0"}
+        headers = openmetrics | {"Accept-Encoding": "gzip"}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{exporter.port}/metrics", headers=headers
+        )
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:  # noqa: S310
+            assert response.headers["Content-Encoding"] == "gzip"
+        code, complaints = exporter.stop()
+    assert code == 0
+    assert "Traceback" not in complaints
+    assert "Error" not in complaints
