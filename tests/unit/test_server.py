@@ -798,3 +798,11 @@ def test_signal(number: signal.Signals) -> None:
         took_s = time.monotonic() - before
     assert (process.returncode, output, errors) == (0, "returned\n", "")
     assert took_s < 3
+
+
+def test_no_page_waits_for_a_delayed_ack() -> None:
+    """asyncio sets TCP_NODELAY on what comes from a socket that says it is TCP."""
+    sockets = server.listen(None, 0)
+    for each in sockets:
+        assert each.proto == socket.IPPROTO_TCP
+        each.close()
