@@ -94,7 +94,6 @@ def _run(settings: Settings) -> None:
             _print_once(registry, settings.duration_s)
             return
         starting = _Starting(source)
-        starting.begin()
         app = server.App(
             registry,
             ready=starting.awaited,
@@ -102,6 +101,7 @@ def _run(settings: Settings) -> None:
             version=version.VERSION,
         )
         try:
+            starting.begin()
             server.serve(listening, app)
         finally:
             starting.raise_failure()

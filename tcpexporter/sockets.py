@@ -380,18 +380,21 @@ def decode_sock_diag(reply: Bytes, sequence: int) -> tuple[list[Bytes], bool]:
         length = _message_length(reply, offset)
         kind = int(reply[offset + 4 : offset + 6].view(np.uint16)[0])
         if int(reply[offset + 8 : offset + 12].view(np.uint32)[0]) != sequence:
-            return [], False
+            return runs, False
+        # A dump that fails ends like one that is done, but for this number.
+        error = int(reply[offset + 16 : offset + 20].view(np.int32)[0])
+        if kind == NLMSG_ERROR or (kind == NLMSG_DONE and error < 0):
+            raise SocketTableError(f"sock_diag refuses: {os.strerror(min(-error, 4095))}")
         if kind == NLMSG_DONE:
             return runs, True
-        if kind == NLMSG_ERROR:
-            number = -int(reply[offset + 16 : offset + 20].view(np.int32)[0])
-            raise SocketTableError(f"sock_diag refuses: {os.strerror(number)}")
+        aligned = (length + 3) & ~3
         if length < DIAG_MESSAGE.itemsize:
             raise SocketTableError(f"sock_diag reply: short message at byte {offset}")
-        aligned = (length + 3) & ~3
+        if kind != SOCK_DIAG_BY_FAMILY or aligned > len(reply) - offset:
+            raise SocketTableError(f"sock_diag reply: malformed message at byte {offset}")
         rows = reply[offset : offset + (len(reply) - offset) // aligned * aligned]
         rows = rows.reshape(-1, aligned)
-        alike = (rows[:, :6] == rows[0, :6]).all(axis=1)
+        alike = (rows[:, :12] == rows[0, :12]).all(axis=1)
         rows = rows[: len(rows) if alike.all() else int(alike.argmin())]
         runs.append(rows)
         offset += rows.size

@@ -330,6 +330,23 @@ def test_done_finishes_a_dump() -> None:
     assert (ports(runs), finished) == ([[443]], True)
 
 
+def test_a_dump_that_fails_is_not_an_empty_one() -> None:
+    """Without tcp_diag the kernel ends a dump with DONE and ENOENT: nothing is known."""
+    with pytest.raises(SocketTableError, match="No such file or directory"):
+        decode(message(NLMSG_DONE, struct.pack("=i", -2)))
+
+
+def test_what_is_not_an_answer_is_malformed() -> None:
+    """Another type of message, one that is not aligned, an error number out of range."""
+    for reply in (
+        message(1, bytes(100)),
+        struct.pack("=IHHII", 89, SOCK_DIAG_BY_FAMILY, 2, SEQUENCE, 0) + bytes(73),
+        message(NLMSG_ERROR, struct.pack("=i", -(2**31))),
+    ):
+        with pytest.raises(SocketTableError):
+            decode(reply)
+
+
 def test_a_dump_goes_on_until_done() -> None:
     """A datagram without DONE is not the last."""
     assert not decode(captured("diag-inet-0.bin").tobytes())[1]
