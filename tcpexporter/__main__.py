@@ -149,6 +149,7 @@ def _make_collector(source: Source, settings: Settings) -> ConnectionCollector:
         source,
         selection,
         duration_s=settings.duration_s,
+        max_series=settings.max_series,
         named=named(settings.ports, own_netns, selection),
         names=namespaces.Names().read if every_netns else None,
         simple=settings.simple,

@@ -3,7 +3,8 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,21 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from tcpexporter import clock, version
-from tcpexporter.counting import SERIES, Selection, Series, count, listened
+from tcpexporter.counting import (
+    SERIES,
+    Counts,
+    Selection,
+    Series,
+    count,
+    fold,
+    listened,
+)
 from tcpexporter.sources import Reconciliation, Source
 
 PORT_LABELS = ("port", "tcp_version")
+
+Labels: TypeAlias = tuple[str, ...]
+"""The values of `PORT_LABELS`, and the name of the namespace where those are told apart."""
 
 FORGET_NS = 300_000_000_000
 """How long a namespace without name, connection and listener keeps its series."""
@@ -35,6 +47,7 @@ class ConnectionCollector(Collector):
         selection: Selection,
         *,
         duration_s: int,
+        max_series: int,
         named: Series | None = None,
         names: Callable[[], Mapping[int, str]] | None = None,
         simple: bool = False,
@@ -46,7 +59,10 @@ class ConnectionCollector(Collector):
             source: where the connections come from.
             selection: which of them are counted.
             duration_s: from what age on a connection is long-term.
-            named: series that are there from the first scrape on, and stay.
+            max_series: how many ports' series a page has; the smallest of more are
+                folded into one.
+            named: series that are there from the first scrape on, stay, and are never
+                folded.
             names: of the namespaces there are, by inode, if they are told apart.
             simple: publish one number without labels.
             boottime_ns: the clock of ``established_ns``.
@@ -54,12 +70,13 @@ class ConnectionCollector(Collector):
         self._source = source
         self._selection = selection
         self._duration_s = duration_s
+        self._max_series = max_series
         self._named = np.empty(0, np.uint64) if named is None else named
         self._names = names
         self._simple = simple
         self._boottime_ns = boottime_ns
         self._published = self._named
-        self._used_ns: dict[int, int] = {}
+        self._gone_ns: dict[int, int] = {}
 
     def collect(self) -> Iterator[Metric]:
         """The metric families of one scrape.
@@ -70,20 +87,28 @@ class ConnectionCollector(Collector):
         started_s = time.perf_counter()
         now_ns = self._boottime_ns()
         since_ns = now_ns - self._duration_s * 1_000_000_000
+        names = self._names() if self._names else None
         counts = count(self._source.read(), self._selection, since_ns)
-        listening = listened(self._source.listeners(), self._selection)
-        self._publish(np.union1d(counts.series, listening), now_ns)
+        folded, labels = 0, list[Labels]()
+        if not self._simple:
+            counts, folded = self._publish(counts, now_ns, names)
+            labels = _labels(counts.series, names)
         yield self._connections(
             "netstat_tcp_longterm_connections_total",
             f"TCP connections established for at least {self._duration_s} seconds.",
-            counts.series,
+            labels,
             counts.long_term,
         )
         yield self._connections(
             "tcp_established_connections",
             "TCP connections that are established, whatever their age.",
-            counts.series,
+            labels,
             counts.established,
+        )
+        yield GaugeMetricFamily(
+            "tcpexporter_folded_series",
+            'Series folded into port="other", because there are more than --max-series.',
+            folded,
         )
         yield from self._about_the_source(counts.total)
         yield GaugeMetricFamily(
@@ -92,33 +117,46 @@ class ConnectionCollector(Collector):
             time.perf_counter() - started_s,
         )
 
-    def _publish(self, used: Series, now_ns: int) -> None:
-        """What is used now, and was before, but for namespaces that are gone."""
-        published = np.union1d(self._published, used)
-        if self._names is not None:
-            kept = {*self._names(), *used.view(SERIES)["netns"].tolist()}
-            self._used_ns.update(dict.fromkeys(kept, now_ns))
-            recent = [
-                netns for netns, at in self._used_ns.items() if now_ns - at <= FORGET_NS
-            ]
-            self._used_ns = {netns: self._used_ns[netns] for netns in recent}
-            published = published[np.isin(published.view(SERIES)["netns"], recent)]
-        self._published = np.union1d(published, self._named)
+    def _publish(
+        self, counts: Counts, now_ns: int, names: Mapping[int, str] | None
+    ) -> tuple[Counts, int]:
+        """What is used now, and was published before, as far as there is room."""
+        listening = listened(self._source.listeners(), self._selection)
+        if names is not None:
+            self._forget({*names, *_namespaces(counts.series, listening)}, now_ns)
+        page, folded = fold(
+            counts,
+            listening=listening,
+            named=self._named,
+            published=self._published,
+            max_series=self._max_series,
+        )
+        self._published = page.series
+        return page, folded
+
+    def _forget(self, present: set[int], now_ns: int) -> None:
+        """What is published of namespaces that have been gone for long."""
+        gone = {*_namespaces(self._published)} - {*present, 0}
+        self._gone_ns = {netns: self._gone_ns.get(netns, now_ns) for netns in gone}
+        over = [
+            netns for netns, since in self._gone_ns.items() if now_ns - since > FORGET_NS
+        ]
+        is_over = np.isin(self._published.view(SERIES)["netns"], over)
+        self._published = self._published[~is_over]
 
     def _connections(
-        self, name: str, text: str, series: Series, counts: npt.NDArray[np.int64]
+        self,
+        name: str,
+        text: str,
+        labels: Sequence[Labels],
+        numbers: npt.NDArray[np.int64],
     ) -> GaugeMetricFamily:
         if self._simple:
-            return GaugeMetricFamily(name, text, int(counts.sum()))
-        values = np.zeros(len(self._published), np.int64)
-        values[np.searchsorted(self._published, series)] = counts
-        names = self._names() if self._names else None
-        labels = PORT_LABELS if names is None else (*PORT_LABELS, "netns")
-        family = GaugeMetricFamily(name, text, labels=labels)
-        rows = zip(self._published.view(SERIES).tolist(), values.tolist(), strict=True)
-        for (ip_version, port, netns), number in rows:
-            where = () if names is None else (names.get(netns, str(netns)),)
-            family.add_metric((str(port), str(ip_version), *where), number)
+            return GaugeMetricFamily(name, text, int(numbers.sum()))
+        names = (*PORT_LABELS, "netns") if self._names else PORT_LABELS
+        family = GaugeMetricFamily(name, text, labels=names)
+        for values, number in zip(labels, numbers.tolist(), strict=True):
+            family.add_metric(values, number)
         return family
 
     def _about_the_source(self, total: int) -> Iterator[Metric]:
@@ -167,6 +205,27 @@ class ConnectionCollector(Collector):
             )
         if report.reconciliation is not None:
             yield from _about_reconciling(report.reconciliation)
+
+
+def _namespaces(*series: Series) -> Iterator[int]:
+    """Each once."""
+    yield from np.unique(np.concatenate(series).view(SERIES)["netns"]).tolist()
+
+
+def _labels(series: Series, names: Mapping[int, str] | None) -> list[Labels]:
+    """The values of each of ``series``, with its namespace if there are ``names``."""
+    rows = series.view(SERIES).tolist()
+    ports: list[Labels] = [
+        (str(port or "other"), str(ip_version)) for ip_version, port, _ in rows
+    ]
+    if names is None:
+        return ports
+    where = [_netns(netns, port, names) for _, port, netns in rows]
+    return [(*labels, netns) for labels, netns in zip(ports, where, strict=True)]
+
+
+def _netns(netns: int, port: int, names: Mapping[int, str]) -> str:
+    return names.get(netns, str(netns)) if netns or port else "other"
 
 
 def _about_reconciling(done: Reconciliation) -> Iterator[Metric]:

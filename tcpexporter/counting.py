@@ -10,7 +10,11 @@ import numpy.typing as npt
 from tcpexporter.connections import LISTENER, PORTS, Direction, Records, ip_versions
 
 SERIES = np.dtype([("ip_version", "u2"), ("port", "u2"), ("netns", "u4")])
-"""What has a count of its own; ``netns`` is 0 where namespaces are not told apart."""
+"""What has a count of its own; ``netns`` is 0 where namespaces are not told apart.
+
+``port`` is 0, which no socket has, for those of a namespace that are folded into
+one; ``netns`` is 0 too for those of several namespaces.
+"""
 
 Series = npt.NDArray[np.uint64]
 """A sorted array of `SERIES`, each seen as one number."""
@@ -105,6 +109,75 @@ def named(ports: Sequence[int], netns: int, selection: Selection) -> Series:
     listeners["port"] = np.repeat(np.array(ports, np.uint16), 2)
     listeners["ip_version"] = np.tile(np.array((4, 6), np.uint8), len(ports))
     return listened(listeners, selection)
+
+
+def fold(
+    counts: Counts, *, listening: Series, named: Series, published: Series, max_series: int
+) -> tuple[Counts, int]:
+    """The counts of one page, and how many series that are in use are not on it.
+
+    What these have is added to a series with port 0, one for each IP version and
+    namespace, so no sum changes. Beyond ``max_series`` of those, the rest are added
+    to one of all namespaces.
+
+    Args:
+        counts: what is counted now.
+        listening: what is listened on now.
+        named: what is never folded.
+        published: what was on the page before, with port 0 too. It is at 0 if it is not
+            in use; with a port, only while there is room for it.
+        max_series: how many are on the page with their port, unless more are named.
+    """
+    is_other = published.view(SERIES)["port"] == 0
+    kept = _kept(counts, listening, named, published[~is_other], max_series)
+    folded = np.setdiff1d(np.union1d(counts.series, listening), kept, assume_unique=True)
+    others = _others(folded, published[is_other], max_series)
+    page = np.union1d(kept, others)
+    place = np.searchsorted(page, _found(counts.series, page))
+    established, long_term = (
+        _sums(place, numbers, len(page))
+        for numbers in (counts.established, counts.long_term)
+    )
+    return Counts(page, established, long_term, counts.total), len(folded)
+
+
+def _kept(
+    counts: Counts, listening: Series, named: Series, published: Series, max_series: int
+) -> Series:
+    """The largest; a listener is worth a connection, and stays before its equals."""
+    series = np.unique(np.concatenate((counts.series, listening, named, published)))
+    rank = np.zeros(len(series), np.int64)
+    rank[np.searchsorted(series, counts.series)] = 4 * counts.established
+    rank[np.searchsorted(series, listening)] += 4 + 2
+    # Only among equals, so that none comes and goes without a reason.
+    rank[np.searchsorted(series, published)] += 1
+    rank[np.searchsorted(series, named)] = np.iinfo(np.int64).max
+    order = np.argsort(-rank, kind="stable")
+    return np.sort(series[order[: max(max_series, len(named))]])
+
+
+def _others(folded: Series, published: Series, max_series: int) -> Series:
+    """With port 0: those that were published, and those that ``folded`` takes now."""
+    taken = np.setdiff1d(_without("port", folded), published)
+    others = np.concatenate((published, taken))
+    is_shared = others.view(SERIES)["netns"] == 0
+    own = others[~is_shared]
+    shared = (others[is_shared], _without("netns", own[max_series:]))
+    return np.unique(np.concatenate((own[:max_series], *shared)))
+
+
+def _found(series: Series, page: Series) -> Series:
+    """Each as it is on the page: itself, or its namespace's other, or that of all."""
+    found = series
+    for field in ("port", "netns"):
+        found = np.where(np.isin(found, page), found, _without(field, found))
+    return found
+
+
+def _without(field: str, series: Series) -> Series:
+    blank = series.copy()
+    blank.view(SERIES)[field] = 0
+    return blank
 
 
 def _series(

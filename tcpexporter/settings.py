@@ -36,6 +36,8 @@ class Settings:
     """inbound, outbound or all."""
     netns: str = "self"
     """self, all, or the name or path of a network namespace."""
+    max_series: int = 2000
+    """Of one metric, by port and IP version; the smallest of more are folded into one."""
     source: str = "auto"
     """auto, ebpf, sock_diag or procfs."""
     interval_s: float = 1.0
@@ -336,6 +338,7 @@ _NETNS = _Kind(
     "NETNS", "self, all, a name that ip netns shows, or a path with a slash", _word
 )
 _CONNECTIONS = _Kind("NUMBER", "auto, or a whole number from 1 to 16777216", _connections)
+_SERIES = _Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
 _USER = _Kind("USER", "the name of a user", _word)
 _PATH = _Kind("PATH", "the path of a file", lambda text: text or None)
 
@@ -462,6 +465,13 @@ _GROUPS = {
     ),
     "how it is told": (
         _Setting("listen", "9690", _LISTEN, "serve /metrics here", from_go=True),
+        _Setting(
+            "max-series",
+            "2000",
+            _SERIES,
+            "how many series a metric has, one for each port and IP version; the smallest"
+            " of more are added up as port other, but those that --port names",
+        ),
         _Setting("once", "false", _SWITCH, "print the metrics once and exit"),
         _Setting(
             "log-level",

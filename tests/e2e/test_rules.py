@@ -79,7 +79,8 @@ def published() -> dict[str, dict[str, set[str]]]:
     for name in SOURCES:
         source = MemorySource(listeners=listeners, report=report, name=name)
         selection = select((), tcpv6=True, directions=(*Direction,), own_listener=None)
-        registry = make_registry(ConnectionCollector(source, selection, duration_s=6))
+        collector = ConnectionCollector(source, selection, duration_s=6, max_series=101)
+        registry = make_registry(collector)
         for sample in (each for family in registry.collect() for each in family.samples):
             values = metrics.setdefault(sample.name, {})
             for label, value in sample.labels.items():

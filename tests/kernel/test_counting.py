@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """What is counted, and when: the command, real BPF and real sockets against ss(8)."""
 
+import contextlib
 import ctypes
 import socket
+import subprocess
 import time
+from collections import Counter
 
 import pytest
 
 from tests.support import (
+    ESTABLISHED,
+    LONG_TERM,
     Exporter,
     Peers,
+    eventually,
     inside,
     new_netns,
     reset,
@@ -188,6 +194,62 @@ def test_another_namespace_is_counted_only_when_asked_for() -> None:
                 assert own.established(newer.port) is None
                 assert every.established(older.port, netns=elsewhere) == 7
                 assert every.established(newer.port, netns=elsewhere) == 3
+
+
+def shown(exporter: Exporter, name: str) -> dict[tuple[str, str], float]:
+    """One scrape of a metric: values by port and IP version."""
+    return {
+        (dict(labels)["port"], dict(labels)["tcp_version"]): value
+        for (metric, labels), value in exporter.samples().items()
+        if metric == name
+    }
+
+
+def ss_at_ports(ports: set[int]) -> Counter[str]:
+    """How many connections ss(8) shows at some local ports, by IP version."""
+    lines = subprocess.check_output(
+        ["ss", "-Htn", "state", "established"], text=True
+    ).splitlines()
+    ends = (line.split()[2].rpartition(":") for line in lines)
+    return Counter(
+        "6" if "[" in address else "4" for address, _, port in ends if int(port) in ports
+    )
+
+
+@pytest.mark.parametrize("source", ["ebpf", "sock_diag"])
+def test_folding_ports_loses_no_connection(source: str) -> None:
+    """Of 211 listeners 101 are shown, the largest; the sums are those of ss(8)."""
+    arguments = ("--source", source, "--max-series", "101", *ALWAYS_LONG_TERM)
+    with contextlib.ExitStack() as opened, Exporter(*arguments) as exporter:
+        every = [
+            opened.enter_context(Peers("::1" if number % 3 == 0 else "127.0.0.1"))
+            for number in range(211)
+        ]
+        for number, peers in enumerate(every):
+            peers.connect(number % 5)
+        true = ss_at_ports({each.port for each in every})
+        assert sum(true.values()) == sum(number % 5 for number in range(211)) == 420
+        eventually(lambda: sum(shown(exporter, ESTABLISHED).values()) == 420)
+        for name in (ESTABLISHED, LONG_TERM):
+            page = shown(exporter, name)
+            sums: Counter[str] = Counter()
+            for (_, version), value in page.items():
+                sums[version] += int(value)
+            assert sums == true
+            kept = {port: value for (port, _), value in page.items() if port != "other"}
+            assert len(kept) == 101
+            assert len(page) == 101 + 2
+            largest = sorted((number % 5 for number in range(211)), reverse=True)[:101]
+            assert sorted(kept.values(), reverse=True) == largest
+        assert exporter.value("tcpexporter_folded_series") == 211 - 101
+        assert shown(exporter, ESTABLISHED).keys() == shown(exporter, LONG_TERM).keys()
+
+
+def test_a_named_port_is_not_folded() -> None:
+    """``--port`` shows each of its ports, more than ``--max-series`` and all at 0."""
+    with Exporter("--port", "4001-4211", "--max-series", "101") as exporter:
+        assert len(shown(exporter, ESTABLISHED)) == 2 * 211
+        assert exporter.value("tcpexporter_folded_series") == 0
 
 
 def test_kernel_events_are_counted() -> None:

@@ -29,6 +29,7 @@ from tcpexporter.sources import MemorySource, Reconciliation, Report
 GOLDEN_PAGE = Path(__file__).parent / "data" / "metrics.txt"
 LONG_TERM = "netstat_tcp_longterm_connections_total"
 ESTABLISHED = "tcp_established_connections"
+FOLDED = "tcpexporter_folded_series"
 NOW_NS = 1_000 * 10**9
 DURATION_S = 6
 NETNS = 4026531840
@@ -63,6 +64,7 @@ def collector_of(
     named_ports: Sequence[int] | None = None,
     tcpv6: bool = True,
     simple: bool = False,
+    max_series: int = 101,
 ) -> ConnectionCollector:
     selection = select(
         ports, tcpv6=tcpv6, directions=[Direction.INBOUND], own_listener=(NETNS, 9690)
@@ -71,6 +73,7 @@ def collector_of(
         source,
         selection,
         duration_s=DURATION_S,
+        max_series=max_series,
         named=named(ports if named_ports is None else named_ports, NETNS, selection),
         simple=simple,
         boottime_ns=lambda: NOW_NS,
@@ -110,7 +113,7 @@ def test_the_clock_is_boottime() -> None:
     """Without another clock, a connection of just now is not long-term."""
     source = MemorySource([connections(443, 3)])
     selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
-    collected = ConnectionCollector(source, selection, duration_s=1)
+    collected = ConnectionCollector(source, selection, duration_s=1, max_series=1)
     source.chunks[0]["value"]["established_ns"] = _boottime_ns()
     assert values(collected, LONG_TERM) == {("443", "4"): 0}
     source.chunks[0]["value"]["established_ns"] -= 1_000_000_000
@@ -175,7 +178,7 @@ def test_a_series_at_0_is_not_shared() -> None:
     source = MemorySource([connections(443, 3)])
     selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
     first, second = (
-        ConnectionCollector(each, selection, duration_s=0)
+        ConnectionCollector(each, selection, duration_s=0, max_series=1)
         for each in (source, MemorySource())
     )
     assert values(first, ESTABLISHED) == {("443", "4"): 3}
@@ -205,6 +208,89 @@ def test_simple_adds_up_selected_ports_only() -> None:
     found = family(collector_of(source, simple=True, ports=[443]), LONG_TERM)
     assert found
     assert [each.value for each in found.samples] == [3]
+
+
+def folded(collected: ConnectionCollector) -> float:
+    """How many series one scrape says it has folded."""
+    found = family(collected, FOLDED)
+    assert found
+    (sample,) = found.samples
+    return sample.value
+
+
+def test_what_is_folded_is_in_other() -> None:
+    """Beyond the bound the smallest are one series an IP version, at both metrics."""
+    source = MemorySource(
+        [
+            connections(443, 13),
+            connections(80, 3),
+            connections(22, 5, ip_version=6),
+            connections(8443, 2, age_s=0),
+        ],
+        listeners=listeners((5432, 4), (5432, 6)),
+    )
+    collected = collector_of(source, max_series=1)
+    assert values(collected, ESTABLISHED) == {
+        ("443", "4"): 13,
+        ("other", "4"): 5,
+        ("other", "6"): 5,
+    }
+    assert values(collected, LONG_TERM) == {
+        ("443", "4"): 13,
+        ("other", "4"): 3,
+        ("other", "6"): 5,
+    }
+    assert folded(collected) == 5
+
+
+def test_other_is_there_once_it_is_needed() -> None:
+    """A page that was never too long has none; one that was keeps it at 0."""
+    source = MemorySource([connections(443, 13)])
+    collected = collector_of(source, max_series=1)
+    assert values(collected, ESTABLISHED) == {("443", "4"): 13}
+    assert folded(collected) == 0
+    source.chunks.append(connections(80, 3))
+    assert values(collected, ESTABLISHED) == {("443", "4"): 13, ("other", "4"): 3}
+    assert folded(collected) == 1
+    source.chunks.pop()
+    assert values(collected, ESTABLISHED) == {("443", "4"): 13, ("other", "4"): 0}
+    assert folded(collected) == 0
+
+
+def test_ports_seen_once_are_remembered_up_to_the_bound() -> None:
+    """Ever new ports make neither a longer page nor more to remember; none is folded."""
+    source = MemorySource()
+    collected = collector_of(source, max_series=7)
+    for port in range(1, 212):
+        source.chunks = [connections(port, 1)]
+        shown = values(collected, ESTABLISHED)
+        assert shown[str(port), "4"] == 1
+        assert len(shown) == len(collected._published) == min(port, 7)
+    assert folded(collected) == 0
+
+
+def test_named_ports_are_not_folded() -> None:
+    """Those of ``--port`` are there, though they are more than may be."""
+    source = MemorySource([connections(443, 3), connections(80, 5)])
+    collected = collector_of(source, named_ports=[22, 443], max_series=1)
+    assert values(collected, ESTABLISHED) == {
+        ("22", "4"): 0,
+        ("22", "6"): 0,
+        ("443", "4"): 3,
+        ("443", "6"): 0,
+        ("other", "4"): 5,
+    }
+    assert folded(collected) == 1
+
+
+def test_simple_folds_nothing() -> None:
+    """One number needs no bound, and no listeners."""
+    source = DeafSource([connections(443, 3), connections(80, 5)])
+    collected = collector_of(source, simple=True, max_series=1)
+    found = family(collected, ESTABLISHED)
+    assert found
+    assert [(each.labels, each.value) for each in found.samples] == [({}, 8)]
+    assert folded(collected) == 0
 
 
 def test_help_says_the_duration() -> None:
@@ -249,13 +335,16 @@ def test_the_bound_is_shown_where_there_is_one(most: int | None) -> None:
     assert (found and [each.value for each in found.samples]) == (most and [most])
 
 
-def by_netns(source: MemorySource, names: Mapping[int, str]) -> ConnectionCollector:
+def by_netns(
+    source: MemorySource, names: Mapping[int, str], *, max_series: int = 101
+) -> ConnectionCollector:
     """A collector that tells namespaces apart; its clock is one that a test can set."""
     selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
     return ConnectionCollector(
         source,
         replace(selection, by_netns=True),
         duration_s=DURATION_S,
+        max_series=max_series,
         names=lambda: names,
         boottime_ns=lambda: clock_ns[0],
     )
@@ -294,6 +383,33 @@ def test_a_namespace_that_is_gone_leaves_no_series() -> None:
     assert netns_labels(collected) == {"self": 0, "17": 0}
     clock_ns[0] += 3600 * 10**9
     assert netns_labels(collected) == {"self": 0}
+
+
+def test_namespaces_are_folded_too() -> None:
+    """Ports of one namespace fold there; of too many namespaces, the rest together."""
+    chunks = [connections(443, number) for number in (13, 1, 2, 3)]
+    for netns, chunk in enumerate(chunks, start=17):
+        chunk["key"]["netns"] = netns
+    collected = by_netns(MemorySource(chunks), {17: "blue"}, max_series=1)
+    found = family(collected, ESTABLISHED)
+    assert found
+    assert {
+        (each.labels["netns"], each.labels["port"]): each.value for each in found.samples
+    } == {("blue", "443"): 13, ("18", "other"): 1, ("other", "other"): 5}
+    assert folded(collected) == 3
+
+
+def test_a_namespace_that_is_gone_leaves_no_other() -> None:
+    """What was folded of it is forgotten as its ports are."""
+    elsewhere = connections(443, 5)
+    elsewhere["key"]["netns"] = 17
+    source = MemorySource([connections(443, 13), elsewhere])
+    collected = by_netns(source, {NETNS: "self"}, max_series=1)
+    assert netns_labels(collected) == {"self": 13, "17": 5}
+    source.chunks.pop()
+    assert netns_labels(collected) == {"self": 13, "17": 0}
+    clock_ns[0] += 3600 * 10**9
+    assert netns_labels(collected) == {"self": 13}
 
 
 class BrokenSource(MemorySource):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Counts per port and IP version, against what plain Python counts."""
 
+import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from tcpexporter.counting import (
     Selection,
     Series,
     count,
+    fold,
     listened,
     named,
     select,
@@ -316,3 +318,243 @@ def test_counts_are_those_of_a_python_loop(
     assert established(counts) == Counter((each.port, each.version) for each in expected)
     assert long_term(counts) == Counter((each.port, each.version) for each in old)
     assert counts.total == len(connections)
+
+
+class Place(NamedTuple):
+    """A series, in the order in which they are sorted."""
+
+    netns: int
+    port: int
+    version: int = 4
+
+
+def places(series: Series) -> list[Place]:
+    return [
+        Place(netns, port, version) for version, port, netns in series.view(SERIES).tolist()
+    ]
+
+
+def series_of(chosen: Iterable[Place]) -> Series:
+    rows = [(version, port, netns) for netns, port, version in sorted(set(chosen))]
+    return np.array(rows, SERIES).view(np.uint64)
+
+
+def ports_in(*ports: int, netns: int = 0) -> list[Place]:
+    return [Place(netns, port) for port in ports]
+
+
+def counts_of(numbers: dict[Place, int]) -> Counts:
+    """So many established connections of each, a third of them long-term."""
+    established = np.array([numbers[each] for each in sorted(numbers)], np.int64)
+    return Counts(series_of(numbers), established, established // 3, 1009)
+
+
+def folded(
+    numbers: dict[Place, int],
+    max_series: int,
+    *,
+    listening: Iterable[Place] = (),
+    named: Iterable[Place] = (),
+    published: Iterable[Place] = (),
+) -> tuple[dict[Place, int], int]:
+    """The established connections of each series on a page, and how many are not on it."""
+    page, number = fold(
+        counts_of(numbers),
+        listening=series_of(listening),
+        named=series_of(named),
+        published=series_of(published),
+        max_series=max_series,
+    )
+    return dict(zip(places(page.series), page.established.tolist(), strict=True)), number
+
+
+OTHER = Place(0, 0)
+
+
+def test_what_fits_is_not_folded() -> None:
+    """As many series as there may be are all there, and no other is."""
+    numbers = dict(zip(ports_in(22, 443), (3, 5), strict=True))
+    shown = folded(numbers, 5, listening=ports_in(22, 80), published=ports_in(8080, 8443))
+    assert shown == ({**numbers, **dict.fromkeys(ports_in(80, 8080, 8443), 0)}, 0)
+
+
+def test_the_smallest_are_folded() -> None:
+    """Those with the fewest connections are one series, of each IP version."""
+    numbers = {
+        Place(0, 22): 2,
+        Place(0, 22, 6): 3,
+        Place(0, 80): 7,
+        Place(0, 443): 5,
+        Place(0, 443, 6): 11,
+        Place(0, 8443): 1,
+    }
+    assert folded(numbers, 3) == (
+        {
+            OTHER: 3,
+            Place(0, 0, 6): 3,
+            Place(0, 80): 7,
+            Place(0, 443): 5,
+            Place(0, 443, 6): 11,
+        },
+        3,
+    )
+
+
+def test_a_listener_is_worth_a_connection() -> None:
+    """At 0 it stays before an ephemeral port's one connection, but not before two."""
+    numbers = dict(zip(ports_in(443, 50021, 50023), (2, 1, 1), strict=True))
+    (listener,) = ports_in(60013)
+    assert folded(numbers, 2, listening=[listener]) == (
+        {OTHER: 2, Place(0, 443): 2, listener: 0},
+        2,
+    )
+    (busy,) = ports_in(50021)
+    assert folded({**numbers, busy: 3}, 2, listening=[listener])[0].keys() == {
+        OTHER,
+        Place(0, 443),
+        busy,
+    }
+
+
+def test_among_equals_what_is_published_stays() -> None:
+    """A newcomer that is no larger displaces nothing, not even one of a higher port."""
+    listening = ports_in(22, 80, 443, 8443)
+    shown, number = folded({}, 2, listening=listening, published=ports_in(443, 8443))
+    assert shown == dict.fromkeys([OTHER, *ports_in(443, 8443)], 0)
+    assert number == 2
+    assert folded({}, 2, listening=listening)[0].keys() == {OTHER, *ports_in(22, 80)}
+
+
+def test_what_is_over_is_forgotten_and_not_folded() -> None:
+    """A port merely seen once makes room for one that is used, and leaves no trace."""
+    shown = folded({Place(0, 443): 3}, 2, published=ports_in(22, 80))
+    assert shown == ({Place(0, 22): 0, Place(0, 443): 3}, 0)
+
+
+def test_named_ports_are_never_folded() -> None:
+    """However many there are, and however small; they use up the room of others."""
+    named_ports = ports_in(22, 80, 443)
+    numbers = dict(zip(ports_in(443, 5432, 8443), (1, 13, 17), strict=True))
+    shown = folded(numbers, 2, named=named_ports)
+    kept = {**dict.fromkeys(named_ports, 0), Place(0, 443): 1}
+    assert shown == ({OTHER: 30, **kept}, 2)
+    shown = folded(numbers, 4, named=named_ports)
+    assert shown == ({OTHER: 13, **kept, Place(0, 8443): 17}, 1)
+
+
+def test_other_stays_once_it_is_there() -> None:
+    """When nothing is folded any more it is 0, and takes no room of a port."""
+    shown = folded({Place(0, 443): 3}, 1, published=[OTHER, Place(0, 443)])
+    assert shown == ({OTHER: 0, Place(0, 443): 3}, 0)
+
+
+def test_each_namespace_has_an_other_of_its_own() -> None:
+    """What is folded is told apart by namespace and IP version."""
+    largest = {Place(7, 443): 13, Place(7, 8443): 11}
+    numbers = {**largest, Place(7, 22): 1, Place(7, 80): 2, Place(11, 22, 6): 5}
+    others = {Place(7, 0): 3, Place(11, 0, 6): 5}
+    assert folded(numbers, 2) == ({**largest, **others}, 3)
+
+
+def test_namespaces_do_not_get_around_the_bound() -> None:
+    """Of more namespaces than series may be, the rest have one other together."""
+    numbers = {Place(netns, 443): 1 for netns in range(101, 101 + 31)}
+    shown, number = folded(numbers, 5, published=[Place(129, 0)])
+    assert number == 31 - 5
+    assert {each for each in shown if each.port} == {*list(numbers)[:5]}
+    assert {each.netns: shown[each] for each in shown if not each.port} == {
+        0: 31 - 5 - 5,
+        **dict.fromkeys([106, 107, 108, 109, 129], 1),
+    }
+
+
+some_places = st.builds(
+    Place,
+    netns=st.sampled_from([0, 7, 11, 2**32 - 1]),
+    port=st.sampled_from([1, 2, 80, 443, PORTS - 1]),
+    version=st.sampled_from([4, 6]),
+)
+some_others = st.builds(
+    Place,
+    netns=st.sampled_from([0, 7, 11]),
+    port=st.just(0),
+    version=st.sampled_from([4, 6]),
+)
+
+
+@settings(deadline=None)
+@given(
+    numbers=st.dictionaries(some_places, st.sampled_from([1, 2, 3, 5, 2**40]), max_size=31),
+    listening=st.sets(some_places),
+    named_places=st.sets(some_places, max_size=5),
+    published=st.sets(some_places | some_others),
+    max_series=st.integers(1, 31),
+)
+def test_folding_loses_nothing(
+    *,
+    numbers: dict[Place, int],
+    listening: set[Place],
+    named_places: set[Place],
+    published: set[Place],
+    max_series: int,
+) -> None:
+    """Sums are those before, the bound holds, the largest stay, and the page is stable."""
+    counts = counts_of(numbers)
+    given_series = {"listening": series_of(listening), "named": series_of(named_places)}
+    page, number = fold(
+        counts, **given_series, published=series_of(published), max_series=max_series
+    )
+    assert page.total == counts.total
+    for version in (4, 6):
+        was, is_now = (each.series.view(SERIES)["ip_version"] for each in (counts, page))
+        for before, now in (
+            (counts.established, page.established),
+            (counts.long_term, page.long_term),
+        ):
+            assert now[is_now == version].sum() == before[was == version].sum()
+    assert (np.diff(page.series.astype(object)) > 0).all()
+    kept = {each for each in places(page.series) if each.port}
+    used = {*numbers, *listening, *named_places}
+    assert named_places <= kept
+    assert len(kept) <= max(max_series, len(named_places))
+    assert len(page.series) - len(kept) <= max_series + 2
+    assert number == len(used - kept)
+    if number:
+        assert len(kept) == max(max_series, len(named_places))
+
+    def worth(place: Place) -> tuple[int, bool, bool]:
+        is_listened = place in listening
+        return numbers.get(place, 0) + is_listened, is_listened, place in published
+
+    smallest = min(map(worth, kept - named_places), default=None)
+    assert smallest is None or all(worth(each) <= smallest for each in used - kept)
+    again, _ = fold(counts, **given_series, published=page.series, max_series=max_series)
+    assert again.series.tolist() == page.series.tolist()
+    assert again.established.tolist() == page.established.tolist()
+
+
+@settings(deadline=None)
+@given(
+    connections=some_connections, seed=st.integers(0, 2**32), max_series=st.integers(1, 7)
+)
+def test_the_order_of_connections_does_not_matter(
+    connections: list[Connection], seed: int, max_series: int
+) -> None:
+    """A page is the same in whatever order the kernel tells of connections."""
+    selected = replace(selection(directions=BOTH), by_netns=True)
+    shuffled = random.Random(seed).sample(connections, len(connections))  # noqa: S311
+    nothing = series_of([])
+    first, second = (
+        fold(
+            counted(each, selected, 100),
+            listening=nothing,
+            named=nothing,
+            published=nothing,
+            max_series=max_series,
+        )
+        for each in (connections, shuffled)
+    )
+    assert first[1] == second[1]
+    assert first[0].series.tolist() == second[0].series.tolist()
+    assert first[0].established.tolist() == second[0].established.tolist()
+    assert first[0].long_term.tolist() == second[0].long_term.tolist()

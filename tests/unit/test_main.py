@@ -181,6 +181,7 @@ def connections(port: int, number: int, direction: Direction) -> Records:
         (Settings(), {"443": 3}),
         (Settings(direction="outbound"), {"40001": 5}),
         (Settings(direction="all"), {"443": 3, "40001": 5}),
+        (Settings(direction="all", max_series=1), {"40001": 5, "other": 3}),
         (Settings(direction="all", ports=(443,), tcpv6=False), {"443": 3}),
         (Settings(ports=(8443,), tcpv6=False), {"8443": 0}),
         (Settings(listen_port=443), {}),

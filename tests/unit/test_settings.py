@@ -24,6 +24,7 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("netns", "all", {"netns": "all"}),
     ("source", "sock_diag", {"source": "sock_diag"}),
     ("interval", "0.5", {"interval_s": 0.5}),
+    ("max-series", "101", {"max_series": 101}),
     ("max-connections", "1000", {"max_connections": 1000}),
     ("max-connections", "auto", {"max_connections": None}),
     ("reconcile-interval", "5m", {"reconcile_interval_s": 300.0}),
@@ -86,6 +87,10 @@ REFUSED = [
     *[
         ("max-connections", value, "auto, or a whole number from 1 to 16777216")
         for value in ("", "0", "16777217", "-1", "1e3", "1_000", "many")
+    ],
+    *[
+        ("max-series", value, "a whole number from 1 to 16777216")
+        for value in ("", "0", "16777217", "-1", "1e3", "1_000", "auto")
     ],
     *[("direction", value, "inbound, outbound or all") for value in ("", "in", "ALL")],
     *[("netns", value, "self, all, a name") for value in ("", "two words", "a:b")],
@@ -491,6 +496,12 @@ def test_interval_round_trip(seconds: float) -> None:
 def test_max_connections(number: int) -> None:
     """The bounds are included."""
     assert parse([f"--max-connections={number}"], {}).max_connections == number
+
+
+@pytest.mark.parametrize("number", [1, 16_777_216])
+def test_max_series(number: int) -> None:
+    """The bounds are included."""
+    assert parse([f"--max-series={number}"], {}).max_series == number
 
 
 # What is refused, and what the refusal says.
