@@ -14,7 +14,6 @@ help: ## Print these targets
 .PHONY: run
 # exec, so that a signal to make reaches the exporter and not a shell.
 run: setup ## Set up, then run the exporter; ARGS="--port 443" passes flags on
-	@deploy/setup.sh tracefs
 	@exec $(bin)/tcpexporter $(ARGS)
 
 .PHONY: setup
@@ -25,7 +24,6 @@ setup: ## Install what the exporter needs; leaves .venv/bin/tcpexporter
 # setup.sh unpacks Prometheus there when the system has none.
 test: export PATH := $(CURDIR)/.cache/prometheus/usr/bin:$(PATH):/usr/sbin:/sbin
 test: lint ## Set up, then lint and run all tests; as root also those of the kernel
-	@deploy/setup.sh tracefs
 	$(bin)/python -m pytest
 
 .PHONY: lint
@@ -42,12 +40,10 @@ format: setup-test ## Lay out Python and C as lint wants it
 
 .PHONY: bench
 bench: setup-test ## Measure the figures in the README
-	@deploy/setup.sh tracefs
 	$(bin)/python -m tests.benchmarks
 
 .PHONY: soak
 soak: setup-test ## Lose events by the thousand, and show that the numbers end right
-	@deploy/setup.sh tracefs
 	$(bin)/python -m tests.kernel.churn
 
 .PHONY: setup-test

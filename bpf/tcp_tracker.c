@@ -1,121 +1,260 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Keeps the map of the TCP connections that are in state ESTABLISHED, told by
- * the tracepoint sock:inet_sock_set_state. The loader defines:
+ * Keeps the array of the TCP connections that are in state ESTABLISHED, told by
+ * the tracepoint sock:inet_sock_set_state, to which it is attached with the
+ * kernel's types (BPF_TRACE_RAW_TP): it reads the socket itself, with plain loads
+ * that the verifier has checked. The loader defines:
  *
- * MAX_CONNECTIONS    how many entries each map can hold
- * MAP_FLAGS          BPF_F_NO_PREALLOC, or 0
- * NETNS              inode of the only network namespace to watch, 0: all
- * LOSE_ONE_IN        in tests, how many events one is lost of, by chance
- * SKC_NET_OFFSET     of sock_common.skc_net  } from the running kernel's BTF,
- * NETNS_INUM_OFFSET  of net.ns.inum          } or neither, without BTF
+ * MAX_CONNECTIONS  how many slots there are
+ * MAP_FLAGS        of the hash map: BPF_F_NO_PREALLOC, or 0
+ * NETNS            inode of the only network namespace to watch, 0: all
+ * SECRET_0, _1     the key of the hash
+ * LOSE_ONE_IN      in tests, how many events one is lost of, by chance
+ * *_OFFSET         of members of struct tcp_sock and struct net, from the kernel's BTF;
+ *                  those of IPv6 only where the kernel has it
+ *
+ * Who owns a slot, and so may write to its connection
+ * ----------------------------------------------------
+ * A slot is in a range on the stack `free_slots`, or in the hands of whoever popped it,
+ * or the value of one entry of `slots`, which then is its owner: the program, when
+ * it runs for the socket that the handle stands for. Handles of seeds stand for a
+ * closing socket that the program does not know. The kernel tells of the states of
+ * one socket one after another, so no two runs write to one connection.
+ *
+ * The program takes slots and never gives one back: a closed connection keeps its
+ * own for the next socket at that address, which the kernel's allocator is likely
+ * to hand out soon. Userspace takes entries out of `slots` and gives the slots back
+ * (Tracker.release in tcpexporter/tracker.py, where the races are argued).
  */
 #include "tcp_tracker.h"
 
-#define IPPROTO_TCP 6
+#define AF_INET 2
 #define TCP_ESTABLISHED 1
 #define TCP_SYN_SENT 2
 
-/* Of a field of the record: read it by words, which takes an aligned one. */
-#define WORDS(field) __builtin_assume_aligned(field, 8)
+/* The slot of each handle. */
+BPF_F_TABLE("hash", __u64, __u32, slots, MAX_CONNECTIONS, MAP_FLAGS);
 
-/* Told by the tracepoint. Only this program adds to it. */
-BPF_F_TABLE("hash", struct connection_key, struct connection_value, tracked,
-	    MAX_CONNECTIONS, MAP_FLAGS);
+BPF_F_TABLE("array", __u32, struct connection, connections, MAX_CONNECTIONS,
+	    BPF_F_MMAPABLE);
 
-/*
- * Found in the socket tables: established before the program was attached.
- * Only userspace adds to it, so it can do so in bulk without ever overwriting
- * a timestamp that the kernel gave.
- */
-BPF_F_TABLE("hash", struct connection_key, struct connection_value, seeded,
-	    MAX_CONNECTIONS, MAP_FLAGS);
+BPF_STACK(free_slots, __u32, MAX_CONNECTIONS);
 
 BPF_PERCPU_ARRAY(events, struct tracker_events, 1);
 
-static __u32 netns_of(const void *socket)
-{
-#ifdef SKC_NET_OFFSET
-	const void *net = NULL;
-	__u32 inum = 0;
+/* Userspace updates it to wait for all runs that may be under way. */
+BPF_ARRAY_OF_MAPS(barrier, "events", 1);
 
-	bpf_probe_read_kernel(&net, sizeof(net), socket + SKC_NET_OFFSET);
-	bpf_probe_read_kernel(&inum, sizeof(inum), net + NETNS_INUM_OFFSET);
-	return inum;
-#else
-	return 0;
+/* BCC makes a call of every load through a pointer that it can follow to the context.
+ */
+static const void *unfollowed(__u64 address)
+{
+	const void *pointer;
+
+	asm volatile("%0 = %1" : "=r"(pointer) : "r"(address));
+	return pointer;
+}
+
+#define LOAD(type, base, offset) (*(const volatile type *)((base) + (offset)))
+#define STORE(type, member, value) (*(volatile type *)&(member) = (value))
+
+static __u32 netns_of(const void *sk)
+{
+	const void *net = unfollowed(LOAD(__u64, sk, SKC_NET_OFFSET));
+
+	return LOAD(__u32, net, NETNS_INUM_OFFSET);
+}
+
+static void load_address(__u8 *address, const void *sk, int family, int ipv4_offset,
+			 int ipv6_offset)
+{
+	__u32 *words = (__u32 *)address;
+
+	if (family == AF_INET) {
+		words[0] = 0;
+		words[1] = 0;
+		words[2] = bpf_htonl(0xffff);
+		words[3] = LOAD(__u32, sk, ipv4_offset);
+		return;
+	}
+#ifdef SKC_V6_DADDR_OFFSET
+	words[0] = LOAD(__u32, sk, ipv6_offset);
+	words[1] = LOAD(__u32, sk, ipv6_offset + 4);
+	words[2] = LOAD(__u32, sk, ipv6_offset + 8);
+	words[3] = LOAD(__u32, sk, ipv6_offset + 12);
 #endif
 }
 
-static void opened(struct connection_key *key, __u32 socket, int oldstate,
-		   struct tracker_events *count)
+static void load_key(struct connection_key *key, const void *sk, __u32 netns)
 {
-	struct connection_value value = {};
+	int family = LOAD(__u16, sk, SKC_FAMILY_OFFSET);
 
-	value.established_ns = bpf_ktime_get_boot_ns();
-	value.socket = socket;
-	value.direction =
-	    oldstate == TCP_SYN_SENT ? DIRECTION_OUTBOUND : DIRECTION_INBOUND;
-	if (tracked.update(key, &value))
-		count->refused++;
-	else
-		count->inserted++;
-	/* A seed whose close was missed has no part in its successor's age. */
-	if (seeded.lookup(key))
-		seeded.delete(key);
+	load_address(key->local_address, sk, family, SKC_RCV_SADDR_OFFSET,
+		     SKC_V6_RCV_SADDR_OFFSET);
+	load_address(key->remote_address, sk, family, SKC_DADDR_OFFSET,
+		     SKC_V6_DADDR_OFFSET);
+	key->netns = netns;
+	/* Not skc_num: that is 0 already when the kernel tells of a reset. */
+	key->local_port = bpf_ntohs(LOAD(__u16, sk, INET_SPORT_OFFSET));
+	key->remote_port = bpf_ntohs(LOAD(__u16, sk, SKC_DPORT_OFFSET));
 }
 
-static void closed(struct connection_key *key, __u32 socket,
-		   struct tracker_events *count)
+static __u32 group_of(const struct connection_key *key, int oldstate)
 {
-	struct connection_value *value = tracked.lookup(key);
+	const __u32 *words = (const __u32 *)key->local_address;
+	__u32 group = key->local_port;
 
-	if (!value) {
-		seeded.delete(key);
-		return;
+	if (words[0] || words[1] || words[2] != bpf_htonl(0xffff))
+		group |= GROUP_IPV6;
+	if (oldstate == TCP_SYN_SENT)
+		group |= GROUP_OUTBOUND;
+	return group;
+}
+
+#define ROTATED(x, bits) ((x) << (bits) | (x) >> (64 - (bits)))
+
+#define SIPROUND                                                                       \
+	do {                                                                           \
+		v0 += v1;                                                              \
+		v1 = ROTATED(v1, 13);                                                  \
+		v1 ^= v0;                                                              \
+		v0 = ROTATED(v0, 32);                                                  \
+		v2 += v3;                                                              \
+		v3 = ROTATED(v3, 16);                                                  \
+		v3 ^= v2;                                                              \
+		v0 += v3;                                                              \
+		v3 = ROTATED(v3, 21);                                                  \
+		v3 ^= v0;                                                              \
+		v2 += v1;                                                              \
+		v1 = ROTATED(v1, 17);                                                  \
+		v1 ^= v2;                                                              \
+		v2 = ROTATED(v2, 32);                                                  \
+	} while (0)
+
+/* SipHash-1-3 of the key, as in tcpexporter/siphash.py. */
+static __u64 handle_of_seed(const struct connection_key *key)
+{
+	const __u64 *words = (const __u64 *)key;
+	__u64 v0 = 0x736f6d6570736575 ^ SECRET_0;
+	__u64 v1 = 0x646f72616e646f6d ^ SECRET_1;
+	__u64 v2 = 0x6c7967656e657261 ^ SECRET_0;
+	__u64 v3 = 0x7465646279746573 ^ SECRET_1;
+	__u64 length = (__u64)sizeof(*key) << 56;
+
+#pragma unroll
+	for (int i = 0; i < 5; i++) {
+		v3 ^= words[i];
+		SIPROUND;
+		v0 ^= words[i];
 	}
-	/*
-	 * The kernel unhashes a socket before it tells of its close. On another
-	 * CPU the address pair may have been established anew by then: what is
-	 * in the map is the successor, and stays.
-	 */
-	if (value->socket == socket && !tracked.delete(key))
-		count->removed++;
+	v3 ^= length;
+	SIPROUND;
+	v0 ^= length;
+	v2 ^= 0xff;
+	SIPROUND;
+	SIPROUND;
+	SIPROUND;
+	return (v0 ^ v1 ^ v2 ^ v3) | HANDLE_SEEDED;
 }
 
-int on_state_change(struct tracepoint__sock__inet_sock_set_state *args)
+static struct connection *find(__u64 handle)
 {
-	struct connection_key key = {};
-	struct tracker_events *count;
-	__u32 socket = (__u64)args->skaddr;
-	int first = 0;
+	__u32 *slot = slots.lookup(&handle);
 
-	/* An MPTCP connection tells of itself with another protocol number. */
-	if (args->protocol != IPPROTO_TCP)
+	return slot ? connections.lookup(slot) : NULL;
+}
+
+/* A slot for a socket that has none. */
+static struct connection *take(__u64 handle)
+{
+	__u32 range, slot, rest;
+
+	if (free_slots.pop(&range))
+		return NULL;
+	slot = range >> RANGE_BITS;
+	if (range & RANGE_MASK) {
+		rest = range + (1 << RANGE_BITS) - 1;
+		free_slots.push(&rest, 0);
+	}
+	if (slots.update(&handle, &slot)) {
+		rest = slot << RANGE_BITS;
+		free_slots.push(&rest, 0);
+		return NULL;
+	}
+	return connections.lookup(&slot);
+}
+
+static void opened(const void *sk, __u32 netns, int oldstate,
+		   struct tracker_events *count)
+{
+	__u64 handle = (__u64)sk;
+	struct connection *connection = find(handle);
+
+	if (!connection) {
+		connection = take(handle);
+		if (!connection) {
+			count->refused++;
+			return;
+		}
+		count->taken++;
+	}
+	/* The closing of the last connection at this address was missed. */
+	if (connection->group)
+		count->removed++;
+	STORE(__u32, connection->group, 0);
+	connection->handle = handle;
+	load_key(&connection->key, sk, netns);
+	STORE(__u64, connection->established_ns, bpf_ktime_get_boot_ns());
+	STORE(__u32, connection->group, group_of(&connection->key, oldstate));
+	count->inserted++;
+}
+
+static void closed(const void *sk, __u32 netns, struct tracker_events *count)
+{
+	struct connection *connection = find((__u64)sk);
+	struct connection_key key;
+
+	if (!connection || !connection->group) {
+		load_key(&key, sk, netns);
+		connection = find(handle_of_seed(&key));
+		if (!connection || !connection->group)
+			return;
+		count->removed_seeds++;
+	}
+	STORE(__u32, connection->group, 0);
+	count->removed++;
+}
+
+int on_state_change(struct bpf_raw_tracepoint_args *args)
+{
+	const void *sk;
+	int oldstate = args->args[1];
+	int newstate = args->args[2];
+	struct tracker_events *count;
+	int first = 0;
+	__u32 netns;
+
+	if (newstate != TCP_ESTABLISHED && oldstate != TCP_ESTABLISHED)
 		return 0;
-	if (args->newstate != TCP_ESTABLISHED && args->oldstate != TCP_ESTABLISHED)
+	/* None of MPTCP, which tells of itself with another protocol number than TCP.
+	 */
+	sk = unfollowed((__u64)bpf_skc_to_tcp_sock((void *)args->args[0]));
+	if (!sk)
+		return 0;
+	netns = netns_of(sk);
+	if (NETNS && netns != NETNS)
 		return 0;
 #ifdef LOSE_ONE_IN
 	/* For tests: as when the kernel does not run this program. */
 	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0)
 		return 0;
 #endif
-
-	key.netns = netns_of(args->skaddr);
-	if (NETNS && key.netns != NETNS)
-		return 0;
-	/* saddr_v6 is filled for IPv4 too, as ::ffff:a.b.c.d; saddr has 4 bytes. */
-	__builtin_memcpy(key.local_address, WORDS(args->saddr_v6), 16);
-	__builtin_memcpy(key.remote_address, WORDS(args->daddr_v6), 16);
-	key.local_port = args->sport;
-	key.remote_port = args->dport;
-
 	count = events.lookup(&first);
 	if (!count)
 		return 0;
-	if (args->newstate == TCP_ESTABLISHED)
-		opened(&key, socket, args->oldstate, count);
+	if (newstate == TCP_ESTABLISHED)
+		opened(sk, netns, oldstate, count);
 	else
-		closed(&key, socket, count);
+		closed(sk, netns, count);
 	return 0;
 }

@@ -10,29 +10,44 @@
 struct connection_key {
 	__u8 local_address[16]; /* network byte order, IPv4 as ::ffff:a.b.c.d */
 	__u8 remote_address[16];
-	__u32 netns;	  /* inode of the network namespace, 0: not known */
+	__u32 netns;	  /* inode of the network namespace, never 0 */
 	__u16 local_port; /* host byte order */
 	__u16 remote_port;
 };
 
-enum direction {
-	DIRECTION_INBOUND = 1,
-	DIRECTION_OUTBOUND = 2,
+#define GROUP_IPV6 0x10000 /* on the wire: an IPv4 client of :: has it not */
+#define GROUP_OUTBOUND 0x20000
+#define GROUPS 0x40000
+
+/*
+ * A place for a connection, a cache line. Userspace has the array of them mapped and
+ * counts in it, at any time: so `group` is the last word that is written when a
+ * connection opens and the only one when it closes.
+ */
+struct connection {
+	__u64 established_ns; /* CLOCK_BOOTTIME */
+	__u64 handle;	      /* what has this slot, 0: nothing */
+	struct connection_key key;
+	__u32 group; /* local port and GROUP_ bits, 0: no connection is here */
+	__u32 pad;   /* zero */
 };
 
-/* What is known about it. */
-struct connection_value {
-	__u64 established_ns; /* CLOCK_BOOTTIME */
-	__u32 socket;	      /* low half of the socket's address, 0: not known */
-	__u8 direction;	      /* enum direction */
-	__u8 pad[3];	      /* zero */
-};
+/* The handle of a connection that came from the socket tables is odd, a socket's even.
+ */
+#define HANDLE_SEEDED 1
+
+/* Slots that are free, one after another: the first above 8 bits, their number less 1.
+ */
+#define RANGE_BITS 8
+#define RANGE_MASK 0xff
 
 /* What the program did, counted on each CPU. */
 struct tracker_events {
 	__u64 inserted;
 	__u64 removed;
-	__u64 refused; /* the map was full */
+	__u64 refused;	     /* there was no slot for it */
+	__u64 removed_seeds; /* of those removed */
+	__u64 taken;	     /* slots */
 };
 
 #endif

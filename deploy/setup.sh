@@ -5,7 +5,6 @@
 #
 #   run          install what the exporter needs: BCC, and .venv with the exporter in it
 #   test         install that, and what lint, tests and benchmarks need
-#   tracefs      mount tracefs, where BCC reads the form of a tracepoint
 #   constraints  write deploy/constraints.txt anew
 #
 # Whatever is there already is left alone, without root and without the network.
@@ -23,18 +22,17 @@ main() {
 	case ${1-} in
 	run)
 		require_python
-		require bcc venv mount
+		require bcc venv
 		fill_venv run .
 		;;
 	test)
 		require_python
-		require bcc venv mount ip ss gcc libc
+		require bcc venv ip ss gcc libc
 		require_prometheus
 		fill_venv test '.[test]'
 		;;
-	tracefs) mount_tracefs ;;
 	constraints) write_constraints ;;
-	*) fail "usage: $0 run|test|tracefs|constraints" ;;
+	*) fail "usage: $0 run|test|constraints" ;;
 	esac
 }
 
@@ -125,7 +123,6 @@ packages_for() {
 		fedora:venv) echo python3-libs ;;
 		fedora:ip | fedora:ss) echo iproute ;;
 		fedora:libc) echo glibc-devel ;;
-		fedora:mount) echo util-linux ;;
 		# dnf finds a file's package, whatever its name.
 		fedora:prometheus | fedora:promtool) echo "/usr/bin/$need" ;;
 		other:bcc) echo "BCC for $python" ;;
@@ -242,17 +239,6 @@ write_constraints() {
 		echo "# Written by \`make constraints\`; the ranges are in pyproject.toml."
 		cat "$scratch/pins"
 	} >deploy/constraints.txt
-}
-
-# --- What the kernel has to show ---
-
-mount_tracefs() {
-	[ ! -d /sys/kernel/tracing/events ] || return 0
-	[ ! -d /sys/kernel/debug/tracing/events ] || return 0
-	# Without root there is no BPF to want it for, and the exporter says so itself.
-	is_root || return 0
-	mount -t tracefs tracefs /sys/kernel/tracing ||
-		say "tracefs cannot be mounted here: no BPF"
 }
 
 main "$@"

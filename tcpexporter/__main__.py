@@ -138,11 +138,16 @@ def _open(name: str, settings: Settings) -> Source:
 def _make_collector(source: Source, settings: Settings) -> ConnectionCollector:
     own_netns = namespaces.inode()
     every_netns = settings.netns == "all"
+    listens_there = every_netns or own_netns == namespaces.inode(
+        namespaces.find(settings.netns)
+    )
     selection = select(
         settings.ports,
         tcpv6=settings.tcpv6,
         directions=DIRECTIONS[settings.direction],
-        own_listener=None if settings.once else (own_netns, settings.listen_port),
+        own_listener=(own_netns, settings.listen_port)
+        if listens_there and not settings.once
+        else None,
         by_netns=every_netns,
     )
     return ConnectionCollector(

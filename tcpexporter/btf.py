@@ -9,6 +9,7 @@ from tcpexporter.libbpf import load_libbpf
 
 KIND_STRUCT = 4
 KIND_UNION = 5
+KIND_TYPEDEF = 8
 
 
 class _Type(ctypes.Structure):
@@ -47,28 +48,52 @@ class Btf:
         self._libbpf.btf__name_by_offset.restype = ctypes.c_char_p
         self._btf = ctypes.c_void_p(self._libbpf.btf__load_vmlinux_btf())
         if not self._btf or self._libbpf.libbpf_get_error(self._btf):
-            raise LoadError("this kernel has no BTF in /sys/kernel/btf/vmlinux")
+            raise LoadError(
+                "this kernel has no BTF in /sys/kernel/btf/vmlinux: use one that was built "
+                "with CONFIG_DEBUG_INFO_BTF, or --source sock_diag"
+            )
 
     def offset(self, struct: str, member: str) -> int:
-        """Bytes from the start of ``struct`` to ``member``.
+        """Bytes from the start of ``struct`` to ``member``, be it of an anonymous one.
 
         Raises:
             LoadError: there is no such struct or member.
         """
-        for name, _, offset in self._members(self._find(struct)):
+        found = self._offset(self._find(struct), member)
+        if found is None:
+            raise LoadError(f"this kernel's BTF has no {struct}.{member}")
+        return found
+
+    def has(self, struct: str, member: str) -> bool:
+        """Whether ``struct`` has a member as `offset` finds it."""
+        return self._offset(self._find(struct), member) is not None
+
+    def _offset(self, number: int, member: str) -> int | None:
+        for name, inner, offset in self._members(number):
+            at = (offset & 0xFFFFFF) // 8
             if name == member:
-                return (offset & 0xFFFFFF) // 8
-        raise LoadError(f"this kernel's BTF has no {struct}.{member}")
+                return at
+            within = None if name else self._offset(inner, member)
+            if within is not None:
+                return at + within
+        return None
 
-    def mentions(self, struct: str, member: str) -> bool:
-        """Whether ``struct`` has a member of that name, at any depth of it."""
-        return self._has(self._find(struct), member)
+    def function(self, tracepoint: str) -> int:
+        """The type that a program on a tracepoint is loaded with: that of its arguments.
 
-    def _has(self, number: int, member: str) -> bool:
-        return any(
-            name == member or self._has(inner, member)
-            for name, inner, _ in self._members(number)
+        Raises:
+            LoadError: there is no such tracepoint.
+        """
+        number = int(
+            self._libbpf.btf__find_by_name_kind(
+                self._btf, f"btf_trace_{tracepoint}".encode(), KIND_TYPEDEF
+            )
         )
+        if number < 1:
+            raise LoadError(
+                f"this kernel has no tracepoint {tracepoint}: Linux 4.16 and later do"
+            )
+        return number
 
     def _find(self, struct: str) -> int:
         """The number of a type, below 1 where there is none of that name."""

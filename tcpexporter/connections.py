@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 
 class Direction(enum.IntEnum):
-    """Which end opened a connection; the values of the C enum."""
+    """Which end opened a connection; as `groups` has it."""
 
-    INBOUND = 1
-    OUTBOUND = 2
+    INBOUND = 0
+    OUTBOUND = 1
 
 
 KEY = np.dtype(
@@ -27,25 +27,29 @@ KEY = np.dtype(
 """``struct connection_key``: what a connection is known by.
 
 Addresses are bytes in network order, IPv4 as ::ffff:a.b.c.d; ``netns`` is
-the inode of the network namespace, 0 when it is not known.
+the inode of the network namespace.
 """
 
-VALUE = np.dtype(
+CONNECTION = np.dtype(
     [
         ("established_ns", "u8"),
-        ("socket", "u4"),
-        ("direction", "u1"),
-        ("pad", "u1", 3),
+        ("handle", "u8"),
+        ("key", KEY),
+        ("group", "u4"),
+        ("pad", "u4"),
     ]
 )
-"""``struct connection_value``: what is known about a connection.
+"""``struct connection``: a connection and where it is counted.
 
-``established_ns`` is on CLOCK_BOOTTIME; ``socket`` tells two sockets with one
-key apart and is 0 when it is not known; ``direction`` is a `Direction`.
+``established_ns`` is on CLOCK_BOOTTIME; ``handle`` is the tracker's own, 0 elsewhere;
+``group`` is as `groups` makes it. Where that is 0 there is no connection: arrays that
+the kernel writes to have such places between others.
 """
 
-CONNECTION = np.dtype([("key", KEY), ("value", VALUE)])
-"""A connection: its key and what is known about it."""
+GROUP_IPV6 = 1 << 16
+DIRECTION_BIT = 17
+GROUP_BITS = 18
+"""``group``: the local port in 16 bits, then two that tell IP version and direction."""
 
 LISTENER = np.dtype([("netns", "u4"), ("port", "u2"), ("ip_version", "u1")])
 """A listening port, once for each IP version (4 or 6) that it accepts."""
@@ -53,13 +57,13 @@ LISTENER = np.dtype([("netns", "u4"), ("port", "u2"), ("ip_version", "u1")])
 Records: TypeAlias = npt.NDArray[np.void]
 """A one-dimensional array of one of the dtypes above."""
 
+Groups: TypeAlias = npt.NDArray[np.uint32]
+
 PORTS = 65536
 """How many port numbers there are."""
 
 IPV4_PREFIX = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
 """What ::ffff:a.b.c.d begins with."""
-
-_KEY_BYTES = np.dtype((np.void, KEY.itemsize))
 
 
 def ip_versions(keys: Records) -> npt.NDArray[np.uint8]:
@@ -73,22 +77,19 @@ def ip_versions(keys: Records) -> npt.NDArray[np.uint8]:
     return np.where(is_mapped, np.uint8(4), np.uint8(6))
 
 
-def contains(keys: Records, among: Records) -> npt.NDArray[np.bool_]:
-    """Whether each of ``keys`` is one of ``among``; both of dtype `KEY`."""
-    return locate(keys, among) >= 0
+def groups(keys: Records, directions: npt.NDArray[np.integer] | Direction) -> Groups:
+    """What each of ``keys``, of dtype `KEY`, is counted under; never 0.
 
-
-def locate(keys: Records, among: Records) -> npt.NDArray[np.intp]:
-    """The index in ``among`` of each of ``keys``, -1 where it is not there.
-
-    Both are of dtype `KEY`. Keys have no padding, so they are the same
-    connection exactly when all their bytes are the same.
+    Args:
+        keys: of connections, whose local port is not 0.
+        directions: a `Direction` for each, or one for all.
     """
-    if not len(among):
-        return np.full(len(keys), -1, np.intp)
-    wanted = np.ascontiguousarray(keys).view(_KEY_BYTES)
-    present = np.ascontiguousarray(among).view(_KEY_BYTES)
-    order = np.argsort(present)
-    place = np.searchsorted(present, wanted, sorter=order)
-    found = order[np.minimum(place, len(order) - 1)]
-    return np.where(present[found] == wanted, found, -1)
+    group = keys["local_port"].astype(np.uint32)
+    group |= np.where(ip_versions(keys) == 6, np.uint32(GROUP_IPV6), np.uint32(0))
+    group |= np.asarray(directions, np.uint32) << np.uint32(DIRECTION_BIT)
+    return group
+
+
+def directions(group: Groups) -> npt.NDArray[np.uint32]:
+    """The `Direction` of each group."""
+    return group >> np.uint32(DIRECTION_BIT) & np.uint32(1)

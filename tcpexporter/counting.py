@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Connections to counts per namespace, local port and IP version; pure functions."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections import LISTENER, PORTS, Direction, Records, ip_versions
+from tcpexporter.connections import (
+    GROUP_BITS,
+    GROUP_IPV6,
+    LISTENER,
+    PORTS,
+    Direction,
+    Records,
+    directions,
+)
 
 SERIES = np.dtype([("ip_version", "u2"), ("port", "u2"), ("netns", "u4")])
 """What has a count of its own; ``netns`` is 0 where namespaces are not told apart.
@@ -19,6 +28,17 @@ one; ``netns`` is 0 too for those of several namespaces.
 Series = npt.NDArray[np.uint64]
 """A sorted array of `SERIES`, each seen as one number."""
 
+Kinds: TypeAlias = npt.NDArray[np.uint64]
+"""The group of connections, whether they are long-term, and perhaps their namespace."""
+
+IS_LONG_TERM = 1 << GROUP_BITS
+NETNS_SHIFT = 32
+
+PIECE = 16384
+"""Connections that are looked at at once: a CPU's cache has room for them."""
+
+_Piece: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -29,7 +49,8 @@ class Selection:
     ip_versions: Sequence[int]
     directions: Sequence[Direction]
     own_listener: tuple[int, int] | None
-    """Namespace and port that the exporter itself listens on: never spoken of."""
+    """Namespace and port that the exporter itself listens on: never spoken of. Where
+    namespaces are not told apart all connections are of that one, or this is None."""
     by_netns: bool
     """Whether namespaces are told apart."""
 
@@ -73,25 +94,66 @@ def count(
         long_term_since_ns: on CLOCK_BOOTTIME; a connection established then or
             before is long-term. Negative: none is.
     """
-    total = 0
-    found = [_count_chunk(np.empty(0, np.uint64), np.empty(0, np.bool_))]
-    for chunk in chunks:
-        total += len(chunk)
-        chosen = chunk[np.isin(chunk["value"]["direction"], selection.directions)]
-        key = chosen["key"]
-        series = _series(key["netns"], key["local_port"], ip_versions(key), selection)
-        is_selected = series != 0
-        is_old = np.full(len(chosen), long_term_since_ns >= 0)
-        is_old &= chosen["value"]["established_ns"] <= max(long_term_since_ns, 0)
-        found.append(_count_chunk(series[is_selected], is_old[is_selected]))
-    all_series, established, long_term = map(np.concatenate, zip(*found, strict=True))
-    merged, place = np.unique(all_series, return_inverse=True)
+    tally = _tally_by_netns if selection.by_netns else _tally
+    kinds, numbers = tally(_kinds(chunks, long_term_since_ns))
+    group = (kinds & np.uint64(IS_LONG_TERM - 1)).astype(np.uint32)
+    series = _series(
+        (kinds >> np.uint64(NETNS_SHIFT)).astype(np.uint32),
+        (group & np.uint32(PORTS - 1)).astype(np.uint16),
+        np.where(group & np.uint32(GROUP_IPV6), np.uint8(6), np.uint8(4)),
+        selection,
+    )
+    is_selected = (series != 0) & np.isin(directions(group), selection.directions)
+    merged, place = np.unique(series[is_selected], return_inverse=True)
+    chosen = numbers[is_selected]
+    is_long_term = kinds[is_selected] & np.uint64(IS_LONG_TERM) != 0
     return Counts(
         merged,
-        _sums(place, established, len(merged)),
-        _sums(place, long_term, len(merged)),
-        total,
+        _sums(place, chosen, len(merged)),
+        _sums(place, chosen * is_long_term, len(merged)),
+        int(numbers.sum()),
     )
+
+
+def _kinds(chunks: Iterable[Records], long_term_since_ns: int) -> Iterator[_Piece]:
+    """What tells connections apart that are counted apart; no group: there is none.
+
+    The kernel may write to them meanwhile: `tcpexporter.tracker` says why ``group`` is
+    read first.
+    """
+    since_ns = np.uint64(max(long_term_since_ns, 0))
+    long_term = IS_LONG_TERM if long_term_since_ns >= 0 else 0
+    for chunk in chunks:
+        for first in range(0, len(chunk), PIECE):
+            piece = chunk[first : first + PIECE]
+            kinds = piece["group"].astype(np.int64)
+            is_old = piece["established_ns"] <= since_ns
+            kinds |= np.multiply(is_old, long_term, dtype=np.int64)
+            yield kinds, piece["key"]["netns"]
+
+
+def _tally(pieces: Iterator[_Piece]) -> tuple[Kinds, npt.NDArray[np.int64]]:
+    """Kinds of one namespace, or of all together, and how many there are of each."""
+    # Not one system call or sort a connection: 6 ns each, however many ports there are.
+    bins = np.zeros(2 * IS_LONG_TERM, np.int64)
+    for kinds, _ in pieces:
+        np.add.at(bins, kinds, 1)
+    bins[[0, IS_LONG_TERM]] = 0
+    found = np.flatnonzero(bins)
+    return found.astype(np.uint64), bins[found]
+
+
+def _tally_by_netns(pieces: Iterator[_Piece]) -> tuple[Kinds, npt.NDArray[np.int64]]:
+    """The same for each namespace."""
+    found = [(np.empty(0, np.uint64), np.empty(0, np.int64))]
+    for kinds, netns in pieces:
+        is_there = kinds & (IS_LONG_TERM - 1) != 0
+        there = kinds[is_there].astype(np.uint64)
+        there |= netns[is_there].astype(np.uint64) << np.uint64(NETNS_SHIFT)
+        found.append(np.unique(there, return_counts=True))
+    everything, numbers = map(np.concatenate, zip(*found, strict=True))
+    merged, place = np.unique(everything, return_inverse=True)
+    return merged, _sums(place, numbers, len(merged))
 
 
 def listened(listeners: Records, selection: Selection) -> Series:
@@ -197,13 +259,6 @@ def _series(
         own_netns, own_port = selection.own_listener
         is_selected &= (port != own_port) | ((netns != own_netns) & (netns != 0))
     return np.where(is_selected, series.view(np.uint64), np.uint64(0))
-
-
-def _count_chunk(
-    series: Series, is_old: npt.NDArray[np.bool_]
-) -> tuple[Series, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    merged, place, established = np.unique(series, return_inverse=True, return_counts=True)
-    return merged, established, _sums(place, is_old, len(merged))
 
 
 def _sums(

@@ -5,7 +5,7 @@ import ctypes
 
 from tcpexporter.errors import SourceError
 
-SONAMES = ("libbpf.so.1", "libbpf.so.0")
+SONAME = "libbpf.so.1"
 
 
 def load_libbpf() -> ctypes.CDLL:
@@ -14,11 +14,10 @@ def load_libbpf() -> ctypes.CDLL:
     Raises:
         SourceError: it is not installed.
     """
-    for soname in SONAMES:
-        try:
-            return ctypes.CDLL(soname, use_errno=True)
-        except OSError:
-            continue
-    raise SourceError(
-        "libbpf is not installed: install the distribution's libbpf1 or libbpf"
-    )
+    try:
+        return ctypes.CDLL(SONAME, use_errno=True)
+    except OSError:
+        raise SourceError(
+            "libbpf is not installed: install the distribution's libbpf1 or libbpf, 1.0 "
+            "or later"
+        ) from None

@@ -6,6 +6,8 @@ child hands the descriptors of what it made to its parent and exits; the maps
 and the attachment live as long as their descriptors.
 """
 
+import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -17,19 +19,29 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tcpexporter.btf import Btf
 from tcpexporter.errors import LoadError, SourceError
+from tcpexporter.libbpf import load_libbpf
+from tcpexporter.siphash import SECRET
+from tcpexporter.slots import ranges
 
 log = logging.getLogger(__name__)
 
-TRACEPOINT = "sock:inet_sock_set_state"
-TRACING_DIRECTORIES = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
+TRACEPOINT = "inet_sock_set_state"
 LOAD_TIMEOUT_S = 60
 LAST_WORDS_TIMEOUT_S = 0.5
 MESSAGE_BYTES = 65536
 SEE_DEBUG = "--log-level debug shows what it said"
 
 BPF_F_NO_PREALLOC = 1
+BPF_PROG_TYPE_TRACING = 26
+BPF_TRACE_RAW_TP = 23
+INSTRUCTION_BYTES = 8
+VERIFIER_LOG_BYTES = 1 << 20
+
+MAPS = ("slots", "connections", "free_slots", "events", "barrier")
 
 CAP_SYS_ADMIN = 21
 CAP_PERFMON = 38
@@ -41,22 +53,28 @@ class Request:
     """What the child is asked to load."""
 
     max_connections: int
-    """How many entries each map can hold."""
+    """How many slots there are."""
     netns: int
     """Inode of the only network namespace to watch, 0: all."""
+    secret_0: int = SECRET[0]
+    """Of `siphash.hashes`, like the next."""
+    secret_1: int = SECRET[1]
     lose_one_in: int = 0
     """For tests: of how many events one is lost by chance, 0: none."""
 
 
 @dataclass(frozen=True)
 class Descriptors:
-    """What keeps the program alive, and the way to its maps."""
+    """What keeps the program alive, and the way to its maps; named as these are."""
 
-    tracked: int
-    seeded: int
+    slots: int
+    connections: int
+    free_slots: int
     events: int
+    barrier: int
     program: int
-    perf_event: int
+    link: int
+    """The attachment."""
 
     def close(self) -> None:
         """Detach the program and free its maps."""
@@ -64,18 +82,7 @@ class Descriptors:
             os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A program that is attached."""
-
-    descriptors: Descriptors
-    knows_netns: bool
-    """Whether it tells network namespaces apart; else that of every key is 0."""
-    counts_misses: bool
-    """Whether the kernel counts all the events that it did not run the program for."""
-
-
-def load(request: Request) -> Loaded:
+def load(request: Request) -> Descriptors:
     """Have a child load the program, and take over what it made.
 
     Raises:
@@ -87,14 +94,16 @@ def load(request: Request) -> Loaded:
         with theirs:
             child = subprocess.Popen(
                 # -I: a bcc in the working directory or on PYTHONPATH is not run as root
-                [sys.executable, "-I", "-m", "tcpexporter.loader", str(theirs.fileno())]
-                + [str(value) for value in astuple(request)],
+                [sys.executable, "-I", "-m", "tcpexporter.loader", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=complaints,
                 stderr=complaints,
             )
         try:
+            # Not as arguments, which everybody on the host can read: it has a secret.
+            with contextlib.suppress(ConnectionError):  # `_receive` finds it dead
+                ours.send(json.dumps(asdict(request)).encode())
             return _receive(ours)
         finally:
             _end(child)
@@ -112,7 +121,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _receive(channel: socket.socket) -> Loaded:
+def _receive(channel: socket.socket) -> Descriptors:
     expected = len(fields(Descriptors))
     try:
         message, descriptors, _, _ = socket.recv_fds(
@@ -122,33 +131,32 @@ def _receive(channel: socket.socket) -> Loaded:
         raise LoadError(
             f"the BPF program was not loaded within {LOAD_TIMEOUT_S} s"
         ) from None
+    except ConnectionError:  # it did not even read what it is asked
+        message, descriptors = b"", []
     if not message:
         raise LoadError(f"the process that loads the BPF program died, {SEE_DEBUG}")
-    outcome = json.loads(message)
-    if "error" in outcome:
-        raise LoadError(outcome["error"])
-    return Loaded(Descriptors(*descriptors), **outcome)
+    if not descriptors:
+        raise LoadError(message.decode())
+    return Descriptors(*descriptors)
 
 
-def _main(channel_descriptor: int, request: Request) -> None:
+def _main(channel_descriptor: int) -> None:
     with socket.socket(fileno=channel_descriptor) as channel:
+        request = Request(**json.loads(channel.recv(MESSAGE_BYTES)))
         try:
-            loaded = _load_here(request)
+            descriptors = _load_here(request)
         except SourceError as error:
-            channel.send(json.dumps({"error": str(error)}).encode())
+            channel.send(str(error).encode())
         else:
-            outcome = asdict(loaded)
-            descriptors = outcome.pop("descriptors").values()
-            socket.send_fds(channel, [json.dumps(outcome).encode()], list(descriptors))
-    os._exit(0)  # BCC detaches when Python exits
+            socket.send_fds(channel, [b"loaded"], list(astuple(descriptors)))
+    os._exit(0)  # BCC cleans up when Python exits
 
 
-def _load_here(request: Request) -> Loaded:
+def _load_here(request: Request) -> Descriptors:
     _require_privilege()
-    _require_tracepoint()
     bcc = _import_bcc()
+    types = Btf()
     sources = _sources()
-    types = _types(needed=request.netns != 0)
     # BCC takes it for a kernel's source tree, and looks into its include/.
     os.environ["BCC_KERNEL_SOURCE"] = str(sources)
     try:
@@ -156,22 +164,91 @@ def _load_here(request: Request) -> Loaded:
             src_file=str(sources / "tcp_tracker.c"),
             cflags=_cflags(sources, request, types),
         )
-        program = bpf.load_func("on_state_change", bcc.BPF.TRACEPOINT)
-        bpf.attach_tracepoint(tp=TRACEPOINT, fn_name="on_state_change")
+        code: bytes = bpf.dump_func("on_state_change")
+        maps = {name: bpf[name].map_fd for name in MAPS}
     except Exception as error:  # BCC raises nothing more particular
         raise LoadError(
-            f"BCC cannot load the BPF program ({error}), {SEE_DEBUG}"
+            f"BCC cannot compile the BPF program ({error}), {SEE_DEBUG}"
         ) from error
-    descriptors = Descriptors(
-        tracked=bpf["tracked"].map_fd,
-        seeded=bpf["seeded"].map_fd,
-        events=bpf["events"].map_fd,
-        program=program.fd,
-        perf_event=bpf.tracepoint_fds[TRACEPOINT.encode()],
+    _fill(maps["free_slots"], request.max_connections)
+    program = _load_program(code, types.function(TRACEPOINT))
+    return Descriptors(**maps, program=program, link=_attach(program))
+
+
+def _fill(free_slots: int, slots: int) -> None:
+    """Make all slots free, the first on top."""
+    libbpf = load_libbpf()
+    for each in reversed(ranges(np.arange(slots, dtype=np.uint32)).tolist()):
+        value = ctypes.byref(ctypes.c_uint32(each))
+        if libbpf.bpf_map_update_elem(free_slots, None, value, ctypes.c_uint64(0)):
+            reason = os.strerror(ctypes.get_errno())
+            raise LoadError(f"the map of free slots cannot be filled: {reason}")
+
+
+class _LoadOptions(ctypes.Structure):
+    """``struct bpf_prog_load_opts`` of libbpf 1.0 and later."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("attempts", ctypes.c_int),
+        ("expected_attach_type", ctypes.c_int),
+        ("prog_btf_fd", ctypes.c_uint32),
+        ("prog_flags", ctypes.c_uint32),
+        ("prog_ifindex", ctypes.c_uint32),
+        ("kern_version", ctypes.c_uint32),
+        ("attach_btf_id", ctypes.c_uint32),
+        ("attach_prog_fd", ctypes.c_uint32),
+        ("attach_btf_obj_fd", ctypes.c_uint32),
+        ("fd_array", ctypes.c_void_p),
+        ("func_info", ctypes.c_void_p),
+        ("func_info_cnt", ctypes.c_uint32),
+        ("func_info_rec_size", ctypes.c_uint32),
+        ("line_info", ctypes.c_void_p),
+        ("line_info_cnt", ctypes.c_uint32),
+        ("line_info_rec_size", ctypes.c_uint32),
+        ("log_level", ctypes.c_uint32),
+        ("log_size", ctypes.c_uint32),
+        ("log_buf", ctypes.c_void_p),
     )
-    return Loaded(
-        descriptors, knows_netns=types is not None, counts_misses=_counts_misses(types)
+
+
+def _load_program(code: bytes, function: int) -> int:
+    """Load what BCC has compiled: it does not know programs of this type itself.
+
+    The program of a tracepoint's function gets the socket as a pointer that the verifier
+    knows the type of, so it may read through it: Linux kernel commit 9e15db66136a ("bpf:
+    Implement accurate raw_tp context access via BTF") (in v5.5).
+    """
+    said = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
+    options = _LoadOptions(
+        size=ctypes.sizeof(_LoadOptions),
+        expected_attach_type=BPF_TRACE_RAW_TP,
+        attach_btf_id=function,
+        log_level=1,
+        log_size=len(said),
+        log_buf=ctypes.addressof(said),
     )
+    descriptor: int = load_libbpf().bpf_prog_load(
+        BPF_PROG_TYPE_TRACING,
+        b"on_state_change",
+        b"GPL",
+        code,
+        ctypes.c_size_t(len(code) // INSTRUCTION_BYTES),
+        ctypes.byref(options),
+    )
+    if descriptor < 0:
+        reason = os.strerror(ctypes.get_errno())
+        sys.stderr.write(said.value.decode(errors="replace"))
+        raise LoadError(f"the kernel refuses the BPF program ({reason}), {SEE_DEBUG}")
+    return descriptor
+
+
+def _attach(program: int) -> int:
+    descriptor: int = load_libbpf().bpf_raw_tracepoint_open(None, program)
+    if descriptor < 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise LoadError(f"the BPF program cannot be attached to {TRACEPOINT}: {reason}")
+    return descriptor
 
 
 def _sources() -> Path:
@@ -193,19 +270,6 @@ def _require_privilege() -> None:
         raise LoadError("BPF takes root, or CAP_BPF and CAP_PERFMON: start it with sudo")
 
 
-def _require_tracepoint() -> None:
-    if not any((tracing / "events").is_dir() for tracing in TRACING_DIRECTORIES):
-        raise LoadError(
-            "the kernel's tracepoints cannot be seen: "
-            "mount -t tracefs tracefs /sys/kernel/tracing"
-        )
-    path = Path("events", *TRACEPOINT.split(":"))
-    if not any((tracing / path).is_dir() for tracing in TRACING_DIRECTORIES):
-        raise LoadError(
-            f"this kernel has no tracepoint {TRACEPOINT}: Linux 4.16 and later do"
-        )
-
-
 def _import_bcc() -> Any:
     try:
         import bcc  # noqa: PLC0415  only the child may hold it
@@ -222,64 +286,54 @@ def _import_bcc() -> Any:
     return bcc
 
 
-def _types(*, needed: bool) -> Btf | None:
-    try:
-        return Btf()
-    except SourceError as error:
-        if needed:
-            raise LoadError(
-                f"{error}, so network namespaces cannot be told apart: --netns all counts "
-                "them together"
-            ) from error
-        return None
-
-
-def _cflags(sources: Path, request: Request, types: Btf | None) -> list[str]:
+def _cflags(sources: Path, request: Request, types: Btf) -> list[str]:
     defines = {
         "MAX_CONNECTIONS": request.max_connections,
         "MAP_FLAGS": _map_flags(types),
         "NETNS": request.netns,
-        **_netns_offsets(types),
+        "SECRET_0": f"{request.secret_0}ULL",
+        "SECRET_1": f"{request.secret_1}ULL",
+        **_offsets(types),
     }
     if request.lose_one_in:
         defines["LOSE_ONE_IN"] = request.lose_one_in
     return [f"-I{sources}"] + [f"-D{name}={value}" for name, value in defines.items()]
 
 
-def _map_flags(types: Btf | None) -> int:
+def _map_flags(types: Btf) -> int:
     """Memory for a map's entries is taken when they come, where that is safe.
 
-    A map for 262,144 takes 4 MiB then and not 30, before there is any entry. In a
+    A map for 262,144 takes 4 MiB then and not 20, before there is any entry. In a
     tracepoint it is safe since hash maps have their own allocator: Linux kernel commit
     fba1a1c6c912 ("bpf: Convert hash map to bpf_mem_alloc.") (in v6.1).
     """
-    has_allocator = types is not None and types.mentions("bpf_htab", "ma")
-    return BPF_F_NO_PREALLOC if has_allocator else 0
+    return BPF_F_NO_PREALLOC if types.has("bpf_htab", "ma") else 0
 
 
-def _netns_offsets(types: Btf | None) -> dict[str, int]:
-    """Where a socket's network namespace is found, in bytes.
+def _offsets(types: Btf) -> dict[str, int]:
+    """Where the program finds what it reads of a socket, in bytes.
 
     Only the running kernel's BTF knows it. Headers may be another version's.
     """
-    if types is None:
-        return {}
-    return {
-        "SKC_NET_OFFSET": types.offset("sock_common", "skc_net"),
-        "NETNS_INUM_OFFSET": types.offset("net", "ns") + types.offset("ns_common", "inum"),
+    members = [
+        "skc_family",
+        "skc_daddr",
+        "skc_rcv_saddr",
+        "skc_dport",
+        "skc_net",
+    ]
+    if types.has("sock_common", "skc_v6_daddr"):  # a kernel with IPv6
+        members += ["skc_v6_daddr", "skc_v6_rcv_saddr"]
+    # Every socket begins with a struct sock_common, of the internet with an inet_sock.
+    found = {
+        f"{each.upper()}_OFFSET": types.offset("sock_common", each) for each in members
     }
-
-
-def _counts_misses(types: Btf | None) -> bool:
-    """Whether ``recursion_misses`` is counted for tracepoints, too.
-
-    It is since Linux kernel commit dd8657894c11 ("bpf: Count missed stats in
-    trace_call_bpf") (in v6.7). Nothing shows that one, but what came with it does:
-    ``missed`` in ``struct bpf_link_info``, by commit 3acf8ace6823 ("bpf: Add missed
-    value to kprobe perf link info").
-    """
-    return types is not None and types.mentions("bpf_link_info", "missed")
+    found["INET_SPORT_OFFSET"] = types.offset("inet_sock", "inet_sport")
+    found["NETNS_INUM_OFFSET"] = types.offset("net", "ns") + types.offset(
+        "ns_common", "inum"
+    )
+    return found
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), Request(*map(int, sys.argv[2:])))
+    _main(int(sys.argv[1]))

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tcpexporter.connections import CONNECTION, Records, locate
+from tcpexporter.connections import CONNECTION, Records
 from tcpexporter.errors import SourceError
+from tcpexporter.siphash import hashes
 from tcpexporter.sockets import SocketTables
 from tcpexporter.sources import Report
 
@@ -57,7 +58,9 @@ class PollingSource:
         known = next(self.read())
         while not self._stop.wait(self._interval_s):
             try:
-                known = self._last = first_seen(self._tables.established(), known)
+                known = self._last = first_seen(
+                    self._tables.established(with_ages=False), known
+                )
             except SourceError as error:
                 if not isinstance(self._last, SourceError):
                     log.warning("no connections can be counted: %s", error)
@@ -70,7 +73,11 @@ def first_seen(now: Records, before: Records) -> Records:
     The direction is kept as well: a service that stops listening keeps its
     connections, and they stay inbound.
     """
-    place = locate(now["key"], before["key"])
-    known = place >= 0
-    now["value"][known] = before["value"][place[known]]
+    wanted, there = hashes(now["key"]), hashes(before["key"])
+    order = np.argsort(there)
+    place = np.searchsorted(there, wanted, sorter=order)
+    place = order[np.minimum(place, len(order) - 1)] if len(order) else place
+    known = np.flatnonzero(np.isin(wanted, there))
+    for field in ("established_ns", "group"):
+        now[field][known] = before[field][place[known]]
     return now

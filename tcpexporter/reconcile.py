@@ -5,43 +5,49 @@ The tables are right about what is established, and cannot be read at one
 moment. The tracker has the times, and can miss events. Connections open and
 close all the while, so no single difference proves anything.
 
+A connection is known to the tracker by its socket if the program was told that
+it opened, and is a seed if it came from the tables, which know its key alone. Of
+several with the same key the tables say how many there are; what is too much is
+a seed before it is one with the kernel's time, and an older one before a newer.
+
 Seeding
 -------
 The program is attached before the tables are read. Then `seed`
 
-1. looks at the tables: what is established becomes a seed, in one bulk update;
-2. takes out of the seeds what the tracepoint has told of (in `Tracker.add_seeds`);
-3. looks again: a seed that is not there any more is doubtful;
-4. looks once more if there are doubtful seeds, and takes out those that are not
-   there again.
+1. looks at the tables, then at the tracker: what only the tables have is added
+   as seeds;
+2. looks at both again: a seed that is not in the tables any more, or whose key the
+   program was told of, is doubtful;
+3. looks once more if there are doubtful seeds, and takes out those that are not in
+   the tables again, or whose key the program was told of.
 
 For a connection, against those steps:
 
-a. Open before the program was attached, and still open after 4: a seed from 1
+a. Open before the program was attached, and still open after 3: a seed from 1
    on. Only the kernel takes it out, when it closes.
-b. Opened before 1 while the program was attached: in ``tracked`` with the
-   kernel's timestamp, and a seed by 1. Step 2 removes the seed.
-c. Opened after 1: in ``tracked`` alone. Nothing here touches that map, so no
-   timestamp of the kernel's is ever lost.
-d. Seen by 1, closed before it became a seed: the kernel found no seed to take
-   out. It is in neither look at 3 and 4, and goes.
-e. As d, and its address pair opened anew before 2: the kernel has told of the
-   new one, so 2 removes the seed (b).
-f. As d, and opened anew between 2 and 4: the kernel takes the stale seed out
-   when it tells of the new one.
-g. Closed after it became a seed: the kernel takes it out. If 4 does so as
-   well, nothing is lost: what it names is not in the table.
+b. Opened before 1 while the program was attached: the kernel tells of an opening
+   before it stores the new state, so the tracker has what the tables show, and is
+   looked at later. It is no seed.
+c. Opened after 1: the tracker has it with the kernel's time. Nothing here touches
+   what the program was told of, so no timestamp of the kernel's is ever lost.
+d. Seen by 1, closed before it became a seed: the program found no seed to close.
+   It is in neither look at 2 and 3, and goes.
+e. As d, and its address pair opened anew before 2 or before 3: the tables show the
+   new one, and the tracker has it by its socket: 3 takes out the seed.
+f. As d, and opened anew after 3 has looked: as d.
+g. Closed after it became a seed: the program closes the seed. If 3 takes it out as
+   well, nothing is lost: whatever has its slot by then has another time.
 h. Open all the time, but hidden from one look by its neighbours (see
    `SocketTables.established`): it is a seed if 1 saw it, and stays unless both
-   3 and 4 miss it.
+   2 and 3 miss it.
 
-Removing a seed is right at any time after its connection has closed, and a
+Taking out a seed is right at any time after its connection has closed, and a
 successor that the kernel tells of is never a seed, so no step has to be atomic
 with another.
 
 The kernel tells of a close just before it stores the new state, and a task can
 be preempted between the two. A seed added in that window by 1, for a socket
-that 3 still shows as established, stays until the next reconciliation.
+that 2 still shows as established, stays until the next reconciliation.
 
 Reconciling
 -----------
@@ -49,13 +55,14 @@ Reconciling
 differ. Only what differs in the same way both times is corrected:
 
 i. Open, and its opening was missed: both looks show it and the tracker never
-   has it. It is added as a seed, by steps 1 to 4.
+   has it. It is added as a seed, by steps 1 to 3.
 j. Opened before the first look, closed before the tracker was read: it looks
    like i. The second look does not show it.
 k. As j, but opened anew before the second look and closed again before the
-   tracker was read again: it is added, and step 4 takes it out.
+   tracker was read again: it is added, and step 3 takes it out.
 l. Closed, and its closing was missed: neither look shows it and the tracker
-   has the same entry, of the same time, both times. It is removed.
+   has the same entry, of the same time, both times. It is removed. If the socket's
+   address is used again before that, the program itself finds out.
 m. Opened after the first look had passed its place: the tracker has it, the look
    does not. Its time is after the first look began, so it is not judged.
 n. The kernel tells of an opening just before it stores the state: the entry is
@@ -63,9 +70,11 @@ n. The kernel tells of an opening just before it stores the state: the entry is
 o. Of a network namespace that the tables do not cover, as it is newer than the
    exporter: it is not judged.
 p. Open, and hidden from the first look by its neighbours: the second shows it.
-q. As l, but opened anew, with word of it, before it is removed. What is removed
-   from ``tracked`` is looked at as it is taken, in one step where the kernel has
-   that; a newer entry goes back, as a seed with its own time, by steps 2 to 4.
+q. As l, but opened anew, with word of it, before it is removed: by another socket,
+   it has another slot; by one at the same address, `Tracker.release` finds another
+   time and lets it be.
+r. As l, and opened anew with the same key on another socket: the tracker has two of
+   that key and the tables show one. The older one is removed.
 
 So a correction can be wrong only if two looks in a row miss the same connection
 (n or p, twice). The next reconciliation then finds it as i, with a lower age.
@@ -81,10 +90,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections import Records, contains, locate
+from tcpexporter.connections import Records
 from tcpexporter.errors import SourceError
+from tcpexporter.siphash import Hashes, hashes
 from tcpexporter.sources import Reconciliation
-from tcpexporter.tracker import Tracker
+from tcpexporter.tracker import Known, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +102,7 @@ log = logging.getLogger(__name__)
 class Tables(Protocol):
     """The socket tables to look at, as `SocketTables` gives them."""
 
-    def established(self) -> Records:
+    def established(self, *, with_ages: bool) -> Records:
         """What is established, of dtype `CONNECTION`."""
         ...
 
@@ -119,16 +129,21 @@ class Corrections:
 NOTHING = Corrections()
 
 
-def seed(tracker: Tracker, tables: Tables) -> int:
-    """Add the connections that are older than the tracker, which is attached already.
+@dataclass(frozen=True)
+class _Differences:
+    missing: Records
+    """What only the tables have, of dtype `CONNECTION`."""
+    gone: Known
+    """What only the tracker has."""
 
-    Returns:
-        How many found no room.
+
+def seed(tracker: Tracker, tables: Tables) -> None:
+    """Add the connections that are older than the tracker, which is attached already.
 
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
-    return _add(tracker, tables.established(), tables)
+    _add(tracker, _differences(tracker, tables, with_ages=True).missing, tables)
 
 
 def reconcile(tracker: Tracker, tables: Tables) -> Corrections:
@@ -138,64 +153,70 @@ def reconcile(tracker: Tracker, tables: Tables) -> Corrections:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
     began_ns = boottime_ns()
-    missing, gone = _differences(tracker, tables)
-    gone = gone[gone["value"]["established_ns"] < began_ns]  # m
-    if not len(missing) and not len(gone):
+    once = _differences(tracker, tables, began_ns)
+    if not len(once.missing) and not len(once.gone.slots):
         return NOTHING
-    still_missing, still_gone = _differences(tracker, tables)
-    missing = missing[contains(missing["key"], still_missing["key"])]
-    gone = gone[_same(gone, still_gone)]
-    refused = _add(tracker, missing, tables) if len(missing) else 0
-    if len(gone):
-        _remove(tracker, gone, tables)
-    return Corrections(missed_open=len(missing) - refused, missed_close=len(gone))
+    again = _differences(tracker, tables, began_ns, with_ages=True)
+    is_missing = np.isin(hashes(again.missing["key"]), hashes(once.missing["key"]))
+    added = _add(tracker, again.missing[is_missing], tables)
+    gone = once.gone.only(np.isin(once.gone.slots, again.gone.slots))
+    # One that is new in its slot has another time, and stays.
+    removed = tracker.release(gone.slots, gone.established_ns)
+    return Corrections(missed_open=added, missed_close=removed)
 
 
-def _differences(tracker: Tracker, tables: Tables) -> tuple[Records, Records]:
-    """What only the tables have, and what only the tracker has."""
-    established = tables.established()
-    known = np.concatenate([chunk.copy() for chunk in tracker.read()])
-    missing = established[~contains(established["key"], known["key"])]
-    gone = known[~contains(known["key"], established["key"])]
-    return missing, gone[np.isin(gone["key"]["netns"], tables.namespaces())]  # o
+def _differences(
+    tracker: Tracker,
+    tables: Tables,
+    before_ns: int | None = None,
+    *,
+    with_ages: bool = False,
+) -> _Differences:
+    """After one look at each; gone is only what was known ``before_ns``."""
+    established = tables.established(with_ages=with_ages)
+    known = tracker.known()
+    found = hashes(established["key"])
+    missing = established[_surplus(found, known.hashes)]
+    judged = known.only(np.isin(known.netns, tables.namespaces()))  # o
+    if before_ns is not None:
+        judged = judged.only(judged.established_ns < before_ns)  # m
+    worth = np.where(judged.is_seed, np.uint64(0), judged.established_ns)
+    return _Differences(missing, judged.only(_surplus(judged.hashes, found, worth)))
 
 
-def _same(before: Records, now: Records) -> npt.NDArray[np.bool_]:
-    """Which entries of ``before`` are in ``now`` with the same key and time."""
-    place = locate(before["key"], now["key"])
-    is_there = place >= 0
-    if len(now):
-        is_there &= (
-            now["value"]["established_ns"][place] == before["value"]["established_ns"]
-        )
-    return is_there
+def _surplus(
+    some: Hashes, others: Hashes, worth: npt.NDArray[np.uint64] | None = None
+) -> npt.NDArray[np.bool_]:
+    """Which of ``some`` are more than ``others`` has of the same; those worth least."""
+    order = np.argsort(some) if worth is None else np.lexsort((~worth, some))
+    ordered = some[order]
+    among = np.sort(others)
+    number = np.arange(len(some)) - np.searchsorted(ordered, ordered)
+    there = np.searchsorted(among, ordered, "right") - np.searchsorted(among, ordered)
+    is_surplus = np.empty(len(some), np.bool_)
+    is_surplus[order] = number >= there
+    return is_surplus
 
 
 def _add(tracker: Tracker, seeds: Records, tables: Tables) -> int:
-    """Steps 2 to 4; returns how many seeds found no room."""
-    refused = tracker.add_seeds(seeds)
-    doubtful = seeds["key"]
+    """Steps 1 to 3; how many of the seeds stay."""
+    if not len(seeds):
+        return 0
+    slots = doubtful = tracker.add(seeds)
     for _ in range(2):
-        doubtful = doubtful[~contains(doubtful, tables.established()["key"])]
+        gone = _differences(tracker, tables).gone
+        gone = gone.only(gone.is_seed & np.isin(gone.slots, doubtful))
+        doubtful = gone.slots
         if not len(doubtful):
-            return refused
-    tracker.remove_seeds(np.unique(doubtful))
-    return refused
-
-
-def _remove(tracker: Tracker, gone: Records, tables: Tables) -> None:
-    tracker.remove_seeds(gone["key"])
-    newer = tracker.remove_tracked(gone)
-    if len(newer):
-        _add(tracker, newer, tables)
+            return len(slots)
+    return len(slots) - tracker.release(gone.slots, gone.established_ns)
 
 
 class Reconciler:
     """Reconciles in a thread: at intervals, and when the kernel missed events.
 
-    Where the kernel counts all that it missed, and since a run that found tables and
-    tracker to agree it has neither missed an event nor told of one, they still do:
-    then the next run is only noted, not made.
+    While the kernel has neither missed an event nor told of one since a run that found
+    tables and tracker to agree, they still do: then the next run is only noted, not made.
     """
 
     def __init__(
@@ -235,12 +256,13 @@ class Reconciler:
         rest_s = 0.0
         while not self._stop.wait(WATCH_S):
             try:
+                self._tracker.reclaim()
                 signs = self._signs()
                 waited_s = time.monotonic() - finished_s
                 is_due = 0 < self._interval_s <= waited_s
                 if waited_s < rest_s or (signs.trouble == seen.trouble and not is_due):
                     continue
-                if signs == agreed and signs.tells_all:
+                if signs == agreed:
                     self.state = replace(self.state, finished_s=time.time())
                 else:
                     corrections, rest_s = self._run()
@@ -257,7 +279,8 @@ class Reconciler:
         missed = self._tracker.missed_events()
         events = self._tracker.events()
         refused = events.pop("refused")
-        return _Signs((missed or 0) + refused, sum(events.values()), missed is not None)
+        trouble = missed + refused + self._tracker.restored
+        return _Signs(trouble, sum(events.values()))
 
     def _run(self) -> tuple[Corrections, float]:
         """Reconcile once; returns for how many seconds that has used its share of CPU."""
@@ -284,8 +307,6 @@ class _Signs:
     """What the kernel counts; while nothing does, nothing can have changed."""
 
     trouble: int = 0
-    """Events that were missed or that there was no room for."""
+    """Events that were missed or that there was no room for, and what may come of that."""
     changes: int = -1
     """Connections that the program added or removed."""
-    tells_all: bool = False
-    """Whether missed events are among the trouble."""

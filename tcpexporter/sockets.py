@@ -38,6 +38,7 @@ from tcpexporter.connections import (
     PORTS,
     Direction,
     Records,
+    groups,
     ip_versions,
 )
 from tcpexporter.errors import SocketTableError, SourceError
@@ -47,8 +48,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Bytes = npt.NDArray[np.uint8]
 
-REPLY_BYTES = 65536
-"""More than one message of a dump, 32 KiB (netlink_dump in net/netlink/af_netlink.c)."""
+DATAGRAM_BYTES = 65536
+"""More than one datagram of a dump, 32 KiB (netlink_dump in net/netlink/af_netlink.c)."""
+
+REPLY_BYTES = 8 * DATAGRAM_BYTES
+"""That are taken apart at once."""
 
 REPLY_TIMEOUT_S = 10
 
@@ -118,7 +122,7 @@ class Reader(Protocol):
     netns: int
     """Inode of the namespace."""
 
-    def entries(self) -> Iterator[Records]:
+    def entries(self, *, with_ages: bool) -> Iterator[Records]:
         """The sockets in state ESTABLISHED or LISTEN, in chunks of dtype `ENTRY`."""
         ...
 
@@ -156,13 +160,13 @@ class SocketTables:
         """The inodes of the namespaces that are read."""
         return np.array([reader.netns for reader in self._readers], np.uint32)
 
-    def established(self) -> Records:
+    def established(self, *, with_ages: bool = True) -> Records:
         """The connections in state ESTABLISHED, of dtype `CONNECTION`.
 
-        ``established_ns`` is when each was seen, on CLOCK_BOOTTIME, or as long
-        before as the table can tell: it was established then or before. A
-        connection is inbound when its local port is listened on in its network
-        namespace.
+        ``established_ns`` is when each was seen, on CLOCK_BOOTTIME, or ``with_ages`` as
+        long before as the table can tell: it was established then or before. That makes
+        the kernel tell five times as much. A connection is inbound when its local port is
+        listened on in its network namespace.
 
         What is there throughout is nearly always seen, and nearly always once.
         The kernel goes on by position from one part of a dump to the next: a
@@ -175,7 +179,7 @@ class SocketTables:
         found = []
         used = set()
         for reader in self._readers:
-            connections, has_listeners = _established(reader)
+            connections, has_listeners = _established(reader, with_ages=with_ages)
             found.append(connections)
             if has_listeners or len(connections):
                 used.add(reader.netns)
@@ -295,9 +299,10 @@ class SockDiagReader:
         self._for_entries.close()
         self._for_listening.close()
 
-    def entries(self) -> Iterator[Records]:
+    def entries(self, *, with_ages: bool) -> Iterator[Records]:
         states = 1 << SS_ESTABLISHED | 1 << SS_LISTEN
-        for messages in self._for_entries.read(states, 1 << (INET_DIAG_INFO - 1)):
+        extensions = 1 << (INET_DIAG_INFO - 1) if with_ages else 0
+        for messages in self._for_entries.read(states, extensions):
             yield _diag_entries(messages, self.netns)
 
     def listening(self) -> Iterator[Records]:
@@ -315,6 +320,7 @@ class _Dumps:
     def __init__(self, opened: socket.socket) -> None:
         self._socket = opened
         self._sequence = 0
+        self._buffer = np.empty(REPLY_BYTES, np.uint8)
         self.close = opened.close
 
     def read(self, states: int, extensions: int) -> Iterator[Bytes]:
@@ -331,12 +337,19 @@ class _Dumps:
             ) from error
 
     def _replies(self) -> Iterator[Bytes]:
-        buffer = np.empty(REPLY_BYTES, np.uint8)
+        """Many datagrams are taken apart at once: each is only a hundred sockets or two."""
+        filled = 0
         finished = False
         while not finished:
-            size = self._socket.recv_into(buffer.data)
-            runs, finished = decode_sock_diag(buffer[:size], self._sequence)
+            room = self._buffer[filled:]
+            size = self._socket.recv_into(room.data)
+            filled += size
+            kind = int(room[4:6].view(np.uint16)[0]) if size >= NETLINK_HEADER_BYTES else 0
+            if kind == SOCK_DIAG_BY_FAMILY and len(room) - size >= DATAGRAM_BYTES:
+                continue
+            runs, finished = decode_sock_diag(self._buffer[:filled], self._sequence)
             yield from runs
+            filled = 0
 
 
 def _netlink_socket() -> socket.socket:
@@ -501,7 +514,7 @@ class ProcfsReader:
         for descriptor in (*self._for_entries.values(), *self._for_listening.values()):
             os.close(descriptor)
 
-    def entries(self) -> Iterator[Records]:
+    def entries(self, *, with_ages: bool) -> Iterator[Records]:  # noqa: ARG002  it has none
         return self._read(self._for_entries, SS_ESTABLISHED, SS_LISTEN)
 
     def listening(self) -> Iterator[Records]:
@@ -596,22 +609,23 @@ def _mapped(ipv4: Bytes) -> Bytes:
     return np.hstack([np.broadcast_to(IPV4_PREFIX, (len(ipv4), len(IPV4_PREFIX))), ipv4])
 
 
-def _established(reader: Reader) -> tuple[Records, bool]:
+def _established(reader: Reader, *, with_ages: bool) -> tuple[Records, bool]:
     """The connections of a namespace, and whether it has listeners."""
     connections = []
     listened = np.zeros(PORTS, np.bool_)
-    for entries in reader.entries():
-        listened[entries["key"]["local_port"][entries["state"] == SS_LISTEN]] = True
+    for entries in reader.entries(with_ages=with_ages):
+        is_listener = entries["state"] == SS_LISTEN
+        listened[entries["key"]["local_port"][is_listener]] = True
         established = entries[entries["state"] == SS_ESTABLISHED]
         found = np.zeros(len(established), CONNECTION)
         found["key"] = established["key"]
         now_ns = boottime_ns()
-        found["value"]["established_ns"] = np.maximum(now_ns - established["age_ns"], 0)
+        found["established_ns"] = np.maximum(now_ns - established["age_ns"], 0)
         connections.append(found)
     joined = _joined(connections, CONNECTION)
     is_inbound = listened[joined["key"]["local_port"]]
-    joined["value"]["direction"] = np.where(
-        is_inbound, Direction.INBOUND, Direction.OUTBOUND
+    joined["group"] = groups(
+        joined["key"], np.where(is_inbound, Direction.INBOUND, Direction.OUTBOUND)
     )
     return joined, bool(listened.any())
 

@@ -1,56 +1,130 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The BPF program's maps: reads them, adds seeds to them and takes seeds from them.
+"""The live array of connections: reads it, adds seeds to it, takes from it.
 
-There are two maps with the same layout. ``tracked`` is what the tracepoint
-told: only the kernel adds to it. ``seeded`` is what was found in the socket
-tables: only this module adds to it, the kernel takes a connection out of it
-when that closes. So seeds are added in bulk, and no seed can ever overwrite a
-timestamp that the kernel gave.
+The BPF program and this module write to the same connections, each to those whose
+slots it owns (bpf/tcp_tracker.c says what that is). Only one thread may call what
+changes anything; any may read.
+
+Reading at any time
+-------------------
+A connection is where ``group`` is not 0. Whoever reads does so before reading
+``established_ns``; the program writes ``group`` last when a connection opens, and alone
+when it closes. On a CPU that keeps stores in order (all x86), against that:
+
+a. Open all the while: counted once, with its own time. It stays in its slot.
+b. Closes after ``group`` was read: counted, with its own time; it was there.
+c. As b, and another opens in its slot before ``established_ns`` is read: counted under
+   the group of the first, with the time of the second, so as one that has just opened.
+d. Opens after ``group`` was read: not counted. It was not there.
+
+Giving slots back
+-----------------
+The program keeps the slot of a connection that has closed for the next socket at that
+address. `Tracker.release` takes back such a slot, or that of a connection whose closing
+was missed: it (1) deletes the handles, so that no run of the program that begins from
+now on finds the slots; (2) waits until all runs have ended that began before; (3) looks
+whether the connections are still those that it was asked to release, gives their slots
+back, and (4) restores the handles of the others. For a handle, against those steps:
+
+e. Nothing happens to its socket: released.
+f. The socket at that address opens or closes before 1: what it wrote differs in time,
+   so 4 restores it; or it closed, which is no reason to keep it.
+g. A run found the slot before 1 and writes to it after 1: it has ended when 3 looks,
+   so as f. That is why 3 must not come before 2: somebody else would have the slot.
+h. The socket opens after 1: the program finds no handle and takes another slot. The
+   old one is released.
+i. As g, an opening, and that connection closes between 1 and 4: the program finds no
+   handle, and what 4 restores is a connection whose closing was missed. `restored`
+   counts those, and is a reason to reconcile.
+j. As i, and the socket opens once more before 4: it has another slot by then, the
+   handle is there already, and what was to be restored is released.
+
+So a slot is given back by whoever has deleted its only handle, once nobody else can
+write to it, and is never in two hands; and `release` either gives a slot back or
+restores its handle, so none is lost.
 """
 
 import ctypes
 import errno
 import os
-import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from tcpexporter.connections import CONNECTION, KEY, VALUE, Records, contains
+from tcpexporter.connections import CONNECTION, Records
 from tcpexporter.errors import TrackerError
 from tcpexporter.libbpf import load_libbpf
-from tcpexporter.loader import Loaded
+from tcpexporter.loader import Descriptors
+from tcpexporter.mapping import MappedArray
+from tcpexporter.siphash import Hashes, hashes
+from tcpexporter.slots import RANGE_SLOTS, Slots, ranges, slots_of
 
-UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, 524)
-"""What a kernel says to LOOKUP_AND_DELETE on a hash map that does not have it (524 is
-ENOTSUPP): it came with Linux kernel commit 3e87f192b405 ("bpf: Add
-lookup_and_delete_elem support to hashtab") (in v5.14)."""
+WINDOW = 16384
+"""Slots that are mapped and read at once, 1 MiB."""
 
-CHUNK = 4096
-"""Entries that are copied out of a map by one system call."""
+UNTOUCHED = 16 * RANGE_SLOTS
+"""So many slots in a row that were never used are followed by no other that was.
+
+Ranges are taken in their order, and used at once; a CPU can be late with the one that it
+has taken, so there may be a gap for an instant."""
+
+SPARE_SLOTS = 4096
+"""Closed connections may keep that many slots, besides as many as there are open ones."""
+
+BPF_NOEXIST = 1
+
+HANDLE_SEEDED = np.uint64(1)
 
 RECURSION_MISSES_BYTES = 208
 """Where it is in ``struct bpf_prog_info``, include/uapi/linux/bpf.h."""
 
-EVENT_KINDS = ("inserted", "removed", "refused")
+EVENT_KINDS = ("inserted", "removed", "refused", "removed_seeds", "taken")
 """``struct tracker_events``, in its order."""
 
 
-class Tracker:
-    """The connections that the BPF program tracks, and the seeds beside them."""
+@dataclass(frozen=True)
+class Known:
+    """The connections of a tracker; all arrays have one element for each."""
 
-    def __init__(self, loaded: Loaded) -> None:
-        self.knows_netns = loaded.knows_netns
+    slots: Slots
+    hashes: Hashes
+    established_ns: npt.NDArray[np.uint64]
+    netns: npt.NDArray[np.uint32]
+    is_seed: npt.NDArray[np.bool_]
+
+    def only(self, chosen: npt.NDArray[np.bool_]) -> "Known":
+        """Those for which ``chosen`` is true."""
+        return Known(*(getattr(self, each.name)[chosen] for each in fields(self)))
+
+
+class Tracker:
+    """The connections that the BPF program tells of, and seeds from the socket tables."""
+
+    def __init__(self, descriptors: Descriptors, max_connections: int) -> None:
+        """Take over a program and its maps, made for that many connections.
+
+        Raises:
+            TrackerError: the kernel refuses to map them.
+        """
         self.seeds_refused = 0
         """For how many seeds there has been no room, each time that they were added."""
-        self.seeds_read = 0
-        """How many of the connections that were read last are seeds."""
-        self._counts_misses = loaded.counts_misses
-        self._descriptors = loaded.descriptors
-        # A reader waits while a connection may be in both maps.
-        self._adding = threading.Lock()
+        self.restored = 0
+        """How many connections kept their slots because they had changed: case i."""
+        self._descriptors = descriptors
+        self._slots = max_connections
+        self._array = MappedArray(
+            descriptors.connections, CONNECTION, max_connections, WINDOW
+        )
+        self._seed_slots: Slots = np.empty(0, np.uint32)
+        self._seeds_added = 0
+        self._seeds_closed = 0
+        self._closed = 0
+        self._slots_taken = 0
+        self._slots_given = 0
         self._libbpf = load_libbpf()
         self._cpus = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
 
@@ -58,164 +132,303 @@ class Tracker:
         """Detach the program; nothing of it is left in the kernel."""
         self._descriptors.close()
 
+    # Reading
+
     def read(self) -> Iterator[Records]:
-        """Every connection, in chunks of dtype `CONNECTION`, valid until the next one.
+        """Every connection, in chunks of dtype `CONNECTION` with other places between.
 
-        What is there throughout is read exactly once; what comes or goes
-        meanwhile may or may not be.
-
-        Raises:
-            TrackerError: the kernel refuses it.
-        """
-        with self._adding:
-            yield from self.tracked()
-            seeds_read = 0
-            for chunk in self.seeded():
-                seeds_read += len(chunk)
-                yield chunk
-        self.seeds_read = seeds_read
-
-    def tracked(self) -> Iterator[Records]:
-        """The connections that the tracepoint told of, as `read` gives them."""
-        return self._read_map(self._descriptors.tracked)
-
-    def seeded(self) -> Iterator[Records]:
-        """The connections that were found in the socket tables, as `read` gives them."""
-        return self._read_map(self._descriptors.seeded)
-
-    def add_seeds(self, seeds: Records) -> int:
-        """Add connections of dtype `CONNECTION`, but those that the tracepoint told of.
-
-        Returns:
-            How many found no room.
+        They are the kernel's own: read ``group``, then the rest. What is there throughout
+        is read exactly once; what comes or goes meanwhile may or may not be.
 
         Raises:
             TrackerError: the kernel refuses it.
         """
-        with self._adding:
-            refused = self._update_seeds(seeds)
-            self.seeds_refused += refused
-            for chunk in self.tracked():
-                told = chunk["key"]
-                self.remove_seeds(told[contains(told, seeds["key"])])
-        return refused
-
-    def _update_seeds(self, seeds: Records) -> int:
-        keys = np.ascontiguousarray(seeds["key"])
-        values = np.ascontiguousarray(seeds["value"])
-        count = ctypes.c_uint32(len(seeds))
-        if not len(seeds) or self._call(
-            "bpf_map_update_batch", self._descriptors.seeded, keys, values, count
-        ):
-            return 0
-        if ctypes.get_errno() != errno.E2BIG:
-            raise _refused("add to the map of seeds")
-        return len(seeds) - count.value
-
-    def remove_seeds(self, keys: Records) -> None:
-        """Take seeds out, by their keys; those that are gone already are passed over.
-
-        Raises:
-            TrackerError: the kernel refuses it.
-        """
-        keys = np.ascontiguousarray(keys)
-        while len(keys):
-            count = ctypes.c_uint32(len(keys))
-            if self._call("bpf_map_delete_batch", self._descriptors.seeded, keys, count):
+        for first in range(0, self._slots, WINDOW):
+            window = self._array.upto(first + WINDOW)[first:]
+            yield window
+            if not window["key"]["netns"][-UNTOUCHED:].any():
                 return
-            if ctypes.get_errno() != errno.ENOENT:
-                raise _refused("take from the map of seeds")
-            # It stops at the first that is not there.
-            keys = keys[count.value + 1 :]
 
-    def remove_tracked(self, connections: Records) -> Records:
-        """Take out what the tracepoint told of, where it is still the same.
-
-        Args:
-            connections: of dtype `CONNECTION`, as they were read.
-
-        Returns:
-            What was taken out instead, as the kernel had put something newer there.
+    def known(self) -> Known:
+        """Every connection as it is now; one that changes meanwhile may be left out.
 
         Raises:
             TrackerError: the kernel refuses it.
         """
-        taken = []
-        for connection in connections:
-            found = np.zeros(1, CONNECTION)
-            found["key"] = connection["key"]
-            if self._take_tracked(found) and found.tobytes() != connection.tobytes():
-                taken.append(found)
-        return np.concatenate(taken) if taken else np.empty(0, CONNECTION)
+        parts = [_known(window, at * WINDOW) for at, window in enumerate(self.read())]
+        return Known(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
-    def _take_tracked(self, found: Records) -> bool:
-        """Take out what has that key, if anything has, and fill in its value."""
-        key = np.ascontiguousarray(found["key"])
-        value = np.zeros(1, VALUE)
-        tracked = self._descriptors.tracked
-        taken = self._call("bpf_map_lookup_and_delete_elem", tracked, key, value)
-        if not taken and ctypes.get_errno() in UNSUPPORTED:
-            taken = self._call("bpf_map_lookup_elem", tracked, key, value)
-            taken = taken and self._call("bpf_map_delete_elem", tracked, key)
-        if not taken and ctypes.get_errno() != errno.ENOENT:
-            raise _refused("take from the map of connections")
-        found["value"] = value
-        return taken
+    def seeds(self) -> int:
+        """How many connections are known from the socket tables alone.
+
+        Raises:
+            TrackerError: the kernel refuses it.
+        """
+        return self._seeds(self._events())
+
+    def _seeds(self, events: dict[str, int]) -> int:
+        return self._seeds_added - self._seeds_closed - events["removed_seeds"]
 
     def events(self) -> dict[str, int]:
-        """What the program did since it was loaded, by kind, over all CPUs.
+        """What the program did since it was loaded, over all CPUs.
 
         Raises:
             TrackerError: the kernel refuses it.
         """
+        events = self._events()
+        return {kind: events[kind] for kind in ("inserted", "removed", "refused")}
+
+    def _events(self) -> dict[str, int]:
         first = ctypes.c_uint32(0)
         counts = np.zeros((self._cpus, len(EVENT_KINDS)), np.uint64)
         if not self._call("bpf_map_lookup_elem", self._descriptors.events, first, counts):
             raise _refused("read the map of counters")
         return dict(zip(EVENT_KINDS, counts.sum(axis=0).tolist(), strict=True))
 
-    def missed_events(self) -> int | None:
-        """For how many events the kernel did not run the program; None: it does not count.
+    def missed_events(self) -> int:
+        """For how many events the kernel did not run the program: it was running already.
 
-        It does not while another BPF program runs on the same CPU.
+        The kernel has prevented that, and counted it, since Linux kernel commit
+        05b24ff9b2cf ("bpf: Prevent bpf program recursion for raw tracepoint probes") (in
+        v6.1). Before, the program ran within itself, and no event was missed.
 
         Raises:
             TrackerError: the kernel refuses it.
         """
-        if not self._counts_misses:
-            return None
         info = np.zeros(64, np.uint64)
         size = ctypes.c_uint32(info.nbytes)
         if not self._call("bpf_obj_get_info_by_fd", self._descriptors.program, info, size):
             raise _refused("tell about the program")
         return int(info[RECURSION_MISSES_BYTES // info.itemsize])
 
-    def _read_map(self, descriptor: int) -> Iterator[Records]:
-        keys = np.empty(CHUNK, KEY)
-        values = np.empty(CHUNK, VALUE)
-        connections = np.empty(CHUNK, CONNECTION)
-        position: ctypes.c_uint32 | None = None
-        following = ctypes.c_uint32()
-        finished = False
-        while not finished:
-            count = ctypes.c_uint32(CHUNK)
-            if not self._call(
-                "bpf_map_lookup_batch", descriptor, position, following, keys, values, count
-            ):
-                if ctypes.get_errno() != errno.ENOENT:
-                    raise _refused("read the map of connections")
-                finished = True
-            position = ctypes.c_uint32(following.value)
-            connections["key"][: count.value] = keys[: count.value]
-            connections["value"][: count.value] = values[: count.value]
-            yield connections[: count.value]
+    # Adding
 
-    def _call(self, function: str, descriptor: int, *arguments: Any) -> bool:
+    def add(self, seeds: Records) -> Slots:
+        """Add connections of dtype `CONNECTION` from the socket tables.
+
+        Returns:
+            The slots of those that found room. One that has the key of another seed is
+            not told apart from it.
+
+        Raises:
+            TrackerError: the kernel refuses it.
+        """
+        self._release_closed(self._seed_slots)
+        handles = hashes(seeds["key"]) | HANDLE_SEEDED
+        _, first = np.unique(handles, return_index=True)
+        is_new = np.zeros(len(seeds), np.bool_)
+        is_new[first] = True
+        is_new &= ~np.isin(handles, self._all()["handle"][self._seed_slots])
+        chosen = np.flatnonzero(is_new)
+        slots = self._take(len(chosen))
+        for at in range(0, len(slots), WINDOW):
+            of = chosen[at : at + WINDOW][: len(slots) - at]
+            if not self._put(slots[at : at + WINDOW], seeds[of], handles[of]):
+                self._give(slots[at:])
+                slots = slots[:at]
+                break
+        self._seed_slots = np.concatenate((self._seed_slots, slots))
+        self._seeds_added += len(slots)
+        self.seeds_refused += len(chosen) - len(slots)
+        return slots
+
+    def _put(self, slots: Slots, seeds: Records, handles: Hashes) -> bool:
+        """Whether there was room for all of them; else there is none of them."""
+        connections = np.zeros(len(seeds), CONNECTION)
+        connections["established_ns"] = seeds["established_ns"]
+        connections["key"] = seeds["key"]
+        connections["handle"] = handles
+        everything = self._array.upto(int(slots.max()) + 1)
+        everything[slots] = connections
+        count = ctypes.c_uint32(len(slots))
+        if self._call(
+            "bpf_map_update_batch", self._descriptors.slots, handles, slots, count
+        ):
+            # Not before the program finds it: it would miss that it closes.
+            everything["group"][slots] = seeds["group"]
+            return True
+        if ctypes.get_errno() not in (errno.E2BIG, errno.ENOMEM):
+            raise _refused("add to the map of slots")
+        self._delete(handles[: count.value])
+        everything["handle"][slots] = 0
+        return False
+
+    def _take(self, wanted: int) -> Slots:
+        """As many free slots, or all there are; ascending in long runs."""
+        taken = [np.empty(0, np.uint32)]
+        lacking = wanted
+        value = ctypes.c_uint32()
+        while lacking > 0 and self._call(
+            "bpf_map_lookup_and_delete_elem", self._descriptors.free_slots, None, value
+        ):
+            slots = slots_of(value.value)
+            # It may be a while until they are used, and whoever reads is not to stop here.
+            self._array.upto(int(slots[-1]) + 1)["key"]["netns"][slots] = 1
+            taken.append(slots)
+            lacking -= len(slots)
+        if lacking > 0 and ctypes.get_errno() != errno.ENOENT:
+            raise _refused("take a free slot")
+        slots = np.concatenate(taken)
+        self._slots_taken += len(slots)
+        self._give(slots[wanted:])
+        return slots[:wanted]
+
+    # Taking out
+
+    def release(self, slots: Slots, established_ns: npt.NDArray[np.uint64]) -> int:
+        """Forget connections, as argued above, and whether they are open or not.
+
+        Args:
+            slots: where they are, each once.
+            established_ns: when they were established; one that has another time now
+                stays.
+
+        Returns:
+            How many of them were open.
+
+        Raises:
+            TrackerError: the kernel refuses it.
+        """
+        if not len(slots):
+            return 0
+        connections = self._all()
+        handles = connections["handle"][slots]
+        self._delete(handles)
+        self._wait_for_runs()
+        has_changed = connections["established_ns"][slots] != established_ns
+        for at in np.flatnonzero(has_changed):
+            has_changed[at] = self._restore(handles[at], slots[at])
+        released = np.sort(slots[~has_changed])
+        was_open = int(np.count_nonzero(connections["group"][released]))
+        was_seed = connections["handle"][released] & HANDLE_SEEDED != 0
+        self._seeds_closed += int(
+            np.count_nonzero(connections["group"][released[was_seed]])
+        )
+        self._closed += was_open
+        connections["group"][released] = 0
+        connections["handle"][released] = 0
+        self._seed_slots = np.setdiff1d(self._seed_slots, released, assume_unique=True)
+        self._give(released)
+        return was_open
+
+    def reclaim(self) -> None:
+        """Take slots back from closed connections, where these keep too many.
+
+        Raises:
+            TrackerError: the kernel refuses it.
+        """
+        events = self._events()
+        kept = events["taken"] + self._slots_taken - self._slots_given
+        opened = events["inserted"] + self._seeds_added
+        still_open = opened - events["removed"] - self._closed
+        spare = min(still_open + SPARE_SLOTS, (self._slots - still_open) // 2)
+        if kept - still_open > spare:
+            for first, window in enumerate(self.read()):
+                used = np.flatnonzero(window["handle"]).astype(np.uint32)
+                self._release_closed(used + np.uint32(first * WINDOW))
+
+    def _release_closed(self, slots: Slots) -> None:
+        """Those among ``slots`` where no connection is."""
+        connections = self._all()
+        established_ns = connections["established_ns"][slots]
+        # In this order: one that opens in between has another time, and stays.
+        is_closed = connections["group"][slots] == 0
+        self.release(slots[is_closed], established_ns[is_closed])
+
+    def _restore(self, handle: np.uint64, slot: np.uint32) -> bool:
+        """Whether the handle has its slot again; it has another one by now otherwise."""
+        if self._update(self._descriptors.slots, handle, slot, BPF_NOEXIST):
+            self.restored += 1
+            return True
+        if ctypes.get_errno() != errno.EEXIST:
+            raise _refused("add to the map of slots")
+        return False
+
+    def _delete(self, handles: Hashes) -> None:
+        while len(handles):
+            count = ctypes.c_uint32(len(handles))
+            if self._call(
+                "bpf_map_delete_batch",
+                self._descriptors.slots,
+                np.ascontiguousarray(handles),
+                count,
+            ):
+                return
+            if ctypes.get_errno() != errno.ENOENT:
+                raise _refused("take from the map of slots")
+            # It stops at the first that is not there.
+            handles = handles[count.value + 1 :]
+
+    def _give(self, slots: Slots) -> None:
+        """Make slots free, so that the first is the next to be taken."""
+        for each in reversed(ranges(slots).tolist()):
+            if not self._update(self._descriptors.free_slots, None, np.uint32(each), 0):
+                raise _refused("give a slot back")
+        self._slots_given += len(slots)
+
+    def _wait_for_runs(self) -> None:
+        """Until every run of the program has ended that is under way now.
+
+        The kernel sees to that after each change to a map of maps: Linux kernel commit
+        1ae80cf31938 ("bpf: wait for running BPF programs when updating map-in-map") (in
+        v4.20).
+        """
+        inner = np.uint32(self._descriptors.events)
+        if not self._update(self._descriptors.barrier, np.uint32(0), inner, 0):
+            raise _refused("wait for the program")
+
+    def _all(self) -> Records:
+        """Every slot that has ever been used; the rest need not be mapped."""
+        used = 0
+        for window in self.read():
+            used += len(window)
+        return self._array.upto(used)
+
+    def _update(
+        self, descriptor: int, key: np.generic | None, value: np.generic, flags: int
+    ) -> bool:
+        at = None if key is None else np.array([key])
+        return self._call(
+            "bpf_map_update_elem",
+            descriptor,
+            at,
+            np.array([value]),
+            flags=flags,
+        )
+
+    def _call(
+        self, function: str, descriptor: int, *arguments: Any, flags: int | None = None
+    ) -> bool:
         """Whether a libbpf function succeeded; else ctypes.get_errno() says why."""
         passed = [_pointer(argument) for argument in arguments]
         if function.endswith("_batch"):
             passed.append(None)  # no options
+        if flags is not None:
+            passed.append(ctypes.c_uint64(flags))
         return bool(getattr(self._libbpf, function)(ctypes.c_int(descriptor), *passed) == 0)
+
+
+def _known(
+    window: Records, first: int
+) -> tuple[
+    Slots,
+    Hashes,
+    npt.NDArray[np.uint64],
+    npt.NDArray[np.uint32],
+    npt.NDArray[np.bool_],
+]:
+    """As `Known`: those whose group and time are the same before and after the rest."""
+    group = window["group"].copy()
+    established_ns = window["established_ns"].copy()
+    at = np.flatnonzero(group)
+    keys = window["key"][at]
+    is_seed = window["handle"][at] & HANDLE_SEEDED != 0
+    same = (window["group"][at] == group[at]) & (
+        window["established_ns"][at] == established_ns[at]
+    )
+    at, keys, is_seed = at[same], keys[same], is_seed[same]
+    slots = at.astype(np.uint32) + np.uint32(first)
+    return slots, hashes(keys), established_ns[at], keys["netns"].copy(), is_seed
 
 
 def possible_cpus(ranges: str) -> int:

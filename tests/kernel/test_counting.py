@@ -236,7 +236,7 @@ def test_folding_ports_loses_no_connection(source: str) -> None:
             for (_, version), value in page.items():
                 sums[version] += int(value)
             assert sums == true
-            kept = {port: value for (port, _), value in page.items() if port != "other"}
+            kept = {each: value for each, value in page.items() if each[0] != "other"}
             assert len(kept) == 101
             assert len(page) == 101 + 2
             largest = sorted((number % 5 for number in range(211)), reverse=True)[:101]

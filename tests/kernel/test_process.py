@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcpexporter import loader, namespaces, privileges
-from tcpexporter.connections import CONNECTION
-from tcpexporter.tracker import Tracker
+from tcpexporter import privileges
+from tests.kernel.tracking import attach, everything, made
 from tests.support import DEADLINE_S, Exporter, Peers, bpf_programs, eventually
 
 OURS = "on_state_change"
@@ -79,18 +78,16 @@ def test_the_serving_process_does_not_hold_bcc() -> None:
 
 def test_maps_can_be_used_without_privilege() -> None:
     """Reading, adding and removing work by descriptor after everything is dropped."""
-    tracker = Tracker(loader.load(loader.Request(1024, namespaces.inode())))
+    tracker = attach()
     child = os.fork()
     if child == 0:
         outcome = 1
         with contextlib.suppress(BaseException):
             privileges.drop(privileges.find_user("nobody"), tracker.events)
-            seeds = np.zeros(7, CONNECTION)
-            seeds["key"]["remote_port"] = np.arange(7)
-            tracker.add_seeds(seeds)
-            tracker.remove_seeds(seeds["key"][:2])
+            slots = tracker.add(made(7))
+            tracker.release(slots[:2], np.ones(2, np.uint64))
             tracker.events()
-            outcome = 0 if sum(len(chunk) for chunk in tracker.seeded()) == 5 else 2
+            outcome = 0 if tracker.seeds() == len(everything(tracker)) == 5 else 2
         os._exit(outcome)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     tracker.close()

@@ -9,9 +9,18 @@ import pytest
 
 from tcpexporter import reconcile
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections import CONNECTION, Direction
+from tcpexporter.connections import Direction, directions
 from tcpexporter.tracker import Tracker
-from tests.kernel.tracking import Looks, Reusable, at_port, attach, everything
+from tests.kernel.tracking import (
+    Looks,
+    Reusable,
+    at_port,
+    attach,
+    everything,
+    forget,
+    made,
+    seeds,
+)
 from tests.support import Exporter, Peers, inside, new_netns
 
 
@@ -43,11 +52,11 @@ def test_connections_from_before_are_seeded(peers: Peers) -> None:
     tracker = attach()
     try:
         assert seed(tracker) == 2
-        seeds = at_port(tracker, peers.port)
-        assert len(seeds) == 5
-        assert (seeds["value"]["established_ns"] >= opened_ns).all()
-        assert (seeds["value"]["established_ns"] <= boottime_ns()).all()
-        assert (seeds["value"]["direction"] == Direction.INBOUND).all()
+        found = seeds(at_port(tracker, peers.port))
+        assert len(found) == 5
+        assert (found["established_ns"] >= opened_ns).all()
+        assert (found["established_ns"] <= boottime_ns()).all()
+        assert (directions(found["group"]) == Direction.INBOUND).all()
         peers.pairs[0][0].close()
         assert len(at_port(tracker, peers.port)) == 4
     finally:
@@ -61,14 +70,15 @@ def test_what_the_kernel_told_is_not_seeded(tracker: Tracker, peers: Peers) -> N
     seed(tracker)
     known = at_port(tracker, peers.port)
     assert len(known) == 5
-    assert (known["value"]["established_ns"] <= opened_ns).all()
-    assert len(everything(tracker.seeded())) == 0
+    assert (known["established_ns"] <= opened_ns).all()
+    assert len(seeds(known)) == 0
 
 
 def test_what_opens_after_the_first_look_keeps_its_time(
-    tracker: Tracker, peers: Peers
+    late_tracker: Tracker, reusable: Reusable, peers: Peers
 ) -> None:
     """c: opened between the looks: once, with the kernel's time."""
+    del reusable
     times_ns = []
 
     def open_more() -> None:
@@ -76,10 +86,11 @@ def test_what_opens_after_the_first_look_keeps_its_time(
         peers.connect(3)
         times_ns.append(boottime_ns())
 
-    seed(tracker, open_more, open_more)
-    known = at_port(tracker, peers.port)
-    assert len(known) == 6
-    established_ns = np.sort(known["value"]["established_ns"])
+    seed(late_tracker, open_more, open_more)
+    known = at_port(late_tracker, peers.port)
+    assert len(known) == 7
+    assert len(seeds(known)) == 1
+    established_ns = np.sort(known["established_ns"][known["handle"] & 1 == 0])
     assert (established_ns[:3] >= times_ns[0]).all()
     assert (established_ns[:3] <= times_ns[1]).all()
     assert (established_ns[3:] >= times_ns[2]).all()
@@ -124,8 +135,8 @@ def test_what_is_reopened_before_it_is_a_seed_has_its_own_time(
     seed(late_tracker, reopen)
     known = at_port(late_tracker, peers.port)
     assert len(known) == 1
-    assert known["value"]["established_ns"][0] >= times_ns[0]
-    assert len(everything(late_tracker.seeded())) == 0
+    assert known["established_ns"][0] >= times_ns[0]
+    assert len(seeds(known)) == 0
 
 
 @pytest.mark.parametrize("look", [1, 2], ids=["second look", "third look"])
@@ -143,8 +154,8 @@ def test_what_is_reopened_while_seeds_are_settled_has_its_own_time(
     seed(late_tracker, reusable.close, *nothing, reopen)
     known = at_port(late_tracker, peers.port)
     assert len(known) == 1
-    assert known["value"]["established_ns"][0] >= times_ns[0]
-    assert len(everything(late_tracker.seeded())) == 0
+    assert known["established_ns"][0] >= times_ns[0]
+    assert len(seeds(known)) == 0
 
 
 def test_what_closes_while_seeds_are_settled_does_not_stay(
@@ -164,38 +175,53 @@ def test_what_one_look_misses_stays(
     assert len(at_port(late_tracker, peers.port)) == 1
 
 
-def test_a_stale_seed_has_no_part_in_its_successors_age(
-    late_tracker: Tracker, reusable: Reusable, peers: Peers
-) -> None:
-    """A seed whose close was missed goes when the kernel tells of a new connection."""
-    reusable.reopen()
-    stale = np.zeros(1, CONNECTION)
-    stale["key"] = at_port(late_tracker, peers.port)["key"]
-    reusable.close()
-    stale["value"]["established_ns"] = 1
-    assert late_tracker.add_seeds(stale) == 0
-    assert len(at_port(late_tracker, peers.port)) == 1
-    reusable.open()
-    known = at_port(late_tracker, peers.port)
-    assert len(known) == 1
-    assert known["value"]["established_ns"][0] > 1
-
-
 def test_more_seeds_than_fit_are_reported(tracker: Tracker) -> None:
     """What finds no room is counted, what fits is kept."""
-    seeds = np.zeros(1031, CONNECTION)
-    seeds["key"]["remote_port"] = np.arange(1031)
-    assert tracker.add_seeds(seeds) == 1031 - 1024
-    assert len(everything(tracker.seeded())) == 1024
+    assert len(tracker.add(made(1031))) == 1024
+    assert tracker.seeds_refused == 1031 - 1024
+    assert len(seeds(everything(tracker))) == tracker.seeds() == 1024
 
 
-def test_removing_seeds_passes_over_those_that_are_gone(tracker: Tracker) -> None:
-    """Any mixture of known and unknown keys ends with none of them there."""
-    seeds = np.zeros(101, CONNECTION)
-    seeds["key"]["remote_port"] = np.arange(101)
-    tracker.add_seeds(seeds[::3])
-    tracker.remove_seeds(seeds["key"][1:])
-    assert everything(tracker.seeded())["key"]["remote_port"].tolist() == [0]
+def test_the_program_finds_a_seed_by_its_key(peers: Peers) -> None:
+    """Both sides compute the same hash: of IPv4, of IPv6, of an IPv4 client of ::."""
+    with Peers("::") as both:
+        peers.connect(3)
+        both.connect(5, "::1")
+        both.connect(7, "127.0.0.1")
+        tracker = attach()
+        try:
+            assert seed(tracker) == 2
+            assert tracker.seeds() == 30
+            peers.close()
+            both.close()
+            assert tracker.seeds() == 0
+            assert len(everything(tracker)) == 0
+        finally:
+            tracker.close()
+
+
+def test_a_key_is_not_added_twice(tracker: Tracker) -> None:
+    """Two sockets of one key on two devices cannot be told apart: they are one seed."""
+    twice = np.concatenate((made(5), made(3)))
+    assert len(tracker.add(twice)) == 5
+    assert len(tracker.add(twice)) == 0
+    assert tracker.seeds_refused == 0
+    assert len(seeds(everything(tracker))) == 5
+
+
+def test_a_seed_can_be_added_again_when_it_has_closed(
+    late_tracker: Tracker, reusable: Reusable, peers: Peers
+) -> None:
+    """Its closing was told, its reopening missed: it has another slot or the same."""
+    seed(late_tracker)
+    reusable.close()
+    assert len(at_port(late_tracker, peers.port)) == 0
+    reusable.open()
+    forget(late_tracker, peers.port)
+    seed(late_tracker)
+    assert len(seeds(at_port(late_tracker, peers.port))) == 1
+    reusable.close()
+    assert len(at_port(late_tracker, peers.port)) == 0
 
 
 def test_seeds_of_the_command_are_long_term_after_duration() -> None:

@@ -2,23 +2,24 @@
 """A tracker in this process, and socket tables with something between the looks."""
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from tcpexporter import loader, namespaces
-from tcpexporter.connections import Records
+from tcpexporter.connections import CONNECTION, Direction, Records, groups
+from tcpexporter.slots import Slots
 from tcpexporter.sockets import open_tables
-from tcpexporter.tracker import Tracker
+from tcpexporter.tracker import HANDLE_SEEDED, Tracker
 from tests.support import Peers, reset
 
 
 def attach(max_connections: int = 1024, *, lose_one_in: int = 0) -> Tracker:
     """A tracker of this namespace that is not seeded."""
-    request = loader.Request(max_connections, namespaces.inode(), lose_one_in)
-    return Tracker(loader.load(request))
+    request = loader.Request(max_connections, namespaces.inode(), lose_one_in=lose_one_in)
+    return Tracker(loader.load(request), max_connections)
 
 
 class Looks:
@@ -30,8 +31,8 @@ class Looks:
         self._after = list(after)
         self._hide_from_look = hide_from_look
 
-    def established(self) -> Records:
-        look = self._tables.established()
+    def established(self, *, with_ages: bool) -> Records:
+        look = self._tables.established(with_ages=with_ages)
         self.taken += 1
         if self._after:
             self._after.pop(0)()
@@ -47,15 +48,64 @@ class Looks:
         self._tables.close()
 
 
-def everything(chunks: Iterator[Records]) -> Records:
-    return np.concatenate([chunk.copy() for chunk in chunks])
+def everything(tracker: Tracker) -> Records:
+    """All connections that the tracker has, from events and seeds."""
+    known = np.concatenate([chunk.copy() for chunk in tracker.read()])
+    there: Records = known[known["group"] != 0]
+    return there
 
 
 def at_port(tracker: Tracker, port: int) -> Records:
-    """All that the tracker has of a local port, from events and seeds."""
-    known = everything(tracker.read())
+    """Those of a local port."""
+    known = everything(tracker)
     here: Records = known[known["key"]["local_port"] == port]
     return here
+
+
+def seeds(known: Records) -> Records:
+    """Those that came from the socket tables."""
+    found: Records = known[known["handle"] & HANDLE_SEEDED != 0]
+    return found
+
+
+def made(number: int, **key: object) -> Records:
+    """Connections from as many remote ports that nobody has opened."""
+    connections = np.zeros(number, CONNECTION)
+    connections["key"]["local_port"] = 1
+    connections["key"]["remote_port"] = np.arange(number)
+    connections["key"]["netns"] = namespaces.inode()
+    for field, value in key.items():
+        connections["key"][field] = value
+    connections["established_ns"] = 1
+    connections["group"] = groups(connections["key"], Direction.INBOUND)
+    return connections
+
+
+def forget(tracker: Tracker, port: int) -> None:
+    """Make the tracker miss that the connections of a port were opened."""
+    known = tracker.known()
+    stale = np.isin(known.slots, slots_at(tracker, port))
+    forgotten = known.only(stale)
+    tracker.release(forgotten.slots, forgotten.established_ns)
+
+
+def slots_at(tracker: Tracker, port: int) -> Slots:
+    """Where the connections of a local port are."""
+    known = tracker._all()
+    is_here = (known["group"] != 0) & (known["key"]["local_port"] == port)
+    return np.flatnonzero(is_here).astype(np.uint32)
+
+
+def put_told(tracker: Tracker, connections: Records) -> None:
+    """Have the tracker know connections as if the program had been told of them."""
+    slots = tracker._take(len(connections))
+    told = connections.copy()
+    # Of sockets that do not exist: even, and not in the kernel's half.
+    told["handle"] = 2 * (1 + np.arange(len(told)))
+    everything = tracker._array.upto(int(slots.max()) + 1)
+    everything[slots] = told
+    for handle, slot in zip(told["handle"], slots, strict=True):
+        assert tracker._update(tracker._descriptors.slots, handle, slot, 0)
 
 
 class Reusable:

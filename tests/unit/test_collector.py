@@ -21,7 +21,14 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from tcpexporter import version
 from tcpexporter.collector import BuildCollector, ConnectionCollector, make_registry
-from tcpexporter.connections import CONNECTION, IPV4_PREFIX, LISTENER, Direction, Records
+from tcpexporter.connections import (
+    CONNECTION,
+    IPV4_PREFIX,
+    LISTENER,
+    Direction,
+    Records,
+    groups,
+)
 from tcpexporter.counting import named, select
 from tcpexporter.errors import SourceError, TrackerError
 from tcpexporter.sources import MemorySource, Reconciliation, Report
@@ -48,8 +55,8 @@ def connections(
     made["key"]["netns"] = NETNS
     if ip_version == 4:
         made["key"]["local_address"][:, :12] = IPV4_PREFIX
-    made["value"]["direction"] = Direction.INBOUND
-    made["value"]["established_ns"] = NOW_NS - int(age_s * 10**9)
+    made["group"] = groups(made["key"], Direction.INBOUND)
+    made["established_ns"] = NOW_NS - int(age_s * 10**9)
     return made
 
 
@@ -114,9 +121,9 @@ def test_the_clock_is_boottime() -> None:
     source = MemorySource([connections(443, 3)])
     selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
     collected = ConnectionCollector(source, selection, duration_s=1, max_series=1)
-    source.chunks[0]["value"]["established_ns"] = _boottime_ns()
+    source.chunks[0]["established_ns"] = _boottime_ns()
     assert values(collected, LONG_TERM) == {("443", "4"): 0}
-    source.chunks[0]["value"]["established_ns"] -= 1_000_000_000
+    source.chunks[0]["established_ns"] -= 1_000_000_000
     assert values(collected, LONG_TERM) == {("443", "4"): 3}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The connection record: the same in C and in Python, and found again by its bytes."""
+"""The connection record: the same in C and in Python, and what it says."""
 
 import ipaddress
 import json
@@ -7,23 +7,22 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tcpexporter.connections import (
     CONNECTION,
+    DIRECTION_BIT,
+    GROUP_BITS,
+    GROUP_IPV6,
     IPV4_PREFIX,
     KEY,
-    VALUE,
+    PORTS,
     Direction,
-    Records,
-    contains,
+    directions,
+    groups,
     ip_versions,
-    locate,
 )
-from tcpexporter.tracker import EVENT_KINDS
+from tcpexporter.slots import RANGE_BITS, RANGE_SLOTS
+from tcpexporter.tracker import EVENT_KINDS, HANDLE_SEEDED
 
 BPF = Path(__file__).parents[2] / "bpf"
 
@@ -39,7 +38,7 @@ LAYOUT = """
     printf("\\"%s.%s\\": [%zu, %zu],", #struct_name, #field, \\
            offsetof(struct struct_name, field), \\
            sizeof(((struct struct_name *)0)->field))
-#define ENUM(name) printf("\\"%s\\": %d,", #name, name)
+#define VALUE(name) printf("\\"%s\\": %d,", #name, name)
 
 int main(void)
 {
@@ -50,17 +49,24 @@ int main(void)
     FIELD(connection_key, netns);
     FIELD(connection_key, local_port);
     FIELD(connection_key, remote_port);
-    SIZE(connection_value);
-    FIELD(connection_value, established_ns);
-    FIELD(connection_value, socket);
-    FIELD(connection_value, direction);
-    FIELD(connection_value, pad);
+    SIZE(connection);
+    FIELD(connection, established_ns);
+    FIELD(connection, handle);
+    FIELD(connection, key);
+    FIELD(connection, group);
+    FIELD(connection, pad);
     SIZE(tracker_events);
     FIELD(tracker_events, inserted);
     FIELD(tracker_events, removed);
     FIELD(tracker_events, refused);
-    ENUM(DIRECTION_INBOUND);
-    ENUM(DIRECTION_OUTBOUND);
+    FIELD(tracker_events, removed_seeds);
+    FIELD(tracker_events, taken);
+    VALUE(GROUP_IPV6);
+    VALUE(GROUP_OUTBOUND);
+    VALUE(GROUPS);
+    VALUE(HANDLE_SEEDED);
+    VALUE(RANGE_BITS);
+    VALUE(RANGE_MASK);
     printf("\\"end\\": 0}");
     return 0;
 }
@@ -76,7 +82,7 @@ def layout_of(name: str, dtype: np.dtype[np.void]) -> dict[str, int | list[int]]
 
 
 def test_python_lays_the_structs_out_as_c_does(tmp_path: Path) -> None:
-    """Every size, offset and enum value is what gcc says of the shared header."""
+    """Every size, offset and constant is what gcc says of the shared header."""
     (tmp_path / "layout.c").write_text(LAYOUT)
     program = tmp_path / "layout"
     subprocess.run(
@@ -87,16 +93,21 @@ def test_python_lays_the_structs_out_as_c_does(tmp_path: Path) -> None:
     events = np.dtype([(kind, "u8") for kind in EVENT_KINDS])
     assert in_c == {
         **layout_of("connection_key", KEY),
-        **layout_of("connection_value", VALUE),
+        **layout_of("connection", CONNECTION),
         **layout_of("tracker_events", events),
-        **{f"DIRECTION_{each.name}": each.value for each in Direction},
+        "GROUP_IPV6": GROUP_IPV6,
+        "GROUP_OUTBOUND": Direction.OUTBOUND << DIRECTION_BIT,
+        "GROUPS": 1 << GROUP_BITS,
+        "HANDLE_SEEDED": int(HANDLE_SEEDED),
+        "RANGE_BITS": RANGE_BITS,
+        "RANGE_MASK": RANGE_SLOTS - 1,
         "end": 0,
     }
 
 
-def test_keys_and_values_have_no_padding() -> None:
+def test_keys_and_connections_have_no_padding() -> None:
     """Every byte of a record belongs to a field, so comparing bytes is comparing fields."""
-    for dtype in (KEY, VALUE, CONNECTION):
+    for dtype in (KEY, CONNECTION):
         assert dtype.fields is not None
         sizes = [kind.itemsize for kind, *_ in dtype.fields.values()]
         assert sum(sizes) == dtype.itemsize
@@ -131,71 +142,21 @@ def test_ip_versions_of_fields_and_of_nothing() -> None:
     assert ip_versions(np.empty(0, KEY)).tolist() == []
 
 
-def keys_of(packed: list[bytes]) -> Records:
-    keys: npt.NDArray[np.void] = np.frombuffer(b"".join(packed), KEY)
-    return keys
-
-
-# Few different bytes, in few places: the same key comes up often.
-some_keys = st.lists(
-    st.tuples(
-        st.integers(0, KEY.itemsize - 1), st.sampled_from([b"\0", b"\1", b"\xff"])
-    ).map(lambda drawn: bytes(drawn[0]) + drawn[1].ljust(KEY.itemsize - drawn[0], b"\0")),
-    max_size=23,
-)
-
-
-@settings(deadline=None)
-@given(wanted=some_keys, among=some_keys)
-def test_keys_are_found_as_a_dict_finds_them(
-    wanted: list[bytes], among: list[bytes]
-) -> None:
-    """What is found has the same bytes, what a dict does not have is not found."""
-    places: dict[bytes, list[int]] = {}
-    for place, key in enumerate(among):
-        places.setdefault(key, []).append(place)
-    found = locate(keys_of(wanted), keys_of(among)).tolist()
-    assert len(found) == len(wanted)
-    for key, place in zip(wanted, found, strict=True):
-        assert place in places.get(key, [-1])
-    assert contains(keys_of(wanted), keys_of(among)).tolist() == [
-        key in places for key in wanted
+def test_a_group_tells_port_ip_version_and_direction() -> None:
+    """Each is found in it again, and none is 0, which is no connection."""
+    keys = np.zeros(4, KEY)
+    keys["local_port"] = [1, 443, 65535, 443]
+    keys["local_address"][1::2, :12] = IPV4_PREFIX
+    ways = np.array([0, 0, 1, 1], np.uint8)
+    group = groups(keys, ways)
+    assert (group & (PORTS - 1)).tolist() == [1, 443, 65535, 443]
+    assert (group & GROUP_IPV6 != 0).tolist() == [True, False, True, False]
+    assert directions(group).tolist() == ways.tolist()
+    assert (group > 0).all()
+    assert (group < 1 << GROUP_BITS).all()
+    assert groups(keys, Direction.INBOUND).tolist() == [
+        1 | GROUP_IPV6,
+        443,
+        65535 | GROUP_IPV6,
+        443,
     ]
-
-
-@pytest.mark.parametrize(("wanted", "among"), [(0, 0), (0, 3), (3, 0)])
-def test_nothing_is_found_in_nothing(wanted: int, among: int) -> None:
-    """Empty arrays are taken on either side."""
-    keys, others = np.zeros(wanted, KEY), np.zeros(among, KEY)
-    assert locate(keys, others).tolist() == [-1] * wanted
-    assert contains(keys, others).tolist() == [False] * wanted
-
-
-def test_one_byte_anywhere_makes_another_key() -> None:
-    """Each of the 40 bytes is compared, the last ones and zeros too."""
-    changed = np.eye(KEY.itemsize, dtype=np.uint8).view(KEY)[:, 0]
-    assert not contains(np.zeros(1, KEY), changed).any()
-    assert locate(changed, changed[::-1]).tolist() == list(range(KEY.itemsize))[::-1]
-
-
-def test_duplicates_are_all_found() -> None:
-    """A key that is there twice has one of its places, for each who asks for it."""
-    among = np.zeros(5, KEY)
-    among["local_port"] = [443, 22, 443, 80, 22]
-    wanted = np.zeros(4, KEY)
-    wanted["local_port"] = [443, 443, 22, 8443]
-    first, second, third, fourth = locate(wanted, among).tolist()
-    assert first == second
-    assert first in (0, 2)
-    assert third in (1, 4)
-    assert fourth == -1
-
-
-def test_keys_of_connections_are_found() -> None:
-    """A field of a larger record is looked up by its own bytes alone."""
-    connections = np.zeros(7, CONNECTION)
-    connections["key"]["remote_port"] = range(7)
-    connections["value"]["established_ns"] = 1 << 63
-    wanted = connections["key"][::-2].copy()
-    assert locate(wanted, connections["key"]).tolist() == [6, 4, 2, 0]
-    assert locate(connections["key"], wanted).tolist() == [3, -1, 2, -1, 1, -1, 0]

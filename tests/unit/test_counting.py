@@ -19,6 +19,7 @@ from tcpexporter.connections import (
     PORTS,
     Direction,
     Records,
+    groups,
 )
 from tcpexporter.counting import (
     SERIES,
@@ -54,8 +55,8 @@ def records(connections: Sequence[Connection]) -> Records:
         record["key"]["local_address"][-1] = 1
         if connection.version == 4:
             record["key"]["local_address"][:12] = IPV4_PREFIX
-        record["value"]["direction"] = connection.direction
-        record["value"]["established_ns"] = connection.established_ns
+        record["established_ns"] = connection.established_ns
+    made["group"] = groups(made["key"], np.array([each.direction for each in connections]))
     return made
 
 
@@ -89,7 +90,10 @@ def long_term(counts: Counts) -> Shown:
 
 def shown(series: Series, numbers: Sequence[int]) -> Shown:
     rows = zip(series.view(SERIES).tolist(), numbers, strict=True)
-    return {(port, version): number for (version, port, _), number in rows if number}
+    found: Counter[tuple[int, int]] = Counter()
+    for (version, port, _), number in rows:
+        found[port, version] += number
+    return {each: number for each, number in found.items() if number}
 
 
 def ports_of(series: Series) -> set[tuple[int, int]]:
@@ -147,30 +151,37 @@ def test_ipv6_can_be_left_out() -> None:
     [(INBOUND, 3), ((Direction.OUTBOUND,), 5), (BOTH, 8), ((), 0)],
 )
 def test_directions_are_selected(directions: Sequence[Direction], expected: int) -> None:
-    """A connection counts when its direction is one of those; one without, never."""
+    """A connection counts when its direction is one of those; an empty place, never."""
     connections = (
         [Connection(direction=Direction.INBOUND)] * 3
         + [Connection(direction=Direction.OUTBOUND)] * 5
-        + [Connection(direction=0)] * 7
+        + [Connection(port=0)] * 7
     )
     counts = counted(connections, selection(directions=directions))
     assert counts.established.sum() == expected
-    assert counts.total == 15
+    assert counts.total == 8
 
 
 def test_own_listener_is_never_counted() -> None:
-    """Connections to the exporter are left out, where the namespace is not known too."""
-    selected = selection(own_listener=(OWN_NETNS, 9690))
+    """Connections to the exporter are left out, those of another namespace are not."""
+    selected = replace(selection(own_listener=(OWN_NETNS, 9690)), by_netns=True)
     connections = (
         [Connection(9690, netns=OWN_NETNS)] * 3
-        + [Connection(9690, netns=0)] * 5
         + [Connection(9690, netns=OTHER_NETNS)] * 7
         + [Connection(9691, netns=OWN_NETNS)] * 11
     )
     counts = counted(connections, selected)
     assert established(counts) == {(9690, 4): 7, (9691, 4): 11}
     assert long_term(counts) == established(counts)
-    assert counts.total == 26
+    assert counts.total == 21
+
+
+def test_own_port_is_not_counted_where_namespaces_are_not_told_apart() -> None:
+    """Then all connections are of one namespace, which is ours if we have a listener."""
+    connections = [Connection(9690)] * 3 + [Connection(9691)] * 11
+    counts = counted(connections, selection(own_listener=(OWN_NETNS, 9690)))
+    assert established(counts) == {(9691, 4): 11}
+    assert counts.total == 14
 
 
 def test_own_listener_is_not_listened() -> None:
@@ -266,10 +277,10 @@ def test_a_chunk_is_done_with_before_the_next() -> None:
 some_connections = st.lists(
     st.builds(
         Connection,
-        port=st.sampled_from([0, 80, 443, 9690, PORTS - 1]),
+        port=st.sampled_from([1, 80, 443, 9690, PORTS - 1]),
         version=st.sampled_from([4, 6]),
-        direction=st.sampled_from([0, 1, 2]),
-        netns=st.sampled_from([0, OWN_NETNS, OTHER_NETNS]),
+        direction=st.sampled_from(list(Direction)),
+        netns=st.sampled_from([OWN_NETNS, OTHER_NETNS, 2**32 - 1]),
         established_ns=st.sampled_from([0, 99, 100, 101, 2**64 - 1]),
     ),
     max_size=31,
@@ -284,6 +295,7 @@ some_connections = st.lists(
     tcpv6=st.booleans(),
     directions=st.sampled_from([INBOUND, (Direction.OUTBOUND,), BOTH]),
     own_listener=st.sampled_from([None, (OWN_NETNS, 9690), (OTHER_NETNS, 80)]),
+    by_netns=st.booleans(),
     since_ns=st.sampled_from([-1, 0, 99, 100, 101, 2**63]),
 )
 def test_counts_are_those_of_a_python_loop(
@@ -294,6 +306,7 @@ def test_counts_are_those_of_a_python_loop(
     tcpv6: bool,
     directions: tuple[Direction, ...],
     own_listener: tuple[int, int] | None,
+    by_netns: bool,
     since_ns: int,
 ) -> None:
     """Any connections in any chunks, under any selection, are counted one by one."""
@@ -306,13 +319,14 @@ def test_counts_are_those_of_a_python_loop(
         and not (
             own_listener
             and each.port == own_listener[1]
-            and each.netns in (0, own_listener[0])
+            and (not by_netns or each.netns == own_listener[0])
         )
     ]
     old = [each for each in expected if since_ns >= 0 and each.established_ns <= since_ns]
     chunks = np.split(records(connections), sorted(cuts))
-    selected = selection(
-        *ports, tcpv6=tcpv6, directions=directions, own_listener=own_listener
+    selected = replace(
+        selection(*ports, tcpv6=tcpv6, directions=directions, own_listener=own_listener),
+        by_netns=by_netns,
     )
     counts = count(chunks, selected, since_ns)
     assert established(counts) == Counter((each.port, each.version) for each in expected)

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tcpexporter import __main__ as main
 from tcpexporter.collector import make_registry
-from tcpexporter.connections import CONNECTION, IPV4_PREFIX, Direction, Records
+from tcpexporter.connections import CONNECTION, IPV4_PREFIX, Direction, Records, groups
 from tcpexporter.errors import LoadError, SocketTableError, SourceError
 from tcpexporter.settings import Settings
 from tcpexporter.sources import MemorySource, Source
@@ -171,7 +171,7 @@ def connections(port: int, number: int, direction: Direction) -> Records:
     made = np.zeros(number, CONNECTION)
     made["key"]["local_port"] = port
     made["key"]["local_address"][:, :12] = IPV4_PREFIX
-    made["value"]["direction"] = direction
+    made["group"] = groups(made["key"], direction)
     return made
 
 

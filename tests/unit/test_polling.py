@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from tcpexporter.connections import CONNECTION, LISTENER, Direction, Records
+from tcpexporter.connections import (
+    CONNECTION,
+    LISTENER,
+    Direction,
+    Records,
+    directions,
+    groups,
+)
 from tcpexporter.errors import SocketTableError
 from tcpexporter.polling import PollingSource, first_seen
 from tcpexporter.sockets import SocketTables
@@ -23,8 +30,9 @@ def connections(
 ) -> Records:
     made = np.zeros(len(ports), CONNECTION)
     made["key"]["remote_port"] = ports
-    made["value"]["established_ns"] = seen_ns
-    made["value"]["direction"] = direction
+    made["established_ns"] = seen_ns
+    made["key"]["local_port"] = 443
+    made["group"] = groups(made["key"], direction)
     return made
 
 
@@ -34,7 +42,7 @@ def ages(found: Records) -> dict[int, int]:
     return dict(
         zip(
             found["key"]["remote_port"].tolist(),
-            found["value"]["established_ns"].tolist(),
+            found["established_ns"].tolist(),
             strict=True,
         )
     )
@@ -52,7 +60,7 @@ class FakeTables(SocketTables):
         self.closed = False
         self.closed_while_polled = False
 
-    def established(self) -> Records:
+    def established(self, *, with_ages: bool = True) -> Records:  # noqa: ARG002
         assert not self.closed
         self.looks += 1
         self.lookers.add(threading.current_thread())
@@ -112,7 +120,7 @@ def test_a_known_connection_keeps_its_direction() -> None:
     before = connections(1, 2, direction=Direction.INBOUND)
     now = connections(1, 2, 3, direction=Direction.OUTBOUND)
     found = first_seen(now, before)
-    assert found["value"]["direction"].tolist() == [
+    assert directions(found["group"]).tolist() == [
         Direction.INBOUND,
         Direction.INBOUND,
         Direction.OUTBOUND,
