@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Self
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -28,6 +30,8 @@ DEADLINE_S = 20.0
 
 BPF_PROG_NAME = slice(64, 80)
 """Where the name is in ``struct bpf_prog_info``, include/uapi/linux/bpf.h."""
+
+PROG_ID = re.compile(r"^prog_id:\s*(\d+)$", re.MULTILINE)
 
 _numbers = itertools.count()
 
@@ -208,9 +212,19 @@ class Exporter:
 
 def bpf_programs() -> list[str]:
     """The names of all BPF programs in the kernel."""
+    return list(bpf_programs_by_id().values())
+
+
+def bpf_programs_of(process: int) -> set[int]:
+    """The ids of those that a process holds (bpf_prog_show_fdinfo in the kernel)."""
+    infos = (each.read_text() for each in Path(f"/proc/{process}/fdinfo").iterdir())
+    return {int(found[1]) for info in infos if (found := PROG_ID.search(info))}
+
+
+def bpf_programs_by_id() -> dict[int, str]:
     libbpf = load_libbpf()
     number = ctypes.c_uint32(0)
-    names = []
+    names = {}
     while libbpf.bpf_prog_get_next_id(number, ctypes.byref(number)) == 0:
         descriptor = libbpf.bpf_prog_get_fd_by_id(number)
         if descriptor < 0:  # it has gone meanwhile
@@ -220,5 +234,5 @@ def bpf_programs() -> list[str]:
         libbpf.bpf_obj_get_info_by_fd(descriptor, info, ctypes.byref(size))
         os.close(descriptor)
         name, _, _ = info.raw[BPF_PROG_NAME].partition(b"\0")
-        names.append(name.decode())
+        names[number.value] = name.decode()
     return names

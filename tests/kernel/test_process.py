@@ -16,7 +16,14 @@ import pytest
 
 from tcpexporter import privileges
 from tests.kernel.tracking import attach, everything, made
-from tests.support import DEADLINE_S, Exporter, Peers, bpf_programs, eventually
+from tests.support import (
+    DEADLINE_S,
+    Exporter,
+    Peers,
+    bpf_programs_by_id,
+    bpf_programs_of,
+    eventually,
+)
 
 OURS = "on_state_change"
 NOBODY = 65534
@@ -33,12 +40,9 @@ def threads(process: int) -> list[int]:
     return [int(each.name) for each in Path(f"/proc/{process}/task").iterdir()]
 
 
-def wait_until_gone(expected: int) -> None:
+def wait_until_gone(programs: set[int]) -> None:
     """The kernel frees what a killed process held a moment after it is reaped."""
-    until = time.monotonic() + DEADLINE_S
-    while bpf_programs().count(OURS) > expected:
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    eventually(lambda: not programs & bpf_programs_by_id().keys())
 
 
 @pytest.mark.parametrize("source", ["ebpf", "sock_diag"])
@@ -96,36 +100,36 @@ def test_maps_can_be_used_without_privilege() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
     """Exit code 0, nothing on standard error but its log, nothing left in the kernel."""
-    before = bpf_programs().count(OURS)
     with Exporter("--source", "ebpf") as exporter:
-        assert bpf_programs().count(OURS) == before + 1
+        programs = bpf_programs_of(exporter.process.pid)
+        assert [bpf_programs_by_id()[each] for each in programs] == [OURS]
         with socket.create_connection(("127.0.0.1", exporter.port)):
             exporter.process.send_signal(number)
             _, complaints = exporter.process.communicate(timeout=DEADLINE_S)
         assert exporter.process.returncode == 0
         assert "Traceback" not in complaints
-    wait_until_gone(before)
+    wait_until_gone(programs)
 
 
 def test_a_signal_while_it_loads_ends_it_cleanly() -> None:
     """It ends with 0, or by the signal if Python has just begun, and leaves nothing."""
-    before = bpf_programs().count(OURS)
+    before = bpf_programs_by_id().keys()
     for delay_s in (0.3, 0.4, 0.5, 0.7, 0.9):
         with Exporter("--source", "ebpf", wait=False) as exporter:
             time.sleep(delay_s)
             code, complaints = exporter.stop()
             assert code in {0, -signal.SIGTERM}, complaints
             assert "Traceback" not in complaints
-    wait_until_gone(before)
+    wait_until_gone(set(bpf_programs_by_id().keys() - before))
 
 
 def test_killed_it_leaves_nothing_in_the_kernel() -> None:
     """SIGKILL closes the descriptors, and with them goes everything."""
-    before = bpf_programs().count(OURS)
     with Exporter("--source", "ebpf") as exporter:
-        assert bpf_programs().count(OURS) == before + 1
+        programs = bpf_programs_of(exporter.process.pid)
+        assert len(programs) == 1
         exporter.process.kill()
-    wait_until_gone(before)
+    wait_until_gone(programs)
 
 
 COMMAND = (sys.executable, "-m", "tcpexporter")
