@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-3.0-only
 """Importing a part of a package, each time in a Python of its own."""
 
 import subprocess
