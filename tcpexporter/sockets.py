@@ -13,20 +13,6 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pyroute2 import netns as pyroute2_netns
-from pyroute2.netlink import (
-    NETLINK_SOCK_DIAG,
-    NLM_F_DUMP,
-    NLM_F_REQUEST,
-    NLMSG_DONE,
-    NLMSG_ERROR,
-)
-from pyroute2.netlink.diag import (
-    SOCK_DIAG_BY_FAMILY,
-    SS_ESTABLISHED,
-    SS_LISTEN,
-    inet_diag_req,
-)
 
 from tcpexporter import namespaces
 from tcpexporter.clock import boottime_ns
@@ -42,6 +28,23 @@ from tcpexporter.connections import (
     ip_versions,
 )
 from tcpexporter.errors import SocketTableError, SourceError
+from tcpexporter.lean import part_of
+
+with part_of("pyroute2"):  # all of it takes 8 MiB more
+    from pyroute2 import netns as pyroute2_netns
+    from pyroute2.netlink import (
+        NETLINK_SOCK_DIAG,
+        NLM_F_DUMP,
+        NLM_F_REQUEST,
+        NLMSG_DONE,
+        NLMSG_ERROR,
+    )
+    from pyroute2.netlink.diag import (
+        SOCK_DIAG_BY_FAMILY,
+        SS_ESTABLISHED,
+        SS_LISTEN,
+        inet_diag_req,
+    )
 
 log = logging.getLogger(__name__)
 

@@ -95,13 +95,16 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 def serving(app: server.App, sockets: list[socket.socket]) -> Iterator[None]:
     uvicorn_server = server._Server(server._config(app))
     loops: list[asyncio.AbstractEventLoop] = []
+    running = threading.Event()
 
     async def run() -> None:
         loops.append(asyncio.get_running_loop())
+        running.set()
         await uvicorn_server.serve(sockets)
 
     thread = threading.Thread(target=lambda: asyncio.run(run()))
     thread.start()
+    assert running.wait(PATIENCE_S)
     try:
         yield
     finally:
