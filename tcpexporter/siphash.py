@@ -8,7 +8,7 @@ same 64 bits once in 37 million times.
 J.-P. Aumasson, D. J. Bernstein: SipHash: a fast short-input PRF (2012).
 """
 
-import secrets
+import os
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from tcpexporter.connections import KEY, Records
 
 Hashes = npt.NDArray[np.uint64]
 
-SECRET = (secrets.randbits(64), secrets.randbits(64))
+SECRET = (int.from_bytes(os.urandom(8)), int.from_bytes(os.urandom(8)))
 
 WORDS = KEY.itemsize // 8
 PIECE = 8192

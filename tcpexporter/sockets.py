@@ -323,7 +323,6 @@ class _Dumps:
     def __init__(self, opened: socket.socket) -> None:
         self._socket = opened
         self._sequence = 0
-        self._buffer = np.empty(REPLY_BYTES, np.uint8)
         self.close = opened.close
 
     def read(self, states: int, extensions: int) -> Iterator[Bytes]:
@@ -341,16 +340,17 @@ class _Dumps:
 
     def _replies(self) -> Iterator[Bytes]:
         """Many datagrams are taken apart at once: each is only a hundred sockets or two."""
+        buffer = np.empty(REPLY_BYTES, np.uint8)
         filled = 0
         finished = False
         while not finished:
-            room = self._buffer[filled:]
+            room = buffer[filled:]
             size = self._socket.recv_into(room.data)
             filled += size
             kind = int(room[4:6].view(np.uint16)[0]) if size >= NETLINK_HEADER_BYTES else 0
             if kind == SOCK_DIAG_BY_FAMILY and len(room) - size >= DATAGRAM_BYTES:
                 continue
-            runs, finished = decode_sock_diag(self._buffer[:filled], self._sequence)
+            runs, finished = decode_sock_diag(buffer[:filled], self._sequence)
             yield from runs
             filled = 0
 
