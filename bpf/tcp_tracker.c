@@ -6,7 +6,8 @@
  * that the verifier has checked. The loader defines:
  *
  * MAX_CONNECTIONS  how many slots there are
- * MAP_FLAGS        of the hash map: BPF_F_NO_PREALLOC, or 0
+ * MAX_CLOSINGS     how many closings are noted while userspace is comparing
+ * MAP_FLAGS        of the hash maps: BPF_F_NO_PREALLOC, or 0
  * NETNS            inode of the only network namespace to watch, 0: all
  * SECRET_0, _1     the key of the hash
  * LOSE_ONE_IN      in tests, how many events one is lost of, by chance
@@ -39,6 +40,12 @@ BPF_F_TABLE("array", __u32, struct connection, connections, MAX_CONNECTIONS,
 	    BPF_F_MMAPABLE);
 
 BPF_STACK(free_slots, __u32, MAX_CONNECTIONS);
+
+/* Whether userspace is comparing with the socket tables. */
+BPF_ARRAY(watched, __u32, 1);
+
+/* What closed meanwhile, by the handle that it would have as a seed. */
+BPF_F_TABLE("hash", __u64, __u32, closings, MAX_CLOSINGS, MAP_FLAGS);
 
 BPF_PERCPU_ARRAY(events, struct tracker_events, 1);
 
@@ -212,14 +219,26 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 {
 	struct connection *connection = find((__u64)sk);
+	bool is_known = connection && connection->group;
 	struct connection_key key;
+	__u32 nothing = 0;
+	int first = 0;
+	__u32 *watching = watched.lookup(&first);
+	__u64 handle;
 
-	if (!connection || !connection->group) {
+	if (!is_known || (watching && *watching)) {
 		load_key(&key, sk, netns);
-		connection = find(handle_of_seed(&key));
-		if (!connection || !connection->group)
-			return;
-		count->removed_seeds++;
+		handle = handle_of_seed(&key);
+		/* Before it is looked for: userspace adds it first, and then reads
+		 * these. */
+		if (watching && *watching && closings.update(&handle, &nothing))
+			count->forgotten++;
+		if (!is_known) {
+			connection = find(handle);
+			if (!connection || !connection->group)
+				return;
+			count->removed_seeds++;
+		}
 	}
 	STORE(__u32, connection->group, 0);
 	count->removed++;

@@ -32,12 +32,10 @@ struct connection {
 	__u32 pad;   /* zero */
 };
 
-/* The handle of a connection that came from the socket tables is odd, a socket's even.
- */
+/* In the handle of a connection from the socket tables; that of a socket is even. */
 #define HANDLE_SEEDED 1
 
-/* Slots that are free, one after another: the first above 8 bits, their number less 1.
- */
+/* Slots that are free: the first, above 8 bits, and how many follow. */
 #define RANGE_BITS 8
 #define RANGE_MASK 0xff
 
@@ -48,6 +46,7 @@ struct tracker_events {
 	__u64 refused;	     /* there was no slot for it */
 	__u64 removed_seeds; /* of those removed */
 	__u64 taken;	     /* slots */
+	__u64 forgotten;     /* closings that there was no room to note */
 };
 
 #endif

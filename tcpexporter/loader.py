@@ -41,7 +41,10 @@ BPF_TRACE_RAW_TP = 23
 INSTRUCTION_BYTES = 8
 VERIFIER_LOG_BYTES = 1 << 20
 
-MAPS = ("slots", "connections", "free_slots", "events", "barrier")
+MAPS = ("slots", "connections", "free_slots", "watched", "closings", "events", "barrier")
+
+MAX_CLOSINGS = 65536
+"""What a busy host closes while its connections from before are being read."""
 
 CAP_SYS_ADMIN = 21
 CAP_PERFMON = 38
@@ -70,6 +73,8 @@ class Descriptors:
     slots: int
     connections: int
     free_slots: int
+    watched: int
+    closings: int
     events: int
     barrier: int
     program: int
@@ -289,6 +294,7 @@ def _import_bcc() -> Any:
 def _cflags(sources: Path, request: Request, types: Btf) -> list[str]:
     defines = {
         "MAX_CONNECTIONS": request.max_connections,
+        "MAX_CLOSINGS": MAX_CLOSINGS,
         "MAP_FLAGS": _map_flags(types),
         "NETNS": request.netns,
         "SECRET_0": f"{request.secret_0}ULL",

@@ -10,44 +10,37 @@ it opened, and is a seed if it came from the tables, which know its key alone. O
 several with the same key the tables say how many there are; what is too much is
 a seed before it is one with the kernel's time, and an older one before a newer.
 
-Seeding
--------
-The program is attached before the tables are read. Then `seed`
+Adding seeds
+------------
+The program is attached already, and notes from now on whatever closes. Then
 
-1. looks at the tables, then at the tracker: what only the tables have is added
-   as seeds;
-2. looks at both again: a seed that is not in the tables any more, or whose key the
-   program was told of, is doubtful;
-3. looks once more if there are doubtful seeds, and takes out those that are not in
-   the tables again, or whose key the program was told of.
+1. a look at the tables, and then one at the tracker, show what only the tables have;
+2. that becomes seeds, for the program to find when they close;
+3. those of them are taken out that the program has noted.
 
 For a connection, against those steps:
 
-a. Open before the program was attached, and still open after 3: a seed from 1
-   on. Only the kernel takes it out, when it closes.
-b. Opened before 1 while the program was attached: the kernel tells of an opening
-   before it stores the new state, so the tracker has what the tables show, and is
-   looked at later. It is no seed.
-c. Opened after 1: the tracker has it with the kernel's time. Nothing here touches
-   what the program was told of, so no timestamp of the kernel's is ever lost.
-d. Seen by 1, closed before it became a seed: the program found no seed to close.
-   It is in neither look at 2 and 3, and goes.
-e. As d, and its address pair opened anew before 2 or before 3: the tables show the
-   new one, and the tracker has it by its socket: 3 takes out the seed.
-f. As d, and opened anew after 3 has looked: as d.
-g. Closed after it became a seed: the program closes the seed. If 3 takes it out as
-   well, nothing is lost: whatever has its slot by then has another time.
-h. Open all the time, but hidden from one look by its neighbours (see
-   `SocketTables.established`): it is a seed if 1 saw it, and stays unless both
-   2 and 3 miss it.
+a. Open before the program was attached, and still open after 3: a seed from 2 on.
+   Only the kernel takes it out, when it closes.
+b. Opened before the look of 1 while the program was attached: the kernel tells of an
+   opening before it stores the new state, so the tracker has what the tables show, and
+   is looked at later. It is no seed.
+c. Opened after that look: the tracker has it with the kernel's time. Nothing here
+   touches what the program was told of, so no timestamp of the kernel's is ever lost.
+d. Seen by 1, whether the program knew it or not, and closed before 2: it looks as if
+   only the tables had it. The program has noted it, and 3 takes it out.
+e. As d, but while 2 is under way: the program notes it before it looks for a seed. Either
+   it finds that, or the seed was added later, and 3 comes later still.
+f. As d or e, and its address pair opened anew at any time: the tracker has the new one,
+   by its socket; 3 takes out the seed, which is the old one.
+g. Closed after 2: the program finds the seed and notes it, too. Whatever has its slot
+   by the time of 3 has another time, and stays.
+h. As d, but the kernel did not run the program, or there was no room for the note: the
+   kernel and the program count that, which is a reason to reconcile: l or r.
 
-Taking out a seed is right at any time after its connection has closed, and a
-successor that the kernel tells of is never a seed, so no step has to be atomic
-with another.
-
-The kernel tells of a close just before it stores the new state, and a task can
-be preempted between the two. A seed added in that window by 1, for a socket
-that 2 still shows as established, stays until the next reconciliation.
+The kernel tells of a closing just before it stores the new state, and a task can be
+preempted between the two. One that was told of before the notes began, and that 1 shows
+as established all the same, becomes a seed until the next reconciliation.
 
 Reconciling
 -----------
@@ -55,11 +48,11 @@ Reconciling
 differ. Only what differs in the same way both times is corrected:
 
 i. Open, and its opening was missed: both looks show it and the tracker never
-   has it. It is added as a seed, by steps 1 to 3.
+   has it. It is added as a seed, as above.
 j. Opened before the first look, closed before the tracker was read: it looks
    like i. The second look does not show it.
 k. As j, but opened anew before the second look and closed again before the
-   tracker was read again: it is added, and step 3 takes it out.
+   tracker was read again: that was noted; it is added, and 3 takes it out.
 l. Closed, and its closing was missed: neither look shows it and the tracker
    has the same entry, of the same time, both times. It is removed. If the socket's
    address is used again before that, the program itself finds out.
@@ -69,7 +62,8 @@ n. The kernel tells of an opening just before it stores the state: the entry is
    there and a look does not show it. The second look comes later and does.
 o. Of a network namespace that the tables do not cover, as it is newer than the
    exporter: it is not judged.
-p. Open, and hidden from the first look by its neighbours: the second shows it.
+p. Open, and hidden from the first look by its neighbours (see
+   `SocketTables.established`): the second shows it.
 q. As l, but opened anew, with word of it, before it is removed: by another socket,
    it has another slot; by one at the same address, `Tracker.release` finds another
    time and lets it be.
@@ -143,7 +137,8 @@ def seed(tracker: Tracker, tables: Tables) -> None:
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
-    _add(tracker, _differences(tracker, tables, with_ages=True).missing, tables)
+    with tracker.watching():
+        _add(tracker, _differences(tracker, tables, boottime_ns(), with_ages=True).missing)
 
 
 def reconcile(tracker: Tracker, tables: Tables) -> Corrections:
@@ -156,9 +151,10 @@ def reconcile(tracker: Tracker, tables: Tables) -> Corrections:
     once = _differences(tracker, tables, began_ns)
     if not len(once.missing) and not len(once.gone.slots):
         return NOTHING
-    again = _differences(tracker, tables, began_ns, with_ages=True)
-    is_missing = np.isin(hashes(again.missing["key"]), hashes(once.missing["key"]))
-    added = _add(tracker, again.missing[is_missing], tables)
+    with tracker.watching():
+        again = _differences(tracker, tables, began_ns, with_ages=True)
+        is_missing = np.isin(hashes(again.missing["key"]), hashes(once.missing["key"]))
+        added = _add(tracker, again.missing[is_missing])
     gone = once.gone.only(np.isin(once.gone.slots, again.gone.slots))
     # One that is new in its slot has another time, and stays.
     removed = tracker.release(gone.slots, gone.established_ns)
@@ -168,18 +164,17 @@ def reconcile(tracker: Tracker, tables: Tables) -> Corrections:
 def _differences(
     tracker: Tracker,
     tables: Tables,
-    before_ns: int | None = None,
+    before_ns: int,
     *,
     with_ages: bool = False,
 ) -> _Differences:
-    """After one look at each; gone is only what was known ``before_ns``."""
+    """After one look at each; gone is only what is older than ``before_ns``."""
     established = tables.established(with_ages=with_ages)
     known = tracker.known()
     found = hashes(established["key"])
     missing = established[_surplus(found, known.hashes)]
-    judged = known.only(np.isin(known.netns, tables.namespaces()))  # o
-    if before_ns is not None:
-        judged = judged.only(judged.established_ns < before_ns)  # m
+    is_judged = np.isin(known.netns, tables.namespaces())  # o
+    judged = known.only(is_judged & (known.established_ns < before_ns))  # m
     worth = np.where(judged.is_seed, np.uint64(0), judged.established_ns)
     return _Differences(missing, judged.only(_surplus(judged.hashes, found, worth)))
 
@@ -198,18 +193,10 @@ def _surplus(
     return is_surplus
 
 
-def _add(tracker: Tracker, seeds: Records, tables: Tables) -> int:
-    """Steps 1 to 3; how many of the seeds stay."""
-    if not len(seeds):
-        return 0
-    slots = doubtful = tracker.add(seeds)
-    for _ in range(2):
-        gone = _differences(tracker, tables).gone
-        gone = gone.only(gone.is_seed & np.isin(gone.slots, doubtful))
-        doubtful = gone.slots
-        if not len(doubtful):
-            return len(slots)
-    return len(slots) - tracker.release(gone.slots, gone.established_ns)
+def _add(tracker: Tracker, seeds: Records) -> int:
+    """Steps 2 and 3; how many of the seeds stay."""
+    slots = tracker.add(seeds)
+    return len(slots) - tracker.release_closed(slots)
 
 
 class Reconciler:
@@ -279,7 +266,9 @@ class Reconciler:
         missed = self._tracker.missed_events()
         events = self._tracker.events()
         refused = events.pop("refused")
-        trouble = missed + refused + self._tracker.restored
+        trouble = (
+            missed + refused + self._tracker.forgotten_events() + self._tracker.restored
+        )
         return _Signs(trouble, sum(events.values()))
 
     def _run(self) -> tuple[Corrections, float]:

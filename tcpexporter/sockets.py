@@ -306,11 +306,11 @@ class SockDiagReader:
         states = 1 << SS_ESTABLISHED | 1 << SS_LISTEN
         extensions = 1 << (INET_DIAG_INFO - 1) if with_ages else 0
         for messages in self._for_entries.read(states, extensions):
-            yield _diag_entries(messages, self.netns)
+            yield _diag_entries(messages, self.netns, with_ages=with_ages)
 
     def listening(self) -> Iterator[Records]:
         for messages in self._for_listening.read(1 << SS_LISTEN, 0):
-            yield _diag_entries(messages, self.netns)
+            yield _diag_entries(messages, self.netns, with_ages=False)
 
 
 class _Dumps:
@@ -425,7 +425,7 @@ def _message_length(reply: Bytes, offset: int) -> int:
     return length
 
 
-def _diag_entries(rows: Bytes, netns: int) -> Records:
+def _diag_entries(rows: Bytes, netns: int, *, with_ages: bool = True) -> Records:
     messages = np.ascontiguousarray(rows[:, : DIAG_MESSAGE.itemsize]).view(DIAG_MESSAGE)[
         :, 0
     ]
@@ -439,10 +439,14 @@ def _diag_entries(rows: Bytes, netns: int) -> Records:
         entries["key"][f"{end}_port"] = messages[f"{end}_port"]
     entries["key"]["netns"] = netns
     entries["state"] = messages["state"]
-    has, v6only = _attribute(rows, INET_DIAG_SKV6ONLY, 1)
-    entries["v6only"][has] = v6only[:, 0] != 0
-    has, info = _attribute(rows, INET_DIAG_INFO, TCP_INFO.itemsize)
-    entries["age_ns"][has] = _lowest_ages_ns(info.view(TCP_INFO)[:, 0])
+    is_listener = messages["state"] == SS_LISTEN
+    listening = np.flatnonzero(is_listener)
+    has, v6only = _attribute(rows[listening], INET_DIAG_SKV6ONLY, 1)
+    entries["v6only"][listening[has]] = v6only[:, 0] != 0
+    if with_ages:
+        connected = np.flatnonzero(~is_listener)
+        has, info = _attribute(rows[connected], INET_DIAG_INFO, TCP_INFO.itemsize)
+        entries["age_ns"][connected[has]] = _lowest_ages_ns(info.view(TCP_INFO)[:, 0])
     return entries
 
 
@@ -454,19 +458,23 @@ def _attribute(rows: Bytes, kind: int, size: int) -> tuple[npt.NDArray[np.intp],
     Returns:
         The indices of those messages, and the bytes, of shape (indices, size).
     """
-    payload_at = np.zeros(len(rows), np.intp)
-    position = np.full(len(rows), DIAG_MESSAGE.itemsize)
-    every = np.arange(len(rows))
-    while len(every := every[position[every] + 4 <= rows.shape[1]]):
+    # Everything lies at a multiple of 4: words are a quarter of the work of bytes.
+    words = np.ascontiguousarray(rows).view(np.uint32)
+    needed = -(-size // 4)
+    payload_at = np.zeros(len(words), np.intp)
+    position = np.full(len(words), DIAG_MESSAGE.itemsize // 4)
+    every = np.arange(len(words))
+    while len(every := every[position[every] < words.shape[1]]):
         at = position[every]
-        header = rows[every[:, None], at[:, None] + np.arange(4)].view(np.uint16)
+        header = words[every, at][:, None].view(np.uint16)
         length = header[:, 0].astype(np.intp)
         is_wanted = (header[:, 1] == kind) & (length >= 4 + size)
-        is_wanted &= at + 4 + size <= rows.shape[1]
-        payload_at[every[is_wanted]] = at[is_wanted] + 4
-        position[every] += np.maximum((length + 3) & ~3, 4)
+        is_wanted &= at + 1 + needed <= words.shape[1]
+        payload_at[every[is_wanted]] = at[is_wanted] + 1
+        position[every] += np.maximum((length + 3) // 4, 1)
     has = np.flatnonzero(payload_at)
-    return has, rows[has[:, None], payload_at[has, None] + np.arange(size)]
+    payload = words[has[:, None], payload_at[has, None] + np.arange(needed)]
+    return has, payload.view(np.uint8)[:, :size]
 
 
 def _lowest_ages_ns(info: Records) -> npt.NDArray[np.int64]:

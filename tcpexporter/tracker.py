@@ -44,6 +44,7 @@ write to it, and is never in two hands; and `release` either gives a slot back o
 restores its handle, so none is lost.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -62,6 +63,9 @@ from tcpexporter.loader import Descriptors
 from tcpexporter.mapping import MappedArray
 from tcpexporter.siphash import Hashes, hashes
 from tcpexporter.slots import RANGE_SLOTS, Slots, ranges, slots_of
+
+CHUNK = 4096
+"""Handles that are copied out of a map by one system call."""
 
 WINDOW = 16384
 """Slots that are mapped and read at once, 1 MiB."""
@@ -82,7 +86,7 @@ HANDLE_SEEDED = np.uint64(1)
 RECURSION_MISSES_BYTES = 208
 """Where it is in ``struct bpf_prog_info``, include/uapi/linux/bpf.h."""
 
-EVENT_KINDS = ("inserted", "removed", "refused", "removed_seeds", "taken")
+EVENT_KINDS = ("inserted", "removed", "refused", "removed_seeds", "taken", "forgotten")
 """``struct tracker_events``, in its order."""
 
 
@@ -116,6 +120,7 @@ class Tracker:
         """How many connections kept their slots because they had changed: case i."""
         self._descriptors = descriptors
         self._slots = max_connections
+        self._libbpf = load_libbpf()
         self._array = MappedArray(
             descriptors.connections, CONNECTION, max_connections, WINDOW
         )
@@ -125,7 +130,6 @@ class Tracker:
         self._closed = 0
         self._slots_taken = 0
         self._slots_given = 0
-        self._libbpf = load_libbpf()
         self._cpus = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
 
     def close(self) -> None:
@@ -178,6 +182,14 @@ class Tracker:
         events = self._events()
         return {kind: events[kind] for kind in ("inserted", "removed", "refused")}
 
+    def forgotten_events(self) -> int:
+        """How many closings the program had no room to note while it was `watching`.
+
+        Raises:
+            TrackerError: the kernel refuses it.
+        """
+        return self._events()["forgotten"]
+
     def _events(self) -> dict[str, int]:
         first = ctypes.c_uint32(0)
         counts = np.zeros((self._cpus, len(EVENT_KINDS)), np.uint64)
@@ -213,7 +225,7 @@ class Tracker:
         Raises:
             TrackerError: the kernel refuses it.
         """
-        self._release_closed(self._seed_slots)
+        self._release_empty(self._seed_slots)
         handles = hashes(seeds["key"]) | HANDLE_SEEDED
         _, first = np.unique(handles, return_index=True)
         is_new = np.zeros(len(seeds), np.bool_)
@@ -275,6 +287,64 @@ class Tracker:
 
     # Taking out
 
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Have the program note what closes until the end of the block.
+
+        Raises:
+            TrackerError: the kernel refuses it.
+        """
+        self._take_closings()
+        self._watch(True)
+        try:
+            yield
+        finally:
+            self._watch(False)
+
+    def _watch(self, watching: bool) -> None:
+        first, value = np.uint32(0), np.uint32(watching)
+        if not self._update(self._descriptors.watched, first, value, 0):
+            raise _refused("note what closes")
+
+    def release_closed(self, slots: Slots) -> int:
+        """Forget those of the seeds at ``slots`` that have closed since `watching` began.
+
+        Returns:
+            How many that were.
+
+        Raises:
+            TrackerError: the kernel refuses it.
+        """
+        connections = self._all()
+        has_closed = np.isin(connections["handle"][slots], self._take_closings())
+        closed = slots[has_closed]
+        return self.release(closed, connections["established_ns"][closed])
+
+    def _take_closings(self) -> Hashes:
+        handles = np.empty(CHUNK, np.uint64)
+        values = np.empty(CHUNK, np.uint32)
+        taken = [handles[:0]]
+        position: ctypes.c_uint32 | None = None
+        following = ctypes.c_uint32()
+        finished = False
+        while not finished:
+            count = ctypes.c_uint32(CHUNK)
+            if not self._call(
+                "bpf_map_lookup_and_delete_batch",
+                self._descriptors.closings,
+                position,
+                following,
+                handles,
+                values,
+                count,
+            ):
+                if ctypes.get_errno() != errno.ENOENT:
+                    raise _refused("read what has closed")
+                finished = True
+            position = ctypes.c_uint32(following.value)
+            taken.append(handles[: count.value].copy())
+        return np.concatenate(taken)
+
     def release(self, slots: Slots, established_ns: npt.NDArray[np.uint64]) -> int:
         """Forget connections, as argued above, and whether they are open or not.
 
@@ -325,9 +395,9 @@ class Tracker:
         if kept - still_open > spare:
             for first, window in enumerate(self.read()):
                 used = np.flatnonzero(window["handle"]).astype(np.uint32)
-                self._release_closed(used + np.uint32(first * WINDOW))
+                self._release_empty(used + np.uint32(first * WINDOW))
 
-    def _release_closed(self, slots: Slots) -> None:
+    def _release_empty(self, slots: Slots) -> None:
         """Those among ``slots`` where no connection is."""
         connections = self._all()
         established_ns = connections["established_ns"][slots]

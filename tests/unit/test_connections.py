@@ -61,6 +61,7 @@ int main(void)
     FIELD(tracker_events, refused);
     FIELD(tracker_events, removed_seeds);
     FIELD(tracker_events, taken);
+    FIELD(tracker_events, forgotten);
     VALUE(GROUP_IPV6);
     VALUE(GROUP_OUTBOUND);
     VALUE(GROUPS);
