@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Measures, writes a file, shows a table; QUICK=1 in the environment makes it short."""
+"""Measures, writes a file, shows tables; QUICK=1 in the environment makes it short."""
 
 import argparse
 import datetime as dt
@@ -11,14 +11,16 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from tests.benchmarks import machine, table
+from tests.benchmarks import ROOT, machine, picture, table
+from tests.benchmarks.effort import FULL, QUICK, Effort
 from tests.benchmarks.figures import filled
-from tests.benchmarks.measure import FULL, QUICK, measure
+from tests.benchmarks.measure import measure
 from tests.benchmarks.report import Report
+from tests.benchmarks.sizes import Size, figure_samples, measure_size
 from tests.support import bpf_programs, why_no_bpf
 
 PROGRAM = "on_state_change"
-FIGURES = machine.ROOT / ".cache" / "bench" / "figures.json"
+FIGURES = ROOT / ".cache" / "bench" / "figures.json"
 
 
 def main() -> None:
@@ -27,12 +29,13 @@ def main() -> None:
         "--output", type=Path, default=FIGURES, help="JSON to write (default: %(default)s)"
     )
     path: Path = parser.parse_args().output
-    if reason := why_no_bpf():
-        sys.exit(f"the benchmarks cannot run: {reason}")
+    if reasons := [*filter(None, [why_no_bpf()]), *machine.absent()]:
+        sys.exit(f"the benchmarks cannot run: {'; '.join(reasons)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     report = _run()
     report.write(path)
-    sys.stdout.write(f"\n{table.plain(report)}\nevery sample: {path}\n")
+    drawn = picture.draw(report.sizes, path.with_suffix(".svg"))
+    sys.stdout.write(f"\n{table.plain(report)}\n\nevery sample: {path}\npicture: {drawn}\n")
 
 
 def _run() -> Report:
@@ -44,6 +47,7 @@ def _run() -> Report:
     others = bpf_programs().count(PROGRAM)
     load_before = os.getloadavg()[0]
     samples = measure(effort)
+    sizes = _sizes(effort, start_s)
     return Report(
         date=started.isoformat(timespec="seconds"),
         command=machine.command(),
@@ -56,8 +60,21 @@ def _run() -> Report:
         tracked=samples.tracked,
         idle_reconciliations=samples.idle_reconciliations,
         state_changes=samples.state_changes,
-        figures=filled(samples.by_figure),
+        figures=filled({**samples.by_figure, **figure_samples(sizes)}),
+        sizes=sizes,
     )
+
+
+def _sizes(effort: Effort, start_s: float) -> list[Size]:
+    """From small to large: what takes longest is last."""
+    sizes = []
+    for sockets in effort.sizes:
+        if time.monotonic() - start_s > effort.last_size_after_s:
+            why_not = f"the others had taken {time.monotonic() - start_s:.0f} s"
+            sizes.append(Size(sockets, why_not=why_not))
+        else:
+            sizes.append(measure_size(sockets, effort))
+    return sizes
 
 
 def _give_up(number: int, _frame: FrameType | None) -> None:

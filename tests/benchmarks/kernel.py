@@ -21,8 +21,67 @@ def cpu_ns(pid: int) -> int:
     return sum(int(each.read_text().split()[0]) for each in tasks)
 
 
-def resident_bytes(pid: int) -> int:
-    return KIB_BYTES * int(_fields(Path(f"/proc/{pid}/status"))["VmRSS"].split()[0])
+@dataclass(frozen=True)
+class Memory:
+    """Of a process (proc_pid_status)."""
+
+    resident_bytes: int
+    peak_bytes: int
+    """The most that was resident at once, since it was started."""
+    anonymous_bytes: int
+    """Of the resident: what is its own."""
+    mapped_bytes: int
+    """Of the resident: pages of files, and of BPF maps that it has mapped."""
+
+    @property
+    def above_bytes(self) -> int:
+        """What was needed once and is not resident now."""
+        return self.peak_bytes - self.resident_bytes
+
+
+def memory(pid: int) -> Memory:
+    fields = _fields(Path(f"/proc/{pid}/status"))
+    resident, peak, anonymous, files, shared = (
+        KIB_BYTES * int(fields[name].split()[0])
+        for name in ("VmRSS", "VmHWM", "RssAnon", "RssFile", "RssShmem")
+    )
+    return Memory(resident, peak, anonymous, files + shared)
+
+
+@dataclass(frozen=True)
+class Map:
+    """A BPF map that a process holds (bpf_map_show_fdinfo in kernel/bpf/syscall.c)."""
+
+    map_id: int
+    map_type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    map_flags: str
+    memlock: int
+    """Bytes of the kernel that it takes now."""
+
+
+def maps(pid: int) -> list[Map]:
+    """Each once, however many descriptors a process has of it."""
+    by_id = {each["map_id"]: each for each in _descriptors(pid) if "map_id" in each}
+    return [
+        Map(
+            map_flags=fields["map_flags"],
+            **{
+                name: int(fields[name])
+                for name in Map.__dataclass_fields__
+                if name != "map_flags"
+            },
+        )
+        for fields in by_id.values()
+    ]
+
+
+def _descriptors(pid: int) -> Iterator[dict[str, str]]:
+    for each in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            yield _fields(each)
 
 
 @dataclass(frozen=True)
