@@ -48,6 +48,11 @@ bench: ## Measure the figures in the README; QUICK=1 takes less than two minutes
 	@deploy/setup.sh tracefs
 	$(bin)/python -m tests.benchmarks
 
+.PHONY: figures
+figures: ## Put what the last bench has measured into the README and its picture
+	$(bin)/python -m tests.benchmarks.table .cache/bench/figures.json --write README.md
+	$(bin)/python -m tests.benchmarks.picture .cache/bench/figures.json tests/benchmarks/scrape.svg
+
 .PHONY: soak
 soak: setup-test ## Lose events by the thousand, and show that the numbers end right
 	@deploy/setup.sh tracefs
