@@ -45,6 +45,7 @@ def _run() -> Report:
     signal.alarm(effort.limit_s)
     started, start_s = dt.datetime.now(dt.UTC), time.monotonic()
     others = bpf_programs().count(PROGRAM)
+    versions = machine.versions()  # now: the tree may be worked on meanwhile
     load_before = os.getloadavg()[0]
     samples = measure(effort)
     sizes = _sizes(effort, start_s)
@@ -54,7 +55,7 @@ def _run() -> Report:
         took_s=time.monotonic() - start_s,
         machine=machine.machine(),
         kernel=machine.kernel(),
-        versions=machine.versions(),
+        versions=versions,
         load_average=(load_before, os.getloadavg()[0]),
         other_exporters=others,
         tracked=samples.tracked,

@@ -90,6 +90,8 @@ class Size:
     """With --max-connections as the size has it."""
     kept_full: Kept | None = None
     """With --max-connections for no more sockets than are held."""
+    missing: list[str] = field(default_factory=list)
+    """What else could not be measured, as sentences."""
 
     def contender(self, name: str) -> Measured | None:
         return next((each for each in self.contenders if each.name == name), None)
@@ -113,11 +115,23 @@ def measure_size(sockets: int, effort: Effort) -> Size:
             log.info("%s sockets: opened in %.1f s", f"{sockets:,}", size.opening_s)
             size.contenders += _side_by_side(exporter, sockets, effort)
             size.kept = _kept(exporter)
-        size.starts += _starts(size.max_connections, effort)
-        with _tracker(sockets) as full:
+        with _noted(size, "from start to ready"):
+            for start in _starts(size.max_connections, effort):
+                size.starts.append(start)
+        with _noted(size, "the kernel's share with full maps"), _tracker(sockets) as full:
             size.kept_full = _kept(full)
         size.contenders += [_polling(source, sockets, effort) for source in POLLING]
     return size
+
+
+@contextlib.contextmanager
+def _noted(size: Size, what: str) -> Iterator[None]:
+    """Go on without what gives no number."""
+    try:
+        yield
+    except NoNumberError as error:
+        size.missing.append(f"{what} is not measured, because {error}")
+        log.info("  %s", size.missing[-1])
 
 
 def _tracker(max_connections: int) -> AbstractContextManager[Started]:
@@ -250,12 +264,13 @@ def _scraped_once_a_second(
     pid = started.exporter.process.pid
     measured = Measured(contender.name)
     start_s, cpu_before_ns = time.monotonic(), kernel.cpu_ns(pid)
-    for number in range(1, effort.polls + 1):
+    until_s = start_s + 2 * effort.polls * POLL_S
+    while len(measured.wall_s) < effort.polls and time.monotonic() < until_s:
         measured.wall_s.append(contender.sample().wall_s)
-        with contextlib.suppress(ValueError):  # it took longer than a second
-            time.sleep(start_s + number * POLL_S - time.monotonic())
+        next_s = start_s + len(measured.wall_s) * POLL_S
+        time.sleep(max(next_s - time.monotonic(), 0))
     cpu_s = (kernel.cpu_ns(pid) - cpu_before_ns) / 1e9
-    measured.cpu_s.append(cpu_s / effort.polls)
+    measured.cpu_s.append(cpu_s / len(measured.wall_s))
     measured.memory = contender.memory()
     return measured
 

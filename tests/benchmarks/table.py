@@ -262,6 +262,8 @@ def _not_measured(measured: Report) -> Iterator[str]:
     for each in measured.sizes:
         if each.why_not:
             yield f"{each.sockets:,} sockets: not measured, because {each.why_not}."
+        for sentence in each.missing:
+            yield f"{each.sockets:,} sockets: {sentence}."
 
 
 # --- As text ---
