@@ -49,7 +49,7 @@ bench: ## Measure the figures in the README; QUICK=1 takes less than two minutes
 	$(bin)/python -m tests.benchmarks
 
 .PHONY: figures
-figures: ## Put what the last bench has measured into the README and its picture
+figures: ## Put what a full bench has measured into the README and its picture
 	$(bin)/python -m tests.benchmarks.table .cache/bench/figures.json --write README.md
 	$(bin)/python -m tests.benchmarks.picture .cache/bench/figures.json tests/benchmarks/scrape.svg
 

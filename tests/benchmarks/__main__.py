@@ -20,26 +20,28 @@ from tests.benchmarks.sizes import Size, figure_samples, measure_size
 from tests.support import bpf_programs, why_no_bpf
 
 PROGRAM = "on_state_change"
-FIGURES = ROOT / ".cache" / "bench" / "figures.json"
+OUTPUT = ROOT / ".cache" / "bench"
+"""A short run does not overwrite what a full one has measured."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    is_quick = bool(os.environ.get("QUICK"))
+    default = OUTPUT / ("quick.json" if is_quick else "figures.json")
     parser.add_argument(
-        "--output", type=Path, default=FIGURES, help="JSON to write (default: %(default)s)"
+        "--output", type=Path, default=default, help="JSON to write (default: %(default)s)"
     )
     path: Path = parser.parse_args().output
     if reasons := [*filter(None, [why_no_bpf()]), *machine.absent()]:
         sys.exit(f"the benchmarks cannot run: {'; '.join(reasons)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    report = _run()
+    report = _run(QUICK if is_quick else FULL)
     report.write(path)
     drawn = picture.draw(report.sizes, path.with_suffix(".svg"))
     sys.stdout.write(f"\n{table.plain(report)}\n\nevery sample: {path}\npicture: {drawn}\n")
 
 
-def _run() -> Report:
-    effort = QUICK if os.environ.get("QUICK") else FULL
+def _run(effort: Effort) -> Report:
     for number in (signal.SIGALRM, signal.SIGTERM):
         signal.signal(number, _give_up)
     signal.alarm(effort.limit_s)

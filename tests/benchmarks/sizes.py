@@ -211,7 +211,7 @@ def _side_by_side(started: Started, sockets: int, effort: Effort) -> Iterator[Me
             try:
                 contender = stack.enter_context(entered())
             except NoNumberError as error:
-                yield Measured(name, why_not=str(error))
+                yield logged(Measured(name, why_not=str(error)))
             else:
                 turns.append(_Turns(contender, sockets, effort))
         going = turns

@@ -249,7 +249,7 @@ def _how(measured: Report) -> Iterator[str]:
         if not each.why_not
     }
     yield f"`--max-connections` was {' or '.join(rooms.values())}."
-    yield "CPU of the polling sources is for one scrape and one poll a second."
+    yield "CPU of the sources that poll is all that they took, scraped once a second."
     changes = measured.state_changes
     elsewhere = max(changes["run"] + changes["missed"] - changes["expected"], 0)
     yield f"The BPF program was timed over {changes['expected']:,} state changes,"
