@@ -105,23 +105,27 @@ def measure_size(sockets: int, effort: Effort) -> Size:
         log.info("%s sockets: not measured, because %s", f"{sockets:,}", size.why_not)
         return size
     with new_netns() as netns, inside(netns), ExitStack() as stack:
-        # What tells of connections comes before them, and goes before they do.
-        watching = ExitStack()
-        with watching:
-            exporter = watching.enter_context(_tracker(size.max_connections))
+        # The exporter that is told of connections comes before them, and goes before
+        # they do.
+        with _tracker(size.max_connections) as watching:
             start_s = time.perf_counter()
             stack.enter_context(held(sockets // 2))
             size.opening_s = time.perf_counter() - start_s
             log.info("%s sockets: opened in %.1f s", f"{sockets:,}", size.opening_s)
-            size.contenders += _side_by_side(exporter, sockets, effort)
-            size.kept = _kept(exporter)
-        with _noted(size, "from start to ready"):
-            for start in _starts(size.max_connections, effort):
-                size.starts.append(start)
-        with _noted(size, "the kernel's share with full maps"), _tracker(sockets) as full:
-            size.kept_full = _kept(full)
-        size.contenders += [_polling(source, sockets, effort) for source in POLLING]
+            size.contenders += _side_by_side(watching, sockets, effort)
+            size.kept = _kept(watching)
+        _measure_older(size, effort)
     return size
+
+
+def _measure_older(size: Size, effort: Effort) -> None:
+    """Exporters that find the sockets there already."""
+    with _noted(size, "from start to ready"):
+        for start in _starts(size.max_connections, effort):
+            size.starts.append(start)
+    with _noted(size, "the kernel's share with full maps"), _tracker(size.sockets) as full:
+        size.kept_full = _kept(full)
+    size.contenders += [_polling(source, size.sockets, effort) for source in POLLING]
 
 
 @contextlib.contextmanager

@@ -49,7 +49,9 @@ def markdown(measured: Report) -> str:
 def plain(measured: Report) -> str:
     """The same for a terminal, and the spread of the samples."""
     tables = [*_tables(measured), _spreads(measured)]
-    return "\n\n".join([*(_aligned(table) for table in tables), conditions(measured)])
+    missed = [figure.name for figure in measured.figures if figure.is_reached is False]
+    reached = f"not reached: {', '.join(missed) or 'none'}"
+    return "\n\n".join([*map(_aligned, tables), conditions(measured), reached])
 
 
 def write(measured: Report, path: Path) -> None:
