@@ -4,7 +4,8 @@
 # Prepares this machine and this tree; the Makefile calls it with one of:
 #
 #   run          install what the exporter needs: BCC, and .venv with the exporter in it
-#   test         install that, and what lint, tests and benchmarks need
+#   test         install that, and what lint and tests need
+#   bench        install that, and what the benchmarks compare us with
 #   constraints  write deploy/constraints.txt anew
 #
 # Whatever is there already is left alone, without root and without the network.
@@ -14,9 +15,11 @@ cd "$(dirname "$0")/.."
 
 # Not the first python3 on PATH: only the distribution's own sees its package of BCC.
 python=/usr/bin/python3
-prometheus_dir=.cache/prometheus
+# Where packages are unpacked that would start a service if they were installed.
+unpacked=.cache
 # ip lies in sbin, which is not on every user's PATH.
-PATH=$PATH:/usr/sbin:/sbin:$PWD/$prometheus_dir/usr/bin
+PATH=$PATH:/usr/sbin:/sbin
+PATH=$PATH:$PWD/$unpacked/prometheus/usr/bin:$PWD/$unpacked/prometheus-node-exporter/usr/bin
 
 main() {
 	case ${1-} in
@@ -26,13 +29,16 @@ main() {
 		fill_venv run .
 		;;
 	test)
-		require_python
-		require bcc venv ip ss gcc libc
-		require_prometheus
+		require_for_tests
 		fill_venv test '.[test]'
 		;;
+	bench)
+		require_for_tests
+		require_unpacked prometheus-node-exporter prometheus-node-exporter
+		fill_venv bench '.[test,bench]'
+		;;
 	constraints) write_constraints ;;
-	*) fail "usage: $0 run|test|constraints" ;;
+	*) fail "usage: $0 run|test|bench|constraints" ;;
 	esac
 }
 
@@ -50,6 +56,12 @@ is_root() {
 }
 
 # --- What the system has to bring ---
+
+require_for_tests() {
+	require_python
+	require bcc venv ip ss gcc libc
+	require_unpacked prometheus prometheus promtool
+}
 
 require_python() {
 	[ -x "$python" ] || fail "$python is missing: install the distribution's Python"
@@ -88,8 +100,14 @@ is_there() {
 	bcc) has_module bcc ;;
 	venv) has_module ensurepip ;; # Debian has venv itself in another package
 	libc) [ -e /usr/include/stdlib.h ] ;;
-	*) command -v "$1" >/dev/null ;;
+	# As Debian names the command, and as everybody else does.
+	prometheus-node-exporter) has_command "$1" || has_command node_exporter ;;
+	*) has_command "$1" ;;
 	esac
+}
+
+has_command() {
+	command -v "$1" >/dev/null
 }
 
 # Found, not imported: importing BCC loads LLVM, which takes a while.
@@ -125,6 +143,7 @@ packages_for() {
 		fedora:libc) echo glibc-devel ;;
 		# dnf finds a file's package, whatever its name.
 		fedora:prometheus | fedora:promtool) echo "/usr/bin/$need" ;;
+		fedora:prometheus-node-exporter) echo /usr/bin/node_exporter ;;
 		other:bcc) echo "BCC for $python" ;;
 		other:venv) echo "ensurepip for $python" ;;
 		other:libc) echo "the C library's headers" ;;
@@ -157,31 +176,36 @@ refresh_lists() {
 	lists_are_fresh=yes
 }
 
-require_prometheus() {
-	[ -n "$(lacking prometheus promtool)" ] || return 0
+# The commands of a package that is not to be installed: it would start a service.
+require_unpacked() {
+	package=$1
+	shift
+	[ -n "$(lacking "$@")" ] || return 0
 	case $(system_family) in
-	debian) unpack_prometheus ;;
-	*) require prometheus promtool ;;
+	debian) unpack_commands "$package" "$@" ;;
+	*) require "$@" ;;
 	esac
 }
 
-# Unpacked, not installed: installing it would start a Prometheus on :9090.
-unpack_prometheus() {
-	say "fetching the package prometheus into $prometheus_dir"
+unpack_commands() {
+	directory=$unpacked/$1
+	say "fetching the package $1 into $directory"
 	! is_root || refresh_lists
-	rm -rf "$prometheus_dir" "$prometheus_dir.new"
-	mkdir -p "$prometheus_dir.new"
-	(cd "$prometheus_dir.new" && fetch_prometheus) ||
-		fail "no Prometheus for the tests: install prometheus and promtool by hand"
-	mv "$prometheus_dir.new" "$prometheus_dir"
+	rm -rf "$directory" "$directory.new"
+	mkdir -p "$directory.new"
+	(cd "$directory.new" && fetch_commands "$@") ||
+		fail "the package $1 cannot be had: install its commands by hand"
+	mv "$directory.new" "$directory"
 }
 
-fetch_prometheus() {
-	unpack prometheus &&
-		# Since Debian 13 it is a package of its own.
-		{ [ -e usr/bin/promtool ] || unpack promtool; } &&
-		usr/bin/prometheus --version >/dev/null &&
-		usr/bin/promtool --version >/dev/null
+fetch_commands() {
+	unpack "$1" || return
+	shift
+	for command in "$@"; do
+		# promtool is a package of its own since Debian 13.
+		[ -e "usr/bin/$command" ] || unpack "$command" || return
+		"usr/bin/$command" --version >/dev/null || return
+	done
 }
 
 unpack() {
@@ -194,7 +218,7 @@ unpack() {
 # --- What goes into .venv ---
 
 # Installs the requirement ($2) that a purpose ($1) has, unless a stamp says it is done.
-# "test" holds all that "run" does.
+# "test" holds all that "run" does, and "bench" all that "test" does.
 fill_venv() {
 	stamp=.venv/installed
 	state=$(state)
@@ -204,7 +228,13 @@ fill_venv() {
 		"$python" -m venv --clear --system-site-packages .venv
 	fi
 	pip_install .venv -c deploy/constraints.txt -e "$2"
-	printf '%s\n' "$state run" "$state $1" >"$stamp"
+	case $1 in
+	run) held="run" ;;
+	test) held="run test" ;;
+	bench) held="run test bench" ;;
+	esac
+	# shellcheck disable=SC2086  # one line for each purpose
+	printf "$state %s\n" $held >"$stamp"
 }
 
 # A checksum of all that .venv was made from, its place included, as it does not
@@ -232,7 +262,7 @@ write_constraints() {
 	scratch=$(mktemp -d)
 	trap 'rm -rf "$scratch"' EXIT
 	"$python" -m venv "$scratch"
-	pip_install "$scratch" -e '.[test]'
+	pip_install "$scratch" -e '.[test,bench]'
 	"$scratch/bin/python" -m pip freeze --exclude-editable >"$scratch/pins"
 	{
 		echo "# The versions that setup installs and that the tests have passed with."

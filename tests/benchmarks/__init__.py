@@ -1,2 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Measures the figures in the README: ``python -m tests.benchmarks``, or ``make bench``."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+"""Of the source tree."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Measures, writes a file, shows a table; QUICK=1 in the environment makes it short."""
+"""Measures, writes a file, shows tables; QUICK=1 in the environment makes it short."""
 
 import argparse
 import datetime as dt
@@ -11,53 +11,73 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from tests.benchmarks import machine, table
+from tests.benchmarks import ROOT, machine, picture, table
+from tests.benchmarks.effort import FULL, QUICK, Effort
 from tests.benchmarks.figures import filled
-from tests.benchmarks.measure import FULL, QUICK, measure
+from tests.benchmarks.measure import measure
 from tests.benchmarks.report import Report
+from tests.benchmarks.sizes import Size, figure_samples, measure_size
 from tests.support import bpf_programs, why_no_bpf
 
 PROGRAM = "on_state_change"
-FIGURES = machine.ROOT / ".cache" / "bench" / "figures.json"
+OUTPUT = ROOT / ".cache" / "bench"
+"""A short run does not overwrite what a full one has measured."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    is_quick = bool(os.environ.get("QUICK"))
+    default = OUTPUT / ("quick.json" if is_quick else "figures.json")
     parser.add_argument(
-        "--output", type=Path, default=FIGURES, help="JSON to write (default: %(default)s)"
+        "--output", type=Path, default=default, help="JSON to write (default: %(default)s)"
     )
     path: Path = parser.parse_args().output
-    if reason := why_no_bpf():
-        sys.exit(f"the benchmarks cannot run: {reason}")
+    if reasons := [*filter(None, [why_no_bpf()]), *machine.absent()]:
+        sys.exit(f"the benchmarks cannot run: {'; '.join(reasons)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    report = _run()
+    report = _run(QUICK if is_quick else FULL)
     report.write(path)
-    sys.stdout.write(f"\n{table.plain(report)}\nevery sample: {path}\n")
+    drawn = picture.draw(report.sizes, path.with_suffix(".svg"))
+    sys.stdout.write(f"\n{table.plain(report)}\n\nevery sample: {path}\npicture: {drawn}\n")
 
 
-def _run() -> Report:
-    effort = QUICK if os.environ.get("QUICK") else FULL
+def _run(effort: Effort) -> Report:
     for number in (signal.SIGALRM, signal.SIGTERM):
         signal.signal(number, _give_up)
     signal.alarm(effort.limit_s)
     started, start_s = dt.datetime.now(dt.UTC), time.monotonic()
     others = bpf_programs().count(PROGRAM)
+    versions = machine.versions()  # now: the tree may be worked on meanwhile
     load_before = os.getloadavg()[0]
     samples = measure(effort)
+    sizes = _sizes(effort, start_s)
     return Report(
         date=started.isoformat(timespec="seconds"),
         command=machine.command(),
         took_s=time.monotonic() - start_s,
         machine=machine.machine(),
         kernel=machine.kernel(),
-        versions=machine.versions(),
+        versions=versions,
         load_average=(load_before, os.getloadavg()[0]),
         other_exporters=others,
         tracked=samples.tracked,
         idle_reconciliations=samples.idle_reconciliations,
         state_changes=samples.state_changes,
-        figures=filled(samples.by_figure),
+        figures=filled({**samples.by_figure, **figure_samples(sizes)}),
+        sizes=sizes,
     )
+
+
+def _sizes(effort: Effort, start_s: float) -> list[Size]:
+    """From small to large: what takes longest is last."""
+    sizes = []
+    for sockets in effort.sizes:
+        if time.monotonic() - start_s > effort.last_size_after_s:
+            why_not = f"the others had taken {time.monotonic() - start_s:.0f} s"
+            sizes.append(Size(sockets, why_not=why_not))
+        else:
+            sizes.append(measure_size(sockets, effort))
+    return sizes
 
 
 def _give_up(number: int, _frame: FrameType | None) -> None:

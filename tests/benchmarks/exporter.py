@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -23,16 +23,31 @@ AS_PROMETHEUS = {
 }
 
 
+class NoNumberError(Exception):
+    """What is measured gives none; the message goes on from "not measured, because"."""
+
+
+class Started(NamedTuple):
+    """An exporter that is ready."""
+
+    exporter: Exporter
+    took_s: float
+    """From start to ready."""
+
+
 @contextlib.contextmanager
-def running(source: str = "ebpf") -> Iterator[Exporter]:
+def running(*arguments: str) -> Iterator[Started]:
     """An exporter that is ready, in this network namespace.
 
     Raises:
         RuntimeError: it has ended too early; what it said.
+        NoNumberError: it does not become ready in time.
     """
-    with Exporter("--source", source, command=COMMAND) as exporter:
+    start_s = time.perf_counter()
+    with Exporter(*arguments, command=COMMAND, wait=False) as exporter:
         try:
-            yield exporter
+            _wait_until_ready(exporter, start_s + DEADLINE_S)
+            yield Started(exporter, time.perf_counter() - start_s)
         except Exception as error:
             if exporter.process.poll() is None:
                 raise
@@ -40,56 +55,50 @@ def running(source: str = "ebpf") -> Iterator[Exporter]:
             raise RuntimeError(f"the exporter ended with {code}:\n{complaints}") from error
 
 
-@contextlib.contextmanager
-def started() -> Iterator[tuple[Exporter, float]]:
-    """The same, and how long it took from start to ready, in seconds."""
-    start_s = time.perf_counter()
-    with Exporter("--source", "ebpf", command=COMMAND, wait=False) as exporter:
-        while not _is_ready(exporter):
-            if (
-                exporter.process.poll() is not None
-                or time.perf_counter() > start_s + DEADLINE_S
-            ):
-                raise RuntimeError("the exporter does not become ready")
-            time.sleep(POLL_S)
-        yield exporter, time.perf_counter() - start_s
+def _wait_until_ready(exporter: Exporter, until_s: float) -> None:
+    while not _is_ready(exporter):
+        if exporter.process.poll() is not None:
+            raise RuntimeError("the exporter has ended")
+        if time.perf_counter() > until_s:
+            raise NoNumberError(f"it was not ready within {DEADLINE_S:.0f} s")
+        time.sleep(POLL_S)
 
 
 def _is_ready(exporter: Exporter) -> bool:
-    with contextlib.closing(_connection(exporter)) as connection:
+    with contextlib.closing(_connection(exporter.port)) as connection:
         try:
             connection.request("GET", "/-/ready")
             return connection.getresponse().status == http.HTTPStatus.OK
-        except ConnectionError:
+        except OSError:
             return False
 
 
 class Scraper:
     """Asks again and again on one connection, as Prometheus does."""
 
-    def __init__(self, exporter: Exporter) -> None:
-        self._connection = _connection(exporter)
+    def __init__(self, port: int) -> None:
+        self._connection = _connection(port)
 
     def get(self, headers: Mapping[str, str] = {}) -> bytes:
         """The page of metrics.
 
         Raises:
             RuntimeError: there is none, and why.
+            NoNumberError: not in time.
         """
-        self._connection.request("GET", "/metrics", headers=dict(headers))
-        with self._connection.getresponse() as response:
-            page = response.read()
+        try:
+            self._connection.request("GET", "/metrics", headers=dict(headers))
+            with self._connection.getresponse() as response:
+                page = response.read()
+        except TimeoutError as error:
+            raise NoNumberError(f"it gave no number within {DEADLINE_S:.0f} s") from error
         if response.status != http.HTTPStatus.OK:
             raise RuntimeError(f"/metrics: {response.status} {page.decode()}")
         return page
 
     def values(self) -> dict[tuple[str, str], float]:
         """By name and port, which is empty where there is none."""
-        return {
-            (sample.name, sample.labels.get("port", "")): sample.value
-            for family in text_string_to_metric_families(self.get().decode())
-            for sample in family.samples
-        }
+        return values(self.get())
 
     def __enter__(self) -> Self:
         return self
@@ -98,5 +107,14 @@ class Scraper:
         self._connection.close()
 
 
-def _connection(exporter: Exporter) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=DEADLINE_S)
+def values(page: bytes) -> dict[tuple[str, str], float]:
+    """Of a page of metrics, by name and port, which is empty where there is none."""
+    return {
+        (sample.name, sample.labels.get("port", "")): sample.value
+        for family in text_string_to_metric_families(page.decode())
+        for sample in family.samples
+    }
+
+
+def _connection(port: int) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)

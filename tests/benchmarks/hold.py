@@ -3,20 +3,27 @@
 
 import contextlib
 import itertools
+import os
 import resource
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 
-from tests.benchmarks.figures import PORTS
-from tests.benchmarks.machine import ROOT
+from tests.benchmarks import ROOT
 
-PER_PROCESS = 5_000
+PORTS = range(20_000, 20_050)
+"""Listened on; below the ephemeral ports, so that no client has one of them."""
+
+PER_PROCESS = 27_000
 """Connections that one process holds at most; each takes a descriptor for either end."""
 
 OTHER_DESCRIPTORS = 100
 DEADLINE_S = 60.0
+
+# To close resets: nothing is left in FIN_WAIT or TIME_WAIT, of which there may be too many.
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 @contextlib.contextmanager
@@ -25,17 +32,21 @@ def held(connections: int) -> Iterator[None]:
 
     Every process has an address of its own, so the ephemeral ports do not run out. It
     ends when its standard input does, so it never outlives who started it.
+
+    Raises:
+        RuntimeError: they cannot be made; a holder has said why on standard error.
     """
-    with contextlib.ExitStack() as started:
-        holders = [
-            started.enter_context(_holder(address(number), share))
-            for number, share in enumerate(_shares(connections))
-        ]
-        for process in holders:
-            assert process.stdout is not None
-            if not process.stdout.readline():
+    holders: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, share in enumerate(_shares(connections)):
+            holders.append(_holder(address(number), share))
+        for holder in holders:
+            assert holder.stdout is not None
+            if not holder.stdout.readline():
                 raise RuntimeError("the connections to hold cannot be made")
         yield
+    finally:
+        _end(holders)
 
 
 def address(number: int) -> str:
@@ -43,22 +54,27 @@ def address(number: int) -> str:
     return f"127.{1 + number // 256}.{number % 256}.1"
 
 
-@contextlib.contextmanager
-def _holder(at: str, connections: int) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(
+def _holder(at: str, connections: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
         [sys.executable, "-m", "tests.benchmarks.hold", at, str(connections)],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-    ) as process:
-        try:
-            yield process
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(DEADLINE_S)
-            process.kill()
+    )
+
+
+def _end(holders: list[subprocess.Popen[bytes]]) -> None:
+    # All at once: the kernel takes its time to close what each has.
+    for holder in holders:
+        assert holder.stdin is not None
+        holder.stdin.close()
+    for holder in holders:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            holder.wait(DEADLINE_S)
+        holder.kill()
+        holder.wait()
+        assert holder.stdout is not None
+        holder.stdout.close()
 
 
 def _shares(connections: int) -> list[int]:
@@ -71,14 +87,29 @@ def _shares(connections: int) -> list[int]:
 def _hold(at: str, connections: int) -> None:
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-    listeners = [socket.create_server((at, port)) for port in PORTS]
-    ends = []
+    listeners = [_listener(at, port) for port in PORTS]
     for listener in itertools.islice(itertools.cycle(listeners), connections):
-        ends.append(socket.create_connection(listener.getsockname()))
-        ends.append(listener.accept()[0])
+        client = socket.socket()
+        _reset_on_close(client)
+        client.connect(listener.getsockname())
+        server, _ = listener.accept()
+        # Only the descriptors stay: a hundred thousand socket objects take memory.
+        client.detach()
+        server.detach()
     sys.stdout.write("held\n")
     sys.stdout.flush()
     sys.stdin.read()
+    os._exit(0)
+
+
+def _listener(at: str, port: int) -> socket.socket:
+    listener = socket.create_server((at, port))
+    _reset_on_close(listener)  # what it accepts has it from here
+    return listener
+
+
+def _reset_on_close(each: socket.socket) -> None:
+    each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
 
 
 if __name__ == "__main__":

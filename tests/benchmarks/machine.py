@@ -4,15 +4,17 @@
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from tcpexporter.version import VERSION
-
-ROOT = Path(__file__).parents[2]
-"""Of the source tree."""
+from tests.benchmarks import ROOT
+from tests.benchmarks.contenders import node_exporter_command
 
 KIB_BYTES = 1024
 
@@ -36,13 +38,34 @@ def kernel() -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
-    packages = ("bcc", "numpy", "prometheus_client", "uvicorn")
+    packages = ("bcc", "numpy", "prometheus_client", "uvicorn", "psutil", "matplotlib")
     return {
         "tcpexporter": VERSION,
         "revision": _revision(),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
+        "node_exporter": _first_word_after(
+            "version", [str(node_exporter_command()), "--version"]
+        ),
+        "iproute2": _first_word_after("iproute2-", ["ss", "-V"]),
     }
+
+
+def absent() -> list[str]:
+    """A sentence for each contender that cannot be had; `make bench` fetches them."""
+    sentences = [
+        f"the Python package {name} is not installed: run `make bench`"
+        for name in ("psutil", "matplotlib")
+        if find_spec(name) is None
+    ]
+    sentences += [
+        f"{name} is not installed: install the distribution's iproute2 or awk"
+        for name in ("ss", "awk")
+        if shutil.which(name) is None
+    ]
+    if node_exporter_command() is None:
+        sentences.append("node_exporter is not there: run `make bench`, which fetches it")
+    return sentences
 
 
 def command() -> str:
@@ -56,6 +79,11 @@ def _revision() -> str:
     git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
     described = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     return subprocess.check_output([*git, *described], text=True).strip()
+
+
+def _first_word_after(before: str, command: Sequence[str]) -> str:
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    return (said.stdout + said.stderr).partition(before)[2].split()[0].rstrip(",")
 
 
 def _sysctl(path: str) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Takes the samples: the real command, real connections, a network namespace of its own."""
+"""Measures what takes one size only, in a network namespace of its own."""
 
 import contextlib
 import logging
@@ -9,24 +9,20 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tests.benchmarks import contenders
 from tests.benchmarks.churn import Ending, by_fin, by_rst, churn, listening
-from tests.benchmarks.exporter import AS_PROMETHEUS, Scraper, running, started
+from tests.benchmarks.contenders import counted_by_us
+from tests.benchmarks.effort import Effort
+from tests.benchmarks.exporter import AS_PROMETHEUS, Scraper, running, values
 from tests.benchmarks.figures import (
     CONNECTIONS,
-    PORTS,
     STATE_CHANGES_BY_FIN,
     STATE_CHANGES_BY_RST,
+    TRACKED,
 )
 from tests.benchmarks.hold import held
-from tests.benchmarks.kernel import (
-    Program,
-    ProgramRuns,
-    bpf_stats,
-    cpu_ns,
-    resident_bytes,
-)
-from tests.support import ESTABLISHED, Exporter, inside, new_netns
+from tests.benchmarks.kernel import Program, ProgramRuns, bpf_stats, cpu_ns
+from tests.benchmarks.sizes import TOLERANCE
+from tests.support import Exporter, inside, new_netns
 
 log = logging.getLogger(__name__)
 
@@ -55,56 +51,6 @@ STATE_CHANGES: Mapping[Ending, int] = {
 }
 NO_RUNS = ProgramRuns(0, 0, 0)
 
-MISCOUNTED = CONNECTIONS // 100
-"""Connections that a count may be off. Of the tracepoint's events some are missed, which
-is no matter here: with more than these it is not known what was measured."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much of everything."""
-
-    starts: int
-    scrapes: int
-    polling_scrapes: int
-    settle_s: float
-    """Before nothing happens: longer than --reconcile-interval, so that it has found the
-    tracker to be right, and not so long that the server closes an idle connection."""
-    idle_s: float
-    polling_s: float
-    event_rounds: int
-    rate_pairs: int
-    rate_connections: int
-    """By FIN and again by RST, a sample."""
-    limit_s: int
-    """For all of it, on a machine that is busy with other things."""
-
-
-QUICK = Effort(
-    starts=3,
-    scrapes=101,
-    polling_scrapes=31,
-    settle_s=1,
-    idle_s=10,
-    polling_s=5,
-    event_rounds=3,
-    rate_pairs=3,
-    rate_connections=10_007,
-    limit_s=300,
-)
-FULL = Effort(
-    starts=11,
-    scrapes=503,
-    polling_scrapes=101,
-    settle_s=65,
-    idle_s=60,
-    polling_s=10,
-    event_rounds=11,
-    rate_pairs=17,
-    rate_connections=20_011,
-    limit_s=1_200,
-)
-
 
 @dataclass
 class Samples:
@@ -125,73 +71,64 @@ class Samples:
 
 
 def measure(effort: Effort) -> Samples:
-    """Everything, in one run.
+    """All that takes one size only, in one run.
 
     Raises:
         RuntimeError: what is measured does not do what it should.
     """
     samples = Samples()
     with new_netns() as netns, inside(netns):
-        _starts(samples, effort, "ready_none_s")
-        with running() as exporter, held(CONNECTIONS):
-            _scrapes(samples, effort, exporter)
-            _idle(samples, effort, exporter)
-            _events(samples, effort, exporter)
+        _starts_with_none_there(samples, effort)
+        with running("--source", "ebpf") as started, held(CONNECTIONS):
+            _scrapes(samples, effort, started.exporter)
+            _idle(samples, effort, started.exporter)
+            _events(samples, effort, started.exporter)
         with held(CONNECTIONS):
-            _starts(samples, effort, "ready_s")
             for source in ("sock_diag", "procfs"):
                 _polling(samples, effort, source)
     _rates(samples, effort)
     return samples
 
 
-def _starts(samples: Samples, effort: Effort, figure: str) -> None:
-    log.info("starting %s times for %s", effort.starts, figure)
+def _starts_with_none_there(samples: Samples, effort: Effort) -> None:
+    log.info("starting %s times", effort.starts)
     for _ in range(effort.starts):
-        with started() as (_, took_s):
-            samples.add(figure, took_s)
+        with running("--source", "ebpf") as started:
+            samples.add("ready_none_s", started.took_s)
 
 
 def _scrapes(samples: Samples, effort: Effort, exporter: Exporter) -> None:
-    """Every way to count, by turns: what disturbs one disturbs the others."""
+    """By turns: what disturbs one disturbs the others."""
     log.info("scraping %s times", effort.scrapes)
-    with running() as later, Scraper(exporter) as scraper, Scraper(later) as seeded:
+    with (
+        running("--source", "ebpf") as later,
+        Scraper(exporter.port) as scraper,
+        Scraper(later.exporter.port) as seeded,
+    ):
         samples.tracked = _warm_up(scraper)
         _warm_up(seeded)
         ways: Mapping[str, Callable[[], object]] = {
             "scrape_s": scraper.get,
             "scrape_prometheus_s": lambda: scraper.get(AS_PROMETHEUS),
             "scrape_seeded_s": seeded.get,
-            "ss_s": contenders.by_ss,
-            "split_s": contenders.by_split,
         }
         for _ in range(effort.scrapes):
             for figure, way in ways.items():
                 samples.add(figure, _timed_s(way))
-        published_bytes = scraper.values()["process_resident_memory_bytes", ""]
-        samples.add("resident_published_bytes", published_bytes)
-        samples.add("resident_bytes", resident_bytes(exporter.process.pid))
-        samples.add("resident_seeded_bytes", resident_bytes(later.process.pid))
 
 
 def _warm_up(scraper: Scraper) -> int:
     """Scrape until it is as fast as it gets; how many connections are tracked.
 
     Raises:
-        RuntimeError: the ways to count do not come to the same.
+        RuntimeError: not all are counted.
     """
     for _ in range(WARM_UP):
-        values = scraper.values()
-    ways: Mapping[str, Mapping[int, float]] = {
-        "/metrics": {port: values[ESTABLISHED, str(port)] for port in PORTS},
-        "ss": contenders.by_ss(),
-        "/proc/net/tcp": contenders.by_split(),
-    }
-    for way, counted in ways.items():
-        off = sum(abs(counted[port] - CONNECTIONS // len(PORTS)) for port in PORTS)
-        if off > MISCOUNTED:
-            raise RuntimeError(f"{way} is off by {off:.0f} of {CONNECTIONS} connections")
-    return int(values["tcpexporter_tracked_connections", ""])
+        page = scraper.get()
+    off = counted_by_us(page).off(TRACKED)
+    if off > TOLERANCE * TRACKED:
+        raise RuntimeError(f"/metrics is off by {off:.0f} of {TRACKED:,} sockets")
+    return int(values(page)["tcpexporter_tracked_connections", ""])
 
 
 def _timed_s(act: Callable[[], object]) -> float:
@@ -203,7 +140,7 @@ def _timed_s(act: Callable[[], object]) -> float:
 def _idle(samples: Samples, effort: Effort, exporter: Exporter) -> None:
     log.info("doing nothing for %s s, after %s s", effort.idle_s, effort.settle_s)
     # Connected all the time: to connect and to close would be something that happens.
-    with Scraper(exporter) as scraper:
+    with Scraper(exporter.port) as scraper:
         scraper.get()
         time.sleep(effort.settle_s)
         for _ in range(IDLE_ATTEMPTS):
@@ -272,39 +209,35 @@ def _runs(
 
 
 def _polling(samples: Samples, effort: Effort, source: str) -> None:
-    log.info("polling with %s for %s s", source, effort.polling_s)
-    with running(source) as exporter:
-        with Scraper(exporter) as scraper:
-            _warm_up(scraper)
-            until_s = time.monotonic() + effort.polling_s
-            for _ in range(effort.polling_scrapes):
-                if time.monotonic() > until_s:
-                    break
-                samples.add(f"scrape_{source}_s", _timed_s(scraper.get))
+    log.info("polling with %s for %s s", source, effort.polling_idle_s)
+    with running("--source", source) as started:
         time.sleep(SETTLE_S)
-        samples.add(f"idle_cpu_{source}_ratio", _cpu_ratio(exporter, effort.polling_s))
+        samples.add(
+            f"idle_cpu_{source}_ratio", _cpu_ratio(started.exporter, effort.polling_idle_s)
+        )
 
 
 def _rates(samples: Samples, effort: Effort) -> None:
     """With and without in pairs, each first in every other pair."""
     log.info("opening and closing connections in %s pairs", effort.rate_pairs)
     for number in range(effort.rate_pairs):
-        order = [True, False] if number % 2 else [False, True]
-        for with_exporter in order:
-            _rate(samples, effort, with_exporter=with_exporter)
+        order = (True, False) if number % 2 else (False, True)
+        rates_per_s = {each: _rate_per_s(effort, with_exporter=each) for each in order}
+        samples.add("rate_with_per_s", rates_per_s[True])
+        samples.add("rate_without_per_s", rates_per_s[False])
+        samples.add("rate_times", rates_per_s[True] / rates_per_s[False])
 
 
-def _rate(samples: Samples, effort: Effort, *, with_exporter: bool) -> None:
+def _rate_per_s(effort: Effort, *, with_exporter: bool) -> float:
     # A new namespace each time: no sample finds the sockets in TIME_WAIT of another.
     with contextlib.ExitStack() as stack:
         stack.enter_context(inside(stack.enter_context(new_netns())))
         if with_exporter:
-            stack.enter_context(running())
+            stack.enter_context(running("--source", "ebpf"))
         listeners = stack.enter_context(listening())
         time.sleep(SETTLE_S)
         start_s = time.perf_counter()
         for ending in STATE_CHANGES:
             churn(listeners, effort.rate_connections, ending)
         took_s = time.perf_counter() - start_s
-    name = "rate_with_per_s" if with_exporter else "rate_without_per_s"
-    samples.add(name, 2 * effort.rate_connections / took_s)
+    return 2 * effort.rate_connections / took_s

@@ -1,39 +1,304 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Writes the README's table: ``python -m tests.benchmarks.table FILE``."""
+"""Writes the README's tables: ``python -m tests.benchmarks.table FILE --write README.md``.
+
+All of what is between the two markers is written anew, nothing of it is made by hand.
+"""
 
 import argparse
+import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tests.benchmarks import report
+from tests.benchmarks.figures import Figure, Unit
+from tests.benchmarks.report import Report
+from tests.benchmarks.shown import digits, seconds, shown, size, spread
+from tests.benchmarks.sizes import OURS, Kept, Measured, Size
+
+BEGIN = "<!-- figures: written by python -m tests.benchmarks.table -->"
+END = "<!-- end of figures -->"
+
+GIB_BYTES = 1 << 30
+
+CONTENDERS = {
+    OURS: "**tcpexporter**, `--source ebpf`: GET /metrics",
+    "sock_diag": "tcpexporter, `--source sock_diag`, which polls: GET /metrics",
+    "procfs": "tcpexporter, `--source procfs`, which polls: GET /metrics",
+    "node_exporter": "node_exporter, collector tcpstat, no ports: GET /metrics",
+    "ss": "`ss -Htn state established`, counted by awk",
+    "psutil": "psutil `net_connections`, counted in Python",
+    "items": "BCC's `items()` on a hash map, counted in Python",
+    "dump": "floor: the kernel's own dump, not looked at",
+    "dump_info": "floor: the same with `tcp_info`",
+    "scan": "floor: numpy's sum of 64 bytes each",
+}
+"""In the order of the table."""
+
+Table = list[list[str]]
+"""Rows of cells; the first are the headings."""
 
 
-def markdown(measured: report.Report) -> str:
-    """The table, and below it what it is true of."""
-    lines = [_line(report.HEADINGS), "| --- | --- | --- | --- |"]
-    lines += [_line(row) for row in report.rows(measured)]
-    return "\n".join([*lines, "", report.conditions(measured), ""])
+def markdown(measured: Report) -> str:
+    """The tables, and what they are true of."""
+    tables = [_lines(table) for table in _tables(measured)]
+    return "\n\n".join([*tables, conditions(measured)])
 
 
-def plain(measured: report.Report) -> str:
-    """The same for a terminal, with the spread of the samples."""
-    return "\n".join([*_aligned(measured), "", report.conditions(measured), ""])
+def plain(measured: Report) -> str:
+    """The same for a terminal, and the spread of the samples."""
+    tables = [*_tables(measured), _spreads(measured)]
+    missed = [figure.name for figure in measured.figures if figure.is_reached is False]
+    reached = f"not reached: {', '.join(missed) or 'none'}"
+    return "\n\n".join([*map(_aligned, tables), conditions(measured), reached])
 
 
-def _line(row: report.Row) -> str:
-    return f"| {' | '.join(row[:-1])} |"
+def write(measured: Report, path: Path) -> None:
+    """Put the tables between the two markers in a file.
+
+    Raises:
+        ValueError: it does not have them.
+    """
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path} does not have the lines {BEGIN!r} and {END!r}")
+    path.write_text(f"{before}{BEGIN}\n\n{markdown(measured)}\n\n{END}{after}")
 
 
-def _aligned(measured: report.Report) -> Iterator[str]:
-    table = [report.HEADINGS, *report.rows(measured)]
+def _tables(measured: Report) -> list[Table]:
+    sizes = [each for each in measured.sizes if not each.why_not]
+    return [
+        _by_contender("time for one number of each port", sizes, _time),
+        _by_contender("CPU for it, user and system", sizes, _cpu),
+        _ours(sizes),
+        _single(measured.figures),
+    ]
+
+
+# --- One row for each contender, one column for each size ---
+
+Cell = Callable[[Size, str], str]
+
+
+def _by_contender(heading: str, sizes: Sequence[Size], cell: Cell) -> Table:
+    headings = [heading, *(f"{each.sockets:,} sockets" for each in sizes)]
+    return [
+        headings,
+        *(
+            [what, *(cell(each, name) for each in sizes)]
+            for name, what in CONTENDERS.items()
+        ),
+    ]
+
+
+def _time(each: Size, name: str) -> str:
+    return _compared(each, name, lambda measured: measured.wall_s)
+
+
+def _cpu(each: Size, name: str) -> str:
+    return _compared(each, name, lambda measured: measured.cpu_s)
+
+
+def _compared(each: Size, name: str, samples: Callable[[Measured], Sequence[float]]) -> str:
+    """The median, and how many times ours it is."""
+    measured, ours = each.contender(name), each.contender(OURS)
+    if measured is None or measured.why_not:
+        return measured.why_not if measured else ""
+    median_s = statistics.median(samples(measured))
+    if name == OURS or ours is None or ours.why_not:
+        return seconds(median_s)
+    return f"{seconds(median_s)} (×{digits(median_s / statistics.median(samples(ours)))})"
+
+
+# --- What we take, by size ---
+
+
+def _ours(sizes: Sequence[Size]) -> Table:
+    rows: dict[str, Callable[[Size], str]] = {
+        "from start to ready, all of them there already": _ready,
+        "… compared with the kernel's dump with `tcp_info`": _ready_in_dumps,
+        "… memory needed meanwhile, above what stays": _seeding,
+        "resident memory, serving": _resident,
+        "the kernel's share": lambda each: size(each.kept.total_bytes) if each.kept else "",
+        "… of that for each place of `--max-connections`": _kept_per_place,
+        "… for each tracked, with no more places than sockets": _kept_per_tracked,
+    }
+    headings = [
+        "tcpexporter, `--source ebpf`",
+        *(f"{each.sockets:,} sockets" for each in sizes),
+    ]
+    return [headings, *([what, *map(cell, sizes)] for what, cell in rows.items())]
+
+
+def _ready(each: Size) -> str:
+    if not each.starts:
+        return ""
+    return seconds(_ready_s(each))
+
+
+def _ready_in_dumps(each: Size) -> str:
+    dump = each.contender("dump_info")
+    if not each.starts or dump is None or dump.why_not:
+        return ""
+    return f"×{digits(_ready_s(each) / statistics.median(dump.wall_s))}"
+
+
+def _ready_s(each: Size) -> float:
+    return statistics.median(start.took_s for start in each.starts)
+
+
+def _seeding(each: Size) -> str:
+    if not each.starts:
+        return ""
+    return size(statistics.median(start.memory.above_bytes for start in each.starts))
+
+
+def _resident(each: Size) -> str:
+    ours = each.contender(OURS)
+    return size(ours.memory.resident_bytes) if ours and ours.memory else ""
+
+
+def _kept_per_place(each: Size) -> str:
+    if each.kept is None:
+        return ""
+    return size(each.kept.total_bytes / each.kept.max_connections)
+
+
+def _kept_per_tracked(each: Size) -> str:
+    kept: Kept | None = each.kept_full
+    return size(kept.total_bytes / kept.tracked) if kept else ""
+
+
+# --- Single figures ---
+
+
+def _single(figures: Sequence[Figure]) -> Table:
+    by_name = {figure.name: figure for figure in figures}
+    return [
+        ["what", "figure to reach", "measured"],
+        *(
+            [figure.what, _to_reach(figure), _measured(figure, by_name)]
+            for figure in figures
+        ),
+    ]
+
+
+def _to_reach(figure: Figure) -> str:
+    if figure.at_most is not None:
+        return f"≤ {shown(figure.at_most, figure.unit)}"
+    return "" if figure.at_least is None else f"≥ {shown(figure.at_least, figure.unit)}"
+
+
+def _measured(figure: Figure, by_name: dict[str, Figure]) -> str:
+    if not figure.samples:
+        return "not measured"
+    parts = []
+    if figure.p99 is not None:
+        parts.append(f"p99 {shown(figure.p99, figure.unit)}")
+    base = by_name[figure.compared_with] if figure.compared_with else None
+    if base and base.samples:
+        parts.append(f"×{digits(figure.median / base.median)} {base.known_as}")
+    median = shown(figure.median, figure.unit)
+    return f"{median} ({', '.join(parts)})" if parts else median
+
+
+def _spreads(measured: Report) -> Table:
+    """Of every median above that is of more than one sample."""
+    rows = [
+        [figure.name, spread(figure.samples, figure.unit)]
+        for figure in measured.figures
+        if figure.samples
+    ]
+    rows += [
+        [f"{name}, {each.sockets:,} sockets", spread(contender.wall_s, Unit.SECONDS)]
+        for each in measured.sizes
+        for name in CONTENDERS
+        if (contender := each.contender(name)) and contender.wall_s
+    ]
+    return [["spread of", "smallest to largest"], *rows]
+
+
+# --- What they are true of ---
+
+
+def conditions(measured: Report) -> str:
+    """As a few sentences."""
+    return " ".join(chain(_where(measured), _how(measured), _not_measured(measured)))
+
+
+def _where(measured: Report) -> Iterator[str]:
+    machine, versions = measured.machine, measured.versions
+    memory_gib = int(machine["memory_bytes"]) / GIB_BYTES
+    yield f"{machine['cpu']}, {machine['cores']} cores, {memory_gib:.0f} GiB;"
+    yield f"Linux {measured.kernel['release']}, Python {versions['python']},"
+    yield f"node_exporter {versions['node_exporter']}, psutil {versions['psutil']},"
+    yield f"iproute2 {versions['iproute2']}, BCC {versions['bcc']};"
+    yield f"{measured.date[:10]}, revision {versions['revision']};"
+    yield f"load average {measured.load_average[0]:.1f} when it began."
+    if measured.other_exporters:
+        yield f"{measured.other_exporters} other exporters ran on the host."
+    if measured.kernel["bpf_stats_enabled"]:
+        yield "kernel.bpf_stats_enabled was 1 all the time."
+
+
+def _how(measured: Report) -> Iterator[str]:
+    yield "Medians, and how many times ours they are."
+    rooms = {
+        each.max_connections: f"{each.max_connections:,}"
+        for each in measured.sizes
+        if not each.why_not
+    }
+    yield f"`--max-connections` was {' or '.join(rooms.values())}."
+    yield "CPU of the sources that poll is all that they took, scraped once a second."
+    changes = measured.state_changes
+    elsewhere = max(changes["run"] + changes["missed"] - changes["expected"], 0)
+    yield f"The BPF program was timed over {changes['expected']:,} state changes,"
+    yield f"{changes['expected_of_established']:,} of them into or out of ESTABLISHED"
+    yield f"({elsewhere:,} more were elsewhere on the host, {changes['missed']:,} missed)."
+    yield f"While nothing happened it reconciled {measured.idle_reconciliations} times."
+
+
+def _not_measured(measured: Report) -> Iterator[str]:
+    for each in measured.sizes:
+        if each.why_not:
+            yield f"{each.sockets:,} sockets: not measured, because {each.why_not}."
+        for sentence in each.missing:
+            yield f"{each.sockets:,} sockets: {sentence}."
+
+
+# --- As text ---
+
+
+def _lines(table: Table) -> str:
+    headings, *rows = (f"| {' | '.join(row)} |" for row in table)
+    return "\n".join([headings, "|" + " --- |" * len(table[0]), *rows])
+
+
+def _aligned(table: Table) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(cells).rstrip()
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in table
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, help="written by python -m tests.benchmarks")
+    parser.add_argument(
+        "--write", type=Path, help="a file with the markers to put it between"
+    )
+    arguments = parser.parse_args()
+    measured = report.read(arguments.file)
+    if arguments.write:
+        write(measured, arguments.write)
+    else:
+        sys.stdout.write(f"{markdown(measured)}\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, help="written by python -m tests.benchmarks")
-    sys.stdout.write(markdown(report.read(parser.parse_args().file)))
+    main()

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What was measured survives being written, and is shown as it is."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import report, room, table
+from tests.benchmarks.contenders import Count, Sample
+from tests.benchmarks.exporter import NoNumberError
+from tests.benchmarks.figures import filled
+from tests.benchmarks.hold import PORTS
+from tests.benchmarks.kernel import Map, Memory
+from tests.benchmarks.sizes import Kept, Measured, Size, Start, checked, figure_samples
+
+MEMORY = Memory(50 << 20, 60 << 20, 40 << 20, 10 << 20)
+KEPT = Kept(1_000, 1_000, [Map(1, 1, 8, 16, 1_000, "0x1", 100_000)])
+SIZES = [
+    Size(
+        1_000,
+        opening_s=0.1,
+        max_connections=262_144,
+        contenders=[
+            Measured("ebpf", [0.001, 0.002, 0.003], [0.001], MEMORY),
+            Measured("ss", [0.008, 0.012], [0.004], MEMORY),
+            Measured("psutil", why_not="it gave no number within 60 s"),
+        ],
+        starts=[Start(0.5, MEMORY)],
+        kept=KEPT,
+        kept_full=KEPT,
+    ),
+    Size(1_000_000, why_not="there is no room"),
+]
+
+
+@pytest.fixture(name="measured")
+def _measured() -> report.Report:
+    return report.Report(
+        date="2026-01-02T03:04:05+00:00",
+        command="python -m tests.benchmarks",
+        took_s=1.0,
+        machine={"cpu": "a CPU", "cores": 2, "memory_bytes": 1 << 30},
+        kernel={"release": "6.18", "bpf_stats_enabled": 0},
+        versions=dict.fromkeys(
+            ("revision", "python", "node_exporter", "psutil", "iproute2", "bcc"), "1"
+        ),
+        load_average=[0.0, 1.0],
+        other_exporters=0,
+        tracked=1_000,
+        idle_reconciliations=0,
+        state_changes={"run": 9, "missed": 1, "expected": 10, "expected_of_established": 4},
+        figures=filled({"scrape_s": [0.004], **figure_samples(SIZES)}),
+        sizes=SIZES,
+    )
+
+
+def test_reads_what_it_wrote(measured: report.Report, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    measured.write(path)
+    again = report.read(path)
+    assert again.sizes == measured.sizes
+    assert again.figures == measured.figures
+
+
+def test_shows_the_median_and_its_ratio_to_ours(measured: report.Report) -> None:
+    assert "counted by awk | 10.0 ms (×5.00) |" in table.markdown(measured)
+
+
+def test_says_why_there_is_no_number(measured: report.Report) -> None:
+    shown = table.markdown(measured)
+    assert "counted in Python | it gave no number within 60 s |" in shown
+    assert "1,000,000 sockets: not measured, because there is no room." in shown
+    assert "1,000,000 sockets already there | ≤ 5.00 s | not measured |" in shown
+
+
+def test_replaces_what_is_between_the_markers(
+    measured: report.Report, tmp_path: Path
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n\n{table.BEGIN}\nstale\n{table.END}\n\nbelow\n")
+    table.write(measured, readme)
+    table.write(measured, readme)
+    text = readme.read_text()
+    assert text.startswith("above\n\n")
+    assert text.endswith(f"{table.END}\n\nbelow\n")
+    assert text.count("counted by awk") == 2  # time and CPU
+    assert "stale" not in text
+
+
+def test_refuses_a_file_without_markers(measured: report.Report, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing\n")
+    with pytest.raises(ValueError, match="does not have the lines"):
+        table.write(measured, readme)
+    assert readme.read_text() == "nothing\n"
+
+
+def test_refuses_a_wrong_count() -> None:
+    right = Sample(1.0, 1.0, Count(ports=[10.0] * len(PORTS)))
+    assert checked(right, 1_000) is right
+    with pytest.raises(NoNumberError, match="off by 500 of 1,000"):
+        checked(Sample(1.0, 1.0, Count(ports=[0.0] * len(PORTS))), 1_000)
+
+
+def test_says_when_there_is_no_room(tmp_path: Path) -> None:
+    (tmp_path / "sys/fs").mkdir(parents=True)
+    (tmp_path / "sys/fs/file-nr").write_text("1000\t0\t100000\n")
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9 kB\nMemAvailable: 2097152 kB\n")
+    assert room.why_not(1_000, tmp_path) == ""
+    assert "leaves 99,000 files for 100,000 sockets" in room.why_not(100_000, tmp_path)
+    assert "2.0 GiB are available" in room.why_not(1_000_000, tmp_path)
