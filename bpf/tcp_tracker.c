@@ -30,6 +30,7 @@
 #include "tcp_tracker.h"
 
 #define AF_INET 2
+#define IPPROTO_TCP 6
 #define TCP_ESTABLISHED 1
 #define TCP_SYN_SENT 2
 
@@ -92,7 +93,8 @@ static void load_address(__u8 *address, const void *sk, int family, int ipv4_off
 #endif
 }
 
-static void load_key(struct connection_key *key, const void *sk, __u32 netns)
+static void load_key(struct connection_key *key, const void *sk, __u32 netns,
+		     __u16 local_port)
 {
 	int family = LOAD(__u16, sk, SKC_FAMILY_OFFSET);
 
@@ -101,9 +103,16 @@ static void load_key(struct connection_key *key, const void *sk, __u32 netns)
 	load_address(key->remote_address, sk, family, SKC_DADDR_OFFSET,
 		     SKC_V6_DADDR_OFFSET);
 	key->netns = netns;
-	/* Not skc_num: that is 0 already when the kernel tells of a reset. */
-	key->local_port = bpf_ntohs(LOAD(__u16, sk, INET_SPORT_OFFSET));
+	key->local_port = local_port;
 	key->remote_port = bpf_ntohs(LOAD(__u16, sk, SKC_DPORT_OFFSET));
+}
+
+/* A socket that was reset is unbound already, but has its port in one more place. */
+static __u16 port_of_closed(const void *sk)
+{
+	const void *inet = unfollowed((__u64)bpf_skc_to_tcp_sock((void *)sk));
+
+	return inet ? bpf_ntohs(LOAD(__u16, inet, INET_SPORT_OFFSET)) : 0;
 }
 
 static __u32 group_of(const struct connection_key *key, int oldstate)
@@ -210,7 +219,7 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 		count->removed++;
 	STORE(__u32, connection->group, 0);
 	connection->handle = handle;
-	load_key(&connection->key, sk, netns);
+	load_key(&connection->key, sk, netns, LOAD(__u16, sk, SKC_NUM_OFFSET));
 	STORE(__u64, connection->established_ns, bpf_ktime_get_boot_ns());
 	STORE(__u32, connection->group, group_of(&connection->key, oldstate));
 	count->inserted++;
@@ -227,7 +236,7 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 	__u64 handle;
 
 	if (!is_known || (watching && *watching)) {
-		load_key(&key, sk, netns);
+		load_key(&key, sk, netns, port_of_closed(sk));
 		handle = handle_of_seed(&key);
 		/* Before it is looked for: userspace adds it first, and then reads
 		 * these. */
@@ -246,7 +255,7 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 
 int on_state_change(struct bpf_raw_tracepoint_args *args)
 {
-	const void *sk;
+	const void *sk = unfollowed(args->args[0]);
 	int oldstate = args->args[1];
 	int newstate = args->args[2];
 	struct tracker_events *count;
@@ -255,10 +264,8 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 
 	if (newstate != TCP_ESTABLISHED && oldstate != TCP_ESTABLISHED)
 		return 0;
-	/* None of MPTCP, which tells of itself with another protocol number than TCP.
-	 */
-	sk = unfollowed((__u64)bpf_skc_to_tcp_sock((void *)args->args[0]));
-	if (!sk)
+	/* An MPTCP connection tells of itself with another protocol number. */
+	if (LOAD(__u16, sk, SK_PROTOCOL_OFFSET) != IPPROTO_TCP)
 		return 0;
 	netns = netns_of(sk);
 	if (NETNS && netns != NETNS)

@@ -326,6 +326,7 @@ def _offsets(types: Btf) -> dict[str, int]:
         "skc_daddr",
         "skc_rcv_saddr",
         "skc_dport",
+        "skc_num",
         "skc_net",
     ]
     if types.has("sock_common", "skc_v6_daddr"):  # a kernel with IPv6
@@ -334,6 +335,7 @@ def _offsets(types: Btf) -> dict[str, int]:
     found = {
         f"{each.upper()}_OFFSET": types.offset("sock_common", each) for each in members
     }
+    found["SK_PROTOCOL_OFFSET"] = types.offset("sock", "sk_protocol")
     found["INET_SPORT_OFFSET"] = types.offset("inet_sock", "inet_sport")
     found["NETNS_INUM_OFFSET"] = types.offset("net", "ns") + types.offset(
         "ns_common", "inum"
