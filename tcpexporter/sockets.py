@@ -432,28 +432,24 @@ def _diag_entries(rows: Bytes, netns: int, *, with_ages: bool = True) -> Records
     entries = np.zeros(len(messages), ENTRY)
     is_ipv4 = messages["family"] == socket.AF_INET
     for end in ("local", "remote"):
-        address = messages[f"{end}_address"]
-        entries["key"][f"{end}_address"] = np.where(
-            is_ipv4[:, None], _mapped(address[:, :4]), address
-        )
+        address = entries["key"][f"{end}_address"]
+        address[:] = messages[f"{end}_address"]
+        address[is_ipv4] = _mapped(address[is_ipv4, :4])
         entries["key"][f"{end}_port"] = messages[f"{end}_port"]
     entries["key"]["netns"] = netns
     entries["state"] = messages["state"]
     is_listener = messages["state"] == SS_LISTEN
-    listening = np.flatnonzero(is_listener)
-    has, v6only = _attribute(rows[listening], INET_DIAG_SKV6ONLY, 1)
-    entries["v6only"][listening[has]] = v6only[:, 0] != 0
-    if with_ages:
-        connected = np.flatnonzero(~is_listener)
-        has, info = _attribute(rows[connected], INET_DIAG_INFO, TCP_INFO.itemsize)
-        entries["age_ns"][connected[has]] = _lowest_ages_ns(info.view(TCP_INFO)[:, 0])
+    if is_listener.any():
+        has, v6only = _attribute(rows, INET_DIAG_SKV6ONLY, 1)
+        entries["v6only"][has] = v6only[:, 0] != 0
+    if with_ages and not is_listener.all():
+        has, info = _attribute(rows, INET_DIAG_INFO, TCP_INFO.itemsize)
+        entries["age_ns"][has] = _lowest_ages_ns(info.view(TCP_INFO)[:, 0])
     return entries
 
 
 def _attribute(rows: Bytes, kind: int, size: int) -> tuple[npt.NDArray[np.intp], Bytes]:
     """The beginning of an attribute's payload, in those messages that have that much of it.
-
-    All messages are walked at once, one attribute further each time.
 
     Returns:
         The indices of those messages, and the bytes, of shape (indices, size).
@@ -461,6 +457,40 @@ def _attribute(rows: Bytes, kind: int, size: int) -> tuple[npt.NDArray[np.intp],
     # Everything lies at a multiple of 4: words are a quarter of the work of bytes.
     words = np.ascontiguousarray(rows).view(np.uint32)
     needed = -(-size // 4)
+    payload_at = _payloads_at(words, kind, size)
+    has = np.flatnonzero(payload_at)
+    at = payload_at[has]
+    if len(has) == len(words) and (at == at[0]).all():
+        payload = np.ascontiguousarray(words[:, at[0] : at[0] + needed])
+    else:
+        payload = words[has[:, None], at[:, None] + np.arange(needed)]
+    return has, payload.view(np.uint8)[:, :size]
+
+
+def _payloads_at(
+    words: npt.NDArray[np.uint32], kind: int, size: int
+) -> npt.NDArray[np.intp]:
+    """The word at which each message has that attribute's payload, 0 where it has none."""
+    payload_at = np.zeros(len(words), np.intp)
+    position = DIAG_MESSAGE.itemsize // 4
+    while position + -(-size // 4) < words.shape[1]:
+        headers = words[:, position]
+        if (headers != headers[0]).any():
+            return _payloads_walked_apart(words, kind, size)
+        length, found = (int(each) for each in headers[:1].view(np.uint16))
+        if found == kind and length >= 4 + size:
+            payload_at[:] = position + 1
+        position += max((length + 3) // 4, 1)
+    return payload_at
+
+
+def _payloads_walked_apart(
+    words: npt.NDArray[np.uint32], kind: int, size: int
+) -> npt.NDArray[np.intp]:
+    """The same where not all messages have the same attributes.
+
+    All are walked at once, one attribute further each time.
+    """
     payload_at = np.zeros(len(words), np.intp)
     position = np.full(len(words), DIAG_MESSAGE.itemsize // 4)
     every = np.arange(len(words))
@@ -469,12 +499,10 @@ def _attribute(rows: Bytes, kind: int, size: int) -> tuple[npt.NDArray[np.intp],
         header = words[every, at][:, None].view(np.uint16)
         length = header[:, 0].astype(np.intp)
         is_wanted = (header[:, 1] == kind) & (length >= 4 + size)
-        is_wanted &= at + 1 + needed <= words.shape[1]
+        is_wanted &= at + 1 + -(-size // 4) <= words.shape[1]
         payload_at[every[is_wanted]] = at[is_wanted] + 1
         position[every] += np.maximum((length + 3) // 4, 1)
-    has = np.flatnonzero(payload_at)
-    payload = words[has[:, None], payload_at[has, None] + np.arange(needed)]
-    return has, payload.view(np.uint8)[:, :size]
+    return payload_at
 
 
 def _lowest_ages_ns(info: Records) -> npt.NDArray[np.int64]:
