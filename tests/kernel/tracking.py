@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """A tracker in this process, and socket tables with something between the looks."""
 
+import ctypes
 import socket
 from collections.abc import Callable
 from typing import Self
@@ -12,7 +13,7 @@ from tcpexporter import loader, namespaces
 from tcpexporter.connections import CONNECTION, Direction, Records, groups
 from tcpexporter.slots import Slots
 from tcpexporter.sockets import open_tables
-from tcpexporter.tracker import HANDLE_SEEDED, Tracker
+from tcpexporter.tracker import CHUNK, HANDLE_SEEDED, Tracker
 from tests.support import Peers, reset
 
 
@@ -131,3 +132,35 @@ class Reusable:
     def reopen(self) -> None:
         self.close()
         self.open()
+
+
+def taken_slots(tracker: Tracker) -> Slots:
+    """The slot of each handle, as often as there is one."""
+    handles = np.empty(CHUNK, np.uint64)
+    slots = np.empty(CHUNK, np.uint32)
+    found = []
+    position: ctypes.c_uint32 | None = None
+    following = ctypes.c_uint32()
+    finished = False
+    while not finished:
+        count = ctypes.c_uint32(CHUNK)
+        # Without success there are no more: all that is told of has been copied.
+        finished = not tracker._call(
+            "bpf_map_lookup_batch",
+            tracker._descriptors.slots,
+            position,
+            following,
+            handles,
+            slots,
+            count,
+        )
+        position = ctypes.c_uint32(following.value)
+        found.append(slots[: count.value].copy())
+    return np.concatenate(found)
+
+
+def free_slots(tracker: Tracker) -> Slots:
+    """Those that nobody has, as often as they are on the stack."""
+    slots = tracker._take(2 * tracker._slots)
+    tracker._give(slots)
+    return slots

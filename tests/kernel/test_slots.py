@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Slots: whatever the program and userspace do, each is in one hand, and none is lost."""
+
+import contextlib
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from tcpexporter import reconcile
+from tcpexporter import tracker as tracker_module
+from tcpexporter.tracker import Tracker
+from tests.kernel.tracking import (
+    Looks,
+    at_port,
+    attach,
+    everything,
+    free_slots,
+    made,
+    slots_at,
+    taken_slots,
+)
+from tests.kernel.worker import Worker
+from tests.support import Peers, ss_established
+
+SLOTS = 1021
+PORTS = (10007, 10009)
+CYCLES = 1_000_003
+SEEDS = 211
+
+
+@pytest.fixture
+def tracker() -> Iterator[Tracker]:
+    attached = attach(SLOTS)
+    yield attached
+    attached.close()
+
+
+def assert_each_is_in_one_hand(tracker: Tracker) -> None:
+    """Free, or the value of one handle; all of them, and none of them twice."""
+    everywhere = np.concatenate((free_slots(tracker), taken_slots(tracker)))
+    assert sorted(everywhere.tolist()) == list(range(SLOTS))
+
+
+def test_at_first_all_are_free(tracker: Tracker) -> None:
+    """As many as there is room for, the lowest first."""
+    assert free_slots(tracker).tolist() == list(range(SLOTS))
+    assert_each_is_in_one_hand(tracker)
+
+
+def test_a_closed_connection_keeps_its_slot_for_the_next(
+    tracker: Tracker, peers: Peers
+) -> None:
+    """The kernel uses a socket's address again: a thousand connections take few slots."""
+    for _ in range(1009):
+        peers.connect(1)
+        for each in peers.pairs.pop():
+            each.close()
+    assert len(taken_slots(tracker)) < 101
+    assert len(everything(tracker)) == 0
+    assert_each_is_in_one_hand(tracker)
+
+
+@pytest.fixture
+def peers() -> Iterator[Peers]:
+    with Peers() as opened:
+        yield opened
+
+
+def test_spare_slots_are_reclaimed(
+    tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of closed connections become free, those of open ones stay where they are."""
+    peers.connect(211)
+    for client, server in peers.pairs[:199]:
+        client.close()
+        server.close()
+    before = at_port(tracker, peers.port)
+    tracker.reclaim()
+    assert len(taken_slots(tracker)) >= 2 * 199
+    monkeypatch.setattr(tracker_module, "SPARE_SLOTS", 0)
+    tracker.reclaim()
+    assert len(taken_slots(tracker)) < 2 * 12 + 53  # and what else is open or closing
+    assert (at_port(tracker, peers.port) == before).all()
+    assert_each_is_in_one_hand(tracker)
+
+
+def test_without_room_connections_are_refused_and_found_later(tracker: Tracker) -> None:
+    """All slots are taken: openings are counted as refused, and no slot is lost."""
+    slots = tracker.add(made(SLOTS))
+    assert len(slots) == SLOTS
+    with Peers() as peers:
+        peers.connect(7)
+        assert tracker.events()["refused"] == 14
+        assert len(at_port(tracker, peers.port)) == 0
+        assert tracker.release(slots, np.ones(SLOTS, np.uint64)) == SLOTS
+        assert_each_is_in_one_hand(tracker)
+        with Looks() as looks:
+            assert reconcile.reconcile(tracker, looks).missed_open == 14
+        assert len(at_port(tracker, peers.port)) == 7
+    assert_each_is_in_one_hand(tracker)
+
+
+@pytest.mark.parametrize("step", ["_delete", "_wait_for_runs"])
+@pytest.mark.parametrize("ends", ["open", "closed", "reopened"])
+def test_what_happens_while_a_slot_is_released(
+    tracker: Tracker,
+    peers: Peers,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    ends: str,
+) -> None:
+    """h, and g as far as it can be forced: the socket's address is used after step 1."""
+    peers.connect(1)
+    stale = slots_at(tracker, peers.port)
+    for each in peers.pairs.pop():
+        each.close()
+    established_ns = tracker._all()["established_ns"][stale].copy()
+    real = getattr(tracker, step)
+
+    def then_use(*arguments: object) -> None:
+        real(*arguments)
+        for _ in range(23):
+            peers.connect(1)
+        if ends != "open":
+            for client, server in peers.pairs:
+                client.close()
+                server.close()
+            peers.pairs.clear()
+        if ends == "reopened":
+            peers.connect(23)
+
+    monkeypatch.setattr(tracker, step, then_use)
+    assert tracker.release(stale, established_ns) == 0
+    monkeypatch.undo()
+    expected = 0 if ends == "closed" else 23
+    assert len(at_port(tracker, peers.port)) == expected
+    assert ss_established(peers.port)["4"] == expected
+    assert_each_is_in_one_hand(tracker)
+
+
+def test_a_handle_that_has_another_slot_by_now_gives_its_old_one_back(
+    tracker: Tracker, peers: Peers
+) -> None:
+    """j: what was to be restored is not, as its socket is known elsewhere."""
+    peers.connect(1)
+    old = slots_at(tracker, peers.port)
+    connections = tracker._all()
+    handle, told_ns = connections["handle"][old][0], connections["established_ns"][old][0]
+    (new,) = tracker._take(1)
+    connections["handle"][new] = handle
+    real = tracker._wait_for_runs
+
+    def reopened() -> None:
+        real()
+        # As the program does it when it finds no handle.
+        assert tracker._update(tracker._descriptors.slots, handle, new, 0)
+
+    tracker._wait_for_runs = reopened  # type: ignore[method-assign]
+    assert tracker.release(old, np.array([told_ns - 1])) == 1
+    assert tracker.restored == 0
+    assert_each_is_in_one_hand(tracker)
+
+
+def test_a_million_cycles_lose_no_slot(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections come and go on all CPUs, seeds come and go, slots are reclaimed."""
+    monkeypatch.setattr(tracker_module, "SPARE_SLOTS", 0)
+    cpus = sorted(os.sched_getaffinity(0))
+    with contextlib.ExitStack() as running:
+        workers = [
+            Worker("tests.kernel.churning", cpus[number % len(cpus)], port)
+            for number, port in enumerate(PORTS)
+        ]
+        for worker in workers:
+            running.callback(worker.kill)
+        stop = threading.Event()
+        churned = [0] * len(workers)
+        threads = [
+            threading.Thread(target=keep_busy, args=(worker, stop, churned, number))
+            for number, worker in enumerate(workers)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            seeded = come_and_go(tracker, lambda: sum(churned))
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        events = tracker.events()
+        assert seeded + sum(churned) >= CYCLES
+        assert sum(churned) > 10_007
+        assert events["inserted"] > sum(churned) / 2
+        tracker.reclaim()
+        assert_each_is_in_one_hand(tracker)
+        with Looks() as looks:
+            reconcile.reconcile(tracker, looks)
+        for port in PORTS:
+            assert len(at_port(tracker, port)) == ss_established(port)["4"]
+        assert_each_is_in_one_hand(tracker)
+
+
+def keep_busy(worker: Worker, stop: threading.Event, churned: list[int], at: int) -> None:
+    while not stop.is_set():
+        worker.ask(connections=211)
+        churned[at] += worker.answer()
+
+
+def come_and_go(tracker: Tracker, churned: Callable[[], int]) -> int:
+    """Add seeds, some of which are released as if they had changed; how many there were."""
+    chosen = random.Random(1009)  # noqa: S311  # it is to be repeated
+    seeded = 0
+    while seeded + churned() < CYCLES or churned() < 10_009:
+        slots = tracker.add(made(SEEDS))
+        seeded += len(slots)
+        expected_ns = np.ones(len(slots), np.uint64)
+        # These have another time: they stay, and are released with the rest.
+        expected_ns[: chosen.randrange(7)] = 2
+        tracker.release(slots, expected_ns)
+        stayed = slots[expected_ns == 2]
+        tracker.release(stayed, np.ones(len(stayed), np.uint64))
+        if chosen.randrange(11) == 0:
+            tracker.reclaim()
+    return seeded
