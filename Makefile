@@ -51,7 +51,7 @@ figures: ## Put what a full bench has measured into the README and its picture
 	$(bin)/python -m tests.benchmarks.picture .cache/bench/figures.json tests/benchmarks/scrape.svg
 
 .PHONY: soak
-soak: setup-test ## Lose events by the thousand, and show that the numbers end right
+soak: setup-test ## Churn for ten minutes, lose events, show that the numbers end right and nothing grows
 	$(bin)/python -m tests.kernel.churn
 
 .PHONY: setup-test

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """A soak: connections come and go faster than the kernel tells of all of them.
 
-    python -m tests.kernel.churn [--changes NUMBER] [--seconds NUMBER]
+    python -m tests.kernel.churn [--changes NUMBER] [--least SECONDS] [--most SECONDS]
 
 The kernel does not run a BPF program in an interrupt of the same program. That is
 made frequent: packets are steered over two CPUs, so that each is interrupted for
 those of the other whatever it does. When it is quiet again, and the exporter has
-reconciled once more, it must say what ss(8) says.
+reconciled once more, it must say what ss(8) says, and it must not have grown.
 """
 
 import argparse
@@ -18,9 +18,10 @@ import selectors
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from prometheus_client.samples import Sample
 
 from tests.kernel import oracle
@@ -36,6 +37,11 @@ MOST_SOCKETS = len(PORTS) * MOST_DESCRIPTORS
 
 CONNECTIONS = 499
 """That a process makes before it is asked for more."""
+
+LONG_S = 500
+MOST_GROWTH_MIB_PER_HOUR = 1.0
+
+MIB_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,10 @@ class Figures:
     scrapes: int
     complaints: Sequence[str]
     """What no scrape may show."""
+    resident_mib: float
+    """At the last scrape, with what is mapped of the kernel's memory."""
+    growth_mib_per_hour: float
+    """Of that: the slope of a line through all scrapes but those of the first fifth."""
 
     @property
     def problems(self) -> list[str]:
@@ -67,6 +77,9 @@ class Figures:
             problems.append("no event was missed: this proves nothing")
         if self.wrong:
             problems.append(f"{self.wrong} connections are wrong after reconciling")
+        # In less time than that the slope is that of a single step.
+        if self.seconds >= LONG_S and self.growth_mib_per_hour > MOST_GROWTH_MIB_PER_HOUR:
+            problems.append(f"it grows by {self.growth_mib_per_hour:.1f} MiB an hour")
         return problems
 
     def __str__(self) -> str:
@@ -80,6 +93,8 @@ class Figures:
             "wrong at the end": f"{self.wrong:,}",
             "scrapes": f"{self.scrapes:,}",
             "scrapes that failed or were absurd": f"{len(self.complaints):,}",
+            "resident at the end, MiB": f"{self.resident_mib:.1f}",
+            "growth, MiB an hour": f"{self.growth_mib_per_hour:.2f}",
         }
         return "".join(f"{name:36}{value:>12}\n" for name, value in rows.items())
 
@@ -93,6 +108,8 @@ class Watcher(threading.Thread):
         """The last one."""
         self.scrapes = 0
         self.complaints: list[str] = []
+        self.resident: list[tuple[float, float]] = []
+        """At what time, in seconds, and how many MiB; of each scrape."""
         self._exporter = exporter
         self._counters: dict[tuple[str, str], float] = {}
         self._ending = threading.Event()
@@ -105,6 +122,7 @@ class Watcher(threading.Thread):
             except (AssertionError, OSError, http.client.HTTPException) as error:
                 self.complaints.append(f"scrape {self.scrapes}: {error!r}")
             else:
+                self._note_resident(self.page)
                 wrong = ", ".join(self._absurdities(self.page))
                 if wrong:
                     self.complaints.append(f"scrape {self.scrapes}: {wrong}")
@@ -112,6 +130,15 @@ class Watcher(threading.Thread):
     def end(self) -> None:
         self._ending.set()
         self.join()
+
+    def growth_mib_per_hour(self) -> float:
+        times_s, resident_mib = np.array(self.resident[len(self.resident) // 5 :]).T
+        slope, _ = np.polyfit(times_s - times_s[0], resident_mib, 1)
+        return float(slope) * 3600
+
+    def _note_resident(self, page: Page) -> None:
+        resident_bytes = page.value("process_resident_memory_bytes") or math.nan
+        self.resident.append((time.monotonic(), resident_bytes / MIB_BYTES))
 
     def _absurdities(self, page: Page) -> Iterator[str]:
         for family in page.families:
@@ -134,13 +161,16 @@ class Watcher(threading.Thread):
         self._counters[series] = sample.value
 
 
-def churn(netns: str, *, changes: int, seconds: float, steer: bool = True) -> Figures:
+def churn(
+    netns: str, *, changes: int, most_s: float, least_s: float = 0, steer: bool = True
+) -> Figures:
     """Churn in this namespace.
 
     Args:
         netns: the name of the namespace.
         changes: how many there are at least, and until events were missed.
-        seconds: after that it ends anyway.
+        most_s: after that it ends anyway.
+        least_s: before that it does not end.
         steer: whether packets are steered over two CPUs.
     """
     cpus = sorted(os.sched_getaffinity(0))[:2]
@@ -158,16 +188,24 @@ def churn(netns: str, *, changes: int, seconds: float, steer: bool = True) -> Fi
         watcher = Watcher(exporter)
         watcher.start()
         began_s = time.monotonic()
-        done = _make_busy(workers, watcher, changes=changes, until_s=began_s + seconds)
+        done = _make_busy(
+            workers,
+            lambda done: (
+                (
+                    done >= changes
+                    and watcher.page.has_missed
+                    and time.monotonic() > began_s + least_s
+                )
+                or time.monotonic() > began_s + most_s
+            ),
+        )
         took_s = time.monotonic() - began_s
         watcher.end()
         return _judge(exporter, watcher, done, took_s)
 
 
-def _make_busy(
-    workers: Sequence[Worker], watcher: Watcher, *, changes: int, until_s: float
-) -> int:
-    """Have the processes churn; how many changes they made."""
+def _make_busy(workers: Sequence[Worker], is_enough: Callable[[int], bool]) -> int:
+    """Have the processes churn until that is enough; how many changes they made."""
     done = 0
     with selectors.DefaultSelector() as busy:
         for worker in workers:
@@ -179,8 +217,7 @@ def _make_busy(
             for each, _ in ready:
                 worker = each.data
                 done += worker.answer()
-                is_enough = done >= changes and watcher.page.has_missed
-                if is_enough or time.monotonic() > until_s:
+                if is_enough(done):
                     busy.unregister(worker.answers)
                 else:
                     worker.ask(connections=CONNECTIONS)
@@ -203,6 +240,8 @@ def _judge(exporter: Exporter, watcher: Watcher, done: int, took_s: float) -> Fi
         wrong=_wrong(page, true),
         scrapes=watcher.scrapes,
         complaints=watcher.complaints,
+        resident_mib=watcher.resident[-1][1],
+        growth_mib_per_hour=watcher.growth_mib_per_hour(),
     )
 
 
@@ -218,7 +257,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--changes", type=int, default=1_000_000)
-    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--least", type=float, default=600, dest="least_s")
+    parser.add_argument("--most", type=float, default=900, dest="most_s")
     parser.add_argument("--steer", action=argparse.BooleanOptionalAction, default=True)
     chosen = parser.parse_args()
     with new_netns() as netns, inside(netns):
