@@ -31,18 +31,18 @@ def ip(*arguments: str) -> None:
 
 
 @contextlib.contextmanager
-def linked_netns() -> Iterator[str]:
+def linked_netns(device: str = DEVICE) -> Iterator[str]:
     """A new network namespace at the other end of a link; yields its name.
 
-    The device is called `DEVICE` at both ends and has no IPv4 address.
+    The device is called `DEVICE` there, and has no IPv4 address at either end.
     """
     here, there = HARDWARE_ADDRESSES
     with new_netns() as other:
         ip(
-            *("link", "add", DEVICE, "address", here, "type", "veth"),
+            *("link", "add", device, "address", here, "type", "veth"),
             *("peer", "name", DEVICE, "address", there, "netns", other),
         )
-        ip("link", "set", DEVICE, "up")
+        ip("link", "set", device, "up")
         ip("-n", other, "link", "set", DEVICE, "up")
         yield other
 

@@ -8,6 +8,7 @@ import re
 import socket
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -512,3 +513,38 @@ def page_of(exporter: Exporter) -> str:
         response = connection.getresponse()
         assert response.status == http.HTTPStatus.OK
         return response.read().decode()
+
+
+@contextlib.contextmanager
+def client_on_a_link_of_its_own(device: str, port: int) -> Iterator[None]:
+    """Connected from fe80::2, port 40009, to fe80::1 on that device of ours."""
+    with linked_netns(device) as other:
+        ip("address", "add", "fe80::1/64", "dev", device, "nodad")
+        ip("-n", other, "address", "add", "fe80::2/64", "dev", DEVICE, "nodad")
+        with inside(other), socket.socket(socket.AF_INET6) as client:
+            scope = socket.if_nametoindex(DEVICE)
+            client.bind(("fe80::2", 40009, 0, scope))
+            client.connect(("fe80::1", port, 0, scope))
+            connected = client.dup()
+        with connected:
+            yield
+
+
+def test_two_of_one_key_on_two_devices_are_two() -> None:
+    """fe80::2 port 40009 to fe80::1, twice: two sockets; one, if from before."""
+    with contextlib.ExitStack() as opened, Peers("::") as peers:
+        exporter = opened.enter_context(Exporter(*BY_EVENTS))
+        for device in ("one", "other"):
+            opened.enter_context(client_on_a_link_of_its_own(device, peers.port))
+        assert ss_established(peers.port) == {"6": 2}
+        assert exporter.established(peers.port, 6) == 2
+        with Exporter(*BY_EVENTS) as later:
+            assert later.established(peers.port, 6) == 1
+
+
+def test_it_runs_in_a_namespace_that_ip_netns_has_entered(netns: str) -> None:
+    """Where /sys is mounted anew, without tracefs."""
+    command = ("ip", "netns", "exec", netns, sys.executable, "-m", "tcpexporter")
+    with Exporter(*BY_EVENTS, command=command) as exporter, Peers() as peers:
+        peers.connect(3)
+        assert exporter.established(peers.port) == 3
