@@ -176,8 +176,8 @@ def _load_here(request: Request) -> Descriptors:
             f"BCC cannot compile the BPF program ({error}), {SEE_DEBUG}"
         ) from error
     _fill(maps["free_slots"], request.max_connections)
-    program = _load_program(code, types.function(TRACEPOINT))
-    return Descriptors(**maps, program=program, link=_attach(program))
+    program = load_program(code, types.function(TRACEPOINT))
+    return Descriptors(**maps, program=program, link=attach(program))
 
 
 def _fill(free_slots: int, slots: int) -> None:
@@ -217,12 +217,17 @@ class _LoadOptions(ctypes.Structure):
     )
 
 
-def _load_program(code: bytes, function: int) -> int:
+def load_program(code: bytes, function: int) -> int:
     """Load what BCC has compiled: it does not know programs of this type itself.
+
+    Gives the program's descriptor.
 
     The program of a tracepoint's function gets the socket as a pointer that the verifier
     knows the type of, so it may read through it: Linux kernel commit 9e15db66136a ("bpf:
     Implement accurate raw_tp context access via BTF") (in v5.5).
+
+    Raises:
+        LoadError: the kernel refuses it.
     """
     said = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
     options = _LoadOptions(
@@ -248,7 +253,14 @@ def _load_program(code: bytes, function: int) -> int:
     return descriptor
 
 
-def _attach(program: int) -> int:
+def attach(program: int) -> int:
+    """Attach a program to the tracepoint that it was loaded for.
+
+    Gives a descriptor, which is the attachment.
+
+    Raises:
+        LoadError: the kernel refuses it.
+    """
     descriptor: int = load_libbpf().bpf_raw_tracepoint_open(None, program)
     if descriptor < 0:
         reason = os.strerror(ctypes.get_errno())

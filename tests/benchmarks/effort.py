@@ -27,7 +27,8 @@ class Effort:
     idle_s: float
     polling_idle_s: float
     event_rounds: int
-    rate_pairs: int
+    rate_rounds: int
+    """Of two pairs each."""
     rate_connections: int
     """By FIN and again by RST, a sample."""
     last_size_after_s: float
@@ -48,8 +49,8 @@ QUICK = Effort(
     idle_s=5,
     polling_idle_s=3,
     event_rounds=3,
-    rate_pairs=3,
-    rate_connections=7_001,
+    rate_rounds=5,
+    rate_connections=2_003,
     last_size_after_s=90,
     limit_s=300,
 )
@@ -65,8 +66,8 @@ FULL = Effort(
     idle_s=60,
     polling_idle_s=10,
     event_rounds=11,
-    rate_pairs=17,
-    rate_connections=20_011,
+    rate_rounds=31,
+    rate_connections=3_001,
     last_size_after_s=840,
     limit_s=1_800,
 )

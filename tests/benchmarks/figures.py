@@ -104,6 +104,11 @@ FIGURES = (
         Unit.TIMES,
         at_least=0.98,
     ),
+    Figure(
+        "rate_empty_times",
+        "… with a program on the same tracepoint that does nothing",
+        Unit.TIMES,
+    ),
     Figure("rate_with_per_s", "… with the exporter running", Unit.PER_SECOND),
     Figure("rate_without_per_s", "… without it", Unit.PER_SECOND),
     Figure(

@@ -152,7 +152,7 @@ class Program:
 
     def __init__(self, pid: int) -> None:
         descriptors = Path(f"/proc/{pid}/fdinfo").iterdir()
-        self._fdinfo = next(each for each in descriptors if "prog_id" in _fields(each))
+        self._fdinfo = next(each for each in descriptors if "run_cnt" in _fields(each))
 
     def runs(self) -> ProgramRuns:
         """Since it was loaded (bpf_prog_show_fdinfo in kernel/bpf/syscall.c)."""

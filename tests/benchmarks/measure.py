@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Measures what takes one size only, in a network namespace of its own."""
 
-import contextlib
 import logging
 import socket
 import time
@@ -9,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tests.benchmarks import empty
 from tests.benchmarks.churn import Ending, by_fin, by_rst, churn, listening
 from tests.benchmarks.contenders import counted_by_us
 from tests.benchmarks.effort import Effort
@@ -218,26 +218,39 @@ def _polling(samples: Samples, effort: Effort, source: str) -> None:
 
 
 def _rates(samples: Samples, effort: Effort) -> None:
-    """With and without in pairs, each first in every other pair."""
-    log.info("opening and closing connections in %s pairs", effort.rate_pairs)
-    for number in range(effort.rate_pairs):
-        order = (True, False) if number % 2 else (False, True)
-        rates_per_s = {each: _rate_per_s(effort, with_exporter=each) for each in order}
-        samples.add("rate_with_per_s", rates_per_s[True])
-        samples.add("rate_without_per_s", rates_per_s[False])
-        samples.add("rate_times", rates_per_s[True] / rates_per_s[False])
+    """With and without, and with an empty program, right after one another many times.
+
+    What else a machine does makes a rate vary by more than all programs together.
+    """
+    log.info("opening and closing connections in %s rounds", effort.rate_rounds)
+    with new_netns() as netns, inside(netns), listening() as listeners:
+        for _ in range(effort.rate_rounds):
+            before, with_empty = _rates_of_empty(listeners, effort)
+            with running("--source", "ebpf"):
+                ours = [_rate_per_s(listeners, effort) for _ in range(2)]
+            after = _rate_per_s(listeners, effort)
+            samples.add("rate_empty_times", with_empty / before)
+            for with_it, without in zip(ours, (before, after), strict=True):
+                samples.add("rate_with_per_s", with_it)
+                samples.add("rate_without_per_s", without)
+                samples.add("rate_times", with_it / without)
 
 
-def _rate_per_s(effort: Effort, *, with_exporter: bool) -> float:
-    # A new namespace each time: no sample finds the sockets in TIME_WAIT of another.
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(inside(stack.enter_context(new_netns())))
-        if with_exporter:
-            stack.enter_context(running("--source", "ebpf"))
-        listeners = stack.enter_context(listening())
-        time.sleep(SETTLE_S)
-        start_s = time.perf_counter()
-        for ending in STATE_CHANGES:
-            churn(listeners, effort.rate_connections, ending)
-        took_s = time.perf_counter() - start_s
-    return 2 * effort.rate_connections / took_s
+def _rates_of_empty(
+    listeners: Sequence[socket.socket], effort: Effort
+) -> tuple[float, float]:
+    """The rates without any program, and with an empty one before and after that."""
+    with empty.attached():
+        first = _rate_per_s(listeners, effort)
+    without = _rate_per_s(listeners, effort)
+    with empty.attached():
+        last = _rate_per_s(listeners, effort)
+    return without, (first + last) / 2
+
+
+def _rate_per_s(listeners: Sequence[socket.socket], effort: Effort) -> float:
+    start_s = time.perf_counter()
+    for ending in STATE_CHANGES:
+        churn(listeners, effort.rate_connections, ending)
+    took_s = time.perf_counter() - start_s
+    return len(STATE_CHANGES) * effort.rate_connections / took_s
