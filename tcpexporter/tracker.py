@@ -45,27 +45,20 @@ restores its handle, so none is lost.
 """
 
 import contextlib
-import ctypes
-import errno
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections import CONNECTION, Records
 from tcpexporter.errors import TrackerError
-from tcpexporter.libbpf import load_libbpf
 from tcpexporter.loader import Descriptors
 from tcpexporter.mapping import MappedArray
+from tcpexporter.maps import Map, program_info
 from tcpexporter.siphash import Hashes, hashes
 from tcpexporter.slots import RANGE_SLOTS, Slots, ranges, slots_of
-
-CHUNK = 4096
-"""Handles that are copied out of a map by one system call."""
 
 WINDOW = 16384
 """Slots that are mapped and read at once, 1 MiB."""
@@ -79,9 +72,10 @@ has taken, so there may be a gap for an instant."""
 SPARE_SLOTS = 4096
 """Closed connections may keep that many slots, besides as many as there are open ones."""
 
-BPF_NOEXIST = 1
-
 HANDLE_SEEDED = np.uint64(1)
+
+FIRST = np.uint32(0)
+"""The key of maps with one entry."""
 
 RECURSION_MISSES_BYTES = 208
 """Where it is in ``struct bpf_prog_info``, include/uapi/linux/bpf.h."""
@@ -120,7 +114,12 @@ class Tracker:
         """How many connections kept their slots because they had changed: case i."""
         self._descriptors = descriptors
         self._slots = max_connections
-        self._libbpf = load_libbpf()
+        self._handles = Map(descriptors.slots, "slots")
+        self._free_slots = Map(descriptors.free_slots, "free slots")
+        self._closings = Map(descriptors.closings, "closings")
+        self._watched = Map(descriptors.watched, "watchers")
+        self._counters = Map(descriptors.events, "events")
+        self._barrier = Map(descriptors.barrier, "maps")
         self._array = MappedArray(
             descriptors.connections, CONNECTION, max_connections, WINDOW
         )
@@ -168,10 +167,8 @@ class Tracker:
         Raises:
             TrackerError: the kernel refuses it.
         """
-        return self._seeds(self._events())
-
-    def _seeds(self, events: dict[str, int]) -> int:
-        return self._seeds_added - self._seeds_closed - events["removed_seeds"]
+        closed = self._seeds_closed + self._events()["removed_seeds"]
+        return self._seeds_added - closed
 
     def events(self) -> dict[str, int]:
         """What the program did since it was loaded, over all CPUs.
@@ -191,10 +188,8 @@ class Tracker:
         return self._events()["forgotten"]
 
     def _events(self) -> dict[str, int]:
-        first = ctypes.c_uint32(0)
         counts = np.zeros((self._cpus, len(EVENT_KINDS)), np.uint64)
-        if not self._call("bpf_map_lookup_elem", self._descriptors.events, first, counts):
-            raise _refused("read the map of counters")
+        self._counters.read(FIRST, counts)
         return dict(zip(EVENT_KINDS, counts.sum(axis=0).tolist(), strict=True))
 
     def missed_events(self) -> int:
@@ -207,10 +202,7 @@ class Tracker:
         Raises:
             TrackerError: the kernel refuses it.
         """
-        info = np.zeros(64, np.uint64)
-        size = ctypes.c_uint32(info.nbytes)
-        if not self._call("bpf_obj_get_info_by_fd", self._descriptors.program, info, size):
-            raise _refused("tell about the program")
+        info = program_info(self._descriptors.program)
         return int(info[RECURSION_MISSES_BYTES // info.itemsize])
 
     # Adding
@@ -252,38 +244,29 @@ class Tracker:
         connections["handle"] = handles
         everything = self._array.upto(int(slots.max()) + 1)
         everything[slots] = connections
-        count = ctypes.c_uint32(len(slots))
-        if self._call(
-            "bpf_map_update_batch", self._descriptors.slots, handles, slots, count
-        ):
+        done = self._handles.put_all(handles, slots)
+        if done == len(slots):
             # Not before the program finds it: it would miss that it closes.
             everything["group"][slots] = seeds["group"]
             return True
-        if ctypes.get_errno() not in (errno.E2BIG, errno.ENOMEM):
-            raise _refused("add to the map of slots")
-        self._delete(handles[: count.value])
+        self._handles.delete_all(handles[:done])
         everything["handle"][slots] = 0
         return False
 
     def _take(self, wanted: int) -> Slots:
         """As many free slots, or all there are; ascending in long runs."""
-        taken = [np.empty(0, np.uint32)]
+        parts = [np.empty(0, np.uint32)]
         lacking = wanted
-        value = ctypes.c_uint32()
-        while lacking > 0 and self._call(
-            "bpf_map_lookup_and_delete_elem", self._descriptors.free_slots, None, value
-        ):
-            slots = slots_of(value.value)
+        while lacking > 0 and (popped := self._free_slots.pop(np.uint32)) is not None:
+            slots = slots_of(int(popped))
             # It may be a while until they are used, and whoever reads is not to stop here.
             self._array.upto(int(slots[-1]) + 1)["key"]["netns"][slots] = 1
-            taken.append(slots)
+            parts.append(slots)
             lacking -= len(slots)
-        if lacking > 0 and ctypes.get_errno() != errno.ENOENT:
-            raise _refused("take a free slot")
-        slots = np.concatenate(taken)
-        self._slots_taken += len(slots)
-        self._give(slots[wanted:])
-        return slots[:wanted]
+        taken = np.concatenate(parts)
+        self._slots_taken += len(taken)
+        self._give(taken[wanted:])
+        return taken[:wanted]
 
     # Taking out
 
@@ -295,16 +278,11 @@ class Tracker:
             TrackerError: the kernel refuses it.
         """
         self._take_closings()
-        self._watch(True)
+        self._watched.put(FIRST, np.uint32(True))
         try:
             yield
         finally:
-            self._watch(False)
-
-    def _watch(self, watching: bool) -> None:
-        first, value = np.uint32(0), np.uint32(watching)
-        if not self._update(self._descriptors.watched, first, value, 0):
-            raise _refused("note what closes")
+            self._watched.put(FIRST, np.uint32(False))
 
     def release_closed(self, slots: Slots) -> int:
         """Forget those of the seeds at ``slots`` that have closed since `watching` began.
@@ -321,29 +299,8 @@ class Tracker:
         return self.release(closed, connections["established_ns"][closed])
 
     def _take_closings(self) -> Hashes:
-        handles = np.empty(CHUNK, np.uint64)
-        values = np.empty(CHUNK, np.uint32)
-        taken = [handles[:0]]
-        position: ctypes.c_uint32 | None = None
-        following = ctypes.c_uint32()
-        finished = False
-        while not finished:
-            count = ctypes.c_uint32(CHUNK)
-            if not self._call(
-                "bpf_map_lookup_and_delete_batch",
-                self._descriptors.closings,
-                position,
-                following,
-                handles,
-                values,
-                count,
-            ):
-                if ctypes.get_errno() != errno.ENOENT:
-                    raise _refused("read what has closed")
-                finished = True
-            position = ctypes.c_uint32(following.value)
-            taken.append(handles[: count.value].copy())
-        return np.concatenate(taken)
+        handles, _ = self._closings.items(np.uint64, np.uint32, take=True)
+        return handles
 
     def release(self, slots: Slots, established_ns: npt.NDArray[np.uint64]) -> int:
         """Forget connections, as argued above, and whether they are open or not.
@@ -363,23 +320,26 @@ class Tracker:
             return 0
         connections = self._all()
         handles = connections["handle"][slots]
-        self._delete(handles)
-        self._wait_for_runs()
+        try:
+            self._handles.delete_all(handles)
+            self._wait_for_runs()
+        except TrackerError:  # nothing is released, nothing is to be lost
+            for handle, slot in zip(handles, slots, strict=True):
+                self._restore(handle, slot)
+            raise
         has_changed = connections["established_ns"][slots] != established_ns
         for at in np.flatnonzero(has_changed):
             has_changed[at] = self._restore(handles[at], slots[at])
         released = np.sort(slots[~has_changed])
-        was_open = int(np.count_nonzero(connections["group"][released]))
+        was_open = connections["group"][released] != 0
         was_seed = connections["handle"][released] & HANDLE_SEEDED != 0
-        self._seeds_closed += int(
-            np.count_nonzero(connections["group"][released[was_seed]])
-        )
-        self._closed += was_open
         connections["group"][released] = 0
         connections["handle"][released] = 0
+        self._closed += int(was_open.sum())
+        self._seeds_closed += int((was_open & was_seed).sum())
         self._seed_slots = np.setdiff1d(self._seed_slots, released, assume_unique=True)
         self._give(released)
-        return was_open
+        return int(was_open.sum())
 
     def reclaim(self) -> None:
         """Take slots back from closed connections, where these keep too many.
@@ -393,9 +353,7 @@ class Tracker:
         still_open = opened - events["removed"] - self._closed
         spare = min(still_open + SPARE_SLOTS, (self._slots - still_open) // 2)
         if kept - still_open > spare:
-            for first, window in enumerate(self.read()):
-                used = np.flatnonzero(window["handle"]).astype(np.uint32)
-                self._release_empty(used + np.uint32(first * WINDOW))
+            self._release_empty(np.flatnonzero(self._all()["handle"]).astype(np.uint32))
 
     def _release_empty(self, slots: Slots) -> None:
         """Those among ``slots`` where no connection is."""
@@ -407,33 +365,14 @@ class Tracker:
 
     def _restore(self, handle: np.uint64, slot: np.uint32) -> bool:
         """Whether the handle has its slot again; it has another one by now otherwise."""
-        if self._update(self._descriptors.slots, handle, slot, BPF_NOEXIST):
-            self.restored += 1
-            return True
-        if ctypes.get_errno() != errno.EEXIST:
-            raise _refused("add to the map of slots")
-        return False
-
-    def _delete(self, handles: Hashes) -> None:
-        while len(handles):
-            count = ctypes.c_uint32(len(handles))
-            if self._call(
-                "bpf_map_delete_batch",
-                self._descriptors.slots,
-                np.ascontiguousarray(handles),
-                count,
-            ):
-                return
-            if ctypes.get_errno() != errno.ENOENT:
-                raise _refused("take from the map of slots")
-            # It stops at the first that is not there.
-            handles = handles[count.value + 1 :]
+        restored = self._handles.put_new(handle, slot)
+        self.restored += restored
+        return restored
 
     def _give(self, slots: Slots) -> None:
         """Make slots free, so that the first is the next to be taken."""
         for each in reversed(ranges(slots).tolist()):
-            if not self._update(self._descriptors.free_slots, None, np.uint32(each), 0):
-                raise _refused("give a slot back")
+            self._free_slots.push(np.uint32(each))
         self._slots_given += len(slots)
 
     def _wait_for_runs(self) -> None:
@@ -443,9 +382,7 @@ class Tracker:
         1ae80cf31938 ("bpf: wait for running BPF programs when updating map-in-map") (in
         v4.20).
         """
-        inner = np.uint32(self._descriptors.events)
-        if not self._update(self._descriptors.barrier, np.uint32(0), inner, 0):
-            raise _refused("wait for the program")
+        self._barrier.put(FIRST, np.uint32(self._descriptors.events))
 
     def _all(self) -> Records:
         """Every slot that has ever been used; the rest need not be mapped."""
@@ -453,29 +390,6 @@ class Tracker:
         for window in self.read():
             used += len(window)
         return self._array.upto(used)
-
-    def _update(
-        self, descriptor: int, key: np.generic | None, value: np.generic, flags: int
-    ) -> bool:
-        at = None if key is None else np.array([key])
-        return self._call(
-            "bpf_map_update_elem",
-            descriptor,
-            at,
-            np.array([value]),
-            flags=flags,
-        )
-
-    def _call(
-        self, function: str, descriptor: int, *arguments: Any, flags: int | None = None
-    ) -> bool:
-        """Whether a libbpf function succeeded; else ctypes.get_errno() says why."""
-        passed = [_pointer(argument) for argument in arguments]
-        if function.endswith("_batch"):
-            passed.append(None)  # no options
-        if flags is not None:
-            passed.append(ctypes.c_uint64(flags))
-        return bool(getattr(self._libbpf, function)(ctypes.c_int(descriptor), *passed) == 0)
 
 
 def _known(
@@ -511,14 +425,3 @@ def possible_cpus(ranges: str) -> int:
         int(last or first) - int(first) + 1
         for first, _, last in (each.partition("-") for each in ranges.strip().split(","))
     )
-
-
-def _pointer(argument: Any) -> Any:
-    if isinstance(argument, np.ndarray):
-        return argument.ctypes.data_as(ctypes.c_void_p)
-    return None if argument is None else ctypes.byref(argument)
-
-
-def _refused(what: str) -> TrackerError:
-    reason = os.strerror(ctypes.get_errno())
-    return TrackerError(f"the kernel refuses to {what}: {reason}")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Seeding with real BPF and sockets, each interleaving of `reconcile.seed` forced."""
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator
 
@@ -130,22 +129,25 @@ def seed_with(
             acted.append(True)
             act()
 
-    def then_act(name: str) -> None:
-        real = getattr(tracker, name)
+    def then_act(owner: object, name: str) -> None:
+        real = getattr(owner, name)
 
-        def wrapped(*arguments: object, **more: object) -> object:
-            outcome = real(*arguments, **more)
-            # Of the system calls, the one that adds handles.
-            if name != "_call" or arguments[0] == "bpf_map_update_batch":
-                act_once()
+        def wrapped(*arguments: object) -> object:
+            outcome = real(*arguments)
+            act_once()
             return outcome
 
-        monkeypatch.setattr(tracker, name, wrapped)
+        monkeypatch.setattr(owner, name, wrapped)
 
     if step == "look":
         seed(tracker, act_once)
     else:
-        then_act({"known": "known", "slots": "_call", "seeds": "add"}[step])
+        wrapped_there = {
+            "known": (tracker, "known"),
+            "slots": (tracker._handles, "put_all"),
+            "seeds": (tracker, "add"),
+        }
+        then_act(*wrapped_there[step])
         seed(tracker)
     assert acted
 
@@ -201,14 +203,8 @@ def test_closings_without_a_note_are_counted_and_made_good(
     """h: no room for the note: a reason to reconcile, which finds the stale seed."""
     with late_tracker.watching():
         handles = np.arange(loader.MAX_CLOSINGS, dtype=np.uint64)
-        count = ctypes.c_uint32(len(handles))
-        assert late_tracker._call(
-            "bpf_map_update_batch",
-            late_tracker._descriptors.closings,
-            handles,
-            handles.astype(np.uint32),
-            count,
-        )
+        values = handles.astype(np.uint32)
+        assert late_tracker._closings.put_all(handles, values) == len(handles)
         with Looks(reusable.close) as looks:
             found = reconcile._differences(late_tracker, looks, boottime_ns()).missing
         reconcile._add(late_tracker, found)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """A tracker in this process, and socket tables with something between the looks."""
 
-import ctypes
 import socket
 from collections.abc import Callable
 from typing import Self
@@ -13,7 +12,7 @@ from tcpexporter import loader, namespaces
 from tcpexporter.connections import CONNECTION, Direction, Records, groups
 from tcpexporter.slots import Slots
 from tcpexporter.sockets import open_tables
-from tcpexporter.tracker import CHUNK, HANDLE_SEEDED, Tracker
+from tcpexporter.tracker import HANDLE_SEEDED, Tracker
 from tests.support import Peers, reset
 
 
@@ -106,7 +105,7 @@ def put_told(tracker: Tracker, connections: Records) -> None:
     everything = tracker._array.upto(int(slots.max()) + 1)
     everything[slots] = told
     for handle, slot in zip(told["handle"], slots, strict=True):
-        assert tracker._update(tracker._descriptors.slots, handle, slot, 0)
+        assert tracker._handles.put_new(handle, slot)
 
 
 class Reusable:
@@ -136,27 +135,8 @@ class Reusable:
 
 def taken_slots(tracker: Tracker) -> Slots:
     """The slot of each handle, as often as there is one."""
-    handles = np.empty(CHUNK, np.uint64)
-    slots = np.empty(CHUNK, np.uint32)
-    found = []
-    position: ctypes.c_uint32 | None = None
-    following = ctypes.c_uint32()
-    finished = False
-    while not finished:
-        count = ctypes.c_uint32(CHUNK)
-        # Without success there are no more: all that is told of has been copied.
-        finished = not tracker._call(
-            "bpf_map_lookup_batch",
-            tracker._descriptors.slots,
-            position,
-            following,
-            handles,
-            slots,
-            count,
-        )
-        position = ctypes.c_uint32(following.value)
-        found.append(slots[: count.value].copy())
-    return np.concatenate(found)
+    _, slots = tracker._handles.items(np.uint64, np.uint32)
+    return slots
 
 
 def free_slots(tracker: Tracker) -> Slots:
