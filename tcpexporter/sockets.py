@@ -5,9 +5,11 @@ import contextlib
 import logging
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -91,7 +93,14 @@ DIAG_MESSAGE = np.dtype(
 )
 """``struct nlmsghdr`` and ``struct inet_diag_msg``: netlink(7), sock_diag(7)."""
 
+NETLINK_HEADER = struct.Struct("=IHHI")
+"""Length, type, flags and sequence; netlink(7)."""
+
 NETLINK_HEADER_BYTES = 16
+
+DONE_BYTES = NETLINK_HEADER_BYTES + 4
+"""The header, and whether the dump has failed."""
+
 INET_DIAG_INFO = 2
 INET_DIAG_SKV6ONLY = 11
 
@@ -339,20 +348,44 @@ class _Dumps:
             ) from error
 
     def _replies(self) -> Iterator[Bytes]:
-        """Many datagrams are taken apart at once: each is only a hundred sockets or two."""
+        """Many datagrams are taken apart at once: each is only a hundred sockets or two.
+
+        Where there are more than that, the kernel works on the next ones meanwhile.
+        """
+        reply, has_ended = self._receive()
+        if has_ended:
+            yield from self._runs(reply)
+            return
+        with ThreadPoolExecutor(1) as receiver:
+            while not has_ended:
+                following = receiver.submit(self._receive)
+                yield from self._runs(reply)
+                reply, has_ended = following.result()
+        yield from self._runs(reply)
+
+    def _receive(self) -> tuple[Bytes, bool]:
+        """A buffer full of datagrams, and whether the last of the dump is among them."""
         buffer = np.empty(REPLY_BYTES, np.uint8)
         filled = 0
-        finished = False
-        while not finished:
+        while len(buffer) - filled >= DATAGRAM_BYTES:
             room = buffer[filled:]
             size = self._socket.recv_into(room.data)
-            filled += size
-            kind = int(room[4:6].view(np.uint16)[0]) if size >= NETLINK_HEADER_BYTES else 0
-            if kind == SOCK_DIAG_BY_FAMILY and len(room) - size >= DATAGRAM_BYTES:
+            _, kind, _, sequence = NETLINK_HEADER.unpack_from(room.data)
+            if sequence != self._sequence:  # left from a dump that was given up
                 continue
-            runs, finished = decode_sock_diag(buffer[:filled], self._sequence)
-            yield from runs
-            filled = 0
+            filled += size
+            if kind != SOCK_DIAG_BY_FAMILY or self._is_done(room[size - DONE_BYTES : size]):
+                return buffer[:filled], True
+        return buffer[:filled], False
+
+    def _is_done(self, message: Bytes) -> bool:
+        """Whether that ends a dump: where there is room, it follows the last sockets."""
+        length, kind, _, sequence = NETLINK_HEADER.unpack_from(message.data)
+        return (length, kind, sequence) == (DONE_BYTES, NLMSG_DONE, self._sequence)
+
+    def _runs(self, reply: Bytes) -> list[Bytes]:
+        runs, _ = decode_sock_diag(reply, self._sequence)
+        return runs
 
 
 def _netlink_socket() -> socket.socket:

@@ -60,8 +60,8 @@ from tcpexporter.maps import Map, program_info
 from tcpexporter.siphash import Hashes, hashes
 from tcpexporter.slots import RANGE_SLOTS, Slots, ranges, slots_of
 
-WINDOW = 16384
-"""Slots that are mapped and read at once, 1 MiB."""
+WINDOW = 8192
+"""Slots that are mapped and read at once, 512 KiB."""
 
 UNTOUCHED = 16 * RANGE_SLOTS
 """So many slots in a row that were never used are followed by no other that was.
