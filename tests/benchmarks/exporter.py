@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support import Exporter
 
 COMMAND = (str(Path(sys.executable).with_name("tcpexporter")),)
-POLL_S = 0.005
+POLL_S = 0.02  # each time costs the exporter a request while it starts
 DEADLINE_S = 60.0
 
 AS_PROMETHEUS = {
