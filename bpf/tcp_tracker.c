@@ -11,8 +11,7 @@
  * NETNS            inode of the only network namespace to watch, 0: all
  * SECRET_0, _1     the key of the hash
  * LOSE_ONE_IN      in tests, how many events one is lost of, by chance
- * *_OFFSET         of members of struct tcp_sock and struct net, from the kernel's BTF;
- *                  those of IPv6 only where the kernel has it
+ * *_OFFSET         of members of struct tcp_sock and struct net, from the kernel's BTF
  *
  * Who owns a slot, and so may write to its connection
  * ----------------------------------------------------
@@ -53,8 +52,7 @@ BPF_PERCPU_ARRAY(events, struct tracker_events, 1);
 /* Userspace updates it to wait for all runs that may be under way. */
 BPF_ARRAY_OF_MAPS(barrier, "events", 1);
 
-/* BCC makes a call of every load through a pointer that it can follow to the context.
- */
+/* BCC makes a call of each load through a pointer that it can follow to the context. */
 static const void *unfollowed(__u64 address)
 {
 	const void *pointer;
@@ -85,12 +83,10 @@ static void load_address(__u8 *address, const void *sk, int family, int ipv4_off
 		words[3] = LOAD(__u32, sk, ipv4_offset);
 		return;
 	}
-#ifdef SKC_V6_DADDR_OFFSET
 	words[0] = LOAD(__u32, sk, ipv6_offset);
 	words[1] = LOAD(__u32, sk, ipv6_offset + 4);
 	words[2] = LOAD(__u32, sk, ipv6_offset + 8);
 	words[3] = LOAD(__u32, sk, ipv6_offset + 12);
-#endif
 }
 
 static void load_key(struct connection_key *key, const void *sk, __u32 netns,
@@ -238,8 +234,7 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 	if (!is_known || (watching && *watching)) {
 		load_key(&key, sk, netns, port_of_closed(sk));
 		handle = handle_of_seed(&key);
-		/* Before it is looked for: userspace adds it first, and then reads
-		 * these. */
+		/* Before looking for it: userspace adds it before it reads these. */
 		if (watching && *watching && closings.update(&handle, &nothing))
 			count->forgotten++;
 		if (!is_known) {

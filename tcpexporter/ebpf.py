@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from tcpexporter import loader, namespaces
 from tcpexporter.connections import Records
 from tcpexporter.reconcile import Reconciler, seed
+from tcpexporter.siphash import SECRET
 from tcpexporter.sockets import open_tables
 from tcpexporter.sources import Report
 from tcpexporter.tracker import Tracker
@@ -43,7 +44,7 @@ class EbpfSource:
         self._refused_is_told = False
         only = 0 if netns == "all" else namespaces.inode(namespaces.find(netns))
         with contextlib.ExitStack() as undo:
-            descriptors = loader.load(loader.Request(max_connections, only))
+            descriptors = loader.load(loader.Request(max_connections, only, SECRET))
             undo.callback(descriptors.close)
             self._tracker = Tracker(descriptors, max_connections)
             self._tables = open_tables("auto", netns)

@@ -19,13 +19,9 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tcpexporter.btf import Btf
 from tcpexporter.errors import LoadError, SourceError
 from tcpexporter.libbpf import load_libbpf
-from tcpexporter.siphash import SECRET
-from tcpexporter.slots import ranges
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +30,10 @@ LOAD_TIMEOUT_S = 60
 LAST_WORDS_TIMEOUT_S = 0.5
 MESSAGE_BYTES = 65536
 SEE_DEBUG = "--log-level debug shows what it said"
+
+RANGE_BITS = 8
+RANGE_SLOTS = 1 << RANGE_BITS
+"""A range is a number: its first slot, and how many follow in so many bits."""
 
 BPF_F_NO_PREALLOC = 1
 BPF_PROG_TYPE_TRACING = 26
@@ -59,9 +59,8 @@ class Request:
     """How many slots there are."""
     netns: int
     """Inode of the only network namespace to watch, 0: all."""
-    secret_0: int = SECRET[0]
-    """Of `siphash.hashes`, like the next."""
-    secret_1: int = SECRET[1]
+    secret: tuple[int, int]
+    """As `siphash.hashes` takes it."""
     lose_one_in: int = 0
     """For tests: of how many events one is lost by chance, 0: none."""
 
@@ -183,8 +182,9 @@ def _load_here(request: Request) -> Descriptors:
 def _fill(free_slots: int, slots: int) -> None:
     """Make all slots free, the first on top."""
     libbpf = load_libbpf()
-    for each in reversed(ranges(np.arange(slots, dtype=np.uint32)).tolist()):
-        value = ctypes.byref(ctypes.c_uint32(each))
+    for first in reversed(range(0, slots, RANGE_SLOTS)):
+        following = min(RANGE_SLOTS, slots - first) - 1
+        value = ctypes.byref(ctypes.c_uint32(first << RANGE_BITS | following))
         if libbpf.bpf_map_update_elem(free_slots, None, value, ctypes.c_uint64(0)):
             reason = os.strerror(ctypes.get_errno())
             raise LoadError(f"the map of free slots cannot be filled: {reason}")
@@ -309,8 +309,8 @@ def _cflags(sources: Path, request: Request, types: Btf) -> list[str]:
         "MAX_CLOSINGS": MAX_CLOSINGS,
         "MAP_FLAGS": _map_flags(types),
         "NETNS": request.netns,
-        "SECRET_0": f"{request.secret_0}ULL",
-        "SECRET_1": f"{request.secret_1}ULL",
+        "SECRET_0": f"{request.secret[0]}ULL",
+        "SECRET_1": f"{request.secret[1]}ULL",
         **_offsets(types),
     }
     if request.lose_one_in:
@@ -333,25 +333,21 @@ def _offsets(types: Btf) -> dict[str, int]:
 
     Only the running kernel's BTF knows it. Headers may be another version's.
     """
-    members = [
-        "skc_family",
-        "skc_daddr",
-        "skc_rcv_saddr",
-        "skc_dport",
-        "skc_num",
-        "skc_net",
-    ]
-    if types.has("sock_common", "skc_v6_daddr"):  # a kernel with IPv6
-        members += ["skc_v6_daddr", "skc_v6_rcv_saddr"]
+    members = ("family", "daddr", "rcv_saddr", "dport", "num", "net")
+    ipv6_members = ("v6_daddr", "v6_rcv_saddr")
     # Every socket begins with a struct sock_common, of the internet with an inet_sock.
     found = {
-        f"{each.upper()}_OFFSET": types.offset("sock_common", each) for each in members
+        f"SKC_{each.upper()}_OFFSET": types.offset("sock_common", f"skc_{each}")
+        for each in members
     }
+    for each in ipv6_members:  # which a kernel without IPv6 has not, and never reads
+        has_ipv6 = types.has("sock_common", f"skc_{each}")
+        at = types.offset("sock_common", f"skc_{each}") if has_ipv6 else 0
+        found[f"SKC_{each.upper()}_OFFSET"] = at
     found["SK_PROTOCOL_OFFSET"] = types.offset("sock", "sk_protocol")
     found["INET_SPORT_OFFSET"] = types.offset("inet_sock", "inet_sport")
-    found["NETNS_INUM_OFFSET"] = types.offset("net", "ns") + types.offset(
-        "ns_common", "inum"
-    )
+    inum_at = types.offset("ns_common", "inum")
+    found["NETNS_INUM_OFFSET"] = types.offset("net", "ns") + inum_at
     return found
 
 

@@ -10,8 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-RANGE_BITS = 8
-RANGE_SLOTS = 1 << RANGE_BITS
+from tcpexporter.loader import RANGE_BITS, RANGE_SLOTS
 
 Slots: TypeAlias = npt.NDArray[np.uint32]
 

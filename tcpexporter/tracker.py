@@ -54,11 +54,11 @@ import numpy.typing as npt
 
 from tcpexporter.connections import CONNECTION, Records
 from tcpexporter.errors import TrackerError
-from tcpexporter.loader import Descriptors
+from tcpexporter.loader import RANGE_SLOTS, Descriptors
 from tcpexporter.mapping import MappedArray
 from tcpexporter.maps import Map, program_info
 from tcpexporter.siphash import Hashes, hashes
-from tcpexporter.slots import RANGE_SLOTS, Slots, ranges, slots_of
+from tcpexporter.slots import Slots, ranges, slots_of
 
 WINDOW = 8192
 """Slots that are mapped and read at once, 512 KiB."""

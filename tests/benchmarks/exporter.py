@@ -14,7 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support import Exporter
 
 COMMAND = (str(Path(sys.executable).with_name("tcpexporter")),)
-POLL_S = 0.02  # each time costs the exporter a request while it starts
+POLL_SHARE = 0.02
+"""Of the time since the start, until it is asked again whether it is ready: each time
+costs it a request when it has other things to do."""
 DEADLINE_S = 60.0
 
 AS_PROMETHEUS = {
@@ -46,7 +48,7 @@ def running(*arguments: str) -> Iterator[Started]:
     start_s = time.perf_counter()
     with Exporter(*arguments, command=COMMAND, wait=False) as exporter:
         try:
-            _wait_until_ready(exporter, start_s + DEADLINE_S)
+            _wait_until_ready(exporter, start_s)
             yield Started(exporter, time.perf_counter() - start_s)
         except Exception as error:
             if exporter.process.poll() is None:
@@ -55,13 +57,14 @@ def running(*arguments: str) -> Iterator[Started]:
             raise RuntimeError(f"the exporter ended with {code}:\n{complaints}") from error
 
 
-def _wait_until_ready(exporter: Exporter, until_s: float) -> None:
+def _wait_until_ready(exporter: Exporter, start_s: float) -> None:
     while not _is_ready(exporter):
         if exporter.process.poll() is not None:
             raise RuntimeError("the exporter has ended")
-        if time.perf_counter() > until_s:
+        waited_s = time.perf_counter() - start_s
+        if waited_s > DEADLINE_S:
             raise NoNumberError(f"it was not ready within {DEADLINE_S:.0f} s")
-        time.sleep(POLL_S)
+        time.sleep(POLL_SHARE * waited_s)
 
 
 def _is_ready(exporter: Exporter) -> bool:

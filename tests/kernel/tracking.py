@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tcpexporter import loader, namespaces
 from tcpexporter.connections import CONNECTION, Direction, Records, groups
+from tcpexporter.siphash import SECRET
 from tcpexporter.slots import Slots
 from tcpexporter.sockets import open_tables
 from tcpexporter.tracker import HANDLE_SEEDED, Tracker
@@ -18,7 +19,7 @@ from tests.support import Peers, reset
 
 def attach(max_connections: int = 1024, *, lose_one_in: int = 0) -> Tracker:
     """A tracker of this namespace that is not seeded."""
-    request = loader.Request(max_connections, namespaces.inode(), lose_one_in=lose_one_in)
+    request = loader.Request(max_connections, namespaces.inode(), SECRET, lose_one_in)
     return Tracker(loader.load(request), max_connections)
 
 

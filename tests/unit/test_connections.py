@@ -21,7 +21,7 @@ from tcpexporter.connections import (
     groups,
     ip_versions,
 )
-from tcpexporter.slots import RANGE_BITS, RANGE_SLOTS
+from tcpexporter.loader import RANGE_BITS, RANGE_SLOTS
 from tcpexporter.tracker import EVENT_KINDS, HANDLE_SEEDED
 
 BPF = Path(__file__).parents[2] / "bpf"

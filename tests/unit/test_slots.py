@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.slots import RANGE_SLOTS, ranges, slots_of
+from tcpexporter.loader import RANGE_SLOTS
+from tcpexporter.slots import ranges, slots_of
 
 LAST = (1 << 24) - 1
 
