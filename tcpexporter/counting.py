@@ -145,10 +145,14 @@ def _tally(pieces: Iterator[_Piece]) -> tuple[Kinds, npt.NDArray[np.int64]]:
     """
     bins = np.zeros(2 * IS_LONG_TERM, np.int32)
     bins[NOTHING] = 1
+    last_of = np.empty(2 * IS_LONG_TERM, np.int32)
     found = [np.empty(0, np.int64)]
     for kinds, _ in pieces:
         # Only those are looked at again in the end: the rest stays memory never touched.
-        found.append(np.unique(kinds[bins[kinds] == 0]))
+        new = kinds[bins[kinds] == 0]
+        number = np.arange(len(new), dtype=np.int32)
+        last_of[new] = number
+        found.append(new[last_of[new] == number])  # each once, without a sort
         np.add.at(bins, kinds, ONE)
     merged = np.concatenate(found)
     return merged.astype(np.uint64), bins[merged].astype(np.int64)
