@@ -50,9 +50,25 @@ figures: ## Put what a full bench has measured into the README and its picture
 	$(bin)/python -m tests.benchmarks.table .cache/bench/figures.json --write README.md
 	$(bin)/python -m tests.benchmarks.picture .cache/bench/figures.json tests/benchmarks/scrape.svg
 
+.PHONY: kernels
+kernels: ## Put what vm-test has found into the README
+	$(bin)/python -m tests.vm.table .cache/vm/kernels.json --write README.md
+
 .PHONY: soak
 soak: setup-test ## Churn for ten minutes, lose events, show that the numbers end right and nothing grows
 	$(bin)/python -m tests.kernel.churn
+
+.PHONY: vm-test
+vm-test: setup-vm ## Run the kernel's tests under Debian's kernels, emulated; KERNEL=6.12 for one
+	$(bin)/python -m tests.vm $(if $(KERNEL),--kernel $(KERNEL))
+
+.PHONY: vm-shell
+vm-shell: setup-vm ## Give a shell in such a guest: KERNEL=6.12
+	$(bin)/python -m tests.vm --shell $(if $(KERNEL),--kernel $(KERNEL))
+
+.PHONY: setup-vm
+setup-vm:
+	@deploy/setup.sh vm
 
 .PHONY: setup-test
 setup-test:

@@ -4,8 +4,10 @@
 # Prepares this machine and this tree; the Makefile calls it with one of:
 #
 #   run          install what the exporter needs: BCC, and .venv with the exporter in it
-#   test         install that, and what lint and tests need
+#   guest        install that, and what the tests of the kernel need
+#   test         install that, and what lint and the other tests need
 #   bench        install that, and what the benchmarks compare us with
+#   vm           install what boots other kernels than this one, and what "test" does
 #   constraints  write deploy/constraints.txt anew
 #
 # Whatever is there already is left alone, without root and without the network.
@@ -28,17 +30,27 @@ main() {
 		require bcc venv
 		fill_venv run .
 		;;
+	guest)
+		require_python
+		require bcc venv ip ss
+		fill_venv guest '.[test]'
+		;;
 	test)
 		require_for_tests
-		fill_venv test '.[test]'
+		fill_venv test '.[test,lint]'
 		;;
 	bench)
 		require_for_tests
 		require_unpacked prometheus-node-exporter prometheus-node-exporter
-		fill_venv bench '.[test,bench]'
+		fill_venv bench '.[test,lint,bench]'
+		;;
+	vm)
+		require_for_tests
+		require qemu-system-x86_64 mmdebstrap busybox mke2fs modprobe cpio xz
+		fill_venv test '.[test,lint]'
 		;;
 	constraints) write_constraints ;;
-	*) fail "usage: $0 run|test|bench|constraints" ;;
+	*) fail "usage: $0 run|guest|test|bench|vm|constraints" ;;
 	esac
 }
 
@@ -102,6 +114,8 @@ is_there() {
 	libc) [ -e /usr/include/stdlib.h ] ;;
 	# As Debian names the command, and as everybody else does.
 	prometheus-node-exporter) has_command "$1" || has_command node_exporter ;;
+	# The one that a shell alone in an initramfs can be had from.
+	busybox) has_command "$1" && ! ldd "$(command -v "$1")" >/dev/null 2>&1 ;;
 	*) has_command "$1" ;;
 	esac
 }
@@ -137,10 +151,17 @@ packages_for() {
 		debian:venv) echo python3-venv ;;
 		debian:ip | debian:ss) echo iproute2 ;;
 		debian:libc) echo libc6-dev ;;
+		debian:qemu-system-x86_64) echo qemu-system-x86 ;;
+		debian:busybox) echo busybox-static ;;
+		debian:mke2fs) echo e2fsprogs ;;
+		debian:modprobe) echo kmod ;;
+		debian:xz) echo xz-utils ;;
 		fedora:bcc) echo python3-bcc ;;
 		fedora:venv) echo python3-libs ;;
 		fedora:ip | fedora:ss) echo iproute ;;
 		fedora:libc) echo glibc-devel ;;
+		fedora:mke2fs) echo e2fsprogs ;;
+		fedora:modprobe) echo kmod ;;
 		# dnf finds a file's package, whatever its name.
 		fedora:prometheus | fedora:promtool) echo "/usr/bin/$need" ;;
 		fedora:prometheus-node-exporter) echo /usr/bin/node_exporter ;;
@@ -218,7 +239,7 @@ unpack() {
 # --- What goes into .venv ---
 
 # Installs the requirement ($2) that a purpose ($1) has, unless a stamp says it is done.
-# "test" holds all that "run" does, and "bench" all that "test" does.
+# Each holds all that the one before it in "run guest test bench" does.
 fill_venv() {
 	stamp=.venv/installed
 	state=$(state)
@@ -230,8 +251,9 @@ fill_venv() {
 	pip_install .venv -c deploy/constraints.txt -e "$2"
 	case $1 in
 	run) held="run" ;;
-	test) held="run test" ;;
-	bench) held="run test bench" ;;
+	guest) held="run guest" ;;
+	test) held="run guest test" ;;
+	bench) held="run guest test bench" ;;
 	esac
 	# shellcheck disable=SC2086  # one line for each purpose
 	printf "$state %s\n" $held >"$stamp"
@@ -262,7 +284,7 @@ write_constraints() {
 	scratch=$(mktemp -d)
 	trap 'rm -rf "$scratch"' EXIT
 	"$python" -m venv "$scratch"
-	pip_install "$scratch" -e '.[test,bench]'
+	pip_install "$scratch" -e '.[test,lint,bench]'
 	"$scratch/bin/python" -m pip freeze --exclude-editable >"$scratch/pins"
 	{
 		echo "# The versions that setup installs and that the tests have passed with."

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
+from tests import tables
 from tests.benchmarks import report
 from tests.benchmarks.figures import Figure, Unit
 from tests.benchmarks.report import Report
 from tests.benchmarks.shown import digits, seconds, shown, size, spread
 from tests.benchmarks.sizes import OURS, Kept, Measured, Size
+from tests.tables import Table
 
 BEGIN = "<!-- figures: written by python -m tests.benchmarks.table -->"
 END = "<!-- end of figures -->"
@@ -36,22 +38,19 @@ CONTENDERS = {
 }
 """In the order of the table."""
 
-Table = list[list[str]]
-"""Rows of cells; the first are the headings."""
-
 
 def markdown(measured: Report) -> str:
     """The tables, and what they are true of."""
-    tables = [_lines(table) for table in _tables(measured)]
-    return "\n\n".join([*tables, conditions(measured)])
+    parts = [tables.markdown(each) for each in _tables(measured)]
+    return "\n\n".join([*parts, conditions(measured)])
 
 
 def plain(measured: Report) -> str:
     """The same for a terminal, and the spread of the samples."""
-    tables = [*_tables(measured), _spreads(measured)]
+    parts = [*_tables(measured), _spreads(measured)]
     missed = [figure.name for figure in measured.figures if figure.is_reached is False]
     reached = f"not reached: {', '.join(missed) or 'none'}"
-    return "\n\n".join([*map(_aligned, tables), conditions(measured), reached])
+    return "\n\n".join([*map(tables.aligned, parts), conditions(measured), reached])
 
 
 def write(measured: Report, path: Path) -> None:
@@ -60,11 +59,7 @@ def write(measured: Report, path: Path) -> None:
     Raises:
         ValueError: it does not have them.
     """
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{path} does not have the lines {BEGIN!r} and {END!r}")
-    path.write_text(f"{before}{BEGIN}\n\n{markdown(measured)}\n\n{END}{after}")
+    tables.replace(path, BEGIN, END, markdown(measured))
 
 
 def _tables(measured: Report) -> list[Table]:
@@ -266,24 +261,6 @@ def _not_measured(measured: Report) -> Iterator[str]:
             yield f"{each.sockets:,} sockets: not measured, because {each.why_not}."
         for sentence in each.missing:
             yield f"{each.sockets:,} sockets: {sentence}."
-
-
-# --- As text ---
-
-
-def _lines(table: Table) -> str:
-    headings, *rows = (f"| {' | '.join(row)} |" for row in table)
-    return "\n".join([headings, "|" + " --- |" * len(table[0]), *rows])
-
-
-def _aligned(table: Table) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-        ).rstrip()
-        for row in table
-    )
 
 
 def main() -> None:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Runs the tests of the kernel in a guest of each kernel, one guest a CPU at once."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tests.vm import CACHE, ROOT, VmError, guest, images, kernels, outcome, table
+from tests.vm.images import BOOKWORM, TRIXIE, Userland
+from tests.vm.kernels import KERNELS, Kernel, Unpacked
+from tests.vm.outcome import Outcome
+
+OUTPUT = ROOT / ".cache" / "vm"
+
+LIMIT_S = 1800
+"""More than a guest takes on a machine that has other work, too."""
+
+TEST = """
+.venv/bin/python -m tests.vm.facts >/share/facts.json &&
+	.venv/bin/python -m pytest tests/kernel -v --color=no --junitxml=/share/results.xml
+"""
+
+SHELL = "TERM=linux exec bash </dev/ttyS0 >/dev/ttyS0 2>&1"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A kernel, and what it is tested with."""
+
+    kernel: Kernel
+    userland: Userland
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.name}-{self.userland.suite}"
+
+
+RUNS = (*(Run(each, BOOKWORM) for each in KERNELS), Run(KERNELS[-1], TRIXIE))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kernel", default="", help="only this one, as 6.12")
+    parser.add_argument("--shell", action="store_true", help="give a shell in it instead")
+    arguments = parser.parse_args()
+    runs = [each for each in RUNS if arguments.kernel in ("", each.kernel.name)]
+    if not runs:
+        names = ", ".join(each.name for each in KERNELS)
+        sys.exit(f"there is no kernel {arguments.kernel!r}, only {names}")
+    if os.geteuid() != 0:
+        sys.exit("the file systems of guests are made by root: use sudo")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    try:
+        sys.exit(_shell(runs[-1]) if arguments.shell else _test(runs))
+    except VmError as error:
+        sys.exit(str(error))
+
+
+def _shell(run: Run) -> int:
+    unpacked, image = kernels.fetch(run.kernel), images.build(run.userland)
+    with tempfile.TemporaryDirectory() as share:
+        return guest.run(unpacked, image, Path(share), SHELL)
+
+
+def _test(runs: Sequence[Run]) -> int:
+    with ThreadPoolExecutor() as preparing, ThreadPoolExecutor(os.cpu_count()) as testing:
+        unpacked = {
+            each: preparing.submit(kernels.fetch, each)
+            for each in dict.fromkeys(run.kernel for run in runs)
+        }
+        built = {
+            each: preparing.submit(images.build, each)
+            for each in dict.fromkeys(run.userland for run in runs)
+        }
+        outcomes = list(
+            testing.map(
+                lambda run: _outcome(run, unpacked[run.kernel], built[run.userland]), runs
+            )
+        )
+    if len(runs) == len(RUNS):
+        outcome.write(outcomes, OUTPUT / "kernels.json")
+    sys.stdout.write(f"\n{table.plain(outcomes)}\n\nwhat the guests printed: {OUTPUT}\n")
+    return int(not all(each.is_good for each in outcomes))
+
+
+def _outcome(run: Run, unpacked: Future[Unpacked], image: Future[Path]) -> Outcome:
+    """The tests' results; whatever keeps them from being there is said in their place."""
+    result = Outcome(kernel=run.kernel.name, userland=run.userland.suite)
+    log = OUTPUT / f"{run.name}.log"
+    try:
+        kernel, root = unpacked.result(), image.result()
+        _say(f"{run.name}: boots {kernel.image.name}")
+        began_s = time.monotonic()
+        with tempfile.TemporaryDirectory() as directory:
+            share = Path(directory)
+            code = guest.run(kernel, root, share, TEST, log=log, limit_s=LIMIT_S)
+            result = replace(
+                result,
+                seconds=time.monotonic() - began_s,
+                guest=outcome.read_guest(share / "facts.json"),
+                **outcome.count(share / "results.xml"),
+            )
+        if code and not result.failed:
+            result = replace(result, why_not=f"pytest ended with {code}, see {log}")
+    except (VmError, OSError) as error:
+        result = replace(result, why_not=str(error))
+    _say(
+        f"{run.name}: {result.passed} passed, {len(result.failed)} failed, "
+        f"{len(result.skipped)} skipped{result.why_not and f': {result.why_not}'}"
+    )
+    return result
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

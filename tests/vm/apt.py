@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Packages of other suites than the host's, from where the host has its own."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.vm import VmError
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+DEPENDENCY = re.compile(r"^ +Depends: ([^<\s]+)$", re.MULTILINE)
+
+
+def mirror(label: str = "Debian") -> str:
+    """Where the host has packages of that label from.
+
+    Raises:
+        VmError: it has none; it is no Debian.
+    """
+    targets = ("Created-By: Packages", f"Label: {label}")
+    found = _run("apt-get", "indextargets", "--format", "$(REPO_URI)", *targets).split()
+    if not found:
+        raise VmError(
+            f"apt knows no source of packages that is labelled {label!r}: add Debian's to "
+            "/etc/apt/sources.list.d, and its keys (debian-archive-keyring)"
+        )
+    return found[0]
+
+
+class Apt:
+    """apt with lists and sources of its own, which installs nothing."""
+
+    def __init__(self, state: Path, *suites: str) -> None:
+        """Fetch the lists of packages.
+
+        Args:
+            state: a directory for them.
+            suites: as ``bookworm-backports``; security's are found by their name.
+
+        Raises:
+            VmError: they cannot be had; says why.
+        """
+        for each in ("lists/partial", "cache/archives/partial", "parts"):
+            (state / each).mkdir(parents=True, exist_ok=True)
+        (state / "status").touch()
+        sources = state / "sources.list"
+        sources.write_text("".join(f"{source(suite)}\n" for suite in suites))
+        self._options = [
+            f"-oDir::Etc::sourcelist={sources}",
+            f"-oDir::Etc::sourceparts={state / 'parts'}",
+            f"-oDir::State={state}",
+            f"-oDir::State::status={state / 'status'}",
+            f"-oDir::Cache={state / 'cache'}",
+            "-oAPT::Sandbox::User=root",
+            "-oAPT::Architecture=amd64",
+            "-oAcquire::Languages=none",
+            "-oAcquire::Retries=3",
+        ]
+        self("apt-get", "update", "-q", "--error-on=any")
+
+    def __call__(self, command: str, *arguments: str, cwd: Path | None = None) -> str:
+        return _run(command, *self._options, *arguments, cwd=cwd)
+
+    def version(self, package: str) -> str:
+        """Of the newest that there is."""
+        shown = self("apt-cache", "show", "--no-all-versions", package)
+        return next(
+            line.split()[1] for line in shown.splitlines() if line.startswith("Version:")
+        )
+
+    def dependencies(self, package: str) -> list[str]:
+        """The packages that it cannot be without."""
+        return DEPENDENCY.findall(self("apt-cache", "depends", package))
+
+    def unpack(self, packages: Iterator[str] | list[str], into: Path) -> None:
+        """Download packages, and unpack them without installing anything."""
+        archives = into.with_name(f"{into.name}.archives")
+        archives.mkdir(parents=True)
+        self("apt-get", "download", "-q", *packages, cwd=archives)
+        for archive in archives.iterdir():
+            _run("dpkg", "-x", str(archive), str(into))
+            archive.unlink()
+        archives.rmdir()
+
+
+def source(suite: str) -> str:
+    """A line of sources.list(5)."""
+    label = "Debian-Security" if suite.endswith("-security") else "Debian"
+    return f"deb [signed-by={KEYRING}] {mirror(label)} {suite} main"
+
+
+def _run(*command: str, cwd: Path | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = "; ".join(
+            line for line in done.stderr.splitlines() if line[:2] in ("E:", "dp")
+        )
+        raise VmError(f"{command[0]} {command[-1]}: {said or done.stderr.strip()}")
+    return done.stdout

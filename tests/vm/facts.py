@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What a guest is, as a line of JSON: written in it, for its row of the table."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import bcc
+
+COMPILERS = ("cc", "gcc", "clang", "cpp")
+
+
+def main() -> None:
+    kernel = os.uname()
+    facts = {
+        "release": kernel.release,
+        # "#1 SMP Debian 6.1.192-2 (2026-11-16)"
+        "version": kernel.version,
+        "python": platform.python_version(),
+        "bcc": bcc.__version__,
+        "has_headers": Path(f"/lib/modules/{kernel.release}/build").exists(),
+        "has_compiler": any(map(shutil.which, COMPILERS)),
+    }
+    sys.stdout.write(f"{json.dumps(facts)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Root file systems of Debian's releases, with what the exporter needs and no kernel."""
+
+import hashlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.vm import CACHE, ROOT, VmError
+from tests.vm.apt import source
+
+SIZE = "2G"
+"""At most: the file has holes."""
+
+ENVIRONMENT = {
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "LANG": "C.UTF-8",
+    # Packages are there as wheels: a chroot does not know how the host reaches an index.
+    "PIP_NO_INDEX": "1",
+    "PIP_FIND_LINKS": "/wheels",
+}
+
+
+@dataclass(frozen=True)
+class Userland:
+    """What a guest has besides its kernel."""
+
+    suite: str
+    python: str
+    command: str
+    """What makes it, in /tcpexporter."""
+    packages: tuple[str, ...] = ()
+    """That the release has when it is installed, and minbase has not."""
+
+
+BOOKWORM = Userland("bookworm", "3.11", "deploy/setup.sh guest", ("kmod", "python3"))
+TRIXIE = Userland("trixie", "3.13", "deploy/setup.sh guest", ("kmod", "python3"))
+"""Python, BCC, iproute2 and pytest: no compiler, no headers."""
+
+INPUTS = (Path(__file__), ROOT / "pyproject.toml", *sorted((ROOT / "deploy").glob("*.*")))
+"""What an image is made from; when one of them changes, so does the image."""
+
+
+def build(userland: Userland) -> Path:
+    """The image, from the cache unless what it is made from has changed.
+
+    Raises:
+        VmError: it cannot be made; says why.
+    """
+    image = CACHE / "images" / f"{userland.suite}-{_fingerprint(userland)}.img"
+    if image.exists():
+        return image
+    image.parent.mkdir(parents=True, exist_ok=True)
+    for old in image.parent.glob(f"{userland.suite}-*"):
+        old.unlink()
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        directory = Path(scratch)
+        directory.chmod(0o755)
+        _download_wheels(userland.python, directory / "wheels")
+        pack_tree(directory / "tree.tar")
+        _install(userland, directory)
+        new = image.with_suffix(".new")
+        _run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d",
+             directory / "root", new, SIZE)  # fmt: skip
+        new.rename(image)
+    return image
+
+
+def _fingerprint(userland: Userland) -> str:
+    inputs = hashlib.sha256(repr(userland).encode())
+    for each in INPUTS:
+        inputs.update(each.read_bytes())
+    return inputs.hexdigest()[:16]
+
+
+def pack_tree(archive: Path) -> None:
+    """All files that git knows or would add, as they are now."""
+    listed = subprocess.check_output(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        text=True,
+    )
+    with tarfile.open(archive, "w") as packed:
+        for name in filter(None, listed.split("\0")):
+            if (ROOT / name).exists():
+                packed.add(ROOT / name, name, recursive=False)
+
+
+def _download_wheels(python: str, into: Path) -> None:
+    """What pip will install, for a Python that need not be the host's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *project["project"]["optional-dependencies"]["test"],
+    ]
+    _run(
+        sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:",
+        f"--python-version={python}", f"--dest={into}",
+        f"--constraint={ROOT / 'deploy/constraints.txt'}", *needed,
+    )  # fmt: skip
+
+
+def _install(userland: Userland, directory: Path) -> None:
+    """Let mmdebstrap install the release, and in it what `Userland.command` does."""
+    hooks = [
+        'mkdir "$1/tcpexporter"',
+        f'tar -C "$1/tcpexporter" -xf {directory / "tree.tar"}',
+        f'cp -r {directory / "wheels"} "$1/wheels"',
+        f'chroot "$1" sh -ec "cd /tcpexporter; {userland.command}"',
+        'rm -r "$1/wheels"',
+    ]
+    _run(
+        "mmdebstrap",
+        "--quiet",
+        "--mode=root",
+        "--variant=minbase",
+        f"--include={','.join(userland.packages)}",
+        '--aptopt=Acquire::Languages "none"',
+        "--dpkgopt=path-exclude=/usr/share/doc/*",
+        "--dpkgopt=path-exclude=/usr/share/man/*",
+        "--dpkgopt=path-exclude=/usr/share/locale/*",
+        *(f"--customize-hook={each}" for each in hooks),
+        userland.suite,
+        directory / "root",
+        source(userland.suite),
+        environment=ENVIRONMENT,
+    )
+
+
+def _run(*command: str | Path, environment: dict[str, str] | None = None) -> None:
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()[-20:]
+        raise VmError("\n".join([f"{command[0]} failed:", *said]))
