@@ -14,7 +14,7 @@ from types import FrameType
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from tcpexporter import namespaces, privileges, server, sizing, version
+from tcpexporter import features, namespaces, privileges, server, sizing, version
 from tcpexporter.collector import ConnectionCollector, make_registry
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
@@ -49,7 +49,10 @@ def main() -> None:
     try:
         settings = parse(sys.argv[1:], os.environ)
         _set_up_logging(settings)
-        _run(settings)
+        if settings.features:
+            _print(features.table(features.Kernel()))
+        else:
+            _run(settings)
     except SettingsError as error:
         sys.exit(_complain(error, 2))
     except TcpExporterError as error:
