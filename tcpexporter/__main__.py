@@ -14,7 +14,7 @@ from types import FrameType
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from tcpexporter import features, namespaces, privileges, server, sizing, version
+from tcpexporter import namespaces, privileges, server, sizing, version
 from tcpexporter.collector import ConnectionCollector, make_registry
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
@@ -50,7 +50,7 @@ def main() -> None:
         settings = parse(sys.argv[1:], os.environ)
         _set_up_logging(settings)
         if settings.features:
-            _print(features.table(features.Kernel()))
+            _print_features()
         else:
             _run(settings)
     except SettingsError as error:
@@ -94,6 +94,13 @@ def _set_up_logging(settings: Settings) -> None:
         )
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def _print_features() -> None:
+    # As with JsonFormatter: 0.6 MiB.
+    from tcpexporter.features import Kernel, table  # noqa: PLC0415
+
+    _print(table(Kernel()))
 
 
 def _run(settings: Settings) -> None:

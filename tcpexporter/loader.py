@@ -19,10 +19,9 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tcpexporter import features, privileges, programs
+from tcpexporter import privileges, programs
 from tcpexporter.btf import Btf
 from tcpexporter.errors import LoadError, SourceError
-from tcpexporter.features import Kernel
 from tcpexporter.libbpf import load_libbpf
 from tcpexporter.programs import TRACEPOINT
 
@@ -153,6 +152,9 @@ def _main(channel_descriptor: int) -> None:
 
 
 def _load_here(request: Request) -> Descriptors:
+    # Only the child asks the kernel, and only it keeps in memory how: 0.6 MiB.
+    from tcpexporter.features import HASH_MAP_ALLOCATOR, IPV6, Kernel  # noqa: PLC0415
+
     _require_privilege()
     kernel = Kernel(request.without)
     types = kernel.require()
@@ -163,7 +165,13 @@ def _load_here(request: Request) -> Descriptors:
     try:
         bpf = bcc.BPF(
             src_file=str(sources / "tcp_tracker.c"),
-            cflags=_cflags(sources, request, kernel, types),
+            cflags=_cflags(
+                sources,
+                request,
+                types,
+                has_allocator=bool(kernel.has(HASH_MAP_ALLOCATOR)),
+                has_ipv6=bool(kernel.has(IPV6)),
+            ),
         )
         code: bytes = bpf.dump_func("on_state_change")
         maps = {name: bpf[name].map_fd for name in MAPS}
@@ -234,27 +242,25 @@ def _import_bcc() -> Any:
     return bcc
 
 
-def _cflags(sources: Path, request: Request, kernel: Kernel, types: Btf) -> list[str]:
+def _cflags(
+    sources: Path, request: Request, types: Btf, *, has_allocator: bool, has_ipv6: bool
+) -> list[str]:
     defines = {
         "MAX_CONNECTIONS": request.max_connections,
         "MAX_CLOSINGS": MAX_CLOSINGS,
-        "MAP_FLAGS": _map_flags(kernel),
+        # Memory for a map's entries is taken when they come, where that is safe.
+        "MAP_FLAGS": BPF_F_NO_PREALLOC if has_allocator else 0,
         "NETNS": request.netns,
         "SECRET_0": f"{request.secret[0]}ULL",
         "SECRET_1": f"{request.secret[1]}ULL",
-        **_offsets(types, kernel),
+        **_offsets(types, has_ipv6=has_ipv6),
     }
     if request.lose_one_in:
         defines["LOSE_ONE_IN"] = request.lose_one_in
     return [f"-I{sources}"] + [f"-D{name}={value}" for name, value in defines.items()]
 
 
-def _map_flags(kernel: Kernel) -> int:
-    """Memory for a map's entries is taken when they come, where that is safe."""
-    return BPF_F_NO_PREALLOC if kernel.has(features.HASH_MAP_ALLOCATOR) else 0
-
-
-def _offsets(types: Btf, kernel: Kernel) -> dict[str, int]:
+def _offsets(types: Btf, *, has_ipv6: bool) -> dict[str, int]:
     """Where the program finds what it reads of a socket, in bytes.
 
     Only the running kernel's BTF knows it. Headers may be another version's.
@@ -266,7 +272,6 @@ def _offsets(types: Btf, kernel: Kernel) -> dict[str, int]:
         f"SKC_{each.upper()}_OFFSET": types.offset("sock_common", f"skc_{each}")
         for each in members
     }
-    has_ipv6 = kernel.has(features.IPV6)
     for each in ipv6_members:  # which a kernel without IPv6 has not, and never reads
         at = types.offset("sock_common", f"skc_{each}") if has_ipv6 else 0
         found[f"SKC_{each.upper()}_OFFSET"] = at
