@@ -49,7 +49,10 @@ def main() -> None:
     try:
         settings = parse(sys.argv[1:], os.environ)
         _set_up_logging(settings)
-        _run(settings)
+        if settings.features:
+            _print_features()
+        else:
+            _run(settings)
     except SettingsError as error:
         sys.exit(_complain(error, 2))
     except TcpExporterError as error:
@@ -91,6 +94,13 @@ def _set_up_logging(settings: Settings) -> None:
         )
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def _print_features() -> None:
+    # As with JsonFormatter: 0.6 MiB.
+    from tcpexporter.features import Kernel, table  # noqa: PLC0415
+
+    _print(table(Kernel()))
 
 
 def _run(settings: Settings) -> None:

@@ -10,6 +10,7 @@ from tcpexporter.libbpf import load_libbpf
 KIND_STRUCT = 4
 KIND_UNION = 5
 KIND_TYPEDEF = 8
+KIND_FUNC = 12
 
 
 class _Type(ctypes.Structure):
@@ -48,10 +49,7 @@ class Btf:
         self._libbpf.btf__name_by_offset.restype = ctypes.c_char_p
         self._btf = ctypes.c_void_p(self._libbpf.btf__load_vmlinux_btf())
         if not self._btf or self._libbpf.libbpf_get_error(self._btf):
-            raise LoadError(
-                "this kernel has no BTF in /sys/kernel/btf/vmlinux: use one that was built "
-                "with CONFIG_DEBUG_INFO_BTF, or --source sock_diag"
-            )
+            raise LoadError("this kernel has no BTF")
 
     def offset(self, struct: str, member: str) -> int:
         """Bytes from the start of ``struct`` to ``member``, be it of an anonymous one.
@@ -84,22 +82,25 @@ class Btf:
         Raises:
             LoadError: there is no such tracepoint.
         """
-        number = int(
-            self._libbpf.btf__find_by_name_kind(
-                self._btf, f"btf_trace_{tracepoint}".encode(), KIND_TYPEDEF
-            )
-        )
+        number = self._tracepoint(tracepoint)
         if number < 1:
-            raise LoadError(
-                f"this kernel has no tracepoint {tracepoint}: Linux 4.16 and later do"
-            )
+            raise LoadError(f"this kernel has no tracepoint {tracepoint}")
         return number
 
-    def _find(self, struct: str) -> int:
+    def has_tracepoint(self, tracepoint: str) -> bool:
+        """Whether there is one that `function` finds."""
+        return self._tracepoint(tracepoint) > 0
+
+    def has_function(self, function: str) -> bool:
+        """Whether the kernel has a function of that name."""
+        return self._find(function, KIND_FUNC) > 0
+
+    def _tracepoint(self, tracepoint: str) -> int:
+        return self._find(f"btf_trace_{tracepoint}", KIND_TYPEDEF)
+
+    def _find(self, name: str, kind: int = KIND_STRUCT) -> int:
         """The number of a type, below 1 where there is none of that name."""
-        return int(
-            self._libbpf.btf__find_by_name_kind(self._btf, struct.encode(), KIND_STRUCT)
-        )
+        return int(self._libbpf.btf__find_by_name_kind(self._btf, name.encode(), kind))
 
     def _members(self, number: int) -> Iterator[tuple[str, int, int]]:
         """Name, type and offset of each member; none of what is no struct or union."""

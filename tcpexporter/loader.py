@@ -19,13 +19,14 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tcpexporter import privileges, programs
 from tcpexporter.btf import Btf
 from tcpexporter.errors import LoadError, SourceError
 from tcpexporter.libbpf import load_libbpf
+from tcpexporter.programs import TRACEPOINT
 
 log = logging.getLogger(__name__)
 
-TRACEPOINT = "inet_sock_set_state"
 LOAD_TIMEOUT_S = 60
 LAST_WORDS_TIMEOUT_S = 0.5
 MESSAGE_BYTES = 65536
@@ -36,10 +37,6 @@ RANGE_SLOTS = 1 << RANGE_BITS
 """A range is a number: its first slot, and how many follow in so many bits."""
 
 BPF_F_NO_PREALLOC = 1
-BPF_PROG_TYPE_TRACING = 26
-BPF_TRACE_RAW_TP = 23
-INSTRUCTION_BYTES = 8
-VERIFIER_LOG_BYTES = 1 << 20
 
 MAPS = ("slots", "connections", "free_slots", "watched", "closings", "events", "barrier")
 
@@ -50,10 +47,6 @@ CLONE_NEWNS = 0x00020000
 MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
-
-CAP_SYS_ADMIN = 21
-CAP_PERFMON = 38
-CAP_BPF = 39
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,8 @@ class Request:
     """As `siphash.hashes` takes it."""
     lose_one_in: int = 0
     """For tests: of how many events one is lost by chance, 0: none."""
+    without: tuple[str, ...] = ()
+    """For tests: names of features that are taken as not there."""
 
 
 @dataclass(frozen=True)
@@ -162,17 +157,27 @@ def _main(channel_descriptor: int) -> None:
 
 
 def _load_here(request: Request) -> Descriptors:
+    # Only the child asks the kernel, and only it keeps in memory how: 0.6 MiB.
+    from tcpexporter.features import HASH_MAP_ALLOCATOR, IPV6, Kernel  # noqa: PLC0415
+
     _require_privilege()
+    kernel = Kernel(request.without)
+    types = kernel.require()
     _hide_kernel_symbols()
     bcc = _import_bcc()
-    types = Btf()
     sources = _sources()
     # BCC takes it for a kernel's source tree, and looks into its include/.
     os.environ["BCC_KERNEL_SOURCE"] = str(sources)
     try:
         bpf = bcc.BPF(
             src_file=str(sources / "tcp_tracker.c"),
-            cflags=_cflags(sources, request, types),
+            cflags=_cflags(
+                sources,
+                request,
+                types,
+                has_allocator=bool(kernel.has(HASH_MAP_ALLOCATOR)),
+                has_ipv6=bool(kernel.has(IPV6)),
+            ),
         )
         code: bytes = bpf.dump_func("on_state_change")
         maps = {name: bpf[name].map_fd for name in MAPS}
@@ -181,8 +186,8 @@ def _load_here(request: Request) -> Descriptors:
             f"BCC cannot compile the BPF program ({error}), {SEE_DEBUG}"
         ) from error
     _fill(maps["free_slots"], request.max_connections)
-    program = load_program(code, types.function(TRACEPOINT))
-    return Descriptors(**maps, program=program, link=attach(program))
+    program = _load_program(code, types.function(TRACEPOINT))
+    return Descriptors(**maps, program=program, link=_attach(program))
 
 
 def _fill(free_slots: int, slots: int) -> None:
@@ -196,82 +201,23 @@ def _fill(free_slots: int, slots: int) -> None:
             raise LoadError(f"the map of free slots cannot be filled: {reason}")
 
 
-class _LoadOptions(ctypes.Structure):
-    """``struct bpf_prog_load_opts`` of libbpf 1.0 and later."""
-
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("attempts", ctypes.c_int),
-        ("expected_attach_type", ctypes.c_int),
-        ("prog_btf_fd", ctypes.c_uint32),
-        ("prog_flags", ctypes.c_uint32),
-        ("prog_ifindex", ctypes.c_uint32),
-        ("kern_version", ctypes.c_uint32),
-        ("attach_btf_id", ctypes.c_uint32),
-        ("attach_prog_fd", ctypes.c_uint32),
-        ("attach_btf_obj_fd", ctypes.c_uint32),
-        ("fd_array", ctypes.c_void_p),
-        ("func_info", ctypes.c_void_p),
-        ("func_info_cnt", ctypes.c_uint32),
-        ("func_info_rec_size", ctypes.c_uint32),
-        ("line_info", ctypes.c_void_p),
-        ("line_info_cnt", ctypes.c_uint32),
-        ("line_info_rec_size", ctypes.c_uint32),
-        ("log_level", ctypes.c_uint32),
-        ("log_size", ctypes.c_uint32),
-        ("log_buf", ctypes.c_void_p),
-    )
+def _load_program(code: bytes, function: int) -> int:
+    try:
+        return programs.load(code, function)
+    except OSError as error:
+        sys.stderr.writelines(error.__notes__)
+        raise LoadError(
+            f"the kernel refuses the BPF program ({error.strerror}), {SEE_DEBUG}"
+        ) from error
 
 
-def load_program(code: bytes, function: int) -> int:
-    """Load what BCC has compiled: it does not know programs of this type itself.
-
-    Gives the program's descriptor.
-
-    The program of a tracepoint's function gets the socket as a pointer that the verifier
-    knows the type of, so it may read through it: Linux kernel commit 9e15db66136a ("bpf:
-    Implement accurate raw_tp context access via BTF") (in v5.5).
-
-    Raises:
-        LoadError: the kernel refuses it.
-    """
-    said = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
-    options = _LoadOptions(
-        size=ctypes.sizeof(_LoadOptions),
-        expected_attach_type=BPF_TRACE_RAW_TP,
-        attach_btf_id=function,
-        log_level=1,
-        log_size=len(said),
-        log_buf=ctypes.addressof(said),
-    )
-    descriptor: int = load_libbpf().bpf_prog_load(
-        BPF_PROG_TYPE_TRACING,
-        b"on_state_change",
-        b"GPL",
-        code,
-        ctypes.c_size_t(len(code) // INSTRUCTION_BYTES),
-        ctypes.byref(options),
-    )
-    if descriptor < 0:
-        reason = os.strerror(ctypes.get_errno())
-        sys.stderr.write(said.value.decode(errors="replace"))
-        raise LoadError(f"the kernel refuses the BPF program ({reason}), {SEE_DEBUG}")
-    return descriptor
-
-
-def attach(program: int) -> int:
-    """Attach a program to the tracepoint that it was loaded for.
-
-    Gives a descriptor, which is the attachment.
-
-    Raises:
-        LoadError: the kernel refuses it.
-    """
-    descriptor: int = load_libbpf().bpf_raw_tracepoint_open(None, program)
-    if descriptor < 0:
-        reason = os.strerror(ctypes.get_errno())
-        raise LoadError(f"the BPF program cannot be attached to {TRACEPOINT}: {reason}")
-    return descriptor
+def _attach(program: int) -> int:
+    try:
+        return programs.attach(program)
+    except OSError as error:
+        raise LoadError(
+            f"the BPF program cannot be attached to {TRACEPOINT}: {error.strerror}"
+        ) from error
 
 
 def _sources() -> Path:
@@ -282,14 +228,7 @@ def _sources() -> Path:
 
 
 def _require_privilege() -> None:
-    status = Path("/proc/self/status").read_text().splitlines()
-    effective = next(
-        int(line.split()[1], 16) for line in status if line.startswith("CapEff:")
-    )
-    if not (
-        effective >> CAP_SYS_ADMIN & 1
-        or (effective >> CAP_BPF & 1 and effective >> CAP_PERFMON & 1)
-    ):
+    if not privileges.may_use_bpf():
         raise LoadError("BPF takes root, or CAP_BPF and CAP_PERFMON: start it with sudo")
 
 
@@ -323,32 +262,25 @@ def _import_bcc() -> Any:
     return bcc
 
 
-def _cflags(sources: Path, request: Request, types: Btf) -> list[str]:
+def _cflags(
+    sources: Path, request: Request, types: Btf, *, has_allocator: bool, has_ipv6: bool
+) -> list[str]:
     defines = {
         "MAX_CONNECTIONS": request.max_connections,
         "MAX_CLOSINGS": MAX_CLOSINGS,
-        "MAP_FLAGS": _map_flags(types),
+        # Memory for a map's entries is taken when they come, where that is safe.
+        "MAP_FLAGS": BPF_F_NO_PREALLOC if has_allocator else 0,
         "NETNS": request.netns,
         "SECRET_0": f"{request.secret[0]}ULL",
         "SECRET_1": f"{request.secret[1]}ULL",
-        **_offsets(types),
+        **_offsets(types, has_ipv6=has_ipv6),
     }
     if request.lose_one_in:
         defines["LOSE_ONE_IN"] = request.lose_one_in
     return [f"-I{sources}"] + [f"-D{name}={value}" for name, value in defines.items()]
 
 
-def _map_flags(types: Btf) -> int:
-    """Memory for a map's entries is taken when they come, where that is safe.
-
-    A map for 262,144 takes 4 MiB then and not 20, before there is any entry. In a
-    tracepoint it is safe since hash maps have their own allocator: Linux kernel commit
-    fba1a1c6c912 ("bpf: Convert hash map to bpf_mem_alloc.") (in v6.1).
-    """
-    return BPF_F_NO_PREALLOC if types.has("bpf_htab", "ma") else 0
-
-
-def _offsets(types: Btf) -> dict[str, int]:
+def _offsets(types: Btf, *, has_ipv6: bool) -> dict[str, int]:
     """Where the program finds what it reads of a socket, in bytes.
 
     Only the running kernel's BTF knows it. Headers may be another version's.
@@ -361,7 +293,6 @@ def _offsets(types: Btf) -> dict[str, int]:
         for each in members
     }
     for each in ipv6_members:  # which a kernel without IPv6 has not, and never reads
-        has_ipv6 = types.has("sock_common", f"skc_{each}")
         at = types.offset("sock_common", f"skc_{each}") if has_ipv6 else 0
         found[f"SKC_{each.upper()}_OFFSET"] = at
     found["SK_PROTOCOL_OFFSET"] = types.offset("sock", "sk_protocol")

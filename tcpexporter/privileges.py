@@ -8,11 +8,14 @@ import logging
 import os
 import pwd
 from collections.abc import Callable
+from pathlib import Path
 
 from tcpexporter.errors import PrivilegeError, TcpExporterError
 
 log = logging.getLogger(__name__)
 
+CAP_SYS_ADMIN = 21
+CAP_PERFMON = 38
 CAP_BPF = 39
 
 # include/uapi/linux/prctl.h
@@ -56,6 +59,18 @@ def find_user(name: str) -> pwd.struct_passwd:
     return account
 
 
+def may_use_bpf() -> bool:
+    """Whether this process may load a BPF program of a tracepoint."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    effective = next(
+        int(line.split()[1], 16) for line in status if line.startswith("CapEff:")
+    )
+    return bool(
+        effective >> CAP_SYS_ADMIN & 1
+        or (effective >> CAP_BPF & 1 and effective >> CAP_PERFMON & 1)
+    )
+
+
 def drop(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> None:
     """Lose every capability and the way back to any.
 
@@ -63,27 +78,30 @@ def drop(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> Non
 
     Args:
         account: whose uid and gid to take; None when not root.
-        needed: an operation that must still work afterwards. Where the kernel
-            refuses it without CAP_BPF, that one is kept: a bpf(2) call on a
-            descriptor took it before Linux kernel commit c8644cd0efe7 ("bpf: refine
-            kernel.unprivileged_bpf_disabled behaviour") (in v5.19).
+        needed: an operation that must still work afterwards. Where it does not without
+            CAP_BPF, that one is kept: `features.UNPRIVILEGED_MAPS`.
 
     Raises:
         PrivilegeError: the kernel refuses a step.
     """
-    kept = () if _works_without(account, needed) else (CAP_BPF,)
+    kept = () if works_without(account, needed) else (CAP_BPF,)
     if kept:
         log.warning("keeping CAP_BPF: this kernel does not let go of it for reading a map")
     _become(account, kept)
 
 
-def _works_without(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> bool:
-    """Whether a child that has dropped everything can do what is needed."""
+def works_without(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> bool:
+    """Whether a child that has dropped everything can do what is needed.
+
+    Args:
+        account: as `drop` has it.
+        needed: raises TcpExporterError or OSError where it cannot be done.
+    """
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     outcome = 1
-    with contextlib.suppress(TcpExporterError):
+    with contextlib.suppress(TcpExporterError, OSError):
         _become(account, ())
         needed()
         outcome = 0

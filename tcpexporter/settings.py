@@ -52,6 +52,7 @@ class Settings:
     log_level: str = "info"
     log_format: str = "text"
     once: bool = False
+    features: bool = False
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
@@ -473,6 +474,12 @@ _GROUPS = {
             " of more are added up as port other, but those that --port names",
         ),
         _Setting("once", "false", _SWITCH, "print the metrics once and exit"),
+        _Setting(
+            "features",
+            "false",
+            _SWITCH,
+            "print what this kernel has of what differs between kernels, and exit",
+        ),
         _Setting(
             "log-level",
             "info",

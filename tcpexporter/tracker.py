@@ -195,9 +195,8 @@ class Tracker:
     def missed_events(self) -> int:
         """For how many events the kernel did not run the program: it was running already.
 
-        The kernel has prevented that, and counted it, since Linux kernel commit
-        05b24ff9b2cf ("bpf: Prevent bpf program recursion for raw tracepoint probes") (in
-        v6.1). Before, the program ran within itself, and no event was missed.
+        A kernel that has `features.RECURSION_MISSES` prevents that, and counts it. In
+        others the program runs within itself, and no event is missed.
 
         Raises:
             TrackerError: the kernel refuses it.

@@ -6,15 +6,14 @@ import os
 from collections.abc import Iterator
 
 from tcpexporter.btf import Btf
-from tcpexporter.loader import TRACEPOINT, attach, load_program
-
-RETURN_0 = bytes.fromhex("b700000000000000 9500000000000000")  # r0 = 0; exit
+from tcpexporter.features import RETURN_0
+from tcpexporter.programs import TRACEPOINT, attach, load
 
 
 @contextlib.contextmanager
 def attached() -> Iterator[None]:
     """It is, until the end of the block; takes less than a millisecond."""
-    program = load_program(RETURN_0, Btf().function(TRACEPOINT))
+    program = load(RETURN_0, Btf().function(TRACEPOINT))
     link = attach(program)
     try:
         yield

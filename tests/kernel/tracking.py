@@ -17,9 +17,13 @@ from tcpexporter.tracker import HANDLE_SEEDED, Tracker
 from tests.support import Peers, reset
 
 
-def attach(max_connections: int = 1024, *, lose_one_in: int = 0) -> Tracker:
+def attach(
+    max_connections: int = 1024, *, lose_one_in: int = 0, without: tuple[str, ...] = ()
+) -> Tracker:
     """A tracker of this namespace that is not seeded."""
-    request = loader.Request(max_connections, namespaces.inode(), SECRET, lose_one_in)
+    request = loader.Request(
+        max_connections, namespaces.inode(), SECRET, lose_one_in, without
+    )
     return Tracker(loader.load(request), max_connections)
 
 

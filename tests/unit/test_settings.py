@@ -33,6 +33,7 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("log-level", "debug", {"log_level": "debug"}),
     ("log-format", "json", {"log_format": "json"}),
     ("once", "true", {"once": True}),
+    ("features", "true", {"features": True}),
 ]
 """A name, a value that is not its default, and what comes of it."""
 
@@ -43,7 +44,7 @@ OTHER_SAMPLES = [sample for sample in SAMPLES if sample[0] not in FROM_GO]
 REFUSED = [
     *[
         (name, value, "true or false")
-        for name in ("simple", "tcpv6", "once")
+        for name in ("simple", "tcpv6", "once", "features")
         for value in ("", "yes", "on", "TrUe", "2")
     ],
     *[

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What differs between kernels is found as it is, and done without where it is not."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tcpexporter import features, reconcile
+from tcpexporter import tracker as tracker_module
+from tcpexporter.features import FEATURES, Feature
+from tcpexporter.loader import BPF_F_NO_PREALLOC
+from tcpexporter.privileges import CAP_BPF
+from tests.kernel.test_faults import WITHOUT_BTF
+from tests.kernel.test_process import AS_NOBODY, COMMAND, refused, status, threads
+from tests.kernel.tracking import Looks, at_port, attach
+from tests.support import DEADLINE_S, Exporter, Peers, eventually
+
+REQUIRED = [each for each in FEATURES if each.required]
+NOBODY = 65534
+
+
+@cache
+def symbols() -> frozenset[str]:
+    """The names of the kernel's functions, from /proc/kallsyms: proc_kallsyms(5)."""
+    lines = Path("/proc/kallsyms").read_text().splitlines()
+    return frozenset(line.split()[2] for line in lines)
+
+
+def symbol(name: str) -> Callable[[], bool]:
+    return lambda: name in symbols()
+
+
+READ_A_MAP = """
+import ctypes, sys
+libbpf = ctypes.CDLL("libbpf.so.1")
+number = ctypes.byref(ctypes.c_uint32(0))
+sys.exit(libbpf.bpf_map_lookup_elem(int(sys.argv[1]), number, number) != 0)
+"""
+
+
+def nobody_reads_a_map() -> bool:
+    """Whether a process that has given up root by setuid(2), and no more, can do so."""
+    tracker = attach(7)
+    descriptor = tracker._descriptors.watched
+    python = os.path.realpath(sys.executable)  # which others than root can run
+    ended = subprocess.run(
+        [python, "-I", "-S", "-c", READ_A_MAP, str(descriptor)],
+        check=False,
+        pass_fds=[descriptor],
+        user=NOBODY,
+        cwd="/",
+    )
+    tracker.close()
+    return ended.returncode == 0
+
+
+LOOKS: dict[Feature, Callable[[], bool]] = {
+    features.BTF: Path("/sys/kernel/btf/vmlinux").exists,
+    features.STATES: symbol("__bpf_trace_inet_sock_set_state"),
+    features.TYPED_PROGRAMS: symbol("btf_ctx_access"),
+    features.BOOT_TIME: symbol("bpf_ktime_get_boot_ns"),
+    features.SOCKET_CAST: symbol("bpf_skc_to_tcp_sock"),
+    features.MAPPED_ARRAYS: symbol("array_map_mmap"),
+    features.STACKS: symbol("stack_map_pop_elem"),
+    features.BATCHES: symbol("htab_map_lookup_and_delete_batch"),
+    features.HASH_MAP_ALLOCATOR: symbol("bpf_mem_alloc_init"),
+    features.RECURSION_MISSES: symbol("bpf_prog_inc_misses_counter"),
+    features.UNPRIVILEGED_MAPS: nobody_reads_a_map,
+    features.IPV6: Path("/proc/sys/net/ipv6").exists,
+}
+"""Another way to find out."""
+
+
+def listed(*command: str) -> tuple[dict[str, str], subprocess.CompletedProcess[str]]:
+    """What ``--features`` says is there, by name; and how it ended."""
+    ended = subprocess.run(
+        [*command, "--features"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    header, *lines = ended.stdout.splitlines()
+    there = slice(header.index("THERE"), header.index("NEEDED BY"))
+    names = {line[: there.start].strip(): line[there].strip() for line in lines}
+    return {each.name: names[each.name] for each in FEATURES}, ended
+
+
+@cache
+def told_to_root() -> dict[str, str]:
+    there, ended = listed(*COMMAND)
+    assert ended.returncode == 0
+    assert ended.stderr == ""
+    return there
+
+
+def found(feature: Feature) -> bool:
+    """Whether this kernel has it, as ``--features`` says."""
+    return {"yes": True, "no": False}[told_to_root()[feature.name]]
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda each: each.name)
+def test_a_feature_is_found_where_it_is(feature: Feature) -> None:
+    """It says what another look at this kernel says, whatever its version."""
+    assert found(feature) is LOOKS[feature]()
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="page faults are traced on x86")
+def test_recursion_is_prevented_where_that_is_counted() -> None:
+    """A program that is made to run within itself does so, or the kernel counts a miss."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.kernel.recursion"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    nested, missed = map(int, ended.stdout.split())
+    is_counted = found(features.RECURSION_MISSES)
+    assert (nested == 0) is is_counted
+    assert (missed >= 101) is is_counted
+    assert nested + missed >= 101
+
+
+def test_features_are_listed_before_anything_is_opened() -> None:
+    """A port that is in use, or a user there is not, does not matter."""
+    with Peers() as peers:
+        occupied = ("--listen", f"127.0.0.1:{peers.port}", "--user", "no-such-user")
+        _, ended = listed(*COMMAND, *occupied)
+    assert ended.returncode == 0
+
+
+def test_without_root_it_says_what_it_cannot_tell() -> None:
+    """No traceback and no wrong no: programs take root; the kernel's types do not."""
+    there, ended = listed(*AS_NOBODY)
+    assert ended.returncode == 0
+    assert ended.stderr == ""
+    assert there[features.TYPED_PROGRAMS.name] == "?"
+    assert there[features.STACKS.name] == "?"
+    assert there[features.BTF.name] == "yes"
+    assert "no" not in {there[each.name] for each in REQUIRED}
+    assert ended.stdout.splitlines()[-1].startswith("? cannot be told here: it takes root")
+
+
+def test_without_btf_it_is_listed() -> None:
+    """What is found in the kernel's types cannot be told then."""
+    there, ended = listed(*WITHOUT_BTF)
+    assert ended.returncode == 0
+    assert there[features.BTF.name] == "no"
+    assert there[features.STATES.name] == "?"
+    assert there[features.BATCHES.name] == "yes"
+
+
+RUN_WITHOUT = """
+import sys
+from functools import partial
+from tcpexporter import loader
+from tcpexporter.__main__ import main
+loader.Request = partial(loader.Request, without=(sys.argv.pop(1),))
+main()
+"""
+
+
+def without(feature: Feature) -> tuple[str, ...]:
+    """A command that runs the exporter as on a kernel that has not that feature."""
+    return (sys.executable, "-c", RUN_WITHOUT, feature.name)
+
+
+@pytest.mark.parametrize("feature", REQUIRED, ids=lambda each: each.name)
+def test_without_what_is_required_ebpf_is_refused(feature: Feature) -> None:
+    """Exit code 1 and one sentence: what is missing, what has it, what works."""
+    code, sentence = refused("--source", "ebpf", command=without(feature))
+    assert code == 1
+    assert sentence == (
+        f"tcpexporter: this kernel has no {feature.name} (it takes {feature.takes}):"
+        " use another, or --source sock_diag"
+    )
+
+
+def test_without_what_is_required_auto_polls() -> None:
+    """It counts by sock_diag, and says in its warning what is missing."""
+    with Exporter(command=without(features.BATCHES)) as exporter, Peers() as peers:
+        peers.connect(7)
+        eventually(lambda: exporter.established(peers.port) == 7)
+        assert exporter.value("tcpexporter_source_info", source="sock_diag") == 1
+        _, complaints = exporter.stop()
+    (warning,) = (line for line in complaints.splitlines() if "WARNING" in line)
+    assert "polling sock_diag, because ebpf does not work" in warning
+    assert "no batch operations" in warning
+
+
+def map_flags(descriptor: int) -> int:
+    """As the kernel tells them: bpf_map_show_fdinfo in its kernel/bpf/syscall.c."""
+    lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
+    (flags,) = (line.split()[1] for line in lines if line.startswith("map_flags:"))
+    return int(flags, 16)
+
+
+def test_memory_for_entries_is_taken_late_where_that_is_safe() -> None:
+    """Hash maps are preallocated unless they have their own allocator."""
+    expected = BPF_F_NO_PREALLOC if found(features.HASH_MAP_ALLOCATOR) else 0
+    tracker = attach()
+    assert map_flags(tracker._descriptors.slots) == expected
+    assert map_flags(tracker._descriptors.closings) == expected
+    tracker.close()
+
+
+def test_preallocated_maps_work_too() -> None:
+    """Connections come and go, and those from before are found, with all memory taken."""
+    with Peers() as peers:
+        peers.connect(11)
+        tracker = attach(without=(features.HASH_MAP_ALLOCATOR.name,))
+        assert map_flags(tracker._descriptors.slots) == 0
+        assert map_flags(tracker._descriptors.closings) == 0
+        with Looks() as looks:
+            reconcile.seed(tracker, looks)
+        peers.connect(7)
+        assert len(at_port(tracker, peers.port)) == 18
+        for client, server in peers.pairs[8:]:
+            client.close()
+            server.close()
+        assert len(at_port(tracker, peers.port)) == 8
+        assert tracker.events()["refused"] == 0
+        tracker.close()
+
+
+def test_a_kernel_without_ipv6_has_ipv4() -> None:
+    """The program is loaded with no place for IPv6 addresses, and counts IPv4."""
+    tracker = attach(without=(features.IPV6.name,))
+    with Peers() as peers:
+        peers.connect(7)
+        assert len(at_port(tracker, peers.port)) == 7
+    tracker.close()
+
+
+MAP_READING_TAKES_CAP_BPF = """
+from tcpexporter import privileges
+from tcpexporter.__main__ import main
+privileges.works_without = lambda *_: False
+main()
+"""
+
+
+def test_cap_bpf_alone_is_kept_where_reading_a_map_takes_it() -> None:
+    """Of all capabilities that one is in effect, it cannot be passed on, and it is said."""
+    command = (sys.executable, "-c", MAP_READING_TAKES_CAP_BPF)
+    with Exporter("--source", "ebpf", command=command) as exporter, Peers() as peers:
+        for thread in threads(exporter.process.pid):
+            shown = status(exporter.process.pid, thread)
+            assert shown["Uid"] == [str(NOBODY)] * 4
+            for held in ("CapEff", "CapPrm"):
+                assert int(shown[held][0], 16) == 1 << CAP_BPF
+            for held in ("CapInh", "CapBnd", "CapAmb"):
+                assert int(shown[held][0], 16) == 0
+        peers.connect(7)
+        assert exporter.established(peers.port) == 7
+        _, complaints = exporter.stop()
+    assert "keeping CAP_BPF" in complaints
+
+
+def test_without_a_count_of_missed_events_it_still_reconciles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An old kernel's bpf_prog_info has 0 there: an interval is what corrects."""
+    monkeypatch.setattr(
+        tracker_module, "program_info", lambda _descriptor: np.zeros(64, np.uint64)
+    )
+    tracker = attach(lose_one_in=1)
+    with Looks() as looks, Peers() as peers:
+        reconciler = reconcile.Reconciler(tracker, looks, interval_s=1, cpu_share=1)
+        reconciler.start()
+        peers.connect(7)
+        assert tracker.missed_events() == 0
+        eventually(lambda: len(at_port(tracker, peers.port)) == 7)
+        reconciler.close()
+    tracker.close()
