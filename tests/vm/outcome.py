@@ -32,7 +32,7 @@ class Outcome:
     seconds: float = 0.0
     """From starting the emulator until it has ended."""
     passed: int = 0
-    failed: Sequence[str] = ()
+    failed: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """The reason of each test."""
     guest: Guest | None = None

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What the table of kernels is made from; the guests themselves are `make vm-test`."""
+
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.vm import VmError, kernels, outcome, table
+from tests.vm import __main__ as matrix
+from tests.vm.images import BOOKWORM
+from tests.vm.kernels import Kernel, Unpacked
+from tests.vm.outcome import Guest, Outcome
+
+SUITE = """
+import pytest
+
+@pytest.mark.parametrize("number", range(3))
+def test_that_passes(number):
+    pass
+
+def test_that_fails():
+    assert False
+
+@pytest.fixture
+def broken():
+    raise OSError
+
+def test_with_an_error(broken):
+    pass
+
+def test_that_is_skipped():
+    pytest.skip("there is no moon")
+"""
+
+GOOD = Outcome(
+    kernel="6.1",
+    userland="bookworm",
+    seconds=61.3,
+    passed=137,
+    guest=Guest(
+        release="6.1.0-56-amd64",
+        version="#1 SMP",
+        python="3.11.2",
+        bcc="0.26.0",
+        has_headers=False,
+        has_compiler=False,
+    ),
+)
+
+
+def test_every_kind_of_result_is_counted(tmp_path: Path) -> None:
+    """An error is a failure, a skip has its reason: by what pytest itself writes."""
+    (tmp_path / "test_it.py").write_text(SUITE)
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--junitxml=results.xml"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
+    counts = outcome.count(tmp_path / "results.xml")
+    assert counts == {
+        "passed": 3,
+        "failed": ["test_it::test_that_fails", "test_it::test_with_an_error"],
+        "skipped": {"test_it::test_that_is_skipped": "there is no moon"},
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"passed": 0},
+        {"failed": ["test_counting::test_it"]},
+        {"why_not": "the guest ended without a result"},
+    ],
+)
+def test_what_is_not_whole_is_not_good(change: dict[str, object]) -> None:
+    """No test, a failed one, or a guest that broke down: none of these is a success."""
+    assert GOOD.is_good
+    assert not replace(GOOD, **change).is_good  # type: ignore[arg-type]
+
+
+def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
+    """Also of a kernel that there is no guest of."""
+    outcomes = [GOOD, Outcome(kernel="5.10", userland="bookworm", why_not="no network")]
+    outcome.write(outcomes, tmp_path / "kernels.json")
+    assert outcome.read(tmp_path / "kernels.json") == outcomes
+
+
+def test_the_table_says_what_was_not_tested() -> None:
+    """Beside the numbers: why a guest broke down, what failed, what was skipped and why."""
+    shown = table.plain(
+        [
+            replace(GOOD, skipped={"a": "no MPTCP", "b": "no MPTCP", "c": "one CPU"}),
+            replace(GOOD, kernel="6.12", failed=["test_slots::test_it"]),
+            Outcome(kernel="7", userland="trixie", why_not="it cannot be fetched"),
+        ]
+    )
+    assert "6.1 with bookworm: 2 skipped: no MPTCP" in shown
+    assert "6.1 with bookworm: 1 skipped: one CPU" in shown
+    assert "6.12 with bookworm: test_slots::test_it failed" in shown
+    assert "7 with trixie: it cannot be fetched" in shown
+
+
+@pytest.mark.skipif(not shutil.which("apt-get"), reason="there is no apt here")
+def test_a_kernel_that_cannot_be_fetched_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row has the reason; nothing is booted, and nothing is skipped."""
+    monkeypatch.setattr(kernels, "CACHE", tmp_path)
+    kernel = Kernel("2.6", ("no-such-release",))
+    unpacked: Future[Unpacked] = Future()
+    try:
+        kernels.fetch(kernel)
+    except VmError as error:
+        unpacked.set_exception(error)
+    image: Future[Path] = Future()
+    image.set_result(tmp_path)
+    result = matrix._outcome(matrix.Run(kernel, BOOKWORM), unpacked, image)
+    assert not result.is_good
+    assert result.why_not.startswith("kernel 2.6 cannot be fetched: ")
+    assert "no-such-release" in result.why_not
