@@ -25,7 +25,7 @@ def _row(each: Outcome) -> list[str]:
     guest = each.guest
     return [
         guest.release if guest else each.kernel,
-        f"Debian's {each.userland}",
+        each.userland,
         guest.bcc if guest else "",
         guest.python if guest else "",
         f"{each.passed:,}",
