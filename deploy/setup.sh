@@ -47,7 +47,7 @@ main() {
 		;;
 	vm)
 		require_for_tests
-		require qemu-system-x86_64 mmdebstrap busybox mke2fs modprobe cpio xz
+		require qemu-system-x86_64 mmdebstrap busybox mke2fs modprobe cpio xz vagrant
 		fill_venv test '.[test,lint]'
 		;;
 	constraints) write_constraints ;;
@@ -162,6 +162,7 @@ packages_for() {
 		debian:mke2fs) echo e2fsprogs ;;
 		debian:modprobe) echo kmod ;;
 		debian:xz) echo xz-utils ;;
+		*:vagrant) echo vagrant vagrant-libvirt ;; # the default provider's plugin
 		debian:*.service) echo "${need%.service}" ;;
 		fedora:bcc) echo python3-bcc ;;
 		fedora:venv) echo python3-libs ;;
