@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Reconciling with real BPF and sockets, each case of `tcpexporter.reconcile` forced."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -25,19 +26,6 @@ from tests.kernel.tracking import (
     slots_at,
 )
 from tests.support import Exporter, Peers, eventually, inside, new_netns, ss_established
-
-
-@pytest.fixture
-def tracker() -> Iterator[Tracker]:
-    attached = attach()
-    yield attached
-    attached.close()
-
-
-@pytest.fixture
-def peers() -> Iterator[Peers]:
-    with Peers() as opened:
-        yield opened
 
 
 def run(
@@ -240,15 +228,24 @@ def test_lost_events_are_made_good(peers: Peers) -> None:
         tracker.close()
 
 
+@contextlib.contextmanager
+def reconciling(
+    tracker: Tracker, looks: Looks, *, interval_s: float, cpu_share: float = 1
+) -> Iterator[Reconciler]:
+    """The thread, which has ended afterwards whatever happened."""
+    reconciler = Reconciler(tracker, looks, interval_s=interval_s, cpu_share=cpu_share)
+    reconciler.start()
+    with contextlib.closing(reconciler):
+        yield reconciler
+
+
 def test_the_thread_runs_at_its_interval(tracker: Tracker, peers: Peers) -> None:
     """Without any sign of trouble, the interval alone finds what was missed."""
     with Looks() as looks:
-        reconciler = Reconciler(tracker, looks, interval_s=1, cpu_share=1)
-        reconciler.start()
-        peers.connect(3)
-        forget(tracker, peers.port)
-        eventually(lambda: len(at_port(tracker, peers.port)) == 3)
-        reconciler.close()
+        with reconciling(tracker, looks, interval_s=1) as reconciler:
+            peers.connect(3)
+            forget(tracker, peers.port)
+            eventually(lambda: len(at_port(tracker, peers.port)) == 3)
         assert reconciler.state.runs >= 1
         assert reconciler.state.missed_open >= 3
         assert abs(reconciler.state.finished_s - time.time()) < 60
@@ -259,15 +256,13 @@ def test_the_thread_spares_itself_when_nothing_happens(
 ) -> None:
     """After a run without differences there is no other until something happens."""
     with Looks() as looks:
-        reconciler = Reconciler(tracker, looks, interval_s=0.1, cpu_share=1)
-        reconciler.start()
-        eventually(lambda: reconciler.state.runs == 1)
-        noted_s = reconciler.state.finished_s
-        eventually(lambda: reconciler.state.finished_s > noted_s)
-        assert reconciler.state.runs == 1
-        peers.connect(1)
-        eventually(lambda: reconciler.state.runs == 2)
-        reconciler.close()
+        with reconciling(tracker, looks, interval_s=0.1) as reconciler:
+            eventually(lambda: reconciler.state.runs == 1)
+            noted_s = reconciler.state.finished_s
+            eventually(lambda: reconciler.state.finished_s > noted_s)
+            assert reconciler.state.runs == 1
+            peers.connect(1)
+            eventually(lambda: reconciler.state.runs == 2)
 
 
 def test_the_thread_runs_when_there_was_no_room(peers: Peers) -> None:
@@ -275,13 +270,11 @@ def test_the_thread_runs_when_there_was_no_room(peers: Peers) -> None:
     tracker = attach(16)
     try:
         with Looks() as looks:
-            reconciler = Reconciler(tracker, looks, interval_s=0, cpu_share=1)
-            reconciler.start()
-            time.sleep(1.5)
-            assert reconciler.state.runs == 0
-            peers.connect(31)
-            eventually(lambda: reconciler.state.runs > 0)
-            reconciler.close()
+            with reconciling(tracker, looks, interval_s=0) as reconciler:
+                time.sleep(1.5)
+                assert reconciler.state.runs == 0
+                peers.connect(31)
+                eventually(lambda: reconciler.state.runs > 0)
     finally:
         tracker.close()
 
@@ -289,13 +282,11 @@ def test_the_thread_runs_when_there_was_no_room(peers: Peers) -> None:
 def test_the_thread_keeps_to_its_share_of_cpu(tracker: Tracker) -> None:
     """After each run it rests until what it used is no more than its share."""
     with Looks() as looks:
-        reconciler = Reconciler(tracker, looks, interval_s=0.1, cpu_share=1e-6)
-        reconciler.start()
-        eventually(lambda: reconciler.state.runs == 1)
-        time.sleep(2.5)
-        assert reconciler.state.runs == 1
-        assert reconciler.state.interval_s > 100
-        reconciler.close()
+        with reconciling(tracker, looks, interval_s=0.1, cpu_share=1e-6) as reconciler:
+            eventually(lambda: reconciler.state.runs == 1)
+            time.sleep(2.5)
+            assert reconciler.state.runs == 1
+            assert reconciler.state.interval_s > 100
 
 
 def test_a_full_map_recovers() -> None:

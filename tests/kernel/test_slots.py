@@ -14,6 +14,7 @@ from tcpexporter import reconcile
 from tcpexporter import tracker as tracker_module
 from tcpexporter.tracker import Tracker
 from tests.kernel.tracking import (
+    SLOTS,
     Looks,
     at_port,
     attach,
@@ -26,15 +27,16 @@ from tests.kernel.tracking import (
 from tests.kernel.worker import Worker
 from tests.support import Peers, ss_established
 
-SLOTS = 1021
 PORTS = (10007, 10009)
 CYCLES = 1_000_003
 SEEDS = 211
 
 
 @pytest.fixture
-def tracker() -> Iterator[Tracker]:
-    attached = attach(SLOTS)
+def own_tracker(netns: str) -> Iterator[Tracker]:
+    """One that nobody else has had, in a namespace that nobody else has."""
+    del netns
+    attached = attach()
     yield attached
     attached.close()
 
@@ -45,10 +47,10 @@ def assert_each_is_in_one_hand(tracker: Tracker) -> None:
     assert sorted(everywhere.tolist()) == list(range(SLOTS))
 
 
-def test_at_first_all_are_free(tracker: Tracker) -> None:
+def test_at_first_all_are_free(own_tracker: Tracker) -> None:
     """As many as there is room for, the lowest first."""
-    assert free_slots(tracker).tolist() == list(range(SLOTS))
-    assert_each_is_in_one_hand(tracker)
+    assert free_slots(own_tracker).tolist() == list(range(SLOTS))
+    assert_each_is_in_one_hand(own_tracker)
 
 
 def test_a_closed_connection_keeps_its_slot_for_the_next(
@@ -62,12 +64,6 @@ def test_a_closed_connection_keeps_its_slot_for_the_next(
     assert len(taken_slots(tracker)) < 503
     assert len(everything(tracker)) == 0
     assert_each_is_in_one_hand(tracker)
-
-
-@pytest.fixture
-def peers() -> Iterator[Peers]:
-    with Peers() as opened:
-        yield opened
 
 
 def test_spare_slots_are_reclaimed(
@@ -167,9 +163,10 @@ def test_a_handle_that_has_another_slot_by_now_gives_its_old_one_back(
 
 
 def test_a_million_cycles_lose_no_slot(
-    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+    own_tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Connections come and go on all CPUs, seeds come and go, slots are reclaimed."""
+    tracker = own_tracker
     monkeypatch.setattr(tracker_module, "SPARE_SLOTS", 0)
     cpus = sorted(os.sched_getaffinity(0))
     with contextlib.ExitStack() as running:
