@@ -6,12 +6,14 @@ they stay in.
 """
 
 import resource
+import time
 from collections.abc import Generator, Iterator
 
 import pytest
 
 from tcpexporter.tracker import Tracker
 from tests.kernel.sharing import Exporters, Trackers
+from tests.kernel.tracking import attach
 from tests.support import Peers, inside, new_netns, why_no_bpf
 
 DESCRIPTORS = 15_013
@@ -75,6 +77,14 @@ def _trackers(_bpf: None) -> Iterator[Trackers]:
     shared = Trackers()
     yield shared
     shared.discard()
+
+
+@pytest.fixture(scope="session")
+def load_s(_bpf: None) -> float:
+    """How long loading the program takes here, in seconds."""
+    began_s = time.monotonic()
+    attach().close()
+    return time.monotonic() - began_s
 
 
 @pytest.fixture

@@ -13,6 +13,15 @@ from tcpexporter.tracker import EVENT_KINDS, FIRST, Tracker
 from tests.kernel.tracking import SLOTS, attach
 from tests.support import Exporter, inside, new_netns
 
+# The arguments of exporters that are shared.
+ALWAYS_LONG_TERM = ("--duration", "0")
+AFTER_A_SECOND = ("--duration", "1")
+EVERY_NAMESPACE = (*ALWAYS_LONG_TERM, "--netns", "all")
+# All outbound connections that there have been leave a series each.
+_MANY = (*ALWAYS_LONG_TERM, "--source", "ebpf", "--max-series", "65535")
+BOTH_ENDS = (*_MANY, "--direction", "all")
+OUTBOUND = (*_MANY, "--direction", "outbound")
+
 _ports = itertools.count(10103)
 
 

@@ -13,6 +13,7 @@ from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import Direction, Records, directions
 from tcpexporter.reconcile import NOTHING, Corrections, Reconciler
 from tcpexporter.tracker import Tracker
+from tests.kernel.sharing import EVERY_NAMESPACE, Exporters
 from tests.kernel.tracking import (
     Looks,
     Reusable,
@@ -289,18 +290,25 @@ def test_the_thread_keeps_to_its_share_of_cpu(tracker: Tracker) -> None:
             assert reconciler.state.interval_s > 100
 
 
-def test_a_full_map_recovers() -> None:
+def test_a_full_map_refuses_says_so_and_recovers() -> None:
     """5,003 connections and room for 100: it stays up, says so, and is right after."""
+    arguments = ("--max-connections", "100", "--reconcile-interval", "1")
     with (
         Peers(backlog=8192) as peers,
-        Exporter("--max-connections", "100", "--reconcile-interval", "1") as exporter,
+        Exporter("--direction", "all", *arguments) as exporter,
     ):
+        assert exporter.value("tcpexporter_max_connections") == 100
         peers.connect(5003)
         counted = exporter.established(peers.port)
         assert counted is not None
-        assert 0 < counted <= 200
+        assert 0 < counted <= 100
+        tracked = exporter.value("tcpexporter_tracked_connections")
+        assert tracked is not None
+        assert tracked <= 100
         refused = exporter.value("tcpexporter_kernel_events_total", action="refused")
-        assert refused
+        assert refused is not None
+        missed = exporter.value("tcpexporter_missed_events_total") or 0
+        assert refused + missed >= 2 * 5003 - 100
         eventually(lambda: bool(exporter.value("tcpexporter_refused_seeds_total")))
         for client, server in peers.pairs[:4972]:
             client.close()
@@ -349,16 +357,17 @@ def test_another_namespace_can_be_named() -> None:
         older.close()
 
 
-def test_namespaces_have_names_that_a_person_can_read() -> None:
+def test_namespaces_have_names_that_a_person_can_read(exporters: Exporters) -> None:
     """``--netns all``: ours is ``self``, a named one has its name."""
+    exporter = exporters(*EVERY_NAMESPACE)
     with new_netns() as elsewhere:
         with inside(elsewhere):
-            older = Peers()
-            older.connect(5)
-        with older, Peers() as here, Exporter("--netns", "all") as exporter:
+            there = Peers()
+            there.connect(5)
+        with there, Peers() as here:
             here.connect(2)
             assert exporter.established(here.port, netns="self") == 2
-            assert exporter.established(older.port, netns=elsewhere) == 5
+            assert exporter.established(there.port, netns=elsewhere) == 5
 
 
 def test_the_metrics_say_what_was_reconciled() -> None:

@@ -22,7 +22,7 @@ from tests.kernel.tracking import (
     made,
     seeds,
 )
-from tests.support import Exporter, Peers, inside, new_netns
+from tests.support import Exporter, Peers, eventually, inside, new_netns
 
 
 def seed(tracker: Tracker, *after: Callable[[], object]) -> None:
@@ -267,10 +267,9 @@ def test_seeds_of_the_command_are_long_term_after_duration() -> None:
         both.connect(5, "127.0.0.1")
         both.connect(3, "::1")
         with Exporter("--source", "ebpf", "--duration", "1") as exporter:
-            time.sleep(1.1)
-            assert exporter.long_term(four.port) == 7
-            assert exporter.long_term(both.port, 4) == 5
-            assert exporter.long_term(both.port, 6) == 3
+            eventually(lambda: exporter.long_term(four.port) == 7)
+            eventually(lambda: exporter.long_term(both.port, 4) == 5)
+            eventually(lambda: exporter.long_term(both.port, 6) == 3)
             four.pairs[0][0].close()
             assert exporter.long_term(four.port) == 6
 
