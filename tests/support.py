@@ -235,8 +235,13 @@ def bpf_programs() -> list[str]:
 
 def bpf_programs_of(process: int) -> set[int]:
     """The ids of those that a process holds (bpf_prog_show_fdinfo in the kernel)."""
-    infos = (each.read_text() for each in Path(f"/proc/{process}/fdinfo").iterdir())
-    return {int(found[1]) for info in infos if (found := PROG_ID.search(info))}
+    held = set()
+    with contextlib.suppress(FileNotFoundError):  # it has ended
+        for each in Path(f"/proc/{process}/fdinfo").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it has closed it meanwhile
+                if found := PROG_ID.search(each.read_text()):
+                    held.add(int(found[1]))
+    return held
 
 
 def bpf_programs_by_id() -> dict[int, str]:

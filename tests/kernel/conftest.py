@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator
 import pytest
 
 from tcpexporter.tracker import Tracker
+from tests.kernel.effort import Effort
 from tests.kernel.sharing import Exporters, Trackers
 from tests.kernel.tracking import attach
 from tests.support import Peers, inside, new_netns, why_no_bpf
@@ -77,6 +78,12 @@ def _trackers(_bpf: None) -> Iterator[Trackers]:
     shared = Trackers()
     yield shared
     shared.discard()
+
+
+@pytest.fixture(scope="session")
+def effort(request: pytest.FixtureRequest) -> Effort:
+    """What --effort makes of a number of operations."""
+    return Effort(request.config.getoption("--effort"))
 
 
 @pytest.fixture(scope="session")

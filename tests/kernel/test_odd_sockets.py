@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.effort import Effort
 from tests.kernel.odd_sockets import (
     DEVICE,
     HARDWARE_ADDRESSES,
@@ -456,8 +457,8 @@ def open_at_reused_port(peers: Peers) -> tuple[socket.socket, socket.socket]:
     return client, peers.listener.accept()[0]
 
 
-def test_an_address_pair_reused_at_once_has_the_last_ones_age() -> None:
-    """997 times closed by RST and opened anew within a millisecond: the last one's age.
+def test_an_address_pair_reused_at_once_has_the_last_ones_age(effort: Effort) -> None:
+    """997 times closed by RST and opened anew within milliseconds: the last one's age.
 
     The first is older than the exporter, and long-term.
     """
@@ -472,14 +473,14 @@ def test_an_address_pair_reused_at_once_has_the_last_ones_age() -> None:
             return {exporter.long_term(port) for port in (REUSED_PORT, peers.port)}
 
         eventually(long_term, {1})
-        for _ in range(997):
+        for _ in range(effort.of(997)):
             reset(client)
             closed_s = time.monotonic()
             server.close()
             client, server = open_at_reused_port(peers)
             gaps_s.append(time.monotonic() - closed_s)
         peers.pairs.append((client, server))
-        assert statistics.median(gaps_s) < 0.001  # this machine may stop for a while
+        assert statistics.median(gaps_s) < 0.02  # this machine may stop for a while
         agree(exporter, REUSED_PORT, 1)
         agree(exporter, peers.port, 1)
         eventually(lambda: 1 in long_term(), expected=True)
@@ -522,19 +523,20 @@ def test_link_local_connections_count_as_ipv6(exporters: Exporters) -> None:
 EVERY_PORT = range(1, 65536)
 
 
-def test_every_port_can_listen() -> None:
+def test_every_port_can_listen(effort: Effort) -> None:
     """65,535 of them: each but the exporter's own has a zero, on a page still served."""
+    ports = EVERY_PORT[:: max(1, round(1 / effort.share))]
     arguments = (*BY_EVENTS, "--max-series", str(len(EVERY_PORT)))
-    with Exporter(*arguments) as exporter, listening("127.0.0.2", EVERY_PORT):
+    with Exporter(*arguments) as exporter, listening("127.0.0.2", ports):
         shown = subprocess.check_output(["ss", "-Htln", "src 127.0.0.2"], text=True)
-        assert len(shown.splitlines()) == len(EVERY_PORT)
+        assert len(shown.splitlines()) == len(ports)
         page = page_of(exporter)
         for name in (ESTABLISHED, LONG_TERM):
             series = re.findall(
                 rf'^{name}{{port="(\d+)",tcp_version="4"}} 0.0$', page, re.MULTILINE
             )
             zeros = list(map(int, series))
-            assert zeros == [port for port in EVERY_PORT if port != exporter.port]
+            assert zeros == [port for port in ports if port != exporter.port]
 
 
 def page_of(exporter: Exporter) -> str:

@@ -243,13 +243,21 @@ def test_once_says_when_it_cannot_print(output: str) -> None:
     assert "Traceback" not in ended.stderr
 
 
+def is_nobody(process: int) -> bool:
+    return status(process, process)["Uid"] == [str(NOBODY)] * 4
+
+
+def catches(process: int, number: signal.Signals) -> bool:
+    return bool(int(status(process, process)["SigCgt"][0], 16) >> (number - 1) & 1)
+
+
 def test_once_interrupted_is_no_success() -> None:
     """A signal while it watches ends it with a code that is not 0, and prints nothing."""
     once = subprocess.Popen(
         [*COMMAND, "--once", "--duration", "600"],
         stdout=subprocess.PIPE,
     )
-    eventually(lambda: status(once.pid, once.pid)["Uid"] == [str(NOBODY)] * 4)
+    eventually(lambda: is_nobody(once.pid) and not catches(once.pid, signal.SIGTERM))
     once.terminate()
     page, _ = once.communicate(timeout=DEADLINE_S)
     assert page == b""
