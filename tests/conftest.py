@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A skip says why; with CI=true it is a failure."""
+"""A skip says why; with CI=true it is a failure. Heavy tests can be made lighter."""
 
 import os
 from collections.abc import Generator
 
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--effort",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="do this share of the operations in tests that do very many (default: 1)",
+    )
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,17 +1,109 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Every kernel test runs in a network namespace of its own, or says why it cannot."""
+"""Every kernel test runs in a network namespace that it need not leave as it found it.
 
-from collections.abc import Iterator
+That is one of its own, unless it shares an exporter or a tracker: these are in one that
+they stay in.
+"""
+
+import resource
+import time
+from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.support import inside, new_netns, why_no_bpf
+from tcpexporter.tracker import Tracker
+from tests.kernel.effort import Effort
+from tests.kernel.sharing import Exporters, Trackers
+from tests.kernel.tracking import attach
+from tests.support import Peers, inside, new_netns, why_no_bpf
+
+DESCRIPTORS = 15_013
+"""Sockets that a test opens, and more."""
+
+HAS_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[HAS_FAILED] = item.stash.get(HAS_FAILED, False) or report.failed
+    return report
+
+
+@pytest.fixture(scope="session")
+def _bpf() -> None:
+    """Root and BCC, or the reason why not; and enough descriptors."""
+    if reason := why_no_bpf():
+        pytest.skip(reason)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(soft, DESCRIPTORS), max(hard, DESCRIPTORS)
+    resource.setrlimit(resource.RLIMIT_NOFILE, wanted)
 
 
 @pytest.fixture(autouse=True)
-def netns() -> Iterator[str]:
+def netns(request: pytest.FixtureRequest, _bpf: None) -> Iterator[str]:
     """The name of the namespace that the test and what it starts are in."""
-    if reason := why_no_bpf():
-        pytest.skip(reason)
-    with new_netns() as name, inside(name):
+    if "exporters" in request.fixturenames:
+        yield from _enter(request.getfixturevalue("_netns_of_exporters"))
+    elif "tracker" in request.fixturenames:
+        yield from _enter(request.getfixturevalue("_trackers").shared.netns)
+    else:
+        with new_netns() as name:
+            yield from _enter(name)
+
+
+def _enter(name: str) -> Iterator[str]:
+    with inside(name):
         yield name
+
+
+@pytest.fixture(scope="session")
+def _netns_of_exporters(_bpf: None) -> Iterator[str]:
+    with new_netns() as name:
+        yield name
+
+
+@pytest.fixture(scope="session")
+def exporters(_netns_of_exporters: str) -> Iterator[Exporters]:
+    """Exporters that are shared, by their arguments: `Exporters` says how."""
+    shared = Exporters()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture(scope="session")
+def _trackers(_bpf: None) -> Iterator[Trackers]:
+    shared = Trackers()
+    yield shared
+    shared.discard()
+
+
+@pytest.fixture(scope="session")
+def effort(request: pytest.FixtureRequest) -> Effort:
+    """What --effort makes of a number of operations."""
+    return Effort(request.config.getoption("--effort"))
+
+
+@pytest.fixture(scope="session")
+def load_s(_bpf: None) -> float:
+    """How long loading the program takes here, in seconds."""
+    began_s = time.monotonic()
+    attach().close()
+    return time.monotonic() - began_s
+
+
+@pytest.fixture
+def tracker(request: pytest.FixtureRequest, _trackers: Trackers) -> Iterator[Tracker]:
+    """One that is attached to this namespace, as when it was loaded, and not seeded."""
+    shared = _trackers.shared
+    yield shared.fresh()
+    if request.node.stash.get(HAS_FAILED, False) or not shared.is_quiet():
+        _trackers.discard()
+
+
+@pytest.fixture
+def peers() -> Iterator[Peers]:
+    with Peers() as opened:
+        yield opened

@@ -44,7 +44,11 @@ def linked_netns(device: str = DEVICE) -> Iterator[str]:
         )
         ip("link", "set", device, "up")
         ip("-n", other, "link", "set", DEVICE, "up")
-        yield other
+        try:
+            yield other
+        finally:
+            # At once, and not when the kernel comes to free the other namespace.
+            ip("link", "delete", device)
 
 
 def tcp_state(opened: socket.socket) -> int:

@@ -10,6 +10,15 @@ from collections import Counter
 
 import pytest
 
+from tests.kernel.sharing import (
+    AFTER_A_SECOND,
+    ALWAYS_LONG_TERM,
+    BOTH_ENDS,
+    EVERY_NAMESPACE,
+    OUTBOUND,
+    Exporters,
+    unused_port,
+)
 from tests.support import (
     ESTABLISHED,
     LONG_TERM,
@@ -22,12 +31,13 @@ from tests.support import (
     ss_established,
 )
 
-ALWAYS_LONG_TERM = ("--duration", "0")
+NAMED_PORTS = ("--port", "4001-4210,8443", "--max-series", "101")
 
 
-def test_ipv4_and_ipv6_are_counted_apart() -> None:
+def test_ipv4_and_ipv6_are_counted_apart(exporters: Exporters) -> None:
     """Connections count under the IP version on the wire, at both metrics."""
-    with Exporter(*ALWAYS_LONG_TERM) as exporter, Peers() as four, Peers("::1") as six:
+    exporter = exporters(*ALWAYS_LONG_TERM)
+    with Peers() as four, Peers("::1", unused_port()) as six:
         four.connect(7)
         six.connect(5)
         assert exporter.established(four.port, 4) == 7
@@ -37,9 +47,10 @@ def test_ipv4_and_ipv6_are_counted_apart() -> None:
         assert exporter.established(six.port, 4) is None
 
 
-def test_an_ipv4_client_of_a_dual_stack_socket_is_ipv4() -> None:
+def test_an_ipv4_client_of_a_dual_stack_socket_is_ipv4(exporters: Exporters) -> None:
     """``::ffff:a.b.c.d`` is version 4, beside real IPv6 clients of the same port."""
-    with Exporter() as exporter, Peers("::") as both:
+    exporter = exporters(*ALWAYS_LONG_TERM)
+    with Peers("::") as both:
         both.connect(11, "127.0.0.1")
         both.connect(3, "::1")
         assert exporter.established(both.port, 4) == 11
@@ -47,37 +58,45 @@ def test_an_ipv4_client_of_a_dual_stack_socket_is_ipv4() -> None:
         assert ss_established(both.port) == {"4": 11, "6": 3}
 
 
-def test_outbound_connections_are_counted_when_asked_for() -> None:
+def test_outbound_connections_are_counted_when_asked_for(exporters: Exporters) -> None:
     """Each loopback connection has two ends: inbound by default, outbound, or both."""
-    with Peers() as peers, Exporter() as inbound, Exporter("--direction", "all") as both:
-        with Exporter("--direction", "outbound") as outbound:
-            peers.connect(1)
-            ephemeral = peers.pairs[0][0].getsockname()[1]
-            assert inbound.established(peers.port) == 1
-            assert inbound.established(ephemeral) is None
-            assert outbound.established(ephemeral) == 1
-            assert outbound.established(peers.port) == 0
-            assert both.established(ephemeral) == 1
-            assert both.established(peers.port) == 1
+    inbound, outbound = exporters(*ALWAYS_LONG_TERM), exporters(*OUTBOUND)
+    both = exporters(*BOTH_ENDS)
+    with Peers() as peers:
+        server, ephemeral = peers.port, connect_from(unused_port(), peers)
+        assert inbound.established(server) == 1
+        assert inbound.established(ephemeral) is None
+        assert outbound.established(ephemeral) == 1
+        assert outbound.established(server) == 0
+        assert both.established(ephemeral) == 1
+        assert both.established(server) == 1
 
 
-def test_a_connection_becomes_long_term_at_its_duration() -> None:
+def connect_from(port: int, peers: Peers) -> int:
+    """Connect once, from that port."""
+    client = socket.create_connection(
+        peers.listener.getsockname(), source_address=("127.0.0.1", port)
+    )
+    peers.pairs.append((client, peers.listener.accept()[0]))
+    return port
+
+
+def test_a_connection_becomes_long_term_at_its_duration(exporters: Exporters) -> None:
     """It is established at once, and long-term from ``duration`` on, not before."""
-    with Exporter("--duration", "2") as exporter, Peers() as peers:
-        peers.connect(3)
+    exporter = exporters(*AFTER_A_SECOND)
+    with Peers() as peers:
         opened_s = time.monotonic()
-        early = exporter.long_term(peers.port)
-        if time.monotonic() - opened_s < 2:  # this machine may stop for a while
-            assert early == 0
+        peers.connect(3)
         assert exporter.established(peers.port) == 3
-        time.sleep(2.1)
-        assert exporter.long_term(peers.port) == 3
+        eventually(lambda: exporter.long_term(peers.port) == 3)
+        assert time.monotonic() - opened_s >= 1
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
-def test_half_close_by_either_end_counts_no_more(end: int) -> None:
+def test_half_close_by_either_end_counts_no_more(exporters: Exporters, end: int) -> None:
     """A connection leaves with the first FIN, sent (FIN_WAIT1) or received (CLOSE_WAIT)."""
-    with Exporter(*ALWAYS_LONG_TERM, "--direction", "all") as exporter, Peers() as peers:
+    exporter = exporters(*BOTH_ENDS)
+    with Peers() as peers:
         peers.connect(5)
         ephemeral = peers.pairs[0][0].getsockname()[1]
         assert exporter.established(ephemeral) == 1
@@ -89,17 +108,19 @@ def test_half_close_by_either_end_counts_no_more(end: int) -> None:
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
-def test_a_reset_connection_counts_no_more(end: int) -> None:
+def test_a_reset_connection_counts_no_more(exporters: Exporters, end: int) -> None:
     """RST takes both ends from ESTABLISHED to CLOSE."""
-    with Exporter() as exporter, Peers() as peers:
+    exporter = exporters(*ALWAYS_LONG_TERM)
+    with Peers() as peers:
         peers.connect(5)
         reset(peers.pairs[0][end])
         assert exporter.established(peers.port) == 4
 
 
-def test_disconnecting_counts_no_more() -> None:
+def test_disconnecting_counts_no_more(exporters: Exporters) -> None:
     """connect(AF_UNSPEC) takes a socket from ESTABLISHED to CLOSE."""
-    with Exporter("--direction", "all") as exporter, Peers() as peers:
+    exporter = exporters(*BOTH_ENDS)
+    with Peers() as peers:
         peers.connect(2)
         client, _ = peers.pairs[0]
         ephemeral = client.getsockname()[1]
@@ -131,20 +152,21 @@ def test_a_listener_without_connections_has_a_zero() -> None:
         }
 
 
-def test_a_port_once_seen_keeps_its_series() -> None:
+def test_a_port_once_seen_keeps_its_series(exporters: Exporters) -> None:
     """A service that is gone, listener and all, is 0 and not absent."""
-    with Exporter() as exporter:
-        with Peers() as peers:
-            peers.connect(3)
-            assert exporter.established(peers.port) == 3
-        assert exporter.established(peers.port) == 0
+    exporter = exporters(*ALWAYS_LONG_TERM)
+    with Peers() as peers:
+        peers.connect(3)
+        assert exporter.established(peers.port) == 3
+    assert exporter.established(peers.port) == 0
 
 
-def test_a_named_port_has_a_zero_without_listener() -> None:
+def test_a_named_port_has_a_zero_without_listener(exporters: Exporters) -> None:
     """``--port`` shows its ports from the first scrape on, and no other."""
-    with Exporter("--port", "4433,8443") as exporter, Peers() as other:
+    exporter = exporters(*NAMED_PORTS)
+    with Peers() as other:
         other.connect(1)
-        assert exporter.established(4433) == 0
+        assert exporter.established(4001) == 0
         assert exporter.established(8443, 6) == 0
         assert exporter.established(other.port) is None
 
@@ -171,29 +193,27 @@ def test_simple_is_one_number() -> None:
         assert exporter.value("tcp_established_connections") == 18
 
 
-def test_the_exporters_own_port_is_never_counted() -> None:
+def test_the_exporters_own_port_is_never_counted(exporters: Exporters) -> None:
     """Neither its listener nor the connections of those who scrape it."""
-    with Exporter() as exporter:
-        with socket.create_connection(("127.0.0.1", exporter.port)):
-            assert exporter.established(exporter.port) is None
+    exporter = exporters(*ALWAYS_LONG_TERM)
+    with socket.create_connection(("127.0.0.1", exporter.port)):
+        assert exporter.established(exporter.port) is None
 
 
-def test_another_namespace_is_counted_only_when_asked_for() -> None:
-    """``--netns self`` is as /proc/net/tcp; ``all`` is the host, from before and after."""
+def test_another_namespace_is_counted_only_when_asked_for(exporters: Exporters) -> None:
+    """``--netns self`` is as /proc/net/tcp; ``all`` is the host."""
+    own, every = exporters(*ALWAYS_LONG_TERM), exporters(*EVERY_NAMESPACE)
     with new_netns() as elsewhere:
         with inside(elsewhere):
-            older = Peers()
-            older.connect(5)
-        with older, Exporter() as own, Exporter("--netns", "all") as every:
+            peers = Peers(port=unused_port())
+            peers.connect(7)
+        with peers:
+            assert own.established(peers.port) is None
+            assert every.established(peers.port, netns=elsewhere) == 7
             with inside(elsewhere):
-                older.connect(2)
-                newer = Peers()
-                newer.connect(3)
-            with newer:
-                assert own.established(older.port) is None
-                assert own.established(newer.port) is None
-                assert every.established(older.port, netns=elsewhere) == 7
-                assert every.established(newer.port, netns=elsewhere) == 3
+                peers.connect(3)
+            assert own.established(peers.port) is None
+            assert every.established(peers.port, netns=elsewhere) == 10
 
 
 def shown(exporter: Exporter, name: str) -> dict[tuple[str, str], float]:
@@ -245,16 +265,19 @@ def test_folding_ports_loses_no_connection(source: str) -> None:
         assert shown(exporter, ESTABLISHED).keys() == shown(exporter, LONG_TERM).keys()
 
 
-def test_a_named_port_is_not_folded() -> None:
+def test_a_named_port_is_not_folded(exporters: Exporters) -> None:
     """``--port`` shows each of its ports, more than ``--max-series`` and all at 0."""
-    with Exporter("--port", "4001-4211", "--max-series", "101") as exporter:
-        assert len(shown(exporter, ESTABLISHED)) == 2 * 211
-        assert exporter.value("tcpexporter_folded_series") == 0
+    exporter = exporters(*NAMED_PORTS)
+    page = shown(exporter, ESTABLISHED)
+    assert set(page.values()) == {0}
+    assert len(page) == 2 * (210 + 1)
+    assert exporter.value("tcpexporter_folded_series") == 0
 
 
-def test_kernel_events_are_counted() -> None:
+def test_kernel_events_are_counted(exporters: Exporters) -> None:
     """Inserted and removed are the state changes of both ends of each connection."""
-    with Exporter("--source", "ebpf") as exporter, Peers() as peers:
+    exporter = exporters(*BOTH_ENDS)
+    with Peers() as peers:
 
         def events() -> dict[str, float]:
             return {
@@ -275,33 +298,21 @@ def test_kernel_events_are_counted() -> None:
         assert after["refused"] == before["refused"] == 0
 
 
-def test_a_full_map_refuses_and_says_so() -> None:
-    """With more connections than fit it stays up, and counts what it refused."""
-    with Exporter("--max-connections", "16", "--direction", "all") as exporter:
-        with Peers() as peers:
-            peers.connect(61)
-            tracked = exporter.value("tcpexporter_tracked_connections")
-            refused = exporter.value("tcpexporter_kernel_events_total", action="refused")
-            assert tracked is not None
-            assert refused is not None
-            assert tracked <= 16
-            assert refused >= 2 * 61 - 16
-            assert exporter.value("tcpexporter_max_connections") == 16
-
-
-def test_an_address_pair_in_use_again_has_its_own_age() -> None:
+def test_an_address_pair_in_use_again_has_its_own_age(exporters: Exporters) -> None:
     """The second connection between the same two addresses and ports counts anew."""
-    with Exporter("--duration", "1") as exporter, Peers() as peers:
+    exporter = exporters(*AFTER_A_SECOND)
+    with Peers() as peers:
         for _ in range(2):
             client = socket.socket()
             client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             client.bind(("127.0.0.1", 61543))
+            opened_s = time.monotonic()
             client.connect(("127.0.0.1", peers.port))
             server, _ = peers.listener.accept()
+            peers.pairs.append((client, server))
             assert exporter.established(peers.port) == 1
-            assert exporter.long_term(peers.port) == 0
-            time.sleep(1.1)
-            assert exporter.long_term(peers.port) == 1
+            eventually(lambda: exporter.long_term(peers.port) == 1)
+            assert time.monotonic() - opened_s >= 1
             reset(client)
             server.close()
             assert exporter.established(peers.port) == 0

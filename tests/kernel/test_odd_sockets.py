@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.effort import Effort
 from tests.kernel.odd_sockets import (
     DEVICE,
     HARDWARE_ADDRESSES,
@@ -30,6 +31,14 @@ from tests.kernel.odd_sockets import (
     syn_had_data,
     tcp_state,
 )
+from tests.kernel.sharing import (
+    ALWAYS_LONG_TERM,
+    BOTH_ENDS,
+    EVERY_NAMESPACE,
+    OUTBOUND,
+    Exporters,
+    unused_port,
+)
 from tests.support import (
     DEADLINE_S,
     ESTABLISHED,
@@ -42,8 +51,6 @@ from tests.support import (
 )
 
 BY_EVENTS = ("--source", "ebpf")
-BOTH_ENDS = (*BY_EVENTS, "--direction", "all")
-OUTBOUND = (*BY_EVENTS, "--direction", "outbound")
 
 
 def eventually(read: Callable[[], object], expected: object) -> None:
@@ -72,33 +79,33 @@ def set_sysctl(name: str, value: int) -> None:
     Path("/proc/sys/net", name).write_text(f"{value}\n")
 
 
-def connected_to_itself() -> socket.socket:
+def connected_to_itself(port: int = 0) -> socket.socket:
     opened = socket.socket()
-    opened.bind(("127.0.0.1", 0))
+    opened.bind(("127.0.0.1", port))
     opened.connect(opened.getsockname())
     return opened
 
 
-def test_a_connection_to_itself_counts_once() -> None:
+def test_a_connection_to_itself_counts_once(exporters: Exporters) -> None:
     """Source equals destination: one socket, one end, one connection."""
-    with Exporter(*BOTH_ENDS) as exporter:
-        with contextlib.ExitStack() as open_ones:
-            opened = [open_ones.enter_context(connected_to_itself()) for _ in range(5)]
-            for each in opened:
-                assert each.getpeername() == each.getsockname()
-                agree(exporter, local_port(each), 1)
-            ended = local_port(opened[0])
-            opened[0].close()
-            agree(exporter, ended, 0)
-            agree(exporter, local_port(opened[1]), 1)
+    exporter = exporters(*BOTH_ENDS)
+    with contextlib.ExitStack() as open_ones:
+        opened = [open_ones.enter_context(connected_to_itself()) for _ in range(5)]
+        for each in opened:
+            assert each.getpeername() == each.getsockname()
+            agree(exporter, local_port(each), 1)
+        ended = local_port(opened[0])
+        opened[0].close()
+        agree(exporter, ended, 0)
+        agree(exporter, local_port(opened[1]), 1)
 
 
-def test_a_connection_to_itself_is_inbound() -> None:
+def test_a_connection_to_itself_is_inbound(exporters: Exporters) -> None:
     """It opens simultaneously: SYN_SENT, SYN_RECV, ESTABLISHED, and the last step tells."""
-    with Exporter(*BY_EVENTS) as inbound, Exporter(*OUTBOUND) as outbound:
-        with connected_to_itself() as opened:
-            assert inbound.established(local_port(opened)) == 1
-            assert outbound.established(local_port(opened)) is None
+    inbound, outbound = exporters(*ALWAYS_LONG_TERM), exporters(*OUTBOUND)
+    with connected_to_itself(unused_port()) as opened:
+        assert inbound.established(local_port(opened)) == 1
+        assert outbound.established(local_port(opened)) is None
 
 
 ADDRESSES = ("192.0.2.2", "192.0.2.3")
@@ -150,32 +157,34 @@ def opened_simultaneously(other: str) -> Iterator[tuple[socket.socket, socket.so
         yield left, right
 
 
-def test_a_simultaneous_open_counts_once_at_each_end() -> None:
-    """Two sockets connect to each other, their SYNs cross: one connection at either end."""
-    with linked_netns() as other:
-        with inside(other):
-            there = Exporter(*BOTH_ENDS)
-        with there, Exporter(*BOTH_ENDS) as here:
-            with opened_simultaneously(other) as (left, _):
-                agree(here, CROSSING_PORT, 1)
-                with inside(other):
-                    agree(there, CROSSING_PORT, 1)
-                reset(left)
-                agree(here, CROSSING_PORT, 0)
-                with inside(other):
-                    agree(there, CROSSING_PORT, 0)
+def test_a_simultaneous_open_is_one_inbound_connection_at_each_end(
+    exporters: Exporters,
+) -> None:
+    """Two sockets connect to each other, their SYNs cross: one connection at either end.
 
-
-def test_a_simultaneous_open_is_inbound_at_each_end() -> None:
-    """Either end goes from SYN_SENT to SYN_RECV to ESTABLISHED: the last step tells."""
+    Each goes from SYN_SENT to SYN_RECV to ESTABLISHED: the last step tells.
+    """
+    inbound, outbound = exporters(*EVERY_NAMESPACE), exporters(*OUTBOUND)
+    both = exporters(*BOTH_ENDS)
     with linked_netns() as other:
-        with inside(other):
-            there = Exporter(*BY_EVENTS)
-        with there, Exporter(*BY_EVENTS) as here:
-            with opened_simultaneously(other):
-                agree(here, CROSSING_PORT, 1)
-                with inside(other):
-                    agree(there, CROSSING_PORT, 1)
+
+        def agree_at_each_end(expected: int) -> None:
+            eventually(
+                lambda: (
+                    inbound.established(CROSSING_PORT, netns="self"),
+                    inbound.established(CROSSING_PORT, netns=other),
+                ),
+                (expected, expected),
+            )
+            agree(both, CROSSING_PORT, expected)
+            with inside(other):
+                assert ss_established(CROSSING_PORT).total() == expected
+
+        with opened_simultaneously(other) as (left, _):
+            agree_at_each_end(1)
+            assert outbound.established(CROSSING_PORT) is None
+            reset(left)
+            agree_at_each_end(0)
 
 
 def open_fast(peers: Peers, opened: socket.socket) -> None:
@@ -192,31 +201,33 @@ def fast_peers() -> Iterator[Peers]:
         with socket.socket() as first:
             open_fast(peers, first)
             peers.listener.accept()[0].close()
-            assert not syn_had_data(first)
         yield peers
 
 
-def test_fast_open_counts_at_both_ends(fast_peers: Peers) -> None:
+def test_fast_open_counts_at_both_ends(exporters: Exporters, fast_peers: Peers) -> None:
     """Connections whose SYN carried data count like any other, and end like any other."""
-    with Exporter(*BOTH_ENDS) as exporter:
-        for _ in range(7):
-            client = socket.socket()
-            open_fast(fast_peers, client)
-            server, _ = fast_peers.listener.accept()
-            fast_peers.pairs.append((client, server))
-            assert server.recv(3) == b"odd"
-            assert syn_had_data(client)
-            assert syn_had_data(server)
-        agree(exporter, fast_peers.port, 7)
-        agree(exporter, local_port(fast_peers.pairs[0][0]), 1)
-        for client, _ in fast_peers.pairs[:2]:
-            client.close()
-        agree(exporter, fast_peers.port, 5)
+    exporter = exporters(*BOTH_ENDS)
+    for _ in range(7):
+        client = socket.socket()
+        open_fast(fast_peers, client)
+        server, _ = fast_peers.listener.accept()
+        fast_peers.pairs.append((client, server))
+        assert server.recv(3) == b"odd"
+        assert syn_had_data(client)
+        assert syn_had_data(server)
+    agree(exporter, fast_peers.port, 7)
+    agree(exporter, local_port(fast_peers.pairs[0][0]), 1)
+    for client, _ in fast_peers.pairs[:2]:
+        client.close()
+    agree(exporter, fast_peers.port, 5)
 
 
-def test_fast_open_counts_from_the_end_of_its_handshake(fast_peers: Peers) -> None:
+def test_fast_open_counts_from_the_end_of_its_handshake(
+    exporters: Exporters, fast_peers: Peers
+) -> None:
     """The server accepts and reads in SYN_RECV; it counts once the client has answered."""
-    with Exporter(*BOTH_ENDS) as exporter, socket.socket() as client:
+    exporter = exporters(*BOTH_ENDS)
+    with socket.socket() as client:
         client.setblocking(False)
         with deaf(client):
             open_fast(fast_peers, client)
@@ -256,7 +267,20 @@ def mptcp_established(port: int) -> int:
     return len(shown.splitlines())
 
 
-def test_each_subflow_of_mptcp_counts_once() -> None:
+@contextlib.contextmanager
+def further_subflows(number: int) -> Iterator[None]:
+    """Each MPTCP connection that opens from here has so many besides its first."""
+    ip("mptcp", "limits", "set", "subflow", str(number))
+    for last in range(1, number + 1):
+        ip("mptcp", "endpoint", "add", f"127.0.0.{last}", "dev", "lo", "subflow")
+    try:
+        yield
+    finally:
+        ip("mptcp", "endpoint", "flush")
+        ip("mptcp", "limits", "set", "subflow", "0")
+
+
+def test_each_subflow_of_mptcp_counts_once(exporters: Exporters) -> None:
     """A TCP connection each, as in /proc/net/tcp; the socket around them is not another.
 
     The first subflow has the addresses of that socket: it ends alone, and counts no
@@ -266,10 +290,8 @@ def test_each_subflow_of_mptcp_counts_once() -> None:
     if refuses_mptcp():
         return
     subflows = 3
-    ip("mptcp", "limits", "set", "subflow", str(subflows - 1))
-    for number in range(1, subflows):
-        ip("mptcp", "endpoint", "add", f"127.0.0.{number}", "dev", "lo", "subflow")
-    with Exporter(*BOTH_ENDS) as exporter, contextlib.ExitStack() as opened:
+    exporter = exporters(*BOTH_ENDS)
+    with further_subflows(subflows - 1), contextlib.ExitStack() as opened:
         listener = opened.enter_context(mptcp_socket("127.0.0.1"))
         listener.listen()
         port = local_port(listener)
@@ -288,11 +310,12 @@ def test_each_subflow_of_mptcp_counts_once() -> None:
         assert exporter.established(local_port(client)) == 0
 
 
-def test_mptcp_that_falls_back_to_tcp_counts_once() -> None:
+def test_mptcp_that_falls_back_to_tcp_counts_once(exporters: Exporters) -> None:
     """An MPTCP client of a plain server is one TCP connection at either end."""
     if refuses_mptcp():
         return
-    with Exporter(*BOTH_ENDS) as exporter, Peers() as peers:
+    exporter = exporters(*BOTH_ENDS)
+    with Peers() as peers:
         for _ in range(3):
             client = mptcp_socket("127.0.0.5")
             client.connect(peers.listener.getsockname())
@@ -304,10 +327,11 @@ def test_mptcp_that_falls_back_to_tcp_counts_once() -> None:
         assert exporter.established(local_port(peers.pairs[0][0])) == 1
 
 
-def test_connections_that_nobody_has_accepted_count() -> None:
+def test_connections_that_nobody_has_accepted_count(exporters: Exporters) -> None:
     """A full accept queue is all established; those it has no room for are not, yet."""
     room = 7  # one more than the backlog: sk_acceptq_is_full in include/net/sock.h
-    with Exporter(*BOTH_ENDS) as exporter, contextlib.ExitStack() as opened:
+    exporter = exporters(*BOTH_ENDS)
+    with contextlib.ExitStack() as opened:
         peers = opened.enter_context(Peers(backlog=room - 1))
         address = peers.listener.getsockname()
         queued = [
@@ -318,6 +342,7 @@ def test_connections_that_nobody_has_accepted_count() -> None:
         for _ in range(5):
             waiting = opened.enter_context(socket.socket())
             waiting.setblocking(False)
+            waiting.bind(("127.0.0.1", unused_port()))
             waiting.connect_ex(address)
         agree(exporter, peers.port, room)
         assert exporter.established(local_port(waiting)) is None
@@ -327,9 +352,10 @@ def test_connections_that_nobody_has_accepted_count() -> None:
         agree(exporter, local_port(queued[0]), 0)
 
 
-def test_listeners_that_share_a_port_are_summed_once() -> None:
+def test_listeners_that_share_a_port_are_summed_once(exporters: Exporters) -> None:
     """SO_REUSEPORT: several listeners, each with some of the connections, one series."""
-    with Exporter(*BOTH_ENDS) as exporter, contextlib.ExitStack() as opened:
+    exporter = exporters(*BOTH_ENDS)
+    with contextlib.ExitStack() as opened:
         listeners: list[socket.socket] = []
         port = 0
         for _ in range(5):
@@ -364,9 +390,12 @@ def accepted_at(
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
-def test_a_connection_closed_in_repair_mode_counts_no_more(end: int) -> None:
+def test_a_connection_closed_in_repair_mode_counts_no_more(
+    exporters: Exporters, end: int
+) -> None:
     """TCP_REPAIR: one end vanishes without a packet, and the other knows when it sends."""
-    with Exporter(*BOTH_ENDS) as exporter, Peers() as peers:
+    exporter = exporters(*BOTH_ENDS)
+    with Peers() as peers:
         peers.connect(5)
         pair = peers.pairs[0]
         counts = {local_port(pair[0]): 1, peers.port: 5}
@@ -381,9 +410,10 @@ def test_a_connection_closed_in_repair_mode_counts_no_more(end: int) -> None:
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
-def test_a_connection_made_again_by_repair_counts(end: int) -> None:
+def test_a_connection_made_again_by_repair_counts(exporters: Exporters, end: int) -> None:
     """Moved into another socket it counts again, once, and ends like any other."""
-    with Exporter(*BOTH_ENDS) as exporter, Peers() as peers:
+    exporter = exporters(*BOTH_ENDS)
+    with Peers() as peers:
         peers.connect(5)
         stays = peers.pairs[0][1 - end]
         local, remote = stays.getpeername(), stays.getsockname()
@@ -399,9 +429,12 @@ def test_a_connection_made_again_by_repair_counts(end: int) -> None:
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
-def test_a_socket_inherited_over_fork_counts_until_all_have_closed_it(end: int) -> None:
+def test_a_socket_inherited_over_fork_counts_until_all_have_closed_it(
+    exporters: Exporters, end: int
+) -> None:
     """Closing it in one of two processes changes nothing, closing it in both ends it."""
-    with Exporter(*BOTH_ENDS) as exporter, Peers() as peers:
+    exporter = exporters(*BOTH_ENDS)
+    with Peers() as peers:
         peers.connect(3)
         ephemeral = local_port(peers.pairs[0][0])
         agree(exporter, ephemeral, 1)
@@ -424,8 +457,8 @@ def open_at_reused_port(peers: Peers) -> tuple[socket.socket, socket.socket]:
     return client, peers.listener.accept()[0]
 
 
-def test_an_address_pair_reused_at_once_has_the_last_ones_age() -> None:
-    """997 times closed by RST and opened anew within a millisecond: the last one's age.
+def test_an_address_pair_reused_at_once_has_the_last_ones_age(effort: Effort) -> None:
+    """997 times closed by RST and opened anew within milliseconds: the last one's age.
 
     The first is older than the exporter, and long-term.
     """
@@ -440,14 +473,14 @@ def test_an_address_pair_reused_at_once_has_the_last_ones_age() -> None:
             return {exporter.long_term(port) for port in (REUSED_PORT, peers.port)}
 
         eventually(long_term, {1})
-        for _ in range(997):
+        for _ in range(effort.of(997)):
             reset(client)
             closed_s = time.monotonic()
             server.close()
             client, server = open_at_reused_port(peers)
             gaps_s.append(time.monotonic() - closed_s)
         peers.pairs.append((client, server))
-        assert statistics.median(gaps_s) < 0.001  # this machine may stop for a while
+        assert statistics.median(gaps_s) < 0.02  # this machine may stop for a while
         agree(exporter, REUSED_PORT, 1)
         agree(exporter, peers.port, 1)
         eventually(lambda: 1 in long_term(), expected=True)
@@ -458,49 +491,52 @@ def test_an_address_pair_reused_at_once_has_the_last_ones_age() -> None:
         agree(exporter, peers.port, 0)
 
 
-def test_link_local_connections_count_as_ipv6() -> None:
+def test_link_local_connections_count_as_ipv6(exporters: Exporters) -> None:
     """IPv6 with a scope: fe80::2%odd to fe80::3%odd, over a link between namespaces."""
+    here, there = exporters(*BOTH_ENDS), exporters(*EVERY_NAMESPACE)
     with linked_netns() as other, contextlib.ExitStack() as opened:
         ip("address", "add", "fe80::2/64", "dev", DEVICE, "nodad")
         ip("-n", other, "address", "add", "fe80::3/64", "dev", DEVICE, "nodad")
-        here = opened.enter_context(Exporter(*BOTH_ENDS))
         with inside(other):
-            there = opened.enter_context(Exporter(*BOTH_ENDS))
             scope = socket.if_nametoindex(DEVICE)
             listener = opened.enter_context(socket.socket(socket.AF_INET6))
             listener.bind(("fe80::3", 0, 0, scope))
             listener.listen()
+        port = local_port(listener)
         for _ in range(7):
-            address = ("fe80::3", local_port(listener), 0, socket.if_nametoindex(DEVICE))
+            address = ("fe80::3", port, 0, socket.if_nametoindex(DEVICE))
             client = opened.enter_context(socket.socket(socket.AF_INET6))
             client.connect(address)
             opened.enter_context(listener.accept()[0])
         agree(here, local_port(client), 1, version=6)
         with inside(other):
-            agree(there, local_port(listener), 7, version=6)
+            assert ss_established(port) == {"6": 7}
+        assert there.established(port, 6, netns=other) == 7
         ended = local_port(client)
         client.close()
         agree(here, ended, 0, version=6)
+        eventually(lambda: there.established(port, 6, netns=other), 6)
         with inside(other):
-            agree(there, local_port(listener), 6, version=6)
+            assert ss_established(port) == {"6": 6}
 
 
 EVERY_PORT = range(1, 65536)
 
 
-def test_every_port_can_listen() -> None:
+def test_every_port_can_listen(effort: Effort) -> None:
     """65,535 of them: each but the exporter's own has a zero, on a page still served."""
+    ports = EVERY_PORT[:: max(1, round(1 / effort.share))]
     arguments = (*BY_EVENTS, "--max-series", str(len(EVERY_PORT)))
-    with Exporter(*arguments) as exporter, listening("127.0.0.2", EVERY_PORT):
+    with Exporter(*arguments) as exporter, listening("127.0.0.2", ports):
         shown = subprocess.check_output(["ss", "-Htln", "src 127.0.0.2"], text=True)
-        assert len(shown.splitlines()) == len(EVERY_PORT)
+        assert len(shown.splitlines()) == len(ports)
         page = page_of(exporter)
         for name in (ESTABLISHED, LONG_TERM):
             series = re.findall(
                 rf'^{name}{{port="(\d+)",tcp_version="4"}} 0.0$', page, re.MULTILINE
             )
             zeros = list(map(int, series))
-            assert zeros == [port for port in EVERY_PORT if port != exporter.port]
+            assert zeros == [port for port in ports if port != exporter.port]
 
 
 def page_of(exporter: Exporter) -> str:
@@ -530,10 +566,10 @@ def client_on_a_link_of_its_own(device: str, port: int) -> Iterator[None]:
             yield
 
 
-def test_two_of_one_key_on_two_devices_are_two() -> None:
+def test_two_of_one_key_on_two_devices_are_two(exporters: Exporters) -> None:
     """fe80::2 port 40009 to fe80::1, twice: two sockets; one, if from before."""
     with contextlib.ExitStack() as opened, Peers("::") as peers:
-        exporter = opened.enter_context(Exporter(*BY_EVENTS))
+        exporter = exporters(*ALWAYS_LONG_TERM)
         for device in ("one", "other"):
             opened.enter_context(client_on_a_link_of_its_own(device, peers.port))
         assert ss_established(peers.port) == {"6": 2}

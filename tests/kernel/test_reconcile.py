@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Reconciling with real BPF and sockets, each case of `tcpexporter.reconcile` forced."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -12,6 +13,8 @@ from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import Direction, Records, directions
 from tcpexporter.reconcile import NOTHING, Corrections, Reconciler
 from tcpexporter.tracker import Tracker
+from tests.kernel.effort import Effort
+from tests.kernel.sharing import EVERY_NAMESPACE, Exporters
 from tests.kernel.tracking import (
     Looks,
     Reusable,
@@ -25,19 +28,6 @@ from tests.kernel.tracking import (
     slots_at,
 )
 from tests.support import Exporter, Peers, eventually, inside, new_netns, ss_established
-
-
-@pytest.fixture
-def tracker() -> Iterator[Tracker]:
-    attached = attach()
-    yield attached
-    attached.close()
-
-
-@pytest.fixture
-def peers() -> Iterator[Peers]:
-    with Peers() as opened:
-        yield opened
 
 
 def run(
@@ -240,15 +230,24 @@ def test_lost_events_are_made_good(peers: Peers) -> None:
         tracker.close()
 
 
+@contextlib.contextmanager
+def reconciling(
+    tracker: Tracker, looks: Looks, *, interval_s: float, cpu_share: float = 1
+) -> Iterator[Reconciler]:
+    """The thread, which has ended afterwards whatever happened."""
+    reconciler = Reconciler(tracker, looks, interval_s=interval_s, cpu_share=cpu_share)
+    reconciler.start()
+    with contextlib.closing(reconciler):
+        yield reconciler
+
+
 def test_the_thread_runs_at_its_interval(tracker: Tracker, peers: Peers) -> None:
     """Without any sign of trouble, the interval alone finds what was missed."""
     with Looks() as looks:
-        reconciler = Reconciler(tracker, looks, interval_s=1, cpu_share=1)
-        reconciler.start()
-        peers.connect(3)
-        forget(tracker, peers.port)
-        eventually(lambda: len(at_port(tracker, peers.port)) == 3)
-        reconciler.close()
+        with reconciling(tracker, looks, interval_s=1) as reconciler:
+            peers.connect(3)
+            forget(tracker, peers.port)
+            eventually(lambda: len(at_port(tracker, peers.port)) == 3)
         assert reconciler.state.runs >= 1
         assert reconciler.state.missed_open >= 3
         assert abs(reconciler.state.finished_s - time.time()) < 60
@@ -259,15 +258,13 @@ def test_the_thread_spares_itself_when_nothing_happens(
 ) -> None:
     """After a run without differences there is no other until something happens."""
     with Looks() as looks:
-        reconciler = Reconciler(tracker, looks, interval_s=0.1, cpu_share=1)
-        reconciler.start()
-        eventually(lambda: reconciler.state.runs == 1)
-        noted_s = reconciler.state.finished_s
-        eventually(lambda: reconciler.state.finished_s > noted_s)
-        assert reconciler.state.runs == 1
-        peers.connect(1)
-        eventually(lambda: reconciler.state.runs == 2)
-        reconciler.close()
+        with reconciling(tracker, looks, interval_s=0.1) as reconciler:
+            eventually(lambda: reconciler.state.runs == 1)
+            noted_s = reconciler.state.finished_s
+            eventually(lambda: reconciler.state.finished_s > noted_s)
+            assert reconciler.state.runs == 1
+            peers.connect(1)
+            eventually(lambda: reconciler.state.runs == 2)
 
 
 def test_the_thread_runs_when_there_was_no_room(peers: Peers) -> None:
@@ -275,13 +272,11 @@ def test_the_thread_runs_when_there_was_no_room(peers: Peers) -> None:
     tracker = attach(16)
     try:
         with Looks() as looks:
-            reconciler = Reconciler(tracker, looks, interval_s=0, cpu_share=1)
-            reconciler.start()
-            time.sleep(1.5)
-            assert reconciler.state.runs == 0
-            peers.connect(31)
-            eventually(lambda: reconciler.state.runs > 0)
-            reconciler.close()
+            with reconciling(tracker, looks, interval_s=0) as reconciler:
+                time.sleep(1.5)
+                assert reconciler.state.runs == 0
+                peers.connect(31)
+                eventually(lambda: reconciler.state.runs > 0)
     finally:
         tracker.close()
 
@@ -289,29 +284,35 @@ def test_the_thread_runs_when_there_was_no_room(peers: Peers) -> None:
 def test_the_thread_keeps_to_its_share_of_cpu(tracker: Tracker) -> None:
     """After each run it rests until what it used is no more than its share."""
     with Looks() as looks:
-        reconciler = Reconciler(tracker, looks, interval_s=0.1, cpu_share=1e-6)
-        reconciler.start()
-        eventually(lambda: reconciler.state.runs == 1)
-        time.sleep(2.5)
-        assert reconciler.state.runs == 1
-        assert reconciler.state.interval_s > 100
-        reconciler.close()
+        with reconciling(tracker, looks, interval_s=0.1, cpu_share=1e-6) as reconciler:
+            eventually(lambda: reconciler.state.runs == 1)
+            time.sleep(2.5)
+            assert reconciler.state.runs == 1
+            assert reconciler.state.interval_s > 100
 
 
-def test_a_full_map_recovers() -> None:
+def test_a_full_map_refuses_says_so_and_recovers(effort: Effort) -> None:
     """5,003 connections and room for 100: it stays up, says so, and is right after."""
+    connections = effort.of(5003)
+    arguments = ("--max-connections", "100", "--reconcile-interval", "1")
     with (
         Peers(backlog=8192) as peers,
-        Exporter("--max-connections", "100", "--reconcile-interval", "1") as exporter,
+        Exporter("--direction", "all", *arguments) as exporter,
     ):
-        peers.connect(5003)
+        assert exporter.value("tcpexporter_max_connections") == 100
+        peers.connect(connections)
         counted = exporter.established(peers.port)
         assert counted is not None
-        assert 0 < counted <= 200
+        assert 0 < counted <= 100
+        tracked = exporter.value("tcpexporter_tracked_connections")
+        assert tracked is not None
+        assert tracked <= 100
         refused = exporter.value("tcpexporter_kernel_events_total", action="refused")
-        assert refused
+        assert refused is not None
+        missed = exporter.value("tcpexporter_missed_events_total") or 0
+        assert refused + missed >= 2 * connections - 100
         eventually(lambda: bool(exporter.value("tcpexporter_refused_seeds_total")))
-        for client, server in peers.pairs[:4972]:
+        for client, server in peers.pairs[:-31]:
             client.close()
             server.close()
         eventually(lambda: exporter.established(peers.port) == 31)
@@ -358,16 +359,17 @@ def test_another_namespace_can_be_named() -> None:
         older.close()
 
 
-def test_namespaces_have_names_that_a_person_can_read() -> None:
+def test_namespaces_have_names_that_a_person_can_read(exporters: Exporters) -> None:
     """``--netns all``: ours is ``self``, a named one has its name."""
+    exporter = exporters(*EVERY_NAMESPACE)
     with new_netns() as elsewhere:
         with inside(elsewhere):
-            older = Peers()
-            older.connect(5)
-        with older, Peers() as here, Exporter("--netns", "all") as exporter:
+            there = Peers()
+            there.connect(5)
+        with there, Peers() as here:
             here.connect(2)
             assert exporter.established(here.port, netns="self") == 2
-            assert exporter.established(older.port, netns=elsewhere) == 5
+            assert exporter.established(there.port, netns=elsewhere) == 5
 
 
 def test_the_metrics_say_what_was_reconciled() -> None:

@@ -12,6 +12,7 @@ from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import Direction, directions
 from tcpexporter.tracker import Tracker
 from tests.kernel.tracking import (
+    SLOTS,
     Looks,
     Reusable,
     at_port,
@@ -21,15 +22,7 @@ from tests.kernel.tracking import (
     made,
     seeds,
 )
-from tests.support import Exporter, Peers, inside, new_netns
-
-
-@pytest.fixture
-def tracker() -> Iterator[Tracker]:
-    """One that is attached to this namespace and not seeded."""
-    attached = attach()
-    yield attached
-    attached.close()
+from tests.support import Exporter, Peers, eventually, inside, new_netns
 
 
 def seed(tracker: Tracker, *after: Callable[[], object]) -> None:
@@ -37,12 +30,6 @@ def seed(tracker: Tracker, *after: Callable[[], object]) -> None:
     with Looks(*after) as looks:
         reconcile.seed(tracker, looks)
         assert looks.taken == 1
-
-
-@pytest.fixture
-def peers() -> Iterator[Peers]:
-    with Peers() as opened:
-        yield opened
 
 
 def test_connections_from_before_are_seeded(peers: Peers) -> None:
@@ -96,20 +83,21 @@ def test_what_opens_after_the_look_keeps_its_time(
 
 
 @pytest.fixture
-def reusable(peers: Peers) -> Iterator[Reusable]:
-    """A connection from before the tracker."""
+def reusable(tracker: Tracker, peers: Peers) -> Iterator[Reusable]:
+    """A connection that is closed before the tracker is anybody else's."""
+    del tracker
     made = Reusable(peers)
     yield made
     made.close()
 
 
 @pytest.fixture
-def late_tracker(reusable: Reusable) -> Iterator[Tracker]:
-    """One that is attached when the connection is there already."""
-    del reusable
-    attached = attach()
-    yield attached
-    attached.close()
+def late_tracker(tracker: Tracker, reusable: Reusable, peers: Peers) -> Tracker:
+    """One that knows nothing of the connection, as if attached when it was there."""
+    forget(tracker, peers.port)
+    forget(tracker, reusable.client.getsockname()[1])
+    assert len(everything(tracker)) == 0
+    return tracker
 
 
 Step = str
@@ -225,9 +213,9 @@ def test_nothing_is_noted_when_nobody_compares(tracker: Tracker, peers: Peers) -
 
 def test_more_seeds_than_fit_are_reported(tracker: Tracker) -> None:
     """What finds no room is counted, what fits is kept."""
-    assert len(tracker.add(made(1031))) == 1024
-    assert tracker.seeds_refused == 1031 - 1024
-    assert len(seeds(everything(tracker))) == tracker.seeds() == 1024
+    assert len(tracker.add(made(1031))) == SLOTS
+    assert tracker.seeds_refused == 1031 - SLOTS
+    assert len(seeds(everything(tracker))) == tracker.seeds() == SLOTS
 
 
 def test_the_program_finds_a_seed_by_its_key(peers: Peers) -> None:
@@ -279,10 +267,9 @@ def test_seeds_of_the_command_are_long_term_after_duration() -> None:
         both.connect(5, "127.0.0.1")
         both.connect(3, "::1")
         with Exporter("--source", "ebpf", "--duration", "1") as exporter:
-            time.sleep(1.1)
-            assert exporter.long_term(four.port) == 7
-            assert exporter.long_term(both.port, 4) == 5
-            assert exporter.long_term(both.port, 6) == 3
+            eventually(lambda: exporter.long_term(four.port) == 7)
+            eventually(lambda: exporter.long_term(both.port, 4) == 5)
+            eventually(lambda: exporter.long_term(both.port, 6) == 3)
             four.pairs[0][0].close()
             assert exporter.long_term(four.port) == 6
 

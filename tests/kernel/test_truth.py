@@ -20,6 +20,7 @@ from typing import Self
 import pytest
 
 from tests.kernel import oracle
+from tests.kernel.effort import Effort
 from tests.kernel.holding import LISTENING
 from tests.kernel.worker import Worker
 from tests.support import ESTABLISHED, LONG_TERM, Exporter
@@ -55,7 +56,7 @@ def seed() -> int:
 class Walk:
     """Processes that hold sockets, an exporter, and what happens to them by chance."""
 
-    def __init__(self, seed: int, direction: str) -> None:
+    def __init__(self, seed: int, direction: str, effort: Effort) -> None:
         self.operations = 0
         self.compared = 0
         self.exact_at_once = 0
@@ -63,6 +64,7 @@ class Walk:
         self._seed = seed
         self._random = random.Random(seed)  # noqa: S311  # it is to be repeated
         self._direction = direction
+        self._effort = effort
         self._workers = [_start_worker(index) for index in range(len(LISTENING))]
         self._start_exporter()
 
@@ -80,13 +82,14 @@ class Walk:
 
     def go(self) -> None:
         """Let each thing happen as often as it says here, in any order."""
+        times = self._effort.times
         happenings = [
-            *[(self.nothing, 0.0)] * 7,
-            *[(self.process_is_killed, 0.002)] * 3,
-            *[(self.exporter_pauses, 0.002)] * 5,
-            *[(self.exporter_ends, 0.017)] * 2,
-            *[(self.exporter_is_killed, 0.017)] * 2,
-            *[(self.exporter_is_away, 0.0)] * 2,
+            *[(self.nothing, 0.0)] * times(7),
+            *[(self.process_is_killed, 0.002)] * times(3),
+            *[(self.exporter_pauses, 0.002)] * times(5),
+            *[(self.exporter_ends, 0.017)] * times(2),
+            *[(self.exporter_is_killed, 0.017)] * times(2),
+            *[(self.exporter_is_away, 0.0)] * times(2),
         ]
         self._random.shuffle(happenings)
         for number, (happening, longest_pause_s) in enumerate(happenings):
@@ -175,12 +178,14 @@ def _start_worker(index: int) -> Worker:
 
 
 @pytest.mark.parametrize("direction", ["all", "inbound"])
-def test_whatever_happens_the_counts_are_those_of_ss(seed: int, direction: str) -> None:
+def test_whatever_happens_the_counts_are_those_of_ss(
+    seed: int, direction: str, effort: Effort
+) -> None:
     """Thousands of operations on sockets, and a comparison with ss whenever it is quiet."""
-    with Walk(seed, direction) as walk:
+    with Walk(seed, direction, effort) as walk:
         walk.go()
     sys.stdout.write(
         f"seed {seed}: {walk.operations} operations,"
         f" {walk.exact_at_once} of {walk.compared} comparisons without waiting\n"
     )
-    assert walk.operations > 10_007
+    assert walk.operations > effort.of(10_007)

@@ -16,9 +16,12 @@ from tcpexporter.sockets import open_tables
 from tcpexporter.tracker import HANDLE_SEEDED, Tracker
 from tests.support import Peers, reset
 
+SLOTS = 1021
+"""For so many connections is a tracker of which nothing else is said."""
+
 
 def attach(
-    max_connections: int = 1024, *, lose_one_in: int = 0, without: tuple[str, ...] = ()
+    max_connections: int = SLOTS, *, lose_one_in: int = 0, without: tuple[str, ...] = ()
 ) -> Tracker:
     """A tracker of this namespace that is not seeded."""
     request = loader.Request(
