@@ -23,7 +23,7 @@ LIMIT_S = 1800
 
 TEST = """
 .venv/bin/python -m tests.vm.facts >/share/facts.json &&
-	.venv/bin/python -m pytest -v --color=no --junitxml=/share/results.xml {what}
+	.venv/bin/python -m pytest -v --color=no --effort 0.1 --junitxml=/share/results.xml {what}
 """
 
 SHELL = "TERM=linux exec bash </dev/ttyS0 >/dev/ttyS0 2>&1"
