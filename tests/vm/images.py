@@ -73,7 +73,7 @@ def build(userland: Userland) -> Path:
     if image.exists():
         return image
     image.parent.mkdir(parents=True, exist_ok=True)
-    for old in image.parent.glob(f"{name}{'?' * 16}.*"):
+    for old in image.parent.glob(f"{name}{'?' * 16}.img"):
         old.unlink()
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         directory = Path(scratch)
@@ -81,7 +81,7 @@ def build(userland: Userland) -> Path:
         _download_wheels(userland.python, directory / "wheels")
         pack_tree(directory / "tree.tar")
         _install(userland, directory)
-        new = image.with_suffix(".new")
+        new = directory / image.name
         _run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d",
              directory / "root", new, SIZE)  # fmt: skip
         new.rename(image)

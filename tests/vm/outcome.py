@@ -17,6 +17,8 @@ class Guest:
     version: str
     python: str
     bcc: str
+    lacks: list[str]
+    """The names of features that its kernel has not."""
     has_headers: bool
     has_compiler: bool
 

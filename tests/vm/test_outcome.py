@@ -47,6 +47,7 @@ GOOD = Outcome(
         version="#1 SMP",
         python="3.11.2",
         bcc="0.26.0",
+        lacks=["recursion misses"],
         has_headers=False,
         has_compiler=False,
     ),
