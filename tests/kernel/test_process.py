@@ -17,7 +17,7 @@ import pytest
 from tcpexporter import privileges
 from tcpexporter.tracker import Tracker
 from tests.kernel.loading import wait_for_loader
-from tests.kernel.sharing import BOTH_ENDS, Exporters
+from tests.kernel.sharing import BOTH_ENDS, OUTBOUND, Exporters
 from tests.kernel.tracking import everything, made
 from tests.support import (
     DEADLINE_S,
@@ -67,11 +67,11 @@ def test_root_is_given_up_for_good(
         assert shown["NoNewPrivs"] == ["1"]
 
 
-def test_the_user_can_be_chosen() -> None:
+def test_the_user_can_be_chosen(exporters: Exporters) -> None:
     """``--user`` names whom it becomes."""
-    with Exporter("--user", "daemon") as exporter:
-        pid = exporter.process.pid
-        assert status(pid, pid)["Uid"] == ["1"] * 4
+    assert OUTBOUND[-2:] == ("--user", "daemon")
+    pid = exporters(*OUTBOUND).process.pid
+    assert status(pid, pid)["Uid"] == ["1"] * 4
 
 
 def test_the_serving_process_does_not_hold_bcc(exporters: Exporters) -> None:
