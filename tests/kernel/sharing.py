@@ -20,7 +20,7 @@ EVERY_NAMESPACE = (*ALWAYS_LONG_TERM, "--netns", "all")
 # All outbound connections that there have been leave a series each.
 _MANY = (*ALWAYS_LONG_TERM, "--source", "ebpf", "--max-series", "65535")
 BOTH_ENDS = (*_MANY, "--direction", "all")
-OUTBOUND = (*_MANY, "--direction", "outbound")
+OUTBOUND = (*_MANY, "--direction", "outbound", "--user", "daemon")
 
 _ports = itertools.count(10103)
 

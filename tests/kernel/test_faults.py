@@ -4,16 +4,17 @@
 import contextlib
 import ctypes
 import os
-import signal
 import socket
 import struct
 import subprocess
 import sys
-import time
 
 import pytest
 
-from tests.kernel.loading import wait_for_loader
+from tcpexporter.errors import LoadError
+from tcpexporter.tracker import Tracker
+from tests.kernel.loading import kill_loader, loader_is_killed
+from tests.kernel.tracking import at_port, attach
 from tests.support import DEADLINE_S, Exporter, Peers, eventually
 
 COMMAND = f"{sys.executable} -m tcpexporter"
@@ -124,17 +125,32 @@ def test_a_named_sock_diag_does_not_fall_back() -> None:
 
 
 @pytest.mark.parametrize("part", [0, 0.2, 0.4, 0.6, 0.8])
-def test_a_killed_loader_is_reported(load_s: float, part: float) -> None:
-    """At whatever step it dies, the parent ends with one sentence, or has all it needs."""
+def test_a_loader_killed_at_any_step_leaves_nothing_half_done(
+    load_s: float, part: float
+) -> None:
+    """Its parent is told that it died, in one sentence, or has all it needs."""
+    with loader_is_killed(part * load_s):
+        tracker, reason = attach_or_reason()
+    if tracker is None:
+        assert "died" in reason
+        return
+    with contextlib.closing(tracker), Peers() as peers:
+        peers.connect(3)
+        assert len(at_port(tracker, peers.port)) == 3
+
+
+def attach_or_reason() -> tuple[Tracker | None, str]:
+    try:
+        return attach(), ""
+    except LoadError as error:
+        return None, str(error)
+
+
+def test_a_killed_loader_ends_the_exporter() -> None:
+    """With one sentence, and exit code 1."""
     with Exporter("--source", "ebpf", wait=False) as exporter:
-        child = wait_for_loader(exporter.process)
-        time.sleep(part * load_s)
-        with contextlib.suppress(ProcessLookupError):  # faster than the one measured
-            os.kill(child, signal.SIGKILL)
-        eventually(lambda: exporter.process.poll() is not None or exporter.is_ready())
-        if exporter.process.returncode is None:
-            return
-        _, complaints = exporter.process.communicate()
+        kill_loader(exporter.process.pid, after_s=0)
+        _, complaints = exporter.process.communicate(timeout=DEADLINE_S)
         assert exporter.process.returncode == 1
         assert "Traceback" not in complaints
         assert "died" in complaints

@@ -17,7 +17,7 @@ import pytest
 from tcpexporter import privileges
 from tcpexporter.tracker import Tracker
 from tests.kernel.loading import wait_for_loader
-from tests.kernel.sharing import BOTH_ENDS, Exporters
+from tests.kernel.sharing import BOTH_ENDS, OUTBOUND, Exporters
 from tests.kernel.tracking import everything, made
 from tests.support import (
     DEADLINE_S,
@@ -67,11 +67,11 @@ def test_root_is_given_up_for_good(
         assert shown["NoNewPrivs"] == ["1"]
 
 
-def test_the_user_can_be_chosen() -> None:
+def test_the_user_can_be_chosen(exporters: Exporters) -> None:
     """``--user`` names whom it becomes."""
-    with Exporter("--user", "daemon") as exporter:
-        pid = exporter.process.pid
-        assert status(pid, pid)["Uid"] == ["1"] * 4
+    assert OUTBOUND[-2:] == ("--user", "daemon")
+    pid = exporters(*OUTBOUND).process.pid
+    assert status(pid, pid)["Uid"] == ["1"] * 4
 
 
 def test_the_serving_process_does_not_hold_bcc(exporters: Exporters) -> None:
@@ -117,7 +117,7 @@ def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
 def test_a_signal_while_it_loads_ends_it_cleanly(load_s: float, part: float) -> None:
     """Whatever part of the loader's work is done, it ends with 0 and leaves nothing."""
     with Exporter("--source", "ebpf", wait=False) as exporter:
-        child = wait_for_loader(exporter.process)
+        child = wait_for_loader(exporter.process.pid)
         time.sleep(part * load_s)
         programs = bpf_programs_of(exporter.process.pid) | bpf_programs_of(child)
         code, complaints = exporter.stop()
@@ -213,12 +213,14 @@ def test_polling_sources_give_the_same_numbers(exporters: Exporters, source: str
     """A polling source counts what it sees, its age from the first poll that did."""
     exporter = exporters(*POLLING, source)
     with Peers("::") as peers:
+        opened_s = time.monotonic()
         peers.connect(7, "127.0.0.1")
         peers.connect(5, "::1")
         eventually(lambda: exporter.established(peers.port, 4) == 7)
         eventually(lambda: exporter.established(peers.port, 6) == 5)
         assert exporter.value("tcpexporter_source_info", source=source) == 1
         eventually(lambda: exporter.long_term(peers.port, 4) == 7)
+        assert time.monotonic() - opened_s >= 1
         eventually(lambda: exporter.long_term(peers.port, 6) == 5)
         peers.pairs[0][1].close()
         eventually(lambda: exporter.established(peers.port, 4) == 6)
@@ -253,13 +255,16 @@ def catches(process: int, number: signal.Signals) -> bool:
 
 def test_once_interrupted_is_no_success() -> None:
     """A signal while it watches ends it with a code that is not 0, and prints nothing."""
-    once = subprocess.Popen(
-        [*COMMAND, "--once", "--duration", "600"],
-        stdout=subprocess.PIPE,
-    )
-    eventually(lambda: is_nobody(once.pid) and not catches(once.pid, signal.SIGTERM))
-    once.terminate()
-    page, _ = once.communicate(timeout=DEADLINE_S)
+    command = (*COMMAND, "--once", "--duration", "600")
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as once:
+        try:
+            eventually(
+                lambda: is_nobody(once.pid) and not catches(once.pid, signal.SIGTERM)
+            )
+            once.terminate()
+            page, _ = once.communicate(timeout=DEADLINE_S)
+        finally:
+            once.kill()
     assert page == b""
     assert once.returncode not in (0, None)
 
