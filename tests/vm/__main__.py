@@ -23,7 +23,8 @@ LIMIT_S = 1800
 
 TEST = """
 .venv/bin/python -m tests.vm.facts >/share/facts.json || exit
-.venv/bin/python -m pytest {what} -v --color=no --effort 0.1 --junitxml=/share/results.xml
+set -- --effort 0.1 --timeout 600 --junitxml=/share/results.xml
+.venv/bin/python -m pytest {what} -v --color=no "$@"
 """
 
 SHELL = "TERM=linux exec bash </dev/ttyS0 >/dev/ttyS0 2>&1"
