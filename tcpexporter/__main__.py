@@ -14,7 +14,7 @@ from types import FrameType
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from tcpexporter import namespaces, privileges, server, sizing, version
+from tcpexporter import namespaces, pins, privileges, server, sizing, version
 from tcpexporter.collector import ConnectionCollector, make_registry
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
@@ -51,6 +51,8 @@ def main() -> None:
         _set_up_logging(settings)
         if settings.features:
             _print_features()
+        elif settings.unpin:
+            pins.remove(settings.pin or pins.DEFAULT)
         else:
             _run(settings)
     except SettingsError as error:
@@ -161,6 +163,7 @@ def _open(name: str, settings: Settings) -> Source:
             or sizing.max_connections(sizing.read_limits()),
             reconcile_interval_s=settings.reconcile_interval_s,
             reconcile_cpu_share=settings.reconcile_cpu_percent / 100,
+            pin=settings.pin,
         )
     return PollingSource(open_tables(name, settings.netns), settings.interval_s)
 

@@ -26,6 +26,10 @@ class SocketTableError(SourceError):
     """The kernel's socket tables cannot be read, or not understood."""
 
 
+class PinError(TcpExporterError):
+    """What an exporter left in the BPF file system cannot be used, or nothing be left."""
+
+
 class ServerError(TcpExporterError):
     """The metrics cannot be served, or printed, where that was asked for."""
 

@@ -48,6 +48,9 @@ class Settings:
     """Between two comparisons with the socket tables; 0: only when events were missed."""
     reconcile_cpu_percent: float = 2.0
     """Of one core, what they may use on average."""
+    pin: str | None = None
+    """A directory of the BPF file system; None: nothing outlives the exporter."""
+    unpin: bool = False
     user: str = "nobody"
     log_level: str = "info"
     log_format: str = "text"
@@ -341,6 +344,11 @@ _NETNS = _Kind(
 _CONNECTIONS = _Kind("NUMBER", "auto, or a whole number from 1 to 16777216", _connections)
 _SERIES = _Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
 _USER = _Kind("USER", "the name of a user", _word)
+_DIRECTORY = _Kind(
+    "DIR",
+    "the path of a directory of the BPF file system, as /sys/fs/bpf/tcpexporter",
+    lambda text: text or None,
+)
 _PATH = _Kind("PATH", "the path of a file", lambda text: text or None)
 
 
@@ -489,6 +497,19 @@ _GROUPS = {
         _Setting("log-format", "text", _choice("text", "json"), "how a log line looks"),
     ),
     "how it is run": (
+        _Setting(
+            "pin",
+            "",
+            _DIRECTORY,
+            "have the kernel go on recording when the exporter ends, and take over what it"
+            " recorded by way of this directory",
+        ),
+        _Setting(
+            "unpin",
+            "false",
+            _SWITCH,
+            "have the kernel stop recording, forget what is in that directory, and exit",
+        ),
         _Setting("user", "nobody", _USER, "become this user when root is no longer needed"),
         _Setting(
             "conf", "", _PATH, "read settings from here", alias="config", from_go=True

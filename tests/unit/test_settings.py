@@ -34,6 +34,8 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("log-format", "json", {"log_format": "json"}),
     ("once", "true", {"once": True}),
     ("features", "true", {"features": True}),
+    ("pin", "/sys/fs/bpf/x", {"pin": "/sys/fs/bpf/x"}),
+    ("unpin", "true", {"unpin": True}),
 ]
 """A name, a value that is not its default, and what comes of it."""
 
@@ -44,7 +46,7 @@ OTHER_SAMPLES = [sample for sample in SAMPLES if sample[0] not in FROM_GO]
 REFUSED = [
     *[
         (name, value, "true or false")
-        for name in ("simple", "tcpv6", "once", "features")
+        for name in ("simple", "tcpv6", "once", "features", "unpin")
         for value in ("", "yes", "on", "TrUe", "2")
     ],
     *[
