@@ -37,9 +37,8 @@ CURVES = {
     "CurveP256": "prime256v1",
     "CurveP384": "secp384r1",
     "CurveP521": "secp521r1",
-    "X25519": "X25519",
 }
-"""Go's names, and OpenSSL's."""
+"""Go's names, and OpenSSL's; Python does not take the fourth, X25519, alone."""
 
 HEADERS: Mapping[str, tuple[str, ...]] = {
     "Content-Security-Policy": (),
@@ -278,14 +277,15 @@ class _File:
         name = "curve_preferences"
         curves = self._list(given, name) or ()
         for curve in curves:
-            if curve not in CURVES:
+            if curve not in (*CURVES, "X25519"):
                 raise self._wrong(
                     given[name][0], f"{name} takes {_listed(tuple(CURVES))}, not {curve!r}"
                 )
-        if len(curves) > 1:
+        if len(curves) > 1 or "X25519" in curves:
             raise self._wrong(
                 given[name][0],
-                f"{name} of more than one is not done here: name one, or leave it out",
+                f"{name} of more than one, or of X25519, is not done here: choose one of"
+                f" {_listed(tuple(CURVES))}, or leave it out for all",
             )
         return CURVES[curves[0]] if curves else None
 

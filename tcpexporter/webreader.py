@@ -34,7 +34,7 @@ LARGEST_BYTES = 1 << 20
 """Of a file; a bundle of all public certificate authorities has a quarter of that."""
 
 GRACE_S = 0.3
-"""What the child gets to see that it is not needed any more."""
+"""What the child gets to see that nobody listens any more."""
 
 _LENGTH = struct.Struct("!I")
 
@@ -92,11 +92,15 @@ class Reader:
         return WebConfig.from_json(told)
 
     def close(self) -> None:
-        """End it: it may be another user's, but sees that its parent has gone."""
+        """End it, which it does by itself when nobody listens, unless it hangs."""
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             self._child.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(PermissionError):  # it may be root, and we not
+                self._child.kill()
+                self._child.wait()
 
     def _take(self, length: int) -> bytes:
         try:

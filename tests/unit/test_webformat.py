@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from tcpexporter.errors import WebConfigError
-from tcpexporter.webconfig import CIPHERS, RateLimit, Tls, WebConfig
+from tcpexporter.webconfig import CIPHERS, Tls, WebConfig
 from tcpexporter.webformat import CURVES, TLS13_CIPHERS, parse
 
 FILES = {"server.crt": "CRT", "server.key": "KEY", "ca.pem": "CA"}
@@ -201,9 +201,10 @@ TLS_REFUSED = [
     (
         "curve_preferences: [CurveP257]",
         4,
-        "takes CurveP256, CurveP384, CurveP521 or X25519",
+        "takes CurveP256, CurveP384 or CurveP521, not",
     ),
-    ("curve_preferences: [X25519, CurveP256]", 4, "of more than one is not done here"),
+    ("curve_preferences: [X25519]", 4, "of X25519, is not done here"),
+    ("curve_preferences: [CurveP256, CurveP384]", 4, "of more than one, or of"),
     ("min_version: [TLS12]", 4, "min_version takes a text"),
     ("min_version: TLS12\nmin_version: TLS13", 5, "has 'min_version' a second time"),
 ]
