@@ -28,29 +28,54 @@ USED_BYTES = 72
 """What bcrypt uses of a password, here as elsewhere."""
 
 
+class Checker:
+    """Checks passwords, one after another, while the event loop goes on."""
+
+    def __init__(self, check: Callable[[bytes, bytes], bool] = bcrypt.checkpw) -> None:
+        """Begin with none.
+
+        Args:
+            check: Whether a password has a hash; may take long.
+        """
+        self._check = check
+        self._turn = asyncio.Lock()
+        self._at_work: asyncio.Future[bool] | None = None
+        self._given_up = False
+
+    async def matches(self, password: bytes, hashed: bytes) -> bool:
+        """Whether it does; cancelled when given up."""
+        async with self._turn:
+            if self._given_up:
+                raise asyncio.CancelledError
+            self._at_work = in_thread(lambda: self._matches(password, hashed))
+            return await self._at_work
+
+    def give_up(self) -> None:
+        """Have nobody wait any more, as the end has come."""
+        self._given_up = True
+        if self._at_work:
+            self._at_work.cancel()
+
+    def _matches(self, password: bytes, hashed: bytes) -> bool:
+        try:
+            return self._check(password[:USED_BYTES], hashed)
+        except ValueError:  # what bcrypt does not take cannot be right
+            return False
+
+
 class Users:
     """Names and the hashes of their passwords."""
 
-    def __init__(
-        self,
-        hashes: Mapping[str, str],
-        check: Callable[[bytes, bytes], bool] = bcrypt.checkpw,
-    ) -> None:
-        """Know these and no others.
-
-        Args:
-            hashes: By name.
-            check: Whether a password has a hash.
-        """
+    def __init__(self, hashes: Mapping[str, str], checker: Checker) -> None:
+        """Know these, by name, and no others."""
         self._hashes = {name.encode(): text.encode() for name, text in hashes.items()}
-        self._check = check
+        self._checker = checker
         self._nobodys = _nobodys_hash(hashes.values())
         self._key = secrets.token_bytes(32)
         self._right: dict[bytes, bytes] = {}
         """By name, the digest of what was right: at most one for each."""
         self._waiting: dict[bytes, asyncio.Future[bool]] = {}
         """By digest: who asks the same waits for the same."""
-        self._turn = asyncio.Lock()
 
     async def admit(self, authorization: str) -> HTTPStatus:
         """Judge the value of an Authorization header: OK, or how it is refused."""
@@ -65,28 +90,25 @@ class Users:
         if digest not in self._waiting:
             if len(self._waiting) >= MAX_WAITING:
                 return HTTPStatus.SERVICE_UNAVAILABLE
-            checking = asyncio.ensure_future(self._judge(name, password, digest))
-            self._waiting[digest] = checking
-            checking.add_done_callback(lambda _: self._waiting.pop(digest))
-        right = await asyncio.shield(self._waiting[digest])
+            judging = asyncio.ensure_future(self._judge(name, password, digest))
+            self._waiting[digest] = judging
+            judging.add_done_callback(lambda _: self._waiting.pop(digest))
+        checking = self._waiting[digest]
+        try:
+            right = await asyncio.shield(checking)
+        except asyncio.CancelledError:
+            if checking.cancelled():
+                return HTTPStatus.SERVICE_UNAVAILABLE
+            raise
         return HTTPStatus.OK if right else HTTPStatus.UNAUTHORIZED
 
     async def _judge(self, name: bytes, password: bytes, digest: bytes) -> bool:
         known = self._hashes.get(name)
-        async with self._turn:
-            matches = await in_thread(
-                lambda: self._matches(password[:USED_BYTES], known or self._nobodys)
-            )
+        matches = await self._checker.matches(password, known or self._nobodys)
         right = known is not None and matches
         if right:
             self._right[name] = digest
         return right
-
-    def _matches(self, password: bytes, hashed: bytes) -> bool:
-        try:
-            return self._check(password, hashed)
-        except ValueError:  # what bcrypt does not take cannot be right
-            return False
 
     def _digest(self, name: bytes, password: bytes) -> bytes:
         # The name's length keeps "ab" with "c" from being "a" with "bc".

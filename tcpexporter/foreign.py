@@ -17,8 +17,8 @@ _T = TypeVar("_T")
 _NAME = "foreign code"
 
 
-async def in_thread(work: Callable[[], _T]) -> _T:
-    """What ``work``, which does not raise, returns, while the event loop goes on."""
+def in_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
+    """Begin with ``work``, which does not raise; whoever cancels does not wait for it."""
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[_T] = loop.create_future()
 
@@ -32,7 +32,7 @@ async def in_thread(work: Callable[[], _T]) -> _T:
             loop.call_soon_threadsafe(tell, result)
 
     threading.Thread(target=run, name=_NAME, daemon=True).start()
-    return await outcome
+    return outcome
 
 
 def leave(code: int) -> None:

@@ -510,6 +510,8 @@ class _Server(Server):
     def _drop_all(self) -> None:
         for connection in list(cast("set[_Connection]", self.server_state.connections)):
             connection.drop()
+        if web := cast("App", self.config.app).web:
+            web.give_up()
 
 
 def serve(sockets: Sequence[socket.socket], app: App) -> None:

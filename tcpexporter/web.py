@@ -9,7 +9,7 @@ from http import HTTPStatus
 from pwd import struct_passwd
 from typing import Self
 
-from tcpexporter.access import Limiter, Users
+from tcpexporter.access import Checker, Limiter, Users
 from tcpexporter.errors import WebConfigError
 from tcpexporter.tls import Terms, make_terms
 from tcpexporter.webconfig import WebConfig
@@ -28,11 +28,11 @@ class _Rules:
     limiter: Limiter | None
 
     @classmethod
-    def of(cls, config: WebConfig) -> Self:
+    def of(cls, config: WebConfig, checker: Checker) -> Self:
         return cls(
             terms=make_terms(config.tls) if config.tls else None,
             headers={name.lower(): text for name, text in config.headers.items()},
-            users=Users(config.users) if config.users else None,
+            users=Users(config.users, checker) if config.users else None,
             limiter=Limiter(config.rate_limit) if config.rate_limit else None,
         )
 
@@ -59,6 +59,7 @@ class Web:
         """
         self._path = path
         self._closed = False
+        self._checker = Checker()
         self._reader = Reader(path, account, interval_s=interval_s)
         try:
             self._rules = self._read()
@@ -95,10 +96,14 @@ class Web:
             return HTTPStatus.TOO_MANY_REQUESTS
         return await rules.users.admit(authorization) if rules.users else HTTPStatus.OK
 
+    def give_up(self) -> None:
+        """Have no request wait for a password to be checked any more."""
+        self._checker.give_up()
+
     def _read(self) -> _Rules:
         config = self._reader.receive()
         try:
-            return _Rules.of(config)
+            return _Rules.of(config, self._checker)
         except WebConfigError as error:
             raise WebConfigError(f"{self._path}: {error}") from error
 

@@ -10,7 +10,7 @@ import bcrypt
 import pytest
 
 from tcpexporter import access
-from tcpexporter.access import Limiter, Users
+from tcpexporter.access import Checker, Limiter, Users
 from tcpexporter.webconfig import RateLimit
 
 OK, UNAUTHORIZED = HTTPStatus.OK, HTTPStatus.UNAUTHORIZED
@@ -50,7 +50,7 @@ def judge(users: Users, *authorizations: str) -> list[HTTPStatus]:
 
 
 def make(checks: Checks, **hashes: str) -> Users:
-    return Users(hashes or {"alice": ALICES, "bob": BOBS}, checks)
+    return Users(hashes or {"alice": ALICES, "bob": BOBS}, Checker(checks))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +182,26 @@ def test_who_gives_up_does_not_take_others_along() -> None:
         assert await second == OK
 
     asyncio.run(run())
+
+
+def test_nobody_waits_when_given_up() -> None:
+    """Neither for the one that is at work nor for a turn."""
+    checks = Checks()
+    checker = Checker(checks)
+    users = Users({"alice": ALICES}, checker)
+
+    async def run() -> list[HTTPStatus]:
+        checks.go_on.clear()
+        tried = (basic("alice", each) for each in ("a", "b", "c"))
+        waiting = asyncio.gather(*(users.admit(each) for each in tried))
+        while not checks.at_work:
+            await asyncio.sleep(0.01)
+        checker.give_up()
+        return await waiting
+
+    assert asyncio.run(run()) == [HTTPStatus.SERVICE_UNAVAILABLE] * 3
+    checks.go_on.set()
+    assert len(checks.asked) == 1
 
 
 class Clock:
