@@ -14,7 +14,7 @@ from types import FrameType
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from tcpexporter import namespaces, pins, privileges, server, sizing, version
+from tcpexporter import foreign, namespaces, pins, privileges, server, sizing, version
 from tcpexporter.collector import ConnectionCollector, make_registry
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
@@ -59,6 +59,7 @@ def main() -> None:
         sys.exit(_complain(error, 2))
     except TcpExporterError as error:
         sys.exit(_complain(error, 1))
+    foreign.leave(0)
 
 
 def _spare_memory() -> None:
@@ -79,6 +80,8 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 
 def _complain(error: TcpExporterError, code: int) -> int:
     sys.stderr.write(f"tcpexporter: {error}\n")
+    sys.stderr.flush()
+    foreign.leave(code)
     return code
 
 
@@ -113,6 +116,14 @@ def _run(settings: Settings) -> None:
         for each in listening:
             resources.enter_context(each)
         account = privileges.find_user(settings.user) if os.geteuid() == 0 else None
+        web = None
+        if settings.web_config and not settings.once:
+            # As with JsonFormatter: 3 MiB.
+            from tcpexporter.web import Web  # noqa: PLC0415
+
+            web = resources.enter_context(
+                contextlib.closing(Web(settings.web_config, account))
+            )
         source = _open_source(settings)
         resources.callback(source.close)
         collector = _make_collector(source, settings)
@@ -131,8 +142,11 @@ def _run(settings: Settings) -> None:
             ready=starting.awaited,
             settings=dataclasses.asdict(settings),
             version=version.VERSION,
+            web=web,
         )
         try:
+            if web:
+                web.follow()
             starting.begin()
             server.serve(listening, app)
         finally:

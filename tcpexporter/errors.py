@@ -10,6 +10,10 @@ class SettingsError(TcpExporterError):
     """A setting has an unknown name or a value that cannot be used."""
 
 
+class WebConfigError(SettingsError):
+    """The file that --web-config names cannot be used."""
+
+
 class SourceError(TcpExporterError):
     """Connections cannot be had from a source."""
 

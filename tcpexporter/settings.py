@@ -52,6 +52,7 @@ class Settings:
     """A directory of the BPF file system; None: nothing outlives the exporter."""
     unpin: bool = False
     user: str = "nobody"
+    web_config: str | None = None
     log_level: str = "info"
     log_format: str = "text"
     once: bool = False
@@ -202,7 +203,7 @@ def _parser() -> _Parser:
                 help=f"{setting.help}; takes {setting.kind.takes}"
                 f" (default: {setting.default or 'none'})",
                 env_var=setting.variables[0],
-                is_config_file_arg=setting.kind is _PATH,
+                is_config_file_arg=setting.kind is _CONF,
             )
     return parser
 
@@ -350,6 +351,7 @@ _DIRECTORY = _Kind(
     lambda text: text or None,
 )
 _PATH = _Kind("PATH", "the path of a file", lambda text: text or None)
+_CONF = _Kind("PATH", "the path of a file of settings", _PATH.parse)
 
 
 @dataclass(frozen=True)
@@ -475,6 +477,13 @@ _GROUPS = {
     "how it is told": (
         _Setting("listen", "9690", _LISTEN, "serve /metrics here", from_go=True),
         _Setting(
+            "web-config",
+            "",
+            _PATH,
+            "serve with TLS, passwords and limits as this file has them, in the format of"
+            " Prometheus' own exporters",
+        ),
+        _Setting(
             "max-series",
             "2000",
             _SERIES,
@@ -512,13 +521,13 @@ _GROUPS = {
         ),
         _Setting("user", "nobody", _USER, "become this user when root is no longer needed"),
         _Setting(
-            "conf", "", _PATH, "read settings from here", alias="config", from_go=True
+            "conf", "", _CONF, "read settings from here", alias="config", from_go=True
         ),
     ),
 }
 _SETTINGS = tuple(itertools.chain.from_iterable(_GROUPS.values()))
 _SWITCH_FLAGS = {flag for each in _SETTINGS if each.kind is _SWITCH for flag in each.flags}
-_FILE_SETTINGS = {each.name: each for each in _SETTINGS if each.kind is not _PATH}
+_FILE_SETTINGS = {each.name: each for each in _SETTINGS if each.kind is not _CONF}
 
 _EPILOG = (
     "A setting can also be a line of the file that --conf names (port 443, port=443, or"

@@ -25,6 +25,7 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("source", "sock_diag", {"source": "sock_diag"}),
     ("interval", "0.5", {"interval_s": 0.5}),
     ("max-series", "101", {"max_series": 101}),
+    ("web-config", "/etc/web.yml", {"web_config": "/etc/web.yml"}),
     ("max-connections", "1000", {"max_connections": 1000}),
     ("max-connections", "auto", {"max_connections": None}),
     ("reconcile-interval", "5m", {"reconcile_interval_s": 300.0}),
