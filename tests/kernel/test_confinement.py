@@ -8,6 +8,7 @@ import signal
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -164,6 +165,14 @@ def test_confined_it_serves(exporters: Exporters, arguments: tuple[str, ...]) ->
     assert started_s > 0
     with Peers() as peers:
         eventually(lambda: exporter.established(peers.port) == 0)
+
+
+def test_its_own_files_stay_readable(exporters: Exporters) -> None:
+    """Also when the kernel has forgotten all that it need not remember of /proc."""
+    exporter = exporters(*POLLING, "sock_diag")
+    for _ in range(2):
+        Path("/proc/sys/vm/drop_caches").write_text("2")  # proc(5)
+    assert exporter.value("process_open_fds") is not None
 
 
 def test_a_namespace_is_named_while_confined(exporters: Exporters) -> None:
