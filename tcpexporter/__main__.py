@@ -14,7 +14,16 @@ from types import FrameType
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from tcpexporter import foreign, namespaces, pins, privileges, server, sizing, version
+from tcpexporter import (
+    confinement,
+    foreign,
+    namespaces,
+    pins,
+    privileges,
+    server,
+    sizing,
+    version,
+)
 from tcpexporter.collector import ConnectionCollector, make_registry
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
@@ -127,8 +136,8 @@ def _run(settings: Settings) -> None:
         source = _open_source(settings)
         resources.callback(source.close)
         collector = _make_collector(source, settings)
-        privileges.drop(account, source.report)
         registry = make_registry(collector)
+        confinement.confine(account, source.report)
         if settings.once:
             # Half a page, or none, is not to be taken for a page.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -221,12 +230,13 @@ def _print_once(registry: CollectorRegistry, duration_s: int) -> None:
 def _print(page: str) -> None:
     if sys.stdout is None:
         raise ServerError("cannot write to standard output: it is closed")
+    left = page.encode()
     try:
-        sys.stdout.write(page)
-        sys.stdout.flush()
+        # Not by way of its buffer: Python writes what is left there when it ends, and would
+        # complain again.
+        while left:
+            left = left[os.write(sys.stdout.fileno(), left) :]
     except OSError as error:
-        # Python writes what is left when it ends, and would complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise ServerError(f"cannot write to standard output: {error.strerror}") from error
 
 

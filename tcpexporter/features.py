@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from tcpexporter import privileges, programs
+from tcpexporter import confinement, privileges, programs
 from tcpexporter.btf import Btf
 from tcpexporter.errors import LoadError
 from tcpexporter.libbpf import call, create_map
@@ -282,6 +282,26 @@ UNPRIVILEGED_MAPS = Feature(
 commit c8644cd0efe7 ("bpf: refine kernel.unprivileged_bpf_disabled behaviour") (in
 v5.19)."""
 
+SECCOMP = Feature(
+    "seccomp filters",
+    "CONFIG_SECCOMP_FILTER",
+    "all, to refuse system calls that serving does not take",
+    "none is refused",
+    lambda _types: confinement.has_filters(),
+)
+"""Linux kernel commit e2cfabdfd075 ("seccomp: add system call filtering using BPF") (in
+v3.5)."""
+
+LANDLOCK = Feature(
+    "Landlock",
+    "Linux 5.13",
+    "all, to refuse files that serving does not take",
+    "what everybody may read can be read",
+    lambda _types: confinement.landlock_abi() > 0,
+)
+"""Linux kernel commit 265885daf3e5 ("landlock: Add syscall implementations") (in v5.13). It
+has to be among the security modules that the kernel was booted with."""
+
 IPV6 = Feature(
     "IPv6",
     "CONFIG_IPV6",
@@ -303,5 +323,7 @@ FEATURES = (
     HASH_MAP_ALLOCATOR,
     RECURSION_MISSES,
     UNPRIVILEGED_MAPS,
+    SECCOMP,
+    LANDLOCK,
     IPV6,
 )

@@ -60,6 +60,13 @@ def nobody_reads_a_map() -> bool:
     return ended.returncode == 0
 
 
+def landlock_is_booted() -> bool:
+    """Whether it is among the security modules that securityfs lists."""
+    mount = "mount -t securityfs none /sys/kernel/security; cat /sys/kernel/security/lsm"
+    listed = subprocess.check_output(["unshare", "--mount", "sh", "-c", mount], text=True)
+    return "landlock" in listed.split(",")
+
+
 LOOKS: dict[Feature, Callable[[], bool]] = {
     features.BTF: Path("/sys/kernel/btf/vmlinux").exists,
     features.STATES: symbol("__bpf_trace_inet_sock_set_state"),
@@ -72,6 +79,8 @@ LOOKS: dict[Feature, Callable[[], bool]] = {
     features.HASH_MAP_ALLOCATOR: symbol("bpf_mem_alloc_init"),
     features.RECURSION_MISSES: symbol("bpf_prog_inc_misses_counter"),
     features.UNPRIVILEGED_MAPS: nobody_reads_a_map,
+    features.SECCOMP: Path("/proc/sys/kernel/seccomp/actions_avail").exists,
+    features.LANDLOCK: landlock_is_booted,
     features.IPV6: Path("/proc/sys/net/ipv6").exists,
 }
 """Another way to find out."""

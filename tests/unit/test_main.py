@@ -189,7 +189,7 @@ def connections(port: int, number: int, direction: Direction) -> Records:
     ],
 )
 def test_once_prints_what_was_chosen(
-    settings: Settings, expected: dict[str, int], capsys: pytest.CaptureFixture[str]
+    settings: Settings, expected: dict[str, int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A page on standard output, of the ports and directions in the settings."""
     source = MemorySource(
@@ -197,7 +197,7 @@ def test_once_prints_what_was_chosen(
     )
     registry = make_registry(main._make_collector(source, settings))
     main._print_once(registry, duration_s=0)
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert err == ""
     assert {
         sample.labels["port"]: sample.value

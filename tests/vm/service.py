@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlencode
 
+from tests.kernel.test_process import status
 from tests.support import ESTABLISHED, Peers, eventually
 
 SERVICES = ("tcpexporter", "prometheus")
@@ -62,6 +63,26 @@ def test_prometheus_shows_what_is_connected() -> None:
         peers.connect(7)
         query = f'{ESTABLISHED}{{port="{peers.port}",tcp_version="4"}}'
         eventually(lambda: prometheus(query) == 7)
+
+
+def test_the_exporter_has_no_privilege() -> None:
+    """It has loaded its program, and is neither root nor anything else by now."""
+    eventually(lambda: prometheus('tcpexporter_source_info{source="ebpf"}') == 1)
+    pid = int(state("tcpexporter", "MainPID"))
+    shown = status(pid, pid)
+    assert "0" not in shown["Uid"] + shown["Gid"] + shown["Groups"]
+    for held in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        assert int(shown[held][0], 16) == 0, held
+    assert shown["NoNewPrivs"] == ["1"]
+    assert shown["Seccomp"] == ["2"]
+
+
+def test_its_unit_is_hardened() -> None:
+    """What systemd makes of it is 2.0 or better."""
+    subprocess.run(
+        ["systemd-analyze", "security", "--no-pager", "--threshold=20", "tcpexporter"],
+        check=True,
+    )
 
 
 def test_a_killed_exporter_is_started_again() -> None:
