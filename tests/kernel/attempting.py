@@ -91,7 +91,6 @@ REFUSED: Mapping[str, Callable[[], object]] = {
     "make a namespace": _c("unshare", CLONE_NEWUSER),
     "enter a namespace": _c("setns", -1, 0),
     "make an io_uring": _c("syscall", IO_URING_SETUP, 1, None),
-    "make a file in memory": _c("memfd_create", b"attempt", 0),
     "make memory executable": _make_code,
     "map executable memory": lambda: mmap.mmap(
         -1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_EXEC
