@@ -28,12 +28,12 @@ main() {
 	case ${1-} in
 	run)
 		require_python
-		require bcc venv
+		require bcc venv seccomp
 		fill_venv run .
 		;;
 	guest)
 		require_python
-		require bcc venv ip ss
+		require bcc venv seccomp ip ss
 		fill_venv guest '.[test]'
 		;;
 	test)
@@ -76,7 +76,7 @@ is_root() {
 
 require_for_tests() {
 	require_python
-	require bcc venv ip ss gcc libc
+	require bcc venv seccomp ip ss gcc libc
 	require_unpacked prometheus prometheus promtool
 }
 
@@ -116,6 +116,7 @@ is_there() {
 	case $1 in
 	bcc) has_module bcc ;;
 	venv) has_module ensurepip ;; # Debian has venv itself in another package
+	seccomp) ldconfig -p | grep -q 'libseccomp\.so\.2' ;;
 	libc) [ -e /usr/include/stdlib.h ] ;;
 	*.service) [ -e "/lib/systemd/system/$1" ] ;;
 	# As Debian names the command, and as everybody else does.
@@ -156,6 +157,7 @@ packages_for() {
 		debian:bcc) echo python3-bpfcc ;;
 		debian:venv) echo python3-venv ;;
 		debian:ip | debian:ss) echo iproute2 ;;
+		debian:seccomp) echo libseccomp2 ;;
 		debian:libc) echo libc6-dev ;;
 		debian:qemu-system-x86_64) echo qemu-system-x86 ;;
 		debian:busybox) echo busybox-static ;;
@@ -167,6 +169,7 @@ packages_for() {
 		fedora:bcc) echo python3-bcc ;;
 		fedora:venv) echo python3-libs ;;
 		fedora:ip | fedora:ss) echo iproute ;;
+		fedora:seccomp) echo libseccomp ;;
 		fedora:libc) echo glibc-devel ;;
 		fedora:mke2fs) echo e2fsprogs ;;
 		fedora:modprobe) echo kmod ;;
@@ -176,6 +179,7 @@ packages_for() {
 		fedora:prometheus-node-exporter) echo /usr/bin/node_exporter ;;
 		other:bcc) echo "BCC for $python" ;;
 		other:venv) echo "ensurepip for $python" ;;
+		other:seccomp) echo libseccomp ;;
 		other:libc) echo "the C library's headers" ;;
 		*) echo "$need" ;;
 		esac

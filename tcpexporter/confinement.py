@@ -27,7 +27,7 @@ import pwd
 import struct
 import time
 from collections.abc import Callable, Iterator
-from errno import EFAULT, EINVAL, ENOSYS, EPERM
+from errno import EFAULT, ENOSYS, EPERM
 from fcntl import F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SETFD, F_SETFL
 from mmap import PROT_EXEC
 from socket import AF_UNIX, MSG_FASTOPEN, SOCK_STREAM
@@ -281,22 +281,14 @@ def _conditional(process: int) -> Iterator[tuple[str, *tuple[Condition, ...]]]:
 
 
 def has_filters() -> bool:
-    """Whether the kernel takes filters: then one at no address is a bad address.
-
-    Raises:
-        OSError: it does not tell.
-    """
-    if _prctl_seccomp(None) == 0:
-        return True
-    if ctypes.get_errno() not in (EFAULT, EINVAL):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return ctypes.get_errno() == EFAULT
+    """Whether the kernel takes filters: then one at no address is a bad address."""
+    return _prctl_seccomp(None) != 0 and ctypes.get_errno() == EFAULT
 
 
 def _make_filter() -> bytes:
     """The filter as the kernel takes it; empty where there can be none."""
     if platform.machine() not in MACHINES or not has_filters():
-        log.warning("no system call is refused: this kernel does not take our filter")
+        log.warning("no system call is refused: this system does not take our filter")
         return b""
     ours, theirs = os.pipe()
     child = os.fork()  # which the library's memory goes with: 1 MiB
