@@ -59,12 +59,21 @@ soak: setup-test ## Churn for ten minutes, lose events, show that the numbers en
 	$(bin)/python -m tests.kernel.churn
 
 .PHONY: vm-test
-vm-test: setup-vm ## Run the kernel's tests under Debian's kernels, emulated; KERNEL=6.12 for one
+vm-test vm-shell: export PATH := $(PATH):/usr/sbin:/sbin
+vm-test: vagrant-validate ## Run the kernel's tests under Debian's kernels, emulated; KERNEL=6.12 for one
 	$(bin)/python -m tests.vm $(if $(KERNEL),--kernel $(KERNEL))
 
 .PHONY: vm-shell
 vm-shell: setup-vm ## Give a shell in such a guest: KERNEL=6.12
 	$(bin)/python -m tests.vm --shell $(if $(KERNEL),--kernel $(KERNEL))
+
+.PHONY: vagrant-validate
+vagrant-validate: export VAGRANT_HOME := $(CURDIR)/.cache/vagrant
+vagrant-validate: export VAGRANT_DOTFILE_PATH := $(CURDIR)/.cache/vagrant/machines
+vagrant-validate: export VAGRANT_CHECKPOINT_DISABLE := 1
+vagrant-validate: export VAGRANT_DEFAULT_PROVIDER := libvirt
+vagrant-validate: setup-vm
+	cd vagrant && vagrant validate
 
 .PHONY: setup-vm
 setup-vm:

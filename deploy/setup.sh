@@ -9,6 +9,7 @@
 #   bench        install that, and what the benchmarks compare us with
 #   vm           install what boots other kernels than this one, and what "test" does
 #   constraints  write deploy/constraints.txt anew
+#   require X... install the packages of these commands or services: make prometheus.service
 #
 # Whatever is there already is left alone, without root and without the network.
 set -eu
@@ -46,11 +47,15 @@ main() {
 		;;
 	vm)
 		require_for_tests
-		require qemu-system-x86_64 mmdebstrap busybox mke2fs modprobe cpio xz
+		require qemu-system-x86_64 mmdebstrap busybox mke2fs modprobe cpio xz vagrant
 		fill_venv test '.[test,lint]'
 		;;
 	constraints) write_constraints ;;
-	*) fail "usage: $0 run|guest|test|bench|vm|constraints" ;;
+	require)
+		shift
+		require "$@"
+		;;
+	*) fail "usage: $0 run|guest|test|bench|vm|constraints|require X..." ;;
 	esac
 }
 
@@ -112,6 +117,7 @@ is_there() {
 	bcc) has_module bcc ;;
 	venv) has_module ensurepip ;; # Debian has venv itself in another package
 	libc) [ -e /usr/include/stdlib.h ] ;;
+	*.service) [ -e "/lib/systemd/system/$1" ] ;;
 	# As Debian names the command, and as everybody else does.
 	prometheus-node-exporter) has_command "$1" || has_command node_exporter ;;
 	# The one that a shell alone in an initramfs can be had from.
@@ -156,6 +162,8 @@ packages_for() {
 		debian:mke2fs) echo e2fsprogs ;;
 		debian:modprobe) echo kmod ;;
 		debian:xz) echo xz-utils ;;
+		*:vagrant) echo vagrant vagrant-libvirt ;; # the default provider's plugin
+		debian:*.service) echo "${need%.service}" ;;
 		fedora:bcc) echo python3-bcc ;;
 		fedora:venv) echo python3-libs ;;
 		fedora:ip | fedora:ss) echo iproute ;;
@@ -164,6 +172,7 @@ packages_for() {
 		fedora:modprobe) echo kmod ;;
 		# dnf finds a file's package, whatever its name.
 		fedora:prometheus | fedora:promtool) echo "/usr/bin/$need" ;;
+		fedora:*.service) echo "/usr/bin/${need%.service}" ;;
 		fedora:prometheus-node-exporter) echo /usr/bin/node_exporter ;;
 		other:bcc) echo "BCC for $python" ;;
 		other:venv) echo "ensurepip for $python" ;;

@@ -14,7 +14,7 @@ from types import FrameType
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from tcpexporter import namespaces, privileges, server, sizing, version
+from tcpexporter import foreign, namespaces, pins, privileges, server, sizing, version
 from tcpexporter.collector import ConnectionCollector, make_registry
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
@@ -51,12 +51,15 @@ def main() -> None:
         _set_up_logging(settings)
         if settings.features:
             _print_features()
+        elif settings.unpin:
+            pins.remove(settings.pin or pins.DEFAULT)
         else:
             _run(settings)
     except SettingsError as error:
         sys.exit(_complain(error, 2))
     except TcpExporterError as error:
         sys.exit(_complain(error, 1))
+    foreign.leave(0)
 
 
 def _spare_memory() -> None:
@@ -77,6 +80,8 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 
 def _complain(error: TcpExporterError, code: int) -> int:
     sys.stderr.write(f"tcpexporter: {error}\n")
+    sys.stderr.flush()
+    foreign.leave(code)
     return code
 
 
@@ -111,6 +116,14 @@ def _run(settings: Settings) -> None:
         for each in listening:
             resources.enter_context(each)
         account = privileges.find_user(settings.user) if os.geteuid() == 0 else None
+        web = None
+        if settings.web_config and not settings.once:
+            # As with JsonFormatter: 3 MiB.
+            from tcpexporter.web import Web  # noqa: PLC0415
+
+            web = resources.enter_context(
+                contextlib.closing(Web(settings.web_config, account))
+            )
         source = _open_source(settings)
         resources.callback(source.close)
         collector = _make_collector(source, settings)
@@ -129,8 +142,11 @@ def _run(settings: Settings) -> None:
             ready=starting.awaited,
             settings=dataclasses.asdict(settings),
             version=version.VERSION,
+            web=web,
         )
         try:
+            if web:
+                web.follow()
             starting.begin()
             server.serve(listening, app)
         finally:
@@ -161,6 +177,7 @@ def _open(name: str, settings: Settings) -> Source:
             or sizing.max_connections(sizing.read_limits()),
             reconcile_interval_s=settings.reconcile_interval_s,
             reconcile_cpu_share=settings.reconcile_cpu_percent / 100,
+            pin=settings.pin,
         )
     return PollingSource(open_tables(name, settings.netns), settings.interval_s)
 

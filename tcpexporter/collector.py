@@ -180,8 +180,8 @@ class ConnectionCollector(Collector):
         if report.seeded_connections is not None:
             yield GaugeMetricFamily(
                 "tcpexporter_seeded_connections",
-                "Of the tracked connections, those known from the socket tables alone: "
-                "their age is a lower bound.",
+                "Of the tracked connections, those older than this run of the exporter:"
+                " their age is a lower bound, unless it was taken over.",
                 report.seeded_connections,
             )
         if report.refused_seeds is not None:

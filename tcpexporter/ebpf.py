@@ -4,10 +4,12 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 from tcpexporter import loader, namespaces
 from tcpexporter.connections import Records
-from tcpexporter.reconcile import Reconciler, seed
+from tcpexporter.pins import Pins
+from tcpexporter.reconcile import Reconciler, reconcile, seed
 from tcpexporter.siphash import SECRET
 from tcpexporter.sockets import open_tables
 from tcpexporter.sources import Report
@@ -28,6 +30,7 @@ class EbpfSource:
         max_connections: int,
         reconcile_interval_s: float,
         reconcile_cpu_share: float,
+        pin: str | None = None,
     ) -> None:
         """Load and attach the program; takes root, or CAP_BPF and CAP_PERFMON.
 
@@ -36,18 +39,27 @@ class EbpfSource:
             max_connections: how many the tracker holds.
             reconcile_interval_s: as `Reconciler` has it.
             reconcile_cpu_share: likewise.
+            pin: a directory by which what the kernel records outlives this process.
 
         Raises:
+            PinError: what is there cannot be used.
             SourceError: that does not work; says why and what would help.
         """
         self._max_connections = max_connections
         self._refused_is_told = False
         only = 0 if netns == "all" else namespaces.inode(namespaces.find(netns))
         with contextlib.ExitStack() as undo:
+            self._pins = Pins.open(Path(pin)) if pin else None
+            if self._pins:
+                undo.callback(self._pins.close)
             descriptors = loader.load(loader.Request(max_connections, only, SECRET))
             undo.callback(descriptors.close)
             self._tracker = Tracker(descriptors, max_connections)
             self._tables = open_tables("auto", netns)
+            undo.callback(self._tables.close)
+            if self._pins:
+                self._pins.take_over(self._tracker, netns=only)
+                self._pins.leave(descriptors)
             undo.pop_all()
         self._reconciler = Reconciler(
             self._tracker,
@@ -58,6 +70,8 @@ class EbpfSource:
 
     def start(self) -> None:
         seed(self._tracker, self._tables)
+        if self._pins and self._pins.taken_over:
+            reconcile(self._tracker, self._tables)
         self._tell_refused()
         self._reconciler.start()
 
@@ -65,6 +79,8 @@ class EbpfSource:
         self._reconciler.close()
         self._tracker.close()
         self._tables.close()
+        if self._pins:
+            self._pins.close()
 
     def read(self) -> Iterator[Records]:
         return self._tracker.read()

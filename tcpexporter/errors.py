@@ -10,6 +10,10 @@ class SettingsError(TcpExporterError):
     """A setting has an unknown name or a value that cannot be used."""
 
 
+class WebConfigError(SettingsError):
+    """The file that --web-config names cannot be used."""
+
+
 class SourceError(TcpExporterError):
     """Connections cannot be had from a source."""
 
@@ -24,6 +28,10 @@ class TrackerError(SourceError):
 
 class SocketTableError(SourceError):
     """The kernel's socket tables cannot be read, or not understood."""
+
+
+class PinError(TcpExporterError):
+    """What an exporter left in the BPF file system cannot be used, or nothing be left."""
 
 
 class ServerError(TcpExporterError):

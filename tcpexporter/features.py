@@ -11,12 +11,11 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from tcpexporter import privileges, programs
 from tcpexporter.btf import Btf
 from tcpexporter.errors import LoadError
-from tcpexporter.libbpf import load_libbpf
+from tcpexporter.libbpf import call, create_map
 from tcpexporter.programs import TRACEPOINT
 
 BPF_MAP_TYPE_HASH = 1
@@ -132,39 +131,15 @@ def _loading(*code: bytes) -> Probe:
     return _in_types(load)
 
 
-class _MapOptions(ctypes.Structure):
-    """``struct bpf_map_create_opts`` of libbpf, as far as it is used."""
-
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("btf_fd", ctypes.c_uint32),
-        ("btf_key_type_id", ctypes.c_uint32),
-        ("btf_value_type_id", ctypes.c_uint32),
-        ("btf_vmlinux_value_type_id", ctypes.c_uint32),
-        ("inner_map_fd", ctypes.c_uint32),
-        ("map_flags", ctypes.c_uint32),
-    )
-
-
 @contextlib.contextmanager
 def _map(kind: int, *, flags: int = 0) -> Iterator[int]:
     """The descriptor of a map for one number."""
     key_bytes = 0 if kind == BPF_MAP_TYPE_STACK else 4
-    options = _MapOptions(size=ctypes.sizeof(_MapOptions), map_flags=flags)
-    descriptor = _call("bpf_map_create", kind, None, key_bytes, 4, 1, ctypes.byref(options))
+    descriptor = create_map(kind, key_bytes, 4, flags=flags)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _call(function: str, *arguments: Any) -> int:
-    """A libbpf function that gives a negative number when the kernel refuses."""
-    result: int = getattr(load_libbpf(), function)(*arguments)
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
 
 
 def _maps_an_array(_types: Btf | None) -> Answer:
@@ -175,23 +150,23 @@ def _maps_an_array(_types: Btf | None) -> Answer:
 def _pops_from_a_stack(_types: Btf | None) -> Answer:
     number = ctypes.byref(ctypes.c_uint32(7))
     with _map(BPF_MAP_TYPE_STACK) as stack:
-        _call("bpf_map_update_elem", stack, None, number, ctypes.c_uint64(0))
-        _call("bpf_map_lookup_and_delete_elem", stack, None, number)
+        call("bpf_map_update_elem", stack, None, number, ctypes.c_uint64(0))
+        call("bpf_map_lookup_and_delete_elem", stack, None, number)
     return True
 
 
 def _changes_many_entries(_types: Btf | None) -> Answer:
     number, count = ctypes.byref(ctypes.c_uint32(7)), ctypes.byref(ctypes.c_uint32(1))
     with _map(BPF_MAP_TYPE_HASH) as entries:
-        _call("bpf_map_update_batch", entries, number, number, count, None)
-        _call("bpf_map_delete_batch", entries, number, count, None)
+        call("bpf_map_update_batch", entries, number, number, count, None)
+        call("bpf_map_delete_batch", entries, number, count, None)
     return True
 
 
 def _reads_without_cap_bpf(_types: Btf | None) -> Answer:
     number = ctypes.byref(ctypes.c_uint32(0))
     with _map(BPF_MAP_TYPE_ARRAY) as array:
-        needed = partial(_call, "bpf_map_lookup_elem", array, number, number)
+        needed = partial(call, "bpf_map_lookup_elem", array, number, number)
         return privileges.works_without(None, needed)
 
 

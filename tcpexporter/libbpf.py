@@ -2,6 +2,8 @@
 """libbpf, which BCC depends on: its bpf(2) calls and its BTF reader."""
 
 import ctypes
+import os
+from typing import Any
 
 from tcpexporter.errors import SourceError
 
@@ -21,3 +23,45 @@ def load_libbpf() -> ctypes.CDLL:
             "libbpf is not installed: install the distribution's libbpf1 or libbpf, 1.0 "
             "or later"
         ) from None
+
+
+class _MapOptions(ctypes.Structure):
+    """``struct bpf_map_create_opts`` of libbpf, as far as it is used."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("btf_fd", ctypes.c_uint32),
+        ("btf_key_type_id", ctypes.c_uint32),
+        ("btf_value_type_id", ctypes.c_uint32),
+        ("btf_vmlinux_value_type_id", ctypes.c_uint32),
+        ("inner_map_fd", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+    )
+
+
+def create_map(
+    kind: int, key_bytes: int, value_bytes: int, *, entries: int = 1, flags: int = 0
+) -> int:
+    """The descriptor of a new map.
+
+    Raises:
+        OSError: the kernel refuses it.
+        SourceError: libbpf is not installed.
+    """
+    options = _MapOptions(size=ctypes.sizeof(_MapOptions), map_flags=flags)
+    made = ctypes.byref(options)
+    return call("bpf_map_create", kind, None, key_bytes, value_bytes, entries, made)
+
+
+def call(function: str, *arguments: Any) -> int:
+    """A function that gives a negative number when the kernel refuses.
+
+    Raises:
+        OSError: it does.
+        SourceError: libbpf is not installed.
+    """
+    result: int = getattr(load_libbpf(), function)(*arguments)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result

@@ -14,6 +14,7 @@ from tcpexporter.errors import PrivilegeError, TcpExporterError
 
 log = logging.getLogger(__name__)
 
+CAP_DAC_READ_SEARCH = 2
 CAP_SYS_ADMIN = 21
 CAP_PERFMON = 38
 CAP_BPF = 39
@@ -61,14 +62,34 @@ def find_user(name: str) -> pwd.struct_passwd:
 
 def may_use_bpf() -> bool:
     """Whether this process may load a BPF program of a tracepoint."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    effective = next(
-        int(line.split()[1], 16) for line in status if line.startswith("CapEff:")
-    )
+    effective = _effective()
     return bool(
         effective >> CAP_SYS_ADMIN & 1
         or (effective >> CAP_BPF & 1 and effective >> CAP_PERFMON & 1)
     )
+
+
+def _effective() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
+
+
+def keep_reading(account: pwd.struct_passwd | None) -> None:
+    """Lose everything but what it takes to read files: CAP_DAC_READ_SEARCH.
+
+    Root without that one, as in some containers, stays root without a capability: it
+    can still read what is root's own.
+
+    Args:
+        account: as `drop` has it.
+
+    Raises:
+        PrivilegeError: the kernel refuses a step.
+    """
+    if _effective() >> CAP_DAC_READ_SEARCH & 1:
+        _become(account, (CAP_DAC_READ_SEARCH,))
+    else:
+        _become(None, ())
 
 
 def drop(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> None:

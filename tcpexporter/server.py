@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMappi
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from html import escape
-from typing import Any, cast
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qs
 
 from prometheus_client import CollectorRegistry
@@ -35,8 +36,12 @@ with part_of("uvicorn") as uvicorn:  # with its command line it takes 2 MiB more
     from uvicorn.protocols.http.h11_impl import H11Protocol
     from uvicorn.server import HANDLED_SIGNALS, Server
 
+if TYPE_CHECKING:  # what is not asked for takes no memory
+    from tcpexporter.web import Web
+
 REQUEST_TIMEOUT_S = 10.0
-"""From connecting, or the first byte of a later request, until the response is taken.
+"""From connecting, before any TLS, or the first byte of a later request, until the
+response is taken.
 
 Prometheus gives up a scrape after 10 s unless told otherwise, so an answer that
 takes longer has nobody waiting for it.
@@ -196,6 +201,20 @@ def _text(status: int, sentence: str, **headers: str) -> _Response:
     return _Response(status, f"{sentence}\n".encode(), headers=headers)
 
 
+_REFUSALS = {
+    HTTPStatus.UNAUTHORIZED: _text(
+        401,
+        "who are you? A name and its password are needed",
+        **{"www-authenticate": 'Basic realm="tcpexporter", charset="UTF-8"'},
+    ),
+    HTTPStatus.TOO_MANY_REQUESTS: _text(429, "too many requests for the rate_limit"),
+    HTTPStatus.SERVICE_UNAVAILABLE: _text(
+        503, "too many passwords are being checked: try again", **{"retry-after": "1"}
+    ),
+}
+"""Of a request that `web.Web` does not admit."""
+
+
 class App:
     """The pages, as an ASGI application."""
 
@@ -206,6 +225,7 @@ class App:
         ready: Callable[[], str | None],
         settings: Mapping[str, object],
         version: str,
+        web: "Web | None" = None,
     ) -> None:
         """Serve what a registry collects.
 
@@ -214,8 +234,10 @@ class App:
             ready: What is waited for before there are metrics, None when there are.
             settings: Shown on the landing page.
             version: Likewise.
+            web: Guards every page; None: anybody may ask.
         """
         self._registry = registry
+        self.web = web
         self._ready = ready
         self._landing_page = _landing_page(version, settings).encode()
         self._trouble: str | None = None
@@ -228,12 +250,13 @@ class App:
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Answer one request."""
-        response = self._respond(scope)
+        response = await self._refusal(scope) or self._respond(scope)
         headers = {
             "date": formatdate(usegmt=True),
             "content-type": response.content_type,
             "content-length": str(len(response.body)),
             **response.headers,
+            **(self.web.headers if self.web else {}),
         }
         if _has_body(scope):
             # Nobody reads it, so there is no telling where the next request begins.
@@ -246,6 +269,11 @@ class App:
             }
         )
         await send({"type": "http.response.body", "body": response.body})
+
+    async def _refusal(self, scope: Scope) -> _Response | None:
+        if self.web is None:
+            return None
+        return _REFUSALS.get(await self.web.admit(_header(scope, b"authorization")))
 
     def _respond(self, scope: Scope) -> _Response:
         page = self._pages.get(scope["path"])
@@ -369,16 +397,23 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
     _deadline: asyncio.TimerHandle
     _buffer: bytearray
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def take_place(self, transport: asyncio.Transport) -> None:
         """Find a place for the client, if need be that of whoever has waited longest."""
         others = cast("set[_Connection]", self.connections)
         if len(others) >= MAX_CONNECTIONS:
             min(others, key=lambda other: other.waiting_since).drop()
-        super().connection_made(transport)
+        others.add(self)
+        self.transport = transport
         # With no room in the buffer, "writing is paused" means "not all taken yet".
         transport.set_write_buffer_limits(0)
         self._buffer = bytearray(READ_BYTES)
         self._begin()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin with HTTP; `TlsTransport` has taken the place before its handshake."""
+        if self.transport is None:
+            self.take_place(transport)
+        super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Leave no timer behind: it would keep all that the connection has in memory."""
@@ -475,6 +510,8 @@ class _Server(Server):
     def _drop_all(self) -> None:
         for connection in list(cast("set[_Connection]", self.server_state.connections)):
             connection.drop()
+        if web := cast("App", self.config.app).web:
+            web.give_up()
 
 
 def serve(sockets: Sequence[socket.socket], app: App) -> None:
@@ -489,11 +526,24 @@ def serve(sockets: Sequence[socket.socket], app: App) -> None:
     asyncio.run(_Server(_config(app)).serve(list(sockets)))
 
 
+def _protocol(web: "Web | None") -> Callable[..., asyncio.BaseProtocol]:
+    """What makes the protocol of a new connection."""
+    if web is None or web.terms is None:
+        return _Connection
+    from tcpexporter.tls import TlsTransport  # noqa: PLC0415  # imported with web
+
+    def secure(**of_uvicorn: Any) -> TlsTransport:
+        assert web.terms is not None  # noqa: S101
+        return TlsTransport(web.terms, _Connection(**of_uvicorn))
+
+    return secure
+
+
 def _config(app: App) -> Config:
     return Config(
         app,
         interface="asgi3",
-        http=_Connection,
+        http=cast("type[asyncio.Protocol]", _protocol(app.web)),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -48,7 +48,11 @@ class Settings:
     """Between two comparisons with the socket tables; 0: only when events were missed."""
     reconcile_cpu_percent: float = 2.0
     """Of one core, what they may use on average."""
+    pin: str | None = None
+    """A directory of the BPF file system; None: nothing outlives the exporter."""
+    unpin: bool = False
     user: str = "nobody"
+    web_config: str | None = None
     log_level: str = "info"
     log_format: str = "text"
     once: bool = False
@@ -199,7 +203,7 @@ def _parser() -> _Parser:
                 help=f"{setting.help}; takes {setting.kind.takes}"
                 f" (default: {setting.default or 'none'})",
                 env_var=setting.variables[0],
-                is_config_file_arg=setting.kind is _PATH,
+                is_config_file_arg=setting.kind is _CONF,
             )
     return parser
 
@@ -341,7 +345,13 @@ _NETNS = _Kind(
 _CONNECTIONS = _Kind("NUMBER", "auto, or a whole number from 1 to 16777216", _connections)
 _SERIES = _Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
 _USER = _Kind("USER", "the name of a user", _word)
+_DIRECTORY = _Kind(
+    "DIR",
+    "the path of a directory of the BPF file system, as /sys/fs/bpf/tcpexporter",
+    lambda text: text or None,
+)
 _PATH = _Kind("PATH", "the path of a file", lambda text: text or None)
+_CONF = _Kind("PATH", "the path of a file of settings", _PATH.parse)
 
 
 @dataclass(frozen=True)
@@ -467,6 +477,13 @@ _GROUPS = {
     "how it is told": (
         _Setting("listen", "9690", _LISTEN, "serve /metrics here", from_go=True),
         _Setting(
+            "web-config",
+            "",
+            _PATH,
+            "serve with TLS, passwords and limits as this file has them, in the format of"
+            " Prometheus' own exporters",
+        ),
+        _Setting(
             "max-series",
             "2000",
             _SERIES,
@@ -489,15 +506,28 @@ _GROUPS = {
         _Setting("log-format", "text", _choice("text", "json"), "how a log line looks"),
     ),
     "how it is run": (
+        _Setting(
+            "pin",
+            "",
+            _DIRECTORY,
+            "have the kernel go on recording when the exporter ends, and take over what it"
+            " recorded by way of this directory",
+        ),
+        _Setting(
+            "unpin",
+            "false",
+            _SWITCH,
+            "have the kernel stop recording, forget what is in that directory, and exit",
+        ),
         _Setting("user", "nobody", _USER, "become this user when root is no longer needed"),
         _Setting(
-            "conf", "", _PATH, "read settings from here", alias="config", from_go=True
+            "conf", "", _CONF, "read settings from here", alias="config", from_go=True
         ),
     ),
 }
 _SETTINGS = tuple(itertools.chain.from_iterable(_GROUPS.values()))
 _SWITCH_FLAGS = {flag for each in _SETTINGS if each.kind is _SWITCH for flag in each.flags}
-_FILE_SETTINGS = {each.name: each for each in _SETTINGS if each.kind is not _PATH}
+_FILE_SETTINGS = {each.name: each for each in _SETTINGS if each.kind is not _CONF}
 
 _EPILOG = (
     "A setting can also be a line of the file that --conf names (port 443, port=443, or"

@@ -38,7 +38,7 @@ class Report:
     missed_events: int | None = None
     """How many events the kernel did not run the program for."""
     seeded_connections: int | None = None
-    """Of those read last, how many are known from the socket tables."""
+    """Of those read last, how many are older than this run, or were missed."""
     refused_seeds: int | None = None
     """For how many found in the socket tables there was no room, at each attempt."""
     reconciliation: Reconciliation | None = None

@@ -146,11 +146,7 @@ class Tracker:
         Raises:
             TrackerError: the kernel refuses it.
         """
-        for first in range(0, self._slots, WINDOW):
-            window = self._array.upto(first + WINDOW)[first:]
-            yield window
-            if not window["key"]["netns"][-UNTOUCHED:].any():
-                return
+        return windows(self._array, self._slots)
 
     def known(self) -> Known:
         """Every connection as it is now; one that changes meanwhile may be left out.
@@ -162,7 +158,7 @@ class Tracker:
         return Known(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
     def seeds(self) -> int:
-        """How many connections are known from the socket tables alone.
+        """How many connections the program was not told of.
 
         Raises:
             TrackerError: the kernel refuses it.
@@ -389,6 +385,19 @@ class Tracker:
         for window in self.read():
             used += len(window)
         return self._array.upto(used)
+
+
+def windows(array: MappedArray, slots: int) -> Iterator[Records]:
+    """An array of that many slots in chunks, as far as it has been used.
+
+    Raises:
+        TrackerError: the kernel refuses it.
+    """
+    for first in range(0, slots, WINDOW):
+        window = array.upto(first + WINDOW)[first:]
+        yield window
+        if not window["key"]["netns"][-UNTOUCHED:].any():
+            return
 
 
 def _known(

@@ -59,13 +59,14 @@ def tool(name: str) -> str:
     return path
 
 
-def scrape_config(*targets: str) -> str:
-    """The README's own example, for other targets."""
+def scrape_config(*targets: str, **settings: object) -> str:
+    """The README's own example, for other targets and with more settings."""
     blocks = re.findall("(?ms)^```yaml\n(.*?)^```$", README.read_text())
     (example,) = (block for block in blocks if "\nscrape_configs:" in block)
     before, place, after = example.partition('["localhost:9690"]')
     assert place, "the README's scrape_configs has no localhost:9690"
-    return f"{before}{json.dumps(targets)}{after}"
+    more = "".join(f"    {key}: {json.dumps(each)}\n" for key, each in settings.items())
+    return f"{before}{json.dumps(targets)}{after}{more}"
 
 
 class Prometheus:
@@ -74,10 +75,13 @@ class Prometheus:
     It takes five seconds until the first scrape, whatever it is told.
     """
 
-    def __init__(self, directory: Path, *targets: str, interval_s: int = 1) -> None:
+    def __init__(
+        self, directory: Path, *targets: str, interval_s: int = 1, **settings: object
+    ) -> None:
         config = directory / "prometheus.yml"
         config.write_text(
-            f"global:\n  scrape_interval: {interval_s}s\n{scrape_config(*targets)}"
+            f"global:\n  scrape_interval: {interval_s}s\n"
+            f"{scrape_config(*targets, **settings)}"
         )
         self._address = f"127.0.0.1:{free_port()}"
         self._log = directory / "prometheus.log"

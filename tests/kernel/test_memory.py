@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """What the exporter takes of the host's memory."""
 
+import sys
 from pathlib import Path
 
 from tests.support import Exporter, Peers, eventually
 
-MOST_RESIDENT_KIB = 48 * 1024
+# Debian 13's Python and its libraries are 1.6 MiB larger than Debian 12's.
+MOST_RESIDENT_KIB = 1024 * (48 if sys.version_info < (3, 12) else 50)
 
 
 def resident_kib(process: int) -> int:
@@ -15,7 +17,10 @@ def resident_kib(process: int) -> int:
 
 
 def test_it_stays_small_with_a_thousand_connections() -> None:
-    """At most 48 MiB are resident while 1,006 are tracked, seeded or told of."""
+    """At most 48 MiB are resident while 1,006 are tracked, seeded or told of.
+
+    With a newer Python than Debian 12's it is 2 MiB more.
+    """
     with Peers() as before, Peers() as after:
         before.connect(503)
         with Exporter("--source", "ebpf") as exporter:

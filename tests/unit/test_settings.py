@@ -25,6 +25,7 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("source", "sock_diag", {"source": "sock_diag"}),
     ("interval", "0.5", {"interval_s": 0.5}),
     ("max-series", "101", {"max_series": 101}),
+    ("web-config", "/etc/web.yml", {"web_config": "/etc/web.yml"}),
     ("max-connections", "1000", {"max_connections": 1000}),
     ("max-connections", "auto", {"max_connections": None}),
     ("reconcile-interval", "5m", {"reconcile_interval_s": 300.0}),
@@ -34,6 +35,8 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("log-format", "json", {"log_format": "json"}),
     ("once", "true", {"once": True}),
     ("features", "true", {"features": True}),
+    ("pin", "/sys/fs/bpf/x", {"pin": "/sys/fs/bpf/x"}),
+    ("unpin", "true", {"unpin": True}),
 ]
 """A name, a value that is not its default, and what comes of it."""
 
@@ -44,7 +47,7 @@ OTHER_SAMPLES = [sample for sample in SAMPLES if sample[0] not in FROM_GO]
 REFUSED = [
     *[
         (name, value, "true or false")
-        for name in ("simple", "tcpv6", "once", "features")
+        for name in ("simple", "tcpv6", "once", "features", "unpin")
         for value in ("", "yes", "on", "TrUe", "2")
     ],
     *[

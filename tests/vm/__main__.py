@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.vm import CACHE, ROOT, VmError, guest, images, kernels, outcome, table
-from tests.vm.images import BOOKWORM, TRIXIE, Userland
+from tests.vm.images import BOOKWORM, TRIXIE, VAGRANT, Userland
 from tests.vm.kernels import KERNELS, Kernel, Unpacked
 from tests.vm.outcome import Outcome
 
@@ -22,8 +22,9 @@ LIMIT_S = 1800
 """More than a guest takes on a machine that has other work, too."""
 
 TEST = """
-.venv/bin/python -m tests.vm.facts >/share/facts.json &&
-	.venv/bin/python -m pytest tests/kernel -v --color=no --junitxml=/share/results.xml
+.venv/bin/python -m tests.vm.facts >/share/facts.json || exit
+set -- --effort 0.1 --timeout 600 --junitxml=/share/results.xml
+.venv/bin/python -m pytest {what} -v --color=no "$@"
 """
 
 SHELL = "TERM=linux exec bash </dev/ttyS0 >/dev/ttyS0 2>&1"
@@ -35,13 +36,19 @@ class Run:
 
     kernel: Kernel
     userland: Userland
+    tests: str = "tests/kernel"
+    init: Path = guest.SESSION
 
     @property
     def name(self) -> str:
-        return f"{self.kernel.name}-{self.userland.suite}"
+        return f"{self.kernel.name} with {self.userland.name}"
 
 
-RUNS = (*(Run(each, BOOKWORM) for each in KERNELS), Run(KERNELS[-1], TRIXIE))
+RUNS = (
+    *(Run(each, BOOKWORM) for each in KERNELS),
+    Run(KERNELS[-1], TRIXIE),
+    Run(KERNELS[1], VAGRANT, "tests/vm/service.py", guest.BOOT),
+)
 
 
 def main() -> None:
@@ -92,15 +99,18 @@ def _test(runs: Sequence[Run]) -> int:
 
 def _outcome(run: Run, unpacked: Future[Unpacked], image: Future[Path]) -> Outcome:
     """The tests' results; whatever keeps them from being there is said in their place."""
-    result = Outcome(kernel=run.kernel.name, userland=run.userland.suite)
-    log = OUTPUT / f"{run.name}.log"
+    result = Outcome(kernel=run.kernel.name, userland=run.userland.name)
+    log = OUTPUT / f"{run.kernel.name}-{images.slug(run.userland)}.log"
     try:
         kernel, root = unpacked.result(), image.result()
         _say(f"{run.name}: boots {kernel.image.name}")
         began_s = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
             share = Path(directory)
-            code = guest.run(kernel, root, share, TEST, log=log, limit_s=LIMIT_S)
+            command = TEST.format(what=run.tests)
+            code = guest.run(
+                kernel, root, share, command, init=run.init, log=log, limit_s=LIMIT_S
+            )
             result = replace(
                 result,
                 seconds=time.monotonic() - began_s,

@@ -10,18 +10,21 @@ from pathlib import Path
 
 import bcc
 
+from tcpexporter.features import FEATURES, Kernel
+
 COMPILERS = ("cc", "gcc", "clang", "cpp")
 
 
 def main() -> None:
-    kernel = os.uname()
+    system, kernel = os.uname(), Kernel()
     facts = {
-        "release": kernel.release,
+        "release": system.release,
         # "#1 SMP Debian 6.1.192-2 (2026-11-16)"
-        "version": kernel.version,
+        "version": system.version,
         "python": platform.python_version(),
         "bcc": bcc.__version__,
-        "has_headers": Path(f"/lib/modules/{kernel.release}/build").exists(),
+        "lacks": [each.name for each in FEATURES if not kernel.has(each)],
+        "has_headers": Path(f"/lib/modules/{system.release}/build").exists(),
         "has_compiler": any(map(shutil.which, COMPILERS)),
     }
     sys.stdout.write(f"{json.dumps(facts)}\n")

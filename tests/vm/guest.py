@@ -10,6 +10,11 @@ from tests.vm.images import pack_tree
 from tests.vm.kernels import Unpacked
 
 SESSION = HERE / "session"
+"""Nothing runs in the guest but the command."""
+
+BOOT = HERE / "boot"
+"""It is a machine with its services."""
+
 MEMORY_MIB = 2048
 
 APPEND = (
@@ -17,7 +22,6 @@ APPEND = (
     # What the emulator has translated it finds again at the same address only: with
     # addresses at random each process takes twice as long.
     "norandmaps mitigations=off",
-    f"vm.init=/share/{SESSION.name}",
 )
 
 QEMU = (
@@ -36,6 +40,7 @@ def run(
     share: Path,
     command: str,
     *,
+    init: Path = SESSION,
     log: Path | None = None,
     limit_s: float | None = None,
 ) -> int:
@@ -46,6 +51,7 @@ def run(
         image: its root file system, which stays as it is.
         share: a directory that is /share in the guest.
         command: for sh(1), with the tree of the host in /tcpexporter.
+        init: `SESSION` or `BOOT`.
         log: where what the guest prints goes; None: it has this terminal.
         limit_s: for how long.
 
@@ -58,9 +64,13 @@ def run(
     result = share / "result"
     result.unlink(missing_ok=True)
     (share / "command").write_text(command)
-    shutil.copy(SESSION, share)
+    shutil.copy(init, share)
     pack_tree(share / "tree.tar")
-    arguments = [*QEMU, *_devices(kernel, image, share)]
+    arguments = [
+        *QEMU,
+        *_devices(kernel, image, share),
+        *("-append", " ".join([*APPEND, f"vm.init=/share/{init.name}"])),
+    ]
     try:
         if log is None:
             subprocess.run([*arguments, "-serial", "mon:stdio"], check=True)
@@ -89,7 +99,6 @@ def _devices(kernel: Unpacked, image: Path, share: Path) -> list[str]:
     shared = "security_model=none,multidevs=remap"
     return [
         *("-kernel", str(kernel.image), "-initrd", str(kernel.initramfs)),
-        *("-append", " ".join(APPEND)),
         *("-drive", f"file={image},if=virtio,format=raw,readonly=on"),
         *("-virtfs", f"local,path={share},mount_tag=share,{shared}"),
         *("-virtfs", f"local,path={kernel.modules},mount_tag=modules,{shared},readonly=on"),

@@ -2,6 +2,7 @@
 """Root file systems of Debian's releases, with what the exporter needs and no kernel."""
 
 import hashlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -29,19 +30,35 @@ ENVIRONMENT = {
 class Userland:
     """What a guest has besides its kernel."""
 
+    name: str
     suite: str
+    """The release of Debian."""
     python: str
-    command: str
+    packages: tuple[str, ...] = ("kmod", "python3")
+    """That a machine has which somebody has installed, and minbase has not."""
+    command: str = "deploy/setup.sh guest"
     """What makes it, in /tcpexporter."""
-    packages: tuple[str, ...] = ()
-    """That the release has when it is installed, and minbase has not."""
 
 
-BOOKWORM = Userland("bookworm", "3.11", "deploy/setup.sh guest", ("kmod", "python3"))
-TRIXIE = Userland("trixie", "3.13", "deploy/setup.sh guest", ("kmod", "python3"))
-"""Python, BCC, iproute2 and pytest: no compiler, no headers."""
+BOOKWORM = Userland("Debian 12", "bookworm", "3.11")
+TRIXIE = Userland("Debian 13", "trixie", "3.13")
+"""With BCC and its dependencies, Python packages, iproute2: no compiler, no headers."""
 
-INPUTS = (Path(__file__), ROOT / "pyproject.toml", *sorted((ROOT / "deploy").glob("*.*")))
+VAGRANT = Userland(
+    "Debian 12, vagrant/",
+    "bookworm",
+    "3.11",
+    ("kmod", "python3", "systemd-sysv", "udev", "dbus"),
+    "vagrant/provision.sh; deploy/setup.sh guest",
+)
+"""A machine that systemd boots, with services in it."""
+
+INPUTS = (
+    Path(__file__),
+    ROOT / "pyproject.toml",
+    *sorted(path for path in (ROOT / "deploy").rglob("*") if path.is_file()),
+    *sorted((ROOT / "vagrant").iterdir()),
+)
 """What an image is made from; when one of them changes, so does the image."""
 
 
@@ -51,11 +68,12 @@ def build(userland: Userland) -> Path:
     Raises:
         VmError: it cannot be made; says why.
     """
-    image = CACHE / "images" / f"{userland.suite}-{_fingerprint(userland)}.img"
+    name = f"{slug(userland)}-"
+    image = CACHE / "images" / f"{name}{_fingerprint(userland)}.img"
     if image.exists():
         return image
     image.parent.mkdir(parents=True, exist_ok=True)
-    for old in image.parent.glob(f"{userland.suite}-*"):
+    for old in image.parent.glob(f"{name}{'?' * 16}.img"):
         old.unlink()
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         directory = Path(scratch)
@@ -63,11 +81,16 @@ def build(userland: Userland) -> Path:
         _download_wheels(userland.python, directory / "wheels")
         pack_tree(directory / "tree.tar")
         _install(userland, directory)
-        new = image.with_suffix(".new")
+        new = directory / image.name
         _run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d",
              directory / "root", new, SIZE)  # fmt: skip
         new.rename(image)
     return image
+
+
+def slug(userland: Userland) -> str:
+    """Its name in the name of a file."""
+    return re.sub(r"\W+", "-", userland.name).strip("-").lower()
 
 
 def _fingerprint(userland: Userland) -> str:

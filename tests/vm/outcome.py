@@ -17,6 +17,8 @@ class Guest:
     version: str
     python: str
     bcc: str
+    lacks: list[str]
+    """The names of features that its kernel has not."""
     has_headers: bool
     has_compiler: bool
 
@@ -28,7 +30,7 @@ class Outcome:
     kernel: str
     """As ``make vm-test KERNEL=`` takes it."""
     userland: str
-    """The release of Debian that all else is of."""
+    """What all else is of."""
     seconds: float = 0.0
     """From starting the emulator until it has ended."""
     passed: int = 0

@@ -18,20 +18,21 @@ END = "<!-- end of kernels -->"
 def table(outcomes: Sequence[Outcome]) -> Table:
     """A row for each guest."""
     headings = ["kernel", "with", "BCC", "Python", "passed", "failed", "skipped", "seconds"]
-    return [headings, *map(_row, outcomes)]
+    return [[*headings, "the kernel lacks"], *map(_row, outcomes)]
 
 
 def _row(each: Outcome) -> list[str]:
     guest = each.guest
     return [
         guest.release if guest else each.kernel,
-        f"Debian's {each.userland}",
+        each.userland,
         guest.bcc if guest else "",
         guest.python if guest else "",
         f"{each.passed:,}",
         f"{len(each.failed):,}",
         f"{len(each.skipped):,}",
         f"{each.seconds:.0f}",
+        ", ".join(guest.lacks) if guest else "",
     ]
 
 
@@ -47,6 +48,12 @@ def remarks(outcomes: Sequence[Outcome]) -> list[str]:
         for reason in each.skipped.values():
             by_reason[reason] = by_reason.get(reason, 0) + 1
         said += [f"{name}: {number} skipped: {why}" for why, number in by_reason.items()]
+    bare = [
+        each.guest
+        for each in outcomes
+        if each.guest and not (each.guest.has_headers or each.guest.has_compiler)
+    ]
+    said.append(f"{len(bare)} of {len(outcomes)} have neither headers nor a compiler")
     return said
 
 

@@ -39,7 +39,7 @@ def test_that_is_skipped():
 
 GOOD = Outcome(
     kernel="6.1",
-    userland="bookworm",
+    userland="Debian 12",
     seconds=61.3,
     passed=137,
     guest=Guest(
@@ -47,6 +47,7 @@ GOOD = Outcome(
         version="#1 SMP",
         python="3.11.2",
         bcc="0.26.0",
+        lacks=["recursion misses"],
         has_headers=False,
         has_compiler=False,
     ),
@@ -86,7 +87,7 @@ def test_what_is_not_whole_is_not_good(change: dict[str, object]) -> None:
 
 def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
     """Also of a kernel that there is no guest of."""
-    outcomes = [GOOD, Outcome(kernel="5.10", userland="bookworm", why_not="no network")]
+    outcomes = [GOOD, Outcome(kernel="5.10", userland="Debian 12", why_not="no network")]
     outcome.write(outcomes, tmp_path / "kernels.json")
     assert outcome.read(tmp_path / "kernels.json") == outcomes
 
@@ -97,13 +98,13 @@ def test_the_table_says_what_was_not_tested() -> None:
         [
             replace(GOOD, skipped={"a": "no MPTCP", "b": "no MPTCP", "c": "one CPU"}),
             replace(GOOD, kernel="6.12", failed=["test_slots::test_it"]),
-            Outcome(kernel="7", userland="trixie", why_not="it cannot be fetched"),
+            Outcome(kernel="7", userland="Debian 13", why_not="it cannot be fetched"),
         ]
     )
-    assert "6.1 with bookworm: 2 skipped: no MPTCP" in shown
-    assert "6.1 with bookworm: 1 skipped: one CPU" in shown
-    assert "6.12 with bookworm: test_slots::test_it failed" in shown
-    assert "7 with trixie: it cannot be fetched" in shown
+    assert "6.1 with Debian 12: 2 skipped: no MPTCP" in shown
+    assert "6.1 with Debian 12: 1 skipped: one CPU" in shown
+    assert "6.12 with Debian 12: test_slots::test_it failed" in shown
+    assert "7 with Debian 13: it cannot be fetched" in shown
 
 
 @pytest.mark.skipif(not shutil.which("apt-get"), reason="there is no apt here")

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Lets the kernel go on recording when the exporter ends, and takes over what it recorded.
+
+What a run of the exporter leaves in a directory of the BPF file system is a *generation*:
+the attachment of its program, the connections, and how these are laid out. The next run
+loads a program and maps of its own, whatever version it is of, and adds to them what
+generations before it know, as it does with the socket tables: see `reconcile.seed`.
+Only then they are removed. So there is one way from what was known to what is counted,
+and an upgrade is no special case. For a connection, against that:
+
+a. Open all the while: the old generation has it with the kernel's time.
+b. Closes or opens while nobody runs: the old program is told, as always.
+c. Closes or opens during the takeover: both programs are told. The new one has been
+   attached first, and notes what closes; `reconcile` argues the cases.
+d. Its closing was missed by the old generation: it is taken over, the socket tables do
+   not show it, and the first reconciliation, at once, removes it.
+e. Its opening was missed: the socket tables show it, as one from before.
+
+A run that is killed at any step of the takeover leaves the old generation, or both: a
+generation is complete once its attachment is there, which comes last and goes first.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import logging
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter import reconcile
+from tcpexporter.connections import CONNECTION, KEY, Records
+from tcpexporter.errors import PinError
+from tcpexporter.libbpf import call, create_map
+from tcpexporter.loader import Descriptors
+from tcpexporter.mapping import MappedArray
+from tcpexporter.maps import Map
+from tcpexporter.tracker import FIRST, WINDOW, Tracker, windows
+
+log = logging.getLogger(__name__)
+
+DEFAULT = "/sys/fs/bpf/tcpexporter"
+
+LINK = "link"
+CONNECTIONS = "connections"
+LAYOUT = "layout"
+
+BPF_FS_MAGIC = 0xCAFE4A11
+"""``f_type`` of statfs(2): include/uapi/linux/magic.h."""
+
+BPF_MAP_TYPE_ARRAY = 2
+
+LAYOUT_MAGIC = 0x74637078
+LAYOUT_WORDS = 16
+"""Of 32 bits: the magic number, the bytes of a record, of its key, and where in these the
+fields are, in the order of `FIELDS` and `KEY_FIELDS`; the rest is 0."""
+
+FIELDS = ("established_ns", "key", "group")
+"""Of `CONNECTION`, what the next run takes over."""
+
+KEY_FIELDS = ("local_address", "remote_address", "netns", "local_port", "remote_port")
+"""Of `KEY`; the order is the layout's, and not to be changed."""
+
+UNMOUNTED = "mount -t bpf bpf /sys/fs/bpf"
+
+
+class Pins:
+    """A directory for one exporter at a time."""
+
+    def __init__(self, directory: Path, descriptor: int) -> None:
+        """Take one that is locked by its descriptor: see `open`."""
+        self.taken_over = 0
+        """How many connections generations before this one knew."""
+        self._directory = directory
+        self._descriptor = descriptor
+
+    @classmethod
+    def open(cls, directory: Path) -> Self | None:
+        """Have a directory, which is made if need be, until `close`.
+
+        None where there is no BPF file system: that is logged, as it does not keep the
+        exporter from counting.
+
+        Raises:
+            PinError: it belongs to somebody else, or another exporter has it.
+        """
+        try:
+            if not _is_bpf_file_system(directory.parent):
+                log.warning(
+                    "nothing outlives this exporter: %s is no BPF file system, which %s"
+                    " makes",
+                    directory.parent,
+                    UNMOUNTED,
+                )
+                return None
+            directory.mkdir(mode=0o700, exist_ok=True)
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+            descriptor = os.open(directory, flags)
+        except OSError as error:
+            raise PinError(f"{directory} cannot be used: {error.strerror}") from error
+        try:
+            _require_own(directory, os.fstat(descriptor))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise PinError(
+                f"{directory} is another exporter's: stop it, or choose one with --pin"
+            ) from None
+        except PinError:
+            os.close(descriptor)
+            raise
+        return cls(directory, descriptor)
+
+    def close(self) -> None:
+        """Let another exporter have it; what is there stays."""
+        os.close(self._descriptor)
+
+    def take_over(self, tracker: Tracker, *, netns: int) -> None:
+        """Add what generations before know to a tracker, which is attached already.
+
+        Args:
+            tracker: of this run.
+            netns: inode of the only network namespace to take, 0: all.
+
+        Raises:
+            PinError: an object there is not what it should be.
+            TrackerError: the kernel refuses a map operation.
+        """
+        for each in self._generations():
+            if (each / LINK).exists():
+                with _Generation.open(each, netns) as generation:
+                    reconcile.seed(tracker, generation)
+                    self.taken_over += generation.found
+        if self.taken_over:
+            log.info("took over %s connections from before", self.taken_over)
+
+    def leave(self, descriptors: Descriptors) -> None:
+        """Make this run the only generation.
+
+        Raises:
+            PinError: the kernel refuses it.
+        """
+        before = self._generations()
+        number = 1 + max((int(each.name) for each in before), default=0)
+        generation = self._directory / str(number)
+        try:
+            generation.mkdir(mode=0o700)
+            layout = _make_layout()
+            _pin(layout, generation / LAYOUT)
+            os.close(layout)
+            _pin(descriptors.connections, generation / CONNECTIONS)
+            _pin(descriptors.link, generation / LINK)
+        except OSError as error:
+            raise PinError(f"{generation} cannot be filled: {error.strerror}") from error
+        for each in before:
+            _remove(each)
+
+    def remove(self) -> int:
+        """Detach what generations before have attached, and forget what they know.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            PinError: the kernel refuses it.
+        """
+        generations = self._generations()
+        for each in generations:
+            _remove(each)
+        self._directory.rmdir()
+        return len(generations)
+
+    def _generations(self) -> list[Path]:
+        """Each in its directory, the oldest first."""
+        found = [each for each in self._directory.iterdir() if each.name.isdecimal()]
+        return sorted(found, key=lambda each: int(each.name))
+
+
+def remove(directory: str) -> int:
+    """Have nothing outlive the exporter any more; how many generations there were.
+
+    Raises:
+        PinError: an exporter still runs, or the kernel refuses it.
+    """
+    path = Path(directory)
+    if not path.exists():
+        return 0
+    pins = Pins.open(path)
+    if pins is None:
+        return 0
+    with contextlib.closing(pins):
+        return pins.remove()
+
+
+class _Generation:
+    """What an exporter before this one left, to be looked at as the socket tables are."""
+
+    def __init__(self, array: MappedArray, entries: int, netns: int) -> None:
+        self.found = 0
+        self._array = array
+        self._entries = entries
+        self._netns = netns
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, directory: Path, netns: int) -> Iterator[Self]:
+        with contextlib.ExitStack() as undo:
+            layout, shown = _get(directory / LAYOUT, undo)
+            _require(directory / LAYOUT, shown, value_size=4 * LAYOUT_WORDS, max_entries=1)
+            record = _read_layout(directory / LAYOUT, layout)
+            connections, shown = _get(directory / CONNECTIONS, undo)
+            _require(directory / CONNECTIONS, shown, value_size=record.itemsize)
+            entries = int(shown["max_entries"])
+            yield cls(MappedArray(connections, record, entries, WINDOW), entries, netns)
+
+    def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  it always has them
+        """What it knows, the newest first, of dtype `CONNECTION`.
+
+        `Tracker.add` takes the first of those with the same key: an older one is there
+        because its closing was missed.
+        """
+        parts = [_copy(window) for window in windows(self._array, self._entries)]
+        known = np.concatenate(parts)
+        if self._netns:
+            known = known[known["key"]["netns"] == self._netns]
+        self.found = len(known)
+        return known[np.argsort(known["established_ns"])[::-1]]
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        """None: what it does not know may be there all the same."""
+        return np.empty(0, np.uint32)
+
+
+def _copy(window: Records) -> Records:
+    """The connections of a window that did not change while they were copied."""
+    group = window["group"].copy()
+    established_ns = window["established_ns"].copy()
+    connections = np.zeros(len(window), CONNECTION)
+    for name in KEY_FIELDS:
+        connections["key"][name] = window["key"][name]
+    connections["group"] = window["group"]
+    connections["established_ns"] = window["established_ns"]
+    is_same = (connections["group"] == group) & (
+        connections["established_ns"] == established_ns
+    )
+    copied: Records = connections[is_same & (group != 0)]
+    return copied
+
+
+def _make_layout() -> int:
+    """The descriptor of a map that says how `CONNECTION` is laid out."""
+    words = np.zeros(LAYOUT_WORDS, np.uint32)
+    said = [LAYOUT_MAGIC, CONNECTION.itemsize, KEY.itemsize, *_offsets(CONNECTION, FIELDS)]
+    said += _offsets(KEY, KEY_FIELDS)
+    words[: len(said)] = said
+    descriptor = create_map(BPF_MAP_TYPE_ARRAY, 4, words.nbytes)
+    _write(descriptor, words)
+    return descriptor
+
+
+def _write(layout: int, words: npt.NDArray[np.uint32]) -> None:
+    key = ctypes.byref(ctypes.c_uint32(0))
+    value = words.ctypes.data_as(ctypes.c_void_p)
+    call("bpf_map_update_elem", layout, key, value, ctypes.c_uint64(0))
+
+
+def _offsets(dtype: np.dtype[Any], names: tuple[str, ...]) -> list[int]:
+    fields: Mapping[str, tuple[Any, ...]] = dtype.fields or {}
+    return [fields[name][1] for name in names]
+
+
+def _read_layout(path: Path, descriptor: int) -> np.dtype[Any]:
+    """The part of a record that is taken over, wherever that version had it.
+
+    Raises:
+        PinError: it is no layout, or one that has fields outside of the record.
+    """
+    words = np.zeros(LAYOUT_WORDS, np.uint32)
+    Map(descriptor, "layouts").read(FIRST, words)
+    magic, record_bytes, key_bytes, *offsets = words.tolist()
+    if magic != LAYOUT_MAGIC:
+        raise _not_ours(path)
+    try:
+        key = _laid_out(KEY, KEY_FIELDS, offsets[len(FIELDS) :], key_bytes)
+        return _laid_out(CONNECTION, FIELDS, offsets, record_bytes, key=key)
+    except ValueError:
+        raise _not_ours(path) from None
+
+
+def _laid_out(
+    dtype: np.dtype[Any],
+    names: tuple[str, ...],
+    offsets: list[int],
+    itemsize: int,
+    **instead: np.dtype[Any],
+) -> np.dtype[Any]:
+    """Some fields of a dtype, as another version has them."""
+    formats = [instead.get(name, dtype[name]) for name in names]
+    places = offsets[: len(names)]
+    return np.dtype(
+        {"names": names, "formats": formats, "offsets": places, "itemsize": itemsize}
+    )
+
+
+def _get(path: Path, undo: contextlib.ExitStack) -> tuple[int, dict[str, str]]:
+    """A pinned object, and what the kernel shows of it: bpf_map_show_fdinfo."""
+    try:
+        _require_own(path, path.stat())
+        descriptor = call("bpf_obj_get", os.fsencode(path))
+        undo.callback(os.close, descriptor)
+        lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
+    except OSError as error:
+        raise PinError(f"{path} cannot be used: {error.strerror}") from error
+    shown = (line.partition(":") for line in lines)
+    return descriptor, {name: value.strip() for name, _, value in shown}
+
+
+def _require(path: Path, shown: dict[str, str], **expected: int) -> None:
+    """See that it is an array, and as expected."""
+    expected |= {"map_type": BPF_MAP_TYPE_ARRAY, "key_size": 4}
+    if any(shown.get(name) != str(value) for name, value in expected.items()):
+        raise _not_ours(path)
+
+
+def _require_own(path: Path, status: os.stat_result) -> None:
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise PinError(
+            f"{path} is not ours alone, so what is in it cannot be trusted: it takes mode"
+            " 0700 and the user that starts the exporter as its owner"
+        )
+
+
+def _not_ours(path: Path) -> PinError:
+    return PinError(
+        f"{path} is not what an exporter leaves: remove it with tcpexporter --unpin"
+    )
+
+
+def _pin(descriptor: int, path: Path) -> None:
+    call("bpf_obj_pin", descriptor, os.fsencode(path))
+
+
+def _remove(generation: Path) -> None:
+    """The attachment first: without it the rest is not taken for a generation."""
+    try:
+        for name in (LINK, *sorted(each.name for each in generation.iterdir())):
+            (generation / name).unlink(missing_ok=True)
+        generation.rmdir()
+    except OSError as error:
+        raise PinError(f"{generation} cannot be removed: {error.strerror}") from error
+
+
+def _is_bpf_file_system(path: Path) -> bool:
+    """As statfs(2) says; its first word is the type."""
+    status = ctypes.create_string_buffer(256)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.statfs(os.fsencode(path), status):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int.from_bytes(status.raw[:8], "little") == BPF_FS_MAGIC

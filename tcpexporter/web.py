@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What --web-config has put in force, and what takes its place when the files change."""
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from pwd import struct_passwd
+from typing import Self
+
+from tcpexporter.access import Checker, Limiter, Users
+from tcpexporter.errors import WebConfigError
+from tcpexporter.tls import Terms, make_terms
+from tcpexporter.webconfig import WebConfig
+from tcpexporter.webreader import INTERVAL_S, Reader, ReaderGoneError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """All that is in force at a time."""
+
+    terms: Terms | None
+    headers: Mapping[str, str]
+    users: Users | None
+    limiter: Limiter | None
+
+    @classmethod
+    def of(cls, config: WebConfig, checker: Checker) -> Self:
+        return cls(
+            terms=make_terms(config.tls) if config.tls else None,
+            headers={name.lower(): text for name, text in config.headers.items()},
+            users=Users(config.users, checker) if config.users else None,
+            limiter=Limiter(config.rate_limit) if config.rate_limit else None,
+        )
+
+
+class Web:
+    """How the pages are guarded, as `server` asks for it.
+
+    What is in force is replaced as a whole: a request or connection has begun under the
+    old rules or under the new ones, and goes on.
+    """
+
+    def __init__(
+        self, path: str, account: struct_passwd | None, *, interval_s: float = INTERVAL_S
+    ) -> None:
+        """Read the configuration; takes whatever privilege that needs.
+
+        Args:
+            path: Of the file.
+            account: Whom the process that reads it becomes.
+            interval_s: As `Reader` has it.
+
+        Raises:
+            WebConfigError: it cannot be used.
+        """
+        self._path = path
+        self._closed = False
+        self._checker = Checker()
+        self._reader = Reader(path, account, interval_s=interval_s)
+        try:
+            self._rules = self._read()
+        except ReaderGoneError as error:
+            self.close()
+            raise WebConfigError(f"{path} cannot be read: its reader has failed") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End what reads."""
+        self._closed = True
+        self._reader.close()
+
+    def follow(self) -> None:
+        """From now on, take over what changes; starts a thread."""
+        threading.Thread(target=self._follow, name="web-config", daemon=True).start()
+
+    @property
+    def terms(self) -> Terms | None:
+        """What a new connection is made on; None: without TLS, now and for ever."""
+        return self._rules.terms
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What each response has besides its own headers, in lower case."""
+        return self._rules.headers
+
+    async def admit(self, authorization: str) -> HTTPStatus:
+        """Judge a request by its Authorization header: OK, or how it is refused."""
+        rules = self._rules
+        if rules.limiter and not rules.limiter.allow():
+            return HTTPStatus.TOO_MANY_REQUESTS
+        return await rules.users.admit(authorization) if rules.users else HTTPStatus.OK
+
+    def give_up(self) -> None:
+        """Have no request wait for a password to be checked any more."""
+        self._checker.give_up()
+
+    def _read(self) -> _Rules:
+        config = self._reader.receive()
+        try:
+            return _Rules.of(config, self._checker)
+        except WebConfigError as error:
+            raise WebConfigError(f"{self._path}: {error}") from error
+
+    def _follow(self) -> None:
+        while True:
+            try:
+                self._replace(self._read())
+            except WebConfigError as error:
+                log.warning("going on with the web configuration as it was: %s", error)
+            except ReaderGoneError:
+                if not self._closed:
+                    log.warning(
+                        "%s is not read again, as its reader has ended: restart to have it"
+                        " read",
+                        self._path,
+                    )
+                return
+            else:
+                log.info("the web configuration has been read again")
+
+    def _replace(self, rules: _Rules) -> None:
+        if (rules.terms is None) != (self._rules.terms is None):
+            raise WebConfigError(
+                f"{self._path}: TLS is turned on or off: restart to have it so"
+            )
+        self._rules = rules

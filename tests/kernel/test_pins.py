@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What the kernel records while no exporter runs, and the next one takes over."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tcpexporter import connections, libbpf, pins, tracker
+from tcpexporter.clock import boottime_ns
+from tcpexporter.connections import KEY, Records
+from tcpexporter.ebpf import EbpfSource
+from tcpexporter.mapping import MappedArray
+from tcpexporter.pins import CONNECTIONS, KEY_FIELDS, LAYOUT, LINK
+from tests.support import Exporter, Peers, bpf_programs_by_id, eventually, ss_established
+
+BPF_FS = Path("/sys/fs/bpf")
+EXACT_NS = 10_000_000
+COMMAND = (sys.executable, "-m", "tcpexporter")
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """One that does not exist yet in the BPF file system, which is mounted if need be."""
+    if not pins._is_bpf_file_system(BPF_FS):
+        subprocess.run(["mount", "-t", "bpf", "bpf", BPF_FS], check=True)
+    path = BPF_FS / f"tcpexporter-test-{os.getpid()}"
+    yield path
+    pins.remove(str(path))
+
+
+def pinned(directory: Path) -> set[str]:
+    return {str(each.relative_to(directory)) for each in directory.glob("*/*")}
+
+
+def run_by_events(directory: Path, *arguments: str) -> Exporter:
+    return Exporter("--source", "ebpf", "--pin", str(directory), *arguments)
+
+
+@contextlib.contextmanager
+def source(directory: Path, *, max_connections: int = 8191) -> Iterator[EbpfSource]:
+    """As the exporter opens it, in this process."""
+    opened = EbpfSource(
+        netns="self",
+        max_connections=max_connections,
+        reconcile_interval_s=0,
+        reconcile_cpu_share=1,
+        pin=str(directory),
+    )
+    with contextlib.closing(opened):
+        yield opened
+
+
+def known(opened: EbpfSource, port: int) -> Records:
+    """What it knows of the connections to a port, seen from there."""
+    everything = np.concatenate([chunk.copy() for chunk in opened.read()])
+    there = everything[everything["group"] != 0]
+    found: Records = there[there["key"]["local_port"] == port]
+    return found
+
+
+class Timed:
+    """Connections, and between which moments each of them was established."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self.moments: dict[int, tuple[int, int]] = {}
+        """By the client's port."""
+
+    def open(self, count: int) -> None:
+        for _ in range(count):
+            before_ns = boottime_ns()
+            self._peers.connect(1)
+            client, _ = self._peers.pairs[-1]
+            self.moments[client.getsockname()[1]] = before_ns, boottime_ns()
+
+    def close(self, count: int) -> None:
+        """The oldest of them."""
+        for client, server in self._peers.pairs[:count]:
+            del self.moments[client.getsockname()[1]]
+            client.close()
+            server.close()
+        del self._peers.pairs[:count]
+
+    def assert_known(self, found: Records) -> None:
+        """That is all of them, and each with its time."""
+        assert sorted(found["key"]["remote_port"].tolist()) == sorted(self.moments)
+        for each in found:
+            before_ns, after_ns = self.moments[int(each["key"]["remote_port"])]
+            established_ns = int(each["established_ns"])
+            assert before_ns - EXACT_NS <= established_ns <= after_ns + EXACT_NS
+
+
+def test_a_killed_exporter_loses_no_age(directory: Path) -> None:
+    """A thousand connections, kill -9, opens and closes with nobody there, a new start."""
+    with Peers() as peers:
+        timed = Timed(peers)
+        with run_by_events(directory) as exporter:
+            timed.open(1009)
+            assert exporter.established(peers.port) == 1009
+        assert exporter.process.returncode == -signal.SIGKILL
+        for _ in range(211):
+            timed.close(7)
+            timed.open(11)
+            time.sleep(0.047)  # 10 s in all
+        with source(directory) as opened:
+            opened.start()
+            timed.assert_known(known(opened, peers.port))
+            assert len(timed.moments) == ss_established(peers.port)["4"]
+
+
+def test_what_was_from_before_keeps_its_age_too(directory: Path) -> None:
+    """Through three runs, of which none was told that they opened."""
+    with Peers() as peers:
+        peers.connect(7)
+        seen = []
+        for _ in range(3):
+            with source(directory) as opened:
+                opened.start()
+                found = known(opened, peers.port)
+                seen.append(sorted(found["established_ns"].tolist()))
+                assert len(found) == 7
+        assert seen[0] == seen[1] == seen[2]
+
+
+def test_only_the_last_run_is_recorded(directory: Path) -> None:
+    """Each start leaves one generation, and no program of those before it."""
+    before = set(bpf_programs_by_id())
+    for number in (1, 2, 3):
+        with run_by_events(directory) as exporter:
+            assert exporter.stop()[0] == 0
+        assert pinned(directory) == {
+            f"{number}/{name}" for name in (LINK, CONNECTIONS, LAYOUT)
+        }
+        eventually(lambda: len(set(bpf_programs_by_id()) - before) == 1)
+
+
+def test_unpin_leaves_nothing(directory: Path) -> None:
+    """No file, no directory, no program; a second time there is nothing to do."""
+    before = set(bpf_programs_by_id())
+    with run_by_events(directory):
+        pass
+    for _ in range(2):
+        subprocess.run([*COMMAND, "--unpin", "--pin", str(directory)], check=True)
+        assert not directory.exists()
+    eventually(lambda: set(bpf_programs_by_id()) <= before)
+
+
+def refused(directory: Path, *arguments: str) -> str:
+    """What an exporter says that cannot start there."""
+    ended = subprocess.run(
+        [*COMMAND, "--pin", str(directory), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    return ended.stderr.splitlines()[-1]
+
+
+def test_of_two_exporters_the_second_is_refused(directory: Path) -> None:
+    """It does not poll instead, and the first goes on; nor is that unpinned."""
+    with run_by_events(directory) as exporter, Peers() as peers:
+        for arguments in (("--once", "--source", "auto"), ("--unpin",)):
+            assert "is another exporter's" in refused(directory, *arguments)
+        peers.connect(3)
+        assert exporter.established(peers.port) == 3
+
+
+def test_a_stranger_s_directory_is_refused(directory: Path) -> None:
+    """Others could have put there what they like."""
+    directory.mkdir(mode=0o700)
+    directory.chmod(0o755)
+    assert "is not ours alone" in refused(directory, "--once", "--source", "ebpf")
+    directory.chmod(0o700)
+    os.chown(directory, 65534, 65534)
+    assert "is not ours alone" in refused(directory, "--once", "--source", "ebpf")
+    os.chown(directory, 0, 0)
+
+
+@pytest.mark.parametrize("name", [LAYOUT, CONNECTIONS])
+def test_another_object_is_refused(directory: Path, name: str) -> None:
+    """A map of another size, or one that says nothing sensible, is not read."""
+    with run_by_events(directory):
+        pass
+    other = libbpf.create_map(pins.BPF_MAP_TYPE_ARRAY, 4, 8)
+    (directory / "1" / name).unlink()
+    pins._pin(other, directory / "1" / name)
+    os.close(other)
+    sentence = refused(directory, "--once", "--source", "ebpf")
+    assert f"{directory}/1/{name} is not what an exporter leaves" in sentence
+    assert "--unpin" in sentence
+
+
+def test_a_layout_that_says_nonsense_is_refused(directory: Path) -> None:
+    """As one that has fields outside of the record."""
+    with run_by_events(directory):
+        pass
+    layout = libbpf.call("bpf_obj_get", os.fsencode(directory / "1" / LAYOUT))
+    words = np.full(pins.LAYOUT_WORDS, 2**31, np.uint32)
+    words[0] = pins.LAYOUT_MAGIC
+    pins._write(layout, words)
+    os.close(layout)
+    assert "is not what an exporter leaves" in refused(directory, "--once")
+
+
+def test_another_version_gives_its_times(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose records have the fields in other places, and more of them."""
+    other = np.dtype(
+        [
+            ("more", "u8", 2),
+            ("group", "u4"),
+            ("key", np.dtype([(name, KEY[name]) for name in reversed(KEY_FIELDS)])),
+            ("established_ns", "u8"),
+            ("handle", "u8"),
+        ]
+    )
+    assert other.itemsize != connections.CONNECTION.itemsize
+    with Peers() as peers:
+        timed = Timed(peers)
+        timed.open(11)
+        with source(directory) as opened:
+            opened.start()
+            left_by_another_version(
+                directory, known(opened, peers.port), other, monkeypatch
+            )
+        with source(directory) as opened:
+            opened.start()
+            found = known(opened, peers.port)
+        assert sorted(found["established_ns"].tolist()) == [11 * (n + 1) for n in range(11)]
+
+
+def left_by_another_version(
+    directory: Path,
+    found: Records,
+    other: np.dtype[np.void],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Put in place of a generation what that version would have, with times of its own."""
+    array = libbpf.create_map(
+        pins.BPF_MAP_TYPE_ARRAY, 4, other.itemsize, entries=8191, flags=1 << 10
+    )
+    records = np.zeros(len(found), other)
+    for name in KEY_FIELDS:
+        records["key"][name] = found["key"][name]
+    records["group"] = found["group"]
+    records["established_ns"] = 11 * (1 + np.arange(len(found)))
+    mapped = MappedArray(array, other, 8191, tracker.WINDOW)
+    mapped.upto(len(records))[: len(records)] = records
+    with monkeypatch.context() as changed:
+        changed.setattr(pins, "CONNECTION", other)
+        changed.setattr(pins, "KEY", other["key"])
+        layout = pins._make_layout()
+    for name, descriptor in ((CONNECTIONS, array), (LAYOUT, layout)):
+        (directory / "1" / name).unlink()
+        pins._pin(descriptor, directory / "1" / name)
+        os.close(descriptor)

@@ -1,0 +1,106 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-3.0-only
+#
+# Makes the machine that it runs on, as root and with the tree in /tcpexporter, one that
+# has the exporter as a service and a Prometheus that scrapes it. Vagrant runs this, and
+# `make vm-test` in its guests.
+#
+# What is there already is left alone: a second time it takes no network. Where systemd
+# does not run, as in an image that is being made, it installs services and starts none.
+set -eu
+
+cd /tcpexporter
+
+exporter=http://localhost:9690
+prometheus=http://localhost:9090
+command=/usr/local/bin/tcpexporter
+
+main() {
+	[ "$(id -u)" -eq 0 ] || fail "this takes root"
+	deploy/setup.sh run
+	# make is for `make test`: boxes have none.
+	deploy/setup.sh require make prometheus.service
+	install_exporter
+	install_prometheus
+	systemctl --quiet enable tcpexporter prometheus
+	if [ -d /run/systemd/system ]; then
+		start
+	else
+		say "installed; the services start when the machine does"
+	fi
+}
+
+say() {
+	echo "provision: $*" >&2
+}
+
+fail() {
+	say "$*"
+	exit 1
+}
+
+install_exporter() {
+	# Not a link: SELinux, which Fedora has, lets systemd run what lies in /usr/local/bin,
+	# but not what lies where nobody has told it of.
+	printf '#!/bin/sh\nexec /tcpexporter/.venv/bin/tcpexporter "$@"\n' >$command
+	chmod 755 $command
+	put deploy/systemd/tcpexporter.service /etc/systemd/system
+}
+
+install_prometheus() {
+	put vagrant/prometheus.yml /etc/prometheus
+	put deploy/prometheus/tcpexporter.rules.yml /etc/prometheus
+}
+
+# Copies a file into a directory, readable by all as it may not be in the tree.
+put() {
+	install -C -m 644 "$1" "$2"
+}
+
+# Restarts what runs already: the tree may have changed.
+start() {
+	systemctl daemon-reload
+	systemctl restart tcpexporter
+	wait_until "the exporter is ready" is_ready
+	systemctl restart prometheus
+	wait_until "Prometheus scrapes the exporter" is_scraped
+	say "the exporter serves $exporter/metrics, Prometheus $prometheus"
+}
+
+is_ready() {
+	fetch $exporter/-/ready
+}
+
+# As `up{job="tcpexporter"} == 1`, which would still tell of before the restart.
+is_scraped() {
+	fetch $prometheus/api/v1/targets | grep -q '"health":"up"'
+}
+
+# Not every system has curl or wget.
+fetch() {
+	/usr/bin/python3 -I -c '
+import sys
+from urllib.request import urlopen
+try:
+    print(urlopen(sys.argv[1], timeout=5).read().decode())
+except OSError as error:
+    sys.exit(f"{sys.argv[1]}: {error}")' "$1"
+}
+
+# Tries a command ($2) until it succeeds, but not for ever.
+wait_until() {
+	left=60
+	until $2 >/dev/null 2>&1; do
+		left=$((left - 1))
+		[ $left -gt 0 ] || give_up "$@"
+		sleep 1
+	done
+}
+
+give_up() {
+	systemctl status --no-pager --full --lines=20 tcpexporter prometheus >&2 || :
+	$2 >&2 || :
+	fail "waited in vain until $1: what the services say is above"
+}
+
+main "$@"
