@@ -157,7 +157,10 @@ class Exporter:
             start_new_session=True,
         )
         if wait:
-            self.wait_until_ready()
+            with contextlib.ExitStack() as undo:
+                undo.push(self)
+                self.wait_until_ready()
+                undo.pop_all()
 
     def wait_until_ready(self) -> None:
         until = time.monotonic() + DEADLINE_S

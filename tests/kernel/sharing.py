@@ -37,7 +37,8 @@ class Exporters:
     """Exporters in one network namespace, one for each set of arguments.
 
     Whoever uses one opens connections of its own, says nothing of others, and closes
-    them. One that has ended or hangs is replaced: it has failed one test, and no more.
+    them. All stay until the last test has been run, so none may do much by itself. One
+    that has ended or hangs is replaced: it has failed one test, and no more.
     """
 
     def __init__(self) -> None:

@@ -166,6 +166,7 @@ def test_a_handle_that_has_another_slot_by_now_gives_its_old_one_back(
     assert_each_is_in_one_hand(tracker)
 
 
+@pytest.mark.timeout(600)
 def test_a_million_cycles_lose_no_slot(
     own_tracker: Tracker, monkeypatch: pytest.MonkeyPatch, effort: Effort
 ) -> None:

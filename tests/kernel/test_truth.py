@@ -25,8 +25,8 @@ from tests.kernel.holding import LISTENING
 from tests.kernel.worker import Worker
 from tests.support import ESTABLISHED, LONG_TERM, Exporter
 
-OPERATIONS = 211
-"""Of each process, from one quiet moment to the next."""
+OPERATIONS = 13_297
+"""Of all processes, in a walk."""
 
 SEED_IN_CI = 1009
 
@@ -92,6 +92,8 @@ class Walk:
             *[(self.exporter_is_away, 0.0)] * times(2),
         ]
         self._random.shuffle(happenings)
+        shares = len(happenings) * len(self._workers)
+        self._operations_each = self._effort.of(OPERATIONS) // shares
         for number, (happening, longest_pause_s) in enumerate(happenings):
             done = self._step(happening, longest_pause_s)
             self.operations += len(done)
@@ -119,7 +121,7 @@ class Walk:
     def _make_busy(self, worker: Worker) -> None:
         worker.ask(
             seed=self._random.randrange(1 << 32),
-            operations=OPERATIONS,
+            operations=self._operations_each,
             longest_pause_s=self._longest_pause_s,
             # Of a connection that the kernel did not tell of, the listener alone
             # says which way it went.
@@ -177,6 +179,7 @@ def _start_worker(index: int) -> Worker:
     return Worker("tests.kernel.holding", index)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("direction", ["all", "inbound"])
 def test_whatever_happens_the_counts_are_those_of_ss(
     seed: int, direction: str, effort: Effort
