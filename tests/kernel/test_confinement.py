@@ -17,13 +17,15 @@ from tcpexporter.privileges import CAP_BPF
 from tests.kernel.attempting import DONE, READING, REFUSED
 from tests.kernel.sharing import BOTH_ENDS, EVERY_NAMESPACE, Exporters
 from tests.kernel.test_features import found
-from tests.kernel.test_process import COMMAND, POLLING, status, threads
+from tests.kernel.test_process import COMMAND, status, threads
 from tests.support import DEADLINE_S, Exporter, Peers, eventually, inside, new_netns
 
 FILTERED = "2"
 """SECCOMP_MODE_FILTER, as proc_pid_status(5) has it."""
 
 SOURCES = ("ebpf", "sock_diag", "procfs")
+
+POLLING = ("--duration", "1", "--source")
 
 ARGUMENTS = (BOTH_ENDS, (*POLLING, "sock_diag"), (*POLLING, "procfs"))
 
