@@ -171,6 +171,7 @@ def test_a_named_port_has_a_zero_without_listener(exporters: Exporters) -> None:
         assert exporter.established(other.port) is None
 
 
+@pytest.mark.any_kernel
 def test_without_tcpv6_only_ipv4_is_shown() -> None:
     """``--tcpv6=false`` leaves IPv6 out, listeners too."""
     with Exporter("--tcpv6=false") as exporter, Peers("::") as both:
@@ -180,6 +181,7 @@ def test_without_tcpv6_only_ipv4_is_shown() -> None:
         assert exporter.established(both.port, 6) is None
 
 
+@pytest.mark.any_kernel
 def test_simple_is_one_number() -> None:
     """``--simple`` has one series without labels, the sum."""
     with (
@@ -236,6 +238,7 @@ def ss_at_ports(ports: set[int]) -> Counter[str]:
     )
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("source", ["ebpf", "sock_diag"])
 def test_folding_ports_loses_no_connection(source: str) -> None:
     """Of 211 listeners 101 are shown, the largest; the sums are those of ss(8)."""
@@ -265,6 +268,7 @@ def test_folding_ports_loses_no_connection(source: str) -> None:
         assert shown(exporter, ESTABLISHED).keys() == shown(exporter, LONG_TERM).keys()
 
 
+@pytest.mark.any_kernel
 def test_a_named_port_is_not_folded(exporters: Exporters) -> None:
     """``--port`` shows each of its ports, more than ``--max-series`` and all at 0."""
     exporter = exporters(*NAMED_PORTS)

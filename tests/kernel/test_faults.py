@@ -47,6 +47,7 @@ def refused(command: tuple[str, ...], *arguments: str) -> str:
     return ended.stderr.splitlines()[-1]
 
 
+@pytest.mark.any_kernel
 def test_without_btf_it_says_what_still_works() -> None:
     """The program cannot be loaded without the kernel's types; polling is offered."""
     sentence = refused(WITHOUT_BTF, "--source", "ebpf")
@@ -72,6 +73,7 @@ def test_tracefs_is_not_needed() -> None:
         assert exporter.established(peers.port) == 3
 
 
+@pytest.mark.any_kernel
 def test_without_proc_it_says_so() -> None:
     """A /proc that cannot be read ends it with one sentence."""
     assert "/proc/" in refused(WITHOUT_PROC, "--source", "procfs")
@@ -108,6 +110,7 @@ main()
 WITHOUT_NETLINK = (sys.executable, "-c", DENY_AND_RUN)
 
 
+@pytest.mark.any_kernel
 def test_without_sock_diag_proc_is_read() -> None:
     """Where netlink is refused, connections from before come from /proc/net/tcp."""
     with Peers() as peers:
@@ -119,11 +122,13 @@ def test_without_sock_diag_proc_is_read() -> None:
     assert "reading /proc/net/tcp instead of sock_diag" in complaints
 
 
+@pytest.mark.any_kernel
 def test_a_named_sock_diag_does_not_fall_back() -> None:
     """``--source sock_diag`` where netlink is refused: exit code 1."""
     assert "sock_diag" in refused(WITHOUT_NETLINK, "--source", "sock_diag")
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("part", [0, 0.2, 0.4, 0.6, 0.8])
 def test_a_loader_killed_at_any_step_leaves_nothing_half_done(
     load_s: float, part: float
@@ -146,6 +151,7 @@ def attach_or_reason() -> tuple[Tracker | None, str]:
         return None, str(error)
 
 
+@pytest.mark.any_kernel
 def test_a_killed_loader_ends_the_exporter() -> None:
     """With one sentence, and exit code 1."""
     with Exporter("--source", "ebpf", wait=False) as exporter:

@@ -137,6 +137,7 @@ def test_recursion_is_prevented_where_that_is_counted() -> None:
     assert nested + missed >= 101
 
 
+@pytest.mark.any_kernel
 def test_features_are_listed_before_anything_is_opened() -> None:
     """A port that is in use, or a user there is not, does not matter."""
     with Peers() as peers:
@@ -145,6 +146,7 @@ def test_features_are_listed_before_anything_is_opened() -> None:
     assert ended.returncode == 0
 
 
+@pytest.mark.any_kernel
 def test_without_root_it_says_what_it_cannot_tell() -> None:
     """No traceback and no wrong no: programs take root; the kernel's types do not."""
     there, ended = listed(*AS_NOBODY)
@@ -157,6 +159,7 @@ def test_without_root_it_says_what_it_cannot_tell() -> None:
     assert ended.stdout.splitlines()[-1].startswith("? cannot be told here: it takes root")
 
 
+@pytest.mark.any_kernel
 def test_without_btf_it_is_listed() -> None:
     """What is found in the kernel's types cannot be told then."""
     there, ended = listed(*WITHOUT_BTF)
@@ -181,6 +184,7 @@ def without(feature: Feature) -> tuple[str, ...]:
     return (sys.executable, "-c", RUN_WITHOUT, feature.name)
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("feature", REQUIRED, ids=lambda each: each.name)
 def test_without_what_is_required_ebpf_is_refused(feature: Feature) -> None:
     """Exit code 1 and one sentence: what is missing, what has it, what works."""
@@ -192,6 +196,7 @@ def test_without_what_is_required_ebpf_is_refused(feature: Feature) -> None:
     )
 
 
+@pytest.mark.any_kernel
 def test_without_what_is_required_auto_polls() -> None:
     """It counts by sock_diag, and says in its warning what is missing."""
     with Exporter(command=without(features.BATCHES)) as exporter, Peers() as peers:

@@ -166,6 +166,7 @@ def refused(directory: Path, *arguments: str) -> str:
     return ended.stderr.splitlines()[-1]
 
 
+@pytest.mark.any_kernel
 def test_of_two_exporters_the_second_is_refused(directory: Path) -> None:
     """It does not poll instead, and the first goes on; nor is that unpinned."""
     with run_by_events(directory) as exporter, Peers() as peers:
@@ -175,6 +176,7 @@ def test_of_two_exporters_the_second_is_refused(directory: Path) -> None:
         assert exporter.established(peers.port) == 3
 
 
+@pytest.mark.any_kernel
 def test_a_stranger_s_directory_is_refused(directory: Path) -> None:
     """Others could have put there what they like."""
     directory.mkdir(mode=0o700)
@@ -186,6 +188,7 @@ def test_a_stranger_s_directory_is_refused(directory: Path) -> None:
     os.chown(directory, 0, 0)
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("name", [LAYOUT, CONNECTIONS])
 def test_another_object_is_refused(directory: Path, name: str) -> None:
     """A map of another size, or one that says nothing sensible, is not read."""
@@ -200,6 +203,7 @@ def test_another_object_is_refused(directory: Path, name: str) -> None:
     assert "--unpin" in sentence
 
 
+@pytest.mark.any_kernel
 def test_a_layout_that_says_nonsense_is_refused(directory: Path) -> None:
     """As one that has fields outside of the record."""
     with run_by_events(directory):

@@ -107,6 +107,7 @@ def test_maps_can_be_used_without_privilege(tracker: Tracker) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
     """Exit code 0, nothing on standard error but its log, nothing left in the kernel."""
@@ -121,6 +122,7 @@ def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
     wait_until_gone(programs)
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("part", [0, 0.3, 0.7])
 def test_a_signal_while_it_loads_ends_it_cleanly(load_s: float, part: float) -> None:
     """Whatever part of the loader's work is done, it ends with 0 and leaves nothing."""
@@ -136,6 +138,7 @@ def test_a_signal_while_it_loads_ends_it_cleanly(load_s: float, part: float) -> 
     wait_until_gone(programs)
 
 
+@pytest.mark.any_kernel
 def test_a_signal_when_it_has_just_begun_ends_it() -> None:
     """By the signal, as Python does not handle it yet, or with 0."""
     with Exporter("--source", "ebpf", wait=False) as exporter:
@@ -175,6 +178,7 @@ def refused(*arguments: str, command: tuple[str, ...] = COMMAND) -> tuple[int, s
     return ended.returncode, ended.stderr.splitlines()[-1]
 
 
+@pytest.mark.any_kernel
 def test_a_port_in_use_is_refused() -> None:
     """One sentence that names the port and the remedy, exit code 1."""
     with Peers() as peers:
@@ -184,6 +188,7 @@ def test_a_port_in_use_is_refused() -> None:
     assert "--listen" in sentence
 
 
+@pytest.mark.any_kernel
 def test_an_unknown_user_is_refused() -> None:
     """Before anything is loaded, with the setting that chooses another."""
     code, sentence = refused("--user", "no-such-user")
@@ -192,11 +197,13 @@ def test_an_unknown_user_is_refused() -> None:
     assert "--user" in sentence
 
 
+@pytest.mark.any_kernel
 def test_root_is_refused_as_user() -> None:
     """Giving up root for root would be none."""
     assert refused("--user", "root")[0] == 1
 
 
+@pytest.mark.any_kernel
 def test_a_named_source_that_does_not_work_is_refused() -> None:
     """``--source ebpf`` without privilege: exit code 1 and what would help, no fallback."""
     code, sentence = refused("--source", "ebpf", command=AS_NOBODY)
@@ -205,6 +212,7 @@ def test_a_named_source_that_does_not_work_is_refused() -> None:
     assert "sudo" in sentence
 
 
+@pytest.mark.any_kernel
 def test_auto_says_why_it_polls() -> None:
     """One warning: which source, why not a better one, what would help."""
     with Exporter(command=AS_NOBODY) as exporter:
@@ -241,6 +249,7 @@ def test_polling_sources_give_the_same_numbers(source: str) -> None:
         assert exporter.value("tcpexporter_kernel_events_total", action="inserted") is None
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("output", [">/dev/full", "| true", ">&-"])
 def test_once_says_when_it_cannot_print(output: str) -> None:
     """A full disk, a reader that is gone, no output at all: one sentence, exit code 1."""
@@ -267,6 +276,7 @@ def catches(process: int, number: signal.Signals) -> bool:
     return bool(int(status(process, process)["SigCgt"][0], 16) >> (number - 1) & 1)
 
 
+@pytest.mark.any_kernel
 def test_once_interrupted_is_no_success() -> None:
     """A signal while it watches ends it with a code that is not 0, and prints nothing."""
     command = (*COMMAND, "--once", "--duration", "600")
@@ -292,6 +302,7 @@ exec /mnt/venv/bin/python -m tcpexporter "$@"
 """
 
 
+@pytest.mark.any_kernel
 def test_what_it_is_installed_in_need_not_be_readable_to_all() -> None:
     """Below /root, say: nothing is imported any more once root is given up."""
     command = ("unshare", "--mount", "sh", "-c", UNREADABLE, sys.prefix)
