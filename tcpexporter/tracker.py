@@ -194,6 +194,10 @@ class Tracker:
         A kernel that has `features.RECURSION_MISSES` prevents that, and counts it. In
         others the program runs within itself, and no event is missed.
 
+        Running already does not take an interrupt since Linux 7, as 7.3 shows, where a
+        task can be preempted in a tracepoint ("tracing: Guard __DECLARE_TRACE() use of
+        __DO_TRACE_CALL() with SRCU-fast"): what the next one on that CPU does is missed.
+
         Raises:
             TrackerError: the kernel refuses it.
         """

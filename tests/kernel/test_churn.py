@@ -11,7 +11,7 @@ from tests.kernel.effort import Effort
 
 
 @pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) < 2, reason="with one CPU no event is ever missed"
+    len(os.sched_getaffinity(0)) < 2, reason="with one CPU hardly an event is missed"
 )
 def test_what_the_kernel_does_not_tell_of_is_corrected(netns: str, effort: Effort) -> None:
     """Events are missed while it is scraped without pause; nothing is wrong at the end."""
