@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.support import Exporter, Peers, eventually
 
-# Debian 13's Python and its libraries take about 3 MiB more than Debian 12's: 50.1 MiB were seen.
+# With Debian 13's Python and libraries it is about 3 MiB more: 50.1 MiB were seen.
 MOST_RESIDENT_KIB = 1024 * (48 if sys.version_info < (3, 12) else 54)
 
 
