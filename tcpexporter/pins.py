@@ -160,20 +160,15 @@ class Pins:
         for each in before:
             _remove(each)
 
-    def remove(self) -> int:
+    def remove(self) -> None:
         """Detach what generations before have attached, and forget what they know.
-
-        Returns:
-            How many there were.
 
         Raises:
             PinError: the kernel refuses it.
         """
-        generations = self._generations()
-        for each in generations:
+        for each in self._generations():
             _remove(each)
         self._directory.rmdir()
-        return len(generations)
 
     def _generations(self) -> list[Path]:
         """Each in its directory, the oldest first."""
@@ -181,20 +176,17 @@ class Pins:
         return sorted(found, key=lambda each: int(each.name))
 
 
-def remove(directory: str) -> int:
-    """Have nothing outlive the exporter any more; how many generations there were.
+def remove(directory: str) -> None:
+    """Have nothing outlive the exporter any more.
 
     Raises:
         PinError: an exporter still runs, or the kernel refuses it.
     """
     path = Path(directory)
-    if not path.exists():
-        return 0
-    pins = Pins.open(path)
-    if pins is None:
-        return 0
-    with contextlib.closing(pins):
-        return pins.remove()
+    pins = Pins.open(path) if path.exists() else None
+    if pins:
+        with contextlib.closing(pins):
+            pins.remove()
 
 
 class _Generation:
@@ -210,6 +202,9 @@ class _Generation:
     @contextlib.contextmanager
     def open(cls, directory: Path, netns: int) -> Iterator[Self]:
         with contextlib.ExitStack() as undo:
+            _, shown = _get(directory / LINK, undo)
+            if "link_type" not in shown:
+                raise _not_ours(directory / LINK)
             layout, shown = _get(directory / LAYOUT, undo)
             _require(directory / LAYOUT, shown, value_size=4 * LAYOUT_WORDS, max_entries=1)
             record = _read_layout(directory / LAYOUT, layout)
@@ -338,6 +333,7 @@ def _require_own(path: Path, status: os.stat_result) -> None:
 def _not_ours(path: Path) -> PinError:
     return PinError(
         f"{path} is not what an exporter leaves: remove it with tcpexporter --unpin"
+        f" --pin {path.parents[1]}"
     )
 
 

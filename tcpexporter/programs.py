@@ -2,9 +2,8 @@
 """bpf(2) on programs of the tracepoint that tells of sockets' states."""
 
 import ctypes
-import os
 
-from tcpexporter.libbpf import load_libbpf
+from tcpexporter.libbpf import call
 
 TRACEPOINT = "inet_sock_set_state"
 
@@ -58,19 +57,19 @@ def load(code: bytes, function: int) -> int:
         log_size=len(said),
         log_buf=ctypes.addressof(said),
     )
-    descriptor: int = load_libbpf().bpf_prog_load(
-        BPF_PROG_TYPE_TRACING,
-        b"on_state_change",
-        b"GPL",
-        code,
-        ctypes.c_size_t(len(code) // INSTRUCTION_BYTES),
-        ctypes.byref(options),
-    )
-    if descriptor < 0:
-        refusal = _refusal()
+    try:
+        return call(
+            "bpf_prog_load",
+            BPF_PROG_TYPE_TRACING,
+            b"on_state_change",
+            b"GPL",
+            code,
+            ctypes.c_size_t(len(code) // INSTRUCTION_BYTES),
+            ctypes.byref(options),
+        )
+    except OSError as refusal:
         refusal.add_note(said.value.decode(errors="replace"))
-        raise refusal
-    return descriptor
+        raise
 
 
 def attach(program: int) -> int:
@@ -81,12 +80,4 @@ def attach(program: int) -> int:
     Raises:
         OSError: the kernel refuses it.
     """
-    descriptor: int = load_libbpf().bpf_raw_tracepoint_open(None, program)
-    if descriptor < 0:
-        raise _refusal()
-    return descriptor
-
-
-def _refusal() -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, os.strerror(number))
+    return call("bpf_raw_tracepoint_open", None, program)

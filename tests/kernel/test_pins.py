@@ -189,7 +189,7 @@ def test_a_stranger_s_directory_is_refused(directory: Path) -> None:
 
 
 @pytest.mark.any_kernel
-@pytest.mark.parametrize("name", [LAYOUT, CONNECTIONS])
+@pytest.mark.parametrize("name", [LINK, LAYOUT, CONNECTIONS])
 def test_another_object_is_refused(directory: Path, name: str) -> None:
     """A map of another size, or one that says nothing sensible, is not read."""
     with run_by_events(directory):

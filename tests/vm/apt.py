@@ -3,7 +3,7 @@
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.vm import VmError
@@ -73,7 +73,7 @@ class Apt:
         """The packages that it cannot be without."""
         return DEPENDENCY.findall(self("apt-cache", "depends", package))
 
-    def unpack(self, packages: Iterator[str] | list[str], into: Path) -> None:
+    def unpack(self, packages: Sequence[str], into: Path) -> None:
         """Download packages, and unpack them without installing anything."""
         archives = into.with_name(f"{into.name}.archives")
         archives.mkdir(parents=True)
