@@ -90,9 +90,9 @@ lock: ## Lock the newest versions that pyproject.toml allows, with their hashes
 .PHONY: audit
 audit: ## Ask the package index which of what is locked has known holes
 	@deploy/setup.sh release
-	$(bin)/pip-audit --strict --disable-pip $(patsubst %,-r %,$(wildcard deploy/lock/*.txt)) || \
-		{ echo "audit: not clean, or not known: see above. What is known is asked of the" \
-		"package index itself, which not every mirror of it can answer" >&2; exit 1; }
+	@$(bin)/pip-audit --strict --disable-pip $(patsubst %,-r %,$(wildcard deploy/lock/*.txt)) || { \
+		echo "audit: there are known holes, or it could not be learnt whether there are: see above" >&2; \
+		exit 1; }
 
 .PHONY: sbom
 # The last commit's, so that the same commit gives the same bytes.

@@ -270,9 +270,9 @@ extras_of() {
 	case $1 in
 	run) ;;
 	guest) echo test ;;
-	test) echo test lint sbom ;;
-	bench) echo test lint sbom bench ;;
-	release) echo test lint sbom release ;;
+	test) echo test lint package ;;
+	bench) echo test lint package bench ;;
+	release) echo test lint package release ;;
 	esac
 }
 
@@ -330,7 +330,7 @@ with open("pyproject.toml", "rb") as project:
     print(*tomllib.load(project)["build-system"]["requires"], sep="\n")' >"$scratch/build.in"
 	resolve --all-extras >"$scratch/everything" # which these must be of one mind with
 	write_lock run --constraints "$scratch/everything"
-	for extra in test lint sbom bench release; do
+	for extra in test lint package bench release; do
 		# shellcheck disable=SC2046  # two words for each package
 		write_lock $extra --constraints "$scratch/everything" --extra $extra \
 			$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' "$scratch/run.txt")
@@ -347,9 +347,11 @@ write_lock() {
 	} >"$scratch/$1.txt"
 }
 
+# pip is not among it: .venv has the one that its Python came with.
 resolve() {
 	.venv/bin/uv pip compile -q --universal --python-version 3.11 --fork-strategy fewest \
-		--generate-hashes --no-header --no-annotate --no-emit-package pip "$@" pyproject.toml "$scratch/build.in"
+		--generate-hashes --no-emit-package pip --no-header --no-annotate "$@" \
+		pyproject.toml "$scratch/build.in"
 }
 
 main "$@"

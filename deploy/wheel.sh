@@ -19,5 +19,7 @@ mkdir "$scratch/tree"
 git ls-files -z >"$scratch/names"
 tar --null --files-from="$scratch/names" --mode=u=rwX,go=rX -cf "$scratch/tree.tar"
 tar -C "$scratch/tree" -xf "$scratch/tree.tar"
+# Without compression: not every zlib makes the same of the same.
 "$python" -m pip wheel -q --disable-pip-version-check --no-index --no-deps \
-	--no-build-isolation --wheel-dir "$into" "$scratch/tree"
+	--no-build-isolation --config-settings=--build-option=--compression=stored \
+	--wheel-dir "$into" "$scratch/tree"
