@@ -89,7 +89,7 @@ is_root() {
 
 require_for_tests() {
 	require_python
-	require bcc venv seccomp ip ss gcc libc
+	require bcc venv seccomp ip ss gcc libc git
 	require_unpacked prometheus prometheus promtool
 }
 
