@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from typing import Any, NamedTuple
 
@@ -62,6 +63,23 @@ class Flaky(Collector):
         if self.trouble:
             raise self.trouble
         yield GaugeMetricFamily("connections", "How many.", 7)
+
+
+class Held(Collector):
+    """A collector whose first collection goes on until told; each says which it is."""
+
+    collections = 0
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        self.collections += 1
+        number = self.collections
+        self.begun.set()
+        assert self.go_on.wait(PATIENCE_S)
+        yield GaugeMetricFamily("connections", "How many.", number)
 
 
 def make_app(
@@ -205,7 +223,7 @@ def test_gzip(start: Start) -> None:
 
 def test_names(start: Start) -> None:
     """name[] chooses metrics."""
-    registry = CollectorRegistry(auto_describe=True)
+    registry = CollectorRegistry()  # as ours, which is not told what it will collect
     for name in ("first", "second", "third"):
         Gauge(name, "One of three.", registry=registry)
     app = server.App(registry, ready=lambda: None, settings={}, version="1")
@@ -266,6 +284,27 @@ def test_not_ready_then_ready(start: Start) -> None:
     awaited = None
     assert ask(port, "/-/ready").status == 200
     assert ask(port, "/metrics").status == 200
+
+
+def test_scrapes_at_once(start: Start) -> None:
+    """Those that have come by the time it begins share a collection; who comes later has
+    one of their own.
+    """
+    collector = Held()
+    port = start(make_app(collector))
+    with ThreadPoolExecutor() as threads, contextlib.ExitStack() as opened:
+        first = threads.submit(ask, port, "/metrics")
+        assert collector.begun.wait(PATIENCE_S)
+        # The event loop is busy with it, so these wait in the kernel.
+        crowd = [opened.enter_context(dial(port)) for _ in range(server.ACCEPTED_AT_ONCE)]
+        for sock in crowd:
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        collector.go_on.set()
+        assert b"connections 1.0" in first.result().body
+        pages = [read_all(sock) for sock in crowd]
+    assert all(b"connections 2.0" in page for page in pages)
+    for number in (3, 4):
+        assert f"connections {number}.0".encode() in ask(port, "/metrics").body
 
 
 def test_source_error(start: Start, caplog: pytest.LogCaptureFixture) -> None:
