@@ -8,14 +8,17 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from tcpexporter import exposition
 from tcpexporter.errors import SourceError
-from tcpexporter.exposition import Collections, Form, Page
-
-OPENMETRICS = "application/openmetrics-text;version=1.0.0"
+from tcpexporter.exposition import (
+    OPENMETRICS,
+    TEXT,
+    Collections,
+    Format,
+    Page,
+    negotiate,
+)
 
 
 class Numbered(Collector):
@@ -40,8 +43,8 @@ def make() -> tuple[Numbered, Collections]:
 
 
 def number(page: Page) -> float:
-    family = next(page.collect())
-    return float(family.samples[0].value)
+    (line,) = (each for each in page.body(TEXT).splitlines() if each.startswith(b"number "))
+    return float(line.split()[1])
 
 
 def test_all_who_wait_share_one_collection() -> None:
@@ -114,40 +117,70 @@ def test_who_gives_up_does_not_take_others_along() -> None:
     asyncio.run(run())
 
 
-def test_each_form_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred that ask for the same get the same bytes; packed ones are from these."""
-    made = []
+class Families(Collector):
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
 
-    def noting(accept: str) -> object:
-        made.append(accept)
-        return choose_encoder(accept)
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
 
-    monkeypatch.setattr(exposition, "choose_encoder", noting)
-    page = Page([GaugeMetricFamily("number", "One.", 1)])
+
+@pytest.mark.parametrize("form", [TEXT, OPENMETRICS])
+def test_a_page_is_written_once(form: Format) -> None:
+    """Whatever is asked for of it, each family is encoded once, and is as in one go."""
+    families = [GaugeMetricFamily("number", "One.", 5), CounterMetricFamily("seen", "", 7)]
+    written: list[str] = []
+
+    def encode(part: Collector) -> bytes:
+        written.extend(family.name for family in part.collect())
+        return form.encode(part)
+
+    page, noting = Page(families), form._replace(encode=encode)
     for _ in range(100):
-        plain = page.encoded(Form(OPENMETRICS))
-        packed = page.encoded(Form(OPENMETRICS, packed=True))
-        page.encoded(Form(""))
-    assert gzip.decompress(packed.body) == plain.body
-    assert packed.content_type == plain.content_type
-    assert made == [OPENMETRICS, ""]
+        whole, packed = page.body(noting), page.packed(noting)
+        page.body(noting, ["number"])
+    assert written == ["number", "seen"]
+    assert gzip.decompress(packed) == whole
+    registry = CollectorRegistry()
+    registry.register(Families(families))
+    assert whole == form.encode(registry)
 
 
 @pytest.mark.parametrize(
     ("names", "lines"),
     [
-        ({"number"}, ["number 5.0"]),
-        ({"seen_total"}, ["seen_total 7.0"]),
-        ({"number", "seen_total", "absent"}, ["number 5.0", "seen_total 7.0"]),
-        ({"absent"}, []),
-        ((), ["number 5.0", "seen_total 7.0"]),
+        (["number"], ["number 5.0"]),
+        (["seen_total"], ["seen_total 7.0"]),
+        (["number", "seen_total", "absent"], ["number 5.0", "seen_total 7.0"]),
+        (["absent"], []),
+        ([], ["number 5.0", "seen_total 7.0"]),
     ],
 )
-def test_names(names: set[str], lines: list[str]) -> None:
-    """Samples are chosen by name, and the page stays whole for others."""
+def test_names(names: list[str], lines: list[str]) -> None:
+    """Families are chosen by the names of samples; OpenMetrics has its end in any case."""
     page = Page(
         [GaugeMetricFamily("number", "One.", 5), CounterMetricFamily("seen", "Some.", 7)]
     )
-    shown = page.encoded(Form("", frozenset(names))).body.decode().splitlines()
-    assert [line for line in shown if not line.startswith("#")] == lines
-    assert b"seen_total 7.0" in page.encoded(Form("")).body
+    for form in (TEXT, OPENMETRICS):
+        shown = page.body(form, names).decode().splitlines(keepends=True)
+        assert [line[:-1] for line in shown if not line.startswith("#")] == lines
+        assert ("# EOF\n" in shown[-1:]) == (form is OPENMETRICS)
+
+
+@pytest.mark.parametrize(
+    ("accept", "form"),
+    [
+        ("", TEXT),
+        ("*/*", TEXT),
+        ("text/plain;version=0.0.4", TEXT),
+        ("text/plain;version=1.0.0;escaping=allow-utf-8", TEXT),
+        ("application/openmetrics-text", OPENMETRICS),
+        ("application/openmetrics-text;version=1.0.0;escaping=allow-utf-8", OPENMETRICS),
+        ("application/openmetrics-text;version=1.2.3,text/plain", OPENMETRICS),
+        ("application/openmetrics-text;version=0.0.1", TEXT),
+        ("application/openmetrics-text;version=x", TEXT),
+    ],
+)
+def test_formats(accept: str, form: Format) -> None:
+    """There are two, whatever versions somebody makes up."""
+    assert negotiate(accept) is form
