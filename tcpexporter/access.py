@@ -6,9 +6,10 @@ one is remembered, wrong ones are checked one after another, and only so many wa
 
 Of those who wait the next is from where fewest have been checked lately, and who is turned
 away is from where most wait (`places.neighbourhood`). So a stranger with many passwords
-delays the first login of somebody elsewhere by a check or two, and later ones not at all.
-Among those at the same address, or at more addresses than may wait, the right password
-cannot be told before it is checked: whoever has it may have to try again.
+delays the first login of somebody elsewhere by a check for each address of theirs at most,
+and later ones not at all. Among those at the same address, or at more addresses than may
+wait, the right password cannot be told before it is checked: whoever has it may have to try
+again.
 """
 
 import asyncio
