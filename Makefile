@@ -58,6 +58,10 @@ kernels: ## Put what vm-test has found into the README
 soak: setup-test ## Churn for ten minutes, lose events, show that the numbers end right and nothing grows
 	$(bin)/python -m tests.kernel.churn
 
+.PHONY: hostile
+hostile: setup-test ## Attack it for five minutes by thousands of clients, and see that scrapes are answered
+	$(bin)/python -m tests.hostile
+
 .PHONY: vm-test
 vm-test vm-shell: export PATH := $(PATH):/usr/sbin:/sbin
 vm-test: vagrant-validate ## Run the kernel's tests under Debian's kernels, emulated; KERNEL=6.12 for one
