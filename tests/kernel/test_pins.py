@@ -153,6 +153,32 @@ def test_unpin_leaves_nothing(directory: Path) -> None:
     eventually(lambda: set(bpf_programs_by_id()) <= before)
 
 
+@pytest.mark.any_kernel
+def test_root_unpins_what_another_user_left(directory: Path, tmp_path: Path) -> None:
+    """As the unit's; and does nothing elsewhere, wherever that user's links lead."""
+    with run_by_events(directory):
+        pass
+    for each in (directory, *directory.rglob("*")):
+        os.chown(each, 65534, 65534)
+    (tmp_path / LINK).touch()
+    (directory / "2").symlink_to(tmp_path)
+    sentence = refused(directory, "--unpin")
+    assert sentence == f"tcpexporter: {directory}/2 cannot be removed: Not a directory"
+    assert (tmp_path / LINK).exists()
+    (directory / "2").unlink()
+    pins.remove(str(directory))
+    assert not directory.exists()
+
+
+@pytest.mark.any_kernel
+def test_what_is_not_ours_is_not_unpinned(directory: Path) -> None:
+    """One sentence says what is in the way."""
+    (directory / "other").mkdir(parents=True)
+    sentence = refused(directory, "--unpin")
+    assert sentence == f"tcpexporter: {directory} cannot be removed: Directory not empty"
+    (directory / "other").rmdir()
+
+
 def refused(directory: Path, *arguments: str) -> str:
     """What an exporter says that cannot start there."""
     ended = subprocess.run(
