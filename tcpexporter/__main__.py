@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -33,6 +34,7 @@ from tcpexporter.polling import PollingSource
 from tcpexporter.settings import Settings, parse
 from tcpexporter.sockets import open_tables
 from tcpexporter.sources import Source
+from tcpexporter.state import State
 
 log = logging.getLogger("tcpexporter")
 
@@ -133,8 +135,11 @@ def _run(settings: Settings) -> None:
             web = resources.enter_context(
                 contextlib.closing(Web(settings.web_config, account))
             )
-        source = _open_source(settings)
+        state = State.open(Path(settings.state)) if settings.state else None
+        source = _open_source(settings, state)
         resources.callback(source.close)
+        if state:
+            resources.callback(state.close)
         collector = _make_collector(source, settings)
         registry = make_registry(collector)
         confinement.confine(account, source.report)
@@ -162,13 +167,13 @@ def _run(settings: Settings) -> None:
             starting.raise_failure()
 
 
-def _open_source(settings: Settings) -> Source:
+def _open_source(settings: Settings, state: State | None = None) -> Source:
     if settings.source != "auto":
-        return _open(settings.source, settings)
+        return _open(settings.source, settings, state)
     reasons = []
     for name in SOURCES:
         try:
-            source = _open(name, settings)
+            source = _open(name, settings, state)
         except SourceError as error:
             reasons.append(f"{name} does not work: {error}")
             continue
@@ -178,7 +183,7 @@ def _open_source(settings: Settings) -> Source:
     raise SourceError("; ".join(reasons))
 
 
-def _open(name: str, settings: Settings) -> Source:
+def _open(name: str, settings: Settings, state: State | None) -> Source:
     if name == "ebpf":
         return EbpfSource(
             netns=settings.netns,
@@ -187,8 +192,9 @@ def _open(name: str, settings: Settings) -> Source:
             reconcile_interval_s=settings.reconcile_interval_s,
             reconcile_cpu_share=settings.reconcile_cpu_percent / 100,
             pin=settings.pin,
+            state=state,
         )
-    return PollingSource(open_tables(name, settings.netns), settings.interval_s)
+    return PollingSource(open_tables(name, settings.netns), settings.interval_s, state)
 
 
 def _make_collector(source: Source, settings: Settings) -> ConnectionCollector:
