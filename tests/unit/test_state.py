@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from tcpexporter.connections import (
 )
 from tcpexporter.errors import StateError
 from tcpexporter.state import HEADER, PIECE_BYTES, ROW, Save, State, compose, parse
+from tests.support import eventually
 
 
 def connections(
@@ -317,6 +319,25 @@ def test_a_file_that_was_deleted_is_told_of(path: Path) -> None:
         path.unlink()
         with pytest.raises(StateError, match=f"there is no {path} any more"):
             run._save(connections(1))
+
+
+def test_a_save_that_hangs_does_not_keep_it_from_ending(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is as it was, and not closed while it may be written to."""
+    monkeypatch.setattr(state, "STOP_TIMEOUT_S", 0.01)
+    hangs = threading.Event()
+
+    def known() -> Records:
+        hangs.wait()
+        return connections(1)
+
+    run = reopened(path)
+    run.begin(known)
+    run.close()
+    assert path.read_bytes() == b""
+    hangs.set()
+    eventually(lambda: path.read_bytes() != b"")
 
 
 any_save = st.builds(
