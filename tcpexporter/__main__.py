@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -34,7 +35,9 @@ from tcpexporter.polling import PollingSource
 from tcpexporter.settings import Settings, parse
 from tcpexporter.sockets import open_tables
 from tcpexporter.sources import Source
-from tcpexporter.state import State
+
+if TYPE_CHECKING:
+    from tcpexporter.state import State
 
 log = logging.getLogger("tcpexporter")
 
@@ -135,7 +138,7 @@ def _run(settings: Settings) -> None:
             web = resources.enter_context(
                 contextlib.closing(Web(settings.web_config, account))
             )
-        state = State.open(Path(settings.state)) if settings.state else None
+        state = _open_state(settings.state) if settings.state else None
         source = _open_source(settings, state)
         resources.callback(source.close)
         if state:
@@ -167,7 +170,14 @@ def _run(settings: Settings) -> None:
             starting.raise_failure()
 
 
-def _open_source(settings: Settings, state: State | None = None) -> Source:
+def _open_state(path: str) -> "State | None":
+    # As with JsonFormatter: 0.3 MiB.
+    from tcpexporter.state import State  # noqa: PLC0415
+
+    return State.open(Path(path))
+
+
+def _open_source(settings: Settings, state: "State | None" = None) -> Source:
     if settings.source != "auto":
         return _open(settings.source, settings, state)
     reasons = []
@@ -183,7 +193,7 @@ def _open_source(settings: Settings, state: State | None = None) -> Source:
     raise SourceError("; ".join(reasons))
 
 
-def _open(name: str, settings: Settings, state: State | None) -> Source:
+def _open(name: str, settings: Settings, state: "State | None") -> Source:
     if name == "ebpf":
         return EbpfSource(
             netns=settings.netns,

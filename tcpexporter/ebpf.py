@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tcpexporter import loader, namespaces
 from tcpexporter.connections import Records
@@ -14,8 +15,10 @@ from tcpexporter.reconcile import Reconciler, reconcile, seed
 from tcpexporter.siphash import SECRET
 from tcpexporter.sockets import open_tables
 from tcpexporter.sources import Report
-from tcpexporter.state import State
 from tcpexporter.tracker import Tracker
+
+if TYPE_CHECKING:  # what is not asked for takes no memory
+    from tcpexporter.state import State
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ class EbpfSource:
         reconcile_interval_s: float,
         reconcile_cpu_share: float,
         pin: str | None = None,
-        state: State | None = None,
+        state: "State | None" = None,
     ) -> None:
         """Load and attach the program; takes root, or CAP_BPF and CAP_PERFMON.
 

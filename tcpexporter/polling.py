@@ -4,6 +4,7 @@
 import logging
 import threading
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,7 +13,9 @@ from tcpexporter.errors import SourceError
 from tcpexporter.siphash import hashes
 from tcpexporter.sockets import SocketTables
 from tcpexporter.sources import Report
-from tcpexporter.state import State
+
+if TYPE_CHECKING:  # what is not asked for takes no memory
+    from tcpexporter.state import State
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +24,7 @@ class PollingSource:
     """The connections of the last poll, their age counted from the first that saw them."""
 
     def __init__(
-        self, tables: SocketTables, interval_s: float, state: State | None = None
+        self, tables: SocketTables, interval_s: float, state: "State | None" = None
     ) -> None:
         """Poll these tables from `start` on, with the ages that another run has saved."""
         self.name = tables.name

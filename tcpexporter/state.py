@@ -316,7 +316,7 @@ class _Aged:
         )
         found["group"][at] = groups(found["key"][at], saved["direction"])
         if len(at):
-            log.info("took over the ages of %s connections", len(at))
+            log.info("the ages of %s connections were saved", len(at))
         return found
 
 
