@@ -21,19 +21,8 @@ from tcpexporter.mapping import MappedArray
 from tcpexporter.pins import CONNECTIONS, KEY_FIELDS, LAYOUT, LINK
 from tests.support import Exporter, Peers, bpf_programs_by_id, eventually, ss_established
 
-BPF_FS = Path("/sys/fs/bpf")
 EXACT_NS = 10_000_000
 COMMAND = (sys.executable, "-m", "tcpexporter")
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """One that does not exist yet in the BPF file system, which is mounted if need be."""
-    if not pins._is_bpf_file_system(BPF_FS):
-        subprocess.run(["mount", "-t", "bpf", "bpf", BPF_FS], check=True)
-    path = BPF_FS / f"tcpexporter-test-{os.getpid()}"
-    yield path
-    pins.remove(str(path))
 
 
 def pinned(directory: Path) -> set[str]:
