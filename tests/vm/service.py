@@ -19,7 +19,6 @@ import pytest
 from tests.kernel.test_process import status
 from tests.support import ESTABLISHED, LONG_TERM, Peers, eventually
 
-EXPORTER = "http://localhost:9690"
 SETTINGS = Path("/etc/default/tcpexporter")
 PINNED = Path("/sys/fs/bpf/tcpexporter")
 COMMAND = "/usr/local/bin/tcpexporter"
@@ -109,7 +108,8 @@ def test_a_killed_exporter_is_started_again() -> None:
 
 def get(path: str) -> str | None:
     """A page of the service, None while it has none."""
-    with contextlib.suppress(OSError), urllib.request.urlopen(f"{EXPORTER}{path}") as page:
+    url = f"http://localhost:9690{path}"
+    with contextlib.suppress(OSError), urllib.request.urlopen(url) as page:
         text: str = page.read().decode()
         return text
     return None
@@ -128,26 +128,26 @@ def is_ready(before: int) -> bool:
     return another and get("/-/ready") is not None
 
 
-def end_by(command: str) -> None:
+RESTART = ("restart",)
+KILL = ("kill", "--signal=KILL")
+
+
+def end_by(ending: tuple[str, ...]) -> None:
     """Have the service end and start again."""
     before = int(state("tcpexporter", "MainPID"))
-    subprocess.run(command.format(before), check=True, shell=True)
+    subprocess.run(["systemctl", *ending, "tcpexporter"], check=True)
     eventually(partial(is_ready, before))
-
-
-RESTART = "systemctl restart tcpexporter"
-KILL = "kill -9 {}"
 
 
 @contextlib.contextmanager
 def with_settings(*lines: str) -> Iterator[None]:
+    """The service has them, until it is started the next time."""
     SETTINGS.write_text("".join(f"{line}\n" for line in lines))
     try:
         end_by(RESTART)
         yield
     finally:
         SETTINGS.unlink()
-        end_by(RESTART)
 
 
 @contextlib.contextmanager
@@ -178,10 +178,12 @@ def busy(peers: Peers) -> Iterator[None]:
         pytest.param("TCPEXPORTER_PIN=", (RESTART,), id="saved"),
     ],
 )
-def test_an_age_goes_on_over_a_restart(without: str, endings: tuple[str, ...]) -> None:
+def test_an_age_goes_on_over_a_restart(
+    without: str, endings: tuple[tuple[str, ...], ...]
+) -> None:
     """A connection that is long-term stays so, from when the service is ready."""
     with (
-        with_settings("TCPEXPORTER_DURATION=30", without),
+        with_settings("TCPEXPORTER_DURATION=20", without),
         Peers() as peers,
     ):
         peers.connect(5)
