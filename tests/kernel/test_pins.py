@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tcpexporter.connections import KEY, Records
 from tcpexporter.ebpf import EbpfSource
 from tcpexporter.mapping import MappedArray
 from tcpexporter.pins import CONNECTIONS, KEY_FIELDS, LAYOUT, LINK
+from tests.kernel.test_confinement import AS_NOBODY
 from tests.support import Exporter, Peers, bpf_programs_by_id, eventually, ss_established
 
 EXACT_NS = 10_000_000
@@ -201,6 +203,25 @@ def test_a_stranger_s_directory_is_refused(directory: Path) -> None:
     os.chown(directory, 65534, 65534)
     assert "is not ours alone" in refused(directory, "--once", "--source", "ebpf")
     os.chown(directory, 0, 0)
+
+
+@pytest.mark.any_kernel
+def test_what_is_given_to_another_user_is_taken_over(directory: Path) -> None:
+    """As the unit does with what its last user left; this one has CAP_BPF, and no more."""
+    with Peers() as peers:
+        peers.connect(7)
+        with run_by_events(directory):
+            pass
+        for each in (directory, *directory.rglob("*")):
+            os.chown(each, 65534, 65534)
+        with Exporter(
+            "--source", "ebpf", "--pin", str(directory), command=AS_NOBODY
+        ) as exporter:
+            assert exporter.established(peers.port) == 7
+            code, said = exporter.stop()
+        assert code == 0
+        assert re.search("took over [0-9]+ connections from before", said)
+        assert pinned(directory) == {f"2/{name}" for name in (LINK, CONNECTIONS, LAYOUT)}
 
 
 @pytest.mark.any_kernel
