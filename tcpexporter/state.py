@@ -269,10 +269,12 @@ class State:
         of_rows = zlib.crc32(rows.view(np.uint8).data)
         try:
             if not os.fstat(self._descriptor).st_nlink:
-                raise StateError(f"there is no {self._path} any more: start again to save")
-            if of_rows != self._written:  # it is there already
-                save = Save(self._number + 1, self._boot, SECRET, rows)
-                self._write(memoryview(compose(save)))
+                raise StateError(f"there is no {self._path} any more: restart the exporter")
+            if of_rows != self._written:  # else it is there already
+                number = (self._number + 1) % 2**64
+                self._write(memoryview(compose(Save(number, self._boot, SECRET, rows))))
+                self._number = number
+                self._area = (self._area + 1) % AREAS
         except OSError as error:
             raise StateError(f"{self._path}: {error.strerror}") from error
         self._written = of_rows
@@ -286,8 +288,6 @@ class State:
             left = save[first : first + PIECE_BYTES]
             while left:
                 left = left[os.write(self._descriptor, left) :]
-        self._number += 1
-        self._area = (self._area + 1) % AREAS
 
 
 class _Aged:

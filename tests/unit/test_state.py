@@ -155,6 +155,15 @@ def test_what_is_there_already_is_not_written_again(path: Path) -> None:
     run.close()
 
 
+def test_the_highest_number_does_not_end_it(path: Path) -> None:
+    """Nobody saves that often, but a file may say so."""
+    save = Save(2**64 - 1, bytes(16), (1, 2), np.zeros(0, ROW))
+    path.write_bytes(compose(save))
+    path.chmod(0o600)
+    saved(path, connections(1, seen_ns=100))
+    assert parse(area(path, 1)).number == 0
+
+
 def area(path: Path, number: int) -> bytes:
     whole = path.read_bytes()
     places = range(number * PIECE_BYTES, len(whole), 2 * PIECE_BYTES)

@@ -198,6 +198,7 @@ def test_an_age_goes_on_over_a_restart(
 
 def test_root_unpins_what_the_service_left() -> None:
     """It belongs to a user who is gone; the service starts all the same."""
+    end_by(RESTART)
     subprocess.run(["systemctl", "stop", "tcpexporter"], check=True)
     assert list(PINNED.iterdir())
     subprocess.run([COMMAND, "--unpin", "--pin", PINNED], check=True)
