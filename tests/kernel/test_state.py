@@ -177,6 +177,10 @@ def test_who_polls_goes_on_counting(path: Path) -> None:
     with Peers() as peers:
         peers.connect(7)
         for _ in range(3):
+            for client, server in peers.pairs:  # the tables know of no age any more
+                for one, other in ((client, server), (server, client)):
+                    one.send(b"x")
+                    other.recv(1)
             state = State.open(path)
             opened = PollingSource(open_tables("sock_diag", "self"), 0.05, state)
             assert state
@@ -185,9 +189,6 @@ def test_who_polls_goes_on_counting(path: Path) -> None:
                 (found,) = opened.read()
                 here = found[found["key"]["local_port"] == peers.port]
                 seen.append(sorted(here["established_ns"].tolist()))
-                for client, server in peers.pairs:  # the tables know of no age any more
-                    client.send(b"x")
-                    server.recv(1)
     assert len(seen[0]) == 7
     assert seen[0] == seen[1] == seen[2]
 
