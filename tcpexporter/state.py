@@ -48,7 +48,7 @@ import numpy.typing as npt
 from tcpexporter.connections import Direction, Records, directions, groups
 from tcpexporter.errors import SourceError, StateError
 from tcpexporter.reconcile import Tables
-from tcpexporter.siphash import SECRET, hashes
+from tcpexporter.siphash import hashes
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +157,8 @@ class State:
         self._path = path
         self._descriptor = descriptor
         self._boot = bytes.fromhex(BOOT_ID.read_text().replace("-", ""))
+        # Not that of the BPF program: who reads the file is not to make its keys collide.
+        self._secret = int.from_bytes(os.urandom(8)), int.from_bytes(os.urandom(8))
         self._area = 0
         self._number = 0
         self._written: int | None = None
@@ -265,14 +267,15 @@ class State:
                 failing = False
 
     def _save(self, connections: Records) -> None:
-        rows = _rows(connections)
+        rows = _rows(connections, self._secret)
         of_rows = zlib.crc32(rows.view(np.uint8).data)
         try:
             if not os.fstat(self._descriptor).st_nlink:
                 raise StateError(f"there is no {self._path} any more: restart the exporter")
             if of_rows != self._written:  # else it is there already
                 number = (self._number + 1) % 2**64
-                self._write(memoryview(compose(Save(number, self._boot, SECRET, rows))))
+                save = Save(number, self._boot, self._secret, rows)
+                self._write(memoryview(compose(save)))
                 self._number = number
                 self._area = (self._area + 1) % AREAS
         except OSError as error:
@@ -320,7 +323,7 @@ class _Aged:
         return found
 
 
-def _rows(connections: Records) -> Records:
+def _rows(connections: Records, secret: tuple[int, int]) -> Records:
     """Of dtype `ROW`.
 
     Raises:
@@ -331,7 +334,7 @@ def _rows(connections: Records) -> Records:
         raise StateError("/proc/net/tcp does not tell sockets apart, as sock_diag does")
     rows = np.zeros(len(told), ROW)
     rows["cookie"] = told["handle"]
-    rows["hash"] = hashes(told["key"])
+    rows["hash"] = hashes(told["key"], secret)
     rows["established_ns"] = told["established_ns"]
     rows["direction"] = directions(told["group"])
     return rows
