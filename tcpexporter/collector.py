@@ -205,6 +205,12 @@ class ConnectionCollector(Collector):
             )
         if report.reconciliation is not None:
             yield from _about_reconciling(report.reconciliation)
+        if report.state_saved_s is not None:
+            yield GaugeMetricFamily(
+                "tcpexporter_state_saved_timestamp_seconds",
+                "When the ages were last saved in the file of --state; 0: not yet.",
+                report.state_saved_s,
+            )
 
 
 def _namespaces(*series: Series) -> Iterator[int]:

@@ -34,6 +34,10 @@ class PinError(TcpExporterError):
     """What an exporter left in the BPF file system cannot be used, or nothing be left."""
 
 
+class StateError(TcpExporterError):
+    """The file in which ages are saved cannot be used."""
+
+
 class ServerError(TcpExporterError):
     """The metrics cannot be served, or printed, where that was asked for."""
 

@@ -51,6 +51,8 @@ class Settings:
     pin: str | None = None
     """A directory of the BPF file system; None: nothing outlives the exporter."""
     unpin: bool = False
+    state: str | None = None
+    """A file that ages are saved in; None: they are not."""
     user: str = "nobody"
     web_config: str | None = None
     log_level: str = "info"
@@ -518,6 +520,13 @@ _GROUPS = {
             "false",
             _SWITCH,
             "have the kernel stop recording, forget what is in that directory, and exit",
+        ),
+        _Setting(
+            "state",
+            "",
+            _PATH,
+            "save the ages of connections in this file, where the kernel does not keep them"
+            " by --pin, and take over what is there",
         ),
         _Setting("user", "nobody", _USER, "become this user when root is no longer needed"),
         _Setting(

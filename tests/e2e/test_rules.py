@@ -74,6 +74,7 @@ def published() -> dict[str, dict[str, set[str]]]:
         seeded_connections=0,
         refused_seeds=0,
         reconciliation=Reconciliation(),
+        state_saved_s=0,
     )
     metrics: dict[str, dict[str, set[str]]] = {}
     for name in SOURCES:

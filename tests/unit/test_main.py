@@ -91,7 +91,7 @@ class Sources:
         self.broken = broken
         self.asked: list[str] = []
 
-    def open(self, name: str, _settings: Settings) -> Source:
+    def open(self, name: str, _settings: Settings, _state: object) -> Source:
         self.asked.append(name)
         if name in self.broken:
             raise self.broken[name]

@@ -37,6 +37,7 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("features", "true", {"features": True}),
     ("pin", "/sys/fs/bpf/x", {"pin": "/sys/fs/bpf/x"}),
     ("unpin", "true", {"unpin": True}),
+    ("state", "/var/lib/x/state", {"state": "/var/lib/x/state"}),
 ]
 """A name, a value that is not its default, and what comes of it."""
 
