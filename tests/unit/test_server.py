@@ -881,6 +881,26 @@ def connections_in_memory() -> int:
     return sum(isinstance(each, server._Connection) for each in gc.get_objects())
 
 
+def test_accepting_again_when_nobody_listens_any_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """asyncio tries again a second after it could not; by then we may have stopped."""
+    (listener,) = server.listen(LOOPBACK, 0)
+    listener.close()
+    caplog.clear()
+
+    async def try_again() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(server._Accepting())
+        loop.call_soon(loop._start_serving, asyncio.Protocol, listener)  # type: ignore[attr-defined]
+        loop.call_soon(lambda: 1 / 0)
+        await asyncio.sleep(0)
+
+    asyncio.run(try_again())
+    (fault,) = caplog.messages
+    assert "lambda" in fault
+
+
 # The end
 
 PROGRAM = """
