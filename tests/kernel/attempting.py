@@ -84,6 +84,8 @@ REFUSED: Mapping[str, Callable[[], object]] = {
     "bind": _c("bind", -1, None, 0),
     "send to an address": _c("sendto", -1, None, 0, 0, b"address", 7),
     "connect in sending": _c("sendmsg", -1, None, socket.MSG_FASTOPEN),
+    "take a descriptor that is sent": _c("recvmsg", -1, None, 0),
+    "duplicate a descriptor": lambda: fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 0),
     "signal others": lambda: os.kill(0, 0),
     "signal others' threads": _c("tgkill", 0, 0, 0),
     "have others signalled": lambda: fcntl.fcntl(2, fcntl.F_SETOWN, os.getpid()),
