@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Every error that tcpexporter raises on purpose."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class TcpExporterError(Exception):
     """What a user is told: one sentence that says what to do about it."""
@@ -44,3 +47,18 @@ class ServerError(TcpExporterError):
 
 class PrivilegeError(TcpExporterError):
     """Root cannot be given up as asked."""
+
+
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """A block that may be refused memory, and can be tried again.
+
+    Raises:
+        SourceError: it was.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise SourceError(
+            "there is not enough memory: raise the service's limit, or what the host has"
+        ) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tcpexporter.connections import CONNECTION, Records
-from tcpexporter.errors import SourceError
+from tcpexporter.errors import SourceError, enough_memory
 from tcpexporter.siphash import hashes
 from tcpexporter.sockets import SocketTables
 from tcpexporter.sources import Report
@@ -69,9 +69,10 @@ class PollingSource:
         known = next(self.read())
         while not self._stop.wait(self._interval_s):
             try:
-                known = self._last = first_seen(
-                    self._tables.established(with_ages=False), [known]
-                )
+                with enough_memory():
+                    known = self._last = first_seen(
+                        self._tables.established(with_ages=False), [known]
+                    )
             except SourceError as error:
                 if not isinstance(self._last, SourceError):
                     log.warning("no connections can be counted: %s", error)

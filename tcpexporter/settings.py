@@ -4,10 +4,10 @@
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import configargparse
 
@@ -61,17 +61,23 @@ class Settings:
     features: bool = False
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+def parse(
+    argv: Sequence[str], environ: Mapping[str, str], file: str | None = None
+) -> Settings:
     """What the user chose: flags over environment over file over defaults.
 
-    ``argv`` is without the program's name. Prints and exits with 0 for
-    ``--help`` and ``--version``.
+    Prints and exits with 0 for ``--help`` and ``--version``.
+
+    Args:
+        argv: Without the program's name.
+        environ: What may have variables for some.
+        file: The text of the file that ``--conf`` names; None: it is read.
 
     Raises:
         SettingsError: a name is unknown, a value does not parse or the file
             cannot be read; says which, where it came from and what it takes.
     """
-    parser = _parser()
+    parser = _parser(file)
     # Text only: argparse's own conversion would not know where a value came from.
     texts = vars(parser.parse_args(_arguments(argv), env_vars=_variables(environ)))
     _refuse_unknown_variables(environ)
@@ -82,6 +88,55 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     }
     address, port = values.pop("listen")
     return Settings(listen_address=address, listen_port=port, **values)
+
+
+@dataclass(frozen=True)
+class Reread:
+    """What comes of settings that are read again while the exporter runs."""
+
+    settings: Settings
+    """Those in force from then on."""
+    changed: tuple[str, ...]
+    """What is in force now that was not, such as ``duration is 30``."""
+    waiting: tuple[str, ...]
+    """The names of those that take a restart."""
+
+    def __str__(self) -> str:
+        restart = [f"restart for {', '.join(self.waiting)}"] if self.waiting else []
+        changed = [", ".join(self.changed)] if self.changed else []
+        return (
+            "; ".join(changed + restart) or "nothing that flags and environment let change"
+        )
+
+
+def reread(before: Settings, after: Settings) -> Reread:
+    """What can change at once, and what cannot."""
+    names = [each.name for each in _SETTINGS if each.among(before) != each.among(after)]
+    in_force = replace(
+        before, duration_s=after.duration_s, ports=after.ports, log_level=after.log_level
+    )
+    shown = {
+        "duration": str(after.duration_s),
+        "port": _shown_ports(after.ports),
+        "log-level": after.log_level,
+    }
+    return Reread(
+        in_force,
+        tuple(f"{each} is {shown[each]}" for each in names if each in shown),
+        tuple(each for each in names if each not in shown),
+    )
+
+
+def _shown_ports(ports: Sequence[int]) -> str:
+    """As a user would write them."""
+    in_a_row = itertools.groupby(enumerate(ports), lambda each: each[1] - each[0])
+    ranges = [[port for _, port in row] for _, row in in_a_row]
+    return (
+        ",".join(
+            f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in ranges
+        )
+        or "-1"
+    )
 
 
 class _Told(str):
@@ -106,28 +161,36 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ships no 
 class _FileFormat(configargparse.ConfigFileParser):  # type: ignore[misc]  # ships no types
     """Lines of ``name value`` or ``name=value``; ``name`` alone turns a switch on."""
 
-    def parse(self, stream: Path) -> dict[str, _Told]:
+    def parse(self, stream: "_File") -> dict[str, _Told]:
         items: dict[str, _Told] = {}
-        for number, line in enumerate(_lines(stream), start=1):
+        text = _read(stream.path) if stream.text is None else stream.text
+        lines = (line.strip() for line in text.split("\n"))
+        for number, line in enumerate(lines, start=1):
             if not line or line.startswith("#"):
                 continue
-            name, told = _item(line, f"{stream} line {number}")
+            name, told = _item(line, f"{stream.path} line {number}")
             if name in items:
                 raise SettingsError(f"{told.origin}: {name} is set a second time")
             items[name] = told
         return items
 
 
-def _lines(path: Path) -> list[str]:
+class _File(NamedTuple):
+    """A file of settings, with its text if that is known."""
+
+    path: Path
+    text: str | None
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise SettingsError(
             f"the settings file {path} (flag --conf or environment variable CONF)"
             f" cannot be read: {reason}"
         ) from error
-    return [line.strip() for line in text.split("\n")]
 
 
 def _item(line: str, origin: str) -> tuple[str, _Told]:
@@ -181,7 +244,7 @@ def _origins(parser: _Parser) -> dict[str, str]:
     }
 
 
-def _parser() -> _Parser:
+def _parser(file: str | None) -> _Parser:
     parser = _Parser(
         prog="tcpexporter",
         usage="%(prog)s [FLAG ...]",
@@ -191,7 +254,8 @@ def _parser() -> _Parser:
         add_config_file_help=False,
         add_env_var_help=False,
         config_file_parser_class=_FileFormat,
-        config_file_open_func=Path,  # _FileFormat reads it, and words what goes wrong
+        # _FileFormat reads it, and words what goes wrong
+        config_file_open_func=lambda path: _File(Path(path), file),
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     for title, settings in _GROUPS.items():
@@ -389,6 +453,12 @@ class _Setting:
         """The environment variables that set it, the one that wins first."""
         names = [name.replace("-", "_").upper() for name in self.names]
         return [_PREFIX + name for name in names] + (names if self.from_go else [])
+
+    def among(self, settings: Settings) -> object:
+        """What it is in ``settings``."""
+        if self.kind is _LISTEN:
+            return settings.listen_address, settings.listen_port
+        return getattr(settings, self.field)
 
     def value(self, text: str, origin: str | None) -> object:
         """What ``text`` means; ``origin`` says where it was written if not in a flag."""

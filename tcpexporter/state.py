@@ -46,7 +46,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections import Direction, Records, directions, groups
-from tcpexporter.errors import SourceError, StateError
+from tcpexporter.errors import SourceError, StateError, enough_memory
 from tcpexporter.reconcile import Tables
 from tcpexporter.siphash import hashes
 
@@ -256,7 +256,8 @@ class State:
         while not has_ended:
             has_ended = self._stop.wait(INTERVAL_S)
             try:
-                self._save(known())
+                with enough_memory():
+                    self._save(known())
             except (SourceError, StateError) as error:
                 if not failing:
                     log.warning("ages are not saved: %s", error)
