@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What guests are to this machine: they end with who runs them."""
+"""What guests are to this machine: they end with who runs them, and keep to themselves."""
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.support import eventually
 
@@ -49,3 +52,9 @@ def test_a_guest_ends_with_who_runs_it(tmp_path: Path) -> None:
         assert is_running(guest)
         runner.kill()
     eventually(lambda: not is_running(guest))
+
+
+def test_faults_are_for_guests_alone() -> None:
+    """Where there is no guest, not one of these tests can be had."""
+    with pytest.raises(RuntimeError, match="suspends the machine"):
+        importlib.import_module("tests.vm.faults")
