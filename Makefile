@@ -63,9 +63,10 @@ hostile: setup-test ## Attack it for five minutes by thousands of clients, and s
 	$(bin)/python -m tests.hostile
 
 .PHONY: vm-test
+# It ends with make, and its guests with it.
 vm-test vm-shell: export PATH := $(PATH):/usr/sbin:/sbin
 vm-test: vagrant-validate ## Run the kernel's tests under Debian's kernels, emulated; KERNEL=6.12 for one
-	$(bin)/python -m tests.vm $(if $(KERNEL),--kernel $(KERNEL))
+	setpriv --pdeathsig TERM $(bin)/python -m tests.vm $(if $(KERNEL),--kernel $(KERNEL))
 
 .PHONY: vm-shell
 vm-shell: setup-vm ## Give a shell in such a guest: KERNEL=6.12

@@ -85,19 +85,27 @@ class Kernel:
     def require(self) -> Btf:
         """See that it has what the BPF program cannot do without; gives its types.
 
-        What cannot be told is left to the attempt. All of it takes 1.5 ms.
+        All of it takes 1.5 ms.
 
         Raises:
-            LoadError: it has not; names what is missing, and what has that.
+            LoadError: it has not; names what is missing, and what has that. Or it refuses
+                to tell, so it would refuse the program too.
         """
+        answers = {each: self.has(each) for each in FEATURES if each.required}
         lacking = [
             f"no {each.name} (it takes {each.takes})"
-            for each in FEATURES
-            if each.required and self.has(each) is False
+            for each, answer in answers.items()
+            if answer is False
         ]
         if lacking or self._types is None:
             raise LoadError(
                 f"this kernel has {', '.join(lacking)}: use another, or --source sock_diag"
+            )
+        if None in answers.values():
+            raise LoadError(
+                "the kernel refuses bpf(2) in spite of our privilege, as it does in a user "
+                "namespace (a rootless container) or when a seccomp filter or a security "
+                "module says so: start it outside of that, or use --source sock_diag"
             )
         return self._types
 

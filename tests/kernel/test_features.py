@@ -197,6 +197,16 @@ def test_without_what_is_required_ebpf_is_refused(feature: Feature) -> None:
 
 
 @pytest.mark.any_kernel
+def test_a_root_that_bpf_is_refused_to_is_told_so() -> None:
+    """That of a user namespace has all capabilities, but none that bpf(2) looks at."""
+    command = ("unshare", "--user", "--map-root-user", *COMMAND)
+    code, sentence = refused("--source", "ebpf", command=command)
+    assert code == 1
+    assert "the kernel refuses bpf(2) in spite of our privilege" in sentence
+    assert "--source sock_diag" in sentence
+
+
+@pytest.mark.any_kernel
 def test_without_what_is_required_auto_polls() -> None:
     """It counts by sock_diag, and says in its warning what is missing."""
     with Exporter(command=without(features.BATCHES)) as exporter, Peers() as peers:

@@ -37,13 +37,20 @@ class Run:
     kernel: Kernel
     userland: Userland
     tests: str = "tests/kernel"
+    title: str = ""
+    """Of these tests, where others are run with the same kernel and userland."""
     init: Path = guest.SESSION
     is_extra: bool = False
     """Only run when its kernel is asked for."""
 
     @property
+    def what(self) -> str:
+        """All but the kernel."""
+        return ", ".join(filter(None, [self.userland.name, self.title]))
+
+    @property
     def name(self) -> str:
-        return f"{self.kernel.name} with {self.userland.name}"
+        return f"{self.kernel.name} with {self.what}"
 
 
 NEWEST, *OLDER = reversed(KERNELS)
@@ -53,7 +60,9 @@ RUNS = (
     # Debian has no such kernel for its older release.
     Run(NEWEST, BOOKWORM, is_extra=True),
     *(Run(each, BOOKWORM) for each in OLDER),
-    Run(KERNELS[1], VAGRANT, "tests/vm/service.py", guest.BOOT),
+    Run(KERNELS[1], VAGRANT, "tests/vm/service.py", init=guest.BOOT),
+    # The newest, and one that gives up less.
+    *(Run(KERNELS[each], BOOKWORM, "tests/vm/faults.py", "faults") for each in (2, 0)),
 )
 
 
@@ -110,8 +119,8 @@ def _test(runs: Sequence[Run], kept: Path) -> int:
 
 def _outcome(run: Run, unpacked: Future[Unpacked], image: Future[Path]) -> Outcome:
     """The tests' results; whatever keeps them from being there is said in their place."""
-    result = Outcome(kernel=run.kernel.name, userland=run.userland.name)
-    log = OUTPUT / f"{run.kernel.name}-{images.slug(run.userland)}.log"
+    result = Outcome(kernel=run.kernel.name, userland=run.what)
+    log = OUTPUT / f"{run.kernel.name}-{images.slug(run.what)}.log"
     try:
         kernel, root = unpacked.result(), image.result()
         _say(f"{run.name}: boots {kernel.image.name}")

@@ -25,6 +25,8 @@ APPEND = (
 )
 
 QEMU = (
+    # However we end, it ends with us: prctl(2), PR_SET_PDEATHSIG.
+    *("setpriv", "--pdeathsig=KILL"),
     "qemu-system-x86_64",
     *("-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-m", str(MEMORY_MIB)),
     # A second one makes some kernels panic now and then.

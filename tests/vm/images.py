@@ -74,7 +74,7 @@ def build(userland: Userland) -> Path:
     Raises:
         VmError: it cannot be made; says why.
     """
-    name = f"{slug(userland)}-"
+    name = f"{slug(userland.name)}-"
     image = CACHE / "images" / f"{name}{_fingerprint(userland)}.img"
     if image.exists():
         return image
@@ -94,9 +94,9 @@ def build(userland: Userland) -> Path:
     return image
 
 
-def slug(userland: Userland) -> str:
-    """Its name in the name of a file."""
-    return re.sub(r"\W+", "-", userland.name).strip("-").lower()
+def slug(name: str) -> str:
+    """What it is in the name of a file."""
+    return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
 def _fingerprint(userland: Userland) -> str:

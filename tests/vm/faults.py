@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What must not be done to a machine in use: run by `make vm-test` in a guest.
+
+The tests share an exporter that none of that is to disturb, and run in their order: what
+cannot be undone comes last.
+"""
+
+import contextlib
+import http.client
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from tcpexporter import privileges, programs
+from tcpexporter.btf import Btf
+from tcpexporter.features import FEATURES, RETURN_0, UNPRIVILEGED_MAPS, Kernel
+from tests.kernel.test_process import assert_root_is_given_up
+from tests.support import DEADLINE_S, Exporter, Peers, eventually, ss_established
+
+if "vm.init=" not in Path("/proc/cmdline").read_text():
+    raise RuntimeError("this suspends the machine and locks its kernel down: not here")
+
+DURATION_S = 19
+ASLEEP_S = 23
+"""Longer than that, so that what is long-term after it has become so in its sleep."""
+DAYS_S = 11 * 24 * 3600
+
+SHARING = Path("/sys/bus/virtio/drivers/9pnet_virtio")
+ALARM = Path("/sys/class/rtc/rtc0/wakealarm")
+UNPRIVILEGED_BPF = Path("/proc/sys/kernel/unprivileged_bpf_disabled")
+LOCKDOWN = Path("/sys/kernel/security/lockdown")
+
+READ_KERNEL = bytes.fromhex(
+    "bfa1000000000000 07010000f8ffffff"  # r1 = r10 - 8
+    "b702000008000000 b703000000000000"  # r2 = 8; r3 = 0
+    "8500000071000000"  # call bpf_probe_read_kernel
+)
+
+
+@pytest.fixture(scope="module")
+def exporter() -> Iterator[Exporter]:
+    often = ("--reconcile-interval", "1", "--reconcile-cpu", "100")
+    with Exporter("--source", "ebpf", "--duration", str(DURATION_S), *often) as running:
+        yield running
+        code, complaints = running.stop()
+    assert code == 0
+    assert "Traceback" not in complaints
+
+
+@pytest.fixture(scope="module")
+def peers() -> Iterator[Peers]:
+    with Peers() as opened:
+        yield opened
+
+
+def assert_counts(exporter: Exporter, peers: Peers) -> None:
+    """It says how many there are as ss(8) does, and is told when some come and go."""
+    before = len(peers.pairs)
+    peers.connect(11)
+    assert ss_established(peers.port)["4"] == before + 11
+    assert exporter.established(peers.port) == before + 11
+    for each in chain(*peers.pairs[before + 7 :]):
+        each.close()
+    del peers.pairs[before + 7 :]
+    assert ss_established(peers.port)["4"] == before + 7
+    assert exporter.established(peers.port) == before + 7
+
+
+# --- Suspend ---
+
+
+@contextlib.contextmanager
+def nothing_shared() -> Iterator[None]:
+    """Without what the host shares by 9p, the driver of which knows no suspend."""
+    lines = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    mounts = [each for each in lines if each[2] == "9p"]
+    devices = [each.name for each in SHARING.glob("virtio*")]
+    assert devices
+    for _, where, *_ in mounts:
+        subprocess.run(["umount", where], check=True)
+    for each in devices:
+        (SHARING / "unbind").write_text(each)
+    try:
+        yield
+    finally:
+        for each in devices:
+            (SHARING / "bind").write_text(each)
+        for tag, where, _, options, *_ in mounts:
+            how = f"trans=virtio,msize=512000,{options.partition(',')[0]}"
+            subprocess.run(["mount", "-t", "9p", "-o", how, tag, where], check=True)
+
+
+def asleep_s() -> float:
+    """For how long the machine has slept since it booted: clock_gettime(2)."""
+    boottime_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return boottime_s - time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+def suspend(seconds: int) -> None:
+    """Suspend to RAM until the clock's alarm: Documentation/power/states of the kernel."""
+    Path("/sys/power/mem_sleep").write_text("deep")
+    ALARM.write_text(f"+{seconds}")
+    Path("/sys/power/state").write_text("mem")
+
+
+@contextlib.contextmanager
+def connecting(peers: Peers) -> Iterator[None]:
+    """Connections are opened all the while, and stay."""
+    ended = threading.Event()
+
+    def connect() -> None:
+        while not ended.wait(0.02):
+            peers.connect(1)
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_ages_go_on_while_the_machine_sleeps(exporter: Exporter, peers: Peers) -> None:
+    """Connections grow old; of those that open as it falls asleep none is lost."""
+    began_s = time.monotonic()
+    peers.connect(7)
+    assert exporter.established(peers.port) == 7
+    assert exporter.long_term(peers.port) == 0
+    slept_s = -asleep_s()
+    with nothing_shared(), connecting(peers):
+        suspend(ASLEEP_S)
+    slept_s += asleep_s()
+    assert slept_s > DURATION_S
+    opened = len(peers.pairs)
+    assert exporter.established(peers.port) == opened > 7
+    long_term = exporter.long_term(peers.port)
+    assert long_term is not None
+    assert 7 <= long_term <= opened
+    assert time.monotonic() - began_s < DURATION_S, "too slow to tell sleep from waiting"
+    assert_counts(exporter, peers)
+    for kind in ("missed_open", "missed_close"):
+        assert exporter.value("tcpexporter_corrections_total", kind=kind) == 0
+
+
+# --- The clock ---
+
+
+@contextlib.contextmanager
+def clock_set(by_s: int) -> Iterator[None]:
+    """Another time of day, as by ``date -s``."""
+
+    def step(seconds: int) -> None:
+        time.clock_settime(time.CLOCK_REALTIME, time.time() + seconds)
+
+    step(by_s)
+    try:
+        yield
+    finally:
+        step(-by_s)
+
+
+def test_a_clock_step_changes_no_age(exporter: Exporter, peers: Peers) -> None:
+    """What is long-term stays so, what is not does not become so; HTTP goes on, too.
+
+    Only when the last reconciliation was is told by the wall clock.
+    """
+    eventually(lambda: exporter.long_term(peers.port) == len(peers.pairs))
+    old = len(peers.pairs)
+    kept = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=DEADLINE_S)
+    kept.connect()
+    kept.auto_open = 0  # another connection would show nothing
+    began_s = time.monotonic()
+    peers.connect(5)
+    for by_s in (DAYS_S, -DAYS_S):
+        with clock_set(by_s):
+            long_term = exporter.long_term(peers.port)
+            assert time.monotonic() - began_s < DURATION_S, "too slow to tell"
+            assert long_term == old
+            assert exporter.established(peers.port) == old + 5
+            kept.request("GET", "/-/healthy")
+            assert kept.getresponse().read()
+    kept.close()
+    with clock_set(-DAYS_S):
+        eventually(lambda: abs(reconciled_s(exporter) - time.time()) < DAYS_S / 2)
+        assert_counts(exporter, peers)
+
+
+def reconciled_s(exporter: Exporter) -> float:
+    return exporter.value("tcpexporter_last_reconcile_timestamp_seconds") or 0
+
+
+# --- What the kernel can be told to refuse ---
+
+
+@pytest.mark.parametrize("value", [0, 2, 1])  # from 1 there is no way back
+def test_unprivileged_bpf_can_be_disabled(
+    exporter: Exporter, peers: Peers, value: int
+) -> None:
+    """However that is set, the program is loaded, root is given up and counts are right.
+
+    CAP_BPF is kept only where it is not 0, and by kernels that demand it then.
+    """
+    UNPRIVILEGED_BPF.write_text(str(value))
+    is_kept = value != 0 and not Kernel().has(UNPRIVILEGED_MAPS)
+    with Exporter("--source", "ebpf") as another:
+        assert_root_is_given_up(another, kept=is_kept << privileges.CAP_BPF)
+        assert_counts(another, peers)
+    assert_counts(exporter, peers)
+
+
+@pytest.mark.parametrize("level", ["integrity", "confidentiality"])
+def test_the_kernel_can_be_locked_down(
+    exporter: Exporter, peers: Peers, level: str
+) -> None:
+    """BPF works and is chosen, though the kernel refuses it to read memory at will.
+
+    As from the command line: security/lockdown/lockdown.c. Helpers that read at any
+    address are refused with confidentiality, Linux kernel commit 9d1f8be5cf42 ("bpf:
+    Restrict bpf when kernel lockdown is in confidentiality mode") (in v5.4); our program
+    reads through pointers whose type the verifier knows, and calls none of these.
+    """
+    LOCKDOWN.write_text(level)
+    assert f"[{level}]" in LOCKDOWN.read_text()
+    assert may_read_kernel() is (level == "integrity")
+    kernel = Kernel()
+    assert all(kernel.has(each) for each in FEATURES if each.required)
+    with Exporter() as another:
+        assert another.value("tcpexporter_source_info", source="ebpf") == 1
+        assert_counts(another, peers)
+        _, complaints = another.stop()
+    assert "because ebpf does not work" not in complaints
+    assert_counts(exporter, peers)
+
+
+def may_read_kernel() -> bool:
+    """Whether the kernel takes a program that reads its memory at any address."""
+    code = READ_KERNEL + RETURN_0
+    with contextlib.suppress(OSError):
+        os.close(programs.load(code, Btf().function(programs.TRACEPOINT)))
+        return True
+    return False
