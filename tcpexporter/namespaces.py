@@ -3,6 +3,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,8 +93,19 @@ class Names:
         self._containers = dict(_containers())
 
     def read(self) -> dict[int, str]:
-        """The names there are now, by inode; one that is not there has none."""
-        return {**self._containers, **named(), self._own: "self"}
+        """The names there are now, by inode; one that is not there has none.
+
+        No two are the same: a container can have several namespaces, and whoever can name
+        a cgroup can have it look like another's.
+        """
+        others = {**self._containers, **named()}
+        others.pop(self._own, None)
+        times = Counter((*others.values(), "self"))
+        told = {
+            number: name if times[name] == 1 else f"{name}:{number}"
+            for number, name in others.items()
+        }
+        return {**told, self._own: "self"}
 
 
 def _containers() -> Iterator[tuple[int, str]]:

@@ -20,6 +20,7 @@ from tests.kernel.test_process import status
 from tests.support import ESTABLISHED, LONG_TERM, Peers, eventually
 
 SETTINGS = Path("/etc/default/tcpexporter")
+CONF = Path("/etc/tcpexporter.conf")
 PINNED = Path("/sys/fs/bpf/tcpexporter")
 COMMAND = "/usr/local/bin/tcpexporter"
 
@@ -194,6 +195,22 @@ def test_an_age_goes_on_over_a_restart(
                 for _ in range(7):
                     assert long_term(peers.port) == 5
                     time.sleep(0.1)
+
+
+def test_settings_are_read_again() -> None:
+    """`systemctl reload` does that, and the status says that it counts all the while."""
+    CONF.write_text("duration 7\nport 9090\n")
+    with with_settings(f"TCPEXPORTER_CONF={CONF}"):
+        before = state("tcpexporter", "MainPID")
+        assert "at least 7 seconds" in (get("/metrics") or "")
+        assert state("tcpexporter", "StatusText").startswith("counting connections by ebpf")
+        CONF.write_text("duration 11\nport 9090\n")
+        subprocess.run(["systemctl", "reload", "tcpexporter"], check=True)
+        eventually(lambda: "at least 11 seconds" in (get("/metrics") or ""))
+        eventually(partial(is_active, "tcpexporter"))
+        assert state("tcpexporter", "MainPID") == before
+        assert state("tcpexporter", "WatchdogUSec") == "1min"
+    CONF.unlink()
 
 
 def test_root_unpins_what_the_service_left() -> None:
