@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -180,19 +181,14 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
             takers[WEB_CONFIG] = web.replace
         reloading = Reloading(reader, takers, hangups, supervisor, reloads)
         resources.callback(reloading.close)
+        status = partial(_status, source, collector)
 
-        def status() -> str:
-            tracked = (
-                "" if collector.tracked is None else f", {collector.tracked:,} tracked"
-            )
-            return f"counting connections by {source.name}{tracked}"
-
-        def begin() -> None:
+        def is_ready() -> None:
             supervisor.tell("READY=1", f"STATUS={status()}")
             reloading.follow()
 
         try:
-            starting.begin(begin)
+            starting.begin(is_ready)
             server.serve(listening, app, lambda: supervisor.keep(app.check, status))
         finally:
             supervisor.tell("STOPPING=1")
@@ -295,6 +291,11 @@ def _make_collector(
         names=namespaces.Names().read if settings.netns == "all" else None,
         simple=settings.simple,
     )
+
+
+def _status(source: Source, collector: ConnectionCollector) -> str:
+    tracked = "" if collector.tracked is None else f", {collector.tracked:,} tracked"
+    return f"counting connections by {source.name}{tracked}"
 
 
 def _print_once(registry: CollectorRegistry, duration_s: int) -> None:
