@@ -1,6 +1,16 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Every error that tcpexporter raises on purpose."""
 
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
+
+
+def quoted(text: str) -> str:
+    """What a user wrote, for a sentence: without its middle where it is long."""
+    return _SHORT.repr(str(text))
+
 
 class TcpExporterError(Exception):
     """What a user is told: one sentence that says what to do about it."""

@@ -11,10 +11,11 @@ from typing import Any, NoReturn, Self
 
 import configargparse
 
-from tcpexporter.errors import SettingsError
+from tcpexporter.errors import SettingsError, quoted
 from tcpexporter.version import VERSION
 
 _PREFIX = "TCPEXPORTER_"
+_LARGEST_FILE = 1 << 20
 _LONGEST_DURATION_S = (2**63 - 1) // 10**9
 """In nanoseconds it fits into a signed 64-bit number."""
 
@@ -105,27 +106,42 @@ class _FileFormat(configargparse.ConfigFileParser):  # type: ignore[misc]  # shi
     """Lines of ``name value`` or ``name=value``; ``name`` alone turns a switch on."""
 
     def parse(self, stream: Path) -> dict[str, _Told]:
-        items: dict[str, _Told] = {}
-        for number, line in enumerate(_lines(stream), start=1):
-            if not line or line.startswith("#"):
-                continue
-            name, told = _item(line, f"{stream} line {number}")
-            if name in items:
-                raise SettingsError(f"{told.origin}: {name} is set a second time")
-            items[name] = told
-        return items
+        return _items(_content(stream), stream)
 
 
-def _lines(path: Path) -> list[str]:
+def _content(path: Path) -> bytes:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise SettingsError(
-            f"the settings file {path} (flag --conf or environment variable CONF)"
-            f" cannot be read: {reason}"
-        ) from error
-    return [line.strip() for line in text.split("\n")]
+        raise _unreadable(path, reason) from error
+    if len(content) > _LARGEST_FILE:
+        raise _unreadable(path, f"it is larger than {_LARGEST_FILE} bytes")
+    return content
+
+
+def _items(content: bytes, path: Path) -> dict[str, _Told]:
+    try:
+        text = content.decode()
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+    items: dict[str, _Told] = {}
+    for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
+        if not line or line.startswith("#"):
+            continue
+        name, told = _item(line, f"{path} line {number}")
+        if name in items:
+            raise SettingsError(f"{told.origin}: {name} is set a second time")
+        items[name] = told
+    return items
+
+
+def _unreadable(path: Path, reason: object) -> SettingsError:
+    return SettingsError(
+        f"the settings file {path} (flag --conf or environment variable CONF)"
+        f" cannot be read: {reason}"
+    )
 
 
 def _item(line: str, origin: str) -> tuple[str, _Told]:
@@ -133,7 +149,8 @@ def _item(line: str, origin: str) -> tuple[str, _Told]:
     setting = _FILE_SETTINGS.get(name.replace("_", "-"))
     if setting is None:
         raise SettingsError(
-            f"{origin}: {name!r} is not a setting that a file can have; --help lists them"
+            f"{origin}: {quoted(name)} is not a setting that a file can have; --help lists"
+            " them"
         )
     text = rest[0] if rest else "true" if setting.kind is _SWITCH else ""
     return setting.name, _Told(text, origin)
@@ -236,8 +253,11 @@ def _port_range(text: str) -> range:
 def _ports(text: str) -> tuple[int, ...]:
     if text == "-1":
         return ()
-    ranges = map(_port_range, text.split(","))
-    return tuple(sorted(set(itertools.chain.from_iterable(ranges))))
+    ports: list[int] = []
+    # In order, so that no port is looked at twice, however often it is named.
+    for each in sorted(map(_port_range, text.split(",")), key=lambda each: each.start):
+        ports.extend(range(max(each.start, ports[-1] + 1 if ports else 0), each.stop))
+    return tuple(ports)
 
 
 def _host(text: str) -> str:
@@ -298,6 +318,12 @@ def _word(text: str) -> str:
     return text
 
 
+def _path(text: str) -> str | None:
+    if "\0" in text:
+        raise ValueError(text)
+    return text or None
+
+
 @dataclass(frozen=True)
 class _Kind:
     """What a setting can be set to."""
@@ -348,10 +374,10 @@ _USER = _Kind("USER", "the name of a user", _word)
 _DIRECTORY = _Kind(
     "DIR",
     "the path of a directory of the BPF file system, as /sys/fs/bpf/tcpexporter",
-    lambda text: text or None,
+    _path,
 )
-_PATH = _Kind("PATH", "the path of a file", lambda text: text or None)
-_CONF = _Kind("PATH", "the path of a file of settings", _PATH.parse)
+_PATH = _Kind("PATH", "the path of a file", _path)
+_CONF = _Kind("PATH", "the path of a file of settings", _path)
 
 
 @dataclass(frozen=True)
@@ -395,7 +421,7 @@ class _Setting:
         except (LookupError, ValueError):
             raise SettingsError(
                 f"{origin or f'flag --{self.name}'}: {self.name} takes {self.kind.takes},"
-                f" not {text!r}"
+                f" not {quoted(text)}"
             ) from None
 
 
