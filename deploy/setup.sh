@@ -6,7 +6,8 @@
 #   run          install what the exporter needs: BCC, and .venv with the exporter in it
 #   guest        install that, and what the tests of the kernel need
 #   test         install that, and what lint and the other tests need
-#   bench        install that, and what the benchmarks compare us with
+#   fuzz         install that, and what thinks of bad input
+#   bench        install what "test" does, and what the benchmarks compare us with
 #   vm           install what boots other kernels than this one, and what "test" does
 #   constraints  write deploy/constraints.txt anew
 #   require X... install the packages of these commands or services: make prometheus.service
@@ -40,6 +41,10 @@ main() {
 		require_for_tests
 		fill_venv test '.[test,lint]'
 		;;
+	fuzz)
+		require_for_tests
+		fill_venv fuzz '.[test,lint,fuzz]'
+		;;
 	bench)
 		require_for_tests
 		require_unpacked prometheus-node-exporter prometheus-node-exporter
@@ -55,7 +60,7 @@ main() {
 		shift
 		require "$@"
 		;;
-	*) fail "usage: $0 run|guest|test|bench|vm|constraints|require X..." ;;
+	*) fail "usage: $0 run|guest|test|fuzz|bench|vm|constraints|require X..." ;;
 	esac
 }
 
@@ -252,7 +257,7 @@ unpack() {
 # --- What goes into .venv ---
 
 # Installs the requirement ($2) that a purpose ($1) has, unless a stamp says it is done.
-# Each holds all that the one before it in "run guest test bench" does.
+# Each holds all that those before it in "run guest test" do.
 fill_venv() {
 	stamp=.venv/installed
 	state=$(state)
@@ -266,6 +271,7 @@ fill_venv() {
 	run) held="run" ;;
 	guest) held="run guest" ;;
 	test) held="run guest test" ;;
+	fuzz) held="run guest test fuzz" ;;
 	bench) held="run guest test bench" ;;
 	esac
 	# shellcheck disable=SC2086  # one line for each purpose
@@ -297,7 +303,7 @@ write_constraints() {
 	scratch=$(mktemp -d)
 	trap 'rm -rf "$scratch"' EXIT
 	"$python" -m venv "$scratch"
-	pip_install "$scratch" -e '.[test,lint,bench]'
+	pip_install "$scratch" -e '.[test,lint,fuzz,bench]'
 	"$scratch/bin/python" -m pip freeze --exclude-editable >"$scratch/pins"
 	{
 		echo "# The versions that setup installs and that the tests have passed with."
