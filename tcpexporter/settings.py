@@ -72,7 +72,9 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """
     parser = _parser()
     # Text only: argparse's own conversion would not know where a value came from.
-    texts = vars(parser.parse_args(_arguments(argv), env_vars=_variables(environ)))
+    parsed = parser.parse_args(_arguments(argv), env_vars=_variables(environ))
+    # A value that is -- argparse takes away (before Python 3.13), as if it ended the flags.
+    texts = {name: "--" if text == [] else text for name, text in vars(parsed).items()}
     _refuse_unknown_variables(environ)
     origins = _origins(parser)
     values: dict[str, Any] = {

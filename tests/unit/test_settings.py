@@ -525,6 +525,18 @@ def test_refused_value(write_file: WriteFile, name: str, text: str, takes: str) 
         assert message.endswith(f", not {quoted(text)}")
 
 
+def test_two_dashes_are_a_value(write_file: WriteFile) -> None:
+    """Like any other that is refused or taken, wherever it is written."""
+    conf = write_file("port --\n")
+    for message in (
+        refusal(["--port=--"]),
+        refusal([], {"PORT": "--"}),
+        refusal([f"--conf={conf}"]),
+    ):
+        assert message.endswith(" as in 443 or 443,8000-8100, not '--'")
+    assert parse(["--pin=--"], {}).pin == "--"
+
+
 @pytest.mark.parametrize("name", ["pin", "web-config"])
 def test_a_path_has_no_null_character(write_file: WriteFile, name: str) -> None:
     """No file can have that name, and Python would not even ask the kernel."""
