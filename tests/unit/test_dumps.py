@@ -16,10 +16,10 @@ from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY, SS_ESTABLISHED, SS_LISTEN
 from tcpexporter import namespaces, sockets
 from tcpexporter.errors import SocketTableError
 from tcpexporter.polling import PollingSource
-from tcpexporter.sockets import ProcfsReader, SockDiagReader, SocketTables
+from tcpexporter.sockets import FEW, ProcfsReader, SockDiagReader, SocketTables
 from tests.fuzz.targets import Datagrams
 from tests.support import Peers, eventually
-from tests.unit.test_sockets import diag_message, message
+from tests.unit.test_sockets import attribute, diag_message, message
 
 STATES = 1 << SS_ESTABLISHED | 1 << SS_LISTEN
 
@@ -101,6 +101,19 @@ def test_a_dump_that_breaks_off_is_no_short_one(
         ports(dumps)
     opened.send_later([diag_message(80, sequence=1), *end, *whole(2)])
     assert ports(dumps) == [443, 80]
+
+
+def test_runs_are_as_long_as_they_are() -> None:
+    """About as many alike as are looked at first, fewer, and many times more."""
+    sizes = [FEW - 1, FEW, FEW + 1, 1, 7 * FEW, 2, FEW]
+    messages = [
+        diag_message(number, *[attribute(8, bytes(4))] * (number % 2), sequence=1) * size
+        for number, size in enumerate(sizes)
+    ]
+    (second,) = whole(2)[:1]
+    dumps = sent(b"".join(messages) + done(1), second)
+    found = [len(rows) for rows in dumps.read(STATES, 0)]
+    assert found == [*sizes, 1]
 
 
 def test_an_end_that_never_comes_is_waited_for_once() -> None:
