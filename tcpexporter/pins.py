@@ -290,7 +290,8 @@ def _record(path: Path, words: npt.NDArray[np.uint32]) -> np.dtype[Any]:
         PinError: it is no layout, or one that has fields outside of the record.
     """
     magic, record_bytes, key_bytes, *offsets = words.tolist()
-    # The kernel has each at a multiple of 8: array_map_alloc in its kernel/bpf/arraymap.c.
+    # In C it has numbers of 64 bits, so its size is a multiple of that; the kernel has each
+    # element at one in any case: array_map_alloc in its kernel/bpf/arraymap.c.
     if magic != LAYOUT_MAGIC or record_bytes % 8:
         raise _not_ours(path)
     try:
