@@ -214,10 +214,10 @@ def _check(chosen: settings.Settings) -> None:
 
 
 def setting(data: bytes) -> None:
-    """A value of any one setting: ports, durations, addresses to listen on and others."""
-    choices = Choices(data)
-    chosen = choices.pick(settings._SETTINGS)
-    text = choices.rest().decode(errors="surrogateescape")
+    """A name and a value: of ports, durations, addresses to listen on and others."""
+    name, _, text = data.decode(errors="surrogateescape").partition(" ")
+    known = {each.name: each for each in settings._SETTINGS}
+    chosen = known.get(name) or settings._SETTINGS[len(name) % len(known)]
     with refused(SettingsError, saying=f"^flag --{chosen.name}: {chosen.name} takes "):
         value: Any = chosen.value(text, None)
         values = {chosen.field: value}
