@@ -63,6 +63,10 @@ fuzz: ## Try bad input at every door, a million each, in an hour; TARGET=procfs 
 	@deploy/setup.sh fuzz
 	$(bin)/python -m tests.fuzz $(TARGET) --runs $(or $(RUNS),1000000)
 
+.PHONY: hostile
+hostile: setup-test ## Attack it for five minutes by thousands of clients, and see that scrapes are answered
+	$(bin)/python -m tests.hostile
+
 .PHONY: vm-test
 vm-test vm-shell: export PATH := $(PATH):/usr/sbin:/sbin
 vm-test: vagrant-validate ## Run the kernel's tests under Debian's kernels, emulated; KERNEL=6.12 for one
@@ -88,12 +92,30 @@ setup-vm:
 setup-test:
 	@deploy/setup.sh test
 
-.PHONY: constraints
-constraints: ## Pin the newest versions that pyproject.toml allows
-	deploy/setup.sh constraints
+.PHONY: lock
+lock: ## Lock the newest versions that pyproject.toml allows, with their hashes
+	deploy/setup.sh lock
+
+.PHONY: audit
+audit: ## Ask the package index which of what is locked has known holes
+	@deploy/setup.sh release
+	@$(bin)/pip-audit --strict --disable-pip $(patsubst %,-r %,$(wildcard deploy/lock/*.txt)) || { \
+		echo "audit: there are known holes, or it could not be learnt whether there are: see above" >&2; \
+		exit 1; }
+
+.PHONY: sbom
+# The last commit's, so that the same commit gives the same bytes.
+sbom wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+sbom: setup-test ## Write what the exporter consists of when it runs: dist/tcpexporter.cdx.json
+	@mkdir -p dist
+	$(bin)/python -m deploy.sbom >dist/tcpexporter.cdx.json
+
+.PHONY: wheel
+wheel: setup-test ## Build a wheel into dist/, the same bytes wherever it is built
+	deploy/wheel.sh
 
 .PHONY: clean
 clean: ## Remove .venv, caches and build output
 	rm -rf .venv .cache build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find bpf tcpexporter tests -name __pycache__ -prune -exec rm -rf {} +
+	find bpf deploy tcpexporter tests -name __pycache__ -prune -exec rm -rf {} +

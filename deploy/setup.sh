@@ -9,10 +9,13 @@
 #   fuzz         install that, and what thinks of bad input
 #   bench        install what "test" does, and what the benchmarks compare us with
 #   vm           install what boots other kernels than this one, and what "test" does
-#   constraints  write deploy/constraints.txt anew
+#   release      install what keeps the locks and looks for known holes, and what "test" does
+#   lock         install that, and write deploy/lock anew
 #   require X... install the packages of these commands or services: make prometheus.service
 #
 # Whatever is there already is left alone, without root and without the network.
+#
+# What comes from the package index is, to the last byte, what deploy/lock has the hash of.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -30,37 +33,47 @@ main() {
 	run)
 		require_python
 		require bcc venv seccomp
-		fill_venv run .
+		fill_venv run
 		;;
 	guest)
 		require_python
 		require bcc venv seccomp ip ss
-		fill_venv guest '.[test]'
+		fill_venv guest
 		;;
 	test)
 		require_for_tests
-		fill_venv test '.[test,lint]'
+		fill_venv test
 		;;
 	fuzz)
 		require_for_tests
-		fill_venv fuzz '.[test,lint,fuzz]'
+		fill_venv fuzz
 		;;
 	bench)
 		require_for_tests
 		require_unpacked prometheus-node-exporter prometheus-node-exporter
-		fill_venv bench '.[test,lint,bench]'
+		fill_venv bench
 		;;
 	vm)
 		require_for_tests
 		require qemu-system-x86_64 mmdebstrap busybox mke2fs modprobe cpio xz vagrant
-		fill_venv test '.[test,lint]'
+		fill_venv test
 		;;
-	constraints) write_constraints ;;
+	release)
+		require_python
+		require venv
+		fill_venv release
+		;;
+	lock)
+		require_python
+		require venv
+		fill_venv release
+		write_locks
+		;;
 	require)
 		shift
 		require "$@"
 		;;
-	*) fail "usage: $0 run|guest|test|fuzz|bench|vm|constraints|require X..." ;;
+	*) fail "usage: $0 run|guest|test|fuzz|bench|vm|release|lock|require X..." ;;
 	esac
 }
 
@@ -81,7 +94,7 @@ is_root() {
 
 require_for_tests() {
 	require_python
-	require bcc venv seccomp ip ss gcc libc
+	require bcc venv seccomp ip ss gcc libc git
 	require_unpacked prometheus prometheus promtool
 }
 
@@ -256,8 +269,29 @@ unpack() {
 
 # --- What goes into .venv ---
 
-# Installs the requirement ($2) that a purpose ($1) has, unless a stamp says it is done.
-# Each holds all that those before it in "run guest test" do.
+# The extras of pyproject.toml that a purpose takes. What they and the exporter itself need
+# is in the file of deploy/lock that is called so.
+extras_of() {
+	case $1 in
+	run) ;;
+	guest) echo test ;;
+	test) echo test lint package ;;
+	fuzz) echo test lint package fuzz ;;
+	bench) echo test lint package bench ;;
+	release) echo test lint package release ;;
+	esac
+}
+
+# The purposes that are served by what is installed for this one.
+held_by() {
+	case $1 in
+	run) echo run ;;
+	guest) echo run guest ;;
+	*) echo run guest test "$1" ;;
+	esac
+}
+
+# Installs what a purpose takes, unless a stamp says it is done.
 fill_venv() {
 	stamp=.venv/installed
 	state=$(state)
@@ -266,50 +300,64 @@ fill_venv() {
 	if ! grep -qs "^$state " "$stamp"; then
 		"$python" -m venv --clear --system-site-packages .venv
 	fi
-	pip_install .venv -c deploy/constraints.txt -e "$2"
-	case $1 in
-	run) held="run" ;;
-	guest) held="run guest" ;;
-	test) held="run guest test" ;;
-	fuzz) held="run guest test fuzz" ;;
-	bench) held="run guest test bench" ;;
-	esac
-	# shellcheck disable=SC2086  # one line for each purpose
-	printf "$state %s\n" $held >"$stamp"
+	# None is built here: what builds it would come without a hash.
+	# shellcheck disable=SC2046  # two words for each file
+	pip_install --require-hashes --only-binary=:all: \
+		$(printf -- '-r deploy/lock/%s.txt ' run $(extras_of "$1"))
+	# The exporter itself is, by the setuptools that has come with these.
+	pip_install --no-index --no-deps --no-build-isolation -e .
+	# shellcheck disable=SC2046  # one line for each purpose
+	printf "$state %s\n" $(held_by "$1") >>"$stamp"
+	sort -u -o "$stamp" "$stamp"
 }
 
 # A checksum of all that .venv was made from, its place included, as it does not
 # survive being moved. Times of files would not tell after a git checkout.
 state() {
 	{
-		cat pyproject.toml deploy/constraints.txt deploy/setup.sh
+		cat pyproject.toml deploy/lock/*.txt deploy/setup.sh
 		"$python" --version
 		pwd
 	} | sha256sum | cut -d ' ' -f 1
 }
 
 pip_install() {
-	venv=$1
-	shift
-	"$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"
+	.venv/bin/python -m pip install -q --disable-pip-version-check "$@"
 }
 
-# The newest versions that pyproject.toml allows, taken from a fresh environment.
-write_constraints() {
-	# What suits the oldest Python suits the newer ones, not the other way round.
-	"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
-		fail "$("$python" --version): constraints are made with Python 3.11"
-	is_there venv || fail "install python3-venv"
+# The newest versions that pyproject.toml allows, the same for every purpose, Python and
+# machine; what suits the oldest Python suits the newer ones, too.
+write_locks() {
 	scratch=$(mktemp -d)
 	trap 'rm -rf "$scratch"' EXIT
-	"$python" -m venv "$scratch"
-	pip_install "$scratch" -e '.[test,lint,fuzz,bench]'
-	"$scratch/bin/python" -m pip freeze --exclude-editable >"$scratch/pins"
+	"$python" -c '
+import tomllib
+with open("pyproject.toml", "rb") as project:
+    print(*tomllib.load(project)["build-system"]["requires"], sep="\n")' >"$scratch/build.in"
+	resolve --all-extras >"$scratch/everything" # which these must be of one mind with
+	write_lock run --constraints "$scratch/everything"
+	for extra in test lint package fuzz bench release; do
+		# shellcheck disable=SC2046  # two words for each package
+		write_lock $extra --constraints "$scratch/everything" --extra $extra \
+			$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' "$scratch/run.txt")
+	done
+	mv "$scratch"/*.txt deploy/lock
+}
+
+write_lock() {
 	{
-		echo "# The versions that setup installs and that the tests have passed with."
-		echo "# Written by \`make constraints\`; the ranges are in pyproject.toml."
-		cat "$scratch/pins"
-	} >deploy/constraints.txt
+		echo "# What setup.sh installs for \"$1\", and what the tests have passed with."
+		echo "# Written by \`make lock\`; the ranges are in pyproject.toml."
+		shift
+		resolve "$@"
+	} >"$scratch/$1.txt"
+}
+
+# pip is not among it: .venv has the one that its Python came with.
+resolve() {
+	.venv/bin/uv pip compile -q --universal --python-version 3.11 --fork-strategy fewest \
+		--generate-hashes --no-emit-package pip --no-header --no-annotate "$@" \
+		pyproject.toml "$scratch/build.in"
 }
 
 main "$@"

@@ -2,7 +2,6 @@
 """Wires the modules together; signals and exit codes."""
 
 import contextlib
-import ctypes
 import dataclasses
 import logging
 import os
@@ -17,6 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from tcpexporter import (
     confinement,
     foreign,
+    memory,
     namespaces,
     pins,
     privileges,
@@ -36,10 +36,6 @@ from tcpexporter.sources import Source
 
 log = logging.getLogger("tcpexporter")
 
-M_MMAP_THRESHOLD = -3
-M_ARENA_MAX = -8
-LARGE_BYTES = 1 << 20
-
 SOURCES = ("ebpf", "sock_diag", "procfs")
 """In the order in which ``--source auto`` tries them."""
 
@@ -54,7 +50,7 @@ def main() -> None:
     """Run until a signal comes; exits with 0, 1 for a failure, 2 for a wrong setting."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    _spare_memory()
+    memory.spare()
     try:
         settings = parse(sys.argv[1:], os.environ)
         _set_up_logging(settings)
@@ -69,18 +65,6 @@ def main() -> None:
     except TcpExporterError as error:
         sys.exit(_complain(error, 1))
     foreign.leave(0)
-
-
-def _spare_memory() -> None:
-    """Have glibc keep less than it does by itself: mallopt(3).
-
-    Every large array goes back to the kernel when it is done with, and not only those
-    that are larger than any before. Threads take turns here, so one arena will do.
-    """
-    with contextlib.suppress(AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
-        libc.mallopt(M_ARENA_MAX, 1)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:

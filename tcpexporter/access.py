@@ -3,6 +3,13 @@
 
 A password takes a CPU 70 ms to check, or whatever its hash was made to cost. So a right
 one is remembered, wrong ones are checked one after another, and only so many wait.
+
+Of those who wait the next is from where fewest have been checked lately, and who is turned
+away is from where most wait (`places.neighbourhood`). So a stranger with many passwords
+delays the first login of somebody elsewhere by a check for each address of theirs at most,
+and later ones not at all. Among those at the same address, or at more addresses than may
+wait, the right password cannot be told before it is checked: whoever has it may have to try
+again.
 """
 
 import asyncio
@@ -12,20 +19,74 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping
 from http import HTTPStatus
+from itertools import chain
 
 import bcrypt
 
 from tcpexporter.foreign import in_thread
 from tcpexporter.webconfig import RateLimit
 
-MAX_WAITING = 16
-"""Passwords that wait to be checked, or are; at 70 ms each the last waits for a second."""
+MAX_WAITING = 32
+"""Passwords that wait to be checked; at 70 ms each the last waits for two seconds."""
+
+MAX_REMEMBERED = 4096
+"""Neighbourhoods of which it is known how often they have had a turn."""
 
 USED_BYTES = 72
 """What bcrypt uses of a password, here as elsewhere."""
+
+
+class Turns:
+    """Those who wait for a turn, by neighbourhood."""
+
+    def __init__(self) -> None:
+        """Begin with nobody."""
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._had = Counter[str]()
+        """Turns since somebody began to wait."""
+
+    def join(self, where: str) -> asyncio.Future[None]:
+        """Done when it is one's turn, or cancelled: somebody had to go."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(where, deque()).append(turn)
+        if sum(map(len, self._waiting.values())) > MAX_WAITING:
+            # Of several that are as many, those who came last.
+            most = max(reversed(self._waiting), key=lambda each: len(self._waiting[each]))
+            self._take(most, deque.pop).cancel()
+        return turn
+
+    def call(self) -> bool:
+        """Have the next one begin; whether there is one."""
+        while self._waiting:
+            where = min(self._waiting, key=self._had.__getitem__)
+            turn = self._take(where, deque.popleft)
+            if not turn.done():
+                if len(self._had) > MAX_REMEMBERED:
+                    self._had.clear()
+                self._had[where] += 1
+                turn.set_result(None)
+                return True
+        self._had.clear()
+        return False
+
+    def cancel(self) -> None:
+        """Turn all away."""
+        for turn in chain.from_iterable(self._waiting.values()):
+            turn.cancel()
+        self._waiting.clear()
+
+    def _take(
+        self,
+        where: str,
+        take: Callable[[deque[asyncio.Future[None]]], asyncio.Future[None]],
+    ) -> asyncio.Future[None]:
+        taken = take(self._waiting[where])
+        if not self._waiting[where]:
+            del self._waiting[where]
+        return taken
 
 
 class Checker:
@@ -38,21 +99,28 @@ class Checker:
             check: Whether a password has a hash; may take long.
         """
         self._check = check
-        self._turn = asyncio.Lock()
+        self._turns = Turns()
+        self._is_busy = False
         self._at_work: asyncio.Future[bool] | None = None
         self._given_up = False
 
-    async def matches(self, password: bytes, hashed: bytes) -> bool:
-        """Whether it does; cancelled when given up."""
-        async with self._turn:
+    async def matches(self, password: bytes, hashed: bytes, where: str) -> bool:
+        """Whether it does; cancelled when given up, or when too many wait."""
+        if self._is_busy:
+            await self._turns.join(where)
+        self._is_busy = True
+        try:
             if self._given_up:
                 raise asyncio.CancelledError
             self._at_work = in_thread(lambda: self._matches(password, hashed))
             return await self._at_work
+        finally:
+            self._is_busy = self._turns.call()
 
     def give_up(self) -> None:
         """Have nobody wait any more, as the end has come."""
         self._given_up = True
+        self._turns.cancel()
         if self._at_work:
             self._at_work.cancel()
 
@@ -77,7 +145,7 @@ class Users:
         self._waiting: dict[bytes, asyncio.Future[bool]] = {}
         """By digest: who asks the same waits for the same."""
 
-    async def admit(self, authorization: str) -> HTTPStatus:
+    async def admit(self, authorization: str, where: str) -> HTTPStatus:
         """Judge the value of an Authorization header: OK, or how it is refused."""
         credentials = _basic(authorization)
         if credentials is None:
@@ -88,9 +156,7 @@ class Users:
         if hmac.compare_digest(self._right.get(name, b""), digest):
             return HTTPStatus.OK
         if digest not in self._waiting:
-            if len(self._waiting) >= MAX_WAITING:
-                return HTTPStatus.SERVICE_UNAVAILABLE
-            judging = asyncio.ensure_future(self._judge(name, password, digest))
+            judging = asyncio.ensure_future(self._judge(name, password, digest, where))
             self._waiting[digest] = judging
             judging.add_done_callback(lambda _: self._waiting.pop(digest))
         checking = self._waiting[digest]
@@ -102,9 +168,9 @@ class Users:
             raise
         return HTTPStatus.OK if right else HTTPStatus.UNAUTHORIZED
 
-    async def _judge(self, name: bytes, password: bytes, digest: bytes) -> bool:
+    async def _judge(self, name: bytes, password: bytes, digest: bytes, where: str) -> bool:
         known = self._hashes.get(name)
-        matches = await self._checker.matches(password, known or self._nobodys)
+        matches = await self._checker.matches(password, known or self._nobodys, where)
         right = known is not None and matches
         if right:
             self._right[name] = digest

@@ -5,7 +5,7 @@ import asyncio
 import base64
 import contextlib
 import errno
-import gzip
+import gc
 import hashlib
 import logging
 import signal
@@ -14,16 +14,20 @@ import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from functools import partial
 from html import escape
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qs
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder, gzip_accepted
+from prometheus_client.exposition import gzip_accepted
 
+from tcpexporter import memory
 from tcpexporter.errors import ServerError, SourceError
+from tcpexporter.exposition import Collections, Page, negotiate
 from tcpexporter.lean import part_of
+from tcpexporter.places import Places, neighbourhood
 
 with part_of("uvicorn") as uvicorn:  # with its command line it takes 2 MiB more
     from uvicorn.config import Config
@@ -53,12 +57,17 @@ KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 256
 """Far more than there are scrapers, far fewer than the 1,024 descriptors we may have."""
 
+CROWD = 64
+"""Connections that take so much memory that it is given back when most have gone."""
+
 ACCEPTED_AT_ONCE = 32
 """Clients accepted per address and turn of the event loop.
 
-A request that came with its client is answered two turns after the client got its
-place. The clients of these three turns and two addresses are fewer than MAX_CONNECTIONS:
-whoever asks at once cannot lose the place before the answer, however many others come.
+A request that came with its client is read two turns after the client got its place, and
+who has asked keeps it. The clients of these three turns and two addresses are fewer than
+MAX_CONNECTIONS: whoever asks at once is answered, however many others come from the same
+neighbourhood (`places`). Where crowds come from several, each has its share of the places,
+and of a crowd's own neighbours only as many are safe.
 """
 
 BACKLOG = 1024
@@ -69,6 +78,16 @@ MAX_HEAD_BYTES = 16 * 1024
 
 READ_BYTES = 4 * 1024
 """Read from a client at once. asyncio's own 256 KiB would be 64 MiB for all of them."""
+
+MAX_UNTAKEN_BYTES = 16 << 20
+"""Of all responses together, what neither the clients nor the kernel have taken yet."""
+
+RECEIVE_BYTES, SEND_BYTES = 32 * 1024, 128 * 1024
+"""What the kernel keeps for a client at most; by socket(7) it takes twice that for it.
+
+By itself it goes up to some MiB for each, and all that the host's connections may take
+together is limited: whoever fills that makes every service of the host slow.
+"""
 
 GRACE_S = 0.3
 """What clients in the middle of a response get to take the rest of it when we stop."""
@@ -170,6 +189,8 @@ def _bind(family: socket.AddressFamily, sockaddr: _Address) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         if family == socket.AF_INET6:
             # IPv4 has its own socket, whatever net.ipv6.bindv6only says.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -230,18 +251,18 @@ class App:
         """Serve what a registry collects.
 
         Args:
-            registry: Asked anew for each scrape, in the event loop.
+            registry: Asked anew for scrapes that come at the same time, in the event loop.
             ready: What is waited for before there are metrics, None when there are.
             settings: Shown on the landing page.
             version: Likewise.
             web: Guards every page; None: anybody may ask.
         """
-        self._registry = registry
+        self._collections = Collections(registry)
         self.web = web
         self._ready = ready
         self._landing_page = _landing_page(version, settings).encode()
         self._trouble: str | None = None
-        self._pages: Mapping[str, Callable[[Scope], _Response]] = {
+        self._pages: Mapping[str, Callable[[Scope], Awaitable[_Response]]] = {
             "/": self._landing,
             "/metrics": self._metrics,
             "/-/healthy": self._health,
@@ -250,7 +271,7 @@ class App:
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Answer one request."""
-        response = await self._refusal(scope) or self._respond(scope)
+        response = await self._refusal(scope) or await self._respond(scope)
         headers = {
             "date": formatdate(usegmt=True),
             "content-type": response.content_type,
@@ -270,20 +291,36 @@ class App:
         )
         await send({"type": "http.response.body", "body": response.body})
 
+    async def collect(self) -> Page:
+        """A page of now, shared with whoever asks at the same time.
+
+        Raises:
+            SourceError: there is none.
+        """
+        try:
+            page = await self._collections.next()
+        except SourceError as error:
+            self._note(str(error))
+            raise
+        self._note(None)
+        return page
+
     async def _refusal(self, scope: Scope) -> _Response | None:
         if self.web is None:
             return None
-        return _REFUSALS.get(await self.web.admit(_header(scope, b"authorization")))
+        host, _ = scope["client"] or ("", 0)
+        authorization = _header(scope, b"authorization")
+        return _REFUSALS.get(await self.web.admit(authorization, neighbourhood(host)))
 
-    def _respond(self, scope: Scope) -> _Response:
+    async def _respond(self, scope: Scope) -> _Response:
         page = self._pages.get(scope["path"])
         if page is None:
             return _text(404, "not found: the metrics are at /metrics")
         if scope["method"] not in ("GET", "HEAD"):
             return _text(405, "only GET and HEAD are allowed", allow="GET, HEAD")
-        return page(scope)
+        return await page(scope)
 
-    def _landing(self, _scope: Scope) -> _Response:
+    async def _landing(self, _scope: Scope) -> _Response:
         return _Response(
             200,
             self._landing_page,
@@ -291,24 +328,22 @@ class App:
             {"content-security-policy": _CONTENT_SECURITY_POLICY},
         )
 
-    def _health(self, _scope: Scope) -> _Response:
+    async def _health(self, _scope: Scope) -> _Response:
         return _text(200, "healthy")
 
-    def _readiness(self, _scope: Scope) -> _Response:
+    async def _readiness(self, _scope: Scope) -> _Response:
         awaited = self._ready()
         return _text(503, f"not ready: {awaited}") if awaited else _text(200, "ready")
 
-    def _metrics(self, scope: Scope) -> _Response:
-        readiness = self._readiness(scope)
+    async def _metrics(self, scope: Scope) -> _Response:
+        readiness = await self._readiness(scope)
         if readiness.status != 200:
             return readiness
         try:
-            exposition = _exposition(self._registry, scope)
+            page = await self.collect()
         except SourceError as error:
-            self._note(str(error))
             return _text(503, str(error))
-        self._note(None)
-        return exposition
+        return _exposition(page, scope)
 
     def _note(self, trouble: str | None) -> None:
         if trouble == self._trouble:
@@ -320,19 +355,15 @@ class App:
             log.info("metrics can be had again")
 
 
-def _exposition(registry: CollectorRegistry, scope: Scope) -> _Response:
-    try:
-        encode, content_type = choose_encoder(_header(scope, b"accept"))
-    except TypeError:
-        # prometheus_client compares the parts of any version as if they were numbers.
-        encode, content_type = choose_encoder("")
-    names = parse_qs(scope["query_string"].decode("latin-1")).get("name[]")
-    body = encode(registry.restricted_registry(names) if names else registry)
+def _exposition(page: Page, scope: Scope) -> _Response:
+    form = negotiate(_header(scope, b"accept"))
+    query = parse_qs(scope["query_string"].decode("latin-1"))
+    if names := query.get("name[]"):
+        return _Response(200, page.body(form, names), form.content_type)
     if not gzip_accepted(_header(scope, b"accept-encoding")):
-        return _Response(200, body, content_type)
-    # Everybody else waits meanwhile: 10,000 series take 2 ms, and 60 ms at level 9.
-    packed = gzip.compress(body, compresslevel=1)
-    return _Response(200, packed, content_type, {"content-encoding": "gzip"})
+        return _Response(200, page.body(form), form.content_type)
+    packing = {"content-encoding": "gzip"}
+    return _Response(200, page.packed(form), form.content_type, packing)
 
 
 def _header(scope: Scope, name: bytes) -> str:
@@ -383,6 +414,21 @@ def _shown(value: object) -> str:
     return "not set" if value is None else str(value)
 
 
+class _Crowd:
+    """Sees to it that no memory is kept for a crowd that has gone."""
+
+    def __init__(self) -> None:
+        self._was_there = False
+
+    def note(self, connections: int) -> None:
+        if connections >= CROWD:
+            self._was_there = True
+        elif self._was_there and connections <= CROWD // 4:
+            self._was_there = False
+            gc.collect()  # what a connection had refers to itself
+            memory.give_back()
+
+
 class _Connection(H11Protocol, asyncio.BufferedProtocol):
     """uvicorn's HTTP/1.1, with bounds on the time and memory that a client can take.
 
@@ -391,19 +437,26 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
     of ours: uvicorn closes the idle ones.
     """
 
-    waiting_since: float
-    """When it last got on with something, on the clock of the loop."""
-
+    _where = ""
     _deadline: asyncio.TimerHandle
     _buffer: bytearray
 
+    def __init__(
+        self, places: "Places[_Connection]", crowd: _Crowd, **of_uvicorn: Any
+    ) -> None:
+        """One connection, which takes one of the places when it is there."""
+        super().__init__(**of_uvicorn)
+        self._places = places
+        self._crowd = crowd
+
     def take_place(self, transport: asyncio.Transport) -> None:
-        """Find a place for the client, if need be that of whoever has waited longest."""
-        others = cast("set[_Connection]", self.connections)
-        if len(others) >= MAX_CONNECTIONS:
-            min(others, key=lambda other: other.waiting_since).drop()
-        others.add(self)
+        """Find a place for the client, if need be that of another."""
+        if len(self.connections) >= MAX_CONNECTIONS:
+            self._make_room()
+        self.connections.add(self)
         self.transport = transport
+        host, *_ = transport.get_extra_info("peername") or ("",)
+        self._where = neighbourhood(host)
         # With no room in the buffer, "writing is paused" means "not all taken yet".
         transport.set_write_buffer_limits(0)
         self._buffer = bytearray(READ_BYTES)
@@ -418,9 +471,11 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Leave no timer behind: it would keep all that the connection has in memory."""
         self._deadline.cancel()
+        self._places.leave(self, self._where)
         super().connection_lost(exc)
         # uvicorn does this only when there was no error.
         self._unset_keepalive_if_required()
+        self._crowd.note(len(self.connections))
 
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002
         """Have asyncio read into this."""
@@ -437,10 +492,20 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
         if self.flow.write_paused:
             return  # resume_writing() comes back to it
         self._deadline.cancel()
-        self.waiting_since = self.loop.time()
+        self._wait()
         super().on_response_complete()
         if not self._idle():
             self._begin()
+
+    def pause_writing(self) -> None:
+        """Note that not all that was written is taken; there may be too much of that."""
+        super().pause_writing()
+        others = self._all() - {self}
+        untaken = sum(each.transport.get_write_buffer_size() for each in others)
+        if untaken > MAX_UNTAKEN_BYTES:
+            slow = self._places.dispensable(lambda each: each in others and each.is_slow)
+            if slow:
+                slow.drop()
 
     def resume_writing(self) -> None:
         """Note that all that was written is taken."""
@@ -455,17 +520,44 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
         else:
             self.drop()
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether it has not taken all of a response."""
+        return self.flow is not None and self.flow.write_paused
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether a response is being made for it."""
+        if self.cycle is None or self.cycle.response_complete:
+            return False
+        return not self.is_slow
+
     def drop(self) -> None:
         """Close the connection at once, whatever is still to be sent."""
         self.connections.discard(self)
+        self._places.leave(self, self._where)
         self.transport.get_extra_info("socket").setsockopt(
             socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE
         )
         self.transport.abort()
 
+    def _make_room(self) -> None:
+        # Who has asked is answered in a few turns of the event loop, but for a few whose
+        # password is to be checked.
+        for may_go in (lambda each: not each.is_answered, lambda _: True):
+            if other := self._places.dispensable(may_go):
+                other.drop()
+                return
+
     def _begin(self) -> None:
-        self.waiting_since = self.loop.time()
+        self._wait()
         self._deadline = self.loop.call_later(REQUEST_TIMEOUT_S, self.drop)
+
+    def _wait(self) -> None:
+        self._places.take(self, self._where, self.loop.time())
+
+    def _all(self) -> "set[_Connection]":
+        return cast("set[_Connection]", self.connections)
 
     def _idle(self) -> bool:
         return self.timeout_keep_alive_task is not None and not self.transport.is_closing()
@@ -523,18 +615,20 @@ def serve(sockets: Sequence[socket.socket], app: App) -> None:
         sockets: From `listen`; closed on return.
         app: What answers.
     """
+    gc.freeze()  # nobody needs to look through what is there already
     asyncio.run(_Server(_config(app)).serve(list(sockets)))
 
 
 def _protocol(web: "Web | None") -> Callable[..., asyncio.BaseProtocol]:
     """What makes the protocol of a new connection."""
+    plain = partial(_Connection, Places[_Connection](), _Crowd())
     if web is None or web.terms is None:
-        return _Connection
+        return plain
     from tcpexporter.tls import TlsTransport  # noqa: PLC0415  # imported with web
 
     def secure(**of_uvicorn: Any) -> TlsTransport:
         assert web.terms is not None  # noqa: S101
-        return TlsTransport(web.terms, _Connection(**of_uvicorn))
+        return TlsTransport(web.terms, plain(**of_uvicorn))
 
     return secure
 

@@ -191,6 +191,9 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._http.connection_lost(exc)
+        # What is above has us, and we have that: without this, what OpenSSL keeps for each
+        # client, 10 kB at least, would wait for Python's garbage collector.
+        del self._tls, self._incoming, self._outgoing
 
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002
         return self._buffer
@@ -209,6 +212,8 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
 
     def _go_on(self) -> None:
         """Do what can be done with what has come."""
+        if self._raw.is_closing():
+            return
         try:
             if not self._secure:
                 self._shake_hands()
@@ -292,5 +297,5 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "sslcontext":
-            return self._tls.context
+            return self._terms.context
         return self._raw.get_extra_info(name, default)

@@ -89,12 +89,19 @@ class Web:
         """What each response has besides its own headers, in lower case."""
         return self._rules.headers
 
-    async def admit(self, authorization: str) -> HTTPStatus:
-        """Judge a request by its Authorization header: OK, or how it is refused."""
+    async def admit(self, authorization: str, where: str) -> HTTPStatus:
+        """Judge a request by its Authorization header: OK, or how it is refused.
+
+        Args:
+            authorization: The header's value.
+            where: The neighbourhood it came from; they take turns where that takes long.
+        """
         rules = self._rules
         if rules.limiter and not rules.limiter.allow():
             return HTTPStatus.TOO_MANY_REQUESTS
-        return await rules.users.admit(authorization) if rules.users else HTTPStatus.OK
+        if rules.users is None:
+            return HTTPStatus.OK
+        return await rules.users.admit(authorization, where)
 
     def give_up(self) -> None:
         """Have no request wait for a password to be checked any more."""

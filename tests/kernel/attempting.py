@@ -128,7 +128,7 @@ class _App(server.App):
         self._pages = {**self._pages, "/attempts": _attempts, "/other-abi": _other_abi}
 
 
-def _attempts(_scope: server.Scope) -> server._Response:
+async def _attempts(_scope: server.Scope) -> server._Response:
     outcomes = {name: _outcome(act) for name, act in {**REFUSED, **READING}.items()}
     return server._text(200, json.dumps(outcomes))
 
@@ -141,6 +141,6 @@ def _outcome(act: Callable[[], object]) -> str:
     return DONE
 
 
-def _other_abi(_scope: server.Scope) -> server._Response:
+async def _other_abi(_scope: server.Scope) -> server._Response:
     _libc.syscall(ctypes.c_long(X32_GETPID))
     return server._text(200, f"nothing came of it, not even {signal.SIGSYS.name}")

@@ -82,6 +82,22 @@ def test_the_user_can_be_chosen(exporters: Exporters) -> None:
     assert status(pid, pid)["Uid"] == ["1"] * 4
 
 
+@pytest.mark.any_kernel
+def test_others_of_its_user_cannot_look_into_it(exporters: Exporters) -> None:
+    """As nobody, whom daemons share: neither its memory nor what it has open."""
+    pid = exporters(*BOTH_ENDS).process.pid
+    nobody = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    for name in ("maps", "mem", "environ", "fdinfo/0"):
+        looked = subprocess.run(
+            [*nobody, "cat", f"/proc/{pid}/{name}"],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert looked.stdout == ""
+        assert "Permission denied" in looked.stderr
+
+
 def test_the_serving_process_does_not_hold_bcc(exporters: Exporters) -> None:
     """Neither BCC nor LLVM is mapped, and the child that loaded them is gone."""
     pid = exporters(*BOTH_ENDS).process.pid

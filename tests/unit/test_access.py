@@ -13,6 +13,7 @@ from tcpexporter import access
 from tcpexporter.access import Checker, Limiter, Users
 from tcpexporter.webconfig import RateLimit
 
+HERE, THERE = "192.0.2.1", "198.51.100.7"
 OK, UNAUTHORIZED = HTTPStatus.OK, HTTPStatus.UNAUTHORIZED
 ALICES, BOBS = (bcrypt.hashpw(each, bcrypt.gensalt(4)).decode() for each in (b"a", b"b"))
 
@@ -44,7 +45,7 @@ def judge(users: Users, *authorizations: str) -> list[HTTPStatus]:
     """All asked at once."""
 
     async def ask() -> list[HTTPStatus]:
-        return await asyncio.gather(*(users.admit(each) for each in authorizations))
+        return await asyncio.gather(*(users.admit(each, HERE) for each in authorizations))
 
     return asyncio.run(ask())
 
@@ -140,11 +141,71 @@ def test_as_many_as_come_with_the_same_are_one_check() -> None:
 def test_checks_are_made_one_after_another_and_only_so_many_wait() -> None:
     """A stranger with many passwords takes one CPU; who comes on top is told to wait."""
     checks = Checks()
-    tried = [basic("eve", str(each)) for each in range(access.MAX_WAITING + 7)]
+    tried = [basic("eve", str(each)) for each in range(1 + access.MAX_WAITING + 7)]
     statuses = judge(make(checks), *tried)
-    assert statuses.count(UNAUTHORIZED) == access.MAX_WAITING == len(checks.asked)
-    assert statuses.count(HTTPStatus.SERVICE_UNAVAILABLE) == 7
+    assert statuses.count(UNAUTHORIZED) == 1 + access.MAX_WAITING == len(checks.asked)
+    assert statuses[-7:] == [HTTPStatus.SERVICE_UNAVAILABLE] * 7
     assert checks.most_at_work == 1
+
+
+async def stand_in_line(
+    users: Users, checks: Checks, *asking: tuple[str, str]
+) -> list[HTTPStatus]:
+    """Who asks where; each is there before the next one comes, and nobody's turn before."""
+    checks.go_on.clear()
+    waiting = []
+    for authorization, where in asking:
+        waiting.append(asyncio.ensure_future(users.admit(authorization, where)))
+        await asyncio.sleep(0.01)
+    checks.go_on.set()
+    return await asyncio.gather(*waiting)
+
+
+def test_others_do_not_wait_for_all_that_a_stranger_tries() -> None:
+    """Whoever comes from elsewhere waits for a check or two, and takes another's place."""
+    checks = Checks()
+    crowd = [(basic("eve", str(each)), THERE) for each in range(1 + access.MAX_WAITING)]
+    line = [*crowd, (basic("alice", "a"), HERE), (basic("bob", "b"), HERE)]
+    statuses = asyncio.run(stand_in_line(make(checks), checks, *line))
+    refused = HTTPStatus.SERVICE_UNAVAILABLE
+    assert statuses == [*[UNAUTHORIZED] * (len(crowd) - 2), refused, refused, OK, OK]
+    passwords = [password for password, _ in checks.asked]
+    assert passwords[:6] == [b"0", b"1", b"a", b"2", b"b", b"3"]
+
+
+def test_who_has_had_few_turns_has_the_next() -> None:
+    """However many addresses a stranger has, others wait for a check or two."""
+    checks = Checks()
+    users = make(checks)
+
+    async def run() -> None:
+        crowd = [
+            asyncio.ensure_future(
+                users.admit(basic("eve", str(each)), f"192.0.2.{each % 5}")
+            )
+            for each in range(21)
+        ]
+        while len(checks.asked) < 11:
+            await asyncio.sleep(0)
+        before = len(checks.asked)
+        assert await users.admit(basic("alice", "a"), THERE) == OK
+        passwords = [password for password, _ in checks.asked]
+        assert b"a" in passwords[before : before + 2]
+        await asyncio.gather(*crowd)
+
+    asyncio.run(run())
+
+
+def test_more_neighbourhoods_than_may_wait() -> None:
+    """With one in each, those who came first stay."""
+    checks = Checks()
+    line = [
+        (basic("eve", str(each)), f"192.0.2.{each}")
+        for each in range(access.MAX_WAITING + 3)
+    ]
+    statuses = asyncio.run(stand_in_line(make(checks), checks, *line))
+    assert statuses[-2:] == [HTTPStatus.SERVICE_UNAVAILABLE] * 2
+    assert statuses.count(UNAUTHORIZED) == 1 + access.MAX_WAITING
 
 
 def test_the_event_loop_goes_on_meanwhile() -> None:
@@ -153,12 +214,12 @@ def test_the_event_loop_goes_on_meanwhile() -> None:
     users = make(checks)
 
     async def run() -> None:
-        assert await users.admit(basic("alice", "a")) == OK
+        assert await users.admit(basic("alice", "a"), HERE) == OK
         checks.go_on.clear()
-        stranger = asyncio.ensure_future(users.admit(basic("eve", "x")))
+        stranger = asyncio.ensure_future(users.admit(basic("eve", "x"), HERE))
         while not checks.at_work:
             await asyncio.sleep(0.01)
-        assert await users.admit(basic("alice", "a")) == OK
+        assert await users.admit(basic("alice", "a"), HERE) == OK
         assert not stranger.done()
         checks.go_on.set()
         assert await stranger == UNAUTHORIZED
@@ -173,8 +234,8 @@ def test_who_gives_up_does_not_take_others_along() -> None:
 
     async def run() -> None:
         checks.go_on.clear()
-        first = asyncio.ensure_future(users.admit(basic("alice", "a")))
-        second = asyncio.ensure_future(users.admit(basic("alice", "a")))
+        first = asyncio.ensure_future(users.admit(basic("alice", "a"), HERE))
+        second = asyncio.ensure_future(users.admit(basic("alice", "a"), HERE))
         while not checks.at_work:
             await asyncio.sleep(0.01)
         first.cancel()
@@ -193,7 +254,7 @@ def test_nobody_waits_when_given_up() -> None:
     async def run() -> list[HTTPStatus]:
         checks.go_on.clear()
         tried = (basic("alice", each) for each in ("a", "b", "c"))
-        waiting = asyncio.gather(*(users.admit(each) for each in tried))
+        waiting = asyncio.gather(*(users.admit(each, HERE) for each in tried))
         while not checks.at_work:
             await asyncio.sleep(0.01)
         checker.give_up()

@@ -20,11 +20,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from typing import Any, NamedTuple
 
 import pytest
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
@@ -32,7 +33,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from prometheus_client.registry import Collector
 
-from tcpexporter import server
+from tcpexporter import memory, server
 from tcpexporter.errors import ServerError, SourceError
 
 LOOPBACK = "127.0.0.1"
@@ -62,6 +63,23 @@ class Flaky(Collector):
         if self.trouble:
             raise self.trouble
         yield GaugeMetricFamily("connections", "How many.", 7)
+
+
+class Held(Collector):
+    """A collector whose first collection goes on until told; each says which it is."""
+
+    collections = 0
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        self.collections += 1
+        number = self.collections
+        self.begun.set()
+        assert self.go_on.wait(PATIENCE_S)
+        yield GaugeMetricFamily("connections", "How many.", number)
 
 
 def make_app(
@@ -125,8 +143,8 @@ def ask(
         return Answer(response.status, response.headers, response.read())
 
 
-def dial(port: int) -> socket.socket:
-    return socket.create_connection((LOOPBACK, port), timeout=PATIENCE_S)
+def dial(port: int, source: str = LOOPBACK) -> socket.socket:
+    return socket.create_connection((LOOPBACK, port), PATIENCE_S, (source, 0))
 
 
 def read_until(sock: socket.socket, end: bytes) -> None:
@@ -137,11 +155,11 @@ def read_until(sock: socket.socket, end: bytes) -> None:
         received += chunk
 
 
-def read_all(sock: socket.socket) -> bytes:
-    """All that comes until the server closes, which must be within PATIENCE_S."""
+def read_all(sock: socket.socket, enough: int | None = None) -> bytes:
+    """All that comes until the server closes, within PATIENCE_S, or that is enough."""
     received = b""
     with contextlib.suppress(ConnectionResetError):
-        while chunk := sock.recv(65536):
+        while (enough is None or len(received) < enough) and (chunk := sock.recv(65536)):
             received += chunk
     return received
 
@@ -204,16 +222,10 @@ def test_gzip(start: Start) -> None:
 
 
 def test_names(start: Start) -> None:
-    """name[] chooses metrics."""
-    registry = CollectorRegistry(auto_describe=True)
-    for name in ("first", "second", "third"):
-        Gauge(name, "One of three.", registry=registry)
-    app = server.App(registry, ready=lambda: None, settings={}, version="1")
-    answer = ask(start(app), "/metrics?name[]=first&name[]=third")
-    assert {family.name for family in parse_text(answer.body.decode())} == {
-        "first",
-        "third",
-    }
+    """name[] chooses metrics, also of a collector that has not said what it collects."""
+    port = start(make_app(Flaky()))
+    assert b"connections 7" in ask(port, "/metrics?name[]=connections").body
+    assert ask(port, "/metrics?name[]=others", accept_encoding="gzip").body == b""
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/-/healthy", "/-/ready", "/nowhere"])
@@ -266,6 +278,27 @@ def test_not_ready_then_ready(start: Start) -> None:
     awaited = None
     assert ask(port, "/-/ready").status == 200
     assert ask(port, "/metrics").status == 200
+
+
+def test_scrapes_at_once(start: Start) -> None:
+    """Those that have come by the time it begins share a collection; who comes later has
+    one of their own.
+    """
+    collector = Held()
+    port = start(make_app(collector))
+    with ThreadPoolExecutor() as threads, contextlib.ExitStack() as opened:
+        first = threads.submit(ask, port, "/metrics")
+        assert collector.begun.wait(PATIENCE_S)
+        # The event loop is busy with it, so these wait in the kernel.
+        crowd = [opened.enter_context(dial(port)) for _ in range(server.ACCEPTED_AT_ONCE)]
+        for sock in crowd:
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        collector.go_on.set()
+        assert b"connections 1.0" in first.result().body
+        pages = [read_all(sock) for sock in crowd]
+    assert all(b"connections 2.0" in page for page in pages)
+    for number in (3, 4):
+        assert f"connections {number}.0".encode() in ask(port, "/metrics").body
 
 
 def test_source_error(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -604,6 +637,102 @@ def test_more_clients_than_places(start: Start, monkeypatch: pytest.MonkeyPatch)
         assert [is_open(sock) for sock in slow] == [False] * 17 + [True] * 7
 
 
+def test_a_crowd_takes_no_place_of_others(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever keeps a connection, or is slow, loses it to no crowd from elsewhere."""
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    port = start(make_app())
+    with contextlib.ExitStack() as opened:
+        kept, slow = (
+            opened.enter_context(dial(port, f"127.0.0.{each}")) for each in (2, 3)
+        )
+        kept.sendall(HEALTHY)
+        read_until(kept, b"healthy\n")
+        slow.sendall(HEALTHY[:7])
+        crowd = [opened.enter_context(dial(port)) for _ in range(24)]
+        crowd[-1].sendall(HEALTHY)
+        read_until(crowd[-1], b"healthy\n")
+        assert [is_open(sock) for sock in crowd[:-1]] == [False] * 18 + [True] * 5
+        for sock, left in ((kept, HEALTHY), (slow, HEALTHY[7:])):
+            sock.sendall(left)
+            read_until(sock, b"healthy\n")
+
+
+def test_who_is_being_answered_keeps_the_place(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes: as when a password is checked."""
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    asked, go_on = threading.Event(), threading.Event()
+    app = make_app()
+
+    async def wait(_scope: server.Scope) -> server._Response:
+        asked.set()
+        await asyncio.to_thread(go_on.wait, PATIENCE_S)
+        return server._text(200, "at last")
+
+    app._pages = {**app._pages, "/wait": wait}
+    port = start(app)
+    with contextlib.ExitStack() as opened:
+        waiting = opened.enter_context(dial(port))
+        waiting.sendall(HEALTHY.replace(b"/-/healthy", b"/wait"))
+        assert asked.wait(PATIENCE_S)
+        crowd = [opened.enter_context(dial(port)) for _ in range(24)]
+        crowd[-1].sendall(HEALTHY)
+        read_until(crowd[-1], b"healthy\n")
+        go_on.set()
+        read_until(waiting, b"at last\n")
+
+
+def test_what_nobody_takes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of clients that do not read, so many are dropped that the rest fits, oldest first."""
+    page_bytes, fit = 4_000_000, 3
+    monkeypatch.setattr(server, "MAX_UNTAKEN_BYTES", fit * page_bytes)
+    port = start(make_app(settings={"setting": "x" * page_bytes}))
+    with contextlib.ExitStack() as opened:
+        readers = []
+        for _ in range(7):
+            readers.append(opened.enter_context(dial(port)))
+            readers[-1].sendall(LANDING)
+            assert readers[-1].recv(4)
+        assert all(until_refused(sock) for sock in readers[:3])
+        for sock in readers[4:]:
+            assert len(read_all(sock, page_bytes)) >= page_bytes
+
+
+def test_what_the_kernel_keeps_for_a_client() -> None:
+    """Less than it would by itself, in both directions."""
+    (listener,) = server.listen(LOOPBACK, 0)
+    with listener, dial(listener.getsockname()[1]):
+        accepted, _ = listener.accept()
+        with accepted:
+            for option, kept in (
+                (socket.SO_RCVBUF, server.RECEIVE_BYTES),
+                (socket.SO_SNDBUF, server.SEND_BYTES),
+            ):
+                assert accepted.getsockopt(socket.SOL_SOCKET, option) == 2 * kept
+
+
+def test_memory_of_a_crowd_is_given_back(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When most have gone, and once for each crowd."""
+    given = []
+    monkeypatch.setattr(memory, "give_back", lambda: given.append(True))
+    port = start(make_app())
+    for crowds in (1, 2):
+        with contextlib.ExitStack() as opened:
+            for _ in range(server.CROWD):
+                opened.enter_context(dial(port))
+            ask(port, "/")
+        while len(given) < crowds:
+            ask(port, "/")
+        for _ in range(5):
+            ask(port, "/")
+        assert len(given) == crowds
+
+
 def test_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that came with its client is answered, whatever crowd comes after it."""
     assert 3 * 2 * server.ACCEPTED_AT_ONCE < server.MAX_CONNECTIONS
@@ -757,7 +886,7 @@ def connections_in_memory() -> int:
 PROGRAM = """
 import signal
 from prometheus_client import CollectorRegistry
-from tcpexporter import server
+from tcpexporter import memory, server
 
 sockets = server.listen("127.0.0.1", 0)
 print(sockets[0].getsockname()[1], flush=True)

@@ -3,6 +3,7 @@
 
 import base64
 import contextlib
+import gc
 import http.client
 import itertools
 import json
@@ -410,6 +411,30 @@ def test_half_handshakes_take_places_like_others(
         socks[-1].setblocking(False)
         with pytest.raises(BlockingIOError):  # it still has its place
             socks[-1].recv(1)
+
+
+def test_nothing_of_openssl_is_left_to_collect(serve: Serve) -> None:
+    """What it has for a client is freed with the connection: Python collects seldom."""
+    served = serve(TLS)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            assert served.ask(client_context()).status == 200
+            with dial(served.port) as sock:
+                sock.sendall(HELLO)
+        end = time.monotonic() + PATIENCE_S
+        while of_the_server() > 2:
+            assert time.monotonic() < end
+            assert served.ask(client_context()).status == 200
+    finally:
+        gc.enable()
+
+
+def of_the_server() -> int:
+    return sum(
+        isinstance(each, ssl.SSLObject) and each.server_side for each in gc.get_objects()
+    )
 
 
 @pytest.mark.usefixtures("short")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +52,17 @@ VAGRANT = Userland(
 )
 """A machine that systemd boots, with services in it."""
 
+LOCKS = ("run.txt", "test.txt")
+"""What `deploy/setup.sh guest` installs from."""
+
 INPUTS = (
     Path(__file__),
     ROOT / "pyproject.toml",
-    *sorted(path for path in (ROOT / "deploy").rglob("*") if path.is_file()),
+    *sorted(
+        path
+        for path in (ROOT / "deploy").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    ),
     *sorted((ROOT / "vagrant").iterdir()),
 )
 """What an image is made from; when one of them changes, so does the image."""
@@ -115,16 +121,10 @@ def pack_tree(archive: Path) -> None:
 
 def _download_wheels(python: str, into: Path) -> None:
     """What pip will install, for a Python that need not be the host's."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    needed = [
-        *project["build-system"]["requires"],
-        *project["project"]["dependencies"],
-        *project["project"]["optional-dependencies"]["test"],
-    ]
     _run(
         sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:",
-        f"--python-version={python}", f"--dest={into}",
-        f"--constraint={ROOT / 'deploy/constraints.txt'}", *needed,
+        f"--python-version={python}", f"--dest={into}", "--require-hashes",
+        *(f"--requirement={ROOT / 'deploy/lock' / name}" for name in LOCKS),
     )  # fmt: skip
 
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Everything that clients can do to the exporter, one after another, while it is scraped.
+
+    python -m tests.hostile [--seconds SECONDS] [NAME ...]
+
+It says in a table what came of it. The exit code is 1 if a scrape failed or took a second,
+or the exporter took more than it may, or is not afterwards what it was before.
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.hostile.attacks import ATTACKS
+from tests.hostile.siege import CONNECTIONS, Figures, attack, besieged, newcomers
+from tests.hostile.watching import Scraped
+from tests.support import Peers, inside, new_netns
+
+HEAD = (
+    *("attack", "clients", "connections", "requests", "MB sent"),
+    *("scrapes failed", "slowest", "on a kept connection", "first login"),
+    *("failed at an attacker's address", "peak memory", "peak descriptors"),
+    "memory afterwards",
+)
+
+
+def _row(figures: Figures) -> tuple[str, ...]:
+    done, watched = figures.done, figures.watched
+    return (
+        figures.attack.text,
+        f"{figures.attack.clients:,}",
+        f"{done.connections:,}",
+        f"{done.requests:,}",
+        f"{done.sent_bytes / 1e6:,.0f}",
+        _failed(*watched.judged),
+        *(_slowest(each) for each in watched.judged),
+        _failed(watched.beside),
+        f"{figures.peak_mib:.1f} MiB",
+        str(watched.descriptors),
+        f"{figures.growth_mib:+.1f} MiB".replace("-", "−"),
+    )
+
+
+def _failed(*scraped: Scraped) -> str:
+    failed = sum(len(each.failures) for each in scraped)
+    return f"{failed} of {sum(each.scrapes for each in scraped)}"
+
+
+def _slowest(scraped: Scraped) -> str:
+    return f"{scraped.slowest_s * 1000:.0f} ms" if scraped.scrapes else ""
+
+
+def _write(cells: tuple[str, ...]) -> None:
+    sys.stdout.write(f"| {' | '.join(cells)} |\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.hostile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", default=list(ATTACKS), metavar="NAME")
+    parser.add_argument("--seconds", type=float, default=25)
+    chosen = parser.parse_args()
+    problems = []
+    _write(HEAD)
+    _write(("---",) * len(HEAD))
+    with new_netns() as netns, inside(netns), Peers() as peers:
+        peers.connect(CONNECTIONS)
+        for web, names in itertools.groupby(chosen.names, lambda name: ATTACKS[name].web):
+            with (
+                tempfile.TemporaryDirectory() as directory,
+                besieged(Path(directory), web, peers) as exporter,
+            ):
+                for name in names:
+                    guests = newcomers() if web == "passwords" else ()
+                    figures = attack(
+                        exporter, peers, name, seconds=chosen.seconds, guests=guests
+                    )
+                    _write(_row(figures))
+                    found = [*figures.problems, *figures.delays]
+                    problems += [f"{name}: {each}" for each in found]
+    sys.exit("\n".join(problems) or None)
+
+
+if __name__ == "__main__":
+    main()
