@@ -5,11 +5,15 @@ import contextlib
 import dataclasses
 import logging
 import os
+import pwd
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -24,17 +28,32 @@ from tcpexporter import (
     sizing,
     version,
 )
-from tcpexporter.collector import ConnectionCollector, make_registry
+from tcpexporter.collector import Choice, ConnectionCollector, make_registry
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
 from tcpexporter.ebpf import EbpfSource
-from tcpexporter.errors import ServerError, SettingsError, SourceError, TcpExporterError
+from tcpexporter.errors import (
+    ServerError,
+    SettingsError,
+    SourceError,
+    TcpExporterError,
+    WebConfigError,
+)
 from tcpexporter.polling import PollingSource
-from tcpexporter.settings import Settings, parse
+from tcpexporter.reader import SETTINGS, WEB_CONFIG, Reader, ReaderGoneError, Told
+from tcpexporter.reloading import Hangups, Reloading, Reloads, Take
+from tcpexporter.settings import Settings, parse, reread
 from tcpexporter.sockets import open_tables
 from tcpexporter.sources import Source
+from tcpexporter.supervisor import Supervisor
+
+if TYPE_CHECKING:  # what is not asked for takes no memory
+    from tcpexporter.state import State
+    from tcpexporter.web import Web
 
 log = logging.getLogger("tcpexporter")
+
+LAST_STANDARD_STREAM = 2
 
 SOURCES = ("ebpf", "sock_diag", "procfs")
 """In the order in which ``--source auto`` tries them."""
@@ -50,7 +69,11 @@ def main() -> None:
     """Run until a signal comes; exits with 0, 1 for a failure, 2 for a wrong setting."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    _have_standard_streams()
+    hangups = Hangups()
+    hangups.catch()
     memory.spare()
+    supervisor = Supervisor.of(os.environ)
     try:
         settings = parse(sys.argv[1:], os.environ)
         _set_up_logging(settings)
@@ -59,26 +82,39 @@ def main() -> None:
         elif settings.unpin:
             pins.remove(settings.pin or pins.DEFAULT)
         else:
-            _run(settings)
+            _run(settings, supervisor, hangups)
     except SettingsError as error:
-        sys.exit(_complain(error, 2))
+        sys.exit(_complain(error, 2, supervisor))
     except TcpExporterError as error:
-        sys.exit(_complain(error, 1))
+        sys.exit(_complain(error, 1, supervisor))
     foreign.leave(0)
+
+
+def _have_standard_streams() -> None:
+    """Have no socket or map where others write to: what was closed is /dev/null."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= LAST_STANDARD_STREAM:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(LAST_STANDARD_STREAM, "w", closefd=False)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
     sys.exit(0)
 
 
-def _complain(error: TcpExporterError, code: int) -> int:
-    sys.stderr.write(f"tcpexporter: {error}\n")
-    sys.stderr.flush()
+def _complain(error: TcpExporterError, code: int, supervisor: Supervisor) -> int:
+    supervisor.tell(f"STATUS={error}")
+    with contextlib.suppress(OSError):  # there is nowhere to say it
+        sys.stderr.write(f"tcpexporter: {error}\n")
+        sys.stderr.flush()
     foreign.leave(code)
     return code
 
 
 def _set_up_logging(settings: Settings) -> None:
+    # A full disk is no reason to write more.
+    logging.raiseExceptions = False
     handler = logging.StreamHandler()
     fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
     if settings.log_format == "json":
@@ -101,7 +137,7 @@ def _print_features() -> None:
     _print(table(Kernel()))
 
 
-def _run(settings: Settings) -> None:
+def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
     with contextlib.ExitStack() as resources:
         listening = []
         if not settings.once:
@@ -109,23 +145,24 @@ def _run(settings: Settings) -> None:
         for each in listening:
             resources.enter_context(each)
         account = privileges.find_user(settings.user) if os.geteuid() == 0 else None
-        web = None
-        if settings.web_config and not settings.once:
-            # As with JsonFormatter: 3 MiB.
-            from tcpexporter.web import Web  # noqa: PLC0415
-
-            web = resources.enter_context(
-                contextlib.closing(Web(settings.web_config, account))
-            )
-        source = _open_source(settings)
+        reader = _open_reader(settings, account)
+        if reader:
+            resources.callback(reader.close)
+        web = _make_web(settings, reader) if reader else None
+        state = _open_state(settings.state) if settings.state else None
+        source = _open_source(settings, state)
         resources.callback(source.close)
-        collector = _make_collector(source, settings)
-        registry = make_registry(collector)
-        confinement.confine(account, source.report)
+        if state:
+            resources.callback(state.close)
+        choose = _chooser(settings)
+        collector = _make_collector(source, settings, choose(settings))
+        reloads = Reloads()
+        registry = make_registry(collector, reloads)
+        confinement.confine(account, source.report, supervisor.fileno())
         if settings.once:
             # Half a page, or none, is not to be taken for a page.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
             source.start()
             _print_once(registry, settings.duration_s)
             return
@@ -137,22 +174,68 @@ def _run(settings: Settings) -> None:
             version=version.VERSION,
             web=web,
         )
+        following = _Following(settings, collector, choose, app)
+        takers: dict[str, Take] = {SETTINGS: following.take}
+        if web:
+            takers[WEB_CONFIG] = web.replace
+        reloading = Reloading(reader, takers, hangups, supervisor, reloads)
+        resources.callback(reloading.close)
+
+        def status() -> str:
+            tracked = (
+                "" if collector.tracked is None else f", {collector.tracked:,} tracked"
+            )
+            return f"counting connections by {source.name}{tracked}"
+
+        def begin() -> None:
+            supervisor.tell("READY=1", f"STATUS={status()}")
+            reloading.follow()
+
         try:
-            if web:
-                web.follow()
-            starting.begin()
-            server.serve(listening, app)
+            starting.begin(begin)
+            server.serve(listening, app, lambda: supervisor.keep(app.check, status))
         finally:
+            supervisor.tell("STOPPING=1")
             starting.raise_failure()
 
 
-def _open_source(settings: Settings) -> Source:
+def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reader | None:
+    if settings.once or not (settings.conf or settings.web_config):
+        return None
+    return Reader(
+        account,
+        web_config=settings.web_config,
+        settings=settings.conf and str(Path(settings.conf).expanduser()),
+    )
+
+
+def _make_web(settings: Settings, reader: Reader) -> "Web | None":
+    path = settings.web_config
+    if not path:
+        return None
+    # As with JsonFormatter: 3 MiB.
+    from tcpexporter.web import Web  # noqa: PLC0415
+
+    try:
+        return Web(path, reader.receive())
+    except ReaderGoneError as error:
+        raise WebConfigError(f"{path} cannot be read: its reader has failed") from error
+
+
+def _open_state(path: str) -> "State | None":
+    # As with JsonFormatter: 0.3 MiB.
+    from tcpexporter.state import State  # noqa: PLC0415
+
+    return State.open(Path(path))
+
+
+def _open_source(settings: Settings, state: "State | None" = None) -> Source:
     if settings.source != "auto":
-        return _open(settings.source, settings)
+        return _open(settings.source, settings, state)
     reasons = []
     for name in SOURCES:
         try:
-            source = _open(name, settings)
+            source = _open(name, settings, state)
         except SourceError as error:
             reasons.append(f"{name} does not work: {error}")
             continue
@@ -162,7 +245,7 @@ def _open_source(settings: Settings) -> Source:
     raise SourceError("; ".join(reasons))
 
 
-def _open(name: str, settings: Settings) -> Source:
+def _open(name: str, settings: Settings, state: "State | None") -> Source:
     if name == "ebpf":
         return EbpfSource(
             netns=settings.netns,
@@ -171,32 +254,45 @@ def _open(name: str, settings: Settings) -> Source:
             reconcile_interval_s=settings.reconcile_interval_s,
             reconcile_cpu_share=settings.reconcile_cpu_percent / 100,
             pin=settings.pin,
+            state=state,
         )
-    return PollingSource(open_tables(name, settings.netns), settings.interval_s)
+    return PollingSource(open_tables(name, settings.netns), settings.interval_s, state)
 
 
-def _make_collector(source: Source, settings: Settings) -> ConnectionCollector:
+def _chooser(settings: Settings) -> Callable[[Settings], Choice]:
+    """What makes a choice of settings that differ from these in what can change."""
     own_netns = namespaces.inode()
     every_netns = settings.netns == "all"
     listens_there = every_netns or own_netns == namespaces.inode(
         namespaces.find(settings.netns)
     )
-    selection = select(
-        settings.ports,
-        tcpv6=settings.tcpv6,
-        directions=DIRECTIONS[settings.direction],
-        own_listener=(own_netns, settings.listen_port)
-        if listens_there and not settings.once
-        else None,
-        by_netns=every_netns,
+    own_listener = (
+        (own_netns, settings.listen_port) if listens_there and not settings.once else None
     )
+
+    def choose(chosen: Settings) -> Choice:
+        selection = select(
+            chosen.ports,
+            tcpv6=settings.tcpv6,
+            directions=DIRECTIONS[settings.direction],
+            own_listener=own_listener,
+            by_netns=every_netns,
+        )
+        return Choice(
+            selection, named(chosen.ports, own_netns, selection), chosen.duration_s
+        )
+
+    return choose
+
+
+def _make_collector(
+    source: Source, settings: Settings, choice: Choice
+) -> ConnectionCollector:
     return ConnectionCollector(
         source,
-        selection,
-        duration_s=settings.duration_s,
+        choice,
         max_series=settings.max_series,
-        named=named(settings.ports, own_netns, selection),
-        names=namespaces.Names().read if every_netns else None,
+        names=namespaces.Names().read if settings.netns == "all" else None,
         simple=settings.simple,
     )
 
@@ -224,6 +320,34 @@ def _print(page: str) -> None:
         raise ServerError(f"cannot write to standard output: {error.strerror}") from error
 
 
+class _Following:
+    """Puts into force what was read again."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        collector: ConnectionCollector,
+        choose: Callable[[Settings], Choice],
+        app: server.App,
+    ) -> None:
+        self._settings = settings
+        self._collector = collector
+        self._choose = choose
+        self._app = app
+
+    def take(self, told: Told) -> None:
+        """What a file can say against flags and environment, which are as they were."""
+        done = reread(self._settings, parse(sys.argv[1:], os.environ, told.accepted()))
+        self._settings = done.settings
+        self._collector.choose(self._choose(done.settings))
+        self._app.show(dataclasses.asdict(done.settings))
+        root = logging.getLogger()
+        level = logging.getLevelName(done.settings.log_level.upper())
+        root.setLevel(min(root.level, level))  # one of the two lets it be said
+        log.info("the settings have been read again: %s", done)
+        root.setLevel(level)
+
+
 class _Starting:
     """Learning of the connections from before, while HTTP already says so."""
 
@@ -232,8 +356,11 @@ class _Starting:
         self._awaited: str | None = "the connections from before are being read"
         self._failure: SourceError | None = None
 
-    def begin(self) -> None:
-        threading.Thread(target=self._start, name="start", daemon=True).start()
+    def begin(self, then: Callable[[], None]) -> None:
+        """Start in a thread, which then goes on with ``then``."""
+        threading.Thread(
+            target=self._start, args=(then,), name="start", daemon=True
+        ).start()
 
     def awaited(self) -> str | None:
         return self._awaited
@@ -242,7 +369,7 @@ class _Starting:
         if self._failure:
             raise self._failure
 
-    def _start(self) -> None:
+    def _start(self, then: Callable[[], None]) -> None:
         try:
             self._source.start()
         except SourceError as error:
@@ -251,6 +378,7 @@ class _Starting:
         else:
             self._awaited = None
             log.info("counting connections by %s", self._source.name)
+            then()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from tcpexporter.counting import (
     fold,
     listened,
 )
+from tcpexporter.reloading import Reloads
 from tcpexporter.sources import Reconciliation, Source
 
 PORT_LABELS = ("port", "tcp_version")
@@ -38,45 +39,57 @@ FORGET_NS = 300_000_000_000
 """How long a namespace without name, connection and listener keeps its series."""
 
 
+class Choice(NamedTuple):
+    """What is counted, of all connections there are."""
+
+    selection: Selection
+    named: Series
+    """Series that are there from the first scrape on, stay, and are never folded."""
+    duration_s: int
+    """From what age on a connection is long-term."""
+
+
 class ConnectionCollector(Collector):
     """Reads its source at each scrape; remembers only which series it has published."""
 
     def __init__(
         self,
         source: Source,
-        selection: Selection,
+        choice: Choice,
         *,
-        duration_s: int,
         max_series: int,
-        named: Series | None = None,
         names: Callable[[], Mapping[int, str]] | None = None,
         simple: bool = False,
         boottime_ns: Callable[[], int] = clock.boottime_ns,
     ) -> None:
-        """Count the connections of ``source`` that are in ``selection``.
+        """Count connections of ``source``.
 
         Args:
             source: where the connections come from.
-            selection: which of them are counted.
-            duration_s: from what age on a connection is long-term.
+            choice: which of them are counted, until `choose` says otherwise.
             max_series: how many ports' series a page has; the smallest of more are
                 folded into one.
-            named: series that are there from the first scrape on, stay, and are never
-                folded.
             names: of the namespaces there are, by inode, if they are told apart.
             simple: publish one number without labels.
             boottime_ns: the clock of ``established_ns``.
         """
+        self.tracked: int | None = None
+        """How many connections were known at the last scrape."""
         self._source = source
-        self._selection = selection
-        self._duration_s = duration_s
+        self._choice = self._published_by = choice
         self._max_series = max_series
-        self._named = np.empty(0, np.uint64) if named is None else named
         self._names = names
         self._simple = simple
         self._boottime_ns = boottime_ns
-        self._published = self._named
+        self._published = choice.named
         self._gone_ns: dict[int, int] = {}
+
+    def choose(self, choice: Choice) -> None:
+        """Count that from the next scrape on; from any thread.
+
+        What was published and is not in the selection any more is forgotten.
+        """
+        self._choice = choice
 
     def collect(self) -> Iterator[Metric]:
         """The metric families of one scrape.
@@ -86,16 +99,18 @@ class ConnectionCollector(Collector):
         """
         started_s = time.perf_counter()
         now_ns = self._boottime_ns()
-        since_ns = now_ns - self._duration_s * 1_000_000_000
+        choice = self._choice
+        since_ns = now_ns - choice.duration_s * 1_000_000_000
         names = self._names() if self._names else None
-        counts = count(self._source.read(), self._selection, since_ns)
+        counts = count(self._source.read(), choice.selection, since_ns)
+        self.tracked = counts.total
         folded, labels = 0, list[Labels]()
         if not self._simple:
-            counts, folded = self._publish(counts, now_ns, names)
+            counts, folded = self._publish(counts, choice, now_ns, names)
             labels = _labels(counts.series, names)
         yield self._connections(
             "netstat_tcp_longterm_connections_total",
-            f"TCP connections established for at least {self._duration_s} seconds.",
+            f"TCP connections established for at least {choice.duration_s} seconds.",
             labels,
             counts.long_term,
         )
@@ -118,16 +133,23 @@ class ConnectionCollector(Collector):
         )
 
     def _publish(
-        self, counts: Counts, now_ns: int, names: Mapping[int, str] | None
+        self,
+        counts: Counts,
+        choice: Choice,
+        now_ns: int,
+        names: Mapping[int, str] | None,
     ) -> tuple[Counts, int]:
         """What is used now, and was published before, as far as there is room."""
-        listening = listened(self._source.listeners(), self._selection)
+        listening = listened(self._source.listeners(), choice.selection)
+        if choice is not self._published_by:
+            self._published = listened(self._published.view(SERIES), choice.selection)
+            self._published_by = choice
         if names is not None:
             self._forget({*names, *_namespaces(counts.series, listening)}, now_ns)
         page, folded = fold(
             counts,
             listening=listening,
-            named=self._named,
+            named=choice.named,
             published=self._published,
             max_series=self._max_series,
         )
@@ -205,6 +227,12 @@ class ConnectionCollector(Collector):
             )
         if report.reconciliation is not None:
             yield from _about_reconciling(report.reconciliation)
+        if report.state_saved_s is not None:
+            yield GaugeMetricFamily(
+                "tcpexporter_state_saved_timestamp_seconds",
+                "When the ages were last saved in the file of --state; 0: not yet.",
+                report.state_saved_s,
+            )
 
 
 def _namespaces(*series: Series) -> Iterator[int]:
@@ -282,10 +310,32 @@ class BuildCollector(Collector):
         )
 
 
-def make_registry(collector: ConnectionCollector) -> CollectorRegistry:
+class ReloadCollector(Collector):
+    """What came of reading the configuration again, with Prometheus' own names."""
+
+    def __init__(self, reloads: Reloads) -> None:
+        self._reloads = reloads
+
+    def collect(self) -> Iterator[Metric]:
+        """Two families, which are there before anything is read again, too."""
+        yield GaugeMetricFamily(
+            "tcpexporter_config_last_reload_successful",
+            "Whether the settings and the web configuration that were read last are in"
+            " force.",
+            int(self._reloads.successful),
+        )
+        yield GaugeMetricFamily(
+            "tcpexporter_config_last_reload_success_timestamp_seconds",
+            "When what was read was in force last: at the start, or when read again.",
+            self._reloads.succeeded_s,
+        )
+
+
+def make_registry(collector: ConnectionCollector, reloads: Reloads) -> CollectorRegistry:
     """Everything a scrape shows, on one page."""
     registry = CollectorRegistry()
     registry.register(collector)
+    registry.register(ReloadCollector(reloads))
     registry.register(BuildCollector())
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)

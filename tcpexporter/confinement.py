@@ -28,7 +28,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from errno import EFAULT, ENOSYS, EPERM
-from fcntl import F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SETFD, F_SETFL
+from fcntl import F_GETFD, F_GETFL, F_SETFD, F_SETFL
 from mmap import PROT_EXEC
 from socket import AF_UNIX, MSG_FASTOPEN, SOCK_STREAM
 from typing import Any, NamedTuple
@@ -44,7 +44,11 @@ MACHINES = ("x86_64", "aarch64")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def confine(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> None:
+def confine(
+    account: pwd.struct_passwd | None,
+    needed: Callable[[], object],
+    connected: int | None = None,
+) -> None:
     """Give up root for good, and then whatever else is not for serving.
 
     All of it belongs to a thread, and to those that it starts: call this while there is
@@ -53,6 +57,8 @@ def confine(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> 
     Args:
         account: as `privileges.drop` has it.
         needed: likewise.
+        connected: a descriptor of a unix datagram socket, if there is one. It may send to
+            whom it is connected to, and to nobody else.
 
     Raises:
         PrivilegeError: the kernel refuses a step.
@@ -60,7 +66,7 @@ def confine(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> 
     # Or the C library would look at that file for each line of the log.
     os.environ.setdefault("TZ", ":/etc/localtime")
     time.tzset()
-    code = _make_filter()  # as root, who can read what that takes
+    code = _make_filter(connected)  # as root, who can read what that takes
     privileges.drop(account, needed)
     try:
         if landlock_abi():
@@ -211,7 +217,7 @@ ALLOWED = (
     *("read", "readv", "pread64", "write", "writev", "lseek", "close", "getdents64"),
     *("fstat", "newfstatat", "stat", "lstat", "statx", "readlink", "readlinkat", "getcwd"),
     # sockets that are there, and whoever connects to them
-    *("accept", "accept4", "listen", "recvfrom", "recvmsg", "shutdown"),
+    *("accept", "accept4", "listen", "recvfrom", "shutdown"),
     *("getpeername", "getsockname", "getsockopt", "setsockopt"),
     # waiting
     *("epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "epoll_pwait2"),
@@ -253,14 +259,22 @@ def _is_null(argument: int) -> Condition:
     return Condition(argument, 0xFFFFFFFFFFFFFFFF, 0)
 
 
-def _conditional(process: int) -> Iterator[tuple[str, *tuple[Condition, ...]]]:
+def _is_not(argument: int, value: int) -> Iterator[Condition]:
+    """One of these is met: a bit is another. The kernel looks at no more bits, as above."""
+    for bit in (1 << each for each in range(32)):
+        yield Condition(argument, bit, ~value & bit)
+
+
+def _conditional(
+    process: int, connected: int | None
+) -> Iterator[tuple[str, *tuple[Condition, ...]]]:
     """System calls that are made in serving, with what is so whenever they are."""
     for command in MAP_COMMANDS:
         yield "bpf", _is(0, command)
     for request in (FIOCLEX, FIONBIO, TCGETS):
         yield "ioctl", _is(1, request)
-    # Not F_SETOWN: a descriptor's owner is sent signals.
-    for command in (F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC):
+    # Not F_SETOWN: a descriptor's owner is sent signals. Not F_DUPFD: see sendmsg.
+    for command in (F_GETFD, F_SETFD, F_GETFL, F_SETFL):
         yield "fcntl", _is(1, command)
     # Only for reading; Landlock says what.
     yield "open", Condition(1, WRITING, 0)
@@ -277,7 +291,15 @@ def _conditional(process: int) -> Iterator[tuple[str, *tuple[Condition, ...]]]:
     # To no address: a pair's datagrams can be sent to others, TCP Fast Open connects.
     yield "socketpair", _is(0, AF_UNIX), Condition(1, SOCK_TYPE_MASK, SOCK_STREAM)
     yield "sendto", _is_null(4)
-    yield "sendmsg", Condition(2, MSG_FASTOPEN, 0)
+    no_connecting = Condition(2, MSG_FASTOPEN, 0)
+    if connected is None:
+        yield "sendmsg", no_connecting
+    else:
+        # Its addresses lie in memory, where no filter looks. There is no way to another
+        # descriptor of the same socket: no dup(2), and no recvmsg(2), which takes one that
+        # was sent.
+        for is_other in _is_not(0, connected):
+            yield "sendmsg", is_other, no_connecting
 
 
 def has_filters() -> bool:
@@ -285,7 +307,7 @@ def has_filters() -> bool:
     return _prctl_seccomp(None) != 0 and ctypes.get_errno() == EFAULT
 
 
-def _make_filter() -> bytes:
+def _make_filter(connected: int | None) -> bytes:
     """The filter as the kernel takes it; empty where there can be none."""
     if platform.machine() not in MACHINES or not has_filters():
         log.warning("no system call is refused: this system does not take our filter")
@@ -295,7 +317,7 @@ def _make_filter() -> bytes:
     if not child:
         try:
             with os.fdopen(theirs, "wb") as channel:
-                _system_calls(os.getppid()).export_bpf(channel)
+                _system_calls(os.getppid(), connected).export_bpf(channel)
         except (ImportError, OSError, RuntimeError) as error:
             log.warning("no system call is refused: install libseccomp (%s)", error)
         finally:
@@ -307,7 +329,7 @@ def _make_filter() -> bytes:
     return code
 
 
-def _system_calls(process: int) -> Any:
+def _system_calls(process: int, connected: int | None) -> Any:
     """The filter as libseccomp has it.
 
     Raises:
@@ -318,7 +340,8 @@ def _system_calls(process: int) -> Any:
     made = pyseccomp.SyscallFilter(pyseccomp.ERRNO(EPERM))
     # As on another architecture, where the same numbers are other calls: x32, i386.
     made.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
-    for name, *conditions in [*((name,) for name in ALLOWED), *_conditional(process)]:
+    conditional = _conditional(process, connected)
+    for name, *conditions in [*((name,) for name in ALLOWED), *conditional]:
         number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name)
         if number >= 0:  # the architecture has it, and the library knows
             tests = [

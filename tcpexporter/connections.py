@@ -41,9 +41,9 @@ CONNECTION = np.dtype(
 )
 """``struct connection``: a connection and where it is counted.
 
-``established_ns`` is on CLOCK_BOOTTIME; ``handle`` is the tracker's own, 0 elsewhere;
-``group`` is as `groups` makes it. Where that is 0 there is no connection: arrays that
-the kernel writes to have such places between others.
+``established_ns`` is on CLOCK_BOOTTIME; ``handle`` is the tracker's own, the cookie in what
+the socket tables tell, else 0; ``group`` is as `groups` makes it. Where that is 0 there is
+no connection: arrays that the kernel writes to have such places between others.
 """
 
 GROUP_IPV6 = 1 << 16

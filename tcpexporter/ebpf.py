@@ -5,15 +5,20 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tcpexporter import loader, namespaces
 from tcpexporter.connections import Records
-from tcpexporter.pins import Pins
+from tcpexporter.pins import Pins, settled
+from tcpexporter.polling import first_seen
 from tcpexporter.reconcile import Reconciler, reconcile, seed
 from tcpexporter.siphash import SECRET
 from tcpexporter.sockets import open_tables
 from tcpexporter.sources import Report
 from tcpexporter.tracker import Tracker
+
+if TYPE_CHECKING:  # what is not asked for takes no memory
+    from tcpexporter.state import State
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +36,7 @@ class EbpfSource:
         reconcile_interval_s: float,
         reconcile_cpu_share: float,
         pin: str | None = None,
+        state: "State | None" = None,
     ) -> None:
         """Load and attach the program; takes root, or CAP_BPF and CAP_PERFMON.
 
@@ -40,12 +46,14 @@ class EbpfSource:
             reconcile_interval_s: as `Reconciler` has it.
             reconcile_cpu_share: likewise.
             pin: a directory by which what the kernel records outlives this process.
+            state: where ages are taken from, and saved if nothing is pinned.
 
         Raises:
             PinError: what is there cannot be used.
             SourceError: that does not work; says why and what would help.
         """
         self._max_connections = max_connections
+        self._state = state
         self._refused_is_told = False
         only = 0 if netns == "all" else namespaces.inode(namespaces.find(netns))
         with contextlib.ExitStack() as undo:
@@ -69,11 +77,13 @@ class EbpfSource:
         )
 
     def start(self) -> None:
-        seed(self._tracker, self._tables)
+        seed(self._tracker, self._state.aged(self._tables) if self._state else self._tables)
         if self._pins and self._pins.taken_over:
             reconcile(self._tracker, self._tables)
         self._tell_refused()
         self._reconciler.start()
+        if self._state and not self._pins:
+            self._state.begin(self._with_cookies)
 
     def close(self) -> None:
         self._reconciler.close()
@@ -97,7 +107,18 @@ class EbpfSource:
             seeded_connections=self._tracker.seeds(),
             refused_seeds=self._tracker.seeds_refused,
             reconciliation=self._reconciler.state,
+            state_saved_s=self._state.saved_s if self._state else None,
         )
+
+    def _with_cookies(self) -> Records:
+        """What the socket tables show, with the tracker's times.
+
+        The tables are looked at first. If an address pair closes after that and opens anew,
+        the time of the new connection meets the cookie of the one before, which is gone for
+        good; the other way round a new one would have an age that it has not.
+        """
+        shown = self._tables.established(with_ages=False)
+        return first_seen(shown, map(settled, self._tracker.read()))
 
     def _tell_refused(self) -> None:
         refused = self._tracker.events()["refused"] + self._tracker.seeds_refused

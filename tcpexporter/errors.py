@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Every error that tcpexporter raises on purpose."""
 
+import contextlib
 import reprlib
+from collections.abc import Iterator
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 80
@@ -44,9 +46,28 @@ class PinError(TcpExporterError):
     """What an exporter left in the BPF file system cannot be used, or nothing be left."""
 
 
+class StateError(TcpExporterError):
+    """The file in which ages are saved cannot be used."""
+
+
 class ServerError(TcpExporterError):
     """The metrics cannot be served, or printed, where that was asked for."""
 
 
 class PrivilegeError(TcpExporterError):
     """Root cannot be given up as asked."""
+
+
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """A block that may be refused memory, and can be tried again.
+
+    Raises:
+        SourceError: it was.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise SourceError(
+            "there is not enough memory: raise the service's limit, or what the host has"
+        ) from error

@@ -8,21 +8,23 @@ and the attachment live as long as their descriptors.
 
 import contextlib
 import ctypes
+import errno
 import json
 import logging
 import os
+import resource
 import socket
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tcpexporter import privileges, programs
 from tcpexporter.btf import Btf
+from tcpexporter.connections import CONNECTION
 from tcpexporter.errors import LoadError, SourceError
-from tcpexporter.libbpf import load_libbpf
+from tcpexporter.libbpf import create_map, load_libbpf
 from tcpexporter.programs import TRACEPOINT
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ RANGE_SLOTS = 1 << RANGE_BITS
 """A range is a number: its first slot, and how many follow in so many bits."""
 
 BPF_F_NO_PREALLOC = 1
+BPF_MAP_TYPE_ARRAY = 2
 
 MAPS = ("slots", "connections", "free_slots", "watched", "closings", "events", "barrier")
 
@@ -94,7 +97,8 @@ def load(request: Request) -> Descriptors:
         LoadError: it could not be loaded; says why and what would help.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, tempfile.TemporaryFile() as complaints:
+    # Not a file: the host may have nowhere to write one.
+    with ours, os.fdopen(os.memfd_create("complaints"), "w+b") as complaints:
         ours.settimeout(LOAD_TIMEOUT_S)
         with theirs:
             child = subprocess.Popen(
@@ -195,10 +199,30 @@ def _load_here(request: Request) -> Descriptors:
     except Exception as error:  # BCC raises nothing more particular
         raise LoadError(
             f"BCC cannot compile the BPF program ({error}), {SEE_DEBUG}"
+            f"{_locked_memory_hint(request.max_connections)}"
         ) from error
     _fill(maps["free_slots"], request.max_connections)
     program = _load_program(code, types.function(TRACEPOINT))
     return Descriptors(**maps, program=program, link=_attach(program))
+
+
+def _locked_memory_hint(max_connections: int) -> str:
+    """What may help if it is the largest map that cannot be made.
+
+    Before Linux 5.11 the kernel refuses it with EPERM to who may not lock so much memory.
+    """
+    try:
+        os.close(
+            create_map(BPF_MAP_TYPE_ARRAY, 4, CONNECTION.itemsize, entries=max_connections)
+        )
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+            return (
+                f"; this kernel counts maps as locked memory, of which {limit >> 10} KiB"
+                " are allowed: LimitMEMLOCK=infinity in the unit, or ulimit -l unlimited"
+            )
+    return ""
 
 
 def _fill(free_slots: int, slots: int) -> None:

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Network namespaces: which there are, and what a person calls them."""
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from tcpexporter.errors import SourceError
 
+log = logging.getLogger(__name__)
+
 OWN = Path("/proc/self/ns/net")
 NAMED = Path("/run/netns")
+
+INIT = Path("/proc/1")
 
 CONTAINER_ID = re.compile("[0-9a-f]{64}")
 """What Docker, containerd, CRI-O and Podman name a container's cgroup by."""
@@ -41,17 +46,25 @@ def find(name: str) -> Path:
 def others() -> dict[int, Path]:
     """All that a process or a name holds but our own, by inode.
 
-    Raises:
-        SourceError: not all may be seen.
+    Warns if there may be more, of processes that may not be seen.
     """
     found: dict[int, Path] = {}
-    for path in (*NAMED.glob("*"), *Path("/proc").glob("[0-9]*/ns/net")):
+    sees_all = INIT.exists()  # or it is hidden: hidepid in proc(5)
+    # Not by a longer pattern, which passes over what may not be seen.
+    processes = Path("/proc").glob("[0-9]*")
+    for path in (*NAMED.glob("*"), *(each / "ns/net" for each in processes)):
         try:
             found.setdefault(path.stat().st_ino, path)
-        except FileNotFoundError:  # the process has ended meanwhile
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             continue
         except PermissionError:
-            raise SourceError("--netns all takes root, to see every namespace") from None
+            sees_all = False
+    if not sees_all:
+        log.warning(
+            "--netns all may leave out namespaces, as there are processes that may not be"
+            " seen: start as root, or with CAP_SYS_ADMIN, CAP_SYS_PTRACE and, in the unit,"
+            " ProtectProc=default"
+        )
     found.pop(inode(), None)
     return found
 

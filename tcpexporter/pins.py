@@ -81,21 +81,27 @@ class Pins:
         self._descriptor = descriptor
 
     @classmethod
-    def open(cls, directory: Path) -> Self | None:
+    def open(cls, directory: Path, *, to_remove: bool = False) -> Self | None:
         """Have a directory, which is made if need be, until `close`.
 
         None where there is no BPF file system: that is logged, as it does not keep the
         exporter from counting.
 
+        Args:
+            directory: it must be ours alone.
+            to_remove: unless it is only to be emptied, by root: the unit's belongs to a
+                user who is gone when the service is.
+
         Raises:
             PinError: it belongs to somebody else, or another exporter has it.
         """
         try:
-            if not _is_bpf_file_system(directory.parent):
+            there = directory if directory.exists() else directory.parent
+            if not _is_bpf_file_system(there):
                 log.warning(
                     "nothing outlives this exporter: %s is no BPF file system, which %s"
                     " makes",
-                    directory.parent,
+                    there,
                     UNMOUNTED,
                 )
                 return None
@@ -105,7 +111,8 @@ class Pins:
         except OSError as error:
             raise PinError(f"{directory} cannot be used: {error.strerror}") from error
         try:
-            _require_own(directory, os.fstat(descriptor))
+            if not (to_remove and os.geteuid() == 0):
+                _require_own(directory, os.fstat(descriptor))
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
@@ -159,7 +166,7 @@ class Pins:
         except OSError as error:
             raise PinError(f"{generation} cannot be filled: {error.strerror}") from error
         for each in before:
-            _remove(each)
+            self._remove(each)
 
     def remove(self) -> None:
         """Detach what generations before have attached, and forget what they know.
@@ -168,8 +175,30 @@ class Pins:
             PinError: the kernel refuses it.
         """
         for each in self._generations():
-            _remove(each)
-        self._directory.rmdir()
+            self._remove(each)
+        try:
+            self._directory.rmdir()
+        except OSError as error:
+            raise _not_removed(self._directory, error) from error
+
+    def _remove(self, generation: Path) -> None:
+        """The attachment first: without it the rest is not taken for a generation.
+
+        By descriptors alone: whoever owns the directory is not to lead root elsewhere.
+        """
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+        try:
+            opened = os.open(generation.name, flags, dir_fd=self._descriptor)
+            try:
+                with os.scandir(opened) as entries:
+                    names = [each.name for each in entries]
+                for name in sorted(names, key=lambda each: each != LINK):
+                    os.unlink(name, dir_fd=opened)
+            finally:
+                os.close(opened)
+            os.rmdir(generation.name, dir_fd=self._descriptor)
+        except OSError as error:
+            raise _not_removed(generation, error) from error
 
     def _generations(self) -> list[Path]:
         """Each in its directory, the oldest first."""
@@ -184,7 +213,7 @@ def remove(directory: str) -> None:
         PinError: an exporter still runs, or the kernel refuses it.
     """
     path = Path(directory)
-    pins = Pins.open(path) if path.exists() else None
+    pins = Pins.open(path, to_remove=True) if path.exists() else None
     if pins:
         with contextlib.closing(pins):
             pins.remove()
@@ -220,7 +249,7 @@ class _Generation:
         `Tracker.add` takes the first of those with the same key: an older one is there
         because its closing was missed.
         """
-        parts = [_copy(window) for window in windows(self._array, self._entries)]
+        parts = [settled(window) for window in windows(self._array, self._entries)]
         known = np.concatenate(parts)
         if self._netns:
             known = known[known["key"]["netns"] == self._netns]
@@ -232,8 +261,16 @@ class _Generation:
         return np.empty(0, np.uint32)
 
 
-def _copy(window: Records) -> Records:
-    """The connections of a window that did not change while they were copied."""
+def settled(window: Records) -> Records:
+    """A copy of the connections of a window that did not change meanwhile.
+
+    Args:
+        window: of an array that the kernel writes to, with at least the fields that the
+            next run takes over.
+
+    Returns:
+        Of dtype `CONNECTION`, with 0 for handles.
+    """
     group = window["group"].copy()
     established_ns = window["established_ns"].copy()
     connections = np.zeros(len(window), CONNECTION)
@@ -370,14 +407,8 @@ def _pin(descriptor: int, path: Path) -> None:
     call("bpf_obj_pin", descriptor, os.fsencode(path))
 
 
-def _remove(generation: Path) -> None:
-    """The attachment first: without it the rest is not taken for a generation."""
-    try:
-        for name in (LINK, *sorted(each.name for each in generation.iterdir())):
-            (generation / name).unlink(missing_ok=True)
-        generation.rmdir()
-    except OSError as error:
-        raise PinError(f"{generation} cannot be removed: {error.strerror}") from error
+def _not_removed(path: Path, error: OSError) -> PinError:
+    return PinError(f"{path} cannot be removed: {error.strerror}")
 
 
 def _is_bpf_file_system(path: Path) -> bool:

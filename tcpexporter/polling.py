@@ -3,15 +3,19 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tcpexporter.connections import CONNECTION, Records
-from tcpexporter.errors import SourceError
+from tcpexporter.errors import SourceError, enough_memory
 from tcpexporter.siphash import hashes
 from tcpexporter.sockets import SocketTables
 from tcpexporter.sources import Report
+
+if TYPE_CHECKING:  # what is not asked for takes no memory
+    from tcpexporter.state import State
 
 log = logging.getLogger(__name__)
 
@@ -19,9 +23,13 @@ log = logging.getLogger(__name__)
 class PollingSource:
     """The connections of the last poll, their age counted from the first that saw them."""
 
-    def __init__(self, tables: SocketTables, interval_s: float) -> None:
+    def __init__(
+        self, tables: SocketTables, interval_s: float, state: "State | None" = None
+    ) -> None:
+        """Poll these tables from `start` on, with the ages that another run has saved."""
         self.name = tables.name
         self._tables = tables
+        self._state = state
         self._interval_s = interval_s
         self._last: Records | SourceError = np.empty(0, CONNECTION)
         self._stop = threading.Event()
@@ -33,8 +41,11 @@ class PollingSource:
         Raises:
             SourceError: the first poll fails.
         """
-        self._last = self._tables.established()
+        tables = self._state.aged(self._tables) if self._state else self._tables
+        self._last = tables.established(with_ages=True)
         self._thread.start()
+        if self._state:
+            self._state.begin(lambda: next(self.read()))
 
     def close(self) -> None:
         """End the thread and close the tables."""
@@ -52,32 +63,47 @@ class PollingSource:
         return self._tables.listeners()
 
     def report(self) -> Report:
-        return Report()
+        return Report(state_saved_s=self._state.saved_s if self._state else None)
 
     def _poll_on(self) -> None:
         known = next(self.read())
         while not self._stop.wait(self._interval_s):
             try:
-                known = self._last = first_seen(
-                    self._tables.established(with_ages=False), known
-                )
+                with enough_memory():
+                    known = self._last = first_seen(
+                        self._tables.established(with_ages=False), [known]
+                    )
             except SourceError as error:
                 if not isinstance(self._last, SourceError):
                     log.warning("no connections can be counted: %s", error)
                 self._last = error
 
 
-def first_seen(now: Records, before: Records) -> Records:
-    """``now`` with what ``before`` knew of the same connections; both dtype `CONNECTION`.
+def first_seen(now: Records, before: Iterable[Records]) -> Records:
+    """``now`` with what was known ``before`` of the same connections.
 
     The direction is kept as well: a service that stops listening keeps its
     connections, and they stay inbound.
+
+    Args:
+        now: of dtype `CONNECTION`.
+        before: likewise, in chunks; of those with the same key the newest counts.
     """
-    wanted, there = hashes(now["key"]), hashes(before["key"])
-    order = np.argsort(there)
-    place = np.searchsorted(there, wanted, sorter=order)
-    place = order[np.minimum(place, len(order) - 1)] if len(order) else place
-    known = np.flatnonzero(np.isin(wanted, there))
-    for field in ("established_ns", "group"):
-        now[field][known] = before[field][place[known]]
+    if not len(now):
+        return now
+    wanted, place = np.unique(hashes(now["key"]), return_inverse=True)
+    established_ns = np.zeros(len(wanted), np.uint64)
+    group = np.zeros(len(wanted), np.uint32)
+    for chunk in before:
+        there = hashes(chunk["key"])
+        at = np.minimum(np.searchsorted(wanted, there), len(wanted) - 1)
+        same = np.flatnonzero(wanted[at] == there)
+        same = same[np.argsort(chunk["established_ns"][same])]
+        same = same[chunk["established_ns"][same] >= established_ns[at[same]]]
+        # Of what is assigned to one place the last stays.
+        established_ns[at[same]] = chunk["established_ns"][same]
+        group[at[same]] = chunk["group"][same]
+    known = np.flatnonzero(group[place])
+    now["established_ns"][known] = established_ns[place[known]]
+    now["group"][known] = group[place[known]]
     return now

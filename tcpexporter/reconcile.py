@@ -85,7 +85,7 @@ import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import Records
-from tcpexporter.errors import SourceError
+from tcpexporter.errors import SourceError, enough_memory
 from tcpexporter.siphash import Hashes, hashes
 from tcpexporter.sources import Reconciliation
 from tcpexporter.tracker import Known, Tracker
@@ -243,19 +243,20 @@ class Reconciler:
         rest_s = 0.0
         while not self._stop.wait(WATCH_S):
             try:
-                self._tracker.reclaim()
-                signs = self._signs()
-                waited_s = time.monotonic() - finished_s
-                is_due = 0 < self._interval_s <= waited_s
-                if waited_s < rest_s or (signs.trouble == seen.trouble and not is_due):
-                    continue
-                if signs == agreed:
-                    self.state = replace(self.state, finished_s=time.time())
-                else:
-                    corrections, rest_s = self._run()
-                    agreed = signs if corrections == NOTHING else _Signs()
-                seen = signs
-                failing = False
+                with enough_memory():
+                    self._tracker.reclaim()
+                    signs = self._signs()
+                    waited_s = time.monotonic() - finished_s
+                    is_due = 0 < self._interval_s <= waited_s
+                    if waited_s < rest_s or (signs.trouble == seen.trouble and not is_due):
+                        continue
+                    if signs == agreed:
+                        self.state = replace(self.state, finished_s=time.time())
+                    else:
+                        corrections, rest_s = self._run()
+                        agreed = signs if corrections == NOTHING else _Signs()
+                    seen = signs
+                    failing = False
             except SourceError as error:
                 if not failing:
                     log.warning("the numbers cannot be checked: %s", error)

@@ -8,10 +8,19 @@ import errno
 import gc
 import hashlib
 import logging
+import math
 import signal
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from functools import partial
@@ -24,7 +33,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import gzip_accepted
 
 from tcpexporter import memory
-from tcpexporter.errors import ServerError, SourceError
+from tcpexporter.errors import ServerError, SourceError, enough_memory
 from tcpexporter.exposition import Collections, Page, negotiate
 from tcpexporter.lean import part_of
 from tcpexporter.places import Places, neighbourhood
@@ -95,6 +104,12 @@ GRACE_S = 0.3
 # Dropping a client resets its connection: otherwise the kernel would go on for minutes
 # trying to send what a client that does not read has left.
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+_NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""Why accept(2) may have to wait."""
+
+SPELL_S = 60.0
+"""Without trouble in accepting; new trouble is worth a new word."""
 
 # What getaddrinfo(3) names but this host does not have, IPv6 mostly.
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -260,14 +275,38 @@ class App:
         self._collections = Collections(registry)
         self.web = web
         self._ready = ready
-        self._landing_page = _landing_page(version, settings).encode()
+        self._version = version
+        self.show(settings)
         self._trouble: str | None = None
+        self._has_worked = False
         self._pages: Mapping[str, Callable[[Scope], Awaitable[_Response]]] = {
             "/": self._landing,
             "/metrics": self._metrics,
             "/-/healthy": self._health,
             "/-/ready": self._readiness,
         }
+
+    def show(self, settings: Mapping[str, object]) -> None:
+        """Have other settings on the landing page; from any thread."""
+        self._landing_page = _landing_page(self._version, settings).encode()
+
+    async def check(self) -> str | None:
+        """What keeps metrics from being had; None: nothing does.
+
+        Collects as for a scrape, unless there was one that worked since the last check.
+        """
+        if awaited := self._ready():
+            return awaited
+        try:
+            if not self._has_worked:
+                await self.collect()
+        except SourceError as error:
+            return str(error)
+        except Exception as error:
+            log.exception("no metrics can be had")
+            return f"no metrics can be had: {error!r}"
+        self._has_worked = False
+        return None
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -298,11 +337,13 @@ class App:
             SourceError: there is none.
         """
         try:
-            page = await self._collections.next()
+            with enough_memory():
+                page = await self._collections.next()
         except SourceError as error:
             self._note(str(error))
             raise
         self._note(None)
+        self._has_worked = True
         return page
 
     async def _refusal(self, scope: Scope) -> _Response | None:
@@ -341,9 +382,10 @@ class App:
             return readiness
         try:
             page = await self.collect()
+            with enough_memory():
+                return _exposition(page, scope)
         except SourceError as error:
             return _text(503, str(error))
-        return _exposition(page, scope)
 
     def _note(self, trouble: str | None) -> None:
         if trouble == self._trouble:
@@ -566,9 +608,12 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
 class _Server(Server):
     """uvicorn's, woken by a signal: its own looks for one ten times a second."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self, config: Config, beside: Callable[[], Coroutine[Any, Any, None]] | None = None
+    ) -> None:
         super().__init__(config)
         self.stop = asyncio.Event()
+        self._beside = beside
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -586,13 +631,17 @@ class _Server(Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Let more clients wait in the kernel than asyncio, by itself, accepts at once."""
+        asyncio.get_running_loop().set_exception_handler(_Accepting())
         await super().startup(sockets)
         for sock in sockets or ():
             sock.listen(BACKLOG)
 
     async def main_loop(self) -> None:
         """Wait until told to stop."""
+        beside = asyncio.create_task(self._beside()) if self._beside else None
         await self.stop.wait()
+        if beside:
+            beside.cancel()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let clients take what was begun, but not for long."""
@@ -606,7 +655,32 @@ class _Server(Server):
             web.give_up()
 
 
-def serve(sockets: Sequence[socket.socket], app: App) -> None:
+class _Accepting:
+    """What the event loop cannot do: of clients that have to wait it is said once."""
+
+    def __init__(self) -> None:
+        self._last_s = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Do instead of asyncio, which would say it as often as it tries to accept."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in _NO_MORE:
+            if loop.time() - self._last_s > SPELL_S:
+                log.warning(
+                    "new clients have to wait until others are gone, or limits raised: %s",
+                    error.strerror,
+                )
+            self._last_s = loop.time()
+        elif "_start_serving" not in context["message"]:
+            # That one is its next try, when we have stopped listening meanwhile.
+            loop.default_exception_handler(context)
+
+
+def serve(
+    sockets: Sequence[socket.socket],
+    app: App,
+    beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> None:
     """Answer requests until SIGTERM or SIGINT, then return within half a second.
 
     Whoever has something to do meanwhile, such as getting ready, starts a thread before.
@@ -614,9 +688,10 @@ def serve(sockets: Sequence[socket.socket], app: App) -> None:
     Args:
         sockets: From `listen`; closed on return.
         app: What answers.
+        beside: What runs meanwhile in the same event loop; cancelled at the end.
     """
     gc.freeze()  # nobody needs to look through what is there already
-    asyncio.run(_Server(_config(app)).serve(list(sockets)))
+    asyncio.run(_Server(_config(app), beside).serve(list(sockets)))
 
 
 def _protocol(web: "Web | None") -> Callable[..., asyncio.BaseProtocol]:

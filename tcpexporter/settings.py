@@ -4,10 +4,10 @@
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import configargparse
 
@@ -52,6 +52,8 @@ class Settings:
     pin: str | None = None
     """A directory of the BPF file system; None: nothing outlives the exporter."""
     unpin: bool = False
+    state: str | None = None
+    """A file that ages are saved in; None: they are not."""
     user: str = "nobody"
     web_config: str | None = None
     log_level: str = "info"
@@ -60,17 +62,23 @@ class Settings:
     features: bool = False
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+def parse(
+    argv: Sequence[str], environ: Mapping[str, str], file: str | None = None
+) -> Settings:
     """What the user chose: flags over environment over file over defaults.
 
-    ``argv`` is without the program's name. Prints and exits with 0 for
-    ``--help`` and ``--version``.
+    Prints and exits with 0 for ``--help`` and ``--version``.
+
+    Args:
+        argv: Without the program's name.
+        environ: What may have variables for some.
+        file: The text of the file that ``--conf`` names; None: it is read.
 
     Raises:
         SettingsError: a name is unknown, a value does not parse or the file
             cannot be read; says which, where it came from and what it takes.
     """
-    parser = _parser()
+    parser = _parser(file)
     # Text only: argparse's own conversion would not know where a value came from.
     parsed = parser.parse_args(_arguments(argv), env_vars=_variables(environ))
     # A value that is -- argparse takes away (before Python 3.13), as if it ended the flags.
@@ -83,6 +91,55 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     }
     address, port = values.pop("listen")
     return Settings(listen_address=address, listen_port=port, **values)
+
+
+@dataclass(frozen=True)
+class Reread:
+    """What comes of settings that are read again while the exporter runs."""
+
+    settings: Settings
+    """Those in force from then on."""
+    changed: tuple[str, ...]
+    """What is in force now that was not, such as ``duration is 30``."""
+    waiting: tuple[str, ...]
+    """The names of those that take a restart."""
+
+    def __str__(self) -> str:
+        restart = [f"restart for {', '.join(self.waiting)}"] if self.waiting else []
+        changed = [", ".join(self.changed)] if self.changed else []
+        return (
+            "; ".join(changed + restart) or "nothing that flags and environment let change"
+        )
+
+
+def reread(before: Settings, after: Settings) -> Reread:
+    """What can change at once, and what cannot."""
+    names = [each.name for each in _SETTINGS if each.among(before) != each.among(after)]
+    in_force = replace(
+        before, duration_s=after.duration_s, ports=after.ports, log_level=after.log_level
+    )
+    shown = {
+        "duration": str(after.duration_s),
+        "port": _shown_ports(after.ports),
+        "log-level": after.log_level,
+    }
+    return Reread(
+        in_force,
+        tuple(f"{each} is {shown[each]}" for each in names if each in shown),
+        tuple(each for each in names if each not in shown),
+    )
+
+
+def _shown_ports(ports: Sequence[int]) -> str:
+    """As a user would write them."""
+    in_a_row = itertools.groupby(enumerate(ports), lambda each: each[1] - each[0])
+    ranges = [[port for _, port in row] for _, row in in_a_row]
+    return (
+        ",".join(
+            f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in ranges
+        )
+        or "-1"
+    )
 
 
 class _Told(str):
@@ -107,27 +164,39 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ships no 
 class _FileFormat(configargparse.ConfigFileParser):  # type: ignore[misc]  # ships no types
     """Lines of ``name value`` or ``name=value``; ``name`` alone turns a switch on."""
 
-    def parse(self, stream: Path) -> dict[str, _Told]:
-        return _items(_content(stream), stream)
+    def parse(self, stream: "_File") -> dict[str, _Told]:
+        text = _read(stream.path) if stream.text is None else stream.text
+        return _items(text, stream.path)
 
 
-def _content(path: Path) -> bytes:
+class _File(NamedTuple):
+    """A file of settings, with its text if that is known."""
+
+    path: Path
+    text: str | None
+
+
+def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_FILE + 1)
+        text = content.decode()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise _unreadable(path, reason) from error
     if len(content) > _LARGEST_FILE:
         raise _unreadable(path, f"it is larger than {_LARGEST_FILE} bytes")
-    return content
+    return text
 
 
-def _items(content: bytes, path: Path) -> dict[str, _Told]:
-    try:
-        text = content.decode()
-    except ValueError as error:
-        raise _unreadable(path, error) from error
+def _unreadable(path: Path, reason: object) -> SettingsError:
+    return SettingsError(
+        f"the settings file {path} (flag --conf or environment variable CONF)"
+        f" cannot be read: {reason}"
+    )
+
+
+def _items(text: str, path: Path) -> dict[str, _Told]:
     items: dict[str, _Told] = {}
     for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
         if not line or line.startswith("#"):
@@ -137,13 +206,6 @@ def _items(content: bytes, path: Path) -> dict[str, _Told]:
             raise SettingsError(f"{told.origin}: {name} is set a second time")
         items[name] = told
     return items
-
-
-def _unreadable(path: Path, reason: object) -> SettingsError:
-    return SettingsError(
-        f"the settings file {path} (flag --conf or environment variable CONF)"
-        f" cannot be read: {reason}"
-    )
 
 
 def _item(line: str, origin: str) -> tuple[str, _Told]:
@@ -198,7 +260,7 @@ def _origins(parser: _Parser) -> dict[str, str]:
     }
 
 
-def _parser() -> _Parser:
+def _parser(file: str | None) -> _Parser:
     parser = _Parser(
         prog="tcpexporter",
         usage="%(prog)s [FLAG ...]",
@@ -208,7 +270,8 @@ def _parser() -> _Parser:
         add_config_file_help=False,
         add_env_var_help=False,
         config_file_parser_class=_FileFormat,
-        config_file_open_func=Path,  # _FileFormat reads it, and words what goes wrong
+        # _FileFormat reads it, and words what goes wrong
+        config_file_open_func=lambda path: _File(Path(path), file),
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     for title, settings in _GROUPS.items():
@@ -416,6 +479,12 @@ class _Setting:
         names = [name.replace("-", "_").upper() for name in self.names]
         return [_PREFIX + name for name in names] + (names if self.from_go else [])
 
+    def among(self, settings: Settings) -> object:
+        """What it is in ``settings``."""
+        if self.kind is _LISTEN:
+            return settings.listen_address, settings.listen_port
+        return getattr(settings, self.field)
+
     def value(self, text: str, origin: str | None) -> object:
         """What ``text`` means; ``origin`` says where it was written if not in a flag."""
         try:
@@ -546,6 +615,13 @@ _GROUPS = {
             "false",
             _SWITCH,
             "have the kernel stop recording, forget what is in that directory, and exit",
+        ),
+        _Setting(
+            "state",
+            "",
+            _PATH,
+            "save the ages of connections in this file, where the kernel does not keep them"
+            " by --pin, and take over what is there",
         ),
         _Setting("user", "nobody", _USER, "become this user when root is no longer needed"),
         _Setting(

@@ -69,11 +69,14 @@ FORGET_S = 300
 
 PIECE_BYTES = 1 << 20
 
-ENTRY = np.dtype([("key", KEY), ("state", "u1"), ("v6only", "?"), ("age_ns", "i8")])
+ENTRY = np.dtype(
+    [("key", KEY), ("state", "u1"), ("v6only", "?"), ("age_ns", "i8"), ("cookie", "u8")]
+)
 """A socket as either table tells of it.
 
 ``state`` is a TCP state; ``v6only`` is of a listener; ``age_ns`` is how long a
-connection has been established at least, 0 where the table does not tell.
+connection has been established at least, and ``cookie`` the number that no other socket
+gets until the host boots again: 0 where the table does not tell.
 """
 
 DIAG_MESSAGE = np.dtype(
@@ -91,7 +94,9 @@ DIAG_MESSAGE = np.dtype(
         ("remote_port", ">u2"),
         ("local_address", "u1", 16),
         ("remote_address", "u1", 16),
-        ("rest", "V32"),
+        ("device", "u4"),
+        ("cookie", "u8"),
+        ("rest", "V20"),
     ]
 )
 """``struct nlmsghdr`` and ``struct inet_diag_msg``: netlink(7), sock_diag(7)."""
@@ -163,7 +168,8 @@ class SocketTables:
         self.name = readers[0].name
         self._readers = list(readers)
         self._used_s = {reader.netns: time.monotonic() for reader in readers}
-        # Not let go while it is asked for its listeners.
+        # One at a time; and not let go while it is asked for its listeners.
+        self._looking = threading.Lock()
         self._listening = threading.Lock()
 
     def close(self) -> None:
@@ -181,7 +187,8 @@ class SocketTables:
         ``established_ns`` is when each was seen, on CLOCK_BOOTTIME, or ``with_ages`` as
         long before as the table can tell: it was established then or before. That makes
         the kernel tell five times as much. A connection is inbound when its local port is
-        listened on in its network namespace.
+        listened on in its network namespace. ``handle`` is the cookie of its socket, 0 from
+        procfs: sock_gen_cookie in the kernel's net/core/sock_diag.c.
 
         What is there throughout is nearly always seen, and nearly always once.
         The kernel goes on by position from one part of a dump to the next: a
@@ -193,12 +200,13 @@ class SocketTables:
         """
         found = []
         used = set()
-        for reader in self._readers:
-            connections, has_listeners = _established(reader, with_ages=with_ages)
-            found.append(connections)
-            if has_listeners or len(connections):
-                used.add(reader.netns)
-        self._let_go(used)
+        with self._looking:
+            for reader in self._readers:
+                connections, has_listeners = _established(reader, with_ages=with_ages)
+                found.append(connections)
+                if has_listeners or len(connections):
+                    used.add(reader.netns)
+            self._let_go(used)
         return _joined(found, CONNECTION)
 
     def listeners(self) -> Records:
@@ -513,6 +521,7 @@ def _diag_entries(rows: Bytes, netns: int, *, with_ages: bool = True) -> Records
         entries["key"][f"{end}_port"] = messages[f"{end}_port"]
     entries["key"]["netns"] = netns
     entries["state"] = messages["state"]
+    entries["cookie"] = messages["cookie"]
     is_listener = messages["state"] == SS_LISTEN
     if is_listener.any():
         has, v6only = _attribute(rows, INET_DIAG_SKV6ONLY, 1)
@@ -766,6 +775,7 @@ def _established(reader: Reader, *, with_ages: bool) -> tuple[Records, bool]:
         established = entries[entries["state"] == SS_ESTABLISHED]
         found = np.zeros(len(established), CONNECTION)
         found["key"] = established["key"]
+        found["handle"] = established["cookie"]
         now_ns = boottime_ns()
         found["established_ns"] = np.maximum(now_ns - established["age_ns"], 0)
         connections.append(found)

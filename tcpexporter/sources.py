@@ -42,6 +42,8 @@ class Report:
     refused_seeds: int | None = None
     """For how many found in the socket tables there was no room, at each attempt."""
     reconciliation: Reconciliation | None = None
+    state_saved_s: float | None = None
+    """When ages were last saved in a file, by the wall clock; 0: not yet."""
 
 
 class Source(Protocol):

@@ -2,18 +2,16 @@
 """What --web-config has put in force, and what takes its place when the files change."""
 
 import logging
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from pwd import struct_passwd
 from typing import Self
 
 from tcpexporter.access import Checker, Limiter, Users
 from tcpexporter.errors import WebConfigError
+from tcpexporter.reader import Told
 from tcpexporter.tls import Terms, make_terms
 from tcpexporter.webconfig import WebConfig
-from tcpexporter.webreader import INTERVAL_S, Reader, ReaderGoneError
 
 log = logging.getLogger(__name__)
 
@@ -44,40 +42,33 @@ class Web:
     old rules or under the new ones, and goes on.
     """
 
-    def __init__(
-        self, path: str, account: struct_passwd | None, *, interval_s: float = INTERVAL_S
-    ) -> None:
-        """Read the configuration; takes whatever privilege that needs.
+    def __init__(self, path: str, told: Told) -> None:
+        """Begin with a configuration.
 
         Args:
-            path: Of the file.
-            account: Whom the process that reads it becomes.
-            interval_s: As `Reader` has it.
+            path: Where it comes from.
+            told: What was read there.
 
         Raises:
-            WebConfigError: it cannot be used.
+            SettingsError: it cannot be used.
         """
         self._path = path
-        self._closed = False
         self._checker = Checker()
-        self._reader = Reader(path, account, interval_s=interval_s)
-        try:
-            self._rules = self._read()
-        except ReaderGoneError as error:
-            self.close()
-            raise WebConfigError(f"{path} cannot be read: its reader has failed") from error
-        except BaseException:
-            self.close()
-            raise
+        self._rules = self._judge(told)
 
-    def close(self) -> None:
-        """End what reads."""
-        self._closed = True
-        self._reader.close()
+    def replace(self, told: Told) -> None:
+        """Put another configuration into force, from any thread.
 
-    def follow(self) -> None:
-        """From now on, take over what changes; starts a thread."""
-        threading.Thread(target=self._follow, name="web-config", daemon=True).start()
+        Raises:
+            SettingsError: it cannot be used; all is as it was.
+        """
+        rules = self._judge(told)
+        if (rules.terms is None) != (self._rules.terms is None):
+            raise WebConfigError(
+                f"{self._path}: TLS is turned on or off: restart to have it so"
+            )
+        self._rules = rules
+        log.info("the web configuration has been read again")
 
     @property
     def terms(self) -> Terms | None:
@@ -107,33 +98,9 @@ class Web:
         """Have no request wait for a password to be checked any more."""
         self._checker.give_up()
 
-    def _read(self) -> _Rules:
-        config = self._reader.receive()
+    def _judge(self, told: Told) -> _Rules:
+        config = WebConfig.from_json(told.accepted())
         try:
             return _Rules.of(config, self._checker)
         except WebConfigError as error:
             raise WebConfigError(f"{self._path}: {error}") from error
-
-    def _follow(self) -> None:
-        while True:
-            try:
-                self._replace(self._read())
-            except WebConfigError as error:
-                log.warning("going on with the web configuration as it was: %s", error)
-            except ReaderGoneError:
-                if not self._closed:
-                    log.warning(
-                        "%s is not read again, as its reader has ended: restart to have it"
-                        " read",
-                        self._path,
-                    )
-                return
-            else:
-                log.info("the web configuration has been read again")
-
-    def _replace(self, rules: _Rules) -> None:
-        if (rules.terms is None) != (self._rules.terms is None):
-            raise WebConfigError(
-                f"{self._path}: TLS is turned on or off: restart to have it so"
-            )
-        self._rules = rules

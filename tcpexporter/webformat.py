@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import yaml
 
-from tcpexporter.errors import WebConfigError, quoted
+from tcpexporter.errors import SettingsError, WebConfigError, quoted
 from tcpexporter.webconfig import (
     CIPHERS,
     NO_CERTIFICATE,
@@ -256,7 +256,7 @@ class _File:
             return None
         try:
             return self._read(self._text(given[file][1], file))
-        except WebConfigError as error:
+        except SettingsError as error:
             raise self._wrong(given[file][0], f"{file} {error}") from error
 
     def _client_auth_type(self, given: _Entries) -> str:

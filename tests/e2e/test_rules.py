@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from tcpexporter.__main__ import SOURCES
-from tcpexporter.collector import ConnectionCollector, make_registry
+from tcpexporter.collector import Choice, ConnectionCollector, make_registry
 from tcpexporter.connections import LISTENER, Direction
-from tcpexporter.counting import select
+from tcpexporter.counting import named, select
+from tcpexporter.reloading import Reloads
 from tcpexporter.sources import MemorySource, Reconciliation, Report
 from tcpexporter.tracker import EVENT_KINDS
 
@@ -30,6 +31,7 @@ UNWATCHED = {
     "tcpexporter_seeded_connections",  # all are after a restart, for as long as they last
     "tcpexporter_build_info",  # tells, and is never wrong
     "tcpexporter_collect_duration_seconds",  # too long for a scrape is TcpexporterDown
+    "tcpexporter_config_last_reload_success_timestamp_seconds",  # _successful says it
 }
 """Of the exporter's own metrics, those that no alert is about."""
 
@@ -74,13 +76,15 @@ def published() -> dict[str, dict[str, set[str]]]:
         seeded_connections=0,
         refused_seeds=0,
         reconciliation=Reconciliation(),
+        state_saved_s=0,
     )
     metrics: dict[str, dict[str, set[str]]] = {}
     for name in SOURCES:
         source = MemorySource(listeners=listeners, report=report, name=name)
         selection = select((), tcpv6=True, directions=(*Direction,), own_listener=None)
-        collector = ConnectionCollector(source, selection, duration_s=6, max_series=101)
-        registry = make_registry(collector)
+        choice = Choice(selection, named((), 0, selection), 6)
+        collector = ConnectionCollector(source, choice, max_series=101)
+        registry = make_registry(collector, Reloads())
         for sample in (each for family in registry.collect() for each in family.samples):
             values = metrics.setdefault(sample.name, {})
             for label, value in sample.labels.items():

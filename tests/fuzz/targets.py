@@ -7,13 +7,13 @@ came out. All else that is raised is a finding.
 
 import contextlib
 import ctypes
-import functools
 import io
 import os
 import re
 import socket
 import string
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from pyroute2.netlink import NLMSG_DONE, NLMSG_ERROR
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY, SS_ESTABLISHED, SS_LISTEN
 
 from tcpexporter import access, loader, pins, settings, sockets, webformat
+from tcpexporter import state as saves
 from tcpexporter.btf import KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, KIND_UNION, Btf
 from tcpexporter.connections import CONNECTION, GROUP_BITS, Records
 from tcpexporter.errors import (
@@ -31,6 +32,7 @@ from tcpexporter.errors import (
     PinError,
     SettingsError,
     SocketTableError,
+    StateError,
     TcpExporterError,
     WebConfigError,
 )
@@ -227,13 +229,14 @@ def setting(data: bytes) -> None:
 
 
 def settings_file(data: bytes) -> None:
-    """The content of the file that --conf names."""
-    with refused(SettingsError, saying=f"^{CONF} line |^the settings file {CONF} "):
-        for name, text in settings._items(data, CONF).items():
+    """The text of the file that --conf names."""
+    told = data.decode(errors="surrogateescape")
+    with refused(SettingsError, saying=f"^{CONF} line "):
+        for name, text in settings._items(told, CONF).items():
             settings._FILE_SETTINGS[name].value(text, text.origin)
 
 
-_parser = functools.cache(settings._parser)
+_PARSER = settings._parser(None)
 
 
 def settings_given(data: bytes) -> None:
@@ -246,9 +249,11 @@ def settings_given(data: bytes) -> None:
             name, _, environ[name] = line.partition("=")
         else:
             lines.append(line)
-    content = "\n".join(lines).encode(errors="surrogateescape")
+    text = "\n".join(lines)
     with (
-        mock.patch.multiple(settings, _content=lambda _path: content, _parser=_parser),
+        mock.patch.multiple(
+            settings, _read=lambda _path: text, _parser=lambda _file: _PARSER
+        ),
         contextlib.redirect_stdout(io.StringIO()),
         refused(SettingsError),
     ):
@@ -293,7 +298,7 @@ def pinned(data: bytes) -> None:
         if record.itemsize <= MOST_RECORD_BYTES:
             content = choices.rest()
             content = content[: len(content) // record.itemsize * record.itemsize]
-            known = pins._copy(np.frombuffer(content, record))
+            known = pins.settled(np.frombuffer(content, record))
             check_connections(known)
             assert known["group"].all()
 
@@ -305,6 +310,21 @@ def fdinfo(data: bytes) -> None:
         pins._require(PLACE_OF_PIN, shown, value_size=64, max_entries=1)
     with refused(PinError, saying="is not what an exporter leaves"):
         pins._number(PLACE_OF_PIN, shown, "max_entries")
+
+
+def state(data: bytes) -> None:
+    """An area of the file of --state, as it is or with the checksum that it should have."""
+    choices = Choices(data)
+    is_mended, area = choices.pick([False, True]), choices.rest()
+    if is_mended and len(area) >= saves.HEADER.itemsize:
+        header = np.frombuffer(area, saves.HEADER, 1).copy()
+        rows = area[saves.HEADER.itemsize :]
+        rows = rows[: int(header["count"][0]) * saves.ROW.itemsize]
+        header["checksum"] = saves._checksum(header, zlib.crc32(rows))
+        area = header.tobytes() + rows
+    with refused(StateError, saying="^its? "):
+        save = saves.parse(area)
+        assert saves.parse(saves.compose(save)).rows.tobytes() == save.rows.tobytes()
 
 
 # --- What the kernel and the loader tell ---
@@ -381,6 +401,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         authorization,
         pinned,
         fdinfo,
+        state,
         btf,
         loaded,
     )

@@ -4,6 +4,7 @@
 A test's command line is ``python -c`` with a call of `serve`: no operator has these pages.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -13,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ IO_URING_SETUP = 425
 PIDFD_OPEN = 434
 OPENAT2 = 437
 
+SENDMSG = {"x86_64": 46, "aarch64": 211}[os.uname().machine]
 BPF_SYSCALL = {"x86_64": 321, "aarch64": 280}[os.uname().machine]
 BPF_COMMANDS = 64
 """More than there are."""
@@ -81,6 +84,8 @@ REFUSED: Mapping[str, Callable[[], object]] = {
     "bind": _c("bind", -1, None, 0),
     "send to an address": _c("sendto", -1, None, 0, 0, b"address", 7),
     "connect in sending": _c("sendmsg", -1, None, socket.MSG_FASTOPEN),
+    "take a descriptor that is sent": _c("recvmsg", -1, None, 0),
+    "duplicate a descriptor": lambda: fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 0),
     "signal others": lambda: os.kill(0, 0),
     "signal others' threads": _c("tgkill", 0, 0, 0),
     "have others signalled": lambda: fcntl.fcntl(2, fcntl.F_SETOWN, os.getpid()),
@@ -116,6 +121,42 @@ READING: Mapping[str, Callable[[], object]] = {
 """What it can do where the kernel has no Landlock."""
 
 
+def _systemds() -> socket.socket | None:
+    """The socket that systemd is told by, if it is told: the one for datagrams."""
+    for each in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found = socket.socket(fileno=int(each.name))
+            if (found.family, found.type) == (socket.AF_UNIX, socket.SOCK_DGRAM):
+                return found
+            found.detach()
+    return None
+
+
+def _pass_on(sock: socket.socket) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        socket.send_fds(ours, [b"x"], [sock.fileno()])
+        socket.recv_fds(theirs, 1, 1)
+
+
+def _misusing(sock: socket.socket) -> Mapping[str, Callable[[], object]]:
+    elsewhere = "/run/systemd/journal/socket"
+    fileno = sock.fileno()
+    message = struct.pack("PQ", 0, 0)  # no address, and nothing in it
+    return {
+        "send elsewhere": lambda: sock.sendto(b"x", elsewhere),
+        "send a message elsewhere": lambda: sock.sendmsg([b"x"], [], 0, elsewhere),
+        "send a message to nobody": _c("sendmsg", fileno, message + bytes(40), 0),
+        "the same by a number that is too large": _c(
+            "syscall", SENDMSG, fileno + (1 << 32), message + bytes(40), 0
+        ),
+        "pass it on": lambda: _pass_on(sock),
+        "duplicate it": lambda: fcntl.fcntl(fileno, fcntl.F_DUPFD_CLOEXEC, 0),
+        "duplicate it in another way": lambda: os.dup(fileno),
+        "connect it elsewhere": lambda: sock.connect(elsewhere),
+    }
+
+
 def serve() -> None:
     """Run the exporter; ``/attempts`` tells in JSON what came of each attempt."""
     server.App = _App  # type: ignore[misc]
@@ -129,7 +170,12 @@ class _App(server.App):
 
 
 async def _attempts(_scope: server.Scope) -> server._Response:
-    outcomes = {name: _outcome(act) for name, act in {**REFUSED, **READING}.items()}
+    acts = {**REFUSED, **READING}
+    if sock := _systemds():
+        acts |= _misusing(sock)
+    outcomes = {name: _outcome(act) for name, act in acts.items()}
+    if sock:
+        sock.detach()
     return server._text(200, json.dumps(outcomes))
 
 

@@ -5,12 +5,16 @@ That is one of its own, unless it shares an exporter or a tracker: these are in 
 they stay in.
 """
 
+import os
 import resource
+import subprocess
 import time
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
+from tcpexporter import pins
 from tcpexporter.tracker import Tracker
 from tests.kernel.effort import Effort
 from tests.kernel.sharing import Exporters, Trackers
@@ -19,6 +23,8 @@ from tests.support import Peers, inside, new_netns, why_no_bpf
 
 DESCRIPTORS = 15_013
 """Sockets that a test opens, and more."""
+
+BPF_FS = Path("/sys/fs/bpf")
 
 HAS_FAILED = pytest.StashKey[bool]()
 
@@ -107,3 +113,13 @@ def tracker(request: pytest.FixtureRequest, _trackers: Trackers) -> Iterator[Tra
 def peers() -> Iterator[Peers]:
     with Peers() as opened:
         yield opened
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """One that does not exist yet in the BPF file system, which is mounted if need be."""
+    if not pins._is_bpf_file_system(BPF_FS):
+        subprocess.run(["mount", "-t", "bpf", "bpf", BPF_FS], check=True)
+    path = BPF_FS / f"tcpexporter-test-{os.getpid()}"
+    yield path
+    pins.remove(str(path))

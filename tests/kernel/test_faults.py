@@ -3,19 +3,27 @@
 
 import contextlib
 import ctypes
+import http.client
 import os
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
+import time
+import urllib.error
+from pathlib import Path
 
 import pytest
 
 from tcpexporter.errors import LoadError
 from tcpexporter.tracker import Tracker
+from tests.kernel.counter import Counter
+from tests.kernel.limiting import limit
 from tests.kernel.loading import kill_loader, loader_is_killed
 from tests.kernel.tracking import at_port, attach
-from tests.support import DEADLINE_S, Exporter, Peers, eventually
+from tests.support import DEADLINE_S, ESTABLISHED, LONG_TERM, Exporter, Peers, eventually
 
 COMMAND = f"{sys.executable} -m tcpexporter"
 
@@ -172,3 +180,275 @@ def test_in_a_time_namespace_ages_are_right() -> None:
             peers.connect(4)
             assert exporter.established(peers.port) == 7
             assert exporter.long_term(peers.port) == 0
+
+
+def descriptors(exporter: Exporter) -> int:
+    return len(list(Path(f"/proc/{exporter.process.pid}/fd").iterdir()))
+
+
+def ask_on(connection: http.client.HTTPConnection) -> str:
+    connection.request("GET", "/metrics")
+    response = connection.getresponse()
+    page = response.read().decode()
+    assert response.status == 200, page
+    return page
+
+
+@pytest.mark.any_kernel
+def test_without_more_descriptors_new_clients_wait() -> None:
+    """Who is connected goes on; one warning; when there are some again all is as before."""
+    with Exporter("--source", "ebpf") as exporter, Peers() as peers:
+        kept = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=DEADLINE_S)
+        ask_on(kept)
+        limit(exporter, f"--nofile={descriptors(exporter)}:")
+        answers: list[str] = []
+        late = threading.Thread(target=lambda: answers.append(exporter.get("/metrics")))
+        late.start()
+        began_s = cpu_s(exporter)
+        for number in range(1, 4):
+            time.sleep(0.7)  # asyncio tries once a second
+            peers.connect(1)
+            count = f'{ESTABLISHED}{{port="{peers.port}",tcp_version="4"}} {number}.0'
+            assert count in ask_on(kept)
+        assert cpu_s(exporter) - began_s < 1
+        assert answers == []
+        limit(exporter, "--nofile=1024:")
+        late.join(DEADLINE_S)
+        assert len(answers) == 1
+        assert exporter.established(peers.port) == 3
+        kept.close()
+        code, log = exporter.stop()
+    assert code == 0
+    assert log.count("new clients have to wait") == 1
+    assert "Traceback" not in log
+
+
+def cpu_s(exporter: Exporter) -> float:
+    """What it has used of a CPU: proc_pid_stat(5)."""
+    shown = Path(f"/proc/{exporter.process.pid}/stat").read_text().rpartition(")")[2]
+    return sum(map(int, shown.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.any_kernel
+@pytest.mark.parametrize("source", ["ebpf", "sock_diag", "procfs"])
+def test_without_more_memory_there_are_no_metrics(source: str) -> None:
+    """503 with a sentence, and everything goes on when there is memory: threads, too."""
+    arguments = ("--source", source, "--interval", "0.1", "--reconcile-interval", "1")
+    with Exporter(*arguments) as exporter, Peers() as peers:
+        peers.connect(3)
+        eventually(lambda: exporter.established(peers.port) == 3)
+        limit(exporter, "--as=1048576:")
+        for _ in range(3):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                exporter.get("/metrics")
+            assert refused.value.code == 503
+            assert b"not enough memory" in refused.value.read()
+            peers.connect(1)
+            time.sleep(0.4)  # for the threads to be refused some, too
+        limit(exporter, "--as=unlimited")
+        eventually(lambda: is_established(exporter, peers.port, 6))
+        if source == "ebpf":
+            runs = exporter.value("tcpexporter_reconciliations_total")
+            peers.connect(1)
+            eventually(lambda: exporter.value("tcpexporter_reconciliations_total") != runs)
+        code, log = exporter.stop()
+    assert code == 0
+    assert "Traceback" not in log
+    assert log.count("no metrics can be had: there is not enough memory") == 1
+    assert log.count("the numbers cannot be checked: ") <= 1
+
+
+def is_established(exporter: Exporter, port: int, number: int) -> bool:
+    with contextlib.suppress(urllib.error.HTTPError):
+        return exporter.established(port) == number
+    return False
+
+
+WITH_TRACEFS = in_own_mounts(
+    "mountpoint -q /sys/kernel/tracing || mount -t tracefs none /sys/kernel/tracing"
+)
+
+
+def within_mounts(exporter: Exporter, *command: str) -> None:
+    """Run something where the exporter has its files."""
+    target = f"--target={exporter.process.pid}"
+    subprocess.run(["nsenter", target, "--mount", *command], check=True)
+
+
+def test_tracefs_may_be_unmounted_later() -> None:
+    """The program stays attached."""
+    with Exporter("--source", "ebpf", command=WITH_TRACEFS) as exporter, Peers() as peers:
+        peers.connect(3)
+        assert exporter.established(peers.port) == 3
+        within_mounts(exporter, "umount", "--lazy", "/sys/kernel/tracing")
+        peers.connect(4)
+        assert exporter.established(peers.port) == 7
+        assert exporter.value("tcpexporter_kernel_events_total", action="refused") == 0
+
+
+READ_ONLY = in_own_mounts(
+    "cut -d ' ' -f 5 /proc/self/mountinfo | sort -u |"
+    ' while read -r each; do mount -o remount,bind,ro "$each" || true; done;'
+    " ! touch /tmp/x; ! touch /dev/shm/x; ! touch /run/x"
+)
+
+
+@pytest.mark.any_kernel
+def test_nothing_need_be_writable(tmp_path: Path) -> None:
+    """Every file system is read-only, /tmp and /run, too."""
+    conf = tmp_path / "conf"
+    conf.write_text("duration 0\n")
+    arguments = ("--source", "ebpf", "--conf", str(conf))
+    with Exporter(*arguments, command=READ_ONLY) as exporter, Peers() as peers:
+        peers.connect(3)
+        assert exporter.long_term(peers.port) == 3
+        code, log = exporter.stop()
+    assert code == 0
+    assert "Traceback" not in log
+
+
+def logging_to(output: str) -> tuple[str, ...]:
+    return ("sh", "-c", f'exec {COMMAND} "$@" {output}', "sh")
+
+
+@pytest.mark.any_kernel
+@pytest.mark.parametrize("output", ["2>/dev/full", "2>&-", "<&- >&- 2>&-"])
+def test_a_log_that_cannot_be_written_is_no_trouble(output: str) -> None:
+    """A full disk, or no standard error at all: everything else is as always."""
+    arguments = ("--source", "ebpf", "--log-level", "debug")
+    with Exporter(*arguments, command=logging_to(output)) as exporter, Peers() as peers:
+        peers.connect(3)
+        for _ in range(3):
+            exporter.process.send_signal(signal.SIGHUP)  # which it says something of
+            assert exporter.established(peers.port) == 3
+        assert exporter.stop()[0] == 0
+
+
+@pytest.mark.any_kernel
+@pytest.mark.parametrize("output", ["2>/dev/full", "2>&-"])
+def test_what_ends_it_need_not_be_said(output: str) -> None:
+    """The exit code tells of a wrong setting all the same."""
+    command = [*logging_to(output), "--port", "x"]
+    ended = subprocess.run(command, check=False, timeout=DEADLINE_S)
+    assert ended.returncode == 2
+
+
+@pytest.mark.any_kernel
+def test_the_log_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    """Nothing but log lines is in it, from before the disk was full and after."""
+    tmp_path.chmod(0o755)
+    log = tmp_path / "log"
+    small = ("unshare", "--mount", "sh", "-c")
+    script = (
+        f"mount -t tmpfs -o size=64k none {tmp_path};"
+        f" head -c 64k /dev/zero >{tmp_path}/fill;"
+        f' exec {COMMAND} "$@" 2>{log}'
+    )
+    with Exporter("--source", "sock_diag", command=(*small, script, "sh")) as exporter:
+        for _ in range(7):
+            exporter.process.send_signal(signal.SIGHUP)
+            exporter.get("/metrics")
+        seen = f"/proc/{exporter.process.pid}/root{log}"
+        assert Path(seen).read_text() == ""
+        Path(f"/proc/{exporter.process.pid}/root{tmp_path}/fill").unlink()
+        eventually(lambda: has_said(exporter, seen, "nothing to read again"))
+        for line in Path(seen).read_text().splitlines():
+            assert " INFO " in line, line
+
+
+def has_said(exporter: Exporter, log: str, words: str) -> bool:
+    exporter.process.send_signal(signal.SIGHUP)
+    return words in Path(log).read_text()
+
+
+ADDRESS = "10.99.0.1"
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+def make_interface() -> None:
+    ip("link", "add", "tcpe0", "type", "bridge")
+    ip("link", "set", "tcpe0", "up")
+    ip("address", "add", f"{ADDRESS}/24", "dev", "tcpe0")
+
+
+@pytest.mark.any_kernel
+def test_the_address_it_listens_on_may_go_and_come() -> None:
+    """It stays, without a word, and can be reached when the address is back."""
+    make_interface()
+    with Exporter("--source", "ebpf", address=ADDRESS) as exporter, Peers() as peers:
+        ip("link", "delete", "tcpe0")
+        with pytest.raises(OSError, match="unreachable"):
+            socket.create_connection((ADDRESS, exporter.port), timeout=DEADLINE_S)
+        peers.connect(3)
+        assert exporter.process.poll() is None
+        make_interface()
+        assert exporter.established(peers.port) == 3
+        code, log = exporter.stop()
+    assert code == 0
+    assert "WARNING" not in log
+    assert "ERROR" not in log
+
+
+def test_others_at_the_same_tracepoint_take_nothing_away() -> None:
+    """Attached before ours and after, and detached while ours runs: all see every event."""
+    with Counter() as before, Exporter("--source", "ebpf") as exporter, Peers() as peers:
+        peers.connect(101)
+        with Counter() as after:
+            peers.connect(103)
+            assert exporter.established(peers.port) == 204
+            assert before.established(peers.port) == 204
+            assert after.established(peers.port) == 103
+        peers.connect(107)
+        assert exporter.established(peers.port) == 311
+        assert before.established(peers.port) == 311
+        before.close()
+        peers.connect(109)
+        assert exporter.established(peers.port) == 420
+        assert exporter.value("tcpexporter_missed_events_total") in (0, None)
+
+
+@pytest.mark.any_kernel
+def test_stopped_for_a_while_it_has_missed_nothing() -> None:
+    """SIGSTOP, some seconds in which connections come and go, SIGCONT: ages are right."""
+    arguments = ("--source", "ebpf", "--duration", "2")
+    with Exporter(*arguments) as exporter, Peers() as peers:
+        peers.connect(11)
+        exporter.process.send_signal(signal.SIGSTOP)
+        peers.connect(7)
+        for pair in peers.pairs[:5]:
+            for each in pair:
+                each.close()
+        time.sleep(2.5)
+        peers.connect(3)
+        exporter.process.send_signal(signal.SIGCONT)
+        page = exporter.samples()
+        at = (("port", str(peers.port)), ("tcp_version", "4"))
+        assert page[ESTABLISHED, at] == 16
+        assert page[LONG_TERM, at] == 13
+        assert page["tcpexporter_corrections_total", (("kind", "missed_open"),)] == 0
+
+
+NOBODYS_ADMIN = "+sys_admin,+bpf,+perfmon,+dac_read_search"
+"""What an unprivileged user has who may enter namespaces, but not trace processes."""
+
+HIDING = "mount -t proc -o hidepid=invisible proc /proc"
+
+
+@pytest.mark.any_kernel
+@pytest.mark.parametrize("before", ["true", HIDING])
+def test_namespaces_that_may_not_be_seen_are_warned_of(before: str) -> None:
+    """Those of other users' processes, when these are hidden, too."""
+    admin = (
+        *("unshare", "--mount", "sh", "-c", f'{before} && exec "$@"', "sh"),
+        *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+        *(f"--inh-caps={NOBODYS_ADMIN}", f"--ambient-caps={NOBODYS_ADMIN}"),
+        *COMMAND.split(),
+    )
+    with Exporter("--netns", "all", command=admin) as exporter:
+        code, log = exporter.stop()
+    assert code == 0
+    (warning,) = (line for line in log.splitlines() if "may leave out namespaces" in line)
+    assert "CAP_SYS_PTRACE" in warning

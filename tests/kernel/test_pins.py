@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,21 +20,11 @@ from tcpexporter.connections import KEY, Records
 from tcpexporter.ebpf import EbpfSource
 from tcpexporter.mapping import MappedArray
 from tcpexporter.pins import CONNECTIONS, KEY_FIELDS, LAYOUT, LINK
+from tests.kernel.test_confinement import AS_NOBODY
 from tests.support import Exporter, Peers, bpf_programs_by_id, eventually, ss_established
 
-BPF_FS = Path("/sys/fs/bpf")
 EXACT_NS = 10_000_000
 COMMAND = (sys.executable, "-m", "tcpexporter")
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """One that does not exist yet in the BPF file system, which is mounted if need be."""
-    if not pins._is_bpf_file_system(BPF_FS):
-        subprocess.run(["mount", "-t", "bpf", "bpf", BPF_FS], check=True)
-    path = BPF_FS / f"tcpexporter-test-{os.getpid()}"
-    yield path
-    pins.remove(str(path))
 
 
 def pinned(directory: Path) -> set[str]:
@@ -153,6 +144,32 @@ def test_unpin_leaves_nothing(directory: Path) -> None:
     eventually(lambda: set(bpf_programs_by_id()) <= before)
 
 
+@pytest.mark.any_kernel
+def test_root_unpins_what_another_user_left(directory: Path, tmp_path: Path) -> None:
+    """As the unit's; and does nothing elsewhere, wherever that user's links lead."""
+    with run_by_events(directory):
+        pass
+    for each in (directory, *directory.rglob("*")):
+        os.chown(each, 65534, 65534)
+    (tmp_path / LINK).touch()
+    (directory / "2").symlink_to(tmp_path)
+    sentence = refused(directory, "--unpin")
+    assert sentence == f"tcpexporter: {directory}/2 cannot be removed: Not a directory"
+    assert (tmp_path / LINK).exists()
+    (directory / "2").unlink()
+    pins.remove(str(directory))
+    assert not directory.exists()
+
+
+@pytest.mark.any_kernel
+def test_what_is_not_ours_is_not_unpinned(directory: Path) -> None:
+    """One sentence says what is in the way."""
+    (directory / "other").mkdir(parents=True)
+    sentence = refused(directory, "--unpin")
+    assert sentence == f"tcpexporter: {directory} cannot be removed: Directory not empty"
+    (directory / "other").rmdir()
+
+
 def refused(directory: Path, *arguments: str) -> str:
     """What an exporter says that cannot start there."""
     ended = subprocess.run(
@@ -186,6 +203,25 @@ def test_a_stranger_s_directory_is_refused(directory: Path) -> None:
     os.chown(directory, 65534, 65534)
     assert "is not ours alone" in refused(directory, "--once", "--source", "ebpf")
     os.chown(directory, 0, 0)
+
+
+@pytest.mark.any_kernel
+def test_what_is_given_to_another_user_is_taken_over(directory: Path) -> None:
+    """As the unit does with what its last user left; this one has CAP_BPF, and no more."""
+    with Peers() as peers:
+        peers.connect(7)
+        with run_by_events(directory):
+            pass
+        for each in (directory, *directory.rglob("*")):
+            os.chown(each, 65534, 65534)
+        with Exporter(
+            "--source", "ebpf", "--pin", str(directory), command=AS_NOBODY
+        ) as exporter:
+            assert exporter.established(peers.port) == 7
+            code, said = exporter.stop()
+        assert code == 0
+        assert re.search("took over [0-9]+ connections from before", said)
+        assert pinned(directory) == {f"2/{name}" for name in (LINK, CONNECTIONS, LAYOUT)}
 
 
 @pytest.mark.any_kernel

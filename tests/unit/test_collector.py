@@ -4,7 +4,6 @@
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,12 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from tcpexporter import version
-from tcpexporter.collector import BuildCollector, ConnectionCollector, make_registry
+from tcpexporter.collector import (
+    BuildCollector,
+    Choice,
+    ConnectionCollector,
+    make_registry,
+)
 from tcpexporter.connections import (
     CONNECTION,
     IPV4_PREFIX,
@@ -31,6 +35,7 @@ from tcpexporter.connections import (
 )
 from tcpexporter.counting import named, select
 from tcpexporter.errors import SourceError, TrackerError
+from tcpexporter.reloading import Reloads
 from tcpexporter.sources import MemorySource, Reconciliation, Report
 
 GOLDEN_PAGE = Path(__file__).parent / "data" / "metrics.txt"
@@ -76,12 +81,11 @@ def collector_of(
     selection = select(
         ports, tcpv6=tcpv6, directions=[Direction.INBOUND], own_listener=(NETNS, 9690)
     )
+    chosen = named(ports if named_ports is None else named_ports, NETNS, selection)
     return ConnectionCollector(
         source,
-        selection,
-        duration_s=DURATION_S,
+        Choice(selection, chosen, DURATION_S),
         max_series=max_series,
-        named=named(ports if named_ports is None else named_ports, NETNS, selection),
         simple=simple,
         boottime_ns=lambda: NOW_NS,
     )
@@ -120,7 +124,8 @@ def test_the_clock_is_boottime() -> None:
     """Without another clock, a connection of just now is not long-term."""
     source = MemorySource([connections(443, 3)])
     selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
-    collected = ConnectionCollector(source, selection, duration_s=1, max_series=1)
+    choice = Choice(selection, named((), NETNS, selection), 1)
+    collected = ConnectionCollector(source, choice, max_series=1)
     source.chunks[0]["established_ns"] = _boottime_ns()
     assert values(collected, LONG_TERM) == {("443", "4"): 0}
     source.chunks[0]["established_ns"] -= 1_000_000_000
@@ -184,12 +189,80 @@ def test_a_series_at_0_is_not_shared() -> None:
     """What one collector has published is not known to another of the same selection."""
     source = MemorySource([connections(443, 3)])
     selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
+    choice = Choice(selection, named((), NETNS, selection), 0)
     first, second = (
-        ConnectionCollector(each, selection, duration_s=0, max_series=1)
-        for each in (source, MemorySource())
+        ConnectionCollector(each, choice, max_series=1) for each in (source, MemorySource())
     )
     assert values(first, ESTABLISHED) == {("443", "4"): 3}
     assert values(second, ESTABLISHED) == {}
+
+
+def choice(*ports: int, duration_s: int = DURATION_S) -> Choice:
+    selection = select(
+        ports, tcpv6=True, directions=[Direction.INBOUND], own_listener=(NETNS, 9690)
+    )
+    return Choice(selection, named(ports, NETNS, selection), duration_s)
+
+
+def test_another_duration_counts_from_the_next_scrape_on() -> None:
+    """For all connections, whenever they began; the help text has it; no series goes."""
+    source = MemorySource([connections(443, 3, age_s=20), connections(80, 5, age_s=10)])
+    collected = collector_of(source)
+    assert values(collected, LONG_TERM) == {("443", "4"): 3, ("80", "4"): 5}
+    collected.choose(choice(duration_s=15))
+    assert values(collected, LONG_TERM) == {("443", "4"): 3, ("80", "4"): 0}
+    found = family(collected, LONG_TERM)
+    assert found
+    assert "at least 15 seconds" in found.documentation
+
+
+def test_other_ports_count_from_the_next_scrape_on() -> None:
+    """What is not selected any more goes; what is named now is there, at 0 if need be."""
+    source = MemorySource([connections(443, 3), connections(80, 5)])
+    collected = collector_of(source)
+    assert values(collected, ESTABLISHED) == {("443", "4"): 3, ("80", "4"): 5}
+    collected.choose(choice(443, 8443))
+    named_now: Shown = {
+        ("443", "4"): 3,
+        ("443", "6"): 0,
+        ("8443", "4"): 0,
+        ("8443", "6"): 0,
+    }
+    assert values(collected, ESTABLISHED) == named_now
+    source.chunks.clear()
+    collected.choose(choice())
+    assert values(collected, ESTABLISHED) == dict.fromkeys(named_now, 0)
+
+
+def test_what_was_folded_goes_with_its_ports() -> None:
+    """Of named ports none is folded, so there is no other that would stay at 0."""
+    source = MemorySource([connections(443, 3), connections(80, 5)])
+    collected = collector_of(source, max_series=1)
+    assert values(collected, ESTABLISHED) == {("80", "4"): 5, ("other", "4"): 3}
+    collected.choose(choice(443))
+    assert values(collected, ESTABLISHED) == {("443", "4"): 3, ("443", "6"): 0}
+
+
+def test_reading_again_is_told_of() -> None:
+    """Under the names that Prometheus has for it; one file that failed is a failure."""
+    reloads = Reloads()
+    registry = make_registry(collector_of(MemorySource()), reloads)
+    name = "tcpexporter_config_last_reload"
+
+    def shown() -> tuple[float | None, float | None]:
+        return (
+            registry.get_sample_value(f"{name}_successful"),
+            registry.get_sample_value(f"{name}_success_timestamp_seconds"),
+        )
+
+    began_s = reloads.succeeded_s
+    assert shown() == (1, began_s)
+    reloads.note("settings", successful=False)
+    reloads.note("web configuration", successful=True)
+    assert shown() == (0, began_s)
+    reloads.note("settings", successful=True)
+    assert shown() == (1, reloads.succeeded_s)
+    assert reloads.succeeded_s > began_s
 
 
 def test_simple_is_one_number_without_labels() -> None:
@@ -346,11 +419,12 @@ def by_netns(
     source: MemorySource, names: Mapping[int, str], *, max_series: int = 101
 ) -> ConnectionCollector:
     """A collector that tells namespaces apart; its clock is one that a test can set."""
-    selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
+    selection = select(
+        (), tcpv6=True, directions=[Direction.INBOUND], own_listener=None, by_netns=True
+    )
     return ConnectionCollector(
         source,
-        replace(selection, by_netns=True),
-        duration_s=DURATION_S,
+        Choice(selection, named((), NETNS, selection), DURATION_S),
         max_series=max_series,
         names=lambda: names,
         boottime_ns=lambda: clock_ns[0],
@@ -495,7 +569,7 @@ def example() -> MemorySource:
 )
 def test_both_formats_parse(generate: Generate, parse: Parse, *, simple: bool) -> None:
     """prometheus_client reads every value back, each once and with a help text."""
-    registry = make_registry(collector_of(example(), simple=simple))
+    registry = make_registry(collector_of(example(), simple=simple), Reloads())
     families = list(parse(generate(registry).decode()))
     assert all(each.documentation and each.type != "unknown" for each in families)
     shown = [

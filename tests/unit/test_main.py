@@ -17,6 +17,7 @@ from tcpexporter import __main__ as main
 from tcpexporter.collector import make_registry
 from tcpexporter.connections import CONNECTION, IPV4_PREFIX, Direction, Records, groups
 from tcpexporter.errors import LoadError, SocketTableError, SourceError
+from tcpexporter.reloading import Reloads
 from tcpexporter.settings import Settings
 from tcpexporter.sources import MemorySource, Source
 
@@ -91,7 +92,7 @@ class Sources:
         self.broken = broken
         self.asked: list[str] = []
 
-    def open(self, name: str, _settings: Settings) -> Source:
+    def open(self, name: str, _settings: Settings, _state: object) -> Source:
         self.asked.append(name)
         if name in self.broken:
             raise self.broken[name]
@@ -195,7 +196,8 @@ def test_once_prints_what_was_chosen(
     source = MemorySource(
         [connections(443, 3, Direction.INBOUND), connections(40001, 5, Direction.OUTBOUND)]
     )
-    registry = make_registry(main._make_collector(source, settings))
+    choice = main._chooser(settings)(settings)
+    registry = make_registry(main._make_collector(source, settings, choice), Reloads())
     main._print_once(registry, duration_s=0)
     out, err = capfd.readouterr()
     assert err == ""
@@ -226,7 +228,8 @@ def stopped() -> Iterator[threading.Event]:
     """Whether SIGTERM came; the handlers of `main` are gone afterwards."""
     came = threading.Event()
     before = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     }
     signal.signal(signal.SIGTERM, lambda *_: came.set())
     yield came
@@ -245,11 +248,14 @@ def test_starting_is_awaited(stopped: threading.Event) -> None:
     """Something is said to be awaited for until the source has started."""
     source = SlowSource()
     starting = main._Starting(source)
-    starting.begin()
+    told = []
+    starting.begin(lambda: told.append(starting.awaited()))
     assert starting.awaited() == "the connections from before are being read"
+    assert told == []
     source.go_on.set()
     join_start()
     assert starting.awaited() is None
+    assert told == [None]
     starting.raise_failure()
     assert not stopped.is_set()
 
@@ -258,7 +264,7 @@ def test_a_failed_start_ends_the_exporter(stopped: threading.Event) -> None:
     """The server is stopped by a signal, then the failure comes out; never ready."""
     source = SlowSource(NO_DIAG)
     starting = main._Starting(source)
-    starting.begin()
+    starting.begin(lambda: pytest.fail("it is not ready"))
     source.go_on.set()
     join_start()
     assert stopped.is_set()

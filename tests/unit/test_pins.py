@@ -66,7 +66,7 @@ def test_nonsense_in_a_record_does_no_harm() -> None:
     left["key"]["local_address"] = 1
     left["established_ns"] = [1, 2**64 - 1, 1, 1]
     left["group"] = [2**32 - 1, 7, 7, 0]
-    found = pins._copy(left)
+    found = pins.settled(left)
     assert found["key"]["local_port"].tolist() == [443, 80]
     directions = np.array([Direction.OUTBOUND, Direction.INBOUND])
     assert found["group"].tolist() == groups(found["key"], directions).tolist()

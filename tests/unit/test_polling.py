@@ -111,7 +111,7 @@ def test_a_known_connection_keeps_its_age() -> None:
     """What was there before keeps its time, what is new has its own, the rest is gone."""
     before = connections(1, 2, 3, 5, seen_ns=100)
     now = connections(7, 5, 3, 11, 2, seen_ns=200)
-    found = first_seen(now, before)
+    found = first_seen(now, [before])
     assert ages(found) == {7: 200, 5: 100, 3: 100, 11: 200, 2: 100}
 
 
@@ -119,7 +119,7 @@ def test_a_known_connection_keeps_its_direction() -> None:
     """A service that stops listening keeps its connections inbound; new ones are not."""
     before = connections(1, 2, direction=Direction.INBOUND)
     now = connections(1, 2, 3, direction=Direction.OUTBOUND)
-    found = first_seen(now, before)
+    found = first_seen(now, [before])
     assert directions(found["group"]).tolist() == [
         Direction.INBOUND,
         Direction.INBOUND,
@@ -130,7 +130,7 @@ def test_a_known_connection_keeps_its_direction() -> None:
 @pytest.mark.parametrize(("now", "before"), [((), ()), ((1, 2, 3), ()), ((), (1, 2, 3))])
 def test_nothing_may_be_known(now: tuple[int, ...], before: tuple[int, ...]) -> None:
     """No connection now, or none before, is no trouble."""
-    found = first_seen(connections(*now, seen_ns=200), connections(*before, seen_ns=100))
+    found = first_seen(connections(*now, seen_ns=200), [connections(*before, seen_ns=100)])
     assert ages(found) == dict.fromkeys(now, 200)
 
 
@@ -139,7 +139,7 @@ def test_a_key_that_differs_anywhere_is_new() -> None:
     before = connections(1, seen_ns=100)
     now = connections(1, seen_ns=200)
     now["key"]["remote_address"][0, 15] = 1
-    assert ages(first_seen(now, before)) == {1: 200}
+    assert ages(first_seen(now, [before])) == {1: 200}
 
 
 def test_what_comes_and_goes_is_read(tables: FakeTables, source: PollingSource) -> None:

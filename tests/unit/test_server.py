@@ -881,6 +881,84 @@ def connections_in_memory() -> int:
     return sum(isinstance(each, server._Connection) for each in gc.get_objects())
 
 
+def test_check_collects_unless_a_scrape_has_worked(start: Start) -> None:
+    """Once for each check that no scrape came before; what keeps it from that is told."""
+    flaky = Flaky()
+    app = make_app(flaky)
+    port = start(app)
+    before = flaky.collections  # the registry asks for names when it is registered
+    assert ask(port, "/metrics").status == 200
+    assert asyncio.run(app.check()) is None
+    assert flaky.collections == before + 1
+    assert asyncio.run(app.check()) is None
+    assert flaky.collections == before + 2
+    flaky.trouble = SourceError("the tables are gone")
+    assert asyncio.run(app.check()) == "the tables are gone"
+    flaky.trouble = None
+    assert asyncio.run(app.check()) is None
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), ZeroDivisionError("a fault")])
+def test_check_survives_every_fault(
+    fault: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would not be asked again otherwise."""
+    flaky = Flaky()
+    app = make_app(flaky)
+    flaky.trouble = fault
+    assert "memory" in (told := asyncio.run(app.check()) or "") or "a fault" in told
+    assert "can be had" in caplog.text
+    flaky.trouble = None
+    assert asyncio.run(app.check()) is None
+
+
+def test_check_before_it_is_ready() -> None:
+    """What is waited for is told, and nothing collected."""
+    flaky = Flaky()
+    app = make_app(flaky, ready=lambda: "patience")
+    before = flaky.collections
+    assert asyncio.run(app.check()) == "patience"
+    assert flaky.collections == before
+
+
+def test_without_memory_a_scrape_is_503(start: Start) -> None:
+    """With a sentence; not a fault of ours."""
+    flaky = Flaky()
+    port = start(make_app(flaky))
+    flaky.trouble = MemoryError()
+    answer = ask(port, "/metrics")
+    assert answer.status == 503
+    assert b"not enough memory" in answer.body
+
+
+def test_other_settings_are_shown(start: Start) -> None:
+    """From then on, on the landing page."""
+    app = make_app(settings={"duration_s": 6})
+    port = start(app)
+    app.show({"duration_s": 61})
+    assert b"<td>61</td>" in ask(port, "/").body
+
+
+def test_accepting_again_when_nobody_listens_any_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """asyncio tries again a second after it could not; by then we may have stopped."""
+    (listener,) = server.listen(LOOPBACK, 0)
+    listener.close()
+    caplog.clear()
+
+    async def try_again() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(server._Accepting())
+        loop.call_soon(loop._start_serving, asyncio.Protocol, listener)  # type: ignore[attr-defined]
+        loop.call_soon(lambda: 1 / 0)
+        await asyncio.sleep(0)
+
+    asyncio.run(try_again())
+    (fault,) = caplog.messages
+    assert "lambda" in fault
+
+
 # The end
 
 PROGRAM = """

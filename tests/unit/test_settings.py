@@ -12,7 +12,7 @@ from hypothesis import settings as run_with
 from hypothesis import strategies as st
 
 from tcpexporter.errors import SettingsError, quoted
-from tcpexporter.settings import Settings, parse
+from tcpexporter.settings import Settings, parse, reread
 
 SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("simple", "true", {"simple": True}),
@@ -37,6 +37,7 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("features", "true", {"features": True}),
     ("pin", "/sys/fs/bpf/x", {"pin": "/sys/fs/bpf/x"}),
     ("unpin", "true", {"unpin": True}),
+    ("state", "/var/lib/x/state", {"state": "/var/lib/x/state"}),
 ]
 """A name, a value that is not its default, and what comes of it."""
 
@@ -775,3 +776,39 @@ def test_any_environment(environ: dict[str, str]) -> None:
     """Any environment parses or is refused."""
     with contextlib.suppress(SettingsError):
         assert isinstance(parse([], environ), Settings)
+
+
+# Read again
+
+
+def test_text_in_place_of_the_file(tmp_path: Path) -> None:
+    """The file is not looked at; lines are spoken of as if they were its own."""
+    path = tmp_path / "absent"
+    assert parse(["--conf", str(path)], {}, "port 443").ports == (443,)
+    with pytest.raises(SettingsError, match=f"{path} line 2: port takes"):
+        parse(["--conf", str(path)], {}, "simple\nport x\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("port 443", "port 80,443,8000-8100,8102", "port is 80,443,8000-8100,8102"),
+        ("port 443", "", "port is -1"),
+        ("duration 1m", "duration 60", "nothing that flags and environment let change"),
+        ("", "duration 1m\nlog-level debug", "duration is 60, log-level is debug"),
+        ("listen 9690", "listen 127.0.0.1:9690", "restart for listen"),
+        ("", "listen 1\nuser x\nduration 1", "duration is 1; restart for listen, user"),
+        ("reconcile-interval 5", "interval 2", "restart for interval, reconcile-interval"),
+    ],
+)
+def test_reread(before: str, after: str, said: str) -> None:
+    """What can change is in force, what cannot is as it was; both are said."""
+    argv = ["--conf", "conf"]
+    was, wanted = parse(argv, {}, before), parse(argv, {}, after)
+    done = reread(was, wanted)
+    assert str(done) == said
+    assert done.settings.duration_s == wanted.duration_s
+    assert done.settings.ports == wanted.ports
+    assert done.settings.log_level == wanted.log_level
+    assert reread(done.settings, wanted).changed == ()
+    assert reread(done.settings, was).settings == was

@@ -23,7 +23,10 @@ from cryptography.hazmat.primitives import serialization
 from prometheus_client import CollectorRegistry
 
 from tcpexporter import server
-from tcpexporter.errors import WebConfigError
+from tcpexporter.errors import SettingsError
+from tcpexporter.reader import WEB_CONFIG, Reader
+from tcpexporter.reloading import Hangups, Reloading, Reloads
+from tcpexporter.supervisor import Supervisor
 from tcpexporter.web import Web
 from tests.pki import (
     CA,
@@ -59,14 +62,28 @@ def basic(name: str, password: str) -> dict[str, str]:
 ALICE = basic("alice", "wonderland")
 
 
+def make_web(path: str) -> Web:
+    reader = Reader(None, web_config=path)
+    with contextlib.closing(reader):
+        return Web(path, reader.receive())
+
+
 class Served:
     """A configuration in a directory of its own, and what serves with it."""
 
     def __init__(self, directory: Path, config: str) -> None:
         self.directory = directory
         self.path = write_web(directory, config)
-        self.web = Web(self.path, None, interval_s=INTERVAL_S)
-        self.web.follow()
+        self.reader = Reader(None, web_config=self.path, interval_s=INTERVAL_S)
+        self.web = Web(self.path, self.reader.receive())
+        self.following = Reloading(
+            self.reader,
+            {WEB_CONFIG: self.web.replace},
+            Hangups(),
+            Supervisor(None, None),
+            Reloads(),
+        )
+        self.following.follow()
         registry = CollectorRegistry()
         registry.register(Flaky())
         self.app = server.App(
@@ -88,6 +105,10 @@ class Served:
         return http.client.HTTPSConnection(
             LOOPBACK, self.port, timeout=PATIENCE_S, context=context
         )
+
+    def close(self) -> None:
+        self.following.close()
+        self.reader.close()
 
     def write(self, config: str) -> None:
         """In place, not by a rename."""
@@ -111,7 +132,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 
         def serve_one(config: str) -> Served:
             served = Served(tmp_path, config)
-            running.enter_context(contextlib.closing(served.web))
+            running.enter_context(contextlib.closing(served))
             running.enter_context(serving(served.app, served.sockets))
             return served
 
@@ -557,7 +578,7 @@ def test_what_cannot_be_used_leaves_all_as_it_was(
     eventually(lambda: any(sentence in each for each in caplog.messages))
     time.sleep(5 * INTERVAL_S)
     (warning,) = (each for each in caplog.records if each.levelname == "WARNING")
-    assert "going on with the web configuration as it was" in warning.message
+    assert "going on with the web configuration as before" in warning.message
     assert served.ask(client_context()).status == 200
     served.write(TLS + users(alice="wonderland"))
     eventually(lambda: served.ask(client_context()).status == 401)
@@ -567,7 +588,7 @@ def test_what_cannot_be_used_leaves_all_as_it_was(
 def test_a_reader_that_has_gone(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     """One warning with the remedy, and scrapes go on."""
     served = serve(TLS)
-    os.kill(served.web._reader.process, 9)
+    os.kill(served.reader.process, 9)
     eventually(lambda: any("restart" in each for each in caplog.messages))
     assert served.ask(client_context()).status == 200
 
@@ -645,8 +666,8 @@ def test_no_scrape_fails_while_all_is_replaced(
 def test_refused_at_the_start(tmp_path: Path, config: str, sentence: str) -> None:
     """One sentence that begins with the file."""
     path = write_web(tmp_path, config)
-    with pytest.raises(WebConfigError) as refused:
-        Web(path, None)
+    with pytest.raises(SettingsError) as refused:
+        make_web(path)
     told = str(refused.value)
     assert told.startswith(path)
     assert sentence in told
@@ -655,8 +676,8 @@ def test_refused_at_the_start(tmp_path: Path, config: str, sentence: str) -> Non
 
 def test_no_file(tmp_path: Path) -> None:
     """The file itself is not there."""
-    with pytest.raises(WebConfigError, match="cannot be read: No such file"):
-        Web(str(tmp_path / "absent"), None)
+    with pytest.raises(SettingsError, match="cannot be read: No such file"):
+        make_web(str(tmp_path / "absent"))
 
 
 def test_a_key_with_a_passphrase(tmp_path: Path) -> None:
@@ -669,5 +690,5 @@ def test_a_key_with_a_passphrase(tmp_path: Path) -> None:
         serialization.BestAvailableEncryption(b"secret"),
     )
     (tmp_path / "server.key").write_bytes(encrypted)
-    with pytest.raises(WebConfigError, match="the key is encrypted"):
-        Web(path, None)
+    with pytest.raises(SettingsError, match="the key is encrypted"):
+        make_web(path)

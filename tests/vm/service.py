@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The machine of ``vagrant/``, seen from within: run by `make vm-test` in a guest."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
+import threading
+import time
 import urllib.request
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlencode
 
+import pytest
+
 from tests.kernel.test_process import status
-from tests.support import ESTABLISHED, Peers, eventually
+from tests.support import ESTABLISHED, LONG_TERM, Peers, eventually
+
+SETTINGS = Path("/etc/default/tcpexporter")
+PINNED = Path("/sys/fs/bpf/tcpexporter")
+COMMAND = "/usr/local/bin/tcpexporter"
 
 SERVICES = ("tcpexporter", "prometheus")
 
@@ -94,3 +104,105 @@ def test_a_killed_exporter_is_started_again() -> None:
         eventually(lambda: int(state("tcpexporter", "MainPID")) not in (0, killed))
         query = f'{ESTABLISHED}{{port="{peers.port}",tcp_version="4"}}'
         eventually(lambda: prometheus(query) == 11)
+
+
+def get(path: str) -> str | None:
+    """A page of the service, None while it has none."""
+    url = f"http://localhost:9690{path}"
+    with contextlib.suppress(OSError), urllib.request.urlopen(url) as page:
+        text: str = page.read().decode()
+        return text
+    return None
+
+
+def long_term(port: int) -> int:
+    """How many connections to a port are, as the service itself shows it."""
+    series = f'{LONG_TERM}{{port="{port}",tcp_version="4"}}'
+    lines = (get("/metrics") or "").splitlines()
+    return sum(int(float(line.split()[1])) for line in lines if line.startswith(series))
+
+
+def is_ready(before: int) -> bool:
+    """Whether another process than that serves, and knows what was there."""
+    another = int(state("tcpexporter", "MainPID")) not in (0, before)
+    return another and get("/-/ready") is not None
+
+
+RESTART = ("restart",)
+KILL = ("kill", "--signal=KILL")
+
+
+def end_by(ending: tuple[str, ...]) -> None:
+    """Have the service end and start again."""
+    before = int(state("tcpexporter", "MainPID"))
+    subprocess.run(["systemctl", *ending, "tcpexporter"], check=True)
+    eventually(partial(is_ready, before))
+
+
+@contextlib.contextmanager
+def with_settings(*lines: str) -> Iterator[None]:
+    """The service has them, until it is started the next time."""
+    SETTINGS.write_text("".join(f"{line}\n" for line in lines))
+    try:
+        end_by(RESTART)
+        yield
+    finally:
+        SETTINGS.unlink()
+
+
+@contextlib.contextmanager
+def busy(peers: Peers) -> Iterator[None]:
+    """Always something just sent: the socket tables do not know how old they are."""
+    done = threading.Event()
+
+    def talk() -> None:
+        while not done.wait(0.1):
+            for client, server in peers.pairs:
+                client.send(server.send(b"x") * b"x")
+                client.recv(1)
+                server.recv(1)
+
+    talking = threading.Thread(target=talk)
+    talking.start()
+    try:
+        yield
+    finally:
+        done.set()
+        talking.join()
+
+
+@pytest.mark.parametrize(
+    ("without", "endings"),
+    [
+        pytest.param("", (RESTART, KILL), id="pinned"),
+        pytest.param("TCPEXPORTER_PIN=", (RESTART,), id="saved"),
+    ],
+)
+def test_an_age_goes_on_over_a_restart(
+    without: str, endings: tuple[tuple[str, ...], ...]
+) -> None:
+    """A connection that is long-term stays so, from when the service is ready."""
+    with (
+        with_settings("TCPEXPORTER_DURATION=20", without),
+        Peers() as peers,
+    ):
+        peers.connect(5)
+        with busy(peers):
+            eventually(lambda: long_term(peers.port) == 5)
+            for ending in endings:
+                end_by(ending)
+                for _ in range(7):
+                    assert long_term(peers.port) == 5
+                    time.sleep(0.1)
+
+
+def test_root_unpins_what_the_service_left() -> None:
+    """It belongs to a user who is gone; the service starts all the same."""
+    end_by(RESTART)
+    subprocess.run(["systemctl", "stop", "tcpexporter"], check=True)
+    assert list(PINNED.iterdir())
+    subprocess.run([COMMAND, "--unpin", "--pin", PINNED], check=True)
+    assert not PINNED.exists()
+    subprocess.run(["systemctl", "start", "tcpexporter"], check=True)
+    eventually(partial(is_ready, 0))
+    assert list(PINNED.iterdir())

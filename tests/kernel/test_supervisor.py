@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What systemd is told, and SIGHUP: a real socket in its place, a real exporter."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from tests.kernel.attempting import READING, REFUSED
+from tests.kernel.limiting import limit
+from tests.kernel.test_confinement import ATTEMPT, attempts
+from tests.kernel.test_process import catches
+from tests.support import DEADLINE_S, ESTABLISHED, Exporter, Peers, eventually
+
+pytestmark = pytest.mark.any_kernel
+
+POLLING = ("--source", "sock_diag")
+WATCHDOG_S = 1.0
+
+EXEC = """
+import os, sys
+os.environ["WATCHDOG_PID"] = str(os.getpid() + int(sys.argv.pop(1)))
+"""
+"""systemd knows the process id, as it forks by itself."""
+
+RUN = "from tcpexporter.__main__ import main; main()"
+
+
+class Manager:
+    """In place of systemd: takes what it is told, in order."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(f"\0{address[1:]}" if address.startswith("@") else address)
+        self._socket.settimeout(DEADLINE_S)
+        self.address = address
+        self.told: list[str] = []
+
+    def start(
+        self,
+        *arguments: str,
+        watchdog: bool = False,
+        for_another: bool = False,
+        run: str = RUN,
+    ) -> Exporter:
+        """An exporter, as systemd starts it."""
+        environment = [f"NOTIFY_SOCKET={self.address}"]
+        if watchdog:
+            environment.append(f"WATCHDOG_USEC={int(WATCHDOG_S * 1e6)}")
+        command = (
+            "env",
+            *environment,
+            sys.executable,
+            "-c",
+            EXEC + run,
+            str(int(for_another)),
+        )
+        return Exporter(*arguments, command=command)
+
+    def wait_for(self, line: str) -> list[str]:
+        """The lines of the next message that has one which begins so."""
+        while True:
+            self.told.append(self._socket.recv(4096).decode())
+            lines = self.told[-1].splitlines()
+            if any(each.startswith(line) for each in lines):
+                return lines
+
+    def forget(self) -> None:
+        """Have nothing waiting that was said until now."""
+        self._socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._socket.recv(4096)
+        self._socket.settimeout(DEADLINE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    with Manager(str(tmp_path / "notify")) as listening:
+        # Whoever is not root any more may still send there, as with systemd's.
+        tmp_path.chmod(0o755)
+        Path(listening.address).chmod(0o777)
+        yield listening
+
+
+def test_readiness_status_and_end_are_told(manager: Manager) -> None:
+    """In this order; what is counted, and how much of it, once there was a scrape."""
+    with manager.start("--source", "ebpf") as exporter, Peers() as peers:
+        assert manager.wait_for("READY=1") == [
+            "READY=1",
+            "STATUS=counting connections by ebpf",
+        ]
+        before = [line for each in manager.told for line in each.splitlines()]
+        assert set(before[:-2]) <= {"STATUS=the connections from before are being read"}
+        peers.connect(3)
+        assert exporter.established(peers.port) == 3
+        code, _ = exporter.stop()
+        assert code == 0
+    manager.wait_for("STOPPING=1")
+    assert not any("WATCHDOG" in each for each in manager.told)
+
+
+def test_an_abstract_socket() -> None:
+    """As systemd has it in a container; the children do not know of it."""
+    with Manager(f"@tcpexporter-test-{os.getpid()}") as manager:
+        with manager.start(*POLLING, "--conf", "/dev/null") as exporter:
+            pid = exporter.process.pid
+            (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            assert "NOTIFY_SOCKET" not in Path(f"/proc/{child}/environ").read_text()
+            manager.wait_for("READY=1")
+            exporter.stop()
+        manager.wait_for("STOPPING=1")
+
+
+def test_nobody_else_can_be_told(manager: Manager) -> None:
+    """From within, by whatever way to its socket, or to another one."""
+    with manager.start(*POLLING, run=ATTEMPT) as exporter:
+        outcomes = attempts(exporter)
+        refused = {each for each in outcomes if each not in READING}
+        assert len(refused) == len(REFUSED) + 8
+        assert {outcomes[each] for each in refused} == {"EPERM"}
+        exporter.stop()
+    manager.wait_for("STOPPING=1")
+
+
+def test_without_anybody_listening_it_runs(tmp_path: Path) -> None:
+    """One warning; a manager that goes later is no reason to end, either."""
+    with Manager(str(tmp_path / "notify")) as gone:
+        pass
+    with gone.start(*POLLING) as exporter:
+        assert exporter.get("/-/ready")
+        code, log = exporter.stop()
+    assert code == 0
+    assert log.count("systemd is not told anything") == 1
+    with Manager(str(tmp_path / "later")) as going:
+        exporter = going.start(*POLLING, watchdog=True)
+        going.wait_for("READY=1")
+    with exporter:
+        assert exporter.get("/metrics")
+        code, log = exporter.stop()
+    assert code == 0
+    assert "Traceback" not in log
+
+
+def test_the_watchdog_is_fed_without_scrapes(manager: Manager) -> None:
+    """The exporter collects by itself; the status says how many are tracked."""
+    with manager.start("--source", "ebpf", watchdog=True), Peers() as peers:
+        peers.connect(3)
+        for _ in range(3):
+            status, feed = manager.wait_for("STATUS=counting connections by ebpf, ")
+            assert feed == "WATCHDOG=1"
+            assert int(status.split()[-2].replace(",", "")) >= 0
+        assert status.endswith(" tracked")
+
+
+def test_the_watchdog_of_another_process_is_not_fed(manager: Manager) -> None:
+    """WATCHDOG_PID says whose it is; all else is told."""
+    with manager.start(*POLLING, watchdog=True, for_another=True) as exporter:
+        manager.wait_for("READY=1")
+        exporter.stop()
+    manager.wait_for("STOPPING=1")
+    assert not any("WATCHDOG" in each for each in manager.told)
+
+
+def test_the_watchdog_is_not_fed_while_there_are_no_metrics(manager: Manager) -> None:
+    """As memory is refused: the status says it; and fed again when it is not any more."""
+    with manager.start("--source", "ebpf", watchdog=True) as exporter:
+        manager.wait_for("WATCHDOG=1")
+        limit(exporter, "--as=1048576:")
+        manager.wait_for("STATUS=there is not enough memory")
+        for _ in range(3):
+            (only,) = manager.wait_for("STATUS=")
+            assert only.startswith("STATUS=there is not enough memory")
+        limit(exporter, "--as=unlimited")
+        status, _ = manager.wait_for("WATCHDOG=1")
+        assert status.startswith("STATUS=counting connections")
+        code, log = exporter.stop()
+    assert code == 0
+    assert "Traceback" not in log
+
+
+# SIGHUP
+
+
+class Configured:
+    """An exporter whose settings are in a file, which it reads again when told."""
+
+    def __init__(self, conf: Path, manager: Manager) -> None:
+        self.conf = conf
+        self.manager = manager
+
+    def start(self, *arguments: str) -> Exporter:
+        return self.manager.start(*POLLING, "--conf", str(self.conf), *arguments)
+
+    def reload(self, exporter: Exporter, text: str | None = None) -> None:
+        """Write the file anew, and have it read: READY=1 is after it is in force."""
+        if text is not None:
+            self.conf.write_text(text)
+        exporter.process.send_signal(signal.SIGHUP)
+        reloading, moment = self.manager.wait_for("RELOADING=1")
+        assert reloading == "RELOADING=1"
+        assert moment.startswith("MONOTONIC_USEC=")
+        assert self.manager.wait_for("READY=1") == ["READY=1"]
+
+
+@pytest.fixture
+def configured(tmp_path: Path, manager: Manager) -> Configured:
+    """With a file that only root can read."""
+    conf = tmp_path / "conf"
+    conf.touch(0o600)
+    conf.write_text("duration 3600\n")
+    return Configured(conf, manager)
+
+
+def reloaded(exporter: Exporter) -> float | None:
+    return exporter.value("tcpexporter_config_last_reload_successful")
+
+
+def test_duration_and_ports_change_at_once(configured: Configured) -> None:
+    """Nothing of the connections is forgotten, whatever root has given up since."""
+    with configured.start() as exporter, Peers() as one, Peers() as other:
+        one.connect(3)
+        other.connect(5)
+        eventually(lambda: exporter.established(other.port) == 5)
+        assert exporter.long_term(one.port) == 0
+        configured.reload(exporter, f"duration 0\nport {one.port}\n")
+        assert exporter.long_term(one.port) == 3
+        assert exporter.established(other.port) is None
+        assert "<td>0</td>" in exporter.get("/")
+        configured.reload(exporter, "duration 0\n")
+        assert exporter.long_term(other.port) == 5
+        code, log = exporter.stop()
+    assert code == 0
+    assert f"read again: port is {one.port}, duration is 0\n" in log
+    assert "read again: port is -1\n" in log
+
+
+def test_what_needs_a_restart_is_named(configured: Configured) -> None:
+    """In the same line as what has changed, which is written whatever the log level was."""
+    with configured.start() as exporter:
+        configured.reload(
+            exporter, "duration 7\nlisten 127.0.0.1:1\nmax-series 7\nsimple\n"
+        )
+        configured.reload(exporter, "duration 7\nlog-level error\n")
+        configured.reload(exporter, "log-level info\n")
+        assert "max_series</th><td>2000<" in exporter.get("/")
+        _, log = exporter.stop()
+    assert "read again: duration is 7; restart for simple, max-series\n" in log
+    assert "read again: log-level is error\n" in log
+    assert "read again: duration is 6, log-level is info\n" in log
+
+
+def test_flags_win_over_what_is_read_again(configured: Configured) -> None:
+    """As at the start; nothing has changed then."""
+    with configured.start("--duration", "11") as exporter:
+        configured.reload(exporter, "duration 7\n")
+        assert "at least 11 seconds" in exporter.get("/metrics")
+        assert reloaded(exporter) == 1
+        _, log = exporter.stop()
+    assert "read again: nothing that flags and environment let change\n" in log
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("duration 5\nport https\n", "conf line 2: port takes "),
+        ("durations 5\n", "conf line 1: 'durations' is not a setting"),
+        (None, "conf cannot be read: No such file or directory"),
+    ],
+)
+def test_a_file_that_is_refused_changes_nothing(
+    configured: Configured, text: str | None, sentence: str
+) -> None:
+    """The log says what and where, a metric that it was so; until it is put right."""
+    with configured.start() as exporter:
+        assert reloaded(exporter) == 1
+        if text is None:
+            configured.conf.unlink()
+        configured.reload(exporter, text)
+        assert reloaded(exporter) == 0
+        assert "at least 3600 seconds" in exporter.get("/metrics")
+        configured.reload(exporter, "duration 5\n")
+        assert reloaded(exporter) == 1
+        assert "at least 5 seconds" in exporter.get("/metrics")
+        _, log = exporter.stop()
+    (warning,) = (line for line in log.splitlines() if "WARNING" in line)
+    assert "going on with the settings as before: " in warning
+    assert sentence in warning
+
+
+def test_without_a_file_it_says_so() -> None:
+    """SIGHUP does nothing then, and does not end it."""
+    with Exporter(*POLLING) as exporter:
+        exporter.process.send_signal(signal.SIGHUP)
+        assert exporter.get("/metrics")
+        code, log = exporter.stop()
+    assert code == 0
+    assert "there is nothing to read again" in log
+
+
+def test_sighups_in_a_burst(configured: Configured) -> None:
+    """However many: the last state of the file counts, no scrape is lost, none ends it."""
+    with configured.start() as exporter:
+        for duration in range(101):
+            configured.conf.write_text(f"duration {duration}\n")
+            exporter.process.send_signal(signal.SIGHUP)
+            if duration % 10 == 0:
+                assert ESTABLISHED in exporter.get("/metrics")
+        eventually(lambda: "at least 100 seconds" in exporter.get("/metrics"))
+        code, log = exporter.stop()
+    assert code == 0
+    assert "Traceback" not in log
+
+
+def test_sighup_before_it_is_ready(configured: Configured) -> None:
+    """It is kept until then, and READY=1 is not told too early."""
+    starting = Exporter(
+        *("--source", "ebpf", "--conf", str(configured.conf)),
+        command=(
+            "env",
+            f"NOTIFY_SOCKET={configured.manager.address}",
+            sys.executable,
+            "-m",
+            "tcpexporter",
+        ),
+        wait=False,
+    )
+    with starting as exporter:
+        eventually(lambda: catches(exporter.process.pid, signal.SIGHUP))
+        configured.conf.write_text("duration 11\n")
+        exporter.process.send_signal(signal.SIGHUP)
+        assert configured.manager.wait_for("READY=1")[1].startswith("STATUS=counting")
+        configured.manager.wait_for("RELOADING=1")
+        configured.manager.wait_for("READY=1")
+        assert "at least 11 seconds" in exporter.get("/metrics")
+
+
+def test_the_reader_that_was_killed(configured: Configured) -> None:
+    """One warning with the remedy, and a metric; SIGHUP says the same, scrapes go on."""
+    with configured.start() as exporter:
+        pid = exporter.process.pid
+        (reader,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(reader), signal.SIGHUP)  # which it ignores
+        configured.reload(exporter)
+        os.kill(int(reader), signal.SIGKILL)
+        eventually(lambda: reloaded(exporter) == 0)
+        configured.reload(exporter, "duration 5\n")
+        assert "at least 3600 seconds" in exporter.get("/metrics")
+        code, log = exporter.stop()
+    assert code == 0
+    assert log.count("no file will be read again, as the reader has ended: restart") == 1
+    assert log.count("nothing to read again, as the reader has ended: restart") == 1
