@@ -58,6 +58,11 @@ kernels: ## Put what vm-test has found into the README
 soak: setup-test ## Churn for ten minutes, lose events, show that the numbers end right and nothing grows
 	$(bin)/python -m tests.kernel.churn
 
+.PHONY: fuzz
+fuzz: ## Try bad input at every door, a million each, in an hour; TARGET=procfs RUNS=10000
+	@deploy/setup.sh fuzz
+	$(bin)/python -m tests.fuzz $(TARGET) --runs $(or $(RUNS),1000000)
+
 .PHONY: hostile
 hostile: setup-test ## Attack it for five minutes by thousands of clients, and see that scrapes are answered
 	$(bin)/python -m tests.hostile

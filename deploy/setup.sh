@@ -6,7 +6,8 @@
 #   run          install what the exporter needs: BCC, and .venv with the exporter in it
 #   guest        install that, and what the tests of the kernel need
 #   test         install that, and what lint and the other tests need
-#   bench        install that, and what the benchmarks compare us with
+#   fuzz         install that, and what thinks of bad input
+#   bench        install what "test" does, and what the benchmarks compare us with
 #   vm           install what boots other kernels than this one, and what "test" does
 #   release      install what keeps the locks and looks for known holes, and what "test" does
 #   lock         install that, and write deploy/lock anew
@@ -43,6 +44,10 @@ main() {
 		require_for_tests
 		fill_venv test
 		;;
+	fuzz)
+		require_for_tests
+		fill_venv fuzz
+		;;
 	bench)
 		require_for_tests
 		require_unpacked prometheus-node-exporter prometheus-node-exporter
@@ -68,7 +73,7 @@ main() {
 		shift
 		require "$@"
 		;;
-	*) fail "usage: $0 run|guest|test|bench|vm|release|lock|require X..." ;;
+	*) fail "usage: $0 run|guest|test|fuzz|bench|vm|release|lock|require X..." ;;
 	esac
 }
 
@@ -271,6 +276,7 @@ extras_of() {
 	run) ;;
 	guest) echo test ;;
 	test) echo test lint package ;;
+	fuzz) echo test lint package fuzz ;;
 	bench) echo test lint package bench ;;
 	release) echo test lint package release ;;
 	esac
@@ -330,7 +336,7 @@ with open("pyproject.toml", "rb") as project:
     print(*tomllib.load(project)["build-system"]["requires"], sep="\n")' >"$scratch/build.in"
 	resolve --all-extras >"$scratch/everything" # which these must be of one mind with
 	write_lock run --constraints "$scratch/everything"
-	for extra in test lint package bench release; do
+	for extra in test lint package fuzz bench release; do
 		# shellcheck disable=SC2046  # two words for each package
 		write_lock $extra --constraints "$scratch/everything" --extra $extra \
 			$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' "$scratch/run.txt")

@@ -3,6 +3,7 @@
 
 import ctypes
 from collections.abc import Iterator
+from typing import Self
 
 from tcpexporter.errors import LoadError
 from tcpexporter.libbpf import load_libbpf
@@ -30,26 +31,36 @@ class _Member(ctypes.Structure):
 
 
 class Btf:
-    """What libbpf reads from /sys/kernel/btf/vmlinux, in 10 ms.
+    """What libbpf has read.
 
     The layouts are those of include/uapi/linux/btf.h: the members follow their
     struct; ``info`` has their number in 16 bits and the kind above 24; ``offset``
     is in bits, and shares its word with a size where the struct has bitfields.
     """
 
-    def __init__(self) -> None:
-        """Read them.
+    def __init__(self, libbpf: ctypes.CDLL, types: ctypes.c_void_p) -> None:
+        """Look into what a function of libbpf has given, which is kept for good.
+
+        Raises:
+            LoadError: it has given nothing.
+        """
+        self._libbpf = libbpf
+        self._libbpf.btf__type_by_id.restype = ctypes.POINTER(_Type)
+        self._libbpf.btf__name_by_offset.restype = ctypes.c_char_p
+        self._btf = types
+        if not self._btf or self._libbpf.libbpf_get_error(self._btf):
+            raise LoadError("this kernel has no BTF")
+
+    @classmethod
+    def of_kernel(cls) -> Self:
+        """Those of /sys/kernel/btf/vmlinux, in 10 ms.
 
         Raises:
             SourceError: the kernel has none, or libbpf is not installed.
         """
-        self._libbpf = load_libbpf()
-        self._libbpf.btf__load_vmlinux_btf.restype = ctypes.c_void_p
-        self._libbpf.btf__type_by_id.restype = ctypes.POINTER(_Type)
-        self._libbpf.btf__name_by_offset.restype = ctypes.c_char_p
-        self._btf = ctypes.c_void_p(self._libbpf.btf__load_vmlinux_btf())
-        if not self._btf or self._libbpf.libbpf_get_error(self._btf):
-            raise LoadError("this kernel has no BTF")
+        libbpf = load_libbpf()
+        libbpf.btf__load_vmlinux_btf.restype = ctypes.c_void_p
+        return cls(libbpf, ctypes.c_void_p(libbpf.btf__load_vmlinux_btf()))
 
     def offset(self, struct: str, member: str) -> int:
         """Bytes from the start of ``struct`` to ``member``, be it of an anonymous one.
@@ -67,13 +78,19 @@ class Btf:
         return self._offset(self._find(struct), member) is not None
 
     def _offset(self, number: int, member: str) -> int | None:
-        for name, inner, offset in self._members(number):
-            at = (offset & 0xFFFFFF) // 8
-            if name == member:
-                return at
-            within = None if name else self._offset(inner, member)
-            if within is not None:
-                return at + within
+        left = [(number, 0)]
+        seen = set()
+        while left:
+            number, begin = left.pop()
+            if number in seen:  # no struct is in itself, but a wrong file can say so
+                continue
+            seen.add(number)
+            for name, inner, offset in self._members(number):
+                at = begin + (offset & 0xFFFFFF) // 8
+                if name == member:
+                    return at
+                if not name:
+                    left.append((inner, at))
         return None
 
     def function(self, tracepoint: str) -> int:
@@ -106,10 +123,15 @@ class Btf:
         """Name, type and offset of each member; none of what is no struct or union."""
         if number < 1:
             return
-        described = self._libbpf.btf__type_by_id(self._btf, number).contents
+        found = self._libbpf.btf__type_by_id(self._btf, number)
+        if not found:
+            raise LoadError(f"this kernel's BTF is malformed at type {number}")
+        described = found.contents
         if described.info >> 24 & 0x1F not in (KIND_STRUCT, KIND_UNION):
             return
         first = ctypes.addressof(described) + ctypes.sizeof(described)
         for each in (_Member * (described.info & 0xFFFF)).from_address(first):
-            name = self._libbpf.btf__name_by_offset(self._btf, each.name).decode()
-            yield name, each.type, each.offset
+            name = self._libbpf.btf__name_by_offset(self._btf, each.name)
+            if name is None:
+                raise LoadError(f"this kernel's BTF is malformed at type {number}")
+            yield name.decode(errors="replace"), each.type, each.offset

@@ -2,7 +2,16 @@
 """Every error that tcpexporter raises on purpose."""
 
 import contextlib
+import reprlib
 from collections.abc import Iterator
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
+
+
+def quoted(text: str) -> str:
+    """What a user wrote, for a sentence: without its middle where it is long."""
+    return _SHORT.repr(str(text))
 
 
 class TcpExporterError(Exception):

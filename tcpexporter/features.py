@@ -69,7 +69,7 @@ class Kernel:
         self._types: Btf | None = None
         if BTF.name not in without:
             with contextlib.suppress(LoadError):
-                self._types = Btf()
+                self._types = Btf.of_kernel()
 
     def has(self, feature: Feature) -> Answer:
         """Whether it has a feature."""

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 LOAD_TIMEOUT_S = 60
 LAST_WORDS_TIMEOUT_S = 0.5
 MESSAGE_BYTES = 65536
+LOADED = b"loaded"
 SEE_DEBUG = "--log-level debug shows what it said"
 
 RANGE_BITS = 8
@@ -130,10 +131,9 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _receive(channel: socket.socket) -> Descriptors:
-    expected = len(fields(Descriptors))
     try:
         message, descriptors, _, _ = socket.recv_fds(
-            channel, MESSAGE_BYTES, expected, socket.MSG_CMSG_CLOEXEC
+            channel, MESSAGE_BYTES, len(fields(Descriptors)), socket.MSG_CMSG_CLOEXEC
         )
     except TimeoutError:
         raise LoadError(
@@ -141,11 +141,22 @@ def _receive(channel: socket.socket) -> Descriptors:
         ) from None
     except ConnectionError:  # it did not even read what it is asked
         message, descriptors = b"", []
-    if not message:
-        raise LoadError(f"the process that loads the BPF program died, {SEE_DEBUG}")
-    if not descriptors:
-        raise LoadError(message.decode())
-    return Descriptors(*descriptors)
+    return _descriptors(message, descriptors)
+
+
+def _descriptors(message: bytes, received: list[int]) -> Descriptors:
+    """What the child has sent: all descriptors, or in a sentence why it has none."""
+    if message == LOADED and len(received) == len(fields(Descriptors)):
+        return Descriptors(*received)
+    for each in received:
+        os.close(each)
+    sentence = message.decode(errors="replace").strip()
+    if received or message == LOADED:
+        raise LoadError(
+            f"the process that loads the BPF program sent {len(received)} descriptors,"
+            f" {SEE_DEBUG}"
+        )
+    raise LoadError(sentence or f"the process that loads the BPF program died, {SEE_DEBUG}")
 
 
 def _main(channel_descriptor: int) -> None:
@@ -156,7 +167,7 @@ def _main(channel_descriptor: int) -> None:
         except SourceError as error:
             channel.send(str(error).encode())
         else:
-            socket.send_fds(channel, [b"loaded"], list(astuple(descriptors)))
+            socket.send_fds(channel, [LOADED], list(astuple(descriptors)))
     os._exit(0)  # BCC cleans up when Python exits
 
 

@@ -34,7 +34,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter import reconcile
-from tcpexporter.connections import CONNECTION, KEY, Records
+from tcpexporter.clock import boottime_ns
+from tcpexporter.connections import CONNECTION, KEY, Records, directions, groups
 from tcpexporter.errors import PinError
 from tcpexporter.libbpf import call, create_map
 from tcpexporter.loader import Descriptors
@@ -239,7 +240,7 @@ class _Generation:
             record = _read_layout(directory / LAYOUT, layout)
             connections, shown = _get(directory / CONNECTIONS, undo)
             _require(directory / CONNECTIONS, shown, value_size=record.itemsize)
-            entries = int(shown["max_entries"])
+            entries = _number(directory / CONNECTIONS, shown, "max_entries")
             yield cls(MappedArray(connections, record, entries, WINDOW), entries, netns)
 
     def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  it always has them
@@ -280,8 +281,15 @@ def settled(window: Records) -> Records:
     is_same = (connections["group"] == group) & (
         connections["established_ns"] == established_ns
     )
-    copied: Records = connections[is_same & (group != 0)]
-    return copied
+    return _sound(connections[is_same & (group != 0)])
+
+
+def _sound(connections: Records) -> Records:
+    """What a socket can be: whatever else is there is neither counted nor an error."""
+    sound: Records = connections[connections["key"]["local_port"] != 0]
+    sound["group"] = groups(sound["key"], directions(sound["group"]))
+    sound["established_ns"] = np.minimum(sound["established_ns"], boottime_ns())
+    return sound
 
 
 def _make_layout() -> int:
@@ -307,15 +315,21 @@ def _offsets(dtype: np.dtype[Any], names: tuple[str, ...]) -> list[int]:
 
 
 def _read_layout(path: Path, descriptor: int) -> np.dtype[Any]:
+    words = np.zeros(LAYOUT_WORDS, np.uint32)
+    Map(descriptor, "layouts").read(FIRST, words)
+    return _record(path, words)
+
+
+def _record(path: Path, words: npt.NDArray[np.uint32]) -> np.dtype[Any]:
     """The part of a record that is taken over, wherever that version had it.
 
     Raises:
         PinError: it is no layout, or one that has fields outside of the record.
     """
-    words = np.zeros(LAYOUT_WORDS, np.uint32)
-    Map(descriptor, "layouts").read(FIRST, words)
     magic, record_bytes, key_bytes, *offsets = words.tolist()
-    if magic != LAYOUT_MAGIC:
+    # In C it has numbers of 64 bits, so its size is a multiple of that; the kernel has each
+    # element at one in any case: array_map_alloc in its kernel/bpf/arraymap.c.
+    if magic != LAYOUT_MAGIC or record_bytes % 8:
         raise _not_ours(path)
     try:
         key = _laid_out(KEY, KEY_FIELDS, offsets[len(FIELDS) :], key_bytes)
@@ -334,6 +348,10 @@ def _laid_out(
     """Some fields of a dtype, as another version has them."""
     formats = [instead.get(name, dtype[name]) for name in names]
     places = offsets[: len(names)]
+    # numpy sees to that too, but in numbers of 32 bits, and then reads anywhere.
+    ends = (at + each.itemsize for at, each in zip(places, formats, strict=True))
+    if max(ends) > itemsize:
+        raise ValueError(itemsize)
     return np.dtype(
         {"names": names, "formats": formats, "offsets": places, "itemsize": itemsize}
     )
@@ -345,11 +363,22 @@ def _get(path: Path, undo: contextlib.ExitStack) -> tuple[int, dict[str, str]]:
         _require_own(path, path.stat())
         descriptor = call("bpf_obj_get", os.fsencode(path))
         undo.callback(os.close, descriptor)
-        lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
+        content = Path(f"/proc/self/fdinfo/{descriptor}").read_bytes()
     except OSError as error:
         raise PinError(f"{path} cannot be used: {error.strerror}") from error
-    shown = (line.partition(":") for line in lines)
-    return descriptor, {name: value.strip() for name, _, value in shown}
+    return descriptor, _shown(content)
+
+
+def _shown(fdinfo: bytes) -> dict[str, str]:
+    lines = (each.partition(":") for each in fdinfo.decode(errors="replace").split("\n"))
+    return {name: value.strip() for name, _, value in lines}
+
+
+def _number(path: Path, shown: dict[str, str], name: str) -> int:
+    try:
+        return int(shown[name])
+    except (KeyError, ValueError):
+        raise _not_ours(path) from None
 
 
 def _require(path: Path, shown: dict[str, str], **expected: int) -> None:

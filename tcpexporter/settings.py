@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, NoReturn, Self
 
 import configargparse
 
-from tcpexporter.errors import SettingsError
+from tcpexporter.errors import SettingsError, quoted
 from tcpexporter.version import VERSION
 
 _PREFIX = "TCPEXPORTER_"
+_LARGEST_FILE = 1 << 20
 _LONGEST_DURATION_S = (2**63 - 1) // 10**9
 """In nanoseconds it fits into a signed 64-bit number."""
 
@@ -79,7 +80,9 @@ def parse(
     """
     parser = _parser(file)
     # Text only: argparse's own conversion would not know where a value came from.
-    texts = vars(parser.parse_args(_arguments(argv), env_vars=_variables(environ)))
+    parsed = parser.parse_args(_arguments(argv), env_vars=_variables(environ))
+    # A value that is -- argparse takes away (before Python 3.13), as if it ended the flags.
+    texts = {name: "--" if text == [] else text for name, text in vars(parsed).items()}
     _refuse_unknown_variables(environ)
     origins = _origins(parser)
     values: dict[str, Any] = {
@@ -162,17 +165,8 @@ class _FileFormat(configargparse.ConfigFileParser):  # type: ignore[misc]  # shi
     """Lines of ``name value`` or ``name=value``; ``name`` alone turns a switch on."""
 
     def parse(self, stream: "_File") -> dict[str, _Told]:
-        items: dict[str, _Told] = {}
         text = _read(stream.path) if stream.text is None else stream.text
-        lines = (line.strip() for line in text.split("\n"))
-        for number, line in enumerate(lines, start=1):
-            if not line or line.startswith("#"):
-                continue
-            name, told = _item(line, f"{stream.path} line {number}")
-            if name in items:
-                raise SettingsError(f"{told.origin}: {name} is set a second time")
-            items[name] = told
-        return items
+        return _items(text, stream.path)
 
 
 class _File(NamedTuple):
@@ -184,13 +178,34 @@ class _File(NamedTuple):
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+        text = content.decode()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise SettingsError(
-            f"the settings file {path} (flag --conf or environment variable CONF)"
-            f" cannot be read: {reason}"
-        ) from error
+        raise _unreadable(path, reason) from error
+    if len(content) > _LARGEST_FILE:
+        raise _unreadable(path, f"it is larger than {_LARGEST_FILE} bytes")
+    return text
+
+
+def _unreadable(path: Path, reason: object) -> SettingsError:
+    return SettingsError(
+        f"the settings file {path} (flag --conf or environment variable CONF)"
+        f" cannot be read: {reason}"
+    )
+
+
+def _items(text: str, path: Path) -> dict[str, _Told]:
+    items: dict[str, _Told] = {}
+    for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
+        if not line or line.startswith("#"):
+            continue
+        name, told = _item(line, f"{path} line {number}")
+        if name in items:
+            raise SettingsError(f"{told.origin}: {name} is set a second time")
+        items[name] = told
+    return items
 
 
 def _item(line: str, origin: str) -> tuple[str, _Told]:
@@ -198,7 +213,8 @@ def _item(line: str, origin: str) -> tuple[str, _Told]:
     setting = _FILE_SETTINGS.get(name.replace("_", "-"))
     if setting is None:
         raise SettingsError(
-            f"{origin}: {name!r} is not a setting that a file can have; --help lists them"
+            f"{origin}: {quoted(name)} is not a setting that a file can have; --help lists"
+            " them"
         )
     text = rest[0] if rest else "true" if setting.kind is _SWITCH else ""
     return setting.name, _Told(text, origin)
@@ -302,8 +318,11 @@ def _port_range(text: str) -> range:
 def _ports(text: str) -> tuple[int, ...]:
     if text == "-1":
         return ()
-    ranges = map(_port_range, text.split(","))
-    return tuple(sorted(set(itertools.chain.from_iterable(ranges))))
+    ports: list[int] = []
+    # In order, so that no port is looked at twice, however often it is named.
+    for each in sorted(map(_port_range, text.split(",")), key=lambda each: each.start):
+        ports.extend(range(max(each.start, ports[-1] + 1 if ports else 0), each.stop))
+    return tuple(ports)
 
 
 def _host(text: str) -> str:
@@ -364,6 +383,12 @@ def _word(text: str) -> str:
     return text
 
 
+def _path(text: str) -> str | None:
+    if "\0" in text:
+        raise ValueError(text)
+    return text or None
+
+
 @dataclass(frozen=True)
 class _Kind:
     """What a setting can be set to."""
@@ -414,10 +439,10 @@ _USER = _Kind("USER", "the name of a user", _word)
 _DIRECTORY = _Kind(
     "DIR",
     "the path of a directory of the BPF file system, as /sys/fs/bpf/tcpexporter",
-    lambda text: text or None,
+    _path,
 )
-_PATH = _Kind("PATH", "the path of a file", lambda text: text or None)
-_CONF = _Kind("PATH", "the path of a file of settings", _PATH.parse)
+_PATH = _Kind("PATH", "the path of a file", _path)
+_CONF = _Kind("PATH", "the path of a file of settings", _path)
 
 
 @dataclass(frozen=True)
@@ -467,7 +492,7 @@ class _Setting:
         except (LookupError, ValueError):
             raise SettingsError(
                 f"{origin or f'flag --{self.name}'}: {self.name} takes {self.kind.takes},"
-                f" not {text!r}"
+                f" not {quoted(text)}"
             ) from None
 
 

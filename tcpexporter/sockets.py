@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -58,6 +58,9 @@ DATAGRAM_BYTES = 65536
 
 REPLY_BYTES = 8 * DATAGRAM_BYTES
 """That are taken apart at once."""
+
+FEW = 64
+"""Messages, of many, that are looked at whether they are alike before all are."""
 
 REPLY_TIMEOUT_S = 10
 
@@ -340,64 +343,92 @@ class _Dumps:
     def __init__(self, opened: socket.socket) -> None:
         self._socket = opened
         self._sequence = 0
+        self._is_under_way = False
         self.close = opened.close
 
     def read(self, states: int, extensions: int) -> Iterator[Bytes]:
         """Runs of messages, as `decode_sock_diag` gives them."""
         try:
             for family in (socket.AF_INET, socket.AF_INET6):
+                self._finish()
                 self._sequence += 1
                 request = sock_diag_request(family, states, extensions, self._sequence)
                 self._socket.send(request)
+                self._is_under_way = True
                 yield from self._replies()
         except OSError as error:
             raise SocketTableError(
                 f"sock_diag does not answer ({error}): modprobe tcp_diag may help"
             ) from error
 
+    def _finish(self) -> None:
+        """Read what is left of a dump that was given up: that is, of one that failed."""
+        try:
+            while self._is_under_way:
+                self._receive()
+        finally:
+            self._is_under_way = False  # if it never ends, it is not waited for again
+
     def _replies(self) -> Iterator[Bytes]:
         """Many datagrams are taken apart at once: each is only a hundred sockets or two.
 
         Where there are more than that, the kernel works on the next ones meanwhile.
         """
-        reply, has_ended = self._receive()
-        if has_ended:
-            yield from self._runs(reply)
-            return
-        with ThreadPoolExecutor(1) as receiver:
-            while not has_ended:
-                following = receiver.submit(self._receive)
-                yield from self._runs(reply)
-                reply, has_ended = following.result()
-        yield from self._runs(reply)
+        reply = self._receive()
+        if self._is_under_way:
+            with ThreadPoolExecutor(1) as receiver:
+                while self._is_under_way:
+                    following = receiver.submit(self._receive)
+                    yield from self._runs(reply, is_last=False)
+                    reply = following.result()
+        yield from self._runs(reply, is_last=True)
 
-    def _receive(self) -> tuple[Bytes, bool]:
-        """A buffer full of datagrams, and whether the last of the dump is among them."""
+    def _receive(self) -> Bytes:
+        """A buffer full of datagrams, or as many as there are until the dump ends."""
         buffer = np.empty(REPLY_BYTES, np.uint8)
         filled = 0
-        while len(buffer) - filled >= DATAGRAM_BYTES:
+        while self._is_under_way and len(buffer) - filled >= DATAGRAM_BYTES:
             room = buffer[filled:]
-            size = self._socket.recv_into(room.data)
-            _, kind, _, sequence = NETLINK_HEADER.unpack_from(room.data)
-            if sequence != self._sequence:  # left from a dump that was given up
-                continue
-            filled += size
-            if kind != SOCK_DIAG_BY_FAMILY or self._is_done(room[size - DONE_BYTES : size]):
-                return buffer[:filled], True
-        return buffer[:filled], False
+            datagram = room[: self._socket.recv_into(room.data)]
+            if _is_of(datagram, self._sequence):  # else left from one that was given up
+                filled += len(datagram)
+                self._is_under_way = not _ends(datagram)
+        return buffer[:filled]
 
-    def _is_done(self, message: Bytes) -> bool:
-        """Whether that ends a dump: where there is room, it follows the last sockets."""
-        length, kind, _, sequence = NETLINK_HEADER.unpack_from(message.data)
-        return (length, kind, sequence) == (DONE_BYTES, NLMSG_DONE, self._sequence)
-
-    def _runs(self, reply: Bytes) -> list[Bytes]:
-        runs, _ = decode_sock_diag(reply, self._sequence)
+    def _runs(self, reply: Bytes, *, is_last: bool) -> list[Bytes]:
+        runs, has_ended = decode_sock_diag(reply, self._sequence)
+        if has_ended != is_last:
+            self._is_under_way = not has_ended
+            raise SocketTableError(
+                f"sock_diag reply: {'no' if is_last else 'an'} end at byte {len(reply)}"
+            )
         return runs
+
+
+def _is_of(datagram: Bytes, sequence: int) -> bool:
+    """Whether it answers that request; so does what is too short to tell: it is refused."""
+    if len(datagram) < NETLINK_HEADER_BYTES:
+        return True
+    _, _, _, answered = NETLINK_HEADER.unpack_from(datagram.data)
+    return bool(answered == sequence)
+
+
+def _ends(datagram: Bytes) -> bool:
+    """Whether a dump ends with it: where there is room, that follows the last sockets."""
+    if len(datagram) < DONE_BYTES:
+        return False
+    _, first, _, sequence = NETLINK_HEADER.unpack_from(datagram.data)
+    last = NETLINK_HEADER.unpack_from(datagram[-DONE_BYTES:].data)
+    length, kind, _, answered = last
+    is_done = (length, kind, answered) == (DONE_BYTES, NLMSG_DONE, sequence)
+    return is_done or first in (NLMSG_DONE, NLMSG_ERROR)
 
 
 def _netlink_socket() -> socket.socket:
     opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+    # Only the kernel answers then: else who is root in the namespace, be it a container's,
+    # can send to this socket too (netlink_getsockbyportid in net/netlink/af_netlink.c).
+    opened.connect((0, 0))
     opened.settimeout(REPLY_TIMEOUT_S)
     return opened
 
@@ -420,50 +451,61 @@ def sock_diag_request(family: int, states: int, extensions: int, sequence: int) 
 
 
 def decode_sock_diag(reply: Bytes, sequence: int) -> tuple[list[Bytes], bool]:
-    """Take one datagram of a sock_diag dump apart.
+    """Take datagrams of a sock_diag dump apart.
 
     Returns:
         Arrays of bytes of shape (messages, length), one for each run of
         messages that are equally long, as nearly all of a dump are; and
-        whether the dump is finished. A datagram that answers another request
-        than ``sequence`` gives nothing: it is left from a dump that was given up.
+        whether the dump is finished.
 
     Raises:
-        SocketTableError: the kernel reports an error, or a message is malformed.
+        SocketTableError: the kernel reports an error, or a message is malformed, or
+            answers another request than ``sequence``; says at which byte.
     """
     runs: list[Bytes] = []
     offset = 0
     while offset < len(reply):
-        length = _message_length(reply, offset)
-        kind = int(reply[offset + 4 : offset + 6].view(np.uint16)[0])
-        if int(reply[offset + 8 : offset + 12].view(np.uint32)[0]) != sequence:
-            return runs, False
+        length, kind = _message(reply, offset, sequence)
         # A dump that fails ends like one that is done, but for this number.
         error = int(reply[offset + 16 : offset + 20].view(np.int32)[0])
         if kind == NLMSG_ERROR or (kind == NLMSG_DONE and error < 0):
             raise SocketTableError(f"sock_diag refuses: {os.strerror(min(-error, 4095))}")
-        if kind == NLMSG_DONE:
-            return runs, True
         aligned = (length + 3) & ~3
-        if length < DIAG_MESSAGE.itemsize:
+        left = len(reply) - offset
+        if kind == NLMSG_DONE and aligned == left:
+            return runs, True
+        if kind == SOCK_DIAG_BY_FAMILY and length < DIAG_MESSAGE.itemsize:
             raise SocketTableError(f"sock_diag reply: short message at byte {offset}")
-        if kind != SOCK_DIAG_BY_FAMILY or aligned > len(reply) - offset:
-            raise SocketTableError(f"sock_diag reply: malformed message at byte {offset}")
-        rows = reply[offset : offset + (len(reply) - offset) // aligned * aligned]
-        rows = rows.reshape(-1, aligned)
-        alike = (rows[:, :12] == rows[0, :12]).all(axis=1)
-        rows = rows[: len(rows) if alike.all() else int(alike.argmin())]
+        if kind != SOCK_DIAG_BY_FAMILY or aligned > left:
+            raise _malformed(offset)
+        rows = reply[offset : offset + left // aligned * aligned].reshape(-1, aligned)
+        # Not at all of them each time, where they differ in length one by one.
+        few = _alike(rows[:FEW])
+        rows = _alike(rows) if len(few) == FEW else few
         runs.append(rows)
         offset += rows.size
     return runs, False
 
 
-def _message_length(reply: Bytes, offset: int) -> int:
+def _alike(rows: Bytes) -> Bytes:
+    """The first messages that are as long as the first, and of its type and request."""
+    alike = (rows[:, :12] == rows[0, :12]).all(axis=1)
+    return rows[: len(rows) if alike.all() else int(alike.argmin())]
+
+
+def _message(reply: Bytes, offset: int, sequence: int) -> tuple[int, int]:
+    """Length and type of the message there."""
     left = len(reply) - offset
-    length = int(reply[offset : offset + 4].view(np.uint32)[0]) if left >= 4 else 0
-    if not NETLINK_HEADER_BYTES + 4 <= length <= left:
-        raise SocketTableError(f"sock_diag reply: malformed message at byte {offset}")
-    return length
+    if left < NETLINK_HEADER_BYTES + 4:
+        raise _malformed(offset)
+    length, kind, _, answered = NETLINK_HEADER.unpack_from(reply.data, offset)
+    if answered != sequence or not NETLINK_HEADER_BYTES + 4 <= length <= left:
+        raise _malformed(offset)
+    return length, kind
+
+
+def _malformed(offset: int) -> SocketTableError:
+    return SocketTableError(f"sock_diag reply: malformed message at byte {offset}")
 
 
 def _diag_entries(rows: Bytes, netns: int, *, with_ages: bool = True) -> Records:
@@ -603,42 +645,74 @@ class ProcfsReader:
 
     def _read(self, files: dict[int, int], *states: int) -> Iterator[Records]:
         for address_words, descriptor in files.items():
-            for text in _lines(descriptor):
-                entries = decode_procfs(text, address_words, self.netns)
+            pieces = _pieces(descriptor)
+            for entries in decode_procfs_table(pieces, address_words, self.netns):
                 yield entries[np.isin(entries["state"], states)]
 
 
 def _open_procfs() -> dict[int, int]:
     """A descriptor of each table, by how many words its addresses have."""
     # thread-self: that of the thread which has entered the namespace
-    tables = {1: "/proc/thread-self/net/tcp", 4: "/proc/thread-self/net/tcp6"}
-    files = {1: os.open(tables[1], os.O_RDONLY)}
+    files = {1: os.open("/proc/thread-self/net/tcp", os.O_RDONLY)}
     with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
-        files[4] = os.open(tables[4], os.O_RDONLY)
+        files[4] = os.open("/proc/thread-self/net/tcp6", os.O_RDONLY)
     return files
 
 
-def _lines(descriptor: int) -> Iterator[bytes]:
-    """The lines of a table below its heading, many whole ones at a time."""
+def _pieces(descriptor: int) -> Iterator[bytes]:
+    """A table from its start."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
-        rest = os.read(descriptor, PIECE_BYTES)
-        rest = rest[rest.find(b"\n") + 1 :]
         while piece := os.read(descriptor, PIECE_BYTES):
-            whole, newline, torn = (rest + piece).rpartition(b"\n")
-            yield whole + newline
-            rest = torn
+            yield piece
     except OSError as error:
         raise SocketTableError(f"cannot read /proc/net/tcp: {error.strerror}") from error
-    yield rest
+
+
+PROCFS_TABLES = {
+    1: ("/proc/net/tcp", [b"sl", b"local_address", b"rem_address", b"st"]),
+    4: ("/proc/net/tcp6", [b"sl", b"local_address", b"remote_address", b"st"]),
+}
+"""By how many words the addresses have: their names, and the first columns' headings."""
+
+
+def decode_procfs_table(
+    pieces: Iterable[bytes], address_words: int, netns: int
+) -> Iterator[Records]:
+    """All of /proc/net/tcp (one address word) or tcp6 (four), many lines at a time.
+
+    Args:
+        pieces: of the text, cut anywhere.
+        address_words: which table it is.
+        netns: of the entries, which have dtype `ENTRY`.
+
+    Raises:
+        SocketTableError: the heading or a line is not as it should be; says at which byte.
+    """
+    name, columns = PROCFS_TABLES[address_words]
+    begin, rest = 0, b""
+    for piece in pieces:
+        whole, newline, rest = (rest + piece).rpartition(b"\n")
+        if not newline:
+            continue
+        text = whole + newline
+        if not begin:
+            heading, _, text = text.partition(b"\n")
+            if heading.split()[: len(columns)] != columns:
+                raise SocketTableError(f"{name}: other columns than known at byte 0")
+            begin = len(heading) + 1
+        yield decode_procfs(text, address_words, netns, begin)
+        begin += len(text)
+    if rest or not begin:
+        raise SocketTableError(f"{name}: torn line at byte {begin}")
 
 
 _NIBBLES = np.full(256, 255, np.uint8)
 _NIBBLES[np.frombuffer(b"0123456789ABCDEF", np.uint8)] = np.arange(16)
 
 
-def decode_procfs(text: bytes, address_words: int, netns: int) -> Records:
-    """Whole lines of /proc/net/tcp (one address word) or tcp6 (four), as dtype `ENTRY`.
+def decode_procfs(text: bytes, address_words: int, netns: int, begin: int = 0) -> Records:
+    """Whole lines of a table, which ``begin`` at that byte of it, as dtype `ENTRY`.
 
     Only the first columns are read, ``sl: local rem st``, which no kernel has
     changed (proc_net_tcp in the kernel's Documentation/networking).
@@ -646,6 +720,7 @@ def decode_procfs(text: bytes, address_words: int, netns: int) -> Records:
     Raises:
         SocketTableError: a line is malformed; says at which byte.
     """
+    name, _ = PROCFS_TABLES[address_words]
     data = np.frombuffer(text, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
     starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
@@ -655,14 +730,14 @@ def decode_procfs(text: bytes, address_words: int, netns: int) -> Records:
     index = np.searchsorted(colons, starts)
     first = np.append(colons, len(data))[index]
     if len(short := np.flatnonzero(first + len(columns) > ends)):
-        raise SocketTableError(f"/proc/net/tcp: short line at byte {starts[short[0]]}")
+        raise SocketTableError(f"{name}: short line at byte {begin + starts[short[0]]}")
     fields = data[first[:, None] + np.arange(len(columns))]
     is_hex = columns == ord("H")
     nibbles: Bytes = _NIBBLES[fields[:, is_hex]]
     wrong = (nibbles == 255).any(axis=1) | (fields != columns)[:, ~is_hex].any(axis=1)
     if wrong.any():
         raise SocketTableError(
-            f"/proc/net/tcp: malformed line at byte {starts[wrong.argmax()]}"
+            f"{name}: malformed line at byte {begin + starts[wrong.argmax()]}"
         )
     octets: Bytes = nibbles[:, ::2] << np.uint8(4) | nibbles[:, 1::2]
     return _procfs_entries(octets, address_words, netns)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import yaml
 
-from tcpexporter.errors import SettingsError, WebConfigError
+from tcpexporter.errors import SettingsError, WebConfigError, quoted
 from tcpexporter.webconfig import (
     CIPHERS,
     NO_CERTIFICATE,
@@ -82,6 +82,8 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 _YES = ("true", "yes", "on", "y")
 _NO = ("false", "no", "off", "n")
 _UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+_LONGEST_S = (2**63 - 1) / 1e9
+"""Go has it in nanoseconds."""
 _BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 
 
@@ -109,6 +111,12 @@ def _compose(text: str, path: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         reason = str(error).splitlines()[0]
         raise WebConfigError(f"{path}: not YAML: {reason}") from error
+    except (ValueError, OverflowError) as error:  # of %YAML, or of a character
+        raise WebConfigError(f"{path}: not YAML: a number in it is too large") from error
+    except RecursionError as error:
+        raise WebConfigError(
+            f"{path}: too many lists or mappings in one another"
+        ) from error
 
 
 _Entries = dict[str, tuple[yaml.Node, yaml.Node]]
@@ -214,7 +222,7 @@ class _File:
             ):
                 raise self._wrong(
                     key,
-                    f"user {name!r} takes a password hashed with bcrypt, as"
+                    f"user {quoted(name)} takes a password hashed with bcrypt, as"
                     " `htpasswd -nBC 10 USER` prints it",
                 )
             users[name] = value.value
@@ -269,7 +277,8 @@ class _File:
             if suite not in CIPHERS and suite not in TLS13_CIPHERS:
                 raise self._wrong(
                     given[name][0],
-                    f"{name} takes {_listed((*CIPHERS, *TLS13_CIPHERS))}, not {suite!r}",
+                    f"{name} takes {_listed((*CIPHERS, *TLS13_CIPHERS))},"
+                    f" not {quoted(suite)}",
                 )
         return suites
 
@@ -279,7 +288,8 @@ class _File:
         for curve in curves:
             if curve not in (*CURVES, "X25519"):
                 raise self._wrong(
-                    given[name][0], f"{name} takes {_listed(tuple(CURVES))}, not {curve!r}"
+                    given[name][0],
+                    f"{name} takes {_listed(tuple(CURVES))}, not {quoted(curve)}",
                 )
         if len(curves) > 1 or "X25519" in curves:
             raise self._wrong(
@@ -302,7 +312,7 @@ class _File:
         text = self._text(given[name][1], name)
         if allowed and text not in allowed:
             raise self._wrong(
-                given[name][0], f"{name} takes {_listed(allowed)}, not {text!r}"
+                given[name][0], f"{name} takes {_listed(allowed)}, not {quoted(text)}"
             )
         if not text.isprintable():
             raise self._wrong(given[name][0], f"{name} takes one line of text")
@@ -324,12 +334,15 @@ class _File:
         try:
             return parse_text(text)
         except ValueError:
-            raise self._wrong(key, f"{name} takes {takes}, not {text!r}") from None
+            raise self._wrong(key, f"{name} takes {takes}, not {quoted(text)}") from None
 
     def _text(self, node: yaml.Node, name: str) -> str:
         if not isinstance(node, yaml.ScalarNode):
             raise self._wrong(node, f"{name} takes a text")
-        return str(node.value)
+        text = str(node.value)
+        if any("\ud800" <= each <= "\udfff" for each in text):  # escaped; nothing has it
+            raise self._wrong(node, f"{name} takes a text of Unicode")
+        return text
 
     # Mappings
 
@@ -338,7 +351,9 @@ class _File:
         entries = self._entries(node, name)
         for key, (place, _) in entries.items():
             if key not in keys:
-                raise self._wrong(place, f"{name} has no {key!r}, but {_listed(keys)}")
+                raise self._wrong(
+                    place, f"{name} has no {quoted(key)}, but {_listed(keys)}"
+                )
         return {key: entry for key, entry in entries.items() if not _is_null(entry[1])}
 
     def _entries(self, node: yaml.Node | None, name: str) -> _Entries:
@@ -350,7 +365,7 @@ class _File:
         for key, value in node.value:
             text = self._text(key, f"a key of {name}")
             if text in entries:
-                raise self._wrong(key, f"{name} has {text!r} a second time")
+                raise self._wrong(key, f"{name} has {quoted(text)} a second time")
             entries[text] = (key, value)
         return entries
 
@@ -388,4 +403,7 @@ def _go_duration_s(text: str) -> float:
     part = rf"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)({unit})"
     if not re.fullmatch(f"(?:{part})+", text):
         raise ValueError(text)
-    return sum(float(number) * _UNITS_S[unit] for number, unit in re.findall(part, text))
+    seconds = sum(float(number) * _UNITS_S[unit] for number, unit in re.findall(part, text))
+    if seconds > _LONGEST_S:
+        raise ValueError(text)
+    return seconds

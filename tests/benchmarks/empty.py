@@ -13,7 +13,7 @@ from tcpexporter.programs import TRACEPOINT, attach, load
 @contextlib.contextmanager
 def attached() -> Iterator[None]:
     """It is, until the end of the block; takes less than a millisecond."""
-    program = load(RETURN_0, Btf().function(TRACEPOINT))
+    program = load(RETURN_0, Btf.of_kernel().function(TRACEPOINT))
     link = attach(program)
     try:
         yield

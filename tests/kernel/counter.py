@@ -75,7 +75,7 @@ def main() -> None:
 
     from tcpexporter.btf import Btf  # noqa: PLC0415
 
-    types = Btf()
+    types = Btf.of_kernel()
     offset = types.offset("net", "ns") + types.offset("ns_common", "inum")
     os.environ["BCC_KERNEL_SOURCE"] = str(Path(__file__).parents[2] / "bpf")
     program = bcc.BPF(

@@ -258,7 +258,7 @@ def test_another_version_gives_its_times(
     """One whose records have the fields in other places, and more of them."""
     other = np.dtype(
         [
-            ("more", "u8", 2),
+            ("more", "u4", 3),
             ("group", "u4"),
             ("key", np.dtype([(name, KEY[name]) for name in reversed(KEY_FIELDS)])),
             ("established_ns", "u8"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as run_with
 from hypothesis import strategies as st
 
-from tcpexporter.errors import SettingsError
+from tcpexporter.errors import SettingsError, quoted
 from tcpexporter.settings import Settings, parse, reread
 
 SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
@@ -523,7 +523,47 @@ def test_refused_value(write_file: WriteFile, name: str, text: str, takes: str) 
         f"{conf} line 2": refusal([f"--conf={conf}"]),
     }.items():
         assert message.startswith(f"{origin}: {name} takes {takes}")
-        assert message.endswith(f", not {text!r}")
+        assert message.endswith(f", not {quoted(text)}")
+
+
+def test_two_dashes_are_a_value(write_file: WriteFile) -> None:
+    """Like any other that is refused or taken, wherever it is written."""
+    conf = write_file("port --\n")
+    for message in (
+        refusal(["--port=--"]),
+        refusal([], {"PORT": "--"}),
+        refusal([f"--conf={conf}"]),
+    ):
+        assert message.endswith(" as in 443 or 443,8000-8100, not '--'")
+    assert parse(["--pin=--"], {}).pin == "--"
+
+
+@pytest.mark.parametrize("name", ["pin", "web-config"])
+def test_a_path_has_no_null_character(write_file: WriteFile, name: str) -> None:
+    """No file can have that name, and Python would not even ask the kernel."""
+    conf = write_file(f"{name} /a\0b\n")
+    assert refusal([f"--conf={conf}"]).startswith(
+        f"{conf} line 1: {name} takes the path of"
+    )
+
+
+def test_a_port_that_is_named_often_is_looked_at_once() -> None:
+    """A hundred thousand ranges of all ports take no longer than they are long."""
+    ranges = ["1-65535", "2-65535", "65535"] * 33_333
+    assert parse(["--port", ",".join(ranges)], {}).ports == tuple(range(1, 65536))
+
+
+@pytest.mark.parametrize(
+    "name", ["port", "duration", "interval", "max-connections", "listen"]
+)
+def test_a_million_digits_are_refused_in_a_sentence(
+    write_file: WriteFile, name: str
+) -> None:
+    """That begins and ends as they do."""
+    conf = write_file(f"{name} {'9' * 1_000_003}\n")
+    sentence = refusal([f"--conf={conf}"])
+    assert sentence.endswith("999'")
+    assert len(sentence) < 400
 
 
 @pytest.mark.parametrize("name", FROM_GO)
@@ -641,6 +681,12 @@ def test_unreadable_file(conf: str, reason: str) -> None:
     for message in (refusal(["--conf", conf]), refusal([], {"CONF": conf})):
         assert f"the settings file {conf} " in message
         assert reason in message
+
+
+def test_a_file_without_end() -> None:
+    """It is not read until memory is."""
+    assert "/dev/zero" in refusal(["--conf=/dev/zero"])
+    assert "larger than 1048576 bytes" in refusal(["--conf=/dev/zero"])
 
 
 def test_binary_file(write_file: WriteFile) -> None:

@@ -341,8 +341,9 @@ def test_a_dump_that_fails_is_not_an_empty_one() -> None:
 
 
 def test_what_is_not_an_answer_is_malformed() -> None:
-    """Another type of message, one that is not aligned, an error number out of range."""
+    """Another type or request, what is not aligned, an error number out of range."""
     for reply in (
+        diag_message(443, sequence=SEQUENCE - 1),
         message(1, bytes(100)),
         struct.pack("=IHHII", 89, SOCK_DIAG_BY_FAMILY, 2, SEQUENCE, 0) + bytes(73),
         message(NLMSG_ERROR, struct.pack("=i", -(2**31))),
@@ -369,20 +370,6 @@ def test_an_error_is_told_by_its_name(reply: bytes, reason: str) -> None:
     """What the kernel refuses is an error with the kernel's reason."""
     with pytest.raises(SocketTableError, match=f"sock_diag refuses: .*{reason}"):
         decode(reply)
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        diag_message(443, sequence=SEQUENCE - 1),
-        message(NLMSG_DONE, bytes(4), sequence=SEQUENCE - 1),
-        message(NLMSG_ERROR, struct.pack("=i", -16), sequence=SEQUENCE - 1),
-        message(NLMSG_DONE, bytes(4), sequence=SEQUENCE + (1 << 16)),
-    ],
-)
-def test_answers_to_another_request_are_passed_over(reply: bytes) -> None:
-    """Neither sockets nor the end nor an error of an abandoned dump are taken for ours."""
-    assert decode(reply) == ([], False)
 
 
 def test_an_abandoned_dump_does_not_disturb_the_next() -> None:

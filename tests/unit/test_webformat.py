@@ -297,6 +297,35 @@ def test_what_is_not_text_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('a: "\\UFFFFFFFF"', "not YAML: a number in it is too large"),
+        ('a: "\\U00110000"', "not YAML: a number in it is too large"),
+        ("%YAML 1." + "9" * 5003 + "\n--- {}", "not YAML: a number in it is too large"),
+        *((each * 503, "too many lists or mappings") for each in ("[", "{", "- ", "? ")),
+        ("basic_auth_users: {" + "x" * 1009 + ": y}", "user 'xxxxxx"),
+        ("rate_limit: {interval: " + "9" * 5003 + "h, burst: 1}", "takes a time with its"),
+        ("rate_limit: {interval: 2562048h, burst: 1}", "takes a time with its unit"),
+        ('basic_auth_users: {"\\uD800": ' + HASH + "}", "takes a text of Unicode"),
+        ('tls_server_config: {key: x, cert: "\\uDC80"}', "takes a text of Unicode"),
+    ],
+)
+def test_what_takes_a_parser_to_its_limits_is_refused(text: str, sentence: str) -> None:
+    """No error of Python's, nor one without end, nor what nothing else can take."""
+    with pytest.raises(WebConfigError, match=sentence) as refused:
+        parsed(text)
+    assert len(str(refused.value)) < 600
+
+
+def test_aliases_are_not_multiplied() -> None:
+    """Ten of ten of ten, thirty times over, and one that is in itself."""
+    lines = ["- &a0 [x]", *(f"- &a{n} [{f'*a{n - 1}, ' * 10}]" for n in range(1, 31))]
+    for text in ("\n".join(lines), "&a {basic_auth_users: *a}", "&a [*a]"):
+        with pytest.raises(WebConfigError, match="takes"):
+            parsed(text)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",

@@ -33,19 +33,25 @@ IPV6_CLIENT = "2001:db8:f0e0:d0c0:b0a0:9080:7060:5040"
 
 
 def main() -> None:
+    with opened_sockets():
+        for name, family in (("inet", socket.AF_INET), ("inet6", socket.AF_INET6)):
+            for number, datagram in enumerate(dump(family)):
+                (DATA / f"diag-{name}-{number}.bin").write_bytes(datagram)
+        (DATA / "diag-error.bin").write_bytes(next(dump(FAMILY_WITHOUT_DIAG)))
+        for name in ("tcp", "tcp6"):
+            text = Path("/proc/thread-self/net", name).read_bytes()
+            (DATA / f"proc-net-{name}.txt").write_bytes(text)
+
+
+@contextlib.contextmanager
+def opened_sockets() -> Iterator[None]:
     with new_netns() as netns, contextlib.ExitStack() as opened, inside(netns):
         _ip("address", "add", f"{IPV4}/24", "dev", "lo")
         for address in (IPV6, IPV6_CLIENT):
             _ip("address", "add", f"{address}/128", "dev", "lo", "nodad")
         for each in _open_sockets():
             opened.enter_context(each)
-        for name, family in (("inet", socket.AF_INET), ("inet6", socket.AF_INET6)):
-            for number, datagram in enumerate(_dump(family)):
-                (DATA / f"diag-{name}-{number}.bin").write_bytes(datagram)
-        (DATA / "diag-error.bin").write_bytes(next(_dump(FAMILY_WITHOUT_DIAG)))
-        for name in ("tcp", "tcp6"):
-            text = Path("/proc/thread-self/net", name).read_bytes()
-            (DATA / f"proc-net-{name}.txt").write_bytes(text)
+        yield
 
 
 def _open_sockets() -> Iterator[socket.socket]:
@@ -95,9 +101,9 @@ def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-def _dump(family: int) -> Iterator[bytes]:
+def dump(family: int, extensions: int = 0) -> Iterator[bytes]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
-        netlink.send(sock_diag_request(family, ALL_STATES, 0, SEQUENCE))
+        netlink.send(sock_diag_request(family, ALL_STATES, extensions, SEQUENCE))
         kind = None
         while kind != NLMSG_DONE:
             datagram = netlink.recv(65536)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Writes the seeds that come from this kernel: python -m tests.fuzz.capture, as root.
+
+The sockets are those of tests/unit/data/capture.py; the rest is of maps made here.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+
+from tcpexporter import loader, pins
+from tcpexporter.connections import CONNECTION, Direction, groups
+from tcpexporter.loader import Request
+from tcpexporter.maps import Map
+from tcpexporter.siphash import SECRET
+from tcpexporter.sockets import INET_DIAG_INFO
+from tcpexporter.tracker import FIRST
+from tests.fuzz.choices import SEEDS
+from tests.unit.data.capture import dump, opened_sockets
+
+
+def main() -> None:
+    with opened_sockets():
+        for name, family in (("inet", socket.AF_INET), ("inet6", socket.AF_INET6)):
+            for number, datagram in enumerate(dump(family, 1 << INET_DIAG_INFO - 1)):
+                _write("sock_diag", f"{name}-info-{number}", datagram)
+        for choice, name in ((0, "tcp"), (1, "tcp6")):
+            text = Path("/proc/thread-self/net", name).read_bytes()
+            _write("procfs", name, bytes([choice, 255]) + text)
+    layout = pins._make_layout()
+    words = np.zeros(pins.LAYOUT_WORDS, np.uint32)
+    Map(layout, "layouts").read(FIRST, words)
+    _write("pinned", "layout", words.tobytes() + _records().tobytes())
+    descriptors = loader.load(Request(max_connections=1, netns=0, secret=SECRET))
+    for name, descriptor in (
+        ("layout", layout),
+        ("connections", descriptors.connections),
+        ("link", descriptors.link),
+    ):
+        _write("fdinfo", name, Path(f"/proc/self/fdinfo/{descriptor}").read_bytes())
+    descriptors.close()
+    os.close(layout)
+
+
+def _records() -> np.ndarray:
+    records = np.zeros(3, CONNECTION)
+    records["established_ns"] = np.arange(1, 4) * 10**9
+    records["key"]["local_address"][:2, 10:12] = 0xFF
+    records["key"]["local_port"] = [443, 443, 0]
+    records["group"] = groups(records["key"], Direction.INBOUND)
+    return records
+
+
+def _write(target: str, name: str, content: bytes) -> None:
+    (SEEDS / target).mkdir(parents=True, exist_ok=True)
+    (SEEDS / target / name).write_bytes(content)
+
+
+if __name__ == "__main__":
+    main()

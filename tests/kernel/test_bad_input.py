@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What the kernel tells wrongly, or a stranger in its place: said so, and nothing lost."""
+
+import contextlib
+import ctypes
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pyroute2.netlink import NETLINK_SOCK_DIAG, NLMSG_DONE
+
+from tcpexporter import namespaces, reconcile
+from tcpexporter.btf import Btf
+from tcpexporter.connections import Records
+from tcpexporter.errors import SocketTableError
+from tcpexporter.reconcile import NOTHING
+from tcpexporter.sockets import SockDiagReader, SocketTables
+from tcpexporter.tracker import Tracker
+from tests.kernel.tracking import at_port, everything, forget, made
+from tests.support import DEADLINE_S, Peers
+from tests.unit.test_sockets import message
+
+BTF = Path("/sys/kernel/btf/vmlinux")
+
+
+class BreaksOff(SockDiagReader):
+    """The kernel's answers, of which the first is whole and the last is not."""
+
+    def __init__(self) -> None:
+        super().__init__(namespaces.OWN)
+        self.looks_to_break = 0
+
+    def entries(self, *, with_ages: bool) -> Iterator[Records]:
+        look = super().entries(with_ages=with_ages)
+        yield next(look)
+        if self.looks_to_break:
+            self.looks_to_break -= 1
+            raise SocketTableError("sock_diag reply: malformed message at byte 4711")
+        yield from look
+
+
+@pytest.mark.any_kernel
+def test_a_look_that_breaks_off_changes_nothing(tracker: Tracker, peers: Peers) -> None:
+    """Seeding and reconciling add and remove nothing by it; the next look does."""
+    reader = BreaksOff()
+    with contextlib.closing(SocketTables([reader])) as tables:
+        peers.connect(7)
+        reconcile.seed(tracker, tables)
+        forget(tracker, peers.port)
+        peers.connect(5)
+        tracker.add(made(3, local_port=peers.port))
+        before = everything(tracker)
+        for act in (reconcile.seed, reconcile.reconcile, reconcile.reconcile):
+            reader.looks_to_break = 1
+            with pytest.raises(SocketTableError, match="byte 4711"):
+                act(tracker, tables)
+            assert everything(tracker).tobytes() == before.tobytes()
+        corrections = reconcile.reconcile(tracker, tables)
+        assert corrections.missed_close >= 3
+        assert reconcile.reconcile(tracker, tables) == NOTHING
+    assert len(at_port(tracker, peers.port)) == 12
+
+
+def test_only_the_kernel_answers(peers: Peers) -> None:
+    """Who is root in a namespace cannot send to the socket that its tables are read by."""
+    peers.connect(3)
+    reader = SockDiagReader(namespaces.OWN)
+    target = reader._for_entries._socket.getsockname()
+    forged = message(NLMSG_DONE, bytes(4), sequence=1)
+    with (
+        contextlib.closing(reader),
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as stranger,
+    ):
+        with pytest.raises(ConnectionRefusedError):
+            stranger.sendto(forged, target)
+        found = [each.copy() for each in reader.entries(with_ages=False)]
+    ports = [int(port) for each in found for port in each["key"]["local_port"]]
+    assert ports.count(peers.port) == 4
+
+
+def sock_common(whole: bytes) -> tuple[int, int, int]:
+    """The number of that type, where its members are in the file, and how many."""
+    types = Btf.of_kernel()
+    number = types._find("sock_common")
+    size = ctypes.c_uint32()
+    libbpf = types._libbpf
+    libbpf.btf__raw_data.restype = ctypes.c_void_p
+    raw = libbpf.btf__raw_data(types._btf, ctypes.byref(size))
+    described = libbpf.btf__type_by_id(types._btf, number).contents
+    assert size.value == len(whole)
+    at = ctypes.addressof(described) - raw + ctypes.sizeof(described)
+    return number, at, described.info & 0xFFFF
+
+
+def wrong_types(wrong: str) -> bytes:
+    """What libbpf refuses, and what it takes although no compiler writes it."""
+    whole = BTF.read_bytes()
+    if wrong == "cut":
+        return whole[: len(whole) // 2]
+    number, at, count = sock_common(whole)
+    nameless = {"in itself": (0, number), "of nothing": (0, 2**31 - 1)}
+    member = nameless.get(wrong, (2**31 - 1, number))
+    return whole[:at] + struct.pack("=III", *member, 0) * count + whole[at + 12 * count :]
+
+
+@pytest.mark.any_kernel
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("cut", "this kernel has no BTF"),
+        ("in itself", "this kernel's BTF has no sock_common.skc_"),
+        ("of nothing", f"this kernel's BTF is malformed at type {2**31 - 1}"),
+        ("without a name", "this kernel's BTF is malformed at type "),
+    ],
+)
+def test_wrong_types_are_told_of(tmp_path: Path, wrong: str, sentence: str) -> None:
+    """libbpf reads the file in the loader; its parent says what is wrong, and polls."""
+    file = tmp_path / "vmlinux"
+    file.write_bytes(wrong_types(wrong))
+    run = f"{sys.executable} -m tcpexporter --once --duration 0"
+    ended = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", f"mount --bind {file} {BTF} && {run}"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    # libbpf looks closer since 1.3, and refuses the file.
+    assert sentence in ended.stderr or "this kernel has no BTF" in ended.stderr
+    assert "polling sock_diag" in ended.stderr
+    assert "Traceback" not in ended.stderr
