@@ -243,6 +243,6 @@ def may_read_kernel() -> bool:
     """Whether the kernel takes a program that reads its memory at any address."""
     code = READ_KERNEL + RETURN_0
     with contextlib.suppress(OSError):
-        os.close(programs.load(code, Btf().function(programs.TRACEPOINT)))
+        os.close(programs.load(code, Btf.of_kernel().function(programs.TRACEPOINT)))
         return True
     return False
