@@ -146,6 +146,7 @@ def test_the_next_run_takes_ages_over(path: Path, ending: signal.Signals) -> Non
                 assert len(found) == ss_established(peers.port)["4"]
 
 
+@pytest.mark.any_kernel
 def test_it_saves_when_it_ends(path: Path) -> None:
     """By a signal, long before the next save is due; and it is no run of a second."""
     with Peers() as peers:
@@ -159,6 +160,7 @@ def test_it_saves_when_it_ends(path: Path) -> None:
             timed.assert_known(known(opened, peers.port))
 
 
+@pytest.mark.any_kernel
 def test_ages_outlive_many_runs(path: Path) -> None:
     """Of which none but the first was told of the connections."""
     with Peers() as peers:
@@ -193,6 +195,7 @@ def test_who_polls_goes_on_counting(path: Path) -> None:
     assert seen[0] == seen[1] == seen[2]
 
 
+@pytest.mark.any_kernel
 def test_every_namespace_s_ages_are_taken_over(path: Path) -> None:
     """Where the exporter looks into each of them."""
     with new_netns() as netns:
@@ -206,6 +209,7 @@ def test_every_namespace_s_ages_are_taken_over(path: Path) -> None:
                 timed.assert_known(known(opened, peers.port))
 
 
+@pytest.mark.any_kernel
 def test_what_is_pinned_is_not_saved(path: Path, directory: Path) -> None:
     """The kernel keeps the ages then, once they have been taken over from the file."""
     with Peers() as peers:
