@@ -523,6 +523,7 @@ def test_link_local_connections_count_as_ipv6(exporters: Exporters) -> None:
 EVERY_PORT = range(1, 65536)
 
 
+@pytest.mark.any_kernel
 def test_every_port_can_listen(effort: Effort) -> None:
     """65,535 of them: each but the exporter's own has a zero, on a page still served."""
     ports = EVERY_PORT[:: max(1, round(1 / effort.share))]

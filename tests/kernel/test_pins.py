@@ -89,6 +89,7 @@ class Timed:
             assert before_ns - EXACT_NS <= established_ns <= after_ns + EXACT_NS
 
 
+@pytest.mark.any_kernel
 def test_a_killed_exporter_loses_no_age(directory: Path) -> None:
     """A thousand connections, kill -9, opens and closes with nobody there, a new start."""
     with Peers() as peers:
@@ -121,6 +122,7 @@ def test_what_was_from_before_keeps_its_age_too(directory: Path) -> None:
         assert seen[0] == seen[1] == seen[2]
 
 
+@pytest.mark.any_kernel
 def test_only_the_last_run_is_recorded(directory: Path) -> None:
     """Each start leaves one generation, and no program of those before it."""
     before = set(bpf_programs_by_id())

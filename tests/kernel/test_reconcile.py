@@ -331,6 +331,7 @@ def test_an_idle_connection_from_before_has_its_age() -> None:
             assert exporter.long_term(peers.port) == 3
 
 
+@pytest.mark.any_kernel
 def test_ages_from_before_are_never_too_high() -> None:
     """A busy connection and a fresh one are no older than they are."""
     with Peers() as peers:
@@ -359,6 +360,7 @@ def test_another_namespace_can_be_named() -> None:
         older.close()
 
 
+@pytest.mark.any_kernel
 def test_namespaces_have_names_that_a_person_can_read(exporters: Exporters) -> None:
     """``--netns all``: ours is ``self``, a named one has its name."""
     exporter = exporters(*EVERY_NAMESPACE)

@@ -116,7 +116,10 @@ class Reopening:
             assert self._open(port) == port
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "ending",
+    [pytest.param(signal.SIGTERM, marks=pytest.mark.any_kernel), signal.SIGKILL],
+)
 def test_the_next_run_takes_ages_over(path: Path, ending: signal.Signals) -> None:
     """A thousand connections, an end, opens and closes with nobody there, a new start.
 

@@ -23,7 +23,7 @@ LIMIT_S = 1800
 
 TEST = """
 .venv/bin/python -m tests.vm.facts >/share/facts.json || exit
-set -- -m "not any_kernel" --effort 0.1 --timeout 600 --junitxml=/share/results.xml
+set -- -m "not any_kernel" --effort 0.05 --timeout 600 --junitxml=/share/results.xml
 set -- "$@" --durations=20
 .venv/bin/python -m pytest {what} -v --color=no "$@"
 """
