@@ -89,7 +89,6 @@ class Timed:
             assert before_ns - EXACT_NS <= established_ns <= after_ns + EXACT_NS
 
 
-@pytest.mark.any_kernel
 def test_a_killed_exporter_loses_no_age(directory: Path) -> None:
     """A thousand connections, kill -9, opens and closes with nobody there, a new start."""
     with Peers() as peers:
@@ -108,6 +107,7 @@ def test_a_killed_exporter_loses_no_age(directory: Path) -> None:
             assert len(timed.moments) == ss_established(peers.port)["4"]
 
 
+@pytest.mark.any_kernel
 def test_what_was_from_before_keeps_its_age_too(directory: Path) -> None:
     """Through three runs, of which none was told that they opened."""
     with Peers() as peers:
@@ -122,7 +122,6 @@ def test_what_was_from_before_keeps_its_age_too(directory: Path) -> None:
         assert seen[0] == seen[1] == seen[2]
 
 
-@pytest.mark.any_kernel
 def test_only_the_last_run_is_recorded(directory: Path) -> None:
     """Each start leaves one generation, and no program of those before it."""
     before = set(bpf_programs_by_id())
@@ -135,6 +134,7 @@ def test_only_the_last_run_is_recorded(directory: Path) -> None:
         eventually(lambda: len(set(bpf_programs_by_id()) - before) == 1)
 
 
+@pytest.mark.any_kernel
 def test_unpin_leaves_nothing(directory: Path) -> None:
     """No file, no directory, no program; a second time there is nothing to do."""
     before = set(bpf_programs_by_id())

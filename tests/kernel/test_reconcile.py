@@ -331,7 +331,6 @@ def test_an_idle_connection_from_before_has_its_age() -> None:
             assert exporter.long_term(peers.port) == 3
 
 
-@pytest.mark.any_kernel
 def test_ages_from_before_are_never_too_high() -> None:
     """A busy connection and a fresh one are no older than they are."""
     with Peers() as peers:
@@ -346,6 +345,7 @@ def test_ages_from_before_are_never_too_high() -> None:
     assert (seen["established_ns"] >= opened_ns).all()
 
 
+@pytest.mark.any_kernel
 def test_another_namespace_can_be_named() -> None:
     """``--netns NAME`` and ``--netns PATH`` watch that one alone, and keep it right."""
     with new_netns() as elsewhere:
@@ -360,7 +360,6 @@ def test_another_namespace_can_be_named() -> None:
         older.close()
 
 
-@pytest.mark.any_kernel
 def test_namespaces_have_names_that_a_person_can_read(exporters: Exporters) -> None:
     """``--netns all``: ours is ``self``, a named one has its name."""
     exporter = exporters(*EVERY_NAMESPACE)
@@ -374,6 +373,7 @@ def test_namespaces_have_names_that_a_person_can_read(exporters: Exporters) -> N
             assert exporter.established(there.port, netns=elsewhere) == 5
 
 
+@pytest.mark.any_kernel
 def test_the_metrics_say_what_was_reconciled() -> None:
     """Everything that reconciling did is on the page."""
     with Peers() as peers:
