@@ -9,8 +9,9 @@ Whoever gets it to run code of theirs has an unprivileged user's rights, and thr
 - seccomp: of all system calls it can make those that are listed here.
 
 What is opened before that stays open: the maps of the BPF program, the sockets that the
-socket tables are read from, the ports. Nothing that reads other files may come after it:
-importing a module does, so everything is imported by then.
+socket tables are read from, the ports, the file of --state, systemd's socket. Nothing that
+reads other files may come after it: importing a module does, so everything is imported by
+then.
 
 A system call that is refused fails with EPERM. It would be as safe to kill the process,
 but what a later Python or C library may try is nearly always something that it can do

@@ -15,11 +15,10 @@ from functools import partial
 from tcpexporter import confinement, privileges, programs
 from tcpexporter.btf import Btf
 from tcpexporter.errors import LoadError
-from tcpexporter.libbpf import call, create_map
+from tcpexporter.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
 from tcpexporter.programs import TRACEPOINT
 
 BPF_MAP_TYPE_HASH = 1
-BPF_MAP_TYPE_ARRAY = 2
 BPF_MAP_TYPE_STACK = 23
 BPF_F_MMAPABLE = 1 << 10
 

@@ -9,6 +9,9 @@ from tcpexporter.errors import SourceError
 
 SONAME = "libbpf.so.1"
 
+BPF_MAP_TYPE_ARRAY = 2
+"""include/uapi/linux/bpf.h."""
+
 
 def load_libbpf() -> ctypes.CDLL:
     """The library, its functions leaving their error in `ctypes.get_errno`.

@@ -24,7 +24,7 @@ from tcpexporter import privileges, programs
 from tcpexporter.btf import Btf
 from tcpexporter.connections import CONNECTION
 from tcpexporter.errors import LoadError, SourceError
-from tcpexporter.libbpf import create_map, load_libbpf
+from tcpexporter.libbpf import BPF_MAP_TYPE_ARRAY, create_map, load_libbpf
 from tcpexporter.programs import TRACEPOINT
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,6 @@ RANGE_SLOTS = 1 << RANGE_BITS
 """A range is a number: its first slot, and how many follow in so many bits."""
 
 BPF_F_NO_PREALLOC = 1
-BPF_MAP_TYPE_ARRAY = 2
 
 MAPS = ("slots", "connections", "free_slots", "watched", "closings", "events", "barrier")
 

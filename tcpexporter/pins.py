@@ -37,7 +37,7 @@ from tcpexporter import reconcile
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import CONNECTION, KEY, Records, directions, groups
 from tcpexporter.errors import PinError
-from tcpexporter.libbpf import call, create_map
+from tcpexporter.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
 from tcpexporter.loader import Descriptors
 from tcpexporter.mapping import MappedArray
 from tcpexporter.maps import Map
@@ -53,8 +53,6 @@ LAYOUT = "layout"
 
 BPF_FS_MAGIC = 0xCAFE4A11
 """``f_type`` of statfs(2): include/uapi/linux/magic.h."""
-
-BPF_MAP_TYPE_ARRAY = 2
 
 LAYOUT_MAGIC = 0x74637078
 LAYOUT_WORDS = 16

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, NoReturn, Self
 import configargparse
 
 from tcpexporter.errors import SettingsError, quoted
+from tcpexporter.reader import LARGEST_BYTES
 from tcpexporter.version import VERSION
 
 _PREFIX = "TCPEXPORTER_"
-_LARGEST_FILE = 1 << 20
 _LONGEST_DURATION_S = (2**63 - 1) // 10**9
 """In nanoseconds it fits into a signed 64-bit number."""
 
@@ -179,13 +179,13 @@ class _File(NamedTuple):
 def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
+            content = file.read(LARGEST_BYTES + 1)
         text = content.decode()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise _unreadable(path, reason) from error
-    if len(content) > _LARGEST_FILE:
-        raise _unreadable(path, f"it is larger than {_LARGEST_FILE} bytes")
+    if len(content) > LARGEST_BYTES:
+        raise _unreadable(path, f"it is larger than {LARGEST_BYTES} bytes")
     return text
 
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -79,6 +80,24 @@ def eventually(check: Callable[[], bool]) -> None:
     while not check():
         assert time.monotonic() < until, "it does not become so"
         time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def meanwhile(work: Callable[[], None], *, pause_s: float) -> Iterator[None]:
+    """Have this done again and again, in a thread, until the end of the block."""
+    ended = threading.Event()
+
+    def go_on() -> None:
+        while not ended.wait(pause_s):
+            work()
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class Peers:

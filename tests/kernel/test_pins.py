@@ -232,7 +232,7 @@ def test_another_object_is_refused(directory: Path, name: str) -> None:
     """A map of another size, or one that says nothing sensible, is not read."""
     with run_by_events(directory):
         pass
-    other = libbpf.create_map(pins.BPF_MAP_TYPE_ARRAY, 4, 8)
+    other = libbpf.create_map(libbpf.BPF_MAP_TYPE_ARRAY, 4, 8)
     (directory / "1" / name).unlink()
     pins._pin(other, directory / "1" / name)
     os.close(other)
@@ -290,7 +290,7 @@ def left_by_another_version(
 ) -> None:
     """Put in place of a generation what that version would have, with times of its own."""
     array = libbpf.create_map(
-        pins.BPF_MAP_TYPE_ARRAY, 4, other.itemsize, entries=8191, flags=1 << 10
+        libbpf.BPF_MAP_TYPE_ARRAY, 4, other.itemsize, entries=8191, flags=1 << 10
     )
     records = np.zeros(len(found), other)
     for name in KEY_FIELDS:

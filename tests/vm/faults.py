@@ -9,7 +9,6 @@ import contextlib
 import http.client
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from itertools import chain
@@ -21,7 +20,14 @@ from tcpexporter import privileges, programs
 from tcpexporter.btf import Btf
 from tcpexporter.features import FEATURES, RETURN_0, UNPRIVILEGED_MAPS, Kernel
 from tests.kernel.test_process import assert_root_is_given_up
-from tests.support import DEADLINE_S, Exporter, Peers, eventually, ss_established
+from tests.support import (
+    DEADLINE_S,
+    Exporter,
+    Peers,
+    eventually,
+    meanwhile,
+    ss_established,
+)
 
 if "vm.init=" not in Path("/proc/cmdline").read_text():
     raise RuntimeError("this suspends the machine and locks its kernel down: not here")
@@ -112,19 +118,8 @@ def suspend(seconds: int) -> None:
 @contextlib.contextmanager
 def connecting(peers: Peers) -> Iterator[None]:
     """Connections are opened all the while, and stay."""
-    ended = threading.Event()
-
-    def connect() -> None:
-        while not ended.wait(0.02):
-            peers.connect(1)
-
-    thread = threading.Thread(target=connect)
-    thread.start()
-    try:
+    with meanwhile(lambda: peers.connect(1), pause_s=0.02):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def test_ages_go_on_while_the_machine_sleeps(exporter: Exporter, peers: Peers) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from urllib.parse import urlencode
 import pytest
 
 from tests.kernel.test_process import status
-from tests.support import ESTABLISHED, LONG_TERM, Peers, eventually
+from tests.support import ESTABLISHED, LONG_TERM, Peers, eventually, meanwhile
 
 SETTINGS = Path("/etc/default/tcpexporter")
 CONF = Path("/etc/tcpexporter.conf")
@@ -154,22 +153,15 @@ def with_settings(*lines: str) -> Iterator[None]:
 @contextlib.contextmanager
 def busy(peers: Peers) -> Iterator[None]:
     """Always something just sent: the socket tables do not know how old they are."""
-    done = threading.Event()
 
     def talk() -> None:
-        while not done.wait(0.1):
-            for client, server in peers.pairs:
-                client.send(server.send(b"x") * b"x")
-                client.recv(1)
-                server.recv(1)
+        for client, server in peers.pairs:
+            client.send(server.send(b"x") * b"x")
+            client.recv(1)
+            server.recv(1)
 
-    talking = threading.Thread(target=talk)
-    talking.start()
-    try:
+    with meanwhile(talk, pause_s=0.1):
         yield
-    finally:
-        done.set()
-        talking.join()
 
 
 @pytest.mark.parametrize(
