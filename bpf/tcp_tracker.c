@@ -169,28 +169,39 @@ static __u64 handle_of_seed(const struct connection_key *key)
 	return (v0 ^ v1 ^ v2 ^ v3) | HANDLE_SEEDED;
 }
 
+/*
+ * The connection that has this handle. An entry of a hash map that userspace deletes
+ * can become another handle's while this run holds a pointer to its value, so the value
+ * alone does not prove whose slot it is. The slot's own record does: userspace clears
+ * the handle there before it frees the slot.
+ */
 static struct connection *find(__u64 handle)
 {
 	__u32 *slot = slots.lookup(&handle);
+	struct connection *connection = slot ? connections.lookup(slot) : NULL;
 
-	return slot ? connections.lookup(slot) : NULL;
+	return connection && connection->handle == handle ? connection : NULL;
+}
+
+static void push_free(__u32 range)
+{
+	/* Since Linux 6.15 a lock that is not had within 250 ms is an error. */
+	if (free_slots.push(&range, 0))
+		free_slots.push(&range, 0);
 }
 
 /* A slot for a socket that has none. */
 static struct connection *take(__u64 handle)
 {
-	__u32 range, slot, rest;
+	__u32 range, slot;
 
 	if (free_slots.pop(&range))
 		return NULL;
 	slot = range >> RANGE_BITS;
-	if (range & RANGE_MASK) {
-		rest = range + (1 << RANGE_BITS) - 1;
-		free_slots.push(&rest, 0);
-	}
+	if (range & RANGE_MASK)
+		push_free(range + (1 << RANGE_BITS) - 1);
 	if (slots.update(&handle, &slot)) {
-		rest = slot << RANGE_BITS;
-		free_slots.push(&rest, 0);
+		push_free(slot << RANGE_BITS);
 		return NULL;
 	}
 	return connections.lookup(&slot);
@@ -221,31 +232,56 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 	count->inserted++;
 }
 
+static bool is_same(const struct connection_key *one,
+		    const struct connection_key *other)
+{
+	const __u64 *words = (const __u64 *)one;
+	const __u64 *others = (const __u64 *)other;
+
+	return words[0] == others[0] && words[1] == others[1] &&
+	       words[2] == others[2] && words[3] == others[3] && words[4] == others[4];
+}
+
+static void remove_from(struct connection *connection, struct tracker_events *count)
+{
+	STORE(__u32, connection->group, 0);
+	count->removed++;
+}
+
 static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 {
 	struct connection *connection = find((__u64)sk);
-	bool is_known = connection && connection->group;
 	struct connection_key key;
 	__u32 nothing = 0;
 	int first = 0;
 	__u32 *watching = watched.lookup(&first);
+	bool is_watching = watching && *watching;
+	bool has_record = connection && connection->group;
+	bool is_known;
 	__u64 handle;
 
-	if (!is_known || (watching && *watching)) {
-		load_key(&key, sk, netns, port_of_closed(sk));
-		handle = handle_of_seed(&key);
-		/* Before looking for it: userspace adds it before it reads these. */
-		if (watching && *watching && closings.update(&handle, &nothing))
-			count->forgotten++;
-		if (!is_known) {
-			connection = find(handle);
-			if (!connection || !connection->group)
-				return;
-			count->removed_seeds++;
-		}
-	}
-	STORE(__u32, connection->group, 0);
-	count->removed++;
+	load_key(&key, sk, netns, port_of_closed(sk));
+	/*
+	 * A record with another key is of the last connection at this address, and two
+	 * events were missed: its closing, and the opening of this one, which may be a
+	 * seed.
+	 */
+	is_known = has_record && is_same(&connection->key, &key);
+	if (has_record)
+		remove_from(connection, count);
+	if (is_known && !is_watching)
+		return;
+	handle = handle_of_seed(&key);
+	/* Before looking for it: userspace adds it before it reads these. */
+	if (is_watching && closings.update(&handle, &nothing))
+		count->forgotten++;
+	if (is_known)
+		return;
+	connection = find(handle);
+	if (!connection || !connection->group)
+		return;
+	remove_from(connection, count);
+	count->removed_seeds++;
 }
 
 int on_state_change(struct bpf_raw_tracepoint_args *args)

@@ -38,9 +38,11 @@ g. Closed after 2: the program finds the seed and notes it, too. Whatever has it
 h. As d, but the kernel did not run the program, or there was no room for the note: the
    kernel and the program count that, which is a reason to reconcile: l or r.
 
-The kernel tells of a closing just before it stores the new state, and a task can be
-preempted between the two. One that was told of before the notes began, and that 1 shows
-as established all the same, becomes a seed until the next reconciliation.
+The kernel reports a change just before it stores the new state. Softirqs do both without
+being preempted, and steps 1 and `reconcile` begin when all of these have ended
+(`Tracker.wait_for_runs`). A task can be preempted between the two. A closing that was
+reported before the recording began, and that 1 shows as established all the same, becomes
+a seed until the next reconciliation: s.
 
 Reconciling
 -----------
@@ -70,8 +72,17 @@ q. As l, but opened anew, with word of it, before it is removed: by another sock
 r. As l, and opened anew with the same key on another socket: the tracker has two of
    that key and the tables show one. The older one is removed.
 
+s. A task was preempted between the report of a change and its store for longer than both
+   looks took. Reported: the correction is wrong, and the next run corrects it. Missed (on
+   Linux 7): the tables and the tracker agree, and differ when the state is stored.
+t. Open, its opening was missed, and its socket's address is that of a connection whose
+   closing was missed: the tracker has that one under the socket's handle. As i and l. If it
+   closes in between, the program sees another key and removes both.
+
 So a correction can be wrong only if two looks in a row miss the same connection
-(n or p, twice). The next reconciliation then finds it as i, with a lower age.
+(n or p, twice), or as s. The next run then finds it as i, with a lower age. Therefore a run
+is made again, as soon as its share of CPU allows, until one has found nothing and no event
+was missed since the run before it; see `Schedule`.
 """
 
 import logging
@@ -147,6 +158,7 @@ def reconcile(tracker: Tracker, tables: Tables) -> Corrections:
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
+    tracker.wait_for_runs()
     began_ns = boottime_ns()
     once = _differences(tracker, tables, began_ns)
     if not len(once.missing) and not len(once.gone.slots):
@@ -199,12 +211,86 @@ def _add(tracker: Tracker, seeds: Records) -> int:
     return len(slots) - tracker.release_closed(slots)
 
 
-class Reconciler:
-    """Reconciles in a thread: at intervals, and when the kernel missed events.
+@dataclass(frozen=True)
+class Signs:
+    """What the kernel and the tracker count; while nothing does, no event is reported."""
 
-    While the kernel has neither missed an event nor told of one since a run that found
-    tables and tracker to agree, they still do: then the next run is only noted, not made.
+    trouble: int = 0
+    """Events that were missed or refused, and what may come of that."""
+    changes: int = -1
+    """Connections that the program added or removed."""
+
+
+class Schedule:
+    """Decides when to reconcile; pure, times are given in seconds of any one clock.
+
+    A run is due when the interval has passed, when there is new trouble, and when the run
+    before it is not confirmed: it corrected something, or was the first to see its trouble.
+    A run at the interval is needless if the two runs before it found nothing, were an
+    interval apart, and nothing was counted since the first of them: case s is over by then.
     """
+
+    def __init__(self, *, interval_s: float, now_s: float) -> None:
+        """Begin after seeding, whose outcome the first run confirms.
+
+        Args:
+            interval_s: between two runs; 0: only when events were missed.
+            now_s: when seeding ended.
+        """
+        self._interval_s = interval_s
+        self._ended_s = now_s
+        self._rest_s = 0.0
+        self._seen = Signs()
+        self._is_confirmed = False
+        self._agreed: Signs | None = None
+
+    def is_due(self, signs: Signs, now_s: float) -> bool:
+        """Whether to reconcile now, or to record that this is needless."""
+        if now_s - self._ended_s < self._rest_s:
+            return False
+        has_trouble = signs.trouble != self._seen.trouble
+        return has_trouble or not self._is_confirmed or self._is_interval_over(now_s)
+
+    def is_needless(self, signs: Signs) -> bool:
+        """Whether a run that is due would find nothing."""
+        return signs == self._agreed
+
+    def ended(
+        self,
+        signs: Signs,
+        *,
+        found_nothing: bool,
+        rest_s: float,
+        began_s: float,
+        now_s: float,
+    ) -> None:
+        """Record a run, needless or not.
+
+        Args:
+            signs: what was counted before it began.
+            found_nothing: whether tables and tracker agreed.
+            rest_s: for how long there may be no other.
+            began_s: when it began.
+            now_s: when it ended.
+        """
+        is_repeated = found_nothing and signs == self._seen
+        if is_repeated and self._is_interval_over(began_s):
+            self._agreed = signs
+        self._is_confirmed = found_nothing and signs.trouble == self._seen.trouble
+        self._seen = signs
+        self._rest_s = rest_s
+        self._ended_s = now_s
+
+    def failed(self, now_s: float) -> None:
+        """Record that a run was tried and could not be made."""
+        self._ended_s = now_s
+
+    def _is_interval_over(self, now_s: float) -> bool:
+        return 0 < self._interval_s <= now_s - self._ended_s
+
+
+class Reconciler:
+    """Reconciles in a thread, when its `Schedule` says so."""
 
     def __init__(
         self, tracker: Tracker, tables: Tables, *, interval_s: float, cpu_share: float
@@ -238,39 +324,47 @@ class Reconciler:
 
     def _watch(self) -> None:
         failing = False
-        seen = agreed = _Signs()
-        finished_s = time.monotonic()
-        rest_s = 0.0
+        schedule = Schedule(interval_s=self._interval_s, now_s=time.monotonic())
         while not self._stop.wait(WATCH_S):
             try:
                 with enough_memory():
-                    self._tracker.reclaim()
-                    signs = self._signs()
-                    waited_s = time.monotonic() - finished_s
-                    is_due = 0 < self._interval_s <= waited_s
-                    if waited_s < rest_s or (signs.trouble == seen.trouble and not is_due):
-                        continue
-                    if signs == agreed:
-                        self.state = replace(self.state, finished_s=time.time())
-                    else:
-                        corrections, rest_s = self._run()
-                        agreed = signs if corrections == NOTHING else _Signs()
-                    seen = signs
-                    failing = False
+                    self._look(schedule)
+                failing = False
             except SourceError as error:
                 if not failing:
                     log.warning("the numbers cannot be checked: %s", error)
                 failing = True
-            finished_s = time.monotonic()
+                schedule.failed(time.monotonic())
 
-    def _signs(self) -> "_Signs":
+    def _look(self, schedule: Schedule) -> None:
+        """Reclaim slots, and reconcile if that is due."""
+        self._tracker.reclaim()
+        signs = self._signs()
+        began_s = time.monotonic()
+        if not schedule.is_due(signs, began_s):
+            return
+        found_nothing, rest_s = True, 0.0
+        if schedule.is_needless(signs):
+            self.state = replace(self.state, finished_s=time.time())
+        else:
+            corrections, rest_s = self._run()
+            found_nothing = corrections == NOTHING
+        schedule.ended(
+            signs,
+            found_nothing=found_nothing,
+            rest_s=rest_s,
+            began_s=began_s,
+            now_s=time.monotonic(),
+        )
+
+    def _signs(self) -> Signs:
         missed = self._tracker.missed_events()
         events = self._tracker.events()
         refused = events.pop("refused")
         trouble = (
             missed + refused + self._tracker.forgotten_events() + self._tracker.restored
         )
-        return _Signs(trouble, sum(events.values()))
+        return Signs(trouble, sum(events.values()))
 
     def _run(self) -> tuple[Corrections, float]:
         """Reconcile once; returns for how many seconds that has used its share of CPU."""
@@ -290,13 +384,3 @@ class Reconciler:
         if corrections != NOTHING:
             log.debug("corrected: %s", corrections)
         return corrections, rest_s
-
-
-@dataclass(frozen=True)
-class _Signs:
-    """What the kernel counts; while nothing does, nothing can have changed."""
-
-    trouble: int = 0
-    """Events that were missed or that there was no room for, and what may come of that."""
-    changes: int = -1
-    """Connections that the program added or removed."""

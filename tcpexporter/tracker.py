@@ -30,7 +30,10 @@ e. Nothing happens to its socket: released.
 f. The socket at that address opens or closes before 1: what it wrote differs in time,
    so 4 restores it; or it closed, which is no reason to keep it.
 g. A run found the slot before 1 and writes to it after 1: it has ended when 3 looks,
-   so as f. That is why 3 must not come before 2: somebody else would have the slot.
+   so as f. That is why 3 must not come before 2: two connections would share the slot.
+   The run can be between its store of the new time and its store of ``group`` when
+   `_release_empty` reads them: the slot looks empty, and its time does not change any
+   more. So for a slot that was chosen because it was empty, 3 also compares ``group``.
 h. The socket opens after 1: the program finds no handle and takes another slot. The
    old one is released.
 i. As g, an opening, and that connection closes between 1 and 4: the program finds no
@@ -39,9 +42,17 @@ i. As g, an opening, and that connection closes between 1 and 4: the program fin
 j. As i, and the socket opens once more before 4: it has another slot by then, the
    handle is there already, and what was to be restored is released.
 
-So a slot is given back by whoever has deleted its only handle, once nobody else can
-write to it, and is never in two hands; and `release` either gives a slot back or
-restores its handle, so none is lost.
+k. A run has found the entry of a handle and not yet read its value; 1 deletes the entry,
+   and the kernel uses its memory for another handle at once. The run reads the slot of
+   that one. The program compares the handle in the slot's record, which is another or 0,
+   and treats its own as not found: h.
+l. The kernel refuses 1 or 2: all handles are restored and nothing is released. A slot
+   whose handle cannot be restored, or has another slot by now, has no handle any more:
+   it is an orphan, which `reclaim` frees when nothing is open there.
+
+So a slot is freed by the thread that has deleted its only handle, once no run of the
+program can write to it, and never has two owners; and `release` either frees a slot,
+restores its handle, or keeps it as an orphan, so none is lost.
 """
 
 import contextlib
@@ -111,7 +122,8 @@ class Tracker:
         self.seeds_refused = 0
         """For how many seeds there has been no room, each time that they were added."""
         self.restored = 0
-        """How many connections kept their slots because they had changed: case i."""
+        """How many connections kept their slots, as they had changed (i) or the kernel
+        refused to release them (l). The program may have missed their closings."""
         self._descriptors = descriptors
         self._slots = max_connections
         self._handles = Map(descriptors.slots, "slots")
@@ -124,6 +136,7 @@ class Tracker:
             descriptors.connections, CONNECTION, max_connections, WINDOW
         )
         self._seed_slots: Slots = np.empty(0, np.uint32)
+        self._orphans: list[int] = []
         self._seeds_added = 0
         self._seeds_closed = 0
         self._closed = 0
@@ -249,6 +262,7 @@ class Tracker:
             everything["group"][slots] = seeds["group"]
             return True
         self._handles.delete_all(handles[:done])
+        self.wait_for_runs()  # as in `release`: a run may have found one of them
         everything["handle"][slots] = 0
         return False
 
@@ -271,7 +285,10 @@ class Tracker:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Have the program note what closes until the end of the block.
+        """Have the program record what closes until the end of the block.
+
+        Every run of the program that does not do so has ended when the block begins, and
+        every run that does has ended when the block has.
 
         Raises:
             TrackerError: the kernel refuses it.
@@ -279,9 +296,11 @@ class Tracker:
         self._take_closings()
         self._watched.put(FIRST, np.uint32(True))
         try:
+            self.wait_for_runs()
             yield
         finally:
             self._watched.put(FIRST, np.uint32(False))
+            self.wait_for_runs()
 
     def release_closed(self, slots: Slots) -> int:
         """Forget those of the seeds at ``slots`` that have closed since `watching` began.
@@ -301,13 +320,20 @@ class Tracker:
         handles, _ = self._closings.items(np.uint64, np.uint32, take=True)
         return handles
 
-    def release(self, slots: Slots, established_ns: npt.NDArray[np.uint64]) -> int:
-        """Forget connections, as argued above, and whether they are open or not.
+    def release(
+        self,
+        slots: Slots,
+        established_ns: npt.NDArray[np.uint64],
+        *,
+        if_empty: bool = False,
+    ) -> int:
+        """Forget connections, as argued above, whether they are open or not.
 
         Args:
             slots: where they are, each once.
             established_ns: when they were established; one that has another time now
                 stays.
+            if_empty: whether a slot with an open connection stays, too.
 
         Returns:
             How many of them were open.
@@ -321,12 +347,14 @@ class Tracker:
         handles = connections["handle"][slots]
         try:
             self._handles.delete_all(handles)
-            self._wait_for_runs()
-        except TrackerError:  # nothing is released, nothing is to be lost
+            self.wait_for_runs()
+        except TrackerError:  # l
             for handle, slot in zip(handles, slots, strict=True):
-                self._restore(handle, slot)
+                self._restore_or_orphan(handle, slot)
             raise
         has_changed = connections["established_ns"][slots] != established_ns
+        if if_empty:
+            has_changed |= connections["group"][slots] != 0
         for at in np.flatnonzero(has_changed):
             has_changed[at] = self._restore(handles[at], slots[at])
         released = np.sort(slots[~has_changed])
@@ -337,6 +365,8 @@ class Tracker:
         self._closed += int(was_open.sum())
         self._seeds_closed += int((was_open & was_seed).sum())
         self._seed_slots = np.setdiff1d(self._seed_slots, released, assume_unique=True)
+        if self._orphans:
+            self._orphans = sorted({*self._orphans} - {*released.tolist()})
         self._give(released)
         return int(was_open.sum())
 
@@ -346,6 +376,8 @@ class Tracker:
         Raises:
             TrackerError: the kernel refuses it.
         """
+        if self._orphans:
+            self._release_empty(np.array(self._orphans, np.uint32))
         events = self._events()
         kept = events["taken"] + self._slots_taken - self._slots_given
         opened = events["inserted"] + self._seeds_added
@@ -360,13 +392,22 @@ class Tracker:
         established_ns = connections["established_ns"][slots]
         # In this order: one that opens in between has another time, and stays.
         is_closed = connections["group"][slots] == 0
-        self.release(slots[is_closed], established_ns[is_closed])
+        self.release(slots[is_closed], established_ns[is_closed], if_empty=True)
 
     def _restore(self, handle: np.uint64, slot: np.uint32) -> bool:
         """Whether the handle has its slot again; it has another one by now otherwise."""
-        restored = self._handles.put_new(handle, slot)
+        restored = bool(handle) and self._handles.put_new(handle, slot)
         self.restored += restored
         return restored
+
+    def _restore_or_orphan(self, handle: np.uint64, slot: np.uint32) -> None:
+        with contextlib.suppress(TrackerError):
+            if self._restore(handle, slot):
+                return
+        # A later release of this slot must not delete the entry that has the handle now.
+        self._all()["handle"][slot] = 0
+        self._orphans.append(int(slot))
+        self.restored += 1
 
     def _give(self, slots: Slots) -> None:
         """Make slots free, so that the first is the next to be taken."""
@@ -374,12 +415,16 @@ class Tracker:
             self._free_slots.push(np.uint32(each))
         self._slots_given += len(slots)
 
-    def _wait_for_runs(self) -> None:
-        """Until every run of the program has ended that is under way now.
+    def wait_for_runs(self) -> None:
+        """Return when every run of the program has ended that is under way now.
 
-        The kernel sees to that after each change to a map of maps: Linux kernel commit
-        1ae80cf31938 ("bpf: wait for running BPF programs when updating map-in-map") (in
-        v4.20).
+        The kernel waits for that after each change to a map of maps, by synchronize_rcu():
+        Linux kernel commit 1ae80cf31938 ("bpf: wait for running BPF programs when updating
+        map-in-map") (in v4.20). So every softirq that is under way now has ended, too, and
+        has stored the state of the socket that it reported or missed.
+
+        Raises:
+            TrackerError: the kernel refuses it.
         """
         self._barrier.put(FIRST, np.uint32(self._descriptors.events))
 

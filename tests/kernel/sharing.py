@@ -81,7 +81,7 @@ class SharedTracker:
         tracker._watched.put(FIRST, np.uint32(False))
         tracker._handles.items(np.uint64, np.uint32, take=True)
         tracker._take_closings()
-        tracker._wait_for_runs()
+        tracker.wait_for_runs()
         while tracker._free_slots.pop(np.uint32) is not None:
             pass
         loader._fill(self._descriptors.free_slots, SLOTS)

@@ -12,6 +12,7 @@ import pytest
 
 from tcpexporter import reconcile
 from tcpexporter import tracker as tracker_module
+from tcpexporter.errors import TrackerError
 from tcpexporter.tracker import Tracker
 from tests.kernel.effort import Effort
 from tests.kernel.tracking import (
@@ -104,7 +105,7 @@ def test_without_room_connections_are_refused_and_found_later(tracker: Tracker) 
     assert_each_is_in_one_hand(tracker)
 
 
-@pytest.mark.parametrize("step", ["delete_all", "_wait_for_runs"])
+@pytest.mark.parametrize("step", ["delete_all", "wait_for_runs"])
 @pytest.mark.parametrize("ends", ["open", "closed", "reopened"])
 def test_what_happens_while_a_slot_is_released(
     tracker: Tracker,
@@ -119,7 +120,7 @@ def test_what_happens_while_a_slot_is_released(
     for each in peers.pairs.pop():
         each.close()
     established_ns = tracker._all()["established_ns"][stale].copy()
-    owner = tracker if step == "_wait_for_runs" else tracker._handles
+    owner = tracker if step == "wait_for_runs" else tracker._handles
     real = getattr(owner, step)
 
     def then_use(*arguments: object) -> None:
@@ -153,17 +154,104 @@ def test_a_handle_that_has_another_slot_by_now_gives_its_old_one_back(
     handle, told_ns = connections["handle"][old][0], connections["established_ns"][old][0]
     (new,) = tracker._take(1)
     connections["handle"][new] = handle
-    real = tracker._wait_for_runs
+    real = tracker.wait_for_runs
 
     def reopened() -> None:
         real()
         # As the program does it when it finds no handle.
         assert tracker._handles.put_new(handle, new)
 
-    tracker._wait_for_runs = reopened  # type: ignore[method-assign]
+    tracker.wait_for_runs = reopened  # type: ignore[method-assign]
     assert tracker.release(old, np.array([told_ns - 1])) == 1
     assert tracker.restored == 0
     assert_each_is_in_one_hand(tracker)
+
+
+def test_a_connection_that_opens_while_it_is_read_is_not_taken_for_an_empty_slot(
+    tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """g: the program has stored the new time and not yet ``group`` when both are read.
+
+    A wrong number: the slot of an open connection was freed, and nothing showed it.
+    """
+    peers.connect(1)
+    slots = slots_at(tracker, peers.port)
+    connections = tracker._all()
+    group = connections["group"][slots].copy()
+    connections["group"][slots] = 0  # between the two stores
+    real = tracker.wait_for_runs
+
+    def store_group() -> None:
+        connections["group"][slots] = group
+        real()
+
+    monkeypatch.setattr(tracker, "wait_for_runs", store_group)
+    tracker._release_empty(slots)
+    monkeypatch.undo()
+    assert len(at_port(tracker, peers.port)) == 1
+    assert tracker.restored == 1
+    assert_each_is_in_one_hand(tracker)
+    for each in peers.pairs.pop():
+        each.close()
+    assert len(at_port(tracker, peers.port)) == 0
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["closing", "opening"])
+def test_an_entry_that_became_another_handles_changes_no_other_connection(
+    tracker: Tracker, peers: Peers, close: bool
+) -> None:
+    """k: a run reads the slot of another handle: that connection stays as it is."""
+    peers.connect(2)
+    (first, second), other = peers.pairs
+    slots = {
+        int(each["key"]["remote_port"]): int(slot)
+        for slot, each in enumerate(tracker._all())
+        if each["group"] and each["key"]["local_port"] == peers.port
+    }
+    mine, others = (slots[each.getsockname()[1]] for each in (first, other[0]))
+    before = tracker._all()[others].copy()
+    handle = tracker._all()["handle"][mine]
+    tracker._handles.put(handle, np.uint32(others))
+    if not close:
+        tracker._all()["group"][mine] = 0
+    first.close()
+    second.close()
+    if not close:  # some socket has the address again, and the handle with it
+        peers.connect(97)
+    assert tracker._all()[others] == before
+
+
+def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
+    tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """l: the kernel refuses the release, and the handle has another slot by then."""
+    peers.connect(1)
+    (old,) = slots_at(tracker, peers.port)
+    connections = tracker._all()
+    handle, told_ns = connections["handle"][old], connections["established_ns"][old]
+    (new,) = tracker._take(1)
+
+    def refuse() -> None:
+        connections["handle"][new] = handle
+        connections["key"][new] = connections["key"][old]
+        connections["established_ns"][new] = told_ns + 1
+        connections["group"][new] = connections["group"][old]
+        assert tracker._handles.put_new(handle, new)  # as the program does it
+        raise TrackerError("refused")
+
+    monkeypatch.setattr(tracker, "wait_for_runs", refuse)
+    with pytest.raises(TrackerError):
+        tracker.release(np.array([old], np.uint32), np.array([told_ns]))
+    monkeypatch.undo()
+    assert tracker.restored == 1  # a reason to reconcile
+    with Looks() as looks:
+        assert reconcile.reconcile(tracker, looks).missed_close == 1
+    assert len(at_port(tracker, peers.port)) == 1
+    tracker.reclaim()
+    assert_each_is_in_one_hand(tracker)
+    for each in peers.pairs.pop():
+        each.close()
+    assert len(at_port(tracker, peers.port)) == 0
 
 
 @pytest.mark.timeout(600)
