@@ -28,7 +28,7 @@ from tcpexporter.counting import (
     listened,
 )
 from tcpexporter.reloading import Reloads
-from tcpexporter.sources import Reconciliation, Source
+from tcpexporter.sources import Reconciliation, Report, Source
 
 PORT_LABELS = ("port", "tcp_version")
 
@@ -102,6 +102,9 @@ class ConnectionCollector(Collector):
         choice = self._choice
         since_ns = now_ns - choice.duration_s * 1_000_000_000
         names = self._names() if self._names else None
+        # Before the connections: a page that says that a reconciliation has ended shows
+        # what that has corrected.
+        report = self._source.report()
         counts = count(self._source.read(), choice.selection, since_ns)
         self.tracked = counts.total
         folded, labels = 0, list[Labels]()
@@ -125,7 +128,7 @@ class ConnectionCollector(Collector):
             'Series folded into port="other", because there are more than --max-series.',
             folded,
         )
-        yield from self._about_the_source(counts.total)
+        yield from self._about_the_source(report, counts.total)
         yield GaugeMetricFamily(
             "tcpexporter_collect_duration_seconds",
             "How long it took to read and count the connections for this page.",
@@ -181,7 +184,7 @@ class ConnectionCollector(Collector):
             family.add_metric(values, number)
         return family
 
-    def _about_the_source(self, total: int) -> Iterator[Metric]:
+    def _about_the_source(self, report: Report, total: int) -> Iterator[Metric]:
         yield InfoMetricFamily(
             "tcpexporter_source",
             "Where the connections come from, as --source has it.",
@@ -192,7 +195,6 @@ class ConnectionCollector(Collector):
             "TCP connections that are known, of every port, direction and IP version.",
             total,
         )
-        report = self._source.report()
         if report.max_connections is not None:
             yield GaugeMetricFamily(
                 "tcpexporter_max_connections",

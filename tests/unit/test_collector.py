@@ -106,6 +106,36 @@ def values(collected: ConnectionCollector, name: str) -> Shown:
     }
 
 
+def test_a_page_shows_the_corrections_of_the_reconciliation_that_it_reports() -> None:
+    """The report is read first: what is corrected after it belongs to the next one.
+
+    A page with the counts of before a reconciliation and its time of after it cannot be
+    compared with anything.
+    """
+
+    class Correcting(MemorySource):
+        """Reconciles, and finds a missed opening, whenever it is asked anything."""
+
+        def _reconcile(self) -> None:
+            self.chunks.append(connections(443, 1))
+
+        def read(self) -> Iterator[Records]:
+            yield from super().read()
+            self._reconcile()
+
+        def listeners(self) -> Records:
+            self._reconcile()
+            return super().listeners()
+
+        def report(self) -> Report:
+            found = len(self.chunks)
+            return Report(reconciliation=Reconciliation(runs=found, missed_open=found))
+
+    shown = {each.name: each for each in collector_of(Correcting()).collect()}
+    (corrected, _) = shown["tcpexporter_corrections"].samples
+    assert corrected.value == sum(each.value for each in shown[ESTABLISHED].samples)
+
+
 def test_long_term_connections_are_those_of_that_age() -> None:
     """The boundary is the duration before now, on the clock that was injected."""
     source = MemorySource(
