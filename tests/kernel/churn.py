@@ -26,6 +26,7 @@ from prometheus_client.samples import Sample
 
 from tests.kernel import oracle
 from tests.kernel.churning import MOST_DESCRIPTORS
+from tests.kernel.diagnosis import explain
 from tests.kernel.oracle import Page
 from tests.kernel.worker import Worker
 from tests.support import Exporter, inside, new_netns
@@ -61,6 +62,10 @@ class Figures:
     """By how many connections the counts were wrong when it became quiet."""
     wrong: int
     """And at the end, after no more than one reconciliation."""
+    quiet_points: int
+    """How often it became quiet and was compared, the end included."""
+    differences: Sequence[str]
+    """What was wrong after a reconciliation at one of these points, and why."""
     scrapes: int
     complaints: Sequence[str]
     """What no scrape may show."""
@@ -72,7 +77,7 @@ class Figures:
     @property
     def problems(self) -> list[str]:
         """Why the exporter is not to be trusted, or this soak."""
-        problems = [*self.complaints]
+        problems = [*self.complaints, *self.differences]
         if not self.has_missed:
             problems.append("no event was missed: this proves nothing")
         if self.wrong:
@@ -91,6 +96,8 @@ class Figures:
             "corrected, closing missed": f"{self.corrected_close:,}",
             "wrong when it became quiet": f"{self.wrong_at_first:,}",
             "wrong at the end": f"{self.wrong:,}",
+            "quiet points": f"{self.quiet_points:,}",
+            "of those wrong when reconciled": f"{len(self.differences):,}",
             "scrapes": f"{self.scrapes:,}",
             "scrapes that failed or were absurd": f"{len(self.complaints):,}",
             "resident at the end, MiB": f"{self.resident_mib:.1f}",
@@ -113,9 +120,24 @@ class Watcher(threading.Thread):
         self._exporter = exporter
         self._counters: dict[tuple[str, str], float] = {}
         self._ending = threading.Event()
+        self._may_scrape = threading.Event()
+        self._may_scrape.set()
+        self._is_idle = threading.Event()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Scrape nothing during the block."""
+        self._is_idle.clear()
+        self._may_scrape.clear()
+        self._is_idle.wait()
+        yield
+        self._may_scrape.set()
 
     def run(self) -> None:
         while not self._ending.is_set():
+            if not self._may_scrape.is_set():
+                self._is_idle.set()
+                self._may_scrape.wait()
             self.scrapes += 1
             try:
                 self.page = Page(self._exporter)
@@ -162,7 +184,13 @@ class Watcher(threading.Thread):
 
 
 def churn(
-    netns: str, *, changes: int, most_s: float, least_s: float = 0, steer: bool = True
+    netns: str,
+    *,
+    changes: int,
+    most_s: float,
+    least_s: float = 0,
+    quiet_s: float = math.inf,
+    steer: bool = True,
 ) -> Figures:
     """Churn in this namespace.
 
@@ -171,6 +199,7 @@ def churn(
         changes: how many there are at least, and until events were missed.
         most_s: after that it ends anyway.
         least_s: before that it does not end.
+        quiet_s: after so long the processes stop, and everything is compared.
         steer: whether packets are steered over two CPUs.
     """
     cpus = sorted(os.sched_getaffinity(0))[:2]
@@ -188,20 +217,60 @@ def churn(
         watcher = Watcher(exporter)
         watcher.start()
         began_s = time.monotonic()
-        done = _make_busy(
-            workers,
-            lambda done: (
-                (
-                    done >= changes
+        done, busy_s = 0, 0.0
+        points: list[Point] = []
+        has_ended = False
+        while not has_ended:
+            round_s = time.monotonic()
+
+            def is_enough(more: int) -> bool:
+                now_s = time.monotonic()
+                nonlocal has_ended
+                has_ended = (
+                    done + more >= changes  # noqa: B023
                     and watcher.page.has_missed
-                    and time.monotonic() > began_s + least_s
-                )
-                or time.monotonic() > began_s + most_s
-            ),
-        )
-        took_s = time.monotonic() - began_s
+                    and now_s > began_s + least_s
+                ) or now_s > began_s + most_s
+                return has_ended or now_s > round_s + quiet_s  # noqa: B023
+
+            done += _make_busy(workers, is_enough)
+            busy_s += time.monotonic() - round_s
+            with watcher.paused():
+                points.append(compare(exporter))
+            if points[-1].difference:
+                sys.stderr.write(f"{points[-1].difference}\n")
         watcher.end()
-        return _judge(exporter, watcher, done, took_s)
+        return _judge(watcher, points, done, busy_s)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a comparison showed when nothing opened or closed."""
+
+    page: Page
+    wrong_at_first: int
+    wrong: int
+    """After no more than one reconciliation."""
+    difference: str
+    """What is wrong then, and what is known of these connections; empty: nothing."""
+
+
+def compare(exporter: Exporter) -> Point:
+    """Compare the counts with those of ss(8), once more when they were reconciled."""
+    page, true = oracle.look(exporter)
+    wrong_at_first = _wrong(page, true)
+    if wrong_at_first:
+        page, true = oracle.look_reconciled(exporter)
+    differing = oracle.difference(page.counts(), true)
+    lines = [
+        f"{series} shows {shown} and should be {wanted}\n"
+        f"{explain(exporter.process.pid, series[0])}"
+        for series, (shown, wanted) in differing.items()
+    ]
+    if lines:
+        after, true = oracle.look(exporter)
+        lines.append(f"the next page is wrong by {_wrong(after, true)}")
+    return Point(page, wrong_at_first, _wrong(page, true), "\n".join(lines))
 
 
 def _make_busy(workers: Sequence[Worker], is_enough: Callable[[int], bool]) -> int:
@@ -224,20 +293,19 @@ def _make_busy(workers: Sequence[Worker], is_enough: Callable[[int], bool]) -> i
     return done
 
 
-def _judge(exporter: Exporter, watcher: Watcher, done: int, took_s: float) -> Figures:
-    page, true = oracle.look(exporter)
-    wrong_at_first = _wrong(page, true)
-    if wrong_at_first:
-        page, true = oracle.look_reconciled(exporter)
+def _judge(watcher: Watcher, points: Sequence[Point], done: int, busy_s: float) -> Figures:
+    page = points[-1].page
     return Figures(
         changes=done,
-        seconds=took_s,
+        seconds=busy_s,
         has_missed=page.has_missed,
         missed=None if page.missed is None else int(page.missed),
         corrected_open=int(page.corrected("missed_open")),
         corrected_close=int(page.corrected("missed_close")),
-        wrong_at_first=wrong_at_first,
-        wrong=_wrong(page, true),
+        wrong_at_first=sum(each.wrong_at_first for each in points),
+        wrong=points[-1].wrong,
+        quiet_points=len(points),
+        differences=[each.difference for each in points if each.difference],
         scrapes=watcher.scrapes,
         complaints=watcher.complaints,
         resident_mib=watcher.resident[-1][1],
@@ -259,6 +327,7 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=1_000_000)
     parser.add_argument("--least", type=float, default=600, dest="least_s")
     parser.add_argument("--most", type=float, default=900, dest="most_s")
+    parser.add_argument("--quiet", type=float, default=60, dest="quiet_s")
     parser.add_argument("--steer", action=argparse.BooleanOptionalAction, default=True)
     chosen = parser.parse_args()
     with new_netns() as netns, inside(netns):
