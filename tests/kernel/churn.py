@@ -21,12 +21,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from prometheus_client.samples import Sample
 
 from tests.kernel import oracle
 from tests.kernel.churning import MOST_DESCRIPTORS
 from tests.kernel.diagnosis import explain
+from tests.kernel.growth import Growth, Memory, memory_of
 from tests.kernel.oracle import Page
 from tests.kernel.worker import Worker
 from tests.support import Exporter, inside, new_netns
@@ -40,9 +40,7 @@ CONNECTIONS = 499
 """That a process makes before it is asked for more."""
 
 LONG_S = 500
-MOST_GROWTH_MIB_PER_HOUR = 1.0
-
-MIB_BYTES = 1 << 20
+"""In less time than that memory that is used for the first time looks like growth."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,10 @@ class Figures:
     scrapes: int
     complaints: Sequence[str]
     """What no scrape may show."""
-    resident_mib: float
-    """At the last scrape, with what is mapped of the kernel's memory."""
-    growth_mib_per_hour: float
-    """Of that: the slope of a line through all scrapes but those of the first fifth."""
+    memory: Memory
+    """At the last scrape."""
+    growth: Growth
+    """Of what is not mapped from a file or the kernel."""
 
     @property
     def problems(self) -> list[str]:
@@ -82,9 +80,8 @@ class Figures:
             problems.append("no event was missed: this proves nothing")
         if self.wrong:
             problems.append(f"{self.wrong} connections are wrong after reconciling")
-        # In less time than that the slope is that of a single step.
-        if self.seconds >= LONG_S and self.growth_mib_per_hour > MOST_GROWTH_MIB_PER_HOUR:
-            problems.append(f"it grows by {self.growth_mib_per_hour:.1f} MiB an hour")
+        if self.seconds >= LONG_S and self.growth.is_more_than_noise:
+            problems.append(f"its memory grows: {self.growth}")
         return problems
 
     def __str__(self) -> str:
@@ -100,8 +97,10 @@ class Figures:
             "of those wrong when reconciled": f"{len(self.differences):,}",
             "scrapes": f"{self.scrapes:,}",
             "scrapes that failed or were absurd": f"{len(self.complaints):,}",
-            "resident at the end, MiB": f"{self.resident_mib:.1f}",
-            "growth, MiB an hour": f"{self.growth_mib_per_hour:.2f}",
+            "its own memory at the end, MiB": f"{self.memory.own_mib:.1f}",
+            "mapped files and maps, MiB": f"{self.memory.mapped_mib:.1f}",
+            "growth, last third": f"{self.growth.grown_mib:+.2f} MiB",
+            "noise, middle third": f"{self.growth.noise_mib:.2f} MiB",
         }
         return "".join(f"{name:36}{value:>12}\n" for name, value in rows.items())
 
@@ -115,8 +114,8 @@ class Watcher(threading.Thread):
         """The last one."""
         self.scrapes = 0
         self.complaints: list[str] = []
-        self.resident: list[tuple[float, float]] = []
-        """At what time, in seconds, and how many MiB; of each scrape."""
+        self.memory: list[Memory] = []
+        """After each scrape."""
         self._exporter = exporter
         self._counters: dict[tuple[str, str], float] = {}
         self._ending = threading.Event()
@@ -144,7 +143,7 @@ class Watcher(threading.Thread):
             except (AssertionError, OSError, http.client.HTTPException) as error:
                 self.complaints.append(f"scrape {self.scrapes}: {error!r}")
             else:
-                self._note_resident(self.page)
+                self.memory.append(memory_of(self._exporter.process.pid))
                 wrong = ", ".join(self._absurdities(self.page))
                 if wrong:
                     self.complaints.append(f"scrape {self.scrapes}: {wrong}")
@@ -152,15 +151,6 @@ class Watcher(threading.Thread):
     def end(self) -> None:
         self._ending.set()
         self.join()
-
-    def growth_mib_per_hour(self) -> float:
-        times_s, resident_mib = np.array(self.resident[len(self.resident) // 5 :]).T
-        slope, _ = np.polyfit(times_s - times_s[0], resident_mib, 1)
-        return float(slope) * 3600
-
-    def _note_resident(self, page: Page) -> None:
-        resident_bytes = page.value("process_resident_memory_bytes") or math.nan
-        self.resident.append((time.monotonic(), resident_bytes / MIB_BYTES))
 
     def _absurdities(self, page: Page) -> Iterator[str]:
         for family in page.families:
@@ -308,8 +298,8 @@ def _judge(watcher: Watcher, points: Sequence[Point], done: int, busy_s: float) 
         differences=[each.difference for each in points if each.difference],
         scrapes=watcher.scrapes,
         complaints=watcher.complaints,
-        resident_mib=watcher.resident[-1][1],
-        growth_mib_per_hour=watcher.growth_mib_per_hour(),
+        memory=watcher.memory[-1],
+        growth=Growth.of([each.own_mib for each in watcher.memory]),
     )
 
 

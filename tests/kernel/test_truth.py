@@ -161,11 +161,18 @@ class Walk:
         """What is shown, and what is true, where they differ."""
         self.compared += 1
         page, true = oracle.look(self._exporter)
+        wrong = self._differences(page, true)
         if page.trouble == self._known_trouble:
             self.exact_at_once += 1
-        else:
+        elif wrong:
             page, true = oracle.look_reconciled(self._exporter)
+            wrong = self._differences(page, true)
         self._known_trouble = page.trouble
+        return wrong
+
+    def _differences(
+        self, page: oracle.Page, true: oracle.Counts
+    ) -> dict[str, dict[oracle.Series, tuple[int, int]]]:
         if self._direction == "inbound":
             true = oracle.at_ports(true, LISTENED)
         return {
