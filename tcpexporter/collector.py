@@ -163,7 +163,7 @@ class ConnectionCollector(Collector):
 
         It may be another namespace with the same inode, which has other ports.
         """
-        before, self._names_before = self._names_before, names
+        before, self._names_before = self._names_before, dict(names)
         renamed = [
             netns
             for netns in _namespaces(self._published)

@@ -64,7 +64,7 @@ def opened(path: Path) -> Iterator[int]:
         SourceError: there is no such namespace, or it may not be seen.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise _unseen(path, error) from error
     try:

@@ -229,6 +229,8 @@ class SocketTables:
         return np.unique(_joined(found, LISTENER))
 
     def _let_go(self, used: set[int]) -> None:
+        if len(self._readers) == 1:
+            return
         now_s = time.monotonic()
         used |= {self._readers[0].netns, *namespaces.named()}
         self._used_s.update(dict.fromkeys(used, now_s))
