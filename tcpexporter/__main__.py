@@ -187,8 +187,10 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
         status = partial(_status, source, collector, watch)
 
         async def check() -> str | None:
-            # To be started anew would not help as long as there is no namespace to count.
-            return None if watch and watch.trouble() else await app.check()
+            # To be started anew does not help while there is no namespace to count.
+            if starting.awaited() and watch and watch.trouble():
+                return None
+            return await app.check()
 
         def is_ready() -> None:
             supervisor.tell("READY=1", f"STATUS={status()}")

@@ -16,6 +16,7 @@ import pytest
 
 from tcpexporter import namespaces, sockets
 from tcpexporter.sockets import open_tables
+from tests.kernel.test_supervisor import Manager
 from tests.support import DEADLINE_S, Exporter, Peers, eventually, inside, new_netns
 
 NAMED = Path("/run/netns")
@@ -101,6 +102,28 @@ def test_a_namespace_that_is_made_anew_is_not_counted_as_the_old_one(source: str
     assert len(warnings) == 1
     assert "any more: make it again" in warnings[0]
     assert log.splitlines()[-1].startswith(f"tcpexporter: /run/netns/{name} is another")
+
+
+def test_a_namespace_that_is_gone_is_no_reason_to_be_killed(tmp_path: Path) -> None:
+    """systemd would start it anew while there is no such namespace, and then no more."""
+    address = tmp_path / "notify"
+    with Manager(str(address)) as manager, new_netns() as name:
+        tmp_path.chmod(0o755)
+        address.chmod(0o777)
+        arguments = ("--netns", name, "--source", "sock_diag")
+        with manager.start(*arguments, watchdog=True) as exporter:
+            manager.wait_for("READY=1")
+            subprocess.run(["ip", "netns", "del", name], check=True)
+            refusal(exporter, "/-/ready")
+            manager.forget()
+            for _ in range(3):
+                status, fed = manager.wait_for("WATCHDOG=1")
+                assert status.startswith(f"STATUS=there is no network namespace {NAMED}")
+                assert fed == "WATCHDOG=1"
+            subprocess.run(["ip", "netns", "add", name], check=True)
+            # Nobody has to ask for that.
+            exporter.process.communicate(timeout=DEADLINE_S)
+            assert exporter.process.returncode == 1
 
 
 def test_a_namespace_that_gets_its_name_back_is_counted_again() -> None:
