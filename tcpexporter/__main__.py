@@ -155,7 +155,10 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
         resources.callback(source.close)
         if state:
             resources.callback(state.close)
-        choose = _chooser(settings)
+        watch = _open_watch(settings, source)
+        if watch:
+            resources.callback(watch.close)
+        choose = _chooser(settings, source)
         collector = _make_collector(source, settings, choose(settings))
         reloads = Reloads()
         registry = make_registry(collector, reloads)
@@ -165,9 +168,9 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             source.start()
-            _print_once(registry, settings.duration_s)
+            _print_once(registry, settings.duration_s, watch)
             return
-        starting = _Starting(source)
+        starting = _Starting(source, watch)
         app = server.App(
             registry,
             ready=starting.awaited,
@@ -181,7 +184,13 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
             takers[WEB_CONFIG] = web.replace
         reloading = Reloading(reader, takers, hangups, supervisor, reloads)
         resources.callback(reloading.close)
-        status = partial(_status, source, collector)
+        status = partial(_status, source, collector, watch)
+
+        async def check() -> str | None:
+            # To be started anew does not help while there is no namespace to count.
+            if starting.awaited() and watch and watch.trouble():
+                return None
+            return await app.check()
 
         def is_ready() -> None:
             supervisor.tell("READY=1", f"STATUS={status()}")
@@ -189,7 +198,7 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
 
         try:
             starting.begin(is_ready)
-            server.serve(listening, app, lambda: supervisor.keep(app.check, status))
+            server.serve(listening, app, lambda: supervisor.keep(check, status))
         finally:
             supervisor.tell("STOPPING=1")
             starting.raise_failure()
@@ -255,13 +264,17 @@ def _open(name: str, settings: Settings, state: "State | None") -> Source:
     return PollingSource(open_tables(name, settings.netns), settings.interval_s, state)
 
 
-def _chooser(settings: Settings) -> Callable[[Settings], Choice]:
+def _open_watch(settings: Settings, source: Source) -> namespaces.Watch | None:
+    if settings.netns in ("self", "all"):
+        return None
+    return namespaces.Watch(settings.netns, int(source.namespaces()[0]))
+
+
+def _chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]:
     """What makes a choice of settings that differ from these in what can change."""
     own_netns = namespaces.inode()
     every_netns = settings.netns == "all"
-    listens_there = every_netns or own_netns == namespaces.inode(
-        namespaces.find(settings.netns)
-    )
+    listens_there = settings.netns in ("self", "all") or own_netns in source.namespaces()
     own_listener = (
         (own_netns, settings.listen_port) if listens_there and not settings.once else None
     )
@@ -288,23 +301,31 @@ def _make_collector(
         source,
         choice,
         max_series=settings.max_series,
-        names=namespaces.Names().read if settings.netns == "all" else None,
+        names=namespaces.Names(source.namespaces).read if settings.netns == "all" else None,
         simple=settings.simple,
     )
 
 
-def _status(source: Source, collector: ConnectionCollector) -> str:
+def _status(
+    source: Source, collector: ConnectionCollector, watch: namespaces.Watch | None
+) -> str:
+    if trouble := watch and watch.trouble():
+        return trouble
     tracked = "" if collector.tracked is None else f", {collector.tracked:,} tracked"
     return f"counting connections by {source.name}{tracked}"
 
 
-def _print_once(registry: CollectorRegistry, duration_s: int) -> None:
+def _print_once(
+    registry: CollectorRegistry, duration_s: int, watch: namespaces.Watch | None = None
+) -> None:
     for left_s in range(duration_s, 0, -1):
         if sys.stderr.isatty():
             sys.stderr.write(f"\rwatching, {left_s} s left \033[K")
         time.sleep(1)
     if sys.stderr.isatty():
         sys.stderr.write("\r\033[K")
+    if trouble := watch and watch.trouble():
+        raise SourceError(trouble)
     _print(generate_latest(registry).decode())
 
 
@@ -352,8 +373,9 @@ class _Following:
 class _Starting:
     """Learning of the connections from before, while HTTP already says so."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, watch: namespaces.Watch | None = None) -> None:
         self._source = source
+        self._watch = watch
         self._awaited: str | None = "the connections from before are being read"
         self._failure: SourceError | None = None
 
@@ -364,7 +386,16 @@ class _Starting:
         ).start()
 
     def awaited(self) -> str | None:
-        return self._awaited
+        """What there are no metrics for; None: there are.
+
+        A namespace that has been made anew can only be entered by a new start.
+        """
+        if self._awaited or not self._watch:
+            return self._awaited
+        trouble = self._watch.trouble()
+        if self._watch.is_replaced and not self._failure:
+            self._fail(SourceError(trouble))
+        return trouble
 
     def raise_failure(self) -> None:
         if self._failure:
@@ -374,12 +405,15 @@ class _Starting:
         try:
             self._source.start()
         except SourceError as error:
-            self._failure = error
-            os.kill(os.getpid(), signal.SIGTERM)
+            self._fail(error)
         else:
             self._awaited = None
             log.info("counting connections by %s", self._source.name)
             then()
+
+    def _fail(self, failure: SourceError) -> None:
+        self._failure = failure
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

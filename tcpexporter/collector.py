@@ -83,6 +83,7 @@ class ConnectionCollector(Collector):
         self._boottime_ns = boottime_ns
         self._published = choice.named
         self._gone_ns: dict[int, int] = {}
+        self._names_before: Mapping[int, str] = {}
 
     def choose(self, choice: Choice) -> None:
         """Count that from the next scrape on; from any thread.
@@ -148,6 +149,7 @@ class ConnectionCollector(Collector):
             self._published = listened(self._published.view(SERIES), choice.selection)
             self._published_by = choice
         if names is not None:
+            self._forget_renamed(names)
             self._forget({*names, *_namespaces(counts.series, listening)}, now_ns)
         page, folded = fold(
             counts,
@@ -159,6 +161,23 @@ class ConnectionCollector(Collector):
         self._published = page.series
         return page, folded
 
+    def _forget_renamed(self, names: Mapping[int, str]) -> None:
+        """What is published of namespaces that have another name now, or none any more.
+
+        It may be another namespace with the same inode, which has other ports.
+        """
+        before, self._names_before = self._names_before, dict(names)
+        renamed = [
+            netns
+            for netns in _namespaces(self._published)
+            if names.get(netns) != before.get(netns)
+        ]
+        self._leave_out(renamed)
+
+    def _leave_out(self, netns: Sequence[int]) -> None:
+        is_left_out = np.isin(self._published.view(SERIES)["netns"], netns)
+        self._published = self._published[~is_left_out]
+
     def _forget(self, present: set[int], now_ns: int) -> None:
         """What is published of namespaces that have been gone for long."""
         gone = {*_namespaces(self._published)} - {*present, 0}
@@ -166,8 +185,7 @@ class ConnectionCollector(Collector):
         over = [
             netns for netns, since in self._gone_ns.items() if now_ns - since > FORGET_NS
         ]
-        is_over = np.isin(self._published.view(SERIES)["netns"], over)
-        self._published = self._published[~is_over]
+        self._leave_out(over)
 
     def _connections(
         self,

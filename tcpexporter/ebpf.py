@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from tcpexporter import loader, namespaces
 from tcpexporter.connections import Records
+from tcpexporter.errors import SourceError
 from tcpexporter.pins import Pins, settled
 from tcpexporter.polling import first_seen
 from tcpexporter.reconcile import Reconciler, reconcile, seed
@@ -50,6 +54,7 @@ class EbpfSource:
 
         Raises:
             PinError: what is there cannot be used.
+            SettingsError: ``netns`` is not there.
             SourceError: that does not work; says why and what would help.
         """
         self._max_connections = max_connections
@@ -65,6 +70,8 @@ class EbpfSource:
             self._tracker = Tracker(descriptors, max_connections)
             self._tables = open_tables("auto", netns)
             undo.callback(self._tables.close)
+            if only and only != self._tables.namespaces()[0]:
+                raise SourceError(f"--netns {netns} has been made anew: start again")
             if self._pins:
                 self._pins.take_over(self._tracker, netns=only)
                 self._pins.leave(descriptors)
@@ -97,6 +104,9 @@ class EbpfSource:
 
     def listeners(self) -> Records:
         return self._tables.listeners()
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        return self._tables.namespaces()
 
     def report(self) -> Report:
         self._tell_refused()

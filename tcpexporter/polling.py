@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from tcpexporter.connections import CONNECTION, Records
 from tcpexporter.errors import SourceError, enough_memory
@@ -61,6 +62,9 @@ class PollingSource:
 
     def listeners(self) -> Records:
         return self._tables.listeners()
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        return self._tables.namespaces()
 
     def report(self) -> Report:
         return Report(state_saved_s=self._state.saved_s if self._state else None)

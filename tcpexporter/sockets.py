@@ -178,7 +178,10 @@ class SocketTables:
             reader.close()
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
-        """The inodes of the namespaces that are read."""
+        """The inodes of the namespaces that are read, and so held; from any thread.
+
+        The first is that of --netns, or our own.
+        """
         return np.array([reader.netns for reader in self._readers], np.uint32)
 
     def established(self, *, with_ages: bool = True) -> Records:
@@ -226,14 +229,22 @@ class SocketTables:
         return np.unique(_joined(found, LISTENER))
 
     def _let_go(self, used: set[int]) -> None:
+        if len(self._readers) == 1:
+            return
         now_s = time.monotonic()
         used |= {self._readers[0].netns, *namespaces.named()}
         self._used_s.update(dict.fromkeys(used, now_s))
+        unused = [
+            reader
+            for reader in self._readers[1:]
+            if now_s - self._used_s[reader.netns] > FORGET_S
+        ]
         with self._listening:
-            for reader in self._readers[1:]:
-                if now_s - self._used_s[reader.netns] > FORGET_S:
-                    reader.close()
-                    self._readers.remove(reader)
+            # Not one after another: `namespaces` may be called meanwhile. And before they
+            # are closed: another namespace can have the inode of one that is not held.
+            self._readers = [each for each in self._readers if each not in unused]
+            for reader in unused:
+                reader.close()
 
 
 def open_tables(name: str, netns: str) -> SocketTables:
@@ -244,6 +255,7 @@ def open_tables(name: str, netns: str) -> SocketTables:
         netns: as `namespaces.find` takes it, or ``all`` for every one there is now.
 
     Raises:
+        SettingsError: that is not a network namespace.
         SocketTableError: they cannot be read; says why and what would help.
     """
     if name == "auto":
@@ -259,29 +271,42 @@ def open_tables(name: str, netns: str) -> SocketTables:
 
 
 def _open_others(reader: Callable[[Path], Reader]) -> list[Reader]:
-    readers = []
-    for path in namespaces.others().values():
+    """One for each namespace but ours, by whichever of its processes and names works."""
+    readers: dict[int, Reader] = {}
+    failures: dict[int, SourceError] = {}
+    own = namespaces.inode()
+    for number, path in namespaces.others():
+        if number in readers:
+            continue
         try:
-            readers.append(reader(path))
+            opened = reader(path)
         except SourceError as error:
-            log.warning(
-                "connections of a network namespace from before are not seen: %s", error
-            )
-    return readers
+            failures[number] = error
+            continue
+        if opened.netns in {own, *readers}:  # the process has entered it meanwhile
+            opened.close()
+        else:
+            readers[opened.netns] = opened
+    for number in failures.keys() - readers.keys():
+        log.warning(
+            "connections of a network namespace from before are not seen: %s",
+            failures[number],
+        )
+    return list(readers.values())
 
 
-def _within(netns: Path, act: Callable[[], T]) -> T:
-    """What ``act`` gives in another network namespace.
+def _within(netns: int, act: Callable[[], T]) -> T:
+    """What ``act`` gives in the network namespace of a descriptor.
 
     A thread enters it and ends: setns(2) moves one thread alone.
     """
-    if netns == namespaces.OWN:
+    if os.fstat(netns).st_ino == namespaces.inode():
         return act()
     outcome: list[T | OSError] = []
 
     def enter_and_act() -> None:
         try:
-            pyroute2_netns.setns(str(netns), flags=0)
+            pyroute2_netns.setns(netns)
             outcome.append(act())
         except OSError as error:
             outcome.append(error)
@@ -305,12 +330,15 @@ class SockDiagReader:
         Raises:
             SocketTableError: the kernel does not answer.
         """
-        self.netns = namespaces.inode(netns)
-        try:
-            self._for_entries = _Dumps(_within(netns, _netlink_socket))
-            self._for_listening = _Dumps(_within(netns, _netlink_socket))
-        except OSError as error:
-            raise SocketTableError(f"no sock_diag in {netns}: {error.strerror}") from error
+        with namespaces.opened(netns) as descriptor:
+            self.netns = os.fstat(descriptor).st_ino
+            try:
+                self._for_entries = _Dumps(_within(descriptor, _netlink_socket))
+                self._for_listening = _Dumps(_within(descriptor, _netlink_socket))
+            except OSError as error:
+                raise SocketTableError(
+                    f"no sock_diag in {netns}: {error.strerror}"
+                ) from error
         try:
             for _ in self.listening():
                 pass
@@ -624,14 +652,15 @@ class ProcfsReader:
         Raises:
             SocketTableError: they cannot be opened.
         """
-        self.netns = namespaces.inode(netns)
-        try:
-            self._for_entries = _within(netns, _open_procfs)
-            self._for_listening = _within(netns, _open_procfs)
-        except OSError as error:
-            raise SocketTableError(
-                f"cannot open {error.filename}: {error.strerror}"
-            ) from error
+        with namespaces.opened(netns) as descriptor:
+            self.netns = os.fstat(descriptor).st_ino
+            try:
+                self._for_entries = _within(descriptor, _open_procfs)
+                self._for_listening = _within(descriptor, _open_procfs)
+            except OSError as error:
+                raise SocketTableError(
+                    f"cannot open {error.filename}: {error.strerror}"
+                ) from error
 
     def close(self) -> None:
         for descriptor in (*self._for_entries.values(), *self._for_listening.values()):

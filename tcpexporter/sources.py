@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from tcpexporter.connections import LISTENER, Records
 
@@ -83,6 +84,13 @@ class Source(Protocol):
         """
         ...
 
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        """The inodes of the network namespaces that it holds, from any thread.
+
+        No other namespace gets them meanwhile. The first is that of --netns, or our own.
+        """
+        ...
+
     def report(self) -> Report:
         """What there is to know about the source itself.
 
@@ -119,6 +127,9 @@ class MemorySource:
 
     def listeners(self) -> Records:
         return self._listeners
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        return np.empty(0, np.uint32)
 
     def report(self) -> Report:
         return self._report

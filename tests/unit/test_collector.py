@@ -483,6 +483,19 @@ def test_a_namespace_that_is_gone_leaves_no_series() -> None:
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
     source = MemorySource([connections(443, 3), elsewhere])
+    collected = by_netns(source, {NETNS: "self"})
+    assert netns_labels(collected) == {"self": 3, "17": 5}
+    source.chunks = []
+    assert netns_labels(collected) == {"self": 0, "17": 0}
+    clock_ns[0] += 3600 * 10**9
+    assert netns_labels(collected) == {"self": 0}
+
+
+def test_a_namespace_with_a_name_keeps_its_series() -> None:
+    """However long nothing is in it, until it has the name no more."""
+    elsewhere = connections(443, 5)
+    elsewhere["key"]["netns"] = 17
+    source = MemorySource([connections(443, 3), elsewhere])
     names = {NETNS: "self", 17: "blue"}
     collected = by_netns(source, names)
     assert netns_labels(collected) == {"self": 3, "blue": 5}
@@ -491,9 +504,36 @@ def test_a_namespace_that_is_gone_leaves_no_series() -> None:
     clock_ns[0] += 3600 * 10**9
     assert netns_labels(collected) == {"self": 0, "blue": 0}
     del names[17]
-    assert netns_labels(collected) == {"self": 0, "17": 0}
-    clock_ns[0] += 3600 * 10**9
     assert netns_labels(collected) == {"self": 0}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("container:0123456789ab", None),
+        ("container:0123456789ab", "green"),
+        ("17", None),
+        (None, "green"),
+    ],
+)
+def test_another_namespace_with_the_same_inode_has_no_series_of_the_first(
+    before: str | None, after: str | None
+) -> None:
+    """Series bound to a number that the kernel gives again: ports of a dead container."""
+    first, second = connections(443, 5), connections(80, 7)
+    first["key"]["netns"] = second["key"]["netns"] = 17
+    source = MemorySource([first])
+    names = {NETNS: "self", **({17: before} if before else {})}
+    collected = by_netns(source, names)
+    assert netns_labels(collected) == {before or "17": 5}
+    source.chunks = [second]
+    names.pop(17, None)
+    names |= {17: after} if after else {}
+    found = family(collected, ESTABLISHED)
+    assert found
+    assert [
+        (each.labels["netns"], each.labels["port"], each.value) for each in found.samples
+    ] == [(after or "17", "80", 7)]
 
 
 def test_namespaces_are_folded_too() -> None:

@@ -196,7 +196,7 @@ def test_once_prints_what_was_chosen(
     source = MemorySource(
         [connections(443, 3, Direction.INBOUND), connections(40001, 5, Direction.OUTBOUND)]
     )
-    choice = main._chooser(settings)(settings)
+    choice = main._chooser(settings, source)(settings)
     registry = make_registry(main._make_collector(source, settings, choice), Reloads())
     main._print_once(registry, duration_s=0)
     out, err = capfd.readouterr()

@@ -25,7 +25,7 @@ from pyroute2.netlink.diag import (
 
 from tcpexporter import namespaces, sockets
 from tcpexporter.connections import Direction, Records, directions
-from tcpexporter.errors import SocketTableError, SourceError
+from tcpexporter.errors import SettingsError, SocketTableError
 from tcpexporter.sockets import (
     DIAG_MESSAGE,
     ENTRY,
@@ -841,7 +841,9 @@ def test_procfs_is_read_where_sock_diag_does_not_answer(
 
 def test_a_namespace_that_is_not_there_is_told_of() -> None:
     """The error names it."""
-    with pytest.raises(SourceError, match="/run/netns/none-such: No such file"):
+    with pytest.raises(
+        SettingsError, match=r"no network namespace /run/netns/none-such \("
+    ):
         open_tables("procfs", "none-such")
 
 
