@@ -200,8 +200,9 @@ def drop(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> Non
 
     Args:
         account: whose uid and gid to take; None when not root.
-        needed: an operation that must still work afterwards. Where it does not without
-            CAP_BPF, that one is kept: `features.UNPRIVILEGED_MAPS`.
+        needed: an operation that must still work afterwards, which raises
+            TcpExporterError where it does not. Where it works only with CAP_BPF, that one
+            is kept: `features.UNPRIVILEGED_MAPS`.
 
     Raises:
         PrivilegeError: a capability, or a way back to one, would stay.

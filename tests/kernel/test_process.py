@@ -210,7 +210,7 @@ def test_a_port_in_use_is_refused() -> None:
 
 @pytest.mark.any_kernel
 def test_an_unknown_user_is_refused() -> None:
-    """An invalid setting: exit code 2, before anything is loaded, and which setting it is."""
+    """An invalid setting: exit code 2 before anything is loaded, and the flag to set."""
     code, sentence = refused("--user", "no-such-user")
     assert code == 2
     assert "no user 'no-such-user'" in sentence
