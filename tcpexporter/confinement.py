@@ -131,13 +131,16 @@ def landlock_abi() -> int:
 def _restrict_files() -> bool:
     """Refuse what serving does not read; whether that is in force."""
     abi = landlock_abi()
-    if abi:
-        try:
-            _load_ruleset(RULESET.pack(*_refused(abi)))
-        except OSError as error:
-            log.warning("Landlock disabled: the kernel refuses it: %s", error.strerror)
-            return False
-    return abi > 0
+    if not abi:
+        # No warning: on many kernels an operator can do nothing about it.
+        log.debug("Landlock disabled: this kernel, or what it runs in, does not support it")
+        return False
+    try:
+        _load_ruleset(RULESET.pack(*_refused(abi)))
+    except OSError as error:
+        log.warning("Landlock disabled: the kernel refuses it: %s", error.strerror)
+        return False
+    return True
 
 
 def _load_ruleset(refused: bytes) -> None:
