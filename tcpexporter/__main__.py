@@ -29,7 +29,12 @@ from tcpexporter import (
     sizing,
     version,
 )
-from tcpexporter.collector import Choice, ConnectionCollector, make_registry
+from tcpexporter.collector import (
+    Choice,
+    ConfinementCollector,
+    ConnectionCollector,
+    make_registry,
+)
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
 from tcpexporter.ebpf import EbpfSource
@@ -145,7 +150,7 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
             listening = server.listen(settings.listen_address, settings.listen_port)
         for each in listening:
             resources.enter_context(each)
-        account = privileges.find_user(settings.user) if os.geteuid() == 0 else None
+        account = privileges.find_user(settings.user) if privileges.is_root() else None
         reader = _open_reader(settings, account)
         if reader:
             resources.callback(reader.close)
@@ -162,7 +167,8 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
         collector = _make_collector(source, settings, choose(settings))
         reloads = Reloads()
         registry = make_registry(collector, reloads)
-        confinement.confine(account, source.report, supervisor.fileno())
+        confined = confinement.confine(account, source.report, supervisor.fileno())
+        registry.register(ConfinementCollector(confined))
         if settings.once:
             # Half a page, or none, is not to be taken for a page.
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

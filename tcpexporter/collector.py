@@ -351,6 +351,25 @@ class ReloadCollector(Collector):
         )
 
 
+class ConfinementCollector(Collector):
+    """What keeps the process from doing harm, as it was after the start."""
+
+    def __init__(self, confined: Mapping[str, bool]) -> None:
+        """Take what `confinement.confine` returned."""
+        self._confined = confined
+
+    def collect(self) -> Iterator[Metric]:
+        """One family that never changes."""
+        family = GaugeMetricFamily(
+            "tcpexporter_confined",
+            "Whether the serving process is confined in this way: 1 if so.",
+            labels=["by"],
+        )
+        for by, is_in_force in self._confined.items():
+            family.add_metric([by], is_in_force)
+        yield family
+
+
 def make_registry(collector: ConnectionCollector, reloads: Reloads) -> CollectorRegistry:
     """Everything a scrape shows, on one page."""
     registry = CollectorRegistry()

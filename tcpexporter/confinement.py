@@ -32,7 +32,7 @@ from errno import EFAULT, ENOSYS, EPERM
 from fcntl import F_GETFD, F_GETFL, F_SETFD, F_SETFL
 from mmap import PROT_EXEC
 from socket import AF_UNIX, MSG_FASTOPEN, SOCK_STREAM
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from tcpexporter import namespaces, privileges
 from tcpexporter.errors import PrivilegeError
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 MACHINES = ("x86_64", "aarch64")
 """Whose system calls are known to be listed."""
 
+LIBSECCOMP = "libseccomp.so.2"
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -49,7 +51,7 @@ def confine(
     account: pwd.struct_passwd | None,
     needed: Callable[[], object],
     connected: int | None = None,
-) -> None:
+) -> dict[str, bool]:
     """Give up root for good, and then whatever else is not for serving.
 
     All of it belongs to a thread, and to those that it starts: call this while there is
@@ -61,23 +63,34 @@ def confine(
         connected: a descriptor of a unix datagram socket, if there is one. It may send to
             whom it is connected to, and to nobody else.
 
+    Returns:
+        What confines the process, and whether it is in force: the label ``by`` of
+        tcpexporter_confined.
+
     Raises:
-        PrivilegeError: the kernel refuses a step.
+        PrivilegeError: as `privileges.drop` has it; or the process is still root, and
+            neither Landlock nor seccomp keeps it from root's files.
+        TcpExporterError: as ``needed`` raises it.
     """
     # Or the C library would look at that file for each line of the log.
     os.environ.setdefault("TZ", ":/etc/localtime")
     time.tzset()
     code = _make_filter(connected)  # as root, who can read what that takes
     privileges.drop(account, needed)
-    try:
-        if landlock_abi():
-            _restrict_files(landlock_abi())
-        if code:
-            _load_filter(code)
-    except OSError as error:
+    landlock = _restrict_files()
+    seccomp = bool(code) and _load_filter(code)
+    left = privileges.read_status()
+    if 0 in left.uids and not (landlock or seccomp):
         raise PrivilegeError(
-            f"the kernel refuses to confine the process: {error.strerror}"
-        ) from error
+            "still root, which can write root's files and so get every privilege back: add"
+            " CAP_SETUID, start as an unprivileged user, or have libseccomp installed"
+        )
+    return {
+        "seccomp": seccomp and left.seccomp == SECCOMP_MODE_FILTER,
+        "landlock": landlock,
+        "unprivileged_user": left.is_given_up(account),
+        "no_capabilities": not left.permitted,
+    }
 
 
 # --- Landlock: landlock(7) ---
@@ -115,8 +128,22 @@ def landlock_abi() -> int:
         return 0
 
 
-def _restrict_files(abi: int) -> None:
-    refused = RULESET.pack(*_refused(abi))
+def _restrict_files() -> bool:
+    """Refuse what serving does not read; whether that is in force."""
+    abi = landlock_abi()
+    if not abi:
+        # No warning: on many kernels an operator can do nothing about it.
+        log.debug("Landlock disabled: this kernel, or what it runs in, does not support it")
+        return False
+    try:
+        _load_ruleset(RULESET.pack(*_refused(abi)))
+    except OSError as error:
+        log.warning("Landlock disabled: the kernel refuses it: %s", error.strerror)
+        return False
+    return True
+
+
+def _load_ruleset(refused: bytes) -> None:
     ruleset = _landlock(LANDLOCK_CREATE_RULESET, refused, len(refused), 0)
     try:
         # For the process_* metrics. It stays open: the kernel makes another inode of the
@@ -309,32 +336,72 @@ def has_filters() -> bool:
 
 
 def _make_filter(connected: int | None) -> bytes:
-    """The filter as the kernel takes it; empty where there can be none."""
-    if platform.machine() not in MACHINES or not has_filters():
-        log.warning("no system call is refused: this system does not take our filter")
-        return b""
+    """The filter as the kernel takes it; empty where there can be none, which is logged."""
+    if platform.machine() not in MACHINES:
+        return _without_filter(f"there is no list of system calls for {platform.machine()}")
+    if not has_filters():
+        return _without_filter("the kernel, or what it runs in, does not support filters")
     ours, theirs = os.pipe()
-    child = os.fork()  # which the library's memory goes with: 1 MiB
+    try:
+        child = os.fork()  # which the library's memory goes with: 1 MiB
+    except OSError as error:
+        os.close(ours)
+        os.close(theirs)
+        return _without_filter(
+            f"cannot start the process that makes the filter: {error.strerror}"
+        )
     if not child:
+        outcome = 1
         try:
             with os.fdopen(theirs, "wb") as channel:
-                _system_calls(os.getppid(), connected).export_bpf(channel)
-        except (ImportError, OSError, RuntimeError) as error:
-            log.warning("no system call is refused: install libseccomp (%s)", error)
+                _write_filter(connected, channel)
+            outcome = 0
         finally:
-            os._exit(0)
+            os._exit(outcome)
     os.close(theirs)
     with os.fdopen(ours, "rb") as channel:
         code = channel.read()
-    os.waitpid(child, 0)
+    if exit_code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        return _without_filter(f"the process that makes the filter ended with {exit_code}")
     return code
+
+
+def _without_filter(reason: str) -> bytes:
+    log.warning("seccomp disabled: %s", reason)
+    return b""
+
+
+def _write_filter(connected: int | None, channel: IO[bytes]) -> None:
+    try:
+        _have_library()
+        _system_calls(os.getppid(), connected).export_bpf(channel)
+    except ImportError as error:
+        _without_filter(f"install the Python package pyseccomp ({error})")
+    except (AttributeError, OSError, RuntimeError) as error:
+        _without_filter(f"install the distribution's libseccomp2 or libseccomp ({error})")
+
+
+def _have_library() -> None:
+    """Let pyseccomp load libseccomp as everything else does: by its name.
+
+    It asks `ctypes.util.find_library`, which needs ldconfig or a compiler, and a minimal
+    system has neither.
+
+    Raises:
+        OSError: it is not installed.
+    """
+    import ctypes.util  # noqa: PLC0415  only the child holds it
+
+    ctypes.CDLL(LIBSECCOMP)
+    ctypes.util.find_library = {"seccomp": LIBSECCOMP}.get  # type: ignore[assignment]
 
 
 def _system_calls(process: int, connected: int | None) -> Any:
     """The filter as libseccomp has it.
 
     Raises:
-        RuntimeError: that is not installed.
+        ImportError: pyseccomp is not installed.
+        AttributeError: libseccomp is too old for it.
     """
     import pyseccomp  # noqa: PLC0415  only the child may hold it
 
@@ -355,12 +422,15 @@ def _system_calls(process: int, connected: int | None) -> Any:
     return made
 
 
-def _load_filter(code: bytes) -> None:
+def _load_filter(code: bytes) -> bool:
+    """Refuse what serving does not call; whether that is in force."""
     instructions = ctypes.create_string_buffer(code, len(code))
     count = len(code) // INSTRUCTION_BYTES
     program = PROGRAM.pack(count, ctypes.addressof(instructions))
     if _prctl_seccomp(program):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        _without_filter(f"the kernel refuses the filter: {os.strerror(ctypes.get_errno())}")
+        return False
+    return True
 
 
 def _prctl_seccomp(program: bytes | None) -> int:

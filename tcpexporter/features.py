@@ -7,12 +7,13 @@ others out when they build one.
 
 import contextlib
 import ctypes
+import errno
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from tcpexporter import confinement, privileges, programs
+from tcpexporter import confinement, privileges, programs, remedy
 from tcpexporter.btf import Btf
 from tcpexporter.errors import LoadError
 from tcpexporter.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
@@ -76,10 +77,10 @@ class Kernel:
             return False
         try:
             return feature.probe(self._types)
-        except PermissionError:
-            return None
-        except OSError:
-            return False
+        except OSError as error:
+            # A seccomp filter may also answer that the kernel does not have bpf(2).
+            refused = error.errno in {errno.EPERM, errno.EACCES, errno.ENOSYS}
+            return None if refused else False
 
     def require(self) -> Btf:
         """See that it has what the BPF program cannot do without; gives its types.
@@ -101,11 +102,7 @@ class Kernel:
                 f"this kernel has {', '.join(lacking)}: use another, or --source sock_diag"
             )
         if None in answers.values():
-            raise LoadError(
-                "the kernel refuses bpf(2) in spite of our privilege, as it does in a user "
-                "namespace (a rootless container) or when a seccomp filter or a security "
-                "module says so: start it outside of that, or use --source sock_diag"
-            )
+            raise LoadError(remedy.despite_capabilities(remedy.detect()))
         return self._types
 
 
@@ -174,7 +171,7 @@ def _reads_without_cap_bpf(_types: Btf | None) -> Answer:
     number = ctypes.byref(ctypes.c_uint32(0))
     with _map(BPF_MAP_TYPE_ARRAY) as array:
         needed = partial(call, "bpf_map_lookup_elem", array, number, number)
-        return privileges.works_without(None, needed)
+        return privileges.works_with(0, None, needed)
 
 
 BTF = Feature(

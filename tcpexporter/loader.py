@@ -23,7 +23,7 @@ from typing import Any
 from tcpexporter import privileges, programs
 from tcpexporter.btf import Btf
 from tcpexporter.connections import CONNECTION
-from tcpexporter.errors import LoadError, SourceError
+from tcpexporter.errors import LoadError, TcpExporterError
 from tcpexporter.libbpf import BPF_MAP_TYPE_ARRAY, create_map, load_libbpf
 from tcpexporter.programs import TRACEPOINT
 
@@ -163,7 +163,7 @@ def _main(channel_descriptor: int) -> None:
         request = Request(**json.loads(channel.recv(MESSAGE_BYTES)))
         try:
             descriptors = _load_here(request)
-        except SourceError as error:
+        except TcpExporterError as error:
             channel.send(str(error).encode())
         else:
             socket.send_fds(channel, [LOADED], list(astuple(descriptors)))
@@ -262,8 +262,10 @@ def _sources() -> Path:
 
 
 def _require_privilege() -> None:
+    from tcpexporter import remedy  # noqa: PLC0415  as above
+
     if not privileges.may_use_bpf():
-        raise LoadError("BPF takes root, or CAP_BPF and CAP_PERFMON: start it with sudo")
+        raise LoadError(remedy.without_capabilities(remedy.detect()))
 
 
 def _hide_kernel_symbols() -> None:

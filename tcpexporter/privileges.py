@@ -1,30 +1,52 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Gives up root for good."""
+"""Gives up root for good, and checks in /proc/self/status that it is gone."""
 
 import contextlib
 import ctypes
-import errno
 import logging
 import os
 import pwd
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from tcpexporter.errors import PrivilegeError, TcpExporterError
+from tcpexporter.errors import PrivilegeError, SettingsError, TcpExporterError, quoted
 
 log = logging.getLogger(__name__)
 
+# include/uapi/linux/capability.h
 CAP_DAC_READ_SEARCH = 2
+CAP_SETGID = 6
+CAP_SETUID = 7
+CAP_SETPCAP = 8
 CAP_SYS_ADMIN = 21
 CAP_PERFMON = 38
 CAP_BPF = 39
 
-# include/uapi/linux/prctl.h
+NAMES = (
+    *("CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID"),
+    *("SETUID", "SETPCAP", "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST"),
+    *("NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER", "SYS_MODULE", "SYS_RAWIO"),
+    *("SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE"),
+    *("SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE"),
+    *("AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM"),
+    *("BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE"),
+)
+"""The capabilities by their number, without ``CAP_``."""
+
+LONGEST_LIST = 6
+"""Of capabilities in a message; of more it has their number."""
+
+# include/uapi/linux/prctl.h, securebits.h
 PR_SET_KEEPCAPS = 8
 PR_CAPBSET_DROP = 24
+PR_GET_SECUREBITS = 27
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
+SECBIT_NO_SETUID_FIXUP = 1 << 2
+SECBIT_KEEP_CAPS = 1 << 4
 
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
@@ -43,127 +65,303 @@ class _Data(ctypes.Structure):
     )
 
 
+class Status(NamedTuple):
+    """What this process may do, as the kernel reports it: proc_pid_status(5).
+
+    A set of capabilities is a number with a bit for each.
+    """
+
+    uids: tuple[int, ...]
+    """Real, effective, saved, and that of the file system."""
+    gids: tuple[int, ...]
+    groups: tuple[int, ...]
+    permitted: int
+    effective: int
+    bounding: int
+    no_new_privs: bool
+    seccomp: int
+    """The mode; 2: there is a filter, ours or one that the process was started with."""
+
+    def holds(self, *capabilities: int) -> bool:
+        """Whether all of these are in effect."""
+        wanted = _bits(*capabilities)
+        return self.effective & wanted == wanted
+
+    def is_given_up(self, account: pwd.struct_passwd | None) -> bool:
+        """Whether it is not root, and has no group of root's if root started it."""
+        if account is None:
+            return 0 not in self.uids
+        ids = (account.pw_uid, account.pw_gid)
+        return {*self.uids} == {ids[0]} and {*self.gids, *self.groups} == {ids[1]}
+
+
+def read_status() -> Status:
+    """What this process may do now.
+
+    Raises:
+        PrivilegeError: the kernel does not report it.
+    """
+    try:
+        text = Path("/proc/self/status").read_text(errors="replace")
+    except OSError as error:
+        raise PrivilegeError(
+            f"cannot read /proc/self/status ({error.strerror}): mount /proc"
+        ) from error
+    fields = {
+        name: value.split()
+        for name, _, value in (line.partition(":") for line in text.splitlines())
+    }
+    try:
+        uids, gids, groups = (
+            tuple(map(int, fields[each])) for each in ("Uid", "Gid", "Groups")
+        )
+        permitted, effective, bounding = (
+            int(fields[each][0], 16) for each in ("CapPrm", "CapEff", "CapBnd")
+        )
+        no_new_privs = fields["NoNewPrivs"] == ["1"]
+        # Not there in a kernel without seccomp.
+        seccomp = int(fields.get("Seccomp", ["0"])[0])
+    except (KeyError, IndexError, ValueError) as error:
+        raise PrivilegeError(
+            f"cannot check what this process may do: /proc/self/status has no valid {error}"
+        ) from error
+    return Status(uids, gids, groups, permitted, effective, bounding, no_new_privs, seccomp)
+
+
+def names(capabilities: int) -> str:
+    """A set of capabilities as a message has it."""
+    each = [number for number in range(64) if capabilities >> number & 1]
+    if len(each) > LONGEST_LIST:
+        return f"{len(each)} capabilities"
+    return ", ".join(
+        f"CAP_{NAMES[number]}" if number < len(NAMES) else f"capability {number}"
+        for number in each
+    )
+
+
+def is_root() -> bool:
+    """Whether one of the process's user ids is root's, so that it can become root."""
+    return 0 in os.getresuid()
+
+
 def find_user(name: str) -> pwd.struct_passwd:
     """The account to become.
 
     Raises:
-        PrivilegeError: there is none of that name, or it is root's.
+        SettingsError: there is none of that name, or it is root's.
     """
     try:
         account = pwd.getpwnam(name)
-    except KeyError:
-        raise PrivilegeError(f"there is no user {name!r}: choose one with --user") from None
+    except (KeyError, ValueError):  # ValueError: no user can have such a name
+        raise SettingsError(
+            f"there is no user {quoted(name)}: choose one with --user"
+        ) from None
     if account.pw_uid == 0:
-        raise PrivilegeError(
-            f"user {name!r} is root: choose an unprivileged one with --user"
+        raise SettingsError(
+            f"user {quoted(name)} is root: choose an unprivileged one with --user"
         )
     return account
 
 
 def may_use_bpf() -> bool:
-    """Whether this process may load a BPF program of a tracepoint."""
-    effective = _effective()
-    return bool(
-        effective >> CAP_SYS_ADMIN & 1
-        or (effective >> CAP_BPF & 1 and effective >> CAP_PERFMON & 1)
-    )
+    """Whether this process has the capabilities to load a tracepoint's BPF program.
 
-
-def _effective() -> int:
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
+    Raises:
+        PrivilegeError: the kernel does not report it.
+    """
+    status = read_status()
+    return status.holds(CAP_SYS_ADMIN) or status.holds(CAP_BPF, CAP_PERFMON)
 
 
 def keep_reading(account: pwd.struct_passwd | None) -> None:
-    """Lose everything but what it takes to read files: CAP_DAC_READ_SEARCH.
+    """Give up everything but what reading files requires: CAP_DAC_READ_SEARCH.
 
-    Root without that one, as in some containers, stays root without a capability: it
-    can still read what is root's own.
+    Where that one cannot be kept, as in some containers, root stays root without a
+    capability: it can still read root's own files.
 
     Args:
         account: as `drop` has it.
 
     Raises:
-        PrivilegeError: the kernel refuses a step.
+        PrivilegeError: as `drop` has it.
     """
-    if _effective() >> CAP_DAC_READ_SEARCH & 1:
-        _become(account, (CAP_DAC_READ_SEARCH,))
+    kept = _bits(CAP_DAC_READ_SEARCH)
+    if read_status().permitted & kept and (account is None or _can_keep_capabilities()):
+        _become(account, kept)
     else:
-        _become(None, ())
+        _become(None, 0)
 
 
 def drop(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> None:
-    """Lose every capability and the way back to any.
+    """Give up every capability and every way back to one, as far as the kernel allows.
 
-    Capabilities belong to a thread: call this while there is one alone.
+    What stays because a capability is missing is logged, in one warning. Capabilities
+    belong to a thread: call this while there is only one.
 
     Args:
         account: whose uid and gid to take; None when not root.
-        needed: an operation that must still work afterwards. Where it does not without
-            CAP_BPF, that one is kept: `features.UNPRIVILEGED_MAPS`.
+        needed: an operation that must still work afterwards, which raises
+            TcpExporterError where it does not. Where it works only with CAP_BPF, that one
+            is kept: `features.UNPRIVILEGED_MAPS`.
 
     Raises:
-        PrivilegeError: the kernel refuses a step.
+        PrivilegeError: a capability, or a way back to one, would stay.
+        TcpExporterError: as ``needed`` raises it, if it does not even work before.
     """
-    kept = () if works_without(account, needed) else (CAP_BPF,)
-    if kept:
-        log.warning("keeping CAP_BPF: this kernel does not let go of it for reading a map")
-    _become(account, kept)
+    before = read_status()
+    left = _become(account, _choose_kept(account, needed))
+    if account:
+        _warn_of_what_stays(account, before, left)
 
 
-def works_without(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> bool:
-    """Whether a child that has dropped everything can do what is needed.
+def _choose_kept(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> int:
+    """The capabilities to keep: none, or CAP_BPF."""
+    if works_with(0, account, needed):
+        return 0
+    kept = _bits(CAP_BPF)
+    if works_with(kept, account, needed):
+        log.warning("keeping CAP_BPF, which this kernel requires for reading a BPF map")
+        return kept
+    # Neither will do, for a reason that one of these two raises; or else it is this.
+    needed()
+    _become(account, 0)
+    raise PrivilegeError(
+        "this kernel requires CAP_BPF for reading a BPF map, and it cannot be kept: start "
+        "with CAP_BPF and CAP_PERFMON and not only with CAP_SYS_ADMIN, and without locked "
+        "securebits, or use --source sock_diag"
+    )
+
+
+def works_with(
+    kept: int, account: pwd.struct_passwd | None, needed: Callable[[], object]
+) -> bool:
+    """Whether a child that has given up all other capabilities can do what is needed.
 
     Args:
+        kept: the set of those that it keeps.
         account: as `drop` has it.
         needed: raises TcpExporterError or OSError where it cannot be done.
+
+    Raises:
+        PrivilegeError: no child can be started.
     """
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as error:
+        raise PrivilegeError(
+            f"cannot start a process ({error.strerror}), which giving up root requires:"
+            " raise the limit of processes"
+        ) from error
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     outcome = 1
-    with contextlib.suppress(TcpExporterError, OSError):
-        _become(account, ())
-        needed()
-        outcome = 0
-    os._exit(outcome)
-
-
-def _become(account: pwd.struct_passwd | None, kept: tuple[int, ...]) -> None:
     try:
-        _clear_bounding_set()
-        if account:
-            _prctl(PR_SET_KEEPCAPS, int(bool(kept)))
-            os.setgroups([])
-            os.setresgid(account.pw_gid, account.pw_gid, account.pw_gid)
-            os.setresuid(account.pw_uid, account.pw_uid, account.pw_uid)
-        _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
-        _set_capabilities(kept)
-        _prctl(PR_SET_NO_NEW_PRIVS, 1)
-    except OSError as error:
-        raise PrivilegeError(f"cannot give up root: {error.strerror}") from error
+        with contextlib.suppress(TcpExporterError, OSError):
+            _become(account, kept)
+            needed()
+            outcome = 0
+    finally:
+        os._exit(outcome)
+
+
+def _become(account: pwd.struct_passwd | None, kept: int) -> Status:
+    """Do what the kernel allows of all that has to be done; what came of it.
+
+    Raises:
+        PrivilegeError: something dangerous would stay.
+    """
+    for step in _steps(account, kept, read_status().permitted):
+        with contextlib.suppress(OSError):  # what it has not done is found below
+            step()
+    left = read_status()
+    if left.permitted & ~kept:
+        raise PrivilegeError(
+            f"cannot give up {names(left.permitted & ~kept)}: the kernel refuses capset(2),"
+            " which needs no privilege; allow it in the seccomp filter of the container or"
+            " service"
+        )
+    if kept & ~left.effective:
+        raise PrivilegeError(f"cannot keep {names(kept)}: start without locked securebits")
+    if not left.no_new_privs:
+        raise PrivilegeError(
+            "cannot set no_new_privs, so programs could give privileges back: allow"
+            " prctl(2) in the seccomp filter of the container or service"
+        )
+    return left
+
+
+def _steps(
+    account: pwd.struct_passwd | None, kept: int, permitted: int
+) -> Iterator[Callable[[], object]]:
+    """Only the bounding set and the ids require capabilities: capabilities(7)."""
+    yield partial(_set_capabilities, permitted)  # in effect, whichever are not
+    yield _clear_bounding_set
+    if account:
+        uid, gid = account.pw_uid, account.pw_gid
+        yield partial(_prctl, PR_SET_KEEPCAPS, int(bool(kept)))
+        yield partial(os.setgroups, [])
+        yield partial(os.setresgid, gid, gid, gid)
+        yield partial(os.setresuid, uid, uid, uid)
+    yield partial(_prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    yield partial(_set_capabilities, kept)
+    yield partial(_prctl, PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _warn_of_what_stays(account: pwd.struct_passwd, before: Status, left: Status) -> None:
+    stays = []
+    if {*left.uids} != {account.pw_uid}:
+        stays.append((CAP_SETUID, f"user {_listed(left.uids)}"))
+    if {*left.gids, *left.groups} != {account.pw_gid}:
+        stays.append((CAP_SETGID, f"group {_listed(left.gids + left.groups)}"))
+    if left.bounding:
+        bounding = f"{names(left.bounding)} in the bounding set, useless by no_new_privs"
+        stays.append((CAP_SETPCAP, bounding))
+    if not stays:
+        return
+    missing = _bits(*(each for each, _ in stays)) & ~before.permitted
+    remedy = "outside of the seccomp filter or user namespace that refuses it"
+    log.warning(
+        "not everything could be given up, what stays: %s; start it %s, or as an"
+        " unprivileged user",
+        "; ".join(f"{what} ({_why(capability, missing)})" for capability, what in stays),
+        f"with {names(missing)} as well" if missing else remedy,
+    )
+
+
+def _why(capability: int, missing: int) -> str:
+    name = names(_bits(capability))
+    if missing & _bits(capability):
+        return f"{name} is missing"
+    return f"refused despite {name}, by a seccomp filter or in a user namespace"
+
+
+def _listed(ids: tuple[int, ...]) -> str:
+    return ", ".join(map(str, sorted({*ids})))
+
+
+def _can_keep_capabilities() -> bool:
+    """Whether they can outlast a change from root's uid to another: capabilities(7)."""
+    with contextlib.suppress(OSError):
+        _prctl(PR_SET_KEEPCAPS, 1)
+        return True
+    bits = _libc.prctl(PR_GET_SECUREBITS)
+    return bool(bits & (SECBIT_KEEP_CAPS | SECBIT_NO_SETUID_FIXUP))
 
 
 def _clear_bounding_set() -> None:
-    """Takes CAP_SETPCAP; an unprivileged start without it can lose nothing."""
-    capability = 0
-    try:
-        while True:
-            _prctl(PR_CAPBSET_DROP, capability)
-            capability += 1
-    except OSError as error:
-        if (
-            error.errno == errno.EINVAL and capability
-        ):  # past the last that the kernel knows
-            return
-        if error.errno == errno.EPERM and os.geteuid() != 0:
-            return
-        raise
+    for capability in range(64):  # of more than the kernel knows it refuses the first
+        _prctl(PR_CAPBSET_DROP, capability)
 
 
-def _set_capabilities(kept: tuple[int, ...]) -> None:
-    bits = sum(1 << capability for capability in kept)
-    data = (_Data * 2)(*(_Data(half, half, 0) for half in (bits & 0xFFFFFFFF, bits >> 32)))
+def _bits(*capabilities: int) -> int:
+    return sum(1 << each for each in capabilities)
+
+
+def _set_capabilities(permitted: int) -> None:
+    """All of these in effect, and none to be passed on."""
+    data = (_Data * 2)(
+        *(_Data(half, half, 0) for half in (permitted & 0xFFFFFFFF, permitted >> 32))
+    )
     header = _Header(_LINUX_CAPABILITY_VERSION_3, 0)
     _check(_libc.capset(ctypes.byref(header), data))
 

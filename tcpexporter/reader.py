@@ -25,7 +25,7 @@ from pwd import struct_passwd
 from typing import TYPE_CHECKING, Any
 
 from tcpexporter import privileges
-from tcpexporter.errors import SettingsError
+from tcpexporter.errors import SettingsError, TcpExporterError
 
 if TYPE_CHECKING:  # what is not asked for takes no memory
     from tcpexporter.webconfig import WebConfig
@@ -313,7 +313,10 @@ def _main(
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(descriptor)) as parent:
         parse = _parser() if web_config else None
-        privileges.keep_reading(privileges.find_user(user) if user else None)
+        try:
+            privileges.keep_reading(privileges.find_user(user) if user else None)
+        except TcpExporterError as error:
+            sys.exit(f"tcpexporter: the reader of configuration files ends: {error}")
         with contextlib.suppress(ConnectionError, EOFError):
             _Watch(
                 parent,

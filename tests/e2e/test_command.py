@@ -200,5 +200,5 @@ def test_without_root_ebpf_alone_is_refused() -> None:
     assert ended.stdout == ""
     (sentence,) = (line for line in ended.stderr.splitlines() if " INFO " not in line)
     assert sentence.startswith("tcpexporter: ")
-    assert "takes root" in sentence
+    assert "requires root" in sentence
     assert "sudo" in sentence

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from tcpexporter.__main__ import SOURCES
-from tcpexporter.collector import Choice, ConnectionCollector, make_registry
+from tcpexporter.collector import (
+    Choice,
+    ConfinementCollector,
+    ConnectionCollector,
+    make_registry,
+)
 from tcpexporter.connections import LISTENER, Direction
 from tcpexporter.counting import named, select
 from tcpexporter.reloading import Reloads
@@ -23,6 +28,9 @@ CASES = ROOT / "tests/e2e/rules_test.yml"
 
 PORTS = (443, 3838, 5432)
 """Those that the examples speak of."""
+
+WALLS = ("seccomp", "landlock", "unprivileged_user", "no_capabilities")
+"""What confines an exporter, as tests/kernel/test_confinement.py finds it on its page."""
 
 OF_PROMETHEUS = {"job", "instance"}
 """Labels that no page has: Prometheus adds them."""
@@ -85,6 +93,7 @@ def published() -> dict[str, dict[str, set[str]]]:
         choice = Choice(selection, named((), 0, selection), 6)
         collector = ConnectionCollector(source, choice, max_series=101)
         registry = make_registry(collector, Reloads())
+        registry.register(ConfinementCollector(dict.fromkeys(WALLS, True)))
         for sample in (each for family in registry.collect() for each in family.samples):
             values = metrics.setdefault(sample.name, {})
             for label, value in sample.labels.items():

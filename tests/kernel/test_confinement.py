@@ -2,14 +2,18 @@
 """What is left to the process that serves, from outside and from within."""
 
 import contextlib
+import ctypes
+import errno
 import http.client
 import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -92,25 +96,229 @@ def test_without_landlock_system_calls_are_refused() -> None:
         }
 
 
-WITHOUT_LIBRARY = """
-import ctypes.util, sys
-ctypes.util.find_library = lambda _name: None
+def confined(exporter: Exporter) -> dict[str, float]:
+    """What the page says is in force."""
+    return {
+        dict(labels)["by"]: value
+        for (name, labels), value in exporter.samples().items()
+        if name == "tcpexporter_confined"
+    }
+
+
+def in_force(**other: float) -> dict[str, float]:
+    """What is in force on this kernel, but for these."""
+    return {
+        "seccomp": 1,
+        "landlock": float(bool(found(features.LANDLOCK))),
+        "unprivileged_user": 1,
+        "no_capabilities": 1,
+        **other,
+    }
+
+
+def test_the_page_says_what_confines_it(exporters: Exporters) -> None:
+    """As /proc shows it of the process."""
+    kept = 0 if found(features.UNPRIVILEGED_MAPS) else 1
+    exporter = exporters(*BOTH_ENDS)
+    assert confined(exporter) == in_force(no_capabilities=1 - kept)
+    assert confined(exporters(*POLLING, "sock_diag")) == in_force()
+
+
+HIDING = """
+set -e
+mount --bind /dev/null "$(readlink -f {file})"
+shift
+exec "$@"
+"""
+"""What follows does not find a file; a mount of its own is what hides it."""
+
+
+def hiding(file: str, *command: str) -> tuple[str, ...]:
+    script = HIDING.format(file=file)
+    return ("unshare", "--mount", "sh", "-c", script, "sh", "--", *command)
+
+
+def library() -> str:
+    """The path of libseccomp."""
+    ctypes.CDLL(confinement.LIBSECCOMP)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return next(line.split()[-1] for line in lines if confinement.LIBSECCOMP in line)
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["pyseccomp"] = None
+from tcpexporter.__main__ import main
+main()
+"""
+
+UNKNOWN_MACHINE = """
+import platform
+platform.machine = lambda: "riscv64"
 from tcpexporter.__main__ import main
 main()
 """
 
 
-def test_without_libseccomp_it_says_so() -> None:
-    """One warning, with what to install; the rest of the confinement is there."""
-    command = (sys.executable, "-c", WITHOUT_LIBRARY)
-    with Exporter("--source", "sock_diag", command=command) as exporter:
+@pytest.mark.any_kernel
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (lambda: hiding(library(), *COMMAND), "install the distribution's libseccomp2"),
+        (
+            lambda: (sys.executable, "-c", WITHOUT_PACKAGE),
+            "install the Python package pyseccomp",
+        ),
+        (
+            lambda: (sys.executable, "-c", UNKNOWN_MACHINE),
+            "there is no list of system calls for riscv64",
+        ),
+    ],
+)
+def test_without_a_filter_it_says_what_is_missing(
+    command: Callable[[], tuple[str, ...]], words: str
+) -> None:
+    """One warning with the remedy, and the metric; the rest of the confinement is there.
+
+    The kind of fault: a message that names another thing than the one that is missing.
+    """
+    with Exporter("--source", "sock_diag", command=command()) as exporter:
         pid = exporter.process.pid
         assert status(pid, pid)["Seccomp"] == ["0"]
         assert status(pid, pid)["NoNewPrivs"] == ["1"]
+        assert confined(exporter) == in_force(seccomp=0)
         code, complaints = exporter.stop()
     assert code == 0
     (warning,) = (line for line in complaints.splitlines() if "WARNING" in line)
-    assert "no system call is refused: install libseccomp" in warning
+    assert f"seccomp disabled: {words}" in warning
+
+
+@pytest.mark.any_kernel
+def test_libseccomp_is_found_without_ldconfig() -> None:
+    """Neither that nor a compiler is in a minimal system, where libseccomp may be."""
+    command = hiding("/sbin/ldconfig", "env", "PATH=/nonexistent", *COMMAND)
+    with Exporter("--source", "sock_diag", command=command) as exporter:
+        assert confined(exporter)["seccomp"] == 1
+        _, complaints = exporter.stop()
+    assert "WARNING" not in complaints
+
+
+REFUSING = """
+import pyseccomp
+made = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+made.set_attr(pyseccomp.Attr.CTL_NNP, 0)
+for name, *conditions in {calls}:
+    arguments = [pyseccomp.Arg(number, pyseccomp.EQ, value) for number, value in conditions]
+    made.add_rule(pyseccomp.ERRNO({answer}), name, *arguments)
+made.load()
+from tcpexporter.__main__ import main
+main()
+"""
+"""Starts in a seccomp filter, as in a container."""
+
+LANDLOCK_CALLS = [("landlock_create_ruleset",)]
+SECCOMP_CALLS = [("prctl", (0, confinement.PR_SET_SECCOMP))]
+
+
+def within_filter(
+    calls: Sequence[tuple[str, *tuple[tuple[int, int], ...]]], answer: int = errno.EPERM
+) -> tuple[str, ...]:
+    """A command that runs the exporter where these calls are refused."""
+    return (sys.executable, "-c", REFUSING.format(calls=calls, answer=answer))
+
+
+@pytest.mark.any_kernel
+def test_a_wall_that_the_container_refuses_is_missed_in_the_page() -> None:
+    """A filter that is already there is not taken for ours, though Seccomp is 2."""
+    command = within_filter([*SECCOMP_CALLS, *LANDLOCK_CALLS])
+    with Exporter("--source", "sock_diag", command=command) as exporter:
+        pid = exporter.process.pid
+        assert status(pid, pid)["Seccomp"] == [FILTERED]
+        assert confined(exporter) == in_force(seccomp=0, landlock=0)
+        code, complaints = exporter.stop()
+    assert code == 0
+    (warning,) = (line for line in complaints.splitlines() if "WARNING" in line)
+    assert "seccomp disabled: the kernel, or what it runs in, does not support" in warning
+
+
+def once(*command: str) -> "subprocess.CompletedProcess[str]":
+    """What comes of ``--once --duration 0``."""
+    ended = subprocess.run(
+        [*command, "--once", "--duration", "0"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert "Traceback" not in ended.stderr
+    return ended
+
+
+@pytest.mark.any_kernel
+def test_root_without_walls_is_refused() -> None:
+    """Root that cannot become another user, and that neither seccomp nor Landlock keeps
+    from root's files, could get every privilege back: exit code 1 and one sentence.
+    """
+    command = within_filter([*SECCOMP_CALLS, *LANDLOCK_CALLS, ("setresuid",)])
+    ended = once(*command, "--source", "sock_diag")
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert ended.stderr.splitlines()[-1].startswith("tcpexporter: still root, which can")
+    assert "add CAP_SETUID" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("held", "source"), [("-all,+bpf,+perfmon", "ebpf"), ("-all", "sock_diag")]
+)
+def test_a_container_without_capabilities_for_ids_has_a_page(
+    held: str, source: str
+) -> None:
+    """As with Kubernetes' ``drop: [ALL], add: [BPF, PERFMON]``, and with none at all."""
+    ended = once("setpriv", f"--bounding-set={held}", *COMMAND)
+    assert ended.returncode == 0, ended.stderr
+    assert f'tcpexporter_source_info{{source="{source}"}} 1.0' in ended.stdout
+    assert 'tcpexporter_confined{by="unprivileged_user"} 0.0' in ended.stdout
+    assert 'tcpexporter_confined{by="seccomp"} 1.0' in ended.stdout
+    (warning,) = (line for line in ended.stderr.splitlines() if "user 0" in line)
+    assert "start it with CAP_SETGID, CAP_SETUID" in warning
+    if found(features.UNPRIVILEGED_MAPS):
+        assert "keeping CAP_BPF" not in ended.stderr
+
+
+@pytest.mark.any_kernel
+def test_root_of_a_user_namespace_has_a_page() -> None:
+    """Where no other user has an id: it may change ids, and the kernel knows no other."""
+    ended = once("unshare", "--user", "--map-root-user", *COMMAND)
+    assert ended.returncode == 0, ended.stderr
+    assert "user 0 (refused despite CAP_SETUID" in ended.stderr
+
+
+@pytest.mark.any_kernel
+def test_bpf_refused_by_a_seccomp_filter_is_told_as_such() -> None:
+    """Whatever the filter answers: that the kernel had no bpf(2) would be no remedy."""
+    for answer in (errno.EPERM, errno.ENOSYS):
+        ended = once(*within_filter([("bpf",)], answer), "--source", "ebpf")
+        assert ended.returncode == 1
+        assert "refuses bpf(2) in spite of our privilege: allow it in the seccomp" in (
+            ended.stderr
+        )
+
+
+@pytest.mark.any_kernel
+def test_files_are_read_again_without_capabilities(tmp_path: Path) -> None:
+    """The child that reads them stays root as well, and reads root's files."""
+    conf = tmp_path / "tcpexporter.conf"
+    conf.write_text("duration 7\n")
+    conf.chmod(0o600)
+    command = ("setpriv", "--bounding-set=-all", *COMMAND, "--conf", str(conf))
+    with Exporter("--source", "sock_diag", command=command) as exporter:
+        assert "at least 7 seconds" in exporter.get("/metrics")
+        conf.write_text("duration 11\n")
+        exporter.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "at least 11 seconds" in exporter.get("/metrics"))
+        code, complaints = exporter.stop()
+    assert code == 0
+    assert "Traceback" not in complaints
 
 
 NOBODY_WITH = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")

@@ -210,17 +210,17 @@ def test_a_port_in_use_is_refused() -> None:
 
 @pytest.mark.any_kernel
 def test_an_unknown_user_is_refused() -> None:
-    """Before anything is loaded, with the setting that chooses another."""
+    """An invalid setting: exit code 2 before anything is loaded, and the flag to set."""
     code, sentence = refused("--user", "no-such-user")
-    assert code == 1
+    assert code == 2
     assert "no user 'no-such-user'" in sentence
     assert "--user" in sentence
 
 
 @pytest.mark.any_kernel
 def test_root_is_refused_as_user() -> None:
-    """Giving up root for root would be none."""
-    assert refused("--user", "root")[0] == 1
+    """An invalid setting: exit code 2, with which systemd does not restart it."""
+    assert refused("--user", "root")[0] == 2
 
 
 @pytest.mark.any_kernel
@@ -228,7 +228,7 @@ def test_a_named_source_that_does_not_work_is_refused() -> None:
     """``--source ebpf`` without privilege: exit code 1 and what would help, no fallback."""
     code, sentence = refused("--source", "ebpf", command=AS_NOBODY)
     assert code == 1
-    assert "takes root" in sentence
+    assert "requires root" in sentence
     assert "sudo" in sentence
 
 

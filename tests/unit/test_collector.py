@@ -22,6 +22,7 @@ from tcpexporter import version
 from tcpexporter.collector import (
     BuildCollector,
     Choice,
+    ConfinementCollector,
     ConnectionCollector,
     make_registry,
 )
@@ -45,6 +46,12 @@ FOLDED = "tcpexporter_folded_series"
 NOW_NS = 1_000 * 10**9
 DURATION_S = 6
 NETNS = 4026531840
+CONFINED = {
+    "seccomp": True,
+    "landlock": False,
+    "unprivileged_user": True,
+    "no_capabilities": True,
+}
 
 Shown = dict[tuple[str, str], float]
 Generate = Callable[[CollectorRegistry], bytes]
@@ -665,6 +672,7 @@ def test_the_page_is_the_golden_one(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = CollectorRegistry()
     registry.register(collector_of(example(), ports=[22, 443, 8443, 9100]))
     registry.register(BuildCollector())
+    registry.register(ConfinementCollector(CONFINED))
     page = generate_latest(registry).decode()
     name = "tcpexporter_collect_duration_seconds"
     took = re.search(rf"^{name} (\S+)$", page, re.MULTILINE)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Whom the exporter may become; tests/kernel has it done."""
+"""Which user the exporter may become; tests/kernel has it done."""
 
 import pwd
+import re
 
 import pytest
 
-from tcpexporter.errors import PrivilegeError
+from tcpexporter.errors import SettingsError
 from tcpexporter.privileges import find_user
 
 
@@ -15,10 +16,12 @@ def test_a_user_is_found_by_name() -> None:
     assert find_user(unprivileged.pw_name) == unprivileged
 
 
-@pytest.mark.parametrize("name", ["no-such-user", "65534", "", "nobody "])
+@pytest.mark.parametrize("name", ["no-such-user", "65534", "", "nobody ", "a\0b"])
 def test_an_unknown_user_is_refused(name: str) -> None:
-    """The error has the name and the flag that helps; a uid is not a name."""
-    with pytest.raises(PrivilegeError, match=f"no user '{name}'.*--user"):
+    """An invalid setting, with the name and the flag that helps; a uid is not a name."""
+    with pytest.raises(
+        SettingsError, match=re.escape(f"no user {name!r}: choose one with --user")
+    ):
         find_user(name)
 
 
@@ -27,5 +30,5 @@ def test_root_is_refused() -> None:
     names = [each.pw_name for each in pwd.getpwall() if each.pw_uid == 0]
     assert names
     for name in names:
-        with pytest.raises(PrivilegeError, match=f"'{name}' is root.*--user"):
+        with pytest.raises(SettingsError, match=f"'{name}' is root.*--user"):
             find_user(name)

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What stays of privileges, however the process starts, and that this is what it says."""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+import pytest
+
+from tcpexporter import privileges
+from tcpexporter.privileges import (
+    CAP_BPF,
+    CAP_DAC_READ_SEARCH,
+    CAP_PERFMON,
+    CAP_SETGID,
+    CAP_SETPCAP,
+    CAP_SETUID,
+    CAP_SYS_ADMIN,
+)
+from tests.kernel.giving_up import NOBODY, Case, Outcome
+from tests.support import DEADLINE_S
+
+pytestmark = pytest.mark.any_kernel
+
+ROOT = (0, 0, 0)
+MIXED = (0, NOBODY, 0)
+UNPRIVILEGED = (NOBODY, NOBODY, NOBODY)
+
+FOR_IDS = (CAP_SETUID, CAP_SETGID, CAP_SETPCAP)
+FOR_BPF = (CAP_BPF, CAP_PERFMON)
+DANGEROUS = (1, CAP_SYS_ADMIN, 19)
+"""CAP_DAC_OVERRIDE, CAP_SYS_ADMIN, CAP_SYS_PTRACE."""
+
+# include/uapi/linux/securebits.h: each with the bit that locks it
+NOROOT = 0b11
+NO_SETUID_FIXUP = 0b11 << 2
+KEEP_CAPS = 0b11 << 4
+NO_KEEP_CAPS = 0b10 << 4
+SECUREBITS = (0, NOROOT, NO_SETUID_FIXUP, KEEP_CAPS, NO_KEEP_CAPS)
+
+
+def outcomes(cases: Sequence[Case]) -> Iterator[tuple[Case, Outcome]]:
+    """Each case with what came of it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernel.giving_up"],
+        input="".join(f"{json.dumps(asdict(each))}\n" for each in cases),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=DEADLINE_S,
+    )
+    lines = done.stdout.splitlines()
+    for case, line in zip(cases, lines, strict=True):
+        yield case, Outcome(**json.loads(line))
+
+
+def subsets(capabilities: Sequence[int]) -> list[tuple[int, ...]]:
+    return [
+        chosen
+        for size in range(len(capabilities) + 1)
+        for chosen in itertools.combinations(capabilities, size)
+    ]
+
+
+def capabilities(shown: dict[str, list[str]], name: str) -> int:
+    return int(shown[name][0], 16)
+
+
+def bits(held: Sequence[int]) -> int:
+    return sum(1 << each for each in held)
+
+
+def assert_given_up(case: Case, outcome: Outcome, kept: int = 0) -> None:
+    """All that can be dropped is dropped, and a warning has what is not."""
+    after = outcome.after
+    assert outcome.refusal is None
+    for name, expected in {
+        "CapPrm": kept,
+        "CapEff": kept,
+        "CapInh": 0,
+        "CapAmb": 0,
+    }.items():
+        assert capabilities(after, name) == expected, name
+    assert after["NoNewPrivs"] == ["1"]
+    has_bounding = CAP_SETPCAP not in case.holds and bool(case.holds)
+    assert capabilities(after, "CapBnd") == has_bounding * bits(case.holds)
+    is_root = 0 in case.uids
+    # Without the capability a process may take any id that it has already.
+    is_kept_uid = is_root and not (CAP_SETUID in case.holds or NOBODY in case.uids)
+    is_kept_gid = is_root and CAP_SETGID not in case.holds
+    assert after["Uid"] == ["0" if is_kept_uid else str(NOBODY)] * 4
+    assert after["Gid"] == ["0" if is_kept_gid else str(NOBODY)] * 4
+    assert after["Groups"] == (["0", "27"] if is_kept_gid else [])
+    expected_words = {
+        "user 0 (CAP_SETUID is missing)": is_kept_uid,
+        "group 0, 27 (CAP_SETGID is missing)": is_kept_gid,
+        "in the bounding set, useless by no_new_privs (CAP_SETPCAP is missing)": (
+            is_root and has_bounding
+        ),
+    }
+    (told,) = outcome.warnings or [""]
+    for words, is_told in expected_words.items():
+        assert (words in told) == is_told, told
+    assert bool(told) == any(expected_words.values())
+    missing = [
+        each for each in FOR_IDS if f"{privileges.names(1 << each)} is missing" in told
+    ]
+    if told:
+        assert f"start it with {privileges.names(bits(sorted(missing)))} as well" in told
+
+
+def test_what_can_be_dropped_is_dropped_however_it_starts() -> None:
+    """A step that is refused ends nothing: a warning names the capability and what stays.
+
+    The kind of fault: to give up one right requires another right, which a container may
+    lack. Root or not, with and without each capability that a step requires, in effect,
+    ambient, or permitted alone, with no_new_privs and each of the securebits.
+    """
+    starts = itertools.product(
+        (ROOT, UNPRIVILEGED, MIXED),
+        subsets(FOR_IDS),
+        ((), FOR_BPF, DANGEROUS),
+        ("effective", "ambient", "idle"),
+    )
+    # Periods that have no common factor: each of these meets each of those.
+    locked = itertools.cycle(SECUREBITS)
+    no_new_privs = itertools.cycle([False, True, True, False, True, False, False])
+    cases = [
+        Case(uids, (*for_ids, *others), mode, next(no_new_privs), next(locked))
+        for uids, for_ids, others, mode in starts
+    ]
+    for case, outcome in outcomes(cases):
+        assert_given_up(case, outcome)
+
+
+def test_the_child_that_reads_files_keeps_one_capability() -> None:
+    """CAP_DAC_READ_SEARCH, if it can be kept; or it stays root without any, and reads its
+    own files. It warns of nothing: what it lacks the exporter lacks too, and says so.
+    """
+    held = subsets((CAP_DAC_READ_SEARCH, CAP_SETUID, CAP_SETPCAP))
+    cases = [
+        Case(uids, holds, securebits=securebits, reads=True)
+        for uids, holds, securebits in itertools.product(
+            (ROOT, UNPRIVILEGED), held, (0, NO_SETUID_FIXUP, NO_KEEP_CAPS)
+        )
+    ]
+    for case, outcome in outcomes(cases):
+        keeps = CAP_DAC_READ_SEARCH in case.holds
+        keeps &= case.uids == UNPRIVILEGED or case.securebits != NO_KEEP_CAPS
+        after = outcome.after
+        assert outcome.refusal is None
+        assert outcome.warnings == []
+        for name in ("CapPrm", "CapEff"):
+            assert capabilities(after, name) == keeps << CAP_DAC_READ_SEARCH
+        for name in ("CapInh", "CapAmb"):
+            assert capabilities(after, name) == 0
+        assert after["NoNewPrivs"] == ["1"]
+        becomes_nobody = case.uids == UNPRIVILEGED or (keeps and CAP_SETUID in case.holds)
+        assert after["Uid"] == [str(NOBODY) if becomes_nobody else "0"] * 4
+        if CAP_SETPCAP in case.holds:
+            assert capabilities(after, "CapBnd") == 0
+
+
+def test_cap_bpf_is_kept_only_if_it_helps() -> None:
+    """Where the maps require it, it is kept and that is said; if it cannot be, or if only
+    CAP_SYS_ADMIN would do, the start ends with a sentence.
+
+    The kind of fault: a trial that fails for another reason than the one that is reported.
+    Here what is needed requires CAP_BPF or CAP_SYS_ADMIN on every kernel.
+    """
+    cases = [
+        Case(uids, holds, securebits=securebits, needs_bpf=True)
+        for uids in (ROOT, UNPRIVILEGED)
+        for holds in (FOR_BPF, (*FOR_IDS, *FOR_BPF), (*FOR_IDS, CAP_SYS_ADMIN), FOR_IDS)
+        for securebits in (0, NO_KEEP_CAPS)
+    ]
+    for case, outcome in outcomes(cases):
+        is_lost = case.securebits and case.uids == ROOT and CAP_SETUID in case.holds
+        if CAP_BPF in case.holds and not is_lost:
+            told, *others = outcome.warnings
+            assert (
+                told == "keeping CAP_BPF, which this kernel requires for reading a BPF map"
+            )
+            expected = Outcome(outcome.before, outcome.after, others, outcome.refusal)
+            assert_given_up(case, expected, kept=1 << CAP_BPF)
+            continue
+        assert outcome.warnings == []
+        assert outcome.refusal
+        if case.holds == FOR_IDS:  # it did not work before, either
+            assert outcome.refusal == "cannot make a map"
+        else:
+            assert "CAP_BPF" in outcome.refusal
+            assert "start with CAP_BPF and CAP_PERFMON" in outcome.refusal
+
+
+@pytest.mark.parametrize("answer", [1, 0])
+def test_what_would_be_dangerous_ends_the_start(answer: int) -> None:
+    """A seccomp filter refuses the system call, or says that it is done when it is not.
+
+    The kind of fault: to believe an answer rather than look at what came of it.
+    """
+    dangerous = (*FOR_BPF, *DANGEROUS)
+    cases = [
+        Case(ROOT, dangerous, refused="capset", answer=answer),
+        Case(UNPRIVILEGED, dangerous, refused="capset", answer=answer),
+        Case(ROOT, (*FOR_IDS, *dangerous), refused="capset", answer=answer),
+        Case(ROOT, (*FOR_IDS, CAP_SYS_ADMIN), refused="prctl", answer=answer),
+        Case(ROOT, (*FOR_IDS, CAP_SYS_ADMIN), refused="setresuid", answer=answer),
+    ]
+    root, nobody, changed, no_new_privs, setresuid = (each for _, each in outcomes(cases))
+    for outcome in (root, nobody):
+        assert outcome.refusal
+        assert "cannot give up CAP_DAC_OVERRIDE, CAP_SYS_PTRACE, " in outcome.refusal
+        assert "capset(2)" in outcome.refusal
+    # The change to another user has the kernel drop them.
+    assert changed.refusal is None
+    assert capabilities(changed.after, "CapPrm") == 0
+    assert no_new_privs.refusal
+    assert "cannot set no_new_privs" in no_new_privs.refusal
+    assert setresuid.refusal is None
+    assert capabilities(setresuid.after, "CapPrm") == 0
+    (told,) = setresuid.warnings
+    assert "user 0 (refused despite CAP_SETUID, by a seccomp filter" in told
+    assert "group" not in told
