@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tcpexporter import (
+    background,
     confinement,
     foreign,
     memory,
@@ -27,8 +28,10 @@ from tcpexporter import (
     privileges,
     server,
     sizing,
+    stderr,
     version,
 )
+from tcpexporter.background import Task
 from tcpexporter.collector import Choice, ConnectionCollector, make_registry
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
@@ -37,8 +40,8 @@ from tcpexporter.errors import (
     ServerError,
     SettingsError,
     SourceError,
-    TcpExporterError,
     WebConfigError,
+    reason,
 )
 from tcpexporter.polling import PollingSource
 from tcpexporter.reader import SETTINGS, WEB_CONFIG, Reader, ReaderGoneError, Told
@@ -71,6 +74,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     _have_standard_streams()
+    errors = stderr.replace()
     hangups = Hangups()
     hangups.catch()
     memory.spare()
@@ -83,10 +87,11 @@ def main() -> None:
         elif settings.unpin:
             pins.remove(settings.pin or pins.DEFAULT)
         else:
-            _run(settings, supervisor, hangups)
+            _run(settings, supervisor, hangups, errors)
     except SettingsError as error:
         sys.exit(_complain(error, 2, supervisor))
-    except TcpExporterError as error:
+    except Exception as error:
+        log.debug("the exporter has failed", exc_info=error)
         sys.exit(_complain(error, 1, supervisor))
     foreign.leave(0)
 
@@ -96,19 +101,15 @@ def _have_standard_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= LAST_STANDARD_STREAM:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(LAST_STANDARD_STREAM, "w", closefd=False)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
     sys.exit(0)
 
 
-def _complain(error: TcpExporterError, code: int, supervisor: Supervisor) -> int:
-    supervisor.tell(f"STATUS={error}")
-    with contextlib.suppress(OSError):  # there is nowhere to say it
-        sys.stderr.write(f"tcpexporter: {error}\n")
-        sys.stderr.flush()
+def _complain(error: Exception, code: int, supervisor: Supervisor) -> int:
+    supervisor.tell(f"STATUS={reason(error)}")
+    sys.stderr.write(f"tcpexporter: {reason(error)}\n")
     foreign.leave(code)
     return code
 
@@ -138,7 +139,9 @@ def _print_features() -> None:
     _print(table(Kernel()))
 
 
-def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
+def _run(
+    settings: Settings, supervisor: Supervisor, hangups: Hangups, errors: stderr.Stderr
+) -> None:
     with contextlib.ExitStack() as resources:
         listening = []
         if not settings.once:
@@ -158,7 +161,13 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
         choose = _chooser(settings)
         collector = _make_collector(source, settings, choose(settings))
         reloads = Reloads()
-        registry = make_registry(collector, reloads)
+        reloading = Reloading(reader, hangups, supervisor, reloads)
+        resources.callback(reloading.close)
+
+        def tasks() -> list[Task]:
+            return [*source.tasks(), reloading.task]
+
+        registry = make_registry(collector, reloads, tasks, lambda: errors.dropped)
         confinement.confine(account, source.report, supervisor.fileno())
         if settings.once:
             # Half a page, or none, is not to be taken for a page.
@@ -179,17 +188,18 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
         takers: dict[str, Take] = {SETTINGS: following.take}
         if web:
             takers[WEB_CONFIG] = web.replace
-        reloading = Reloading(reader, takers, hangups, supervisor, reloads)
-        resources.callback(reloading.close)
         status = partial(_status, source, collector)
 
         def is_ready() -> None:
             supervisor.tell("READY=1", f"STATUS={status()}")
-            reloading.follow()
+            reloading.follow(takers)
+
+        async def check() -> str | None:
+            return await app.check() or background.trouble(tasks())
 
         try:
             starting.begin(is_ready)
-            server.serve(listening, app, lambda: supervisor.keep(app.check, status))
+            server.serve(listening, app, lambda: supervisor.keep(check, status))
         finally:
             supervisor.tell("STOPPING=1")
             starting.raise_failure()
@@ -355,13 +365,17 @@ class _Starting:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._awaited: str | None = "the connections from before are being read"
-        self._failure: SourceError | None = None
+        self._failure: Exception | None = None
 
     def begin(self, then: Callable[[], None]) -> None:
-        """Start in a thread, which then goes on with ``then``."""
-        threading.Thread(
-            target=self._start, args=(then,), name="start", daemon=True
-        ).start()
+        """Start in a thread, which then goes on with ``then``.
+
+        Raises:
+            ThreadError: there can be no thread.
+        """
+        background.start(
+            threading.Thread(target=self._start, args=(then,), name="start", daemon=True)
+        )
 
     def awaited(self) -> str | None:
         return self._awaited
@@ -373,13 +387,12 @@ class _Starting:
     def _start(self, then: Callable[[], None]) -> None:
         try:
             self._source.start()
-        except SourceError as error:
-            self._failure = error
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
             self._awaited = None
             log.info("counting connections by %s", self._source.name)
             then()
+        except Exception as error:
+            self._failure = error
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

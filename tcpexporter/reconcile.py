@@ -75,7 +75,6 @@ So a correction can be wrong only if two looks in a row miss the same connection
 """
 
 import logging
-import threading
 import time
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -83,9 +82,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.background import Task
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import Records
-from tcpexporter.errors import SourceError, enough_memory
+from tcpexporter.errors import enough_memory
 from tcpexporter.siphash import Hashes, hashes
 from tcpexporter.sources import Reconciliation
 from tcpexporter.tracker import Known, Tracker
@@ -108,6 +108,9 @@ class Tables(Protocol):
 WATCH_S = 1.0
 """How often the kernel is asked whether events were missed."""
 
+
+LIMIT_S = 300.0
+"""For a comparison, which a host that is short of CPU may take a minute for."""
 
 STOP_TIMEOUT_S = 0.5
 
@@ -223,31 +226,54 @@ class Reconciler:
         self._tables = tables
         self._interval_s = interval_s
         self._cpu_share = cpu_share
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="reconcile", daemon=True)
+        self._compared = _Signs().trouble
+        """What had been missed when the last run that ended began."""
+        self.task = Task(
+            "reconcile",
+            self._watch,
+            without="the numbers cannot be checked",
+            limit_s=LIMIT_S,
+        )
 
     def start(self) -> None:
-        """Watch from now on."""
-        self._thread.start()
+        """Watch from now on.
 
-    def close(self) -> None:
-        """End the thread; a run that takes too long to wait for ends with the process."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(STOP_TIMEOUT_S)
+        Raises:
+            ThreadError: there can be no thread.
+        """
+        self.task.begin()
+
+    def close(self) -> bool:
+        """End the thread; returns whether it has ended.
+
+        A run that takes too long to wait for ends with the process.
+        """
+        return self.task.stop(STOP_TIMEOUT_S)
+
+    def trouble(self) -> str | None:
+        """Why the tracker is wrong and stays so; None: it is right, or will be soon.
+
+        While the thread fails or hangs, the tracker is right until an event is missed.
+
+        Raises:
+            TrackerError: the kernel refuses to tell.
+        """
+        trouble = self.task.trouble()
+        if trouble and self._signs().trouble != self._compared:
+            return f"events were missed and the numbers cannot be checked: {trouble}"
+        return None
 
     def _watch(self) -> None:
-        failing = False
         seen = agreed = _Signs()
         finished_s = time.monotonic()
         rest_s = 0.0
-        while not self._stop.wait(WATCH_S):
+        while not self.task.wait(WATCH_S):
             try:
                 with enough_memory():
                     self._tracker.reclaim()
                     signs = self._signs()
                     waited_s = time.monotonic() - finished_s
-                    is_due = 0 < self._interval_s <= waited_s
+                    is_due = self.task.is_failing or 0 < self._interval_s <= waited_s
                     if waited_s < rest_s or (signs.trouble == seen.trouble and not is_due):
                         continue
                     if signs == agreed:
@@ -256,11 +282,9 @@ class Reconciler:
                         corrections, rest_s = self._run()
                         agreed = signs if corrections == NOTHING else _Signs()
                     seen = signs
-                    failing = False
-            except SourceError as error:
-                if not failing:
-                    log.warning("the numbers cannot be checked: %s", error)
-                failing = True
+                    self.task.works()
+            except Exception as error:
+                self.task.failed(error)
             finished_s = time.monotonic()
 
     def _signs(self) -> "_Signs":
@@ -276,7 +300,9 @@ class Reconciler:
         """Reconcile once; returns for how many seconds that has used its share of CPU."""
         began_s = time.monotonic()
         began_cpu_s = time.thread_time()
+        missed = self._signs().trouble
         corrections = reconcile(self._tracker, self._tables)
+        self._compared = missed
         rest_s = (time.thread_time() - began_cpu_s) / self._cpu_share
         self.state = replace(
             self.state,
