@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tcpexporter.__main__ import SOURCES
+from tcpexporter.background import Task
 from tcpexporter.collector import Choice, ConnectionCollector, make_registry
 from tcpexporter.connections import LISTENER, Direction
 from tcpexporter.counting import named, select
@@ -23,6 +24,11 @@ CASES = ROOT / "tests/e2e/rules_test.yml"
 
 PORTS = (443, 3838, 5432)
 """Those that the examples speak of."""
+
+TASKS = [
+    Task(name, lambda: None, without="", limit_s=1)
+    for name in ("poll", "reconcile", "state", "reload")
+]
 
 OF_PROMETHEUS = {"job", "instance"}
 """Labels that no page has: Prometheus adds them."""
@@ -84,7 +90,7 @@ def published() -> dict[str, dict[str, set[str]]]:
         selection = select((), tcpv6=True, directions=(*Direction,), own_listener=None)
         choice = Choice(selection, named((), 0, selection), 6)
         collector = ConnectionCollector(source, choice, max_series=101)
-        registry = make_registry(collector, Reloads())
+        registry = make_registry(collector, Reloads(), lambda: TASKS)
         for sample in (each for family in registry.collect() for each in family.samples):
             values = metrics.setdefault(sample.name, {})
             for label, value in sample.labels.items():

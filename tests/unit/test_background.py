@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Background threads whose work fails, hangs or ends: faults of the kind that froze numbers."""
+"""Background threads whose work fails, hangs or ends: such a fault froze the numbers."""
 
 import errno
 import logging
