@@ -225,6 +225,8 @@ class SocketTables:
         return np.unique(_joined(found, LISTENER))
 
     def _let_go(self, used: set[int]) -> None:
+        if len(self._readers) == 1:
+            return  # nor are names read then, which a process without descriptors cannot
         now_s = time.monotonic()
         used |= {self._readers[0].netns, *namespaces.named()}
         self._used_s.update(dict.fromkeys(used, now_s))

@@ -232,6 +232,21 @@ def test_without_more_descriptors_new_clients_wait() -> None:
     assert "Traceback" not in log
 
 
+@pytest.mark.any_kernel
+@pytest.mark.parametrize("source", ["sock_diag", "procfs"])
+def test_without_more_descriptors_polling_goes_on(source: str) -> None:
+    """A fault that ended the polling thread: it listed a directory after each poll."""
+    arguments = ("--source", source, "--interval", "0.1")
+    with Exporter(*arguments) as exporter, Peers() as peers:
+        kept = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=DEADLINE_S)
+        ask_on(kept)
+        limit(exporter, f"--nofile={descriptors(exporter)}:")
+        peers.connect(7)
+        count = f'{ESTABLISHED}{{port="{peers.port}",tcp_version="4"}} 7.0'
+        eventually(lambda: count in ask_on(kept))
+        kept.close()
+
+
 def cpu_s(exporter: Exporter) -> float:
     """What it has used of a CPU: proc_pid_stat(5)."""
     shown = Path(f"/proc/{exporter.process.pid}/stat").read_text().rpartition(")")[2]
