@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tcpexporter import (
+    background,
     confinement,
     foreign,
     memory,
@@ -27,8 +28,10 @@ from tcpexporter import (
     privileges,
     server,
     sizing,
+    stderr,
     version,
 )
+from tcpexporter.background import Task
 from tcpexporter.collector import (
     Choice,
     ConfinementCollector,
@@ -42,8 +45,8 @@ from tcpexporter.errors import (
     ServerError,
     SettingsError,
     SourceError,
-    TcpExporterError,
     WebConfigError,
+    reason,
 )
 from tcpexporter.polling import PollingSource
 from tcpexporter.reader import SETTINGS, WEB_CONFIG, Reader, ReaderGoneError, Told
@@ -76,6 +79,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     _have_standard_streams()
+    errors = stderr.replace()
     hangups = Hangups()
     hangups.catch()
     memory.spare()
@@ -88,10 +92,11 @@ def main() -> None:
         elif settings.unpin:
             pins.remove(settings.pin or pins.DEFAULT)
         else:
-            _run(settings, supervisor, hangups)
+            _run(settings, supervisor, hangups, errors)
     except SettingsError as error:
         sys.exit(_complain(error, 2, supervisor))
-    except TcpExporterError as error:
+    except Exception as error:
+        log.debug("the exporter has failed", exc_info=error)
         sys.exit(_complain(error, 1, supervisor))
     foreign.leave(0)
 
@@ -101,19 +106,15 @@ def _have_standard_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= LAST_STANDARD_STREAM:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(LAST_STANDARD_STREAM, "w", closefd=False)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
     sys.exit(0)
 
 
-def _complain(error: TcpExporterError, code: int, supervisor: Supervisor) -> int:
-    supervisor.tell(f"STATUS={error}")
-    with contextlib.suppress(OSError):  # there is nowhere to say it
-        sys.stderr.write(f"tcpexporter: {error}\n")
-        sys.stderr.flush()
+def _complain(error: Exception, code: int, supervisor: Supervisor) -> int:
+    supervisor.tell(f"STATUS={reason(error)}")
+    sys.stderr.write(f"tcpexporter: {reason(error)}\n")
     foreign.leave(code)
     return code
 
@@ -143,7 +144,9 @@ def _print_features() -> None:
     _print(table(Kernel()))
 
 
-def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
+def _run(
+    settings: Settings, supervisor: Supervisor, hangups: Hangups, errors: stderr.Stderr
+) -> None:
     with contextlib.ExitStack() as resources:
         listening = []
         if not settings.once:
@@ -166,7 +169,13 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
         choose = _chooser(settings, source)
         collector = _make_collector(source, settings, choose(settings))
         reloads = Reloads()
-        registry = make_registry(collector, reloads)
+        reloading = Reloading(reader, hangups, supervisor, reloads)
+        resources.callback(reloading.close)
+
+        def tasks() -> list[Task]:
+            return [*source.tasks(), reloading.task]
+
+        registry = make_registry(collector, reloads, tasks, lambda: errors.dropped)
         confined = confinement.confine(account, source.report, supervisor.fileno())
         registry.register(ConfinementCollector(confined))
         if settings.once:
@@ -188,19 +197,17 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
         takers: dict[str, Take] = {SETTINGS: following.take}
         if web:
             takers[WEB_CONFIG] = web.replace
-        reloading = Reloading(reader, takers, hangups, supervisor, reloads)
-        resources.callback(reloading.close)
         status = partial(_status, source, collector, watch)
+
+        def is_ready() -> None:
+            supervisor.tell("READY=1", f"STATUS={status()}")
+            reloading.follow(takers)
 
         async def check() -> str | None:
             # To be started anew does not help while there is no namespace to count.
             if starting.awaited() and watch and watch.trouble():
                 return None
-            return await app.check()
-
-        def is_ready() -> None:
-            supervisor.tell("READY=1", f"STATUS={status()}")
-            reloading.follow()
+            return await app.check() or background.trouble(tasks())
 
         try:
             starting.begin(is_ready)
@@ -383,13 +390,17 @@ class _Starting:
         self._source = source
         self._watch = watch
         self._awaited: str | None = "the connections from before are being read"
-        self._failure: SourceError | None = None
+        self._failure: Exception | None = None
 
     def begin(self, then: Callable[[], None]) -> None:
-        """Start in a thread, which then goes on with ``then``."""
-        threading.Thread(
-            target=self._start, args=(then,), name="start", daemon=True
-        ).start()
+        """Start in a thread, which then goes on with ``then``.
+
+        Raises:
+            ThreadError: there can be no thread.
+        """
+        background.start(
+            threading.Thread(target=self._start, args=(then,), name="start", daemon=True)
+        )
 
     def awaited(self) -> str | None:
         """What there are no metrics for; None: there are.
@@ -410,14 +421,13 @@ class _Starting:
     def _start(self, then: Callable[[], None]) -> None:
         try:
             self._source.start()
-        except SourceError as error:
-            self._fail(error)
-        else:
             self._awaited = None
             log.info("counting connections by %s", self._source.name)
             then()
+        except Exception as error:
+            self._fail(error)
 
-    def _fail(self, failure: SourceError) -> None:
+    def _fail(self, failure: Exception) -> None:
         self._failure = failure
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -17,6 +17,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import logging
 import secrets
 import time
 from collections import Counter, deque
@@ -26,8 +27,11 @@ from itertools import chain
 
 import bcrypt
 
+from tcpexporter.errors import ForeignError, ThreadError
 from tcpexporter.foreign import in_thread
 from tcpexporter.webconfig import RateLimit
+
+log = logging.getLogger(__name__)
 
 MAX_WAITING = 32
 """Passwords that wait to be checked; at 70 ms each the last waits for two seconds."""
@@ -103,9 +107,13 @@ class Checker:
         self._is_busy = False
         self._at_work: asyncio.Future[bool] | None = None
         self._given_up = False
+        self._is_failing = False
 
-    async def matches(self, password: bytes, hashed: bytes, where: str) -> bool:
-        """Whether it does; cancelled when given up, or when too many wait."""
+    async def matches(self, password: bytes, hashed: bytes, where: str) -> bool | None:
+        """Whether it does; None: it cannot be checked now, which is logged once.
+
+        Cancelled when given up, or when too many wait.
+        """
         if self._is_busy:
             await self._turns.join(where)
         self._is_busy = True
@@ -113,7 +121,15 @@ class Checker:
             if self._given_up:
                 raise asyncio.CancelledError
             self._at_work = in_thread(lambda: self._matches(password, hashed))
-            return await self._at_work
+            right = await self._at_work
+            self._is_failing = False
+        except (ForeignError, ThreadError) as error:
+            if not self._is_failing:
+                log.warning("passwords cannot be checked: %s", error)
+            self._is_failing = True
+            return None
+        else:
+            return right
         finally:
             self._is_busy = self._turns.call()
 
@@ -142,7 +158,7 @@ class Users:
         self._key = secrets.token_bytes(32)
         self._right: dict[bytes, bytes] = {}
         """By name, the digest of what was right: at most one for each."""
-        self._waiting: dict[bytes, asyncio.Future[bool]] = {}
+        self._waiting: dict[bytes, asyncio.Future[HTTPStatus]] = {}
         """By digest: who asks the same waits for the same."""
 
     async def admit(self, authorization: str, where: str) -> HTTPStatus:
@@ -161,20 +177,23 @@ class Users:
             judging.add_done_callback(lambda _: self._waiting.pop(digest))
         checking = self._waiting[digest]
         try:
-            right = await asyncio.shield(checking)
+            return await asyncio.shield(checking)
         except asyncio.CancelledError:
             if checking.cancelled():
                 return HTTPStatus.SERVICE_UNAVAILABLE
             raise
-        return HTTPStatus.OK if right else HTTPStatus.UNAUTHORIZED
 
-    async def _judge(self, name: bytes, password: bytes, digest: bytes, where: str) -> bool:
+    async def _judge(
+        self, name: bytes, password: bytes, digest: bytes, where: str
+    ) -> HTTPStatus:
         known = self._hashes.get(name)
         matches = await self._checker.matches(password, known or self._nobodys, where)
-        right = known is not None and matches
-        if right:
-            self._right[name] = digest
-        return right
+        if matches is None:
+            return HTTPStatus.SERVICE_UNAVAILABLE
+        if known is None or not matches:
+            return HTTPStatus.UNAUTHORIZED
+        self._right[name] = digest
+        return HTTPStatus.OK
 
     def _digest(self, name: bytes, password: bytes) -> bytes:
         # The name's length keeps "ab" with "c" from being "a" with "bc".

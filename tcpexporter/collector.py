@@ -3,7 +3,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -18,6 +18,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from tcpexporter import clock, version
+from tcpexporter.background import Task
 from tcpexporter.counting import (
     SERIES,
     Counts,
@@ -370,11 +371,47 @@ class ConfinementCollector(Collector):
         yield family
 
 
-def make_registry(collector: ConnectionCollector, reloads: Reloads) -> CollectorRegistry:
+class BackgroundCollector(Collector):
+    """How the background threads are doing, and the log."""
+
+    def __init__(
+        self, tasks: Callable[[], Iterable[Task]], dropped: Callable[[], int]
+    ) -> None:
+        """Ask these at each scrape.
+
+        Args:
+            tasks: those there are.
+            dropped: how many lines of the log were dropped.
+        """
+        self._tasks = tasks
+        self._dropped = dropped
+
+    def collect(self) -> Iterator[Metric]:
+        """Two families."""
+        yield _by_label(
+            "tcpexporter_background_failures",
+            "Rounds of a background thread that failed, or were not over in time.",
+            "task",
+            {task.name: task.failures() for task in self._tasks()},
+        )
+        yield CounterMetricFamily(
+            "tcpexporter_dropped_log_lines",
+            "Lines of the log that standard error did not accept at once.",
+            self._dropped(),
+        )
+
+
+def make_registry(
+    collector: ConnectionCollector,
+    reloads: Reloads,
+    tasks: Callable[[], Iterable[Task]] = tuple,
+    dropped: Callable[[], int] = int,
+) -> CollectorRegistry:
     """Everything a scrape shows, on one page."""
     registry = CollectorRegistry()
     registry.register(collector)
     registry.register(ReloadCollector(reloads))
+    registry.register(BackgroundCollector(tasks, dropped))
     registry.register(BuildCollector())
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)

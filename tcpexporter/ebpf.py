@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter import loader, namespaces
+from tcpexporter.background import Task
 from tcpexporter.connections import Records
 from tcpexporter.errors import SourceError
 from tcpexporter.pins import Pins, settled
@@ -83,6 +84,9 @@ class EbpfSource:
             cpu_share=reconcile_cpu_share,
         )
 
+    def tasks(self) -> list[Task]:
+        return [self._reconciler.task, *(self._state.tasks() if self._state else ())]
+
     def start(self) -> None:
         seed(self._tracker, self._state.aged(self._tables) if self._state else self._tables)
         if self._pins and self._pins.taken_over:
@@ -93,13 +97,15 @@ class EbpfSource:
             self._state.begin(self._with_cookies)
 
     def close(self) -> None:
-        self._reconciler.close()
-        self._tracker.close()
-        self._tables.close()
+        if self._reconciler.close():  # else its thread uses them still
+            self._tracker.close()
+            self._tables.close()
         if self._pins:
             self._pins.close()
 
     def read(self) -> Iterator[Records]:
+        if trouble := self._reconciler.trouble():
+            raise SourceError(trouble)
         return self._tracker.read()
 
     def listeners(self) -> Records:

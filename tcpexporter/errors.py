@@ -2,6 +2,7 @@
 """Every error that tcpexporter raises on purpose."""
 
 import contextlib
+import errno
 import reprlib
 from collections.abc import Iterator
 
@@ -58,6 +59,37 @@ class PrivilegeError(TcpExporterError):
     """Root cannot be given up as asked."""
 
 
+class ThreadError(TcpExporterError):
+    """The kernel refuses another thread."""
+
+
+class ForeignError(TcpExporterError):
+    """Work of another language has failed."""
+
+
+NO_MEMORY = "there is not enough memory: raise the service's limit, or what the host has"
+
+_REMEDIES = {
+    errno.EAGAIN: ": raise the limit of processes and threads: TasksMax= of the unit, the"
+    " container's pids limit, or ulimit -u",
+    errno.EMFILE: ": raise LimitNOFILE= of the unit, or ulimit -n",
+    errno.ENFILE: ": raise the host's fs.file-max",
+}
+
+
+def reason(error: BaseException) -> str:
+    """A sentence for an error, whatever raised it, with a remedy where one is known."""
+    if isinstance(error, MemoryError):
+        return NO_MEMORY
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return f"no thread can be started{_REMEDIES[errno.EAGAIN]}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.strerror}{_REMEDIES.get(error.errno, '')}"
+    if isinstance(error, TcpExporterError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
 @contextlib.contextmanager
 def enough_memory() -> Iterator[None]:
     """A block that may be refused memory, and can be tried again.
@@ -68,6 +100,4 @@ def enough_memory() -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise SourceError(
-            "there is not enough memory: raise the service's limit, or what the host has"
-        ) from error
+        raise SourceError(NO_MEMORY) from error

@@ -11,27 +11,40 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
+
+from tcpexporter import background
+from tcpexporter.errors import ForeignError, reason
 
 _T = TypeVar("_T")
 _NAME = "foreign code"
 
 
 def in_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
-    """Begin with ``work``, which does not raise; whoever cancels does not wait for it."""
+    """Begin with ``work``; the future has its result or what it raises.
+
+    Cancelling does not wait for it.
+
+    Raises:
+        ThreadError: there can be no thread.
+    """
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[_T] = loop.create_future()
 
-    def tell(result: _T) -> None:
+    def tell(tell_outcome: Callable[[], None]) -> None:
         if not outcome.done():
-            outcome.set_result(result)
+            tell_outcome()
 
     def run() -> None:
-        result = work()
+        try:
+            told = partial(outcome.set_result, work())
+        except BaseException as error:
+            told = partial(outcome.set_exception, ForeignError(reason(error)))
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(tell, result)
+            loop.call_soon_threadsafe(tell, told)
 
-    threading.Thread(target=run, name=_NAME, daemon=True).start()
+    background.start(threading.Thread(target=run, name=_NAME, daemon=True))
     return outcome
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from tcpexporter import privileges, programs
 from tcpexporter.btf import Btf
 from tcpexporter.connections import CONNECTION
-from tcpexporter.errors import LoadError, TcpExporterError
+from tcpexporter.errors import LoadError, TcpExporterError, reason
 from tcpexporter.libbpf import BPF_MAP_TYPE_ARRAY, create_map, load_libbpf
 from tcpexporter.programs import TRACEPOINT
 
@@ -95,6 +95,15 @@ def load(request: Request) -> Descriptors:
     Raises:
         LoadError: it could not be loaded; says why and what would help.
     """
+    try:
+        return _load(request)
+    except OSError as error:
+        raise LoadError(
+            f"the process that loads the BPF program cannot be started: {reason(error)}"
+        ) from error
+
+
+def _load(request: Request) -> Descriptors:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Not a file: the host may have nowhere to write one.
     with ours, os.fdopen(os.memfd_create("complaints"), "w+b") as complaints:

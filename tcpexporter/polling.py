@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """A source that polls the socket tables, for hosts without BPF."""
 
-import logging
-import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.background import Task
 from tcpexporter.connections import CONNECTION, Records
-from tcpexporter.errors import SourceError, enough_memory
+from tcpexporter.errors import SourceError
 from tcpexporter.siphash import hashes
 from tcpexporter.sockets import SocketTables
 from tcpexporter.sources import Report
@@ -18,7 +17,10 @@ from tcpexporter.sources import Report
 if TYPE_CHECKING:  # what is not asked for takes no memory
     from tcpexporter.state import State
 
-log = logging.getLogger(__name__)
+LIMIT_S = 60.0
+"""For a poll; the numbers of one that takes longer are too old to be shown."""
+
+STOP_TIMEOUT_S = 0.5
 
 
 class PollingSource:
@@ -32,32 +34,35 @@ class PollingSource:
         self._tables = tables
         self._state = state
         self._interval_s = interval_s
-        self._last: Records | SourceError = np.empty(0, CONNECTION)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._poll_on, name="poll", daemon=True)
+        self._last: Records = np.empty(0, CONNECTION)
+        self._task = Task(
+            "poll", self._poll_on, without="no connections can be counted", limit_s=LIMIT_S
+        )
+
+    def tasks(self) -> list[Task]:
+        return [self._task, *(self._state.tasks() if self._state else ())]
 
     def start(self) -> None:
         """Poll once, then go on in a thread.
 
         Raises:
             SourceError: the first poll fails.
+            ThreadError: there can be no thread.
         """
         tables = self._state.aged(self._tables) if self._state else self._tables
         self._last = tables.established(with_ages=True)
-        self._thread.start()
+        self._task.begin()
         if self._state:
             self._state.begin(lambda: next(self.read()))
 
     def close(self) -> None:
-        """End the thread and close the tables."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        self._tables.close()
+        """End the thread and close the tables; a poll that hangs ends with the process."""
+        if self._task.stop(STOP_TIMEOUT_S):
+            self._tables.close()
 
     def read(self) -> Iterator[Records]:
-        if isinstance(self._last, SourceError):
-            raise self._last
+        if trouble := self._task.trouble():
+            raise SourceError(trouble)
         yield self._last
 
     def listeners(self) -> Records:
@@ -70,17 +75,10 @@ class PollingSource:
         return Report(state_saved_s=self._state.saved_s if self._state else None)
 
     def _poll_on(self) -> None:
-        known = next(self.read())
-        while not self._stop.wait(self._interval_s):
-            try:
-                with enough_memory():
-                    known = self._last = first_seen(
-                        self._tables.established(with_ages=False), [known]
-                    )
-            except SourceError as error:
-                if not isinstance(self._last, SourceError):
-                    log.warning("no connections can be counted: %s", error)
-                self._last = error
+        while not self._task.wait(self._interval_s):
+            with self._task.attempt():
+                now = self._tables.established(with_ages=False)
+                self._last = first_seen(now, [self._last])
 
 
 def first_seen(now: Records, before: Iterable[Records]) -> Records:

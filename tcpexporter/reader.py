@@ -98,6 +98,8 @@ class Reader:
             settings: The path of the file of settings, which is told of when asked for.
             interval_s: Between two looks at what is watched.
         """
+        self._coming: int | None = None
+        """The length of what comes next, if that was received already."""
         self._socket, theirs = socket.socketpair()
         user = account.pw_name if account else ""
         with theirs:
@@ -137,8 +139,11 @@ class Reader:
         Raises:
             ReaderGoneError: nothing will come any more.
         """
-        (length,) = _LENGTH.unpack(self._take(_LENGTH.size))
-        return Told(**json.loads(self._take(length)))
+        if self._coming is None:
+            (self._coming,) = _LENGTH.unpack(self._take(_LENGTH.size))
+        message = self._take(self._coming)  # for which there may be no memory now
+        self._coming = None
+        return Told(**json.loads(message))
 
     def close(self) -> None:
         """End it, which it does by itself when nobody listens, unless it hangs."""

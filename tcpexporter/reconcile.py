@@ -86,7 +86,6 @@ was missed since the run before it; see `Schedule`.
 """
 
 import logging
-import threading
 import time
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -94,9 +93,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.background import Task
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import Records
-from tcpexporter.errors import SourceError, enough_memory
+from tcpexporter.errors import enough_memory
 from tcpexporter.siphash import Hashes, hashes
 from tcpexporter.sources import Reconciliation
 from tcpexporter.tracker import Known, Tracker
@@ -119,6 +119,9 @@ class Tables(Protocol):
 WATCH_S = 1.0
 """How often the kernel is asked whether events were missed."""
 
+
+LIMIT_S = 300.0
+"""For a comparison, which a host that is short of CPU may take a minute for."""
 
 STOP_TIMEOUT_S = 0.5
 
@@ -282,8 +285,9 @@ class Schedule:
         self._ended_s = now_s
 
     def failed(self, now_s: float) -> None:
-        """Record that a run was tried and could not be made."""
+        """Record that a run was tried and could not be made: it is due until one is."""
         self._ended_s = now_s
+        self._is_confirmed = False
 
     def _is_interval_over(self, now_s: float) -> bool:
         return 0 < self._interval_s <= now_s - self._ended_s
@@ -309,40 +313,61 @@ class Reconciler:
         self._tables = tables
         self._interval_s = interval_s
         self._cpu_share = cpu_share
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="reconcile", daemon=True)
+        self._compared = Signs().trouble
+        """What had been missed when the last run that ended began."""
+        self.task = Task(
+            "reconcile",
+            self._watch,
+            without="the numbers cannot be checked",
+            limit_s=LIMIT_S,
+        )
 
     def start(self) -> None:
-        """Watch from now on."""
-        self._thread.start()
+        """Watch from now on.
 
-    def close(self) -> None:
-        """End the thread; a run that takes too long to wait for ends with the process."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(STOP_TIMEOUT_S)
+        Raises:
+            ThreadError: there can be no thread.
+        """
+        self.task.begin()
+
+    def close(self) -> bool:
+        """End the thread; returns whether it has ended.
+
+        A run that takes too long to wait for ends with the process.
+        """
+        return self.task.stop(STOP_TIMEOUT_S)
+
+    def trouble(self) -> str | None:
+        """Why the tracker is wrong and stays so; None: it is right, or will be soon.
+
+        While the thread fails or hangs, the tracker is right until an event is missed.
+
+        Raises:
+            TrackerError: the kernel refuses to tell.
+        """
+        trouble = self.task.trouble()
+        if trouble and self._signs().trouble != self._compared:
+            return f"events were missed and the numbers cannot be checked: {trouble}"
+        return None
 
     def _watch(self) -> None:
-        failing = False
         schedule = Schedule(interval_s=self._interval_s, now_s=time.monotonic())
-        while not self._stop.wait(WATCH_S):
+        while not self.task.wait(WATCH_S):
             try:
                 with enough_memory():
-                    self._look(schedule)
-                failing = False
-            except SourceError as error:
-                if not failing:
-                    log.warning("the numbers cannot be checked: %s", error)
-                failing = True
+                    if self._look(schedule):
+                        self.task.works()
+            except Exception as error:
+                self.task.failed(error)
                 schedule.failed(time.monotonic())
 
-    def _look(self, schedule: Schedule) -> None:
-        """Reclaim slots, and reconcile if that is due."""
+    def _look(self, schedule: Schedule) -> bool:
+        """Reclaim slots, and reconcile if that is due; returns whether it was."""
         self._tracker.reclaim()
         signs = self._signs()
         began_s = time.monotonic()
         if not schedule.is_due(signs, began_s):
-            return
+            return False
         found_nothing, rest_s = True, 0.0
         if schedule.is_needless(signs):
             self.state = replace(self.state, finished_s=time.time())
@@ -356,6 +381,7 @@ class Reconciler:
             began_s=began_s,
             now_s=time.monotonic(),
         )
+        return True
 
     def _signs(self) -> Signs:
         missed = self._tracker.missed_events()
@@ -370,7 +396,9 @@ class Reconciler:
         """Reconcile once; returns for how many seconds that has used its share of CPU."""
         began_s = time.monotonic()
         began_cpu_s = time.thread_time()
+        missed = self._signs().trouble
         corrections = reconcile(self._tracker, self._tables)
+        self._compared = missed
         rest_s = (time.thread_time() - began_cpu_s) / self._cpu_share
         self.state = replace(
             self.state,

@@ -6,16 +6,22 @@ import logging
 import os
 import select
 import signal
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import FrameType
 
+from tcpexporter.background import RETRY_S, Task
 from tcpexporter.errors import SettingsError, SourceError, enough_memory
 from tcpexporter.reader import ANSWERED, Reader, ReaderGoneError, Told
 from tcpexporter.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
+
+BEAT_S = 60.0
+"""Between two signs that the thread still waits for something to do."""
+
+LIMIT_S = 300.0
+"""For reading everything again."""
 
 Take = Callable[[Told], None]
 """Puts into force what is told; raises SettingsError when it cannot be."""
@@ -40,7 +46,7 @@ class Hangups:
         """Have none left."""
         os.read(self._ours, select.PIPE_BUF)
 
-    def keep(self, _number: int, _frame: FrameType | None) -> None:
+    def keep(self, _number: int = 0, _frame: FrameType | None = None) -> None:
         """Handle one."""
         with contextlib.suppress(BlockingIOError):  # there are enough
             os.write(self._handlers, b"\0")
@@ -76,7 +82,6 @@ class Reloading:
     def __init__(
         self,
         reader: Reader | None,
-        takers: Mapping[str, Take],
         hangups: Hangups,
         supervisor: Supervisor,
         reloads: Reloads,
@@ -85,26 +90,37 @@ class Reloading:
 
         Args:
             reader: Has what there is to know; None: there is no file.
-            takers: Who takes over what it tells, by what that is about.
             hangups: When to ask it.
             supervisor: Is told of that.
             reloads: Where what came of it is noted.
         """
         self._reader = reader
         self._why_not = "neither --conf nor --web-config names a file"
-        self._takers = takers
+        self._takers: Mapping[str, Take] = {}
         self._hangups = hangups
         self._supervisor = supervisor
         self._reloads = reloads
         self._closed = False
+        self.task = Task(
+            "reload", self._follow, without="no file can be read again", limit_s=LIMIT_S
+        )
 
-    def follow(self) -> None:
-        """From now on take over what changes."""
-        threading.Thread(target=self._follow, name="reload", daemon=True).start()
+    def follow(self, takers: Mapping[str, Take]) -> None:
+        """From now on take over what changes.
+
+        Args:
+            takers: Who takes over what the reader tells, by what that is about.
+
+        Raises:
+            ThreadError: there can be no thread.
+        """
+        self._takers = takers
+        self.task.begin()
 
     def close(self) -> None:
         """Say nothing of the reader's end: it is meant."""
         self._closed = True
+        self.task.stop(0)
 
     def _follow(self) -> None:
         waiting = select.poll()
@@ -112,19 +128,28 @@ class Reloading:
         if self._reader:
             waiting.register(self._reader, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in waiting.poll()}
-            try:
-                if self._hangups.fileno() in ready:
-                    self._hangups.take()
-                    with self._supervisor.reloading():
-                        self._read_again()
-                elif self._reader:
-                    self._take_next(self._reader)
-            except ReaderGoneError:
-                if self._closed:
-                    return
-                waiting.unregister(self._reader)  # type: ignore[arg-type]
-                self._do_without()
+            self.task.beat(BEAT_S)
+            ready = {descriptor for descriptor, _ in waiting.poll(1000 * BEAT_S)}
+            self.task.beat()
+            with self.task.attempt():
+                try:
+                    self._act(ready)
+                except ReaderGoneError:
+                    if self._closed:
+                        return
+                    waiting.unregister(self._reader)  # type: ignore[arg-type]
+                    self._do_without()
+            if self.task.is_failing and not self.task.wait(RETRY_S) and self._reader:
+                self._hangups.keep()  # what was to be read has not been
+
+    def _act(self, ready: Collection[int]) -> None:
+        """Do what these descriptors are ready for."""
+        if self._hangups.fileno() in ready:
+            self._hangups.take()
+            with self._supervisor.reloading():
+                self._read_again()
+        elif ready and self._reader:
+            self._take_next(self._reader)
 
     def _read_again(self) -> None:
         if self._reader is None:

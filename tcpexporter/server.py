@@ -33,7 +33,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import gzip_accepted
 
 from tcpexporter import memory
-from tcpexporter.errors import ServerError, SourceError, enough_memory
+from tcpexporter.errors import ServerError, SourceError, enough_memory, reason
 from tcpexporter.exposition import Collections, Page, negotiate
 from tcpexporter.lean import part_of
 from tcpexporter.places import Places, neighbourhood
@@ -245,7 +245,7 @@ _REFUSALS = {
     ),
     HTTPStatus.TOO_MANY_REQUESTS: _text(429, "too many requests for the rate_limit"),
     HTTPStatus.SERVICE_UNAVAILABLE: _text(
-        503, "too many passwords are being checked: try again", **{"retry-after": "1"}
+        503, "the password cannot be checked now: try again", **{"retry-after": "1"}
     ),
 }
 """Of a request that `web.Web` does not admit."""
@@ -302,9 +302,6 @@ class App:
                 await self.collect()
         except SourceError as error:
             return str(error)
-        except Exception as error:
-            log.exception("no metrics can be had")
-            return f"no metrics can be had: {error!r}"
         self._has_worked = False
         return None
 
@@ -337,11 +334,11 @@ class App:
             SourceError: there is none.
         """
         try:
-            with enough_memory():
-                page = await self._collections.next()
-        except SourceError as error:
-            self._note(str(error))
-            raise
+            page = await self._collections.next()
+        except Exception as error:
+            self._note(reason(error))
+            log.debug("no metrics can be had", exc_info=error)
+            raise SourceError(reason(error)) from error
         self._note(None)
         self._has_worked = True
         return page

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.background import Task
 from tcpexporter.connections import LISTENER, Records
 
 
@@ -58,7 +59,12 @@ class Source(Protocol):
 
         Raises:
             SourceError: they cannot be read.
+            ThreadError: there can be no thread.
         """
+        ...
+
+    def tasks(self) -> Sequence[Task]:
+        """The threads that have been started and have to go on."""
         ...
 
     def close(self) -> None:
@@ -118,6 +124,9 @@ class MemorySource:
 
     def start(self) -> None:
         pass
+
+    def tasks(self) -> Sequence[Task]:
+        return ()
 
     def close(self) -> None:
         pass

@@ -34,7 +34,6 @@ import fcntl
 import logging
 import os
 import stat
-import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -45,6 +44,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.background import Task
 from tcpexporter.connections import Direction, Records, directions, groups
 from tcpexporter.errors import SourceError, StateError, enough_memory
 from tcpexporter.reconcile import Tables
@@ -54,6 +54,9 @@ log = logging.getLogger(__name__)
 
 INTERVAL_S = 60.0
 """Between two saves."""
+
+LIMIT_S = 300.0
+"""For a save."""
 
 STOP_TIMEOUT_S = 5.0
 """For the last one; if it takes longer, the one before is what the next run finds."""
@@ -162,8 +165,7 @@ class State:
         self._area = 0
         self._number = 0
         self._written: int | None = None
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._task: Task | None = None
 
     @classmethod
     def open(cls, path: Path) -> Self | None:
@@ -198,11 +200,12 @@ class State:
 
     def close(self) -> None:
         """Save a last time, if `begin` was called, and let another exporter have it."""
-        self._stop.set()
-        if self._thread:
-            self._thread.join(STOP_TIMEOUT_S)
-        if not (self._thread and self._thread.is_alive()):
+        if self._task is None or self._task.stop(STOP_TIMEOUT_S):
             os.close(self._descriptor)
+
+    def tasks(self) -> list[Task]:
+        """The thread that saves, if `begin` was called."""
+        return [self._task] if self._task else []
 
     # Taking over
 
@@ -243,29 +246,37 @@ class State:
         Args:
             known: what there is to be saved, of dtype `CONNECTION` with the cookies of the
                 sockets as handles. Raises SourceError where that cannot be had.
+
+        Raises:
+            ThreadError: there can be no thread.
         """
         self.saved_s = 0.0
-        self._thread = threading.Thread(
-            target=self._save_on, args=(known,), name="state", daemon=True
+        self._task = task = Task(
+            "state",
+            lambda: self._save_on(task, known),
+            without="ages are not saved",
+            limit_s=LIMIT_S,
         )
-        self._thread.start()
+        task.begin()
 
-    def _save_on(self, known: Callable[[], Records]) -> None:
+    def _save_on(self, task: Task, known: Callable[[], Records]) -> None:
         failing = False
         has_ended = False
         while not has_ended:
-            has_ended = self._stop.wait(INTERVAL_S)
-            try:
-                with enough_memory():
-                    self._save(known())
-            except (SourceError, StateError) as error:
-                if not failing:
-                    log.warning("ages are not saved: %s", error)
-                failing = True
-            else:
-                if failing:
-                    log.info("ages are saved again")
-                failing = False
+            has_ended = task.wait(INTERVAL_S)
+            with task.attempt():
+                try:
+                    with enough_memory():
+                        self._save(known())
+                except (SourceError, StateError) as error:
+                    # Not the thread's failure: restarting the exporter would mend nothing.
+                    if not failing:
+                        log.warning("ages are not saved: %s", error)
+                    failing = True
+                else:
+                    if failing:
+                        log.info("ages are saved again")
+                    failing = False
 
     def _save(self, connections: Records) -> None:
         rows = _rows(connections, self._secret)

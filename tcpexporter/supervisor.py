@@ -17,6 +17,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Self
 
+from tcpexporter.errors import reason
+
 log = logging.getLogger(__name__)
 
 STATUS_S = 60.0
@@ -74,6 +76,8 @@ class Supervisor:
     ) -> None:
         """Tell, for ever, what is checked every half of what the watchdog takes.
 
+        In trouble it is checked every eighth.
+
         Args:
             check: Says what does not work; None: all does, which feeds the watchdog.
             status: What to say then.
@@ -82,11 +86,16 @@ class Supervisor:
             return
         watchdog_s = self._watchdog_s
         while True:
-            trouble = await check()
+            try:
+                trouble = await check()
+            except Exception as error:
+                trouble = reason(error)
             works = trouble is None
             feed = ("WATCHDOG=1",) if works and watchdog_s else ()
             self.tell(f"STATUS={trouble or status()}", *feed)
-            await asyncio.sleep(watchdog_s / 2 if watchdog_s else STATUS_S)
+            # In trouble sooner: what is over by then is no reason to be ended.
+            part = 2 if works else 8
+            await asyncio.sleep(watchdog_s / part if watchdog_s else STATUS_S)
 
 
 def _connect(address: str) -> socket.socket | None:

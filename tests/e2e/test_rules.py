@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tcpexporter.__main__ import SOURCES
+from tcpexporter.background import Task
 from tcpexporter.collector import (
     Choice,
     ConfinementCollector,
@@ -31,6 +32,10 @@ PORTS = (443, 3838, 5432)
 
 WALLS = ("seccomp", "landlock", "unprivileged_user", "no_capabilities")
 """What confines an exporter, as tests/kernel/test_confinement.py finds it on its page."""
+TASKS = [
+    Task(name, lambda: None, without="", limit_s=1)
+    for name in ("poll", "reconcile", "state", "reload")
+]
 
 OF_PROMETHEUS = {"job", "instance"}
 """Labels that no page has: Prometheus adds them."""
@@ -92,7 +97,7 @@ def published() -> dict[str, dict[str, set[str]]]:
         selection = select((), tcpv6=True, directions=(*Direction,), own_listener=None)
         choice = Choice(selection, named((), 0, selection), 6)
         collector = ConnectionCollector(source, choice, max_series=101)
-        registry = make_registry(collector, Reloads())
+        registry = make_registry(collector, Reloads(), lambda: TASKS)
         registry.register(ConfinementCollector(dict.fromkeys(WALLS, True)))
         for sample in (each for family in registry.collect() for each in family.samples):
             values = metrics.setdefault(sample.name, {})

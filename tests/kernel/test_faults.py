@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import http.client
 import os
+import select
 import signal
 import socket
 import struct
@@ -20,10 +21,18 @@ import pytest
 from tcpexporter.errors import LoadError
 from tcpexporter.tracker import Tracker
 from tests.kernel.counter import Counter
-from tests.kernel.limiting import limit
+from tests.kernel.limiting import limit, pids_cgroup
 from tests.kernel.loading import kill_loader, loader_is_killed
 from tests.kernel.tracking import at_port, attach
-from tests.support import DEADLINE_S, ESTABLISHED, LONG_TERM, Exporter, Peers, eventually
+from tests.support import (
+    DEADLINE_S,
+    ESTABLISHED,
+    LONG_TERM,
+    Exporter,
+    Peers,
+    eventually,
+    free_port,
+)
 
 COMMAND = f"{sys.executable} -m tcpexporter"
 
@@ -223,6 +232,21 @@ def test_without_more_descriptors_new_clients_wait() -> None:
     assert "Traceback" not in log
 
 
+@pytest.mark.any_kernel
+@pytest.mark.parametrize("source", ["sock_diag", "procfs"])
+def test_without_more_descriptors_polling_goes_on(source: str) -> None:
+    """A fault that ended the polling thread: it listed a directory after each poll."""
+    arguments = ("--source", source, "--interval", "0.1")
+    with Exporter(*arguments) as exporter, Peers() as peers:
+        kept = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=DEADLINE_S)
+        ask_on(kept)
+        limit(exporter, f"--nofile={descriptors(exporter)}:")
+        peers.connect(7)
+        count = f'{ESTABLISHED}{{port="{peers.port}",tcp_version="4"}} 7.0'
+        eventually(lambda: count in ask_on(kept))
+        kept.close()
+
+
 def cpu_s(exporter: Exporter) -> float:
     """What it has used of a CPU: proc_pid_stat(5)."""
     shown = Path(f"/proc/{exporter.process.pid}/stat").read_text().rpartition(")")[2]
@@ -262,6 +286,100 @@ def is_established(exporter: Exporter, port: int, number: int) -> bool:
     with contextlib.suppress(urllib.error.HTTPError):
         return exporter.established(port) == number
     return False
+
+
+@pytest.mark.any_kernel
+@pytest.mark.parametrize("source", ["ebpf", "sock_diag", "procfs"])
+def test_without_more_threads_the_numbers_go_on(source: str) -> None:
+    """A fault that ended the polling thread: a dump of many sockets began a thread."""
+    arguments = ("--source", source, "--interval", "0.1", "--reconcile-interval", "1")
+    with pids_cgroup() as pids, Peers() as peers:
+        peers.connect(3001)
+        with Exporter(*arguments, command=pids.within((*COMMAND.split(),))) as exporter:
+            eventually(lambda: exporter.established(peers.port) == 3001)
+            pids.allow("1")
+            peers.connect(7)
+            eventually(lambda: exporter.established(peers.port) == 3008)
+            if source == "ebpf":
+                compared(exporter)
+            for pair in peers.pairs[:2003]:
+                for each in pair:
+                    each.close()
+            eventually(lambda: exporter.established(peers.port) == 1005)
+            if source == "ebpf":
+                compared(exporter)
+            for task in ("reconcile" if source == "ebpf" else "poll", "reload"):
+                assert exporter.value(FAILURES, task=task) == 0
+            code, log = exporter.stop()
+    assert code == 0
+    assert "Traceback" not in log
+
+
+FAILURES = "tcpexporter_background_failures_total"
+
+
+def compared(exporter: Exporter) -> None:
+    """Wait for a comparison that begins from now on."""
+    runs = exporter.value("tcpexporter_reconciliations_total") or 0
+    eventually(
+        lambda: (exporter.value("tcpexporter_reconciliations_total") or 0) >= runs + 2
+    )
+
+
+@pytest.mark.any_kernel
+@pytest.mark.parametrize("source", ["ebpf", "sock_diag"])
+@pytest.mark.parametrize("most", ["1", "2", "3"])
+def test_with_too_few_threads_it_does_not_start(source: str, most: str) -> None:
+    """Neither a traceback nor 503 for ever: what to raise, in one sentence."""
+    with pids_cgroup() as pids:
+        command = pids.within(
+            (*COMMAND.split(), "--listen", f"127.0.0.1:{free_port()}"), most
+        )
+        sentence = refused(command, "--source", source)
+        assert "raise the limit of processes and threads: TasksMax= of the unit" in sentence
+        assert pids.refused() > 0
+
+
+POLL_FAILS = """
+import threading
+from tcpexporter import polling
+from tcpexporter.__main__ import main
+polling.first_seen = lambda now, before: {fault}
+{limit}
+main()
+"""
+
+
+@pytest.mark.any_kernel
+@pytest.mark.parametrize(
+    ("fault", "limit", "told"),
+    [
+        ("1 / 0", "", "ZeroDivisionError: division by zero"),
+        ("threading.Event().wait()", "polling.LIMIT_S = 0.2", "the thread poll hangs"),
+    ],
+)
+def test_a_poll_that_fails_or_hangs_is_503(fault: str, limit: str, told: str) -> None:
+    """A fault that nobody expects: no numbers, two lines of the log, and a clean end."""
+    command = (sys.executable, "-c", POLL_FAILS.format(fault=fault, limit=limit))
+    arguments = ("--source", "sock_diag", "--interval", "0.1")
+    with Exporter(*arguments, command=command) as exporter:
+        eventually(lambda: told in answered(exporter))
+        for _ in range(3):
+            assert answered(exporter).startswith(f"503 {told}")
+        code, log = exporter.stop()
+    assert code == 0
+    assert "Traceback" not in log
+    assert log.count("no connections can be counted: ") == 1
+    assert log.count("no metrics can be had: ") == 1
+
+
+def answered(exporter: Exporter) -> str:
+    """What is said instead of metrics; nothing if there are some."""
+    try:
+        exporter.get("/metrics")
+    except urllib.error.HTTPError as error:
+        return f"{error.code} {error.read().decode()}"
+    return ""
 
 
 WITH_TRACEFS = in_own_mounts(
@@ -354,6 +472,57 @@ def test_the_log_goes_on_when_there_is_room(tmp_path: Path) -> None:
         eventually(lambda: has_said(exporter, seen, "nothing to read again"))
         for line in Path(seen).read_text().splitlines():
             assert " INFO " in line, line
+
+
+@pytest.mark.any_kernel
+@pytest.mark.parametrize("source", ["ebpf", "sock_diag"])
+def test_a_log_that_nobody_reads_does_not_block_it(source: str, tmp_path: Path) -> None:
+    """A pipe that is full from before the start on: lines are dropped and counted.
+
+    When somebody reads it again, lines are written again.
+    """
+    fifo = tmp_path / "log"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    fill(reader)
+    arguments = ("--source", source, "--log-level", "debug")
+    with (
+        Exporter(*arguments, command=logging_to(f"2>{fifo}")) as exporter,
+        Peers() as peers,
+    ):
+        peers.connect(7)
+        for _ in range(3):
+            exporter.process.send_signal(signal.SIGHUP)  # which it says something of
+            eventually(lambda: exporter.established(peers.port) == 7)
+        dropped = exporter.value("tcpexporter_dropped_log_lines_total")
+        assert dropped
+        drain(reader)
+        exporter.process.send_signal(signal.SIGHUP)
+        shown = ""
+        while "nothing to read again" not in shown:
+            select.select([reader], [], [], DEADLINE_S)
+            shown += drain(reader)
+        fill(reader)
+        assert exporter.stop()[0] == 0
+    ended = subprocess.run(
+        [*logging_to(f"2>{fifo}"), "--port", "x"], check=False, timeout=DEADLINE_S
+    )
+    assert ended.returncode == 2
+    os.close(reader)
+
+
+def fill(pipe: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(pipe, bytes(select.PIPE_BUF))
+
+
+def drain(pipe: int) -> str:
+    text = b""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            text += os.read(pipe, 1 << 20)
+    return text.decode()
 
 
 def has_said(exporter: Exporter, log: str, words: str) -> bool:

@@ -191,6 +191,29 @@ def test_the_watchdog_is_not_fed_while_there_are_no_metrics(manager: Manager) ->
     assert "Traceback" not in log
 
 
+STUCK = """
+import threading
+from tcpexporter import state
+from tcpexporter.__main__ import main
+state.INTERVAL_S, state.LIMIT_S = 0.1, 0.3
+state.State._save = lambda self, connections: threading.Event().wait()
+main()
+"""
+
+
+def test_the_watchdog_is_not_fed_while_a_thread_hangs(
+    manager: Manager, tmp_path: Path
+) -> None:
+    """Even one without which there are right numbers; a metric grows meanwhile."""
+    saving = ("--state", str(tmp_path / "state"))
+    with manager.start(*POLLING, *saving, watchdog=True, run=STUCK) as exporter:
+        manager.wait_for("STATUS=the thread state hangs")
+        for _ in range(3):
+            (only,) = manager.wait_for("STATUS=")
+            assert only.startswith("STATUS=the thread state hangs")
+        assert exporter.value("tcpexporter_background_failures_total", task="state")
+
+
 # SIGHUP
 
 

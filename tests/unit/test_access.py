@@ -265,6 +265,48 @@ def test_nobody_waits_when_given_up() -> None:
     assert len(checks.asked) == 1
 
 
+class Panic(BaseException):
+    """As pyo3, by which Rust's panics come into Python, has it: no Exception."""
+
+
+@pytest.mark.parametrize("fault", [Panic("at its end"), MemoryError()])
+def test_a_check_that_fails_locks_nobody_out(
+    fault: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every request is answered, with one line in the log; the next check is made."""
+    faults = [fault] * 3
+
+    def check(password: bytes, hashed: bytes) -> bool:
+        if faults:
+            raise faults.pop()
+        return bcrypt.checkpw(password, hashed)
+
+    users = Users({"alice": ALICES}, Checker(check))
+    tried = (basic("alice", each) for each in ("a", "b", "c"))
+    assert judge(users, *tried) == [HTTPStatus.SERVICE_UNAVAILABLE] * 3
+    assert judge(users, basic("alice", "a")) == [OK]
+    (told,) = caplog.messages
+    assert told.startswith("passwords cannot be checked: ")
+
+
+def test_without_threads_passwords_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the kernel allows no more: refused for now, without a traceback."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    users = make(Checks())
+    with monkeypatch.context() as changed:
+        changed.setattr(threading, "_start_new_thread", refuse)
+        for _ in range(3):
+            assert judge(users, basic("alice", "a")) == [HTTPStatus.SERVICE_UNAVAILABLE]
+    assert judge(users, basic("alice", "a")) == [OK]
+    (told,) = caplog.messages
+    assert "passwords cannot be checked: no thread can be started: raise" in told
+
+
 class Clock:
     now_s = 1000.0
 

@@ -290,7 +290,7 @@ def test_an_error_is_one_line_and_an_exit_code(
     code: int,
     complaint: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """2 for a wrong setting, 1 for what does not work; no traceback."""
     monkeypatch.setattr(sys, "argv", ["tcpexporter", *arguments])
@@ -298,7 +298,7 @@ def test_an_error_is_one_line_and_an_exit_code(
     with pytest.raises(SystemExit) as ended:
         main.main()
     assert ended.value.code == code
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith(complaint)
     assert err.count("\n") == 1

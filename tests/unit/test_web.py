@@ -78,12 +78,11 @@ class Served:
         self.web = Web(self.path, self.reader.receive())
         self.following = Reloading(
             self.reader,
-            {WEB_CONFIG: self.web.replace},
             Hangups(),
             Supervisor(None, None),
             Reloads(),
         )
-        self.following.follow()
+        self.following.follow({WEB_CONFIG: self.web.replace})
         registry = CollectorRegistry()
         registry.register(Flaky())
         self.app = server.App(
