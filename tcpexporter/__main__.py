@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import pwd
+import resource
 import signal
 import sys
 import threading
@@ -56,6 +57,9 @@ log = logging.getLogger("tcpexporter")
 
 LAST_STANDARD_STREAM = 2
 
+LEAST_DESCRIPTORS = 64
+"""What starting and serving a few clients need, with a margin; start alone needs 24."""
+
 SOURCES = ("ebpf", "sock_diag", "procfs")
 """In the order in which ``--source auto`` tries them."""
 
@@ -68,6 +72,7 @@ DIRECTIONS = {
 
 def main() -> None:
     """Run until a signal comes; exits with 0, 1 for a failure, 2 for a wrong setting."""
+    _have_default_signals()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     _have_standard_streams()
@@ -76,6 +81,7 @@ def main() -> None:
     memory.spare()
     supervisor = Supervisor.of(os.environ)
     try:
+        _require_descriptors()
         settings = parse(sys.argv[1:], os.environ)
         _set_up_logging(settings)
         if settings.features:
@@ -89,6 +95,33 @@ def main() -> None:
     except TcpExporterError as error:
         sys.exit(_complain(error, 1, supervisor))
     foreign.leave(0)
+
+
+def _have_default_signals() -> None:
+    """Undo what the parent process has blocked or ignored.
+
+    Where SIGCHLD is ignored the kernel does not report how a child process ended, and a
+    blocked SIGTERM would not end the exporter.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _require_descriptors() -> None:
+    """Raise the soft limit if it is too low.
+
+    Raises:
+        ServerError: the hard limit is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= LEAST_DESCRIPTORS:
+        return
+    if hard < LEAST_DESCRIPTORS:
+        raise ServerError(
+            f"only {hard} files may be open, at least {LEAST_DESCRIPTORS} are needed: raise"
+            " LimitNOFILE in the unit, or ulimit -n"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _have_standard_streams() -> None:
@@ -198,11 +231,16 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
 def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reader | None:
     if settings.once or not (settings.conf or settings.web_config):
         return None
-    return Reader(
-        account,
-        web_config=settings.web_config,
-        settings=settings.conf and str(Path(settings.conf).expanduser()),
-    )
+    try:
+        return Reader(
+            account,
+            web_config=settings.web_config,
+            settings=settings.conf and str(Path(settings.conf).expanduser()),
+        )
+    except OSError as error:
+        raise ServerError(
+            f"cannot start the process that reads the configuration: {error.strerror}"
+        ) from error
 
 
 def _make_web(settings: Settings, reader: Reader) -> "Web | None":
