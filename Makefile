@@ -21,8 +21,8 @@ setup: ## Install what the exporter needs; leaves .venv/bin/tcpexporter
 	@deploy/setup.sh run
 
 .PHONY: test
-# setup.sh unpacks Prometheus there when the system has none.
-test: export PATH := $(CURDIR)/.cache/prometheus/usr/bin:$(PATH):/usr/sbin:/sbin
+# setup.sh unpacks them there when the system has none.
+test bench: export PATH := $(CURDIR)/.cache/prometheus/usr/bin:$(CURDIR)/.cache/prometheus-node-exporter/usr/bin:$(PATH):/usr/sbin:/sbin
 test: lint ## Set up, then lint and run all tests; as root also those of the kernel
 	$(bin)/python -m pytest
 
@@ -39,8 +39,6 @@ format: setup-test ## Lay out Python and C as lint wants it
 	$(bin)/clang-format -i $(c_files)
 
 .PHONY: bench
-# setup.sh unpacks node_exporter there when the system has none.
-bench: export PATH := $(CURDIR)/.cache/prometheus-node-exporter/usr/bin:$(PATH):/usr/sbin:/sbin
 bench: ## Measure the figures in the README; QUICK=1 takes less than two minutes
 	@deploy/setup.sh bench
 	$(bin)/python -m tests.benchmarks

@@ -50,7 +50,6 @@ main() {
 		;;
 	bench)
 		require_for_tests
-		require_unpacked prometheus-node-exporter prometheus-node-exporter
 		fill_venv bench
 		;;
 	vm)
@@ -96,6 +95,7 @@ require_for_tests() {
 	require_python
 	require bcc venv seccomp ip ss gcc libc git
 	require_unpacked prometheus prometheus promtool
+	require_unpacked prometheus-node-exporter prometheus-node-exporter
 }
 
 require_python() {

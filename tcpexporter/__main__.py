@@ -30,7 +30,12 @@ from tcpexporter import (
     sizing,
     version,
 )
-from tcpexporter.collector import Choice, ConnectionCollector, make_registry
+from tcpexporter.collector import (
+    Choice,
+    ConnectionCollector,
+    make_registry,
+    make_serving_registry,
+)
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
 from tcpexporter.ebpf import EbpfSource
@@ -44,12 +49,13 @@ from tcpexporter.errors import (
 from tcpexporter.polling import PollingSource
 from tcpexporter.reader import SETTINGS, WEB_CONFIG, Reader, ReaderGoneError, Told
 from tcpexporter.reloading import Hangups, Reloading, Reloads, Take
-from tcpexporter.settings import Settings, parse, reread
+from tcpexporter.settings import Settings, misleading, parse, reread
 from tcpexporter.sockets import open_tables
 from tcpexporter.sources import Source
 from tcpexporter.supervisor import Supervisor
 
 if TYPE_CHECKING:  # what is not asked for takes no memory
+    from tcpexporter.output import Output
     from tcpexporter.state import State
     from tcpexporter.web import Web
 
@@ -168,11 +174,20 @@ def _print_features() -> None:
     # As with JsonFormatter: 0.6 MiB.
     from tcpexporter.features import Kernel, table  # noqa: PLC0415
 
-    _print(table(Kernel()))
+    _print(table(Kernel()).encode())
 
 
 def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
+    for sentence in misleading(settings):
+        log.warning("%s", sentence)
+    if settings.once:
+        # Half a page, or none, is not to be taken for a page.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
     with contextlib.ExitStack() as resources:
+        output = _open_output(settings.output) if settings.output else None
+        if output:
+            resources.callback(output.close)
         listening = []
         if not settings.once:
             listening = server.listen(settings.listen_address, settings.listen_port)
@@ -190,19 +205,19 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
             resources.callback(state.close)
         choose = _chooser(settings)
         collector = _make_collector(source, settings, choose(settings))
-        reloads = Reloads()
-        registry = make_registry(collector, reloads)
         confinement.confine(account, source.report, supervisor.fileno())
         if settings.once:
-            # Half a page, or none, is not to be taken for a page.
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
             source.start()
-            _print_once(registry, settings.duration_s)
+            page = _watch(make_registry(collector), settings.duration_s)
+            if output:
+                output.publish(page)
+            else:
+                _print(page)
             return
+        reloads = Reloads()
         starting = _Starting(source)
         app = server.App(
-            registry,
+            make_serving_registry(collector, reloads),
             ready=starting.awaited,
             settings=dataclasses.asdict(settings),
             version=version.VERSION,
@@ -254,6 +269,13 @@ def _make_web(settings: Settings, reader: Reader) -> "Web | None":
         return Web(path, reader.receive())
     except ReaderGoneError as error:
         raise WebConfigError(f"{path} cannot be read: its reader has failed") from error
+
+
+def _open_output(path: str) -> "Output":
+    # As with JsonFormatter.
+    from tcpexporter.output import Output  # noqa: PLC0415
+
+    return Output(path)
 
 
 def _open_state(path: str) -> "State | None":
@@ -336,20 +358,21 @@ def _status(source: Source, collector: ConnectionCollector) -> str:
     return f"counting connections by {source.name}{tracked}"
 
 
-def _print_once(registry: CollectorRegistry, duration_s: int) -> None:
+def _watch(registry: CollectorRegistry, duration_s: int) -> bytes:
+    """The page when connections have been watched for so long."""
     for left_s in range(duration_s, 0, -1):
         if sys.stderr.isatty():
             sys.stderr.write(f"\rwatching, {left_s} s left \033[K")
         time.sleep(1)
     if sys.stderr.isatty():
         sys.stderr.write("\r\033[K")
-    _print(generate_latest(registry).decode())
+    return generate_latest(registry)
 
 
-def _print(page: str) -> None:
+def _print(page: bytes) -> None:
     if sys.stdout is None:
         raise ServerError("cannot write to standard output: it is closed")
-    left = page.encode()
+    left = page
     try:
         # Not by way of its buffer: Python writes what is left there when it ends, and would
         # complain again.
@@ -384,6 +407,9 @@ class _Following:
         level = logging.getLevelName(done.settings.log_level.upper())
         root.setLevel(min(root.level, level))  # one of the two lets it be said
         log.info("the settings have been read again: %s", done)
+        if done.changed:
+            for sentence in misleading(done.settings):
+                log.warning("%s", sentence)
         root.setLevel(level)
 
 

@@ -110,7 +110,7 @@ class ConnectionCollector(Collector):
             labels = _labels(counts.series, names)
         yield self._connections(
             "netstat_tcp_longterm_connections_total",
-            f"TCP connections established for at least {choice.duration_s} seconds.",
+            "TCP connections established for at least tcpexporter_duration_seconds.",
             labels,
             counts.long_term,
         )
@@ -119,6 +119,11 @@ class ConnectionCollector(Collector):
             "TCP connections that are established, whatever their age.",
             labels,
             counts.established,
+        )
+        yield GaugeMetricFamily(
+            "tcpexporter_duration_seconds",
+            "Age from which a TCP connection is long-term, as --duration has it.",
+            choice.duration_s,
         )
         yield GaugeMetricFamily(
             "tcpexporter_folded_series",
@@ -331,12 +336,24 @@ class ReloadCollector(Collector):
         )
 
 
-def make_registry(collector: ConnectionCollector, reloads: Reloads) -> CollectorRegistry:
-    """Everything a scrape shows, on one page."""
+def make_registry(collector: ConnectionCollector) -> CollectorRegistry:
+    """What is on every page: the connections, and which exporter this is.
+
+    node_exporter adds such a page to its own, which has ``process_*``: two of one name
+    would be an error.
+    """
     registry = CollectorRegistry()
     registry.register(collector)
-    registry.register(ReloadCollector(reloads))
     registry.register(BuildCollector())
+    return registry
+
+
+def make_serving_registry(
+    collector: ConnectionCollector, reloads: Reloads
+) -> CollectorRegistry:
+    """What a scrape shows: that, and what is about a process that keeps running."""
+    registry = make_registry(collector)
+    registry.register(ReloadCollector(reloads))
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     return registry

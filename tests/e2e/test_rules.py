@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tcpexporter.__main__ import SOURCES
-from tcpexporter.collector import Choice, ConnectionCollector, make_registry
+from tcpexporter.collector import Choice, ConnectionCollector, make_serving_registry
 from tcpexporter.connections import LISTENER, Direction
 from tcpexporter.counting import named, select
 from tcpexporter.reloading import Reloads
@@ -84,7 +84,7 @@ def published() -> dict[str, dict[str, set[str]]]:
         selection = select((), tcpv6=True, directions=(*Direction,), own_listener=None)
         choice = Choice(selection, named((), 0, selection), 6)
         collector = ConnectionCollector(source, choice, max_series=101)
-        registry = make_registry(collector, Reloads())
+        registry = make_serving_registry(collector, Reloads())
         for sample in (each for family in registry.collect() for each in family.samples):
             values = metrics.setdefault(sample.name, {})
             for label, value in sample.labels.items():
