@@ -95,7 +95,11 @@ def main() -> None:
         elif settings.unpin:
             pins.remove(settings.pin or pins.DEFAULT)
         else:
-            _run(settings, supervisor, hangups)
+            _warn_of(settings)
+            if settings.once:
+                _run_once(settings, supervisor)
+            else:
+                _run(settings, supervisor, hangups)
     except SettingsError as error:
         sys.exit(_complain(error, 2, supervisor))
     except TcpExporterError as error:
@@ -170,6 +174,11 @@ def _set_up_logging(settings: Settings) -> None:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
+def _warn_of(settings: Settings) -> None:
+    for sentence in misleading(settings):
+        log.warning("%s", sentence)
+
+
 def _print_features() -> None:
     # As with JsonFormatter: 0.6 MiB.
     from tcpexporter.features import Kernel, table  # noqa: PLC0415
@@ -177,43 +186,41 @@ def _print_features() -> None:
     _print(table(Kernel()).encode())
 
 
-def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
-    for sentence in misleading(settings):
-        log.warning("%s", sentence)
-    if settings.once:
-        # Half a page, or none, is not to be taken for a page.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+def _run_once(settings: Settings, supervisor: Supervisor) -> None:
+    # Half a page, or none, is not to be taken for a page.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     with contextlib.ExitStack() as resources:
         output = _open_output(settings.output) if settings.output else None
         if output:
             resources.callback(output.close)
-        listening = []
-        if not settings.once:
-            listening = server.listen(settings.listen_address, settings.listen_port)
+        account = _find_account(settings)
+        source = _open_counted(settings, resources)
+        choice = _chooser(settings)(settings)
+        collector = _make_collector(source, settings, choice)
+        confinement.confine(account, source.report, supervisor.fileno())
+        source.start()
+        page = _watch(make_registry(collector), settings.duration_s)
+        if output:
+            output.publish(page)
+        else:
+            _print(page)
+
+
+def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
+    with contextlib.ExitStack() as resources:
+        listening = server.listen(settings.listen_address, settings.listen_port)
         for each in listening:
             resources.enter_context(each)
-        account = privileges.find_user(settings.user) if os.geteuid() == 0 else None
+        account = _find_account(settings)
         reader = _open_reader(settings, account)
         if reader:
             resources.callback(reader.close)
         web = _make_web(settings, reader) if reader else None
-        state = _open_state(settings.state) if settings.state else None
-        source = _open_source(settings, state)
-        resources.callback(source.close)
-        if state:
-            resources.callback(state.close)
+        source = _open_counted(settings, resources)
         choose = _chooser(settings)
         collector = _make_collector(source, settings, choose(settings))
         confinement.confine(account, source.report, supervisor.fileno())
-        if settings.once:
-            source.start()
-            page = _watch(make_registry(collector), settings.duration_s)
-            if output:
-                output.publish(page)
-            else:
-                _print(page)
-            return
         reloads = Reloads()
         starting = _Starting(source)
         app = server.App(
@@ -243,8 +250,22 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
             starting.raise_failure()
 
 
+def _find_account(settings: Settings) -> pwd.struct_passwd | None:
+    return privileges.find_user(settings.user) if os.geteuid() == 0 else None
+
+
+def _open_counted(settings: Settings, resources: contextlib.ExitStack) -> Source:
+    """Where the connections come from; what it needs is closed with ``resources``."""
+    state = _open_state(settings.state) if settings.state else None
+    source = _open_source(settings, state)
+    resources.callback(source.close)
+    if state:
+        resources.callback(state.close)
+    return source
+
+
 def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reader | None:
-    if settings.once or not (settings.conf or settings.web_config):
+    if not (settings.conf or settings.web_config):
         return None
     try:
         return Reader(
@@ -408,8 +429,7 @@ class _Following:
         root.setLevel(min(root.level, level))  # one of the two lets it be said
         log.info("the settings have been read again: %s", done)
         if done.changed:
-            for sentence in misleading(done.settings):
-                log.warning("%s", sentence)
+            _warn_of(done.settings)
         root.setLevel(level)
 
 
