@@ -97,7 +97,7 @@ setup-test:
 	@deploy/setup.sh test
 
 .PHONY: lock
-lock: ## Lock the newest versions that pyproject.toml allows, with their hashes
+lock: ## Lock the newest and the lowest versions that pyproject.toml allows, with hashes
 	deploy/setup.sh lock
 
 .PHONY: audit
