@@ -21,10 +21,15 @@ setup: ## Install what the exporter needs; leaves .venv/bin/tcpexporter
 	@deploy/setup.sh run
 
 .PHONY: test
-# setup.sh unpacks Prometheus there when the system has none.
-test: export PATH := $(CURDIR)/.cache/prometheus/usr/bin:$(PATH):/usr/sbin:/sbin
+# setup.sh unpacks them there when the system has none.
+test bench: export PATH := $(CURDIR)/.cache/prometheus/usr/bin:$(CURDIR)/.cache/prometheus-node-exporter/usr/bin:$(PATH):/usr/sbin:/sbin
 test: lint ## Set up, then lint and run all tests; as root also those of the kernel
 	$(bin)/python -m pytest
+
+.PHONY: lowest
+lowest: ## Run the unit tests with the lowest versions that pyproject.toml allows
+	@deploy/setup.sh lowest
+	.cache/lowest/bin/python -m pytest tests/unit
 
 .PHONY: lint
 lint: setup-test ## Check style and types
@@ -39,8 +44,6 @@ format: setup-test ## Lay out Python and C as lint wants it
 	$(bin)/clang-format -i $(c_files)
 
 .PHONY: bench
-# setup.sh unpacks node_exporter there when the system has none.
-bench: export PATH := $(CURDIR)/.cache/prometheus-node-exporter/usr/bin:$(PATH):/usr/sbin:/sbin
 bench: ## Measure the figures in the README; QUICK=1 takes less than two minutes
 	@deploy/setup.sh bench
 	$(bin)/python -m tests.benchmarks
@@ -94,13 +97,13 @@ setup-test:
 	@deploy/setup.sh test
 
 .PHONY: lock
-lock: ## Lock the newest versions that pyproject.toml allows, with their hashes
+lock: ## Lock the newest and the lowest versions that pyproject.toml allows, with hashes
 	deploy/setup.sh lock
 
 .PHONY: audit
 audit: ## Ask the package index which of what is locked has known holes
 	@deploy/setup.sh release
-	@$(bin)/pip-audit --strict --disable-pip $(patsubst %,-r %,$(wildcard deploy/lock/*.txt)) || { \
+	@$(bin)/pip-audit --strict --disable-pip $(patsubst %,-r %,$(filter-out %/lowest.txt,$(wildcard deploy/lock/*.txt))) || { \
 		echo "audit: there are known holes, or it could not be learnt whether there are: see above" >&2; \
 		exit 1; }
 

@@ -6,7 +6,8 @@
 #   run          install what the exporter needs: BCC, and .venv with the exporter in it
 #   guest        install that, and what the tests of the kernel need
 #   test         install that, and what lint and the other tests need
-#   fuzz         install that, and what thinks of bad input
+#   lowest       install the lowest versions that pyproject.toml allows, into .cache/lowest
+#   fuzz         install what "test" does, and what thinks of bad input
 #   bench        install what "test" does, and what the benchmarks compare us with
 #   vm           install what boots other kernels than this one, and what "test" does
 #   release      install what keeps the locks and looks for known holes, and what "test" does
@@ -24,6 +25,8 @@ cd "$(dirname "$0")/.."
 python=/usr/bin/python3
 # Where packages are unpacked that would start a service if they were installed.
 unpacked=.cache
+# Where Python packages are installed.
+venv=.venv
 # ip lies in sbin, which is not on every user's PATH.
 PATH=$PATH:/usr/sbin:/sbin
 PATH=$PATH:$PWD/$unpacked/prometheus/usr/bin:$PWD/$unpacked/prometheus-node-exporter/usr/bin
@@ -44,13 +47,18 @@ main() {
 		require_for_tests
 		fill_venv test
 		;;
+	lowest)
+		require_python
+		require bcc venv seccomp
+		venv=.cache/lowest
+		fill_venv lowest
+		;;
 	fuzz)
 		require_for_tests
 		fill_venv fuzz
 		;;
 	bench)
 		require_for_tests
-		require_unpacked prometheus-node-exporter prometheus-node-exporter
 		fill_venv bench
 		;;
 	vm)
@@ -73,7 +81,7 @@ main() {
 		shift
 		require "$@"
 		;;
-	*) fail "usage: $0 run|guest|test|fuzz|bench|vm|release|lock|require X..." ;;
+	*) fail "usage: $0 run|guest|test|lowest|fuzz|bench|vm|release|lock|require X..." ;;
 	esac
 }
 
@@ -96,6 +104,7 @@ require_for_tests() {
 	require_python
 	require bcc venv seccomp ip ss gcc libc git
 	require_unpacked prometheus prometheus promtool
+	require_unpacked prometheus-node-exporter prometheus-node-exporter
 }
 
 require_python() {
@@ -267,7 +276,16 @@ unpack() {
 		rm "$1"_*.deb
 }
 
-# --- What goes into .venv ---
+# --- What goes into .venv, or .cache/lowest ---
+
+# The files of deploy/lock that a purpose takes.
+locks_of() {
+	case $1 in
+	lowest) echo lowest ;;
+	# shellcheck disable=SC2046  # one word for each extra
+	*) echo run $(extras_of "$1") ;;
+	esac
+}
 
 # The extras of pyproject.toml that a purpose takes. What they and the exporter itself need
 # is in the file of deploy/lock that is called so.
@@ -285,7 +303,7 @@ extras_of() {
 # The purposes that are served by what is installed for this one.
 held_by() {
 	case $1 in
-	run) echo run ;;
+	run | lowest) echo "$1" ;;
 	guest) echo run guest ;;
 	*) echo run guest test "$1" ;;
 	esac
@@ -293,17 +311,17 @@ held_by() {
 
 # Installs what a purpose takes, unless a stamp says it is done.
 fill_venv() {
-	stamp=.venv/installed
+	stamp=$venv/installed
 	state=$(state)
 	! grep -qsx "$state $1" "$stamp" || return 0
-	say "installing Python packages into .venv"
+	say "installing Python packages into $venv"
 	if ! grep -qs "^$state " "$stamp"; then
-		"$python" -m venv --clear --system-site-packages .venv
+		"$python" -m venv --clear --system-site-packages "$venv"
 	fi
 	# None is built here: what builds it would come without a hash.
 	# shellcheck disable=SC2046  # two words for each file
 	pip_install --require-hashes --only-binary=:all: \
-		$(printf -- '-r deploy/lock/%s.txt ' run $(extras_of "$1"))
+		$(printf -- '-r deploy/lock/%s.txt ' $(locks_of "$1"))
 	# The exporter itself is, by the setuptools that has come with these.
 	pip_install --no-index --no-deps --no-build-isolation -e .
 	# shellcheck disable=SC2046  # one line for each purpose
@@ -322,7 +340,7 @@ state() {
 }
 
 pip_install() {
-	.venv/bin/python -m pip install -q --disable-pip-version-check "$@"
+	"$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"
 }
 
 # The newest versions that pyproject.toml allows, the same for every purpose, Python and
@@ -341,6 +359,7 @@ with open("pyproject.toml", "rb") as project:
 		write_lock $extra --constraints "$scratch/everything" --extra $extra \
 			$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' "$scratch/run.txt")
 	done
+	write_lock lowest --resolution lowest-direct --extra test
 	mv "$scratch"/*.txt deploy/lock
 }
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import pwd
+import resource
 import signal
 import sys
 import threading
@@ -34,9 +35,9 @@ from tcpexporter import (
 from tcpexporter.background import Task
 from tcpexporter.collector import (
     Choice,
-    ConfinementCollector,
     ConnectionCollector,
     make_registry,
+    make_serving_registry,
 )
 from tcpexporter.connections import Direction
 from tcpexporter.counting import named, select
@@ -51,18 +52,22 @@ from tcpexporter.errors import (
 from tcpexporter.polling import PollingSource
 from tcpexporter.reader import SETTINGS, WEB_CONFIG, Reader, ReaderGoneError, Told
 from tcpexporter.reloading import Hangups, Reloading, Reloads, Take
-from tcpexporter.settings import Settings, parse, reread
+from tcpexporter.settings import Settings, misleading, parse, reread
 from tcpexporter.sockets import open_tables
 from tcpexporter.sources import Source
 from tcpexporter.supervisor import Supervisor
 
 if TYPE_CHECKING:  # what is not asked for takes no memory
+    from tcpexporter.output import Output
     from tcpexporter.state import State
     from tcpexporter.web import Web
 
 log = logging.getLogger("tcpexporter")
 
 LAST_STANDARD_STREAM = 2
+
+LEAST_DESCRIPTORS = 64
+"""What starting and serving a few clients need, with a margin; start alone needs 24."""
 
 SOURCES = ("ebpf", "sock_diag", "procfs")
 """In the order in which ``--source auto`` tries them."""
@@ -76,6 +81,7 @@ DIRECTIONS = {
 
 def main() -> None:
     """Run until a signal comes; exits with 0, 1 for a failure, 2 for a wrong setting."""
+    _have_default_signals()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     _have_standard_streams()
@@ -85,6 +91,7 @@ def main() -> None:
     memory.spare()
     supervisor = Supervisor.of(os.environ)
     try:
+        _require_descriptors()
         settings = parse(sys.argv[1:], os.environ)
         _set_up_logging(settings)
         if settings.features:
@@ -92,13 +99,44 @@ def main() -> None:
         elif settings.unpin:
             pins.remove(settings.pin or pins.DEFAULT)
         else:
-            _run(settings, supervisor, hangups, errors)
+            _warn_of(settings)
+            if settings.once:
+                _run_once(settings, supervisor)
+            else:
+                _run(settings, supervisor, hangups, errors)
     except SettingsError as error:
         sys.exit(_complain(error, 2, supervisor))
     except Exception as error:
         log.debug("the exporter has failed", exc_info=error)
         sys.exit(_complain(error, 1, supervisor))
     foreign.leave(0)
+
+
+def _have_default_signals() -> None:
+    """Undo what the parent process has blocked or ignored.
+
+    Where SIGCHLD is ignored the kernel does not report how a child process ended, and a
+    blocked SIGTERM would not end the exporter.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _require_descriptors() -> None:
+    """Raise the soft limit if it is too low.
+
+    Raises:
+        ServerError: the hard limit is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= LEAST_DESCRIPTORS:
+        return
+    if hard < LEAST_DESCRIPTORS:
+        raise ServerError(
+            f"only {hard} files may be open, at least {LEAST_DESCRIPTORS} are needed: raise"
+            " LimitNOFILE in the unit, or ulimit -n"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _have_standard_streams() -> None:
@@ -137,35 +175,52 @@ def _set_up_logging(settings: Settings) -> None:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
+def _warn_of(settings: Settings) -> None:
+    for sentence in misleading(settings):
+        log.warning("%s", sentence)
+
+
 def _print_features() -> None:
     # As with JsonFormatter: 0.6 MiB.
     from tcpexporter.features import Kernel, table  # noqa: PLC0415
 
-    _print(table(Kernel()))
+    _print(table(Kernel()).encode())
+
+
+def _run_once(settings: Settings, supervisor: Supervisor) -> None:
+    # Half a page, or none, is not to be taken for a page.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    with contextlib.ExitStack() as resources:
+        output = _open_output(settings.output) if settings.output else None
+        if output:
+            resources.callback(output.close)
+        account = _find_account(settings)
+        source, watch = _open_counted(settings, resources)
+        choice = _chooser(settings, source)(settings)
+        collector = _make_collector(source, settings, choice)
+        confinement.confine(account, source.report, supervisor.fileno())
+        source.start()
+        page = _page_after(settings.duration_s, make_registry(collector), watch)
+        if output:
+            output.publish(page)
+        else:
+            _print(page)
 
 
 def _run(
     settings: Settings, supervisor: Supervisor, hangups: Hangups, errors: stderr.Stderr
 ) -> None:
     with contextlib.ExitStack() as resources:
-        listening = []
-        if not settings.once:
-            listening = server.listen(settings.listen_address, settings.listen_port)
+        listening = server.listen(settings.listen_address, settings.listen_port)
         for each in listening:
             resources.enter_context(each)
-        account = privileges.find_user(settings.user) if privileges.is_root() else None
+        account = _find_account(settings)
         reader = _open_reader(settings, account)
         if reader:
             resources.callback(reader.close)
         web = _make_web(settings, reader) if reader else None
-        state = _open_state(settings.state) if settings.state else None
-        source = _open_source(settings, state)
-        resources.callback(source.close)
-        if state:
-            resources.callback(state.close)
-        watch = _open_watch(settings, source)
-        if watch:
-            resources.callback(watch.close)
+        source, watch = _open_counted(settings, resources)
         choose = _chooser(settings, source)
         collector = _make_collector(source, settings, choose(settings))
         reloads = Reloads()
@@ -175,19 +230,16 @@ def _run(
         def tasks() -> list[Task]:
             return [*source.tasks(), reloading.task]
 
-        registry = make_registry(collector, reloads, tasks, lambda: errors.dropped)
         confined = confinement.confine(account, source.report, supervisor.fileno())
-        registry.register(ConfinementCollector(confined))
-        if settings.once:
-            # Half a page, or none, is not to be taken for a page.
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
-            source.start()
-            _print_once(registry, settings.duration_s, watch)
-            return
         starting = _Starting(source, watch)
         app = server.App(
-            registry,
+            make_serving_registry(
+                collector,
+                reloads,
+                confined=confined,
+                tasks=tasks,
+                dropped=lambda: errors.dropped,
+            ),
             ready=starting.awaited,
             settings=dataclasses.asdict(settings),
             version=version.VERSION,
@@ -217,14 +269,38 @@ def _run(
             starting.raise_failure()
 
 
+def _find_account(settings: Settings) -> pwd.struct_passwd | None:
+    return privileges.find_user(settings.user) if privileges.is_root() else None
+
+
+def _open_counted(
+    settings: Settings, resources: contextlib.ExitStack
+) -> tuple[Source, namespaces.Watch | None]:
+    """Where the connections come from; what it needs is closed with ``resources``."""
+    state = _open_state(settings.state) if settings.state else None
+    source = _open_source(settings, state)
+    resources.callback(source.close)
+    if state:
+        resources.callback(state.close)
+    watch = _open_watch(settings, source)
+    if watch:
+        resources.callback(watch.close)
+    return source, watch
+
+
 def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reader | None:
-    if settings.once or not (settings.conf or settings.web_config):
+    if not (settings.conf or settings.web_config):
         return None
-    return Reader(
-        account,
-        web_config=settings.web_config,
-        settings=settings.conf and str(Path(settings.conf).expanduser()),
-    )
+    try:
+        return Reader(
+            account,
+            web_config=settings.web_config,
+            settings=settings.conf and str(Path(settings.conf).expanduser()),
+        )
+    except OSError as error:
+        raise ServerError(
+            f"cannot start the process that reads the configuration: {error.strerror}"
+        ) from error
 
 
 def _make_web(settings: Settings, reader: Reader) -> "Web | None":
@@ -238,6 +314,13 @@ def _make_web(settings: Settings, reader: Reader) -> "Web | None":
         return Web(path, reader.receive())
     except ReaderGoneError as error:
         raise WebConfigError(f"{path} cannot be read: its reader has failed") from error
+
+
+def _open_output(path: str) -> "Output":
+    # As with JsonFormatter.
+    from tcpexporter.output import Output  # noqa: PLC0415
+
+    return Output(path)
 
 
 def _open_state(path: str) -> "State | None":
@@ -328,9 +411,10 @@ def _status(
     return f"counting connections by {source.name}{tracked}"
 
 
-def _print_once(
-    registry: CollectorRegistry, duration_s: int, watch: namespaces.Watch | None = None
-) -> None:
+def _page_after(
+    duration_s: int, registry: CollectorRegistry, watch: namespaces.Watch | None
+) -> bytes:
+    """The page when connections have been watched for so long."""
     for left_s in range(duration_s, 0, -1):
         if sys.stderr.isatty():
             sys.stderr.write(f"\rwatching, {left_s} s left \033[K")
@@ -339,13 +423,13 @@ def _print_once(
         sys.stderr.write("\r\033[K")
     if trouble := watch and watch.trouble():
         raise SourceError(trouble)
-    _print(generate_latest(registry).decode())
+    return generate_latest(registry)
 
 
-def _print(page: str) -> None:
+def _print(page: bytes) -> None:
     if sys.stdout is None:
         raise ServerError("cannot write to standard output: it is closed")
-    left = page.encode()
+    left = page
     try:
         # Not by way of its buffer: Python writes what is left there when it ends, and would
         # complain again.
@@ -380,6 +464,8 @@ class _Following:
         level = logging.getLevelName(done.settings.log_level.upper())
         root.setLevel(min(root.level, level))  # one of the two lets it be said
         log.info("the settings have been read again: %s", done)
+        if done.changed:
+            _warn_of(done.settings)
         root.setLevel(level)
 
 

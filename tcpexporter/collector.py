@@ -115,7 +115,7 @@ class ConnectionCollector(Collector):
             labels = _labels(counts.series, names)
         yield self._connections(
             "netstat_tcp_longterm_connections_total",
-            f"TCP connections established for at least {choice.duration_s} seconds.",
+            "TCP connections established for at least tcpexporter_duration_seconds.",
             labels,
             counts.long_term,
         )
@@ -124,6 +124,11 @@ class ConnectionCollector(Collector):
             "TCP connections that are established, whatever their age.",
             labels,
             counts.established,
+        )
+        yield GaugeMetricFamily(
+            "tcpexporter_duration_seconds",
+            "Age from which a TCP connection is long-term, as --duration has it.",
+            choice.duration_s,
         )
         yield GaugeMetricFamily(
             "tcpexporter_folded_series",
@@ -401,18 +406,39 @@ class BackgroundCollector(Collector):
         )
 
 
-def make_registry(
-    collector: ConnectionCollector,
-    reloads: Reloads,
-    tasks: Callable[[], Iterable[Task]] = tuple,
-    dropped: Callable[[], int] = int,
-) -> CollectorRegistry:
-    """Everything a scrape shows, on one page."""
+def make_registry(collector: ConnectionCollector) -> CollectorRegistry:
+    """What is on every page: the connections, and which exporter this is.
+
+    node_exporter adds such a page to its own, which has ``process_*``: two of one name
+    would be an error.
+    """
     registry = CollectorRegistry()
     registry.register(collector)
-    registry.register(ReloadCollector(reloads))
-    registry.register(BackgroundCollector(tasks, dropped))
     registry.register(BuildCollector())
+    return registry
+
+
+def make_serving_registry(
+    collector: ConnectionCollector,
+    reloads: Reloads,
+    *,
+    confined: Mapping[str, bool],
+    tasks: Callable[[], Iterable[Task]],
+    dropped: Callable[[], int],
+) -> CollectorRegistry:
+    """What a scrape shows: that, and what is about a process that keeps running.
+
+    Args:
+        collector: of the connections.
+        reloads: what came of reading the configuration again.
+        confined: as `confinement.confine` returns it.
+        tasks: the background threads there are.
+        dropped: how many lines of the log were dropped.
+    """
+    registry = make_registry(collector)
+    registry.register(ReloadCollector(reloads))
+    registry.register(ConfinementCollector(confined))
+    registry.register(BackgroundCollector(tasks, dropped))
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     return registry

@@ -13,14 +13,16 @@ import json
 import logging
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from tcpexporter import privileges, programs
+from tcpexporter import children, privileges, programs
 from tcpexporter.btf import Btf
 from tcpexporter.connections import CONNECTION
 from tcpexporter.errors import LoadError, TcpExporterError, reason
@@ -34,6 +36,31 @@ LAST_WORDS_TIMEOUT_S = 0.5
 MESSAGE_BYTES = 65536
 LOADED = b"loaded"
 SEE_DEBUG = "--log-level debug shows what it said"
+
+VMSTAT = Path("/proc/vmstat")
+
+COMPILING_BYTES = 68 << 20
+"""What a memory cgroup must allow while the program is compiled, without its maps.
+
+Measured with Linux 6.18, BCC 0.26 and LLVM 14: 63 MiB with maps for 1,009 connections,
+83 for 262,144 and 225 for 2,000,000.
+"""
+
+CONNECTION_BYTES = 84
+"""What the maps take for each of --max-connections."""
+
+OOM_SCORE_ADJ_MAX = "1000"
+
+LIMITS = (
+    resource.RLIMIT_AS,
+    resource.RLIMIT_CPU,
+    resource.RLIMIT_DATA,
+    resource.RLIMIT_FSIZE,
+    resource.RLIMIT_MEMLOCK,
+    resource.RLIMIT_NOFILE,
+    resource.RLIMIT_STACK,
+)
+"""What an operator sets for a shell or a service, and what LLVM may reach."""
 
 RANGE_BITS = 8
 RANGE_SLOTS = 1 << RANGE_BITS
@@ -85,8 +112,7 @@ class Descriptors:
 
     def close(self) -> None:
         """Detach the program and free its maps."""
-        for descriptor in astuple(self):
-            os.close(descriptor)
+        _close(astuple(self))
 
 
 def load(request: Request) -> Descriptors:
@@ -95,38 +121,44 @@ def load(request: Request) -> Descriptors:
     Raises:
         LoadError: it could not be loaded; says why and what would help.
     """
-    try:
-        return _load(request)
-    except OSError as error:
-        raise LoadError(
-            f"the process that loads the BPF program cannot be started: {reason(error)}"
-        ) from error
-
-
-def _load(request: Request) -> Descriptors:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # Not a file: the host may have nowhere to write one.
-    with ours, os.fdopen(os.memfd_create("complaints"), "w+b") as complaints:
+    oom_kills = _oom_kills()
+    with contextlib.ExitStack() as resources:
+        try:
+            ours, complaints, child = _start(resources)
+        except OSError as error:
+            raise LoadError(
+                f"the process that loads the BPF program cannot be started: {reason(error)}"
+            ) from error
         ours.settimeout(LOAD_TIMEOUT_S)
-        with theirs:
-            child = subprocess.Popen(
-                # -I: a bcc in the working directory or on PYTHONPATH is not run as root
-                [sys.executable, "-I", "-m", "tcpexporter.loader", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=complaints,
-                stderr=complaints,
-            )
         try:
             # Not as arguments, which everybody on the host can read: it has a secret.
             with contextlib.suppress(ConnectionError):  # `_receive` finds it dead
                 ours.send(json.dumps(asdict(request)).encode())
             return _receive(ours)
+        except _SilentError as error:
+            _end(child)
+            if child.returncode == -signal.SIGKILL and _oom_kills() > oom_kills:
+                raise LoadError(_out_of_memory(request.max_connections)) from error
+            raise LoadError(_cause_of_death(child.returncode)) from error
         finally:
             _end(child)
             complaints.seek(0)
             for line in complaints.read().decode(errors="replace").splitlines():
                 log.debug("loader: %s", line)
+
+
+def _start(
+    resources: contextlib.ExitStack,
+) -> tuple[socket.socket, IO[bytes], subprocess.Popen[bytes]]:
+    """The child, the channel to it, and what it complains of."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    resources.enter_context(ours)
+    with theirs:
+        # Not a file: the host may have nowhere to write one.
+        complaints = os.fdopen(os.memfd_create("complaints"), "w+b")
+        resources.enter_context(complaints)
+        child = children.start("tcpexporter.loader", theirs, output=complaints)
+    return ours, complaints, child
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -138,9 +170,35 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
+class _SilentError(LoadError):
+    """The child has ended without a word."""
+
+
+def _cause_of_death(code: int) -> str:
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"the process that loads the BPF program died ({how}), {SEE_DEBUG}"
+
+
+def _out_of_memory(max_connections: int) -> str:
+    needed = (COMPILING_BYTES + max_connections * CONNECTION_BYTES) >> 20
+    return (
+        f"out of memory while compiling; needs about {needed} MiB for all of the exporter:"
+        " raise the memory limit of the service or container, or lower --max-connections"
+    )
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has killed for memory, of every memory cgroup."""
+    try:
+        lines = VMSTAT.read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
 def _receive(channel: socket.socket) -> Descriptors:
     try:
-        message, descriptors, _, _ = socket.recv_fds(
+        message, descriptors, flags, _ = socket.recv_fds(
             channel, MESSAGE_BYTES, len(fields(Descriptors)), socket.MSG_CMSG_CLOEXEC
         )
     except TimeoutError:
@@ -148,35 +206,69 @@ def _receive(channel: socket.socket) -> Descriptors:
             f"the BPF program was not loaded within {LOAD_TIMEOUT_S} s"
         ) from None
     except ConnectionError:  # it did not even read what it is asked
-        message, descriptors = b"", []
+        message, descriptors, flags = b"", [], 0
+    if flags & socket.MSG_CTRUNC and len(descriptors) < len(fields(Descriptors)):
+        _close(descriptors)
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise LoadError(
+            f"the maps of the BPF program are more files than may be open, {most}: raise"
+            " LimitNOFILE in the unit, or ulimit -n"
+        )
     return _descriptors(message, descriptors)
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for each in descriptors:
+        os.close(each)
 
 
 def _descriptors(message: bytes, received: list[int]) -> Descriptors:
     """What the child has sent: all descriptors, or in a sentence why it has none."""
     if message == LOADED and len(received) == len(fields(Descriptors)):
         return Descriptors(*received)
-    for each in received:
-        os.close(each)
+    _close(received)
     sentence = message.decode(errors="replace").strip()
     if received or message == LOADED:
         raise LoadError(
             f"the process that loads the BPF program sent {len(received)} descriptors,"
             f" {SEE_DEBUG}"
         )
-    raise LoadError(sentence or f"the process that loads the BPF program died, {SEE_DEBUG}")
+    if not sentence:
+        raise _SilentError("the process that loads the BPF program died")
+    raise LoadError(sentence)
 
 
 def _main(channel_descriptor: int) -> None:
+    _be_killed_first()
+    _lift_limits()
     with socket.socket(fileno=channel_descriptor) as channel:
         request = Request(**json.loads(channel.recv(MESSAGE_BYTES)))
         try:
             descriptors = _load_here(request)
         except TcpExporterError as error:
             channel.send(str(error).encode())
+        except MemoryError:
+            channel.send(_out_of_memory(request.max_connections).encode())
         else:
             socket.send_fds(channel, [LOADED], list(astuple(descriptors)))
     os._exit(0)  # BCC cleans up when Python exits
+
+
+def _be_killed_first() -> None:
+    """When memory runs out the kernel is to kill this process, not its parent."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE_ADJ_MAX)
+
+
+def _lift_limits() -> None:
+    """Have none but the hard limits, which only CAP_SYS_RESOURCE may lift as well."""
+    for limit in LIMITS:
+        _, hard = resource.getrlimit(limit)
+        for wanted in (resource.RLIM_INFINITY, hard):
+            # The first is refused without that capability, and always for descriptors.
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(limit, (wanted, wanted))
+                break
 
 
 def _load_here(request: Request) -> Descriptors:
@@ -205,32 +297,40 @@ def _load_here(request: Request) -> Descriptors:
         code: bytes = bpf.dump_func("on_state_change")
         maps = {name: bpf[name].map_fd for name in MAPS}
     except Exception as error:  # BCC raises nothing more particular
-        raise LoadError(
-            f"BCC cannot compile the BPF program ({error}), {SEE_DEBUG}"
-            f"{_locked_memory_hint(request.max_connections)}"
-        ) from error
+        raise LoadError(_why_not_compiled(error, request.max_connections)) from error
     _fill(maps["free_slots"], request.max_connections)
     program = _load_program(code, types.function(TRACEPOINT))
     return Descriptors(**maps, program=program, link=_attach(program))
 
 
-def _locked_memory_hint(max_connections: int) -> str:
-    """What may help if it is the largest map that cannot be made.
+def _why_not_compiled(error: Exception, max_connections: int) -> str:
+    number = _refusal(max_connections)
+    if number == errno.ENOMEM:
+        return _out_of_memory(max_connections)
+    hint = ""
+    if number == errno.EPERM:
+        limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        hint = (
+            f"; this kernel counts maps as locked memory, of which {limit >> 10} KiB"
+            " are allowed: LimitMEMLOCK=infinity in the unit, or ulimit -l unlimited"
+        )
+    return f"BCC cannot compile the BPF program ({error}), {SEE_DEBUG}{hint}"
 
-    Before Linux 5.11 the kernel refuses it with EPERM to who may not lock so much memory.
+
+def _refusal(max_connections: int) -> int | None:
+    """The error of the kernel when the largest map is made, None if it can be made.
+
+    Before Linux 5.11 that is EPERM for a process that may not lock so much memory.
     """
+    # Only here, so that numpy is not among what has to fit into memory.
+
     try:
         os.close(
             create_map(BPF_MAP_TYPE_ARRAY, 4, CONNECTION.itemsize, entries=max_connections)
         )
     except OSError as error:
-        if error.errno == errno.EPERM:
-            limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-            return (
-                f"; this kernel counts maps as locked memory, of which {limit >> 10} KiB"
-                " are allowed: LimitMEMLOCK=infinity in the unit, or ulimit -l unlimited"
-            )
-    return ""
+        return error.errno
+    return None
 
 
 def _fill(free_slots: int, slots: int) -> None:
@@ -294,6 +394,11 @@ def _hide_kernel_symbols() -> None:
 def _import_bcc() -> Any:
     try:
         import bcc  # noqa: PLC0415  only the child may hold it
+    except OSError as error:  # the linker's
+        raise LoadError(
+            f"BCC's library cannot be loaded ({error}): install the distribution's package"
+            " of BCC again, or raise the limit of memory"
+        ) from error
     except ImportError as error:
         raise LoadError(
             f"Python cannot import BCC ({error}): install the distribution's python3-bpfcc "

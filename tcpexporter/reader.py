@@ -24,7 +24,7 @@ from pathlib import Path
 from pwd import struct_passwd
 from typing import TYPE_CHECKING, Any
 
-from tcpexporter import privileges
+from tcpexporter import children, privileges
 from tcpexporter.errors import SettingsError, TcpExporterError
 
 if TYPE_CHECKING:  # what is not asked for takes no memory
@@ -97,20 +97,21 @@ class Reader:
             web_config: The path of the web configuration, which is told of at once.
             settings: The path of the file of settings, which is told of when asked for.
             interval_s: Between two looks at what is watched.
+
+        Raises:
+            SettingsError: a path is relative to a directory that was deleted.
         """
         self._coming: int | None = None
         """The length of what comes next, if that was received already."""
         self._socket, theirs = socket.socketpair()
         user = account.pw_name if account else ""
         with theirs:
-            self._child = subprocess.Popen(
-                [
-                    *(sys.executable, "-I", "-m", "tcpexporter.reader"),
-                    *(str(theirs.fileno()), str(interval_s), user),
-                    *(web_config or "", settings or ""),
-                ],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
+            self._child = children.start(
+                "tcpexporter.reader",
+                theirs,
+                str(interval_s),
+                user,
+                *map(_absolute, (web_config, settings)),
             )
 
     @property
@@ -166,6 +167,21 @@ class Reader:
         if len(taken) < length:
             raise ReaderGoneError
         return taken
+
+
+def _absolute(path: str | None) -> str:
+    """The path for a child in another directory; empty where there is none.
+
+    Raises:
+        SettingsError: it is relative to a directory that was deleted.
+    """
+    try:
+        return str(Path(path).absolute()) if path else ""
+    except OSError as error:
+        raise SettingsError(
+            f"{path} cannot be found from the current directory ({error.strerror}): name it"
+            " by a path from the root directory"
+        ) from error
 
 
 class _Files:

@@ -3,7 +3,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -59,6 +59,8 @@ class Settings:
     log_level: str = "info"
     log_format: str = "text"
     once: bool = False
+    output: str | None = None
+    """Where ``once`` puts the page; None: on standard output."""
     features: bool = False
 
 
@@ -90,7 +92,69 @@ def parse(
         for setting in _SETTINGS
     }
     address, port = values.pop("listen")
-    return Settings(listen_address=address, listen_port=port, **values)
+    settings = Settings(listen_address=address, listen_port=port, **values)
+    _refuse_contradictions(settings)
+    return settings
+
+
+def _refuse_contradictions(settings: Settings) -> None:
+    actions = [name for name in ("once", "unpin", "features") if getattr(settings, name)]
+    if len(actions) > 1:
+        raise SettingsError(f"{' and '.join(actions)} exclude each other: choose one")
+    if settings.output and not settings.once:
+        raise SettingsError("output requires once: add --once, or leave out --output")
+
+
+def misleading(settings: Settings) -> Iterator[str]:
+    """What of the settings has no effect, or can only give 0; a sentence each."""
+    if settings.direction == "outbound" and settings.ports:
+        yield (
+            "port names local ports, and that of an outbound connection is one that the"
+            " kernel chooses: to count connections to a server's port, leave out --port"
+            " (--simple gives one number), or count inbound ones on the server"
+        )
+    if settings.listen_port in settings.ports and _serves_where_it_counts(settings):
+        yield (
+            f"port names {settings.listen_port}, which is the exporter's own and is not"
+            " counted: choose another one with --listen"
+        )
+    if settings.once and 0 < settings.duration_s < settings.interval_s and _polls(settings):
+        yield (
+            "interval is longer than duration, so the socket tables are read only once, and"
+            " connections that close meanwhile are counted: choose a shorter --interval"
+        )
+    for reason, names in _idle(settings):
+        if idle := [name for name in names if _is_chosen(name, settings)]:
+            yield f"{', '.join(idle)} has no effect with {reason}"
+
+
+def _serves_where_it_counts(settings: Settings) -> bool:
+    return settings.netns == "self" and not settings.once
+
+
+def _polls(settings: Settings) -> bool:
+    return settings.source in ("sock_diag", "procfs")
+
+
+def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
+    """Settings that are not used, and because of which other one."""
+    if settings.once:
+        yield "once", ("listen", "web-config")
+    if settings.simple:
+        yield "simple", ("max-series",)
+    if settings.source == "ebpf":
+        yield "source ebpf", ("interval",)
+    if _polls(settings):
+        of_ebpf = ("max-connections", "reconcile-interval", "reconcile-cpu", "pin")
+        yield f"source {settings.source}", of_ebpf
+    if settings.source == "procfs":
+        yield "source procfs, which does not tell sockets apart", ("state",)
+
+
+def _is_chosen(name: str, settings: Settings) -> bool:
+    """Whether a setting is not at its default."""
+    (setting,) = (each for each in _SETTINGS if each.name == name)
+    return setting.among(settings) != setting.among(Settings())
 
 
 @dataclass(frozen=True)
@@ -236,14 +300,36 @@ def _variables(environ: Mapping[str, str]) -> dict[str, str]:
         setting.variables[0]: _Told(environ[name], f"environment variable {name}")
         for setting in _SETTINGS
         for name in reversed(setting.variables)  # the first is entered last and stays
-        if name in environ
+        if name in environ and not _is_of_kubernetes(name, environ[name])
     }
+
+
+_OF_A_SERVICE = re.compile(
+    r"TCPEXPORTER(_[A-Z0-9_]+)?"
+    r"_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_PORT_OF_A_SERVICE = re.compile(r"TCPEXPORTER(_[A-Z0-9_]+)?_PORT=(tcp|udp|sctp)://.*")
+
+
+def _is_of_kubernetes(name: str, value: str) -> bool:
+    """Whether it is about a Service whose name is or begins with tcpexporter.
+
+    Kubernetes puts these variables into each pod of the namespace:
+    https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    """
+    return bool(
+        _OF_A_SERVICE.fullmatch(name) or _PORT_OF_A_SERVICE.fullmatch(f"{name}={value}")
+    )
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     known = {name for setting in _SETTINGS for name in setting.variables}
-    for name in environ:
-        if name.startswith(_PREFIX) and name not in known:
+    for name, value in environ.items():
+        if (
+            name.startswith(_PREFIX)
+            and name not in known
+            and not _is_of_kubernetes(name, value)
+        ):
             raise SettingsError(
                 f"environment variable {name}: there is no such setting; --help lists them"
             )
@@ -587,7 +673,19 @@ _GROUPS = {
             "how many series a metric has, one for each port and IP version; the smallest"
             " of more are added up as port other, but those that --port names",
         ),
-        _Setting("once", "false", _SWITCH, "print the metrics once and exit"),
+        _Setting(
+            "once",
+            "false",
+            _SWITCH,
+            "print the metrics once, after watching for --duration, and exit",
+        ),
+        _Setting(
+            "output",
+            "",
+            _PATH,
+            "with --once, write the metrics to this file, whole or not at all, as for"
+            " node_exporter's textfile collector",
+        ),
         _Setting(
             "features",
             "false",

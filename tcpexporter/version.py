@@ -2,6 +2,7 @@
 """Which tcpexporter this is."""
 
 import json
+import os
 import subprocess
 from importlib.metadata import distribution
 from pathlib import Path
@@ -22,9 +23,13 @@ def _revision() -> str:
     if not (tree / ".git").exists():
         return "unknown"
     # The tree may be another user's than root's, who runs this.
-    git = ["git", "-c", f"safe.directory={tree}", "-C", str(tree), "rev-parse", "HEAD"]
+    git = ["git", "-c", f"safe.directory={tree}", "rev-parse", "HEAD"]
+    # GIT_DIR, for one, may name another tree, and the current directory be deleted.
+    environment = {"PATH": os.environ.get("PATH", os.defpath)}
     try:
-        return subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
+        return subprocess.check_output(
+            git, stderr=subprocess.DEVNULL, text=True, cwd=tree, env=environment
+        ).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -159,7 +159,7 @@ def test_settings_come_from_flag_environment_and_file(tmp_path: Path) -> None:
     assert shown["tcpv6"] == "True"
     assert shown["max_connections"] == "1009"
     assert shown["conf"] == str(conf)
-    assert "at least 11 seconds" in page
+    assert "\ntcpexporter_duration_seconds 11.0\n" in page
     assert count(page, LONG_TERM, 443) == {"4": 0, "6": 0}
 
 

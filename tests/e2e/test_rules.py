@@ -11,12 +11,7 @@ import pytest
 
 from tcpexporter.__main__ import SOURCES
 from tcpexporter.background import Task
-from tcpexporter.collector import (
-    Choice,
-    ConfinementCollector,
-    ConnectionCollector,
-    make_registry,
-)
+from tcpexporter.collector import Choice, ConnectionCollector, make_serving_registry
 from tcpexporter.connections import LISTENER, Direction
 from tcpexporter.counting import named, select
 from tcpexporter.reloading import Reloads
@@ -97,8 +92,13 @@ def published() -> dict[str, dict[str, set[str]]]:
         selection = select((), tcpv6=True, directions=(*Direction,), own_listener=None)
         choice = Choice(selection, named((), 0, selection), 6)
         collector = ConnectionCollector(source, choice, max_series=101)
-        registry = make_registry(collector, Reloads(), lambda: TASKS)
-        registry.register(ConfinementCollector(dict.fromkeys(WALLS, True)))
+        registry = make_serving_registry(
+            collector,
+            Reloads(),
+            confined=dict.fromkeys(WALLS, True),
+            tasks=lambda: TASKS,
+            dropped=int,
+        )
         for sample in (each for family in registry.collect() for each in family.samples):
             values = metrics.setdefault(sample.name, {})
             for label, value in sample.labels.items():

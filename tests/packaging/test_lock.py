@@ -14,12 +14,16 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from deploy.sbom import ROOT, Locked, read_lock
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-LOCKS = sorted((ROOT / "deploy" / "lock").iterdir())
+LOWEST = ROOT / "deploy" / "lock" / "lowest.txt"
+
+FILES = sorted((ROOT / "deploy" / "lock").iterdir())
+LOCKS = [path for path in FILES if path != LOWEST]
 
 ASKED: Mapping[str, list[str]] = {
     "run": [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]],
@@ -48,7 +52,18 @@ def test_the_lock_satisfies_the_project(name: str) -> None:
         assert there[canonicalize_name(asked.name)].version in asked.specifier
 
 
-@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
+def test_the_lowest_versions_are_those_of_the_project() -> None:
+    """So `make lowest` tests the bounds, and each bound is a version that exists.
+
+    The kind of fault: a lower bound that nobody has tried.
+    """
+    there = {each.name: each for each in read_lock(LOWEST)}
+    for asked in map(Requirement, [*ASKED["run"], *ASKED["test"]]):
+        (bound,) = (each.version for each in asked.specifier if each.operator == ">=")
+        assert Version(there[canonicalize_name(asked.name)].version) == Version(bound)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_has_its_hash(path: Path) -> None:
     """One version of each package, and nothing that says where to get it."""
     entries = list(read_lock(path))

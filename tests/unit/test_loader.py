@@ -3,15 +3,18 @@
 
 import errno
 import os
+import re
 import resource
 import socket
+import sys
 from dataclasses import astuple, fields
+from pathlib import Path
 
 import pytest
 
 from tcpexporter import loader
 from tcpexporter.errors import LoadError
-from tcpexporter.loader import LOADED, MESSAGE_BYTES, Descriptors
+from tcpexporter.loader import LOADED, MESSAGE_BYTES, Descriptors, Request
 
 ALL = len(fields(Descriptors))
 
@@ -68,12 +71,20 @@ def test_what_is_wrong_is_told_of(
 
 
 @pytest.mark.parametrize(
-    ("number", "has_hint"), [(errno.EPERM, True), (errno.ENOMEM, False), (None, False)]
+    ("number", "said"),
+    [
+        (errno.EPERM, "BCC cannot .* 64 KiB are allowed: LimitMEMLOCK"),
+        (errno.ENOMEM, "^out of memory while compiling; needs about 68 MiB"),
+        (None, "^BCC cannot compile the BPF program \\(no\\), .* it said$"),
+    ],
 )
-def test_a_limit_of_locked_memory_is_named(
-    number: int | None, monkeypatch: pytest.MonkeyPatch, *, has_hint: bool
+def test_the_limit_that_keeps_the_largest_map_from_being_made_is_named(
+    number: int | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a map as large as the largest is refused so, as by kernels before 5.11."""
+    """BCC blames compilation; the errno of the same map says what it was.
+
+    Of locked memory before Linux 5.11, of a memory cgroup since.
+    """
 
     def create_map(_kind: int, _key: int, _value: int, *, entries: int) -> int:
         assert entries == 1009
@@ -83,6 +94,67 @@ def test_a_limit_of_locked_memory_is_named(
 
     monkeypatch.setattr(loader, "create_map", create_map)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
-    hint = loader._locked_memory_hint(1009)
-    assert ("64 KiB" in hint and "LimitMEMLOCK" in hint) == has_hint
-    assert bool(hint) == has_hint
+    assert re.search(said, loader._why_not_compiled(Exception("no"), 1009))
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("kill -9 $$", "died (SIGKILL)"),
+        ("kill -6 $$", "died (SIGABRT)"),
+        ("exit 3", "code 3"),
+    ],
+)
+def test_how_a_silent_loader_ended_is_reported(
+    ending: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child process that ends without a message: its signal or exit code."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{ending}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(LoadError, match=re.escape(said)):
+        loader.load(Request(1009, 0, (0, 0)))
+
+
+def test_a_loader_killed_for_memory_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL while the kernel's counter of such kills grows, with the memory it needs."""
+    vmstat, python = tmp_path / "vmstat", tmp_path / "python"
+    vmstat.write_text("pgfault 7\noom_kill 2\n")
+    python.write_text(f"#!/bin/sh\necho oom_kill 3 >{vmstat}\nkill -9 $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(loader, "VMSTAT", vmstat)
+    with pytest.raises(
+        LoadError, match="out of memory while compiling; needs about 89 MiB"
+    ):
+        loader.load(Request(262144, 0, (0, 0)))
+
+
+def test_a_loader_that_cannot_be_started_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a sentence, and without a descriptor that stays open."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
+    before = open_descriptors()
+    with pytest.raises(LoadError, match=r"cannot start the process .* No such file"):
+        loader.load(Request(1009, 0, (0, 0)))
+    assert open_descriptors() == before
+
+
+def test_too_few_descriptors_are_reported() -> None:
+    """The kernel drops those of a message that the process may not open."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ours, theirs:
+        socket.send_fds(theirs, [LOADED], [theirs.fileno()] * ALL)
+        before = open_descriptors()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(LoadError, match="LimitNOFILE"):
+                loader._receive(ours)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert open_descriptors() == before

@@ -17,7 +17,6 @@ from tcpexporter import __main__ as main
 from tcpexporter.collector import make_registry
 from tcpexporter.connections import CONNECTION, IPV4_PREFIX, Direction, Records, groups
 from tcpexporter.errors import LoadError, SocketTableError, SourceError
-from tcpexporter.reloading import Reloads
 from tcpexporter.settings import Settings
 from tcpexporter.sources import MemorySource, Source
 
@@ -197,8 +196,8 @@ def test_once_prints_what_was_chosen(
         [connections(443, 3, Direction.INBOUND), connections(40001, 5, Direction.OUTBOUND)]
     )
     choice = main._chooser(settings, source)(settings)
-    registry = make_registry(main._make_collector(source, settings, choice), Reloads())
-    main._print_once(registry, duration_s=0)
+    registry = make_registry(main._make_collector(source, settings, choice))
+    main._print(main._page_after(0, registry, None))
     out, err = capfd.readouterr()
     assert err == ""
     assert {

@@ -12,7 +12,7 @@ from hypothesis import settings as run_with
 from hypothesis import strategies as st
 
 from tcpexporter.errors import SettingsError, quoted
-from tcpexporter.settings import Settings, parse, reread
+from tcpexporter.settings import Settings, misleading, parse, reread
 
 SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("simple", "true", {"simple": True}),
@@ -161,8 +161,9 @@ def test_settings_are_frozen() -> None:
 
 
 def test_samples_cover_every_field() -> None:
-    """The tests below leave out no setting, conf having tests of its own."""
-    covered = {field for _, _, expected in SAMPLES for field in expected} | {"conf"}
+    """The tests below leave out no setting but conf and output, which have their own."""
+    covered = {field for _, _, expected in SAMPLES for field in expected}
+    covered |= {"conf", "output"}
     assert covered == {field.name for field in fields(Settings)}
 
 
@@ -615,6 +616,61 @@ def test_unknown_variable(variable: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TCPEXPORTER_SERVICE_HOST", "10.0.0.7"),
+        ("TCPEXPORTER_SERVICE_PORT", "9690"),
+        ("TCPEXPORTER_SERVICE_PORT_HTTP_METRICS", "9690"),
+        ("TCPEXPORTER_PORT", "tcp://10.0.0.7:9690"),
+        ("TCPEXPORTER_PORT", "udp://[fd00::7]:9690"),
+        ("TCPEXPORTER_PORT_9690_TCP", "tcp://10.0.0.7:9690"),
+        ("TCPEXPORTER_PORT_9690_TCP_PROTO", "tcp"),
+        ("TCPEXPORTER_PORT_9690_TCP_PORT", "9690"),
+        ("TCPEXPORTER_PORT_9690_TCP_ADDR", "10.0.0.7"),
+        ("TCPEXPORTER_WEB_SERVICE_HOST", "10.0.0.11"),
+        ("TCPEXPORTER_WEB_PORT", "tcp://10.0.0.11:80"),
+        ("TCPEXPORTER_WEB_PORT_80_TCP_ADDR", "10.0.0.11"),
+    ],
+)
+def test_variables_of_a_kubernetes_service_are_ignored(name: str, value: str) -> None:
+    """Of one named tcpexporter, or tcpexporter-web: they would end every pod beside it.
+
+    The kind of fault: somebody else's variables have our prefix.
+    """
+    assert parse([], {name: value, "PORT": "443"}) == Settings(ports=(443,))
+    assert parse([], {name: value, "TCPEXPORTER_DURATION": "7"}).duration_s == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TCPEXPORTER_SERVICE", "x"),
+        ("TCPEXPORTER_SERVICE_HOSTS", "10.0.0.7"),
+        ("TCPEXPORTER_SERVICE_PORTS", "9690"),
+        ("TCPEXPORTER_SERVICEHOST", "10.0.0.7"),
+        ("TCPEXPORTER_PORTS", "tcp://10.0.0.7:9690"),
+        ("TCPEXPORTER_PORT_9690", "tcp://10.0.0.7:9690"),
+        ("TCPEXPORTER_PORT_9690_TCP_HOST", "10.0.0.7"),
+        ("TCPEXPORTER_PORT_TCP", "443"),
+        ("TCPEXPORTER_WEB_PORT", "443"),
+    ],
+)
+def test_variables_like_those_of_a_kubernetes_service_are_refused(
+    name: str, value: str
+) -> None:
+    """They may be a misspelt setting."""
+    assert "there is no such setting" in refusal([], {name: value})
+
+
+def test_a_port_that_is_none_is_refused_as_ever() -> None:
+    """Only the value that Kubernetes gives is ignored."""
+    for value in ("tcp", "http://10.0.0.7:9690", "443/tcp"):
+        assert refusal([], {"TCPEXPORTER_PORT": value}).startswith(
+            "environment variable TCPEXPORTER_PORT: port takes "
+        )
+
+
 def test_unknown_variable_without_prefix() -> None:
     """Other programs' variables are theirs."""
     environ = {"TCPEXPORTER": "x", "PROT": "443", "tcpexporter_port": "1", "HELP": "1"}
@@ -705,7 +761,7 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         parse(["--help"], {})
     assert exited.value.code == 0
     text = capsys.readouterr().out
-    names = {name for name, _, _ in SAMPLES} | {"conf"}
+    names = {name for name, _, _ in SAMPLES} | {"conf", "output"}
     for name in names | {"help", "version"}:
         assert f"--{name}" in text
     assert text.count("; takes ") == text.count(" (default: ") == len(names)
@@ -776,6 +832,90 @@ def test_any_environment(environ: dict[str, str]) -> None:
     """Any environment parses or is refused."""
     with contextlib.suppress(SettingsError):
         assert isinstance(parse([], environ), Settings)
+
+
+# What excludes each other, and what has no effect.
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--output=x.prom"], "output requires once: add --once, or leave out --output"),
+        (["--output=x", "--features"], "output requires once"),
+        (["--once", "--features"], "once and features exclude each other: choose one"),
+        (["--once", "--unpin"], "once and unpin exclude each other"),
+        (["--unpin", "--features"], "unpin and features exclude each other"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(argv: list[str], said: str) -> None:
+    """One of them would be ignored without a word."""
+    assert refusal(argv).startswith(said)
+
+
+def test_output_goes_with_once(write_file: WriteFile) -> None:
+    """As a flag, a variable or a line; an empty one is none."""
+    expected = Settings(once=True, output="/x/y.prom")
+    assert parse(["--once", "--output", "/x/y.prom"], {}) == expected
+    assert parse(["--once"], {"TCPEXPORTER_OUTPUT": "/x/y.prom"}) == expected
+    conf = write_file("once\noutput /x/y.prom\n")
+    assert parse([f"--conf={conf}"], {}) == replace(expected, conf=conf)
+    assert parse(["--output="], {}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--direction outbound --port 15432", "port names local ports, "),
+        ("--port 443,9690", "port names 9690, which is the exporter's own "),
+        ("--port 7 --listen [::1]:7", "port names 7, which is the exporter's own "),
+        (
+            "--once --source procfs --duration 3 --interval 5",
+            "interval is longer than duration, ",
+        ),
+        ("--once --listen 7 --web-config x", "listen, web-config has no effect with once"),
+        ("--simple --max-series 7", "max-series has no effect with simple"),
+        ("--source ebpf --interval 7", "interval has no effect with source ebpf"),
+        (
+            "--source sock_diag --reconcile-interval 7 --reconcile-cpu 7",
+            "reconcile-interval, reconcile-cpu has no effect with source sock_diag",
+        ),
+        (
+            "--source sock_diag --max-connections 7 --pin x",
+            "max-connections, pin has no effect with source sock_diag",
+        ),
+        ("--source procfs --pin x", "pin has no effect with source procfs"),
+        (
+            "--source procfs --state x",
+            "state has no effect with source procfs, which does not tell sockets apart",
+        ),
+    ],
+)
+def test_a_misleading_combination_is_reported(argv: str, said: str) -> None:
+    """The kind of fault: a number that is 0 for ever, or a setting without any effect."""
+    (sentence,) = misleading(parse(argv.split(), {}))
+    assert sentence.startswith(said)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "",
+        "--direction all --port 443",
+        "--direction outbound",
+        "--once --port 9690",
+        "--netns blue --port 9690",
+        "--once --source procfs --duration 0 --interval 5",
+        "--source procfs --duration 3 --interval 5",
+        "--once --duration 30",
+        "--pin x --state x --max-connections 7 --interval 7",
+        "--source sock_diag --state x",
+        "--source sock_diag --max-connections 262144",
+        "--simple --port 443",
+    ],
+)
+def test_what_means_something_is_not_reported(argv: str) -> None:
+    """With auto, too, any setting of a source may be used."""
+    assert list(misleading(parse(argv.split(), {}))) == []
 
 
 # Read again

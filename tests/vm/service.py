@@ -194,7 +194,7 @@ def test_settings_are_read_again() -> None:
     CONF.write_text("duration 7\nport 9090\n")
     with with_settings(f"TCPEXPORTER_CONF={CONF}"):
         before = state("tcpexporter", "MainPID")
-        assert "at least 7 seconds" in (get("/metrics") or "")
+        assert "tcpexporter_duration_seconds 7.0" in (get("/metrics") or "")
         assert state("tcpexporter", "StatusText").startswith("counting connections by ebpf")
         CONF.write_text("duration 11\nport 9090\n")
         subprocess.run(["systemctl", "reload", "tcpexporter"], check=True)
