@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from tcpexporter.negotiation import choose
+
 _END = b"# EOF\n"
 
 
@@ -24,17 +26,14 @@ class Format(NamedTuple):
 
 TEXT = Format(*choose_encoder(""))
 OPENMETRICS = Format(*choose_encoder("application/openmetrics-text"), _END)
-"""All versions and escapings of each are the same for us, whose names need no escaping."""
+"""Of each format, the one version that we have."""
+
+_FORMATS = (TEXT, OPENMETRICS)
 
 
 def negotiate(accept: str) -> Format:
-    """The format for who sends this Accept header."""
-    try:
-        _, content_type = choose_encoder(accept)
-    except TypeError:
-        # It compares the parts of any version as if they were numbers.
-        return TEXT
-    return OPENMETRICS if "openmetrics" in content_type else TEXT
+    """The format that a client prefers by its Accept header; by default the text format."""
+    return _FORMATS[choose(accept, [each.content_type for each in _FORMATS])]
 
 
 class _Part(Collector):

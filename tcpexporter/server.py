@@ -12,6 +12,7 @@ import math
 import signal
 import socket
 import struct
+import sys
 from collections.abc import (
     Awaitable,
     Callable,
@@ -30,13 +31,14 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qs
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import gzip_accepted
 
 from tcpexporter import memory
 from tcpexporter.errors import ServerError, SourceError, enough_memory, reason
 from tcpexporter.exposition import Collections, Page, negotiate
 from tcpexporter.lean import part_of
+from tcpexporter.negotiation import prefers_gzip
 from tcpexporter.places import Places, neighbourhood
+from tcpexporter.targets import clean, is_host, location, path_of
 
 with part_of("uvicorn") as uvicorn:  # with its command line it takes 2 MiB more
     from uvicorn.config import Config
@@ -155,7 +157,8 @@ def listen(address: str | None, port: int) -> list[socket.socket]:
     """Listen at an address or a host name; what the host does not have of it is left out.
 
     Args:
-        address: None is every address of the host, IPv4 and IPv6.
+        address: None is every address of the host, IPv4 and IPv6; so is ``::``, as for
+            exporters that are written in Go. ``0.0.0.0`` is IPv4 alone.
         port: 0 takes a free one, the same at all addresses.
 
     Returns:
@@ -166,8 +169,11 @@ def listen(address: str | None, port: int) -> list[socket.socket]:
     """
     sockets: list[socket.socket] = []
     absent: OSError | None = None
+    # A socket for each family, not one for both: its IPv4 clients would all have addresses
+    # of one IPv6 network, ::ffff:0:0/96, and share the slots of one (`places`).
+    where = None if address == "::" else address
     try:
-        for family, (host, _, *scope) in _resolve(address, port):
+        for family, (host, _, *scope) in _resolve(where, port):
             try:
                 sockets.append(_bind(family, (host, port, *scope)))
             except OSError as error:
@@ -236,6 +242,8 @@ class _Response:
 def _text(status: int, sentence: str, **headers: str) -> _Response:
     return _Response(status, f"{sentence}\n".encode(), headers=headers)
 
+
+_ALLOW = {"allow": "GET, HEAD"}
 
 _REFUSALS = {
     HTTPStatus.UNAUTHORIZED: _text(
@@ -307,7 +315,9 @@ class App:
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Answer one request."""
-        response = await self._refusal(scope) or await self._respond(scope)
+        response = (
+            _objection(scope) or await self._refusal(scope) or await self._respond(scope)
+        )
         headers = {
             "date": formatdate(usegmt=True),
             "content-type": response.content_type,
@@ -351,12 +361,20 @@ class App:
         return _REFUSALS.get(await self.web.admit(authorization, neighbourhood(host)))
 
     async def _respond(self, scope: Scope) -> _Response:
-        page = self._pages.get(scope["path"])
-        if page is None:
-            return _text(404, "not found: the metrics are at /metrics")
+        target = scope["raw_path"].decode("ascii")
+        if (scope["method"], target) == ("OPTIONS", "*"):  # of the server as a whole
+            return _Response(200, b"", headers=_ALLOW)
         if scope["method"] not in ("GET", "HEAD"):
-            return _text(405, "only GET and HEAD are allowed", allow="GET, HEAD")
-        return await page(scope)
+            return _text(405, "only GET and HEAD are allowed", **_ALLOW)
+        path = path_of(target)
+        if path is None:
+            return _text(400, "the request target is neither a path nor a URL")
+        if path != (cleaned := clean(path)):
+            where = location(cleaned, scope["query_string"].decode("ascii"))
+            return _text(301, f"moved permanently: {where}", location=where)
+        if page := self._pages.get(path):
+            return await page(scope)
+        return _text(404, "not found: the metrics are at /metrics")
 
     async def _landing(self, _scope: Scope) -> _Response:
         return _Response(
@@ -394,14 +412,28 @@ class App:
             log.info("metrics can be had again")
 
 
+def _objection(scope: Scope) -> _Response | None:
+    """The response to a request that is invalid whatever its target; None: it is valid."""
+    if not scope["http_version"].startswith("1."):
+        return _text(505, "only HTTP/1.0 and HTTP/1.1 are supported", connection="close")
+    if not is_host(_header(scope, b"host")):
+        return _text(400, "the Host header is invalid")
+    if _header(scope, b"expect").lower() not in ("", "100-continue"):
+        return _text(417, "only 100-continue may be expected")
+    return None
+
+
 def _exposition(page: Page, scope: Scope) -> _Response:
     form = negotiate(_header(scope, b"accept"))
     query = parse_qs(scope["query_string"].decode("latin-1"))
     if names := query.get("name[]"):
-        return _Response(200, page.body(form, names), form.content_type)
-    if not gzip_accepted(_header(scope, b"accept-encoding")):
-        return _Response(200, page.body(form), form.content_type)
-    packing = {"content-encoding": "gzip"}
+        # Not compressed, or every choice of names would have to be compressed anew.
+        vary = {"vary": "Accept"}
+        return _Response(200, page.body(form, names), form.content_type, vary)
+    vary = {"vary": "Accept, Accept-Encoding"}
+    if not prefers_gzip(_header(scope, b"accept-encoding")):
+        return _Response(200, page.body(form), form.content_type, vary)
+    packing = {"content-encoding": "gzip", **vary}
     return _Response(200, page.packed(form), form.content_type, packing)
 
 
@@ -477,6 +509,8 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
     """
 
     _where = ""
+    _has_ended = False
+    """Whether the client sends no more."""
     _deadline: asyncio.TimerHandle
     _buffer: bytearray
 
@@ -526,6 +560,20 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
             self._begin()
         self.data_received(bytes(self._buffer[:nbytes]))
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Record that the client sends no more; whether the connection stays open.
+
+        The client may have closed its direction or the whole connection: the kernel does
+        not tell which. So it gets the responses to its requests within their deadline, but
+        until then its slot is free for clients that need one (`is_answered`).
+        """
+        self._has_ended = True
+        if self._is_asking():
+            return True
+        if self.conn.trailing_data[0]:
+            self.send_400_response("the request has no end")
+        return False
+
     def on_response_complete(self) -> None:
         """Become idle, or go on to a request that was sent without waiting."""
         if self.flow.write_paused:
@@ -535,6 +583,8 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
         super().on_response_complete()
         if not self._idle():
             self._begin()
+        elif self._has_ended:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """Note that not all that was written is taken; there may be too much of that."""
@@ -553,11 +603,21 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
             self.on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP; in the middle of a response there is no way to."""
-        if self.cycle is None or self.cycle.response_complete:
-            super().send_400_response(msg)
-        else:
+        """Refuse what is not HTTP; in the middle of a response there is no way to.
+
+        uvicorn calls this while it handles h11's error, which knows a better status for a
+        head that is too long (431) and for an unknown transfer coding (501).
+        """
+        if self._is_asking():
             self.drop()
+            return
+        status = HTTPStatus(getattr(sys.exception(), "error_status_hint", 400))
+        self.transport.write(
+            f"HTTP/1.1 {status} {status.phrase}\r\n"
+            "content-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
+            f"content-length: {len(msg)}\r\n\r\n{msg}".encode()
+        )
+        self.transport.close()
 
     @property
     def is_slow(self) -> bool:
@@ -566,10 +626,8 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
 
     @property
     def is_answered(self) -> bool:
-        """Whether a response is being made for it."""
-        if self.cycle is None or self.cycle.response_complete:
-            return False
-        return not self.is_slow
+        """Whether a response is being made for a client that has not closed its side."""
+        return self._is_asking() and not self.is_slow and not self._has_ended
 
     def drop(self) -> None:
         """Close the connection at once, whatever is still to be sent."""
@@ -597,6 +655,9 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
 
     def _all(self) -> "set[_Connection]":
         return cast("set[_Connection]", self.connections)
+
+    def _is_asking(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _idle(self) -> bool:
         return self.timeout_keep_alive_task is not None and not self.transport.is_closing()

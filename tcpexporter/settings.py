@@ -413,7 +413,8 @@ def _ports(text: str) -> tuple[int, ...]:
 
 def _host(text: str) -> str:
     if bracketed := re.fullmatch(r"\[(.*)\]", text):
-        return str(IPv6Address(bracketed[1]))
+        address = IPv6Address(bracketed[1])
+        return str(address.ipv4_mapped or address)
     if re.fullmatch("[0-9.]+", text):
         return str(IPv4Address(text))
     if not re.fullmatch("[A-Za-z0-9._-]+", text):

@@ -159,6 +159,7 @@ class Http(Protocol):
     def connection_lost(self, exc: Exception | None) -> None: ...
     def get_buffer(self, sizehint: int) -> bytearray: ...
     def buffer_updated(self, nbytes: int) -> None: ...
+    def eof_received(self) -> bool: ...
     def pause_writing(self) -> None: ...
     def resume_writing(self) -> None: ...
 
@@ -202,6 +203,9 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
         self._incoming.write(memoryview(self._buffer)[:nbytes])
         self._go_on()
 
+    def eof_received(self) -> bool:
+        return self._secure and self._http.eof_received()
+
     def pause_writing(self) -> None:
         if self._secure:
             self._http.pause_writing()
@@ -242,8 +246,9 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
             buffer = self._http.get_buffer(-1)
             # Typeshed does not know that it gives a number here.
             count = cast("int", self._tls.read(len(buffer), buffer))
-            if not count:
-                self.close()
+            if not count:  # close_notify, which ends one direction only: RFC 8446, 6.1
+                if not self._http.eof_received():
+                    self.close()
                 return
             self._http.buffer_updated(count)
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.support import COMMAND, Command, Prometheus
 from tests.pki import CLIENT, MTLS, TLS, client_context, users, write_pair, write_web
-from tests.support import DEADLINE_S, ESTABLISHED, Peers, eventually
+from tests.support import DEADLINE_S, ESTABLISHED, Peers, eventually, inside, new_netns
 
 NOBODY = 65534
 
@@ -106,6 +106,33 @@ def test_prometheus_scrapes_with_a_certificate_and_a_password(tmp_path: Path) ->
 
 def shown_certificate(exporter: Guarded) -> str:
     return ssl.get_server_certificate(("127.0.0.1", exporter.port))
+
+
+def read_all(sock: socket.socket) -> str:
+    return b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+
+
+def test_every_address_of_both_families_and_its_own_port() -> None:
+    """``--listen [::]:port`` is both families, and the port is counted for neither.
+
+    A fault of this kind refuses scrapes by IPv4, or counts those who scrape.
+    """
+    arguments = ("--duration", "0", "--direction", "all", "--source", "sock_diag")
+    with new_netns() as name, inside(name), Command(*arguments, address="[::]") as exporter:
+        for address in ("127.0.0.1", "::1"):
+            with (
+                socket.create_connection((address, exporter.port)) as kept,
+                socket.create_connection((address, exporter.port)) as asking,
+                Peers(address) as peers,
+            ):
+                peers.connect(3)
+                asking.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+                asking.shutdown(socket.SHUT_WR)
+                page = read_all(asking)
+                assert page.startswith("HTTP/1.1 200 ")
+                assert f'port="{peers.port}"' in page
+                assert f'port="{exporter.port}"' not in page
+                assert kept.getpeername()[1] == exporter.port
 
 
 def test_the_reader_has_what_it_takes_to_read(tmp_path: Path) -> None:

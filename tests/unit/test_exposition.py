@@ -17,7 +17,6 @@ from tcpexporter.exposition import (
     Collections,
     Format,
     Page,
-    negotiate,
 )
 
 
@@ -165,22 +164,3 @@ def test_names(names: list[str], lines: list[str]) -> None:
         shown = page.body(form, names).decode().splitlines(keepends=True)
         assert [line[:-1] for line in shown if not line.startswith("#")] == lines
         assert ("# EOF\n" in shown[-1:]) == (form is OPENMETRICS)
-
-
-@pytest.mark.parametrize(
-    ("accept", "form"),
-    [
-        ("", TEXT),
-        ("*/*", TEXT),
-        ("text/plain;version=0.0.4", TEXT),
-        ("text/plain;version=1.0.0;escaping=allow-utf-8", TEXT),
-        ("application/openmetrics-text", OPENMETRICS),
-        ("application/openmetrics-text;version=1.0.0;escaping=allow-utf-8", OPENMETRICS),
-        ("application/openmetrics-text;version=1.2.3,text/plain", OPENMETRICS),
-        ("application/openmetrics-text;version=0.0.1", TEXT),
-        ("application/openmetrics-text;version=x", TEXT),
-    ],
-)
-def test_formats(accept: str, form: Format) -> None:
-    """There are two, whatever versions somebody makes up."""
-    assert negotiate(accept) is form

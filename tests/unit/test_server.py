@@ -224,8 +224,38 @@ def test_gzip(start: Start) -> None:
 def test_names(start: Start) -> None:
     """name[] chooses metrics, also of a collector that has not said what it collects."""
     port = start(make_app(Flaky()))
-    assert b"connections 7" in ask(port, "/metrics?name[]=connections").body
+    for query in (
+        "name[]=connections",
+        "name%5B%5D=%63onnections",
+        "name[]=x&name[]=connections",
+    ):
+        assert b"connections 7" in ask(port, f"/metrics?{query}").body
     assert ask(port, "/metrics?name[]=others", accept_encoding="gzip").body == b""
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_vary(start: Start, method: str) -> None:
+    """A cache is told which headers of a request chose the response."""
+    port = start(make_app(Flaky()))
+    for encoding in ("", "gzip"):
+        answer = ask(port, "/metrics", method, accept_encoding=encoding)
+        assert answer.headers["vary"] == "Accept, Accept-Encoding"
+    assert ask(port, "/metrics?name[]=x", method).headers["vary"] == "Accept"
+    assert "vary" not in ask(port, "/", method).headers
+
+
+def test_accept_in_several_lines(start: Start) -> None:
+    """Header lines of one name are one list, however the name is spelt."""
+    with dial(start(make_app(Flaky()))) as sock:
+        sock.sendall(
+            b"GET /metrics HTTP/1.1\r\nHost: x\r\nACCEPT: text/plain;q=0.5\r\n"
+            b"accept: application/openmetrics-text\r\nAccept-Encoding: gzip\r\n"
+            b"accept-encoding: gzip;q=0.1, identity;q=0.2, *;q=0\r\n\r\n"
+        )
+        sock.shutdown(socket.SHUT_WR)
+        answer = read_all(sock)
+    assert b"\r\ncontent-type: application/openmetrics-text; version=1.0.0;" in answer
+    assert b"\r\ncontent-encoding: gzip\r\n" in answer
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/-/healthy", "/-/ready", "/nowhere"])
@@ -247,11 +277,116 @@ def test_head(start: Start, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/nowhere", "/metrics/", "//metrics", "/favicon.ico", "/-"]
+    "path",
+    [
+        *("/nowhere", "/metrics/", "/metrics%2F", "/METRICS", "/favicon.ico", "/-"),
+        *("/metrics;x", "/metrics%3Fx", "/metrics%00", "/metrics%23"),
+    ],
 )
 def test_no_such_page(start: Start, path: str) -> None:
     """No path but ours has anything."""
     assert ask(start(make_app()), path).status == 404
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "where"),
+    [
+        ("/metrics?", 200, None),
+        ("/metrics?a=//b/../c", 200, None),
+        ("/%6Detrics", 200, None),
+        ("http://host:9690/metrics", 200, None),
+        ("HTTP://alice@[::1]:9690/metrics?a=b", 200, None),
+        ("//metrics", 301, "/metrics"),
+        ("///host/metrics?a=%2F&b", 301, "/host/metrics?a=%2F&b"),
+        ("/./metrics", 301, "/metrics"),
+        ("/a/%2e%2e/metrics", 301, "/metrics"),
+        ("/a%2F..%2Fmetrics", 301, "/metrics"),
+        ("/../metrics//", 301, "/metrics/"),
+        ("/metrics/..", 301, "/"),
+        ("//%0D%0AX:y%5c%C3%A9%3F", 301, "/%0D%0AX:y%5C%C3%A9%3F"),
+        ("http://host:9690", 301, "/"),
+        ("http://host?a=b", 301, "/?a=b"),
+        ("http://host//metrics", 301, "/metrics"),
+        ("*", 400, None),
+        ("host:9690", 400, None),
+        ("metrics", 400, None),
+        ("?a", 400, None),
+        ("/metrics%zz", 400, None),
+        ("http://host:port/metrics", 400, None),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_targets(
+    start: Start, method: str, target: str, status: int, where: str | None
+) -> None:
+    """Each gets what node_exporter 1.5 answers to it, but 400 instead of a redirect for
+    the name of a host alone. A fault of this kind fails scrapes through a proxy.
+    """
+    port = start(make_app(Flaky()))
+    with dial(port) as sock:
+        sock.sendall(f"{method} {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        sock.shutdown(socket.SHUT_WR)
+        head, _, body = read_all(sock).partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+    assert re.findall(rb"\r\nlocation: (.*)", head) == ([where.encode()] if where else [])
+    if method == "GET":
+        assert (b"\nconnections 7.0\n" in body) == (status == 200)
+    else:
+        assert body == b""
+
+
+def test_options_of_the_server(start: Start) -> None:
+    """RFC 9110, section 9.3.7: ``OPTIONS *`` is a ping, and says what is allowed."""
+    answer = ask(start(make_app()), "*", "OPTIONS")
+    assert (answer.status, answer.body) == (200, b"")
+    assert answer.headers["allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize("target", ["x:80", "/", "*"])
+def test_connect(start: Start, target: str) -> None:
+    """It is no proxy."""
+    with dial(start(make_app())) as sock:
+        sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock).startswith(b"HTTP/1.1 405 ")
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("HTTP/1.0\r\n", 200),
+        ("HTTP/1.0\r\nConnection: keep-alive\r\n", 200),
+        ("HTTP/1.1\r\nhOsT:\r\n", 200),
+        ("HTTP/1.1\r\nHost: [::1]:9690\r\n", 200),
+        ("HTTP/1.1\r\nHost: x\r\nExpect: 100-Continue\r\n", 200),
+        ("HTTP/1.1\r\nHost: x\r\nRange: bytes=0-9\r\n", 200),
+        ("HTTP/1.1\r\nHost: x\r\nIf-None-Match: *\r\n", 200),
+        (
+            "HTTP/1.1\r\nHost: x\r\nIf-Modified-Since: Fri, 01 Jan 2100 00:00:00 GMT\r\n",
+            200,
+        ),
+        ("HTTP/1.2\r\nHost: x\r\n", 200),
+        ("HTTP/1.1\r\n", 400),
+        ("HTTP/1.1\r\nHost: x\r\nHost: x\r\n", 400),
+        ("HTTP/1.1\r\nHost: a b\r\n", 400),
+        ("HTTP/1.1\r\nHost: a/b\r\n", 400),
+        ("HTTP/1.0\r\nHost: a/b\r\n", 400),
+        ("HTTP/1.1\r\nHost: x\r\nX : y\r\n", 400),
+        ("HTTP/1.1\r\nHost: x\r\nExpect: x\r\n", 417),
+        (f"HTTP/1.1\r\nHost: x\r\nX: {'x' * 25_000}\r\n", 431),
+        ("HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n", 501),
+        ("HTTP/2.0\r\nHost: x\r\n", 505),
+        ("HTTP/0.9\r\n", 505),
+    ],
+)
+def test_heads(start: Start, head: str, status: int) -> None:
+    """Each gets the status that node_exporter 1.5 answers, but for the longest one: it
+    allows 1 MiB.
+    """
+    with dial(start(make_app(Flaky()))) as sock:
+        sock.sendall(f"GET /metrics {head}\r\n".encode())
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock).startswith(f"HTTP/1.1 {status} ".encode())
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])
@@ -419,6 +554,34 @@ def test_one_address(start: Start, address: str, other: str) -> None:
         ask(port, "/-/healthy", host=other)
 
 
+@needs_ipv6
+def test_every_address_as_ipv6_has_it(start: Start) -> None:
+    """``[::]`` is both families, as in exporters that are written in Go, and a client of
+    IPv4 has an IPv4 address: an IPv6 one would make all of them one source network.
+    """
+    app = make_app()
+    seen: list[str] = []
+
+    async def show(scope: server.Scope) -> server._Response:
+        seen.append(scope["client"][0])
+        return server._text(200, "seen")
+
+    app._pages = {**app._pages, "/show": show}
+    port = start(app, "::")
+    for host in (LOOPBACK, "::1"):
+        assert ask(port, "/show", host=host).status == 200
+    assert seen == [LOOPBACK, "::1"]
+
+
+@needs_ipv6
+def test_every_address_of_ipv4(start: Start) -> None:
+    """``0.0.0.0`` is IPv4 alone."""
+    port = start(make_app(), "0.0.0.0")
+    assert ask(port, "/-/healthy").status == 200
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, "/-/healthy", host="::1")
+
+
 def test_host_name(start: Start) -> None:
     """A name does as well as an address."""
     assert ask(start(make_app(), "localhost"), "/-/healthy").status == 200
@@ -507,10 +670,13 @@ def ipv6_error(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
-def test_host_without_ipv6(ipv6_error: Callable[[int], None], number: int) -> None:
-    """A host without IPv6 is served by IPv4 alone, unless IPv6 was asked for."""
+@pytest.mark.parametrize("address", [None, "::"])
+def test_host_without_ipv6(
+    ipv6_error: Callable[[int], None], number: int, address: str | None
+) -> None:
+    """A host without IPv6 is served by IPv4 alone, unless an IPv6 address was asked for."""
     ipv6_error(number)
-    (sock,) = server.listen(None, 0)
+    (sock,) = server.listen(address, 0)
     sock.close()
     assert sock.family == socket.AF_INET
     with pytest.raises(ServerError, match=r"^::1 "):
@@ -808,6 +974,116 @@ def test_expect_continue(start: Start) -> None:
         assert read_all(sock).startswith(b"HTTP/1.1 200 ")
 
 
+FIN_CASES = [
+    (b"GET /metrics HTTP/1.0\r\n\r\n", [200]),
+    (b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", [200]),
+    (b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 3, [200] * 3),
+    (b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 307, [200] * 307),
+    (HEALTHY + b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", [200, 200]),
+    (HEALTHY + b"GET /metr", [200, 400]),
+    (b"GET /metrics HTTP/1.1\r\nHost:", [400]),
+    (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc", [405]),
+    (b"GET /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc", [200]),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [505]),  # HTTP/2 preface
+    (b"", []),
+]
+
+
+def statuses(received: bytes) -> list[int]:
+    return [int(each) for each in re.findall(rb"^HTTP/1.1 (\d+) ", received, re.MULTILINE)]
+
+
+@pytest.mark.parametrize(("sent", "expected"), FIN_CASES)
+def test_request_and_fin(start: Start, sent: bytes, expected: list[int]) -> None:
+    """What came before a client closed its direction is answered, as by node_exporter.
+
+    A fault of this kind leaves ``printf ... | nc`` without a response.
+    """
+    with dial(start(make_app(Flaky()))) as sock:
+        sock.sendall(sent)
+        sock.shutdown(socket.SHUT_WR)
+        received = read_all(sock)
+    assert statuses(received) == expected
+
+
+class Waiting:
+    """An app with a page that takes as long as it is told to."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Semaphore(0)
+        self.go_on = threading.Event()
+        self.app = make_app()
+        self.app._pages = {**self.app._pages, "/wait": self._wait}
+
+    async def _wait(self, _scope: server.Scope) -> server._Response:
+        self.asked.release()
+        while not self.go_on.is_set():
+            await asyncio.sleep(0.01)
+        return server._text(200, "at last")
+
+
+WAIT = HEALTHY.replace(b"/-/healthy", b"/wait")
+
+
+def test_fin_long_before_the_response(start: Start) -> None:
+    """The response still comes, and then the end of the connection."""
+    waiting = Waiting()
+    port = start(waiting.app)
+    with dial(port) as sock:
+        sock.sendall(WAIT)
+        assert waiting.asked.acquire(timeout=PATIENCE_S)
+        sock.shutdown(socket.SHUT_WR)
+        ask(port, "/")  # the server has seen the FIN when it has answered this
+        waiting.go_on.set()
+        assert read_all(sock).endswith(b"at last\n")
+
+
+def test_fin_with_a_response_that_is_not_taken(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that has closed its direction and reads nothing is dropped in time."""
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.5)
+    with dial(start(make_app(settings={"setting": "x" * 20_000_000}))) as sock:
+        sock.sendall(LANDING)
+        sock.shutdown(socket.SHUT_WR)
+        assert until_refused(sock)
+
+
+def test_fin_with_a_response_that_does_not_come(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline of a request is for those that have closed their direction, too."""
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.3)
+    waiting = Waiting()
+    with dial(start(waiting.app)) as sock:
+        sock.sendall(WAIT)
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock) == b""
+    waiting.go_on.set()
+
+
+def test_half_closed_connections_lose_their_slots_first(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that has sent FIN may be gone: it keeps no slot that another client needs.
+
+    A fault of this kind lets clients that ask and leave take all slots for ten seconds.
+    """
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    waiting = Waiting()
+    port = start(waiting.app)
+    with contextlib.ExitStack() as opened:
+        waits = opened.enter_context(dial(port))
+        waits.sendall(WAIT)
+        for number in range(23):
+            with dial(port) as sock:
+                sock.sendall(WAIT)
+                assert waiting.asked.acquire(timeout=PATIENCE_S), number
+        assert ask(port, "/-/healthy").status == 200
+        waiting.go_on.set()
+        read_until(waits, b"at last\n")
+
+
 def test_pipelining(start: Start) -> None:
     """Requests sent without waiting are answered in their order."""
     paths = ("/-/healthy", "/nowhere", "/-/ready")
@@ -822,7 +1098,6 @@ def test_pipelining(start: Start) -> None:
     "sent",
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS ClientHello
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",  # HTTP/2 preface
         b"GET / HTTP/1.1\r\n\r\n",  # no Host
         b"GET /\xff\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",

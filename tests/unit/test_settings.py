@@ -424,6 +424,7 @@ def test_ports_round_trip(ranges: list[range]) -> None:
         ("[::1]:9000", "::1", 9000),
         ("[::]:9000", "::", 9000),
         ("[fe80::1%eth0]:9000", "fe80::1%eth0", 9000),
+        ("[::ffff:127.0.0.1]:9000", "127.0.0.1", 9000),
     ],
 )
 def test_listen(text: str, address: str | None, port: int) -> None:
@@ -436,10 +437,11 @@ def test_listen(text: str, address: str | None, port: int) -> None:
 @unhurried
 @given(st.ip_addresses(), st.integers(1, 65535))
 def test_listen_round_trip(address: Any, port: int) -> None:
-    """Whatever address is written down is the address that is read."""
+    """Whatever address is written down is the address that is read, or its IPv4 form."""
     text = f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
     chosen = parse([], {"LISTEN": text})
-    assert (chosen.listen_address, chosen.listen_port) == (str(address), port)
+    meant = getattr(address, "ipv4_mapped", None) or address
+    assert (chosen.listen_address, chosen.listen_port) == (str(meant), port)
 
 
 @pytest.mark.parametrize(

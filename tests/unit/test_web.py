@@ -177,6 +177,49 @@ def test_tls(serve: Serve) -> None:
             assert (answer.status, b"connections 7" in answer.body) == (200, True)
 
 
+@pytest.mark.parametrize(("notify", "fin"), [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_request_and_the_end_of_its_direction(
+    serve: Serve, version: ssl.TLSVersion, *, notify: bool, fin: bool
+) -> None:
+    """Requests followed by close_notify, FIN or both are answered, and the end is told.
+
+    A fault of this kind takes the end of one direction for the end of both.
+    """
+    served = serve(TLS)
+    context = client_context()
+    context.minimum_version = context.maximum_version = version
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname=LOOPBACK)
+    with dial(served.port) as sock:
+
+        def until_done(step: Callable[[], object]) -> None:
+            while True:
+                try:
+                    step()
+                except ssl.SSLWantReadError:
+                    sock.sendall(outgoing.read())
+                    incoming.write(sock.recv(65536))
+                else:
+                    return sock.sendall(outgoing.read())
+
+        until_done(tls.do_handshake)
+        tls.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
+        if notify:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.unwrap()
+        sock.sendall(outgoing.read())
+        if fin:
+            sock.shutdown(socket.SHUT_WR)
+        incoming.write(read_all(sock))
+        incoming.write_eof()
+    received = b""
+    with contextlib.suppress(ssl.SSLZeroReturnError, ssl.SSLEOFError):
+        while chunk := tls.read(65536):
+            received += chunk
+    assert received.count(b"\nconnections 7.0\n") == 3
+
+
 def test_inline_pem(serve: Serve, tmp_path: Path) -> None:
     """The certificate and its key, in the file itself."""
     pair = write_pair(tmp_path)
@@ -184,6 +227,19 @@ def test_inline_pem(serve: Serve, tmp_path: Path) -> None:
     key = pair.private_key_pem.bytes().decode()
     served = serve("tls_server_config: " + json.dumps({"cert": cert, "key": key}))
     assert certificate_of(served) == ssl.PEM_cert_to_DER_cert(cert)
+
+
+def test_a_password_that_is_checked_after_fin(serve: Serve) -> None:
+    """The response comes when a thread has checked the password, be it right or wrong."""
+    served = serve(users(alice="wonderland"))
+    for password, status in (("looking-glass", 401), ("wonderland", 200)):
+        authorization = basic("alice", password)["Authorization"]
+        with dial(served.port) as sock:
+            sock.sendall(
+                f"GET /metrics HTTP/1.0\r\nAuthorization: {authorization}\r\n\r\n".encode()
+            )
+            sock.shutdown(socket.SHUT_WR)
+            assert read_all(sock).startswith(f"HTTP/1.1 {status} ".encode())
 
 
 def test_plain_http_to_a_tls_port(serve: Serve) -> None:
