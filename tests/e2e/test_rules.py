@@ -30,6 +30,7 @@ OF_PROMETHEUS = {"job", "instance"}
 UNWATCHED = {
     "tcpexporter_seeded_connections",  # all are after a restart, for as long as they last
     "tcpexporter_build_info",  # tells, and is never wrong
+    "tcpexporter_duration_seconds",  # a setting
     "tcpexporter_collect_duration_seconds",  # too long for a scrape is TcpexporterDown
     "tcpexporter_config_last_reload_success_timestamp_seconds",  # _successful says it
 }
