@@ -220,11 +220,13 @@ def _run(settings: Settings, supervisor: Supervisor, hangups: Hangups) -> None:
         source = _open_counted(settings, resources)
         choose = _chooser(settings)
         collector = _make_collector(source, settings, choose(settings))
-        confinement.confine(account, source.report, supervisor.fileno())
         reloads = Reloads()
+        # While /proc/stat can be read: it has the start time of the process from there.
+        registry = make_serving_registry(collector, reloads)
+        confinement.confine(account, source.report, supervisor.fileno())
         starting = _Starting(source)
         app = server.App(
-            make_serving_registry(collector, reloads),
+            registry,
             ready=starting.awaited,
             settings=dataclasses.asdict(settings),
             version=version.VERSION,
