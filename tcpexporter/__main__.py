@@ -35,6 +35,7 @@ from tcpexporter import (
 from tcpexporter.background import Task
 from tcpexporter.collector import (
     Choice,
+    ConfinementCollector,
     ConnectionCollector,
     make_registry,
     make_serving_registry,
@@ -230,16 +231,15 @@ def _run(
         def tasks() -> list[Task]:
             return [*source.tasks(), reloading.task]
 
+        # While /proc/stat can be read: it has the start time of the process from there.
+        registry = make_serving_registry(
+            collector, reloads, tasks=tasks, dropped=lambda: errors.dropped
+        )
         confined = confinement.confine(account, source.report, supervisor.fileno())
+        registry.register(ConfinementCollector(confined))
         starting = _Starting(source, watch)
         app = server.App(
-            make_serving_registry(
-                collector,
-                reloads,
-                confined=confined,
-                tasks=tasks,
-                dropped=lambda: errors.dropped,
-            ),
+            registry,
             ready=starting.awaited,
             settings=dataclasses.asdict(settings),
             version=version.VERSION,

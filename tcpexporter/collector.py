@@ -422,7 +422,6 @@ def make_serving_registry(
     collector: ConnectionCollector,
     reloads: Reloads,
     *,
-    confined: Mapping[str, bool],
     tasks: Callable[[], Iterable[Task]],
     dropped: Callable[[], int],
 ) -> CollectorRegistry:
@@ -431,13 +430,11 @@ def make_serving_registry(
     Args:
         collector: of the connections.
         reloads: what came of reading the configuration again.
-        confined: as `confinement.confine` returns it.
         tasks: the background threads there are.
         dropped: how many lines of the log were dropped.
     """
     registry = make_registry(collector)
     registry.register(ReloadCollector(reloads))
-    registry.register(ConfinementCollector(confined))
     registry.register(BackgroundCollector(tasks, dropped))
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)

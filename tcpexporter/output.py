@@ -22,6 +22,8 @@ MODE = 0o644
 
 COMPLETE = b"!"
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Output:
     """The new file, which is in place after `publish`."""
@@ -48,6 +50,10 @@ class Output:
         new = f".{name}.{secrets.token_hex(4)}.new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with contextlib.ExitStack() as undo:
+            # Ctrl-C at a terminal is for both processes, and one of them has to clean up:
+            # the child never unblocks them.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+            undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
             self._file = os.open(new, flags, MODE, dir_fd=directory)
             undo.callback(os.close, self._file)
             undo.callback(os.unlink, new, dir_fd=directory)
@@ -60,6 +66,7 @@ class Output:
                     os.close(self._channel)
                     os._exit(_publish(complete, self._file, directory, new, name))
             undo.pop_all()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def publish(self, page: bytes) -> None:
         """Write the page and have it put in place.
@@ -106,9 +113,6 @@ def _require_regular(path: str) -> None:
 
 def _publish(complete: int, file: int, directory: int, new: str, name: str) -> int:
     """In the child: wait, then rename or remove; the errno of a failure, else 0."""
-    # Ctrl-C at a terminal is for all processes there; this one has to clean up.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     try:
         if os.read(complete, len(COMPLETE)):
             os.fsync(file)  # or a crash of the host leaves an empty file

@@ -11,7 +11,12 @@ import pytest
 
 from tcpexporter.__main__ import SOURCES
 from tcpexporter.background import Task
-from tcpexporter.collector import Choice, ConnectionCollector, make_serving_registry
+from tcpexporter.collector import (
+    Choice,
+    ConfinementCollector,
+    ConnectionCollector,
+    make_serving_registry,
+)
 from tcpexporter.connections import LISTENER, Direction
 from tcpexporter.counting import named, select
 from tcpexporter.reloading import Reloads
@@ -38,6 +43,7 @@ OF_PROMETHEUS = {"job", "instance"}
 UNWATCHED = {
     "tcpexporter_seeded_connections",  # all are after a restart, for as long as they last
     "tcpexporter_build_info",  # tells, and is never wrong
+    "tcpexporter_duration_seconds",  # a setting
     "tcpexporter_collect_duration_seconds",  # too long for a scrape is TcpexporterDown
     "tcpexporter_config_last_reload_success_timestamp_seconds",  # _successful says it
 }
@@ -93,12 +99,9 @@ def published() -> dict[str, dict[str, set[str]]]:
         choice = Choice(selection, named((), 0, selection), 6)
         collector = ConnectionCollector(source, choice, max_series=101)
         registry = make_serving_registry(
-            collector,
-            Reloads(),
-            confined=dict.fromkeys(WALLS, True),
-            tasks=lambda: TASKS,
-            dropped=int,
+            collector, Reloads(), tasks=lambda: TASKS, dropped=int
         )
+        registry.register(ConfinementCollector(dict.fromkeys(WALLS, True)))
         for sample in (each for family in registry.collect() for each in family.samples):
             values = metrics.setdefault(sample.name, {})
             for label, value in sample.labels.items():

@@ -212,6 +212,9 @@ class CountingTracker:
     def reclaim(self) -> None:
         pass
 
+    def wait_for_runs(self) -> None:
+        pass
+
     def missed_events(self) -> int:
         return self.missed
 

@@ -101,9 +101,7 @@ def collector_of(
 def serving_registry(
     collected: ConnectionCollector, reloads: Reloads | None = None
 ) -> CollectorRegistry:
-    return make_serving_registry(
-        collected, reloads or Reloads(), confined=CONFINED, tasks=tuple, dropped=int
-    )
+    return make_serving_registry(collected, reloads or Reloads(), tasks=tuple, dropped=int)
 
 
 def family(collected: ConnectionCollector, name: str) -> Metric | None:
