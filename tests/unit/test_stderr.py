@@ -16,6 +16,8 @@ import pytest
 
 from tests.support import DEADLINE_S
 
+LINE_LENGTH = len(f"line {0:05} {'x' * 60}")
+
 PROGRAM = """
 import sys
 from tcpexporter import stderr
@@ -80,11 +82,14 @@ def test_nobody_waits_for_a_reader_that_has_stalled(
             running.kill()
             os.close(ours)
     assert not flags & os.O_NONBLOCK
-    *lines, torn, last = shown.splitlines()
+    *lines, last = shown.splitlines()
     assert last == "the last line"
-    written = [f"line {number:05} {'x' * 60}" for number in range(len(lines) + 1)]
-    assert lines == written[:-1]
-    assert written[-1].startswith(torn)
+    whole = [each for each in lines if len(each) == LINE_LENGTH]
+    assert len(whole) > 53
+    # The kernel can make room in a terminal meanwhile, so there may be gaps: no line is
+    # out of its order, and each that is torn is the beginning of one.
+    assert whole == sorted(set(whole))
+    assert all(f"{each[:10]:0<10} {'x' * 60}".startswith(each) for each in lines)
 
 
 def drain(descriptor: int) -> str:
