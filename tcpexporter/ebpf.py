@@ -97,9 +97,9 @@ class EbpfSource:
             self._state.begin(self._with_cookies)
 
     def close(self) -> None:
-        if self._reconciler.close():  # else its thread uses them still
-            self._tracker.close()
-            self._tables.close()
+        self._reconciler.close()
+        self._tracker.close()
+        self._tables.close()
         if self._pins:
             self._pins.close()
 

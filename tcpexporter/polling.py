@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # what is not asked for takes no memory
 LIMIT_S = 60.0
 """For a poll; the numbers of one that takes longer are too old to be shown."""
 
-STOP_TIMEOUT_S = 0.5
+STOP_TIMEOUT_S = 5.0
+"""For the last poll."""
 
 
 class PollingSource:

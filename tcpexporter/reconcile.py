@@ -330,12 +330,9 @@ class Reconciler:
         """
         self.task.begin()
 
-    def close(self) -> bool:
-        """End the thread; returns whether it has ended.
-
-        A run that takes too long to wait for ends with the process.
-        """
-        return self.task.stop(STOP_TIMEOUT_S)
+    def close(self) -> None:
+        """End the thread; a run that takes too long to wait for ends with the process."""
+        self.task.stop(STOP_TIMEOUT_S)
 
     def trouble(self) -> str | None:
         """Why the tracker is wrong and stays so; None: it is right, or will be soon.
