@@ -200,9 +200,11 @@ def _run_once(settings: Settings, supervisor: Supervisor) -> None:
         source, watch = _open_counted(settings, resources)
         choice = _chooser(settings, source)(settings)
         collector = _make_collector(source, settings, choice)
-        confinement.confine(account, source.report, supervisor.fileno())
+        registry = make_registry(collector)
+        confined = confinement.confine(account, source.report, supervisor.fileno())
+        registry.register(ConfinementCollector(confined))
         source.start()
-        page = _page_after(settings.duration_s, make_registry(collector), watch)
+        page = _page_after(settings.duration_s, registry, watch)
         if output:
             output.publish(page)
         else:

@@ -312,10 +312,10 @@ def test_files_are_read_again_without_capabilities(tmp_path: Path) -> None:
     conf.chmod(0o600)
     command = ("setpriv", "--bounding-set=-all", *COMMAND, "--conf", str(conf))
     with Exporter("--source", "sock_diag", command=command) as exporter:
-        assert "at least 7 seconds" in exporter.get("/metrics")
+        assert exporter.value("tcpexporter_duration_seconds") == 7
         conf.write_text("duration 11\n")
         exporter.process.send_signal(signal.SIGHUP)
-        eventually(lambda: "at least 11 seconds" in exporter.get("/metrics"))
+        eventually(lambda: exporter.value("tcpexporter_duration_seconds") == 11)
         code, complaints = exporter.stop()
     assert code == 0
     assert "Traceback" not in complaints
