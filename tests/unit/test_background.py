@@ -16,7 +16,10 @@ from tcpexporter.background import Task
 from tcpexporter.connections import Records
 from tcpexporter.errors import SocketTableError, ThreadError
 from tcpexporter.polling import PollingSource
+from tcpexporter.reader import ANSWERED, Reader, Told
 from tcpexporter.reconcile import Reconciler, Tables
+from tcpexporter.reloading import Hangups, Reloading, Reloads
+from tcpexporter.supervisor import Supervisor
 from tcpexporter.tracker import Tracker
 from tests.support import eventually
 from tests.unit.test_polling import FakeTables, ages, failing, read
@@ -248,3 +251,44 @@ def test_without_comparing_numbers_are_right_until_events_are_missed(
     eventually(lambda: reconciler.trouble() is None)
     eventually(lambda: reconciler.task.trouble() is None)
     reconciler.close()
+
+
+class StubReader:
+    """Tells of one file whenever it is asked."""
+
+    def __init__(self) -> None:
+        self.fileno = Hangups().fileno  # which nothing comes by
+        self.telling: list[Told] = []
+
+    def ask(self) -> None:
+        self.telling = [Told("settings"), Told(ANSWERED)]
+
+    def receive(self) -> Told:
+        return self.telling.pop(0)
+
+
+@pytest.mark.parametrize(("error", "sentence"), FAULTS[3:4] + FAULTS[5:])
+def test_a_reload_that_fails_is_done_again(
+    error: Exception, sentence: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without another SIGHUP: one that came is not lost, and the next one is heard."""
+    faults, taken = [error] * 3, []
+
+    def take(told: Told) -> None:
+        if faults:
+            raise faults.pop()
+        taken.append(told)
+
+    hangups = Hangups()
+    reader = cast("Reader", StubReader())
+    reloading = Reloading(reader, hangups, Supervisor(None, None), Reloads())
+    reloading.follow({"settings": take})
+    for number in (1, 2):
+        hangups.keep()
+        eventually(lambda number=number: len(taken) == number)  # type: ignore[misc]
+        eventually(lambda: reloading.task.trouble() is None)
+    assert reloading.task.failures() == 3
+    (told,) = caplog.messages
+    assert told == f"no file can be read again: {sentence}"
+    reloading.close()
+    hangups.keep()
