@@ -198,7 +198,7 @@ def test_settings_are_read_again() -> None:
         assert state("tcpexporter", "StatusText").startswith("counting connections by ebpf")
         CONF.write_text("duration 11\nport 9090\n")
         subprocess.run(["systemctl", "reload", "tcpexporter"], check=True)
-        eventually(lambda: "at least 11 seconds" in (get("/metrics") or ""))
+        eventually(lambda: "tcpexporter_duration_seconds 11.0" in (get("/metrics") or ""))
         eventually(partial(is_active, "tcpexporter"))
         assert state("tcpexporter", "MainPID") == before
         assert state("tcpexporter", "WatchdogUSec") == "1min"
