@@ -24,7 +24,7 @@
  * The program takes slots and never gives one back: a closed connection keeps its
  * own for the next socket at that address, which the kernel's allocator is likely
  * to hand out soon. Userspace takes entries out of `slots` and gives the slots back
- * (Tracker.release in tcpexporter/tracker.py, where the races are argued).
+ * (Tracker.release in tcpexporter/ebpf/tracker.py, where the races are argued).
  */
 #include "tcp_tracker.h"
 
@@ -143,7 +143,7 @@ static __u32 group_of(const struct connection_key *key, int oldstate)
 		v2 = ROTATED(v2, 32);                                                  \
 	} while (0)
 
-/* SipHash-1-3 of the key, as in tcpexporter/siphash.py. */
+/* SipHash-1-3 of the key, as in tcpexporter/connections/identity.py. */
 static __u64 handle_of_seed(const struct connection_key *key)
 {
 	const __u64 *words = (const __u64 *)key;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What the BPF program and its readers agree on. tcpexporter/connections.py
- * mirrors these structs; tests/unit/test_connections.py compares the layouts.
+ * What the BPF program and its readers agree on. tcpexporter/connections/record.py
+ * mirrors these structs; tests/unit/connections/test_record.py compares the layouts.
  */
 #ifndef TCP_TRACKER_H
 #define TCP_TRACKER_H

@@ -19,30 +19,15 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from tcpexporter import (
-    background,
-    confinement,
-    foreign,
-    memory,
-    namespaces,
-    pins,
-    privileges,
-    server,
-    sizing,
-    stderr,
-    version,
-)
-from tcpexporter.background import Task
-from tcpexporter.collector import (
-    Choice,
-    ConfinementCollector,
-    ConnectionCollector,
-    make_registry,
-    make_serving_registry,
-)
-from tcpexporter.connections import Direction
-from tcpexporter.counting import named, select
-from tcpexporter.ebpf import EbpfSource
+from tcpexporter import version
+from tcpexporter.config.reader import SETTINGS, WEB_CONFIG, Reader, ReaderGoneError, Told
+from tcpexporter.config.reload import Hangups, Reloading, Reloads, Take
+from tcpexporter.config.settings import Settings, misleading, parse, reread
+from tcpexporter.connections.counting import named, select
+from tcpexporter.connections.record import Direction
+from tcpexporter.connections.source import Source
+from tcpexporter.ebpf import pins
+from tcpexporter.ebpf.source import EbpfSource
 from tcpexporter.errors import (
     ServerError,
     SettingsError,
@@ -50,18 +35,28 @@ from tcpexporter.errors import (
     WebConfigError,
     reason,
 )
-from tcpexporter.polling import PollingSource
-from tcpexporter.reader import SETTINGS, WEB_CONFIG, Reader, ReaderGoneError, Told
-from tcpexporter.reloading import Hangups, Reloading, Reloads, Take
-from tcpexporter.settings import Settings, misleading, parse, reread
-from tcpexporter.sockets import open_tables
-from tcpexporter.sources import Source
-from tcpexporter.supervisor import Supervisor
+from tcpexporter.host import background, namespaces, privileges, stderr
+from tcpexporter.host import capacity as sizing
+from tcpexporter.host import confine as confinement
+from tcpexporter.host import daemon_threads as foreign
+from tcpexporter.host import malloc as memory
+from tcpexporter.host.background import Task
+from tcpexporter.host.systemd import Supervisor
+from tcpexporter.metrics.collector import (
+    Choice,
+    ConfinementCollector,
+    ConnectionCollector,
+    make_registry,
+    make_serving_registry,
+)
+from tcpexporter.socket_tables.polling import PollingSource
+from tcpexporter.socket_tables.tables import open_tables
+from tcpexporter.web import server
 
 if TYPE_CHECKING:  # what is not asked for takes no memory
-    from tcpexporter.output import Output
-    from tcpexporter.state import State
-    from tcpexporter.web import Web
+    from tcpexporter.metrics.output import Output
+    from tcpexporter.socket_tables.saved_ages import State
+    from tcpexporter.web.guard import Web
 
 log = logging.getLogger("tcpexporter")
 
@@ -183,7 +178,7 @@ def _warn_of(settings: Settings) -> None:
 
 def _print_features() -> None:
     # As with JsonFormatter: 0.6 MiB.
-    from tcpexporter.features import Kernel, table  # noqa: PLC0415
+    from tcpexporter.ebpf.features import Kernel, table  # noqa: PLC0415
 
     _print(table(Kernel()).encode())
 
@@ -310,7 +305,7 @@ def _make_web(settings: Settings, reader: Reader) -> "Web | None":
     if not path:
         return None
     # As with JsonFormatter: 3 MiB.
-    from tcpexporter.web import Web  # noqa: PLC0415
+    from tcpexporter.web.guard import Web  # noqa: PLC0415
 
     try:
         return Web(path, reader.receive())
@@ -320,14 +315,14 @@ def _make_web(settings: Settings, reader: Reader) -> "Web | None":
 
 def _open_output(path: str) -> "Output":
     # As with JsonFormatter.
-    from tcpexporter.output import Output  # noqa: PLC0415
+    from tcpexporter.metrics.output import Output  # noqa: PLC0415
 
     return Output(path)
 
 
 def _open_state(path: str) -> "State | None":
     # As with JsonFormatter: 0.3 MiB.
-    from tcpexporter.state import State  # noqa: PLC0415
+    from tcpexporter.socket_tables.saved_ages import State  # noqa: PLC0415
 
     return State.open(Path(path))
 

@@ -23,7 +23,7 @@ from typing import Self
 from prometheus_client.parser import text_string_to_metric_families
 from pyroute2 import netns as network_namespaces
 
-from tcpexporter.libbpf import load_libbpf
+from tcpexporter.ebpf.libbpf import load_libbpf
 
 LONG_TERM = "netstat_tcp_longterm_connections_total"
 ESTABLISHED = "tcp_established_connections"

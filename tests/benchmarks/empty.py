@@ -5,9 +5,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from tcpexporter.btf import Btf
-from tcpexporter.features import RETURN_0
-from tcpexporter.programs import TRACEPOINT, attach, load
+from tcpexporter.ebpf.btf import Btf
+from tcpexporter.ebpf.features import RETURN_0
+from tcpexporter.ebpf.program import TRACEPOINT, attach, load
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from tcpexporter.libbpf import load_libbpf
+from tcpexporter.ebpf.libbpf import load_libbpf
 
 BPF_STATS_RUN_TIME = 0
 KIB_BYTES = 1024

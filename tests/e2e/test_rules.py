@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from tcpexporter.__main__ import SOURCES
-from tcpexporter.background import Task
-from tcpexporter.collector import (
+from tcpexporter.config.reload import Reloads
+from tcpexporter.connections.counting import named, select
+from tcpexporter.connections.record import LISTENER, Direction
+from tcpexporter.connections.source import MemorySource, Reconciliation, Report
+from tcpexporter.ebpf.tracker import EVENT_KINDS
+from tcpexporter.host.background import Task
+from tcpexporter.metrics.collector import (
     Choice,
     ConfinementCollector,
     ConnectionCollector,
     make_serving_registry,
 )
-from tcpexporter.connections import LISTENER, Direction
-from tcpexporter.counting import named, select
-from tcpexporter.reloading import Reloads
-from tcpexporter.sources import MemorySource, Reconciliation, Report
-from tcpexporter.tracker import EVENT_KINDS
 
 ROOT = Path(__file__).parents[2]
 RULES = sorted(ROOT.glob("deploy/prometheus/*.rules.yml"))

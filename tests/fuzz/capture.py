@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tcpexporter import loader, pins
-from tcpexporter.connections import CONNECTION, Direction, groups
-from tcpexporter.loader import Request
-from tcpexporter.maps import Map
-from tcpexporter.siphash import SECRET
-from tcpexporter.sockets import INET_DIAG_INFO
-from tcpexporter.tracker import FIRST
+from tcpexporter.connections.identity import SECRET
+from tcpexporter.connections.record import CONNECTION, Direction, groups
+from tcpexporter.ebpf import loader, pins
+from tcpexporter.ebpf.loader import Request
+from tcpexporter.ebpf.maps import Map
+from tcpexporter.ebpf.tracker import FIRST
+from tcpexporter.socket_tables.tables import INET_DIAG_INFO
 from tests.fuzz.choices import SEEDS
 from tests.unit.data.capture import dump, opened_sockets
 

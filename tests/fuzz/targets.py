@@ -23,10 +23,11 @@ import numpy as np
 from pyroute2.netlink import NLMSG_DONE, NLMSG_ERROR
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY, SS_ESTABLISHED, SS_LISTEN
 
-from tcpexporter import access, loader, pins, settings, sockets, webformat
-from tcpexporter import state as saves
-from tcpexporter.btf import KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, KIND_UNION, Btf
-from tcpexporter.connections import CONNECTION, GROUP_BITS, Records
+from tcpexporter.config import settings
+from tcpexporter.connections.record import CONNECTION, GROUP_BITS, Records
+from tcpexporter.ebpf import loader, pins
+from tcpexporter.ebpf.btf import KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, KIND_UNION, Btf
+from tcpexporter.ebpf.libbpf import load_libbpf
 from tcpexporter.errors import (
     LoadError,
     PinError,
@@ -36,8 +37,9 @@ from tcpexporter.errors import (
     TcpExporterError,
     WebConfigError,
 )
-from tcpexporter.libbpf import load_libbpf
-from tcpexporter.sockets import (
+from tcpexporter.socket_tables import saved_ages as saves
+from tcpexporter.socket_tables import tables as sockets
+from tcpexporter.socket_tables.tables import (
     DIAG_MESSAGE,
     INET_DIAG_INFO,
     INET_DIAG_SKV6ONLY,
@@ -46,6 +48,8 @@ from tcpexporter.sockets import (
     decode_procfs_table,
     decode_sock_diag,
 )
+from tcpexporter.web import config_file as webformat
+from tcpexporter.web import passwords as access
 from tests.fuzz.choices import Choices
 
 NETNS = 0x0BADCAFE

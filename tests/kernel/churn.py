@@ -23,12 +23,12 @@ from dataclasses import dataclass
 
 from prometheus_client.samples import Sample
 
-from tests.kernel import oracle
-from tests.kernel.churning import MOST_DESCRIPTORS
-from tests.kernel.diagnosis import explain
-from tests.kernel.growth import Growth, Memory, memory_of
-from tests.kernel.oracle import Page
-from tests.kernel.worker import Worker
+from tests.kernel.helpers import ss_oracle as oracle
+from tests.kernel.helpers.churn_worker import MOST_DESCRIPTORS
+from tests.kernel.helpers.differences import explain
+from tests.kernel.helpers.memory_growth import Growth, Memory, memory_of
+from tests.kernel.helpers.ss_oracle import Page
+from tests.kernel.helpers.worker import Worker
 from tests.support import Exporter, inside, new_netns
 
 PORTS = (10007, 10009, 10037, 10039)
@@ -202,7 +202,7 @@ def churn(
         workers = []
         for number, port in enumerate(PORTS):
             cpu = cpus[number % len(cpus)]
-            workers.append(Worker("tests.kernel.churning", cpu, port))
+            workers.append(Worker("tests.kernel.helpers.churn_worker", cpu, port))
             running.callback(workers[-1].kill)
         watcher = Watcher(exporter)
         watcher.start()

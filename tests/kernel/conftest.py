@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tcpexporter import pins
-from tcpexporter.tracker import Tracker
-from tests.kernel.effort import Effort
-from tests.kernel.sharing import Exporters, Trackers
-from tests.kernel.tracking import attach
+from tcpexporter.ebpf import pins
+from tcpexporter.ebpf.tracker import Tracker
+from tests.kernel.helpers.effort import Effort
+from tests.kernel.helpers.in_process import attach
+from tests.kernel.helpers.shared import Exporters, Trackers
 from tests.support import Peers, inside, new_netns, why_no_bpf
 
 DESCRIPTORS = 15_013

@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 from pyroute2.netlink import NETLINK_SOCK_DIAG, NLMSG_DONE
 
-from tcpexporter import namespaces, reconcile
-from tcpexporter.btf import Btf
-from tcpexporter.connections import Records
+from tcpexporter.connections.record import Records
+from tcpexporter.ebpf import reconcile
+from tcpexporter.ebpf.btf import Btf
+from tcpexporter.ebpf.reconcile import NOTHING
+from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SocketTableError
-from tcpexporter.reconcile import NOTHING
-from tcpexporter.sockets import SockDiagReader, SocketTables
-from tcpexporter.tracker import Tracker
-from tests.kernel.tracking import at_port, everything, forget, made
+from tcpexporter.host import namespaces
+from tcpexporter.socket_tables.tables import SockDiagReader, SocketTables
+from tests.kernel.helpers.in_process import at_port, everything, forget, made
 from tests.support import DEADLINE_S, Peers
-from tests.unit.test_sockets import message
+from tests.unit.socket_tables.test_tables import message
 
 BTF = Path("/sys/kernel/btf/vmlinux")
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.kernel.churn import churn
-from tests.kernel.effort import Effort
+from tests.kernel.helpers.effort import Effort
 
 
 @pytest.mark.skipif(

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from tcpexporter import confinement, features
-from tcpexporter.privileges import CAP_BPF
-from tests.kernel.attempting import DONE, READING, REFUSED
-from tests.kernel.sharing import BOTH_ENDS, EVERY_NAMESPACE, Exporters
+from tcpexporter.ebpf import features
+from tcpexporter.host import confine as confinement
+from tcpexporter.host.privileges import CAP_BPF
+from tests.kernel.helpers.forbidden_operations import DONE, READING, REFUSED
+from tests.kernel.helpers.shared import BOTH_ENDS, EVERY_NAMESPACE, Exporters
 from tests.kernel.test_features import found
 from tests.kernel.test_process import COMMAND, status, threads
 from tests.support import DEADLINE_S, Exporter, Peers, eventually, inside, new_netns
@@ -35,7 +36,7 @@ POLLING = ("--duration", "1", "--source")
 
 ARGUMENTS = (BOTH_ENDS, (*POLLING, "sock_diag"), (*POLLING, "procfs"))
 
-ATTEMPT = "from tests.kernel.attempting import serve; serve()"
+ATTEMPT = "from tests.kernel.helpers.forbidden_operations import serve; serve()"
 
 
 def within(before: str = "") -> tuple[str, ...]:
@@ -88,7 +89,7 @@ def test_system_calls_of_another_abi_end_it() -> None:
 
 def test_without_landlock_system_calls_are_refused() -> None:
     """As on an old kernel: files can be read that everybody may read."""
-    before = "from tcpexporter import confinement; confinement.landlock_abi = lambda: 0"
+    before = "from tcpexporter.host import confine; confine.landlock_abi = lambda: 0"
     with Exporter("--source", "sock_diag", command=within(before)) as exporter:
         assert attempts(exporter) == {
             **dict.fromkeys(REFUSED, "EPERM"),

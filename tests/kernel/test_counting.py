@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from tests.kernel.sharing import (
+from tests.kernel.helpers.shared import (
     AFTER_A_SECOND,
     ALWAYS_LONG_TERM,
     BOTH_ENDS,

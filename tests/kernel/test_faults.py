@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import LoadError
-from tcpexporter.tracker import Tracker
-from tests.kernel.counter import Counter
-from tests.kernel.limiting import limit, pids_cgroup
-from tests.kernel.loading import kill_loader, loader_is_killed
-from tests.kernel.tracking import at_port, attach
+from tests.kernel.helpers.in_process import at_port, attach
+from tests.kernel.helpers.loader_child import kill_loader, loader_is_killed
+from tests.kernel.helpers.resource_limits import limit, pids_cgroup
+from tests.kernel.helpers.second_program import Counter
 from tests.support import (
     DEADLINE_S,
     ESTABLISHED,
@@ -343,7 +343,7 @@ def test_with_too_few_threads_it_does_not_start(source: str, most: str) -> None:
 
 POLL_FAILS = """
 import threading
-from tcpexporter import polling
+from tcpexporter.socket_tables import polling
 from tcpexporter.__main__ import main
 polling.first_seen = lambda now, before: {fault}
 {limit}

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcpexporter import features, reconcile
-from tcpexporter import tracker as tracker_module
-from tcpexporter.features import FEATURES, Feature
-from tcpexporter.loader import BPF_F_NO_PREALLOC
-from tcpexporter.privileges import CAP_BPF
+from tcpexporter.ebpf import features, reconcile
+from tcpexporter.ebpf import tracker as tracker_module
+from tcpexporter.ebpf.features import FEATURES, Feature
+from tcpexporter.ebpf.loader import BPF_F_NO_PREALLOC
+from tcpexporter.host.privileges import CAP_BPF
+from tests.kernel.helpers.in_process import Looks, at_port, attach
 from tests.kernel.test_faults import WITHOUT_BTF
 from tests.kernel.test_process import AS_NOBODY, COMMAND, refused, status, threads
-from tests.kernel.tracking import Looks, at_port, attach
 from tests.support import DEADLINE_S, Exporter, Peers, eventually
 
 REQUIRED = [each for each in FEATURES if each.required]
@@ -124,7 +124,7 @@ def test_a_feature_is_found_where_it_is(feature: Feature) -> None:
 def test_recursion_is_prevented_where_that_is_counted() -> None:
     """A program that is made to run within itself does so, or the kernel counts a miss."""
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.kernel.recursion"],
+        [sys.executable, "-m", "tests.kernel.helpers.recursive_program"],
         check=True,
         capture_output=True,
         text=True,
@@ -172,7 +172,7 @@ def test_without_btf_it_is_listed() -> None:
 RUN_WITHOUT = """
 import sys
 from functools import partial
-from tcpexporter import loader
+from tcpexporter.ebpf import loader
 from tcpexporter.__main__ import main
 loader.Request = partial(loader.Request, without=(sys.argv.pop(1),))
 main()
@@ -264,7 +264,7 @@ def test_a_kernel_without_ipv6_has_ipv4() -> None:
 
 
 MAP_READING_TAKES_CAP_BPF = """
-from tcpexporter import privileges
+from tcpexporter.host import privileges
 from tcpexporter.__main__ import main
 privileges.works_with = lambda kept, *_: bool(kept)
 main()

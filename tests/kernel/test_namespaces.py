@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tcpexporter import namespaces, sockets
-from tcpexporter.sockets import open_tables
+from tcpexporter.host import namespaces
+from tcpexporter.socket_tables import tables as sockets
+from tcpexporter.socket_tables.tables import open_tables
 from tests.kernel.test_supervisor import Manager
 from tests.support import DEADLINE_S, Exporter, Peers, eventually, inside, new_netns
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.effort import Effort
-from tests.kernel.odd_sockets import (
+from tests.kernel.helpers.effort import Effort
+from tests.kernel.helpers.odd_sockets import (
     DEVICE,
     HARDWARE_ADDRESSES,
     SYN_RECV,
@@ -31,7 +31,7 @@ from tests.kernel.odd_sockets import (
     syn_had_data,
     tcp_state,
 )
-from tests.kernel.sharing import (
+from tests.kernel.helpers.shared import (
     ALWAYS_LONG_TERM,
     BOTH_ENDS,
     EVERY_NAMESPACE,

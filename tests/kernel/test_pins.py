@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcpexporter import connections, libbpf, pins, tracker
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections import KEY, Records
-from tcpexporter.ebpf import EbpfSource
-from tcpexporter.mapping import MappedArray
-from tcpexporter.pins import CONNECTIONS, KEY_FIELDS, LAYOUT, LINK
+from tcpexporter.connections import record as connections
+from tcpexporter.connections.record import KEY, Records
+from tcpexporter.ebpf import libbpf, pins, tracker
+from tcpexporter.ebpf.mapped_array import MappedArray
+from tcpexporter.ebpf.pins import CONNECTIONS, KEY_FIELDS, LAYOUT, LINK
+from tcpexporter.ebpf.source import EbpfSource
 from tests.kernel.test_confinement import AS_NOBODY
 from tests.support import Exporter, Peers, bpf_programs_by_id, eventually, ss_established
 

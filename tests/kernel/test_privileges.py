@@ -10,8 +10,8 @@ from dataclasses import asdict
 
 import pytest
 
-from tcpexporter import privileges
-from tcpexporter.privileges import (
+from tcpexporter.host import privileges
+from tcpexporter.host.privileges import (
     CAP_BPF,
     CAP_DAC_READ_SEARCH,
     CAP_PERFMON,
@@ -20,7 +20,7 @@ from tcpexporter.privileges import (
     CAP_SETUID,
     CAP_SYS_ADMIN,
 )
-from tests.kernel.giving_up import NOBODY, Case, Outcome
+from tests.kernel.helpers.privilege_starts import NOBODY, Case, Outcome
 from tests.support import DEADLINE_S
 
 pytestmark = pytest.mark.any_kernel
@@ -45,7 +45,7 @@ SECUREBITS = (0, NOROOT, NO_SETUID_FIXUP, KEEP_CAPS, NO_KEEP_CAPS)
 def outcomes(cases: Sequence[Case]) -> Iterator[tuple[Case, Outcome]]:
     """Each case with what came of it."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernel.giving_up"],
+        [sys.executable, "-m", "tests.kernel.helpers.privilege_starts"],
         input="".join(f"{json.dumps(asdict(each))}\n" for each in cases),
         stdout=subprocess.PIPE,
         text=True,

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcpexporter import features, privileges
-from tcpexporter.features import Kernel
-from tcpexporter.tracker import Tracker
-from tests.kernel.loading import wait_for_loader
-from tests.kernel.sharing import BOTH_ENDS, OUTBOUND, Exporters
-from tests.kernel.tracking import everything, made
+from tcpexporter.ebpf import features
+from tcpexporter.ebpf.features import Kernel
+from tcpexporter.ebpf.tracker import Tracker
+from tcpexporter.host import privileges
+from tests.kernel.helpers.in_process import everything, made
+from tests.kernel.helpers.loader_child import wait_for_loader
+from tests.kernel.helpers.shared import BOTH_ENDS, OUTBOUND, Exporters
 from tests.support import (
     DEADLINE_S,
     Exporter,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Reconciling with real BPF and sockets, each case of `tcpexporter.reconcile` forced."""
+"""Reconciling with real BPF and sockets, each case of `ebpf.reconcile` forced."""
 
 import contextlib
 import time
@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from tcpexporter import reconcile
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections import Direction, Records, directions
-from tcpexporter.reconcile import NOTHING, Corrections, Reconciler
-from tcpexporter.tracker import Tracker
-from tests.kernel.effort import Effort
-from tests.kernel.sharing import EVERY_NAMESPACE, Exporters
-from tests.kernel.tracking import (
+from tcpexporter.connections.record import Direction, Records, directions
+from tcpexporter.ebpf import reconcile
+from tcpexporter.ebpf.reconcile import NOTHING, Corrections, Reconciler
+from tcpexporter.ebpf.tracker import Tracker
+from tests.kernel.helpers.effort import Effort
+from tests.kernel.helpers.in_process import (
     Looks,
     Reusable,
     at_port,
@@ -27,6 +26,7 @@ from tests.kernel.tracking import (
     seeds,
     slots_at,
 )
+from tests.kernel.helpers.shared import EVERY_NAMESPACE, Exporters
 from tests.support import Exporter, Peers, eventually, inside, new_netns, ss_established
 
 

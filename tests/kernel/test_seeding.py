@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from tcpexporter import loader, reconcile
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections import Direction, directions
-from tcpexporter.tracker import Tracker
-from tests.kernel.tracking import (
+from tcpexporter.connections.record import Direction, directions
+from tcpexporter.ebpf import loader, reconcile
+from tcpexporter.ebpf.tracker import Tracker
+from tests.kernel.helpers.in_process import (
     SLOTS,
     Looks,
     Reusable,

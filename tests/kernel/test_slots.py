@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from tcpexporter import reconcile
-from tcpexporter import tracker as tracker_module
+from tcpexporter.ebpf import reconcile
+from tcpexporter.ebpf import tracker as tracker_module
+from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import TrackerError
-from tcpexporter.tracker import Tracker
-from tests.kernel.effort import Effort
-from tests.kernel.tracking import (
+from tests.kernel.helpers.effort import Effort
+from tests.kernel.helpers.in_process import (
     SLOTS,
     Looks,
     at_port,
@@ -26,7 +26,7 @@ from tests.kernel.tracking import (
     slots_at,
     taken_slots,
 )
-from tests.kernel.worker import Worker
+from tests.kernel.helpers.worker import Worker
 from tests.support import Peers, ss_established
 
 PORTS = (10007, 10009)
@@ -264,7 +264,7 @@ def test_a_million_cycles_lose_no_slot(
     cpus = sorted(os.sched_getaffinity(0))
     with contextlib.ExitStack() as running:
         workers = [
-            Worker("tests.kernel.churning", cpus[number % len(cpus)], port)
+            Worker("tests.kernel.helpers.churn_worker", cpus[number % len(cpus)], port)
             for number, port in enumerate(PORTS)
         ]
         for worker in workers:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.memory_cgroup import memory_cgroup
+from tests.kernel.helpers.memory_cgroup import memory_cgroup
 from tests.support import DEADLINE_S, Exporter, Peers, eventually
 
 EXPORTER = f"{sys.executable} -m tcpexporter"

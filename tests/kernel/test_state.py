@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.ebpf import EbpfSource
-from tcpexporter.polling import PollingSource
-from tcpexporter.sockets import open_tables
-from tcpexporter.state import State
-from tests.kernel.attempting import DONE, REFUSED
+from tcpexporter.ebpf.source import EbpfSource
+from tcpexporter.socket_tables.polling import PollingSource
+from tcpexporter.socket_tables.saved_ages import State
+from tcpexporter.socket_tables.tables import open_tables
+from tests.kernel.helpers.forbidden_operations import DONE, REFUSED
 from tests.kernel.test_confinement import attempts, within
 from tests.kernel.test_pins import COMMAND, EXACT_NS, Timed, known
 from tests.support import (
@@ -32,7 +32,7 @@ from tests.support import (
 )
 
 SAVED = "tcpexporter_state_saved_timestamp_seconds"
-OFTEN = "from tcpexporter import state; state.INTERVAL_S = 0.2"
+OFTEN = "from tcpexporter.socket_tables import saved_ages as state; state.INTERVAL_S = 0.2"
 SAVES_OFTEN = (
     sys.executable,
     "-c",
@@ -278,7 +278,11 @@ def test_a_full_disk_keeps_nobody_from_counting(small_disk: Path) -> None:
             eventually(partial(is_saved_since, time.time(), exporter))
             code, said = exporter.stop()
         assert code == 0
-        told = [line for line in said.splitlines() if "tcpexporter.state" in line]
+        told = [
+            line
+            for line in said.splitlines()
+            if "tcpexporter.socket_tables.saved_ages" in line
+        ]
         # More than once if by chance it comes back to what was saved already.
         assert 2 <= len(told) <= 6
         for failed, works_again in zip(told[::2], told[1::2], strict=True):

@@ -12,8 +12,8 @@ from typing import Self
 
 import pytest
 
-from tests.kernel.attempting import READING, REFUSED
-from tests.kernel.limiting import limit
+from tests.kernel.helpers.forbidden_operations import READING, REFUSED
+from tests.kernel.helpers.resource_limits import limit
 from tests.kernel.test_confinement import ATTEMPT, attempts
 from tests.kernel.test_process import catches
 from tests.support import DEADLINE_S, ESTABLISHED, Exporter, Peers, eventually
@@ -193,7 +193,7 @@ def test_the_watchdog_is_not_fed_while_there_are_no_metrics(manager: Manager) ->
 
 STUCK = """
 import threading
-from tcpexporter import state
+from tcpexporter.socket_tables import saved_ages as state
 from tcpexporter.__main__ import main
 state.INTERVAL_S, state.LIMIT_S = 0.1, 0.3
 state.State._save = lambda self, connections: threading.Event().wait()

@@ -19,10 +19,10 @@ from typing import Self
 
 import pytest
 
-from tests.kernel import oracle
-from tests.kernel.effort import Effort
-from tests.kernel.holding import LISTENING
-from tests.kernel.worker import Worker
+from tests.kernel.helpers import ss_oracle as oracle
+from tests.kernel.helpers.effort import Effort
+from tests.kernel.helpers.socket_worker import LISTENING
+from tests.kernel.helpers.worker import Worker
 from tests.support import ESTABLISHED, LONG_TERM, Exporter
 
 OPERATIONS = 13_297
@@ -183,7 +183,7 @@ class Walk:
 
 
 def _start_worker(index: int) -> Worker:
-    return Worker("tests.kernel.holding", index)
+    return Worker("tests.kernel.helpers.socket_worker", index)
 
 
 @pytest.mark.timeout(600)

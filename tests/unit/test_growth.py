@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.kernel.growth import Growth, memory_of
+from tests.kernel.helpers.memory_growth import Growth, memory_of
 
 SAMPLES = 3593
 

@@ -14,11 +14,17 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tcpexporter import __main__ as main
-from tcpexporter.collector import make_registry
-from tcpexporter.connections import CONNECTION, IPV4_PREFIX, Direction, Records, groups
+from tcpexporter.config.settings import Settings
+from tcpexporter.connections.record import (
+    CONNECTION,
+    IPV4_PREFIX,
+    Direction,
+    Records,
+    groups,
+)
+from tcpexporter.connections.source import MemorySource, Source
 from tcpexporter.errors import LoadError, SocketTableError, SourceError
-from tcpexporter.settings import Settings
-from tcpexporter.sources import MemorySource, Source
+from tcpexporter.metrics.collector import make_registry
 
 
 @contextlib.contextmanager
@@ -37,7 +43,7 @@ def set_up_logging(settings: Settings) -> Iterator[None]:
 
 
 def log_something() -> None:
-    log = logging.getLogger("tcpexporter.sockets")
+    log = logging.getLogger("tcpexporter.socket_tables.tables")
     log.debug("not to be seen")
     log.warning('reading %s instead:\n"%s"', "/proc/net/tcp", "näh")
 
@@ -49,7 +55,9 @@ def test_a_log_line_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out == ""
     _, _, rest = err.partition(" WARNING ")
-    assert rest == 'tcpexporter.sockets: reading /proc/net/tcp instead:\n"näh"\n'
+    assert (
+        rest == 'tcpexporter.socket_tables.tables: reading /proc/net/tcp instead:\n"näh"\n'
+    )
 
 
 def test_a_log_line_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +71,7 @@ def test_a_log_line_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert record.pop("asctime")
     assert record == {
         "levelname": "WARNING",
-        "name": "tcpexporter.sockets",
+        "name": "tcpexporter.socket_tables.tables",
         "message": 'reading /proc/net/tcp instead:\n"näh"',
     }
 

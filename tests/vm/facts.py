@@ -10,7 +10,7 @@ from pathlib import Path
 
 import bcc
 
-from tcpexporter.features import FEATURES, Kernel
+from tcpexporter.ebpf.features import FEATURES, Kernel
 
 COMPILERS = ("cc", "gcc", "clang", "cpp")
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tcpexporter import privileges, programs
-from tcpexporter.btf import Btf
-from tcpexporter.features import FEATURES, RETURN_0, UNPRIVILEGED_MAPS, Kernel
+from tcpexporter.ebpf import program as programs
+from tcpexporter.ebpf.btf import Btf
+from tcpexporter.ebpf.features import FEATURES, RETURN_0, UNPRIVILEGED_MAPS, Kernel
+from tcpexporter.host import privileges
 from tests.kernel.test_process import assert_root_is_given_up
 from tests.support import (
     DEADLINE_S,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pyroute2.netlink import NETLINK_SOCK_DIAG, NLMSG_DONE
 
-from tcpexporter.sockets import sock_diag_request
+from tcpexporter.socket_tables.tables import sock_diag_request
 from tests.support import _ip, inside, new_netns
 
 DATA = Path(__file__).parent

@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Compiles, loads and attaches the BPF program, in a child that ends when it has done so.
+
+BCC brings LLVM with it: 120 MB that only this module's child ever holds. The
+child hands the descriptors of what it made to its parent and exits; the maps
+and the attachment live as long as their descriptors.
+"""
+
+import contextlib
+import ctypes
+import errno
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+from tcpexporter.connections.record import CONNECTION
+from tcpexporter.ebpf import program as programs
+from tcpexporter.ebpf.btf import Btf
+from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, create_map, load_libbpf
+from tcpexporter.ebpf.program import TRACEPOINT
+from tcpexporter.errors import LoadError, TcpExporterError, reason
+from tcpexporter.host import children, privileges
+
+log = logging.getLogger(__name__)
+
+LOAD_TIMEOUT_S = 60
+LAST_WORDS_TIMEOUT_S = 0.5
+MESSAGE_BYTES = 65536
+LOADED = b"loaded"
+SEE_DEBUG = "--log-level debug shows what it said"
+
+VMSTAT = Path("/proc/vmstat")
+
+COMPILING_BYTES = 68 << 20
+"""What a memory cgroup must allow while the program is compiled, without its maps.
+
+Measured with Linux 6.18, BCC 0.26 and LLVM 14: 63 MiB with maps for 1,009 connections,
+83 for 262,144 and 225 for 2,000,000.
+"""
+
+CONNECTION_BYTES = 84
+"""What the maps take for each of --max-connections."""
+
+OOM_SCORE_ADJ_MAX = "1000"
+
+LIMITS = (
+    resource.RLIMIT_AS,
+    resource.RLIMIT_CPU,
+    resource.RLIMIT_DATA,
+    resource.RLIMIT_FSIZE,
+    resource.RLIMIT_MEMLOCK,
+    resource.RLIMIT_NOFILE,
+    resource.RLIMIT_STACK,
+)
+"""What an operator sets for a shell or a service, and what LLVM may reach."""
+
+RANGE_BITS = 8
+RANGE_SLOTS = 1 << RANGE_BITS
+"""A range is a number: its first slot, and how many follow in so many bits."""
+
+BPF_F_NO_PREALLOC = 1
+
+MAPS = ("slots", "connections", "free_slots", "watched", "closings", "events", "barrier")
+
+MAX_CLOSINGS = 65536
+"""What a busy host closes while its connections from before are being read."""
+
+CLONE_NEWNS = 0x00020000
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 1 << 18
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the child is asked to load."""
+
+    max_connections: int
+    """How many slots there are."""
+    netns: int
+    """Inode of the only network namespace to watch, 0: all."""
+    secret: tuple[int, int]
+    """As `siphash.hashes` takes it."""
+    lose_one_in: int = 0
+    """For tests: of how many events one is lost by chance, 0: none."""
+    without: tuple[str, ...] = ()
+    """For tests: names of features that are taken as not there."""
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """What keeps the program alive, and the way to its maps; named as these are."""
+
+    slots: int
+    connections: int
+    free_slots: int
+    watched: int
+    closings: int
+    events: int
+    barrier: int
+    program: int
+    link: int
+    """The attachment."""
+
+    def close(self) -> None:
+        """Detach the program and free its maps."""
+        _close(astuple(self))
+
+
+def load(request: Request) -> Descriptors:
+    """Have a child load the program, and take over what it made.
+
+    Raises:
+        LoadError: it could not be loaded; says why and what would help.
+    """
+    oom_kills = _oom_kills()
+    with contextlib.ExitStack() as resources:
+        try:
+            ours, complaints, child = _start(resources)
+        except OSError as error:
+            raise LoadError(
+                f"the process that loads the BPF program cannot be started: {reason(error)}"
+            ) from error
+        ours.settimeout(LOAD_TIMEOUT_S)
+        try:
+            # Not as arguments, which everybody on the host can read: it has a secret.
+            with contextlib.suppress(ConnectionError):  # `_receive` finds it dead
+                ours.send(json.dumps(asdict(request)).encode())
+            return _receive(ours)
+        except _SilentError as error:
+            _end(child)
+            if child.returncode == -signal.SIGKILL and _oom_kills() > oom_kills:
+                raise LoadError(_out_of_memory(request.max_connections)) from error
+            raise LoadError(_cause_of_death(child.returncode)) from error
+        finally:
+            _end(child)
+            complaints.seek(0)
+            for line in complaints.read().decode(errors="replace").splitlines():
+                log.debug("loader: %s", line)
+
+
+def _start(
+    resources: contextlib.ExitStack,
+) -> tuple[socket.socket, IO[bytes], subprocess.Popen[bytes]]:
+    """The child, the channel to it, and what it complains of."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    resources.enter_context(ours)
+    with theirs:
+        # Not a file: the host may have nowhere to write one.
+        complaints = os.fdopen(os.memfd_create("complaints"), "w+b")
+        resources.enter_context(complaints)
+        child = children.start("tcpexporter.ebpf.loader", theirs, output=complaints)
+    return ours, complaints, child
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """It ends by itself, unless it hangs or nobody waits for it any more."""
+    try:
+        child.wait(LAST_WORDS_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+class _SilentError(LoadError):
+    """The child has ended without a word."""
+
+
+def _cause_of_death(code: int) -> str:
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"the process that loads the BPF program died ({how}), {SEE_DEBUG}"
+
+
+def _out_of_memory(max_connections: int) -> str:
+    needed = (COMPILING_BYTES + max_connections * CONNECTION_BYTES) >> 20
+    return (
+        f"out of memory while compiling; needs about {needed} MiB for all of the exporter:"
+        " raise the memory limit of the service or container, or lower --max-connections"
+    )
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has killed for memory, of every memory cgroup."""
+    try:
+        lines = VMSTAT.read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
+def _receive(channel: socket.socket) -> Descriptors:
+    try:
+        message, descriptors, flags, _ = socket.recv_fds(
+            channel, MESSAGE_BYTES, len(fields(Descriptors)), socket.MSG_CMSG_CLOEXEC
+        )
+    except TimeoutError:
+        raise LoadError(
+            f"the BPF program was not loaded within {LOAD_TIMEOUT_S} s"
+        ) from None
+    except ConnectionError:  # it did not even read what it is asked
+        message, descriptors, flags = b"", [], 0
+    if flags & socket.MSG_CTRUNC and len(descriptors) < len(fields(Descriptors)):
+        _close(descriptors)
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise LoadError(
+            f"the maps of the BPF program are more files than may be open, {most}: raise"
+            " LimitNOFILE in the unit, or ulimit -n"
+        )
+    return _descriptors(message, descriptors)
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for each in descriptors:
+        os.close(each)
+
+
+def _descriptors(message: bytes, received: list[int]) -> Descriptors:
+    """What the child has sent: all descriptors, or in a sentence why it has none."""
+    if message == LOADED and len(received) == len(fields(Descriptors)):
+        return Descriptors(*received)
+    _close(received)
+    sentence = message.decode(errors="replace").strip()
+    if received or message == LOADED:
+        raise LoadError(
+            f"the process that loads the BPF program sent {len(received)} descriptors,"
+            f" {SEE_DEBUG}"
+        )
+    if not sentence:
+        raise _SilentError("the process that loads the BPF program died")
+    raise LoadError(sentence)
+
+
+def _main(channel_descriptor: int) -> None:
+    _be_killed_first()
+    _lift_limits()
+    with socket.socket(fileno=channel_descriptor) as channel:
+        request = Request(**json.loads(channel.recv(MESSAGE_BYTES)))
+        try:
+            descriptors = _load_here(request)
+        except TcpExporterError as error:
+            channel.send(str(error).encode())
+        except MemoryError:
+            channel.send(_out_of_memory(request.max_connections).encode())
+        else:
+            socket.send_fds(channel, [LOADED], list(astuple(descriptors)))
+    os._exit(0)  # BCC cleans up when Python exits
+
+
+def _be_killed_first() -> None:
+    """When memory runs out the kernel is to kill this process, not its parent."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE_ADJ_MAX)
+
+
+def _lift_limits() -> None:
+    """Have none but the hard limits, which only CAP_SYS_RESOURCE may lift as well."""
+    for limit in LIMITS:
+        _, hard = resource.getrlimit(limit)
+        for wanted in (resource.RLIM_INFINITY, hard):
+            # The first is refused without that capability, and always for descriptors.
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(limit, (wanted, wanted))
+                break
+
+
+def _load_here(request: Request) -> Descriptors:
+    # Only the child asks the kernel, and only it keeps in memory how: 0.6 MiB.
+    from tcpexporter.ebpf.features import HASH_MAP_ALLOCATOR, IPV6, Kernel  # noqa: PLC0415
+
+    _require_privilege()
+    kernel = Kernel(request.without)
+    types = kernel.require()
+    _hide_kernel_symbols()
+    bcc = _import_bcc()
+    sources = _sources()
+    # BCC takes it for a kernel's source tree, and looks into its include/.
+    os.environ["BCC_KERNEL_SOURCE"] = str(sources)
+    try:
+        bpf = bcc.BPF(
+            src_file=str(sources / "tcp_tracker.c"),
+            cflags=_cflags(
+                sources,
+                request,
+                types,
+                has_allocator=bool(kernel.has(HASH_MAP_ALLOCATOR)),
+                has_ipv6=bool(kernel.has(IPV6)),
+            ),
+        )
+        code: bytes = bpf.dump_func("on_state_change")
+        maps = {name: bpf[name].map_fd for name in MAPS}
+    except Exception as error:  # BCC raises nothing more particular
+        raise LoadError(_why_not_compiled(error, request.max_connections)) from error
+    _fill(maps["free_slots"], request.max_connections)
+    program = _load_program(code, types.function(TRACEPOINT))
+    return Descriptors(**maps, program=program, link=_attach(program))
+
+
+def _why_not_compiled(error: Exception, max_connections: int) -> str:
+    number = _refusal(max_connections)
+    if number == errno.ENOMEM:
+        return _out_of_memory(max_connections)
+    hint = ""
+    if number == errno.EPERM:
+        limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        hint = (
+            f"; this kernel counts maps as locked memory, of which {limit >> 10} KiB"
+            " are allowed: LimitMEMLOCK=infinity in the unit, or ulimit -l unlimited"
+        )
+    return f"BCC cannot compile the BPF program ({error}), {SEE_DEBUG}{hint}"
+
+
+def _refusal(max_connections: int) -> int | None:
+    """The error of the kernel when the largest map is made, None if it can be made.
+
+    Before Linux 5.11 that is EPERM for a process that may not lock so much memory.
+    """
+    # Only here, so that numpy is not among what has to fit into memory.
+
+    try:
+        os.close(
+            create_map(BPF_MAP_TYPE_ARRAY, 4, CONNECTION.itemsize, entries=max_connections)
+        )
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def _fill(free_slots: int, slots: int) -> None:
+    """Make all slots free, the first on top."""
+    libbpf = load_libbpf()
+    for first in reversed(range(0, slots, RANGE_SLOTS)):
+        following = min(RANGE_SLOTS, slots - first) - 1
+        value = ctypes.byref(ctypes.c_uint32(first << RANGE_BITS | following))
+        if libbpf.bpf_map_update_elem(free_slots, None, value, ctypes.c_uint64(0)):
+            reason = os.strerror(ctypes.get_errno())
+            raise LoadError(f"the map of free slots cannot be filled: {reason}")
+
+
+def _load_program(code: bytes, function: int) -> int:
+    try:
+        return programs.load(code, function)
+    except OSError as error:
+        sys.stderr.writelines(error.__notes__)
+        raise LoadError(
+            f"the kernel refuses the BPF program ({error.strerror}), {SEE_DEBUG}"
+        ) from error
+
+
+def _attach(program: int) -> int:
+    try:
+        return programs.attach(program)
+    except OSError as error:
+        raise LoadError(
+            f"the BPF program cannot be attached to {TRACEPOINT}: {error.strerror}"
+        ) from error
+
+
+def _sources() -> Path:
+    """The directory of the C program: in the package, or beside it in the source tree."""
+    package = Path(__file__).parents[1]
+    installed = package / "bpf"
+    return installed if installed.is_dir() else package.parent / "bpf"
+
+
+def _require_privilege() -> None:
+    from tcpexporter.ebpf import remedy  # noqa: PLC0415  as above
+
+    if not privileges.may_use_bpf():
+        raise LoadError(remedy.without_capabilities(remedy.detect()))
+
+
+def _hide_kernel_symbols() -> None:
+    """Spare BCC /proc/kallsyms, where this process may mount; else it only takes longer.
+
+    Before BCC compiles anything it reads all symbols, which takes the kernel longer than
+    all the rest, to learn whether there is bpf_probe_read_kernel: a program that reads
+    through pointers with a type does not call it.
+    """
+    libc = ctypes.CDLL(None)
+    alone, over = ctypes.c_ulong(MS_REC | MS_PRIVATE), ctypes.c_ulong(MS_BIND)
+    # Only where it is sure that nobody else sees what is mounted here.
+    if libc.unshare(CLONE_NEWNS) == 0 and libc.mount(None, b"/", None, alone, None) == 0:
+        libc.mount(b"/dev/null", b"/proc/kallsyms", None, over, None)
+
+
+def _import_bcc() -> Any:
+    try:
+        import bcc  # noqa: PLC0415  only the child may hold it
+    except OSError as error:  # the linker's
+        raise LoadError(
+            f"BCC's library cannot be loaded ({error}): install the distribution's package"
+            " of BCC again, or raise the limit of memory"
+        ) from error
+    except ImportError as error:
+        raise LoadError(
+            f"Python cannot import BCC ({error}): install the distribution's python3-bpfcc "
+            "or python3-bcc, and its own Python or a virtual environment made from that "
+            "with --system-site-packages"
+        ) from error
+    if not hasattr(bcc, "BPF"):
+        raise LoadError(
+            f"{bcc.__file__} is not BCC but another project of that name: pip uninstall bcc"
+        )
+    return bcc
+
+
+def _cflags(
+    sources: Path, request: Request, types: Btf, *, has_allocator: bool, has_ipv6: bool
+) -> list[str]:
+    defines = {
+        "MAX_CONNECTIONS": request.max_connections,
+        "MAX_CLOSINGS": MAX_CLOSINGS,
+        # Memory for a map's entries is taken when they come, where that is safe.
+        "MAP_FLAGS": BPF_F_NO_PREALLOC if has_allocator else 0,
+        "NETNS": request.netns,
+        "SECRET_0": f"{request.secret[0]}ULL",
+        "SECRET_1": f"{request.secret[1]}ULL",
+        **_offsets(types, has_ipv6=has_ipv6),
+    }
+    if request.lose_one_in:
+        defines["LOSE_ONE_IN"] = request.lose_one_in
+    return [f"-I{sources}"] + [f"-D{name}={value}" for name, value in defines.items()]
+
+
+def _offsets(types: Btf, *, has_ipv6: bool) -> dict[str, int]:
+    """Where the program finds what it reads of a socket, in bytes.
+
+    Only the running kernel's BTF knows it. Headers may be another version's.
+    """
+    members = ("family", "daddr", "rcv_saddr", "dport", "num", "net")
+    ipv6_members = ("v6_daddr", "v6_rcv_saddr")
+    # Every socket begins with a struct sock_common, of the internet with an inet_sock.
+    found = {
+        f"SKC_{each.upper()}_OFFSET": types.offset("sock_common", f"skc_{each}")
+        for each in members
+    }
+    for each in ipv6_members:  # which a kernel without IPv6 has not, and never reads
+        at = types.offset("sock_common", f"skc_{each}") if has_ipv6 else 0
+        found[f"SKC_{each.upper()}_OFFSET"] = at
+    found["SK_PROTOCOL_OFFSET"] = types.offset("sock", "sk_protocol")
+    found["INET_SPORT_OFFSET"] = types.offset("inet_sock", "inet_sport")
+    inum_at = types.offset("ns_common", "inum")
+    found["NETNS_INUM_OFFSET"] = types.offset("net", "ns") + inum_at
+    return found
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))

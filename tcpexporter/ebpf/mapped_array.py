@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""An array map of the kernel as a numpy array, mapped as far as it is used."""
+
+import ctypes
+import mmap
+import os
+import threading
+import weakref
+from typing import Any
+
+import numpy as np
+
+from tcpexporter.connections.record import Records
+from tcpexporter.errors import TrackerError
+
+PROT_NONE = 0
+MAP_FIXED = 0x10
+MAP_NORESERVE = 0x4000
+"""include/uapi/asm-generic/mman.h"""
+
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+class MappedArray:
+    """An array map that was made with BPF_F_MMAPABLE.
+
+    The kernel enters all pages of a mapping at once (array_map_mmap in its
+    kernel/bpf/arraymap.c), and all of them count as resident. So only the room for the
+    whole is reserved, and the map comes into it window by window.
+    """
+
+    def __init__(
+        self, descriptor: int, dtype: np.dtype[Any], entries: int, window: int
+    ) -> None:
+        """Reserve room for ``entries``, of which a multiple of ``window`` gets mapped."""
+        self._descriptor = descriptor
+        self._window = window
+        self._bytes = _whole_pages(entries * dtype.itemsize)
+        self._mapped = 0
+        self._growing = threading.Lock()
+        self._address = _map(
+            None,
+            self._bytes,
+            PROT_NONE,
+            mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE,
+        )
+        room = (ctypes.c_char * self._bytes).from_address(self._address)
+        # Not before the last array that looks into it is gone.
+        weakref.finalize(room, _libc.munmap, self._address, self._bytes)
+        self._entries: Records = np.frombuffer(memoryview(room), dtype, entries)
+
+    def upto(self, entries: int) -> Records:
+        """At least the first ``entries`` there are, up to the end of a window.
+
+        The kernel may write to them at any time.
+
+        Raises:
+            TrackerError: the kernel refuses to map them.
+        """
+        windows = -(-entries // self._window)
+        there = min(windows * self._window, len(self._entries))
+        with self._growing:
+            if there > self._mapped:
+                self._map_from(self._mapped, there)
+                self._mapped = there
+        return self._entries[:there]
+
+    def _map_from(self, first: int, last: int) -> None:
+        start = first * self._entries.itemsize
+        size = _whole_pages(last * self._entries.itemsize) - start
+        _map(
+            self._address + start,
+            size,
+            mmap.PROT_READ | mmap.PROT_WRITE,
+            mmap.MAP_SHARED | MAP_FIXED,
+            self._descriptor,
+            start,
+        )
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _map(  # noqa: PLR0917  as mmap(2)
+    address: int | None,
+    size: int,
+    protection: int,
+    flags: int,
+    descriptor: int = -1,
+    offset: int = 0,
+) -> int:
+    mapped: int | None = _libc.mmap(address, size, protection, flags, descriptor, offset)
+    if mapped is None or mapped == _FAILED:
+        reason = os.strerror(ctypes.get_errno())
+        raise TrackerError(f"the kernel refuses to map the connections: {reason}")
+    return mapped

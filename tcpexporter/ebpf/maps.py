@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""bpf(2) on maps: numpy in, numpy out, each error a `TrackerError`."""
+
+import ctypes
+import errno
+import os
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter.ebpf.libbpf import load_libbpf
+from tcpexporter.errors import TrackerError
+
+BPF_NOEXIST = 1
+
+CHUNK = 4096
+"""Entries that are copied out of a map by one system call."""
+
+OUT_OF_MEMORY_S = 0.001
+OUT_OF_MEMORY_TRIES = 100
+"""A hash map that takes memory for an entry when it comes gets it a little ahead. Bulk
+updates can be faster, and wait."""
+
+Keys = npt.NDArray[Any]
+"""Of a map, whatever their dtype."""
+
+
+class Map:
+    """A map by its descriptor; what it is called in an error is ``what``."""
+
+    def __init__(self, descriptor: int, what: str) -> None:
+        """Use a descriptor, which stays who gave it's to close.
+
+        Raises:
+            SourceError: libbpf is not installed.
+        """
+        self.descriptor = descriptor
+        self._what = what
+        self._libbpf = load_libbpf()
+
+    def read(self, key: np.generic, into: Keys) -> None:
+        """Fill an array with the value of a key, which is there."""
+        if not self._call("bpf_map_lookup_elem", np.array([key]), into):
+            raise self._refusal("read")
+
+    def put(self, key: np.generic, value: np.generic) -> None:
+        """Set the value of a key."""
+        if not self._update(key, value, 0):
+            raise self._refusal("write to")
+
+    def put_new(self, key: np.generic, value: np.generic) -> bool:
+        """Set the value of a key, unless it has one already."""
+        added = self._update(key, value, BPF_NOEXIST)
+        if not added and ctypes.get_errno() != errno.EEXIST:
+            raise self._refusal("add to")
+        return added
+
+    def push(self, value: np.generic) -> None:
+        """Put a value on top of a stack."""
+        if not self._update(None, value, 0):
+            raise self._refusal("push to")
+
+    def pop(self, dtype: type[np.generic]) -> Any:
+        """The value on top of a stack, None when there is none."""
+        value = np.empty(1, dtype)
+        if self._call("bpf_map_lookup_and_delete_elem", None, value):
+            return value[0]
+        if ctypes.get_errno() != errno.ENOENT:
+            raise self._refusal("pop from")
+        return None
+
+    def put_all(self, keys: Keys, values: Keys) -> int:
+        """Set the values of many keys; for how many there was room, from the first on."""
+        done = 0
+        tries = OUT_OF_MEMORY_TRIES
+        while done < len(keys) and tries:
+            count = ctypes.c_uint32(len(keys) - done)
+            if self._call("bpf_map_update_batch", keys[done:], values[done:], count, None):
+                return len(keys)
+            if ctypes.get_errno() not in (errno.E2BIG, errno.ENOMEM):
+                raise self._refusal("add to")
+            tries = OUT_OF_MEMORY_TRIES if count.value else tries - 1
+            done += count.value
+            if ctypes.get_errno() == errno.E2BIG:
+                break
+            time.sleep(OUT_OF_MEMORY_S)
+        return done
+
+    def delete_all(self, keys: Keys) -> None:
+        """Take many keys out; those that are not there are passed over."""
+        keys = np.ascontiguousarray(keys)
+        while len(keys):
+            count = ctypes.c_uint32(len(keys))
+            if self._call("bpf_map_delete_batch", keys, count, None):
+                return
+            if ctypes.get_errno() != errno.ENOENT:
+                raise self._refusal("take from")
+            # It stops at the first that is not there.
+            keys = keys[count.value + 1 :]
+
+    def items(
+        self, key: type[np.generic], value: type[np.generic], *, take: bool = False
+    ) -> tuple[Keys, Keys]:
+        """All keys and their values, which are taken out in the same step if so wished."""
+        function = "bpf_map_lookup_and_delete_batch" if take else "bpf_map_lookup_batch"
+        keys, values = np.empty(CHUNK, key), np.empty(CHUNK, value)
+        found = [(keys[:0], values[:0])]
+        position: ctypes.c_uint32 | None = None
+        following = ctypes.c_uint32()
+        finished = False
+        while not finished:
+            count = ctypes.c_uint32(CHUNK)
+            if not self._call(function, position, following, keys, values, count, None):
+                if ctypes.get_errno() != errno.ENOENT:
+                    raise self._refusal("read")
+                finished = True
+            position = ctypes.c_uint32(following.value)
+            found.append((keys[: count.value].copy(), values[: count.value].copy()))
+        all_keys, all_values = (np.concatenate(each) for each in zip(*found, strict=True))
+        return all_keys, all_values
+
+    def _update(self, key: np.generic | None, value: np.generic, flags: int) -> bool:
+        at = None if key is None else np.array([key])
+        number = ctypes.c_uint64(flags)
+        return self._call("bpf_map_update_elem", at, np.array([value]), number)
+
+    def _call(self, function: str, *arguments: Any) -> bool:
+        """Whether a libbpf function succeeded; else ctypes.get_errno() says why."""
+        passed = [_passed(argument) for argument in arguments]
+        result = getattr(self._libbpf, function)(ctypes.c_int(self.descriptor), *passed)
+        return bool(result == 0)
+
+    def _refusal(self, deed: str) -> TrackerError:
+        reason = os.strerror(ctypes.get_errno())
+        return TrackerError(
+            f"the kernel refuses to {deed} the map of {self._what}: {reason}"
+        )
+
+
+def _passed(argument: Any) -> Any:
+    if isinstance(argument, np.ndarray):
+        return argument.ctypes.data_as(ctypes.c_void_p)
+    if isinstance(argument, ctypes.c_uint32):  # the kernel writes to it
+        return ctypes.byref(argument)
+    return argument
+
+
+def program_info(descriptor: int) -> npt.NDArray[np.uint64]:
+    """``struct bpf_prog_info``, as words; what a kernel does not know of it is 0.
+
+    Raises:
+        TrackerError: the kernel refuses to tell.
+    """
+    info = np.zeros(64, np.uint64)
+    size = ctypes.c_uint32(info.nbytes)
+    into = info.ctypes.data_as(ctypes.c_void_p)
+    if load_libbpf().bpf_obj_get_info_by_fd(descriptor, into, ctypes.byref(size)):
+        reason = os.strerror(ctypes.get_errno())
+        raise TrackerError(f"the kernel refuses to tell about the program: {reason}")
+    return info

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""bpf(2) on programs of the tracepoint that tells of sockets' states."""
+
+import ctypes
+
+from tcpexporter.ebpf.libbpf import call
+
+TRACEPOINT = "inet_sock_set_state"
+
+BPF_PROG_TYPE_TRACING = 26
+BPF_TRACE_RAW_TP = 23
+INSTRUCTION_BYTES = 8
+VERIFIER_LOG_BYTES = 1 << 20
+
+
+class _LoadOptions(ctypes.Structure):
+    """``struct bpf_prog_load_opts`` of libbpf 1.0 and later."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("attempts", ctypes.c_int),
+        ("expected_attach_type", ctypes.c_int),
+        ("prog_btf_fd", ctypes.c_uint32),
+        ("prog_flags", ctypes.c_uint32),
+        ("prog_ifindex", ctypes.c_uint32),
+        ("kern_version", ctypes.c_uint32),
+        ("attach_btf_id", ctypes.c_uint32),
+        ("attach_prog_fd", ctypes.c_uint32),
+        ("attach_btf_obj_fd", ctypes.c_uint32),
+        ("fd_array", ctypes.c_void_p),
+        ("func_info", ctypes.c_void_p),
+        ("func_info_cnt", ctypes.c_uint32),
+        ("func_info_rec_size", ctypes.c_uint32),
+        ("line_info", ctypes.c_void_p),
+        ("line_info_cnt", ctypes.c_uint32),
+        ("line_info_rec_size", ctypes.c_uint32),
+        ("log_level", ctypes.c_uint32),
+        ("log_size", ctypes.c_uint32),
+        ("log_buf", ctypes.c_void_p),
+    )
+
+
+def load(code: bytes, function: int) -> int:
+    """Load what BCC has compiled: it does not know programs of this type itself.
+
+    Gives the program's descriptor. ``function`` is as `Btf.function` gives it.
+
+    Raises:
+        OSError: the kernel refuses it; a note has what its verifier said.
+    """
+    said = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
+    options = _LoadOptions(
+        size=ctypes.sizeof(_LoadOptions),
+        expected_attach_type=BPF_TRACE_RAW_TP,
+        attach_btf_id=function,
+        log_level=1,
+        log_size=len(said),
+        log_buf=ctypes.addressof(said),
+    )
+    try:
+        return call(
+            "bpf_prog_load",
+            BPF_PROG_TYPE_TRACING,
+            b"on_state_change",
+            b"GPL",
+            code,
+            ctypes.c_size_t(len(code) // INSTRUCTION_BYTES),
+            ctypes.byref(options),
+        )
+    except OSError as refusal:
+        refusal.add_note(said.value.decode(errors="replace"))
+        raise
+
+
+def attach(program: int) -> int:
+    """Attach a program to the tracepoint that it was loaded for.
+
+    Gives a descriptor, which is the attachment.
+
+    Raises:
+        OSError: the kernel refuses it.
+    """
+    return call("bpf_raw_tracepoint_open", None, program)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The source that the kernel tells: the tracker, kept right by the socket tables."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter.connections.identity import SECRET
+from tcpexporter.connections.record import Records
+from tcpexporter.connections.source import Report
+from tcpexporter.ebpf import loader
+from tcpexporter.ebpf.pins import Pins, settled
+from tcpexporter.ebpf.reconcile import Reconciler, reconcile, seed
+from tcpexporter.ebpf.tracker import Tracker
+from tcpexporter.errors import SourceError
+from tcpexporter.host import namespaces
+from tcpexporter.host.background import Task
+from tcpexporter.socket_tables.polling import first_seen
+from tcpexporter.socket_tables.tables import open_tables
+
+if TYPE_CHECKING:  # what is not asked for takes no memory
+    from tcpexporter.socket_tables.saved_ages import State
+
+log = logging.getLogger(__name__)
+
+
+class EbpfSource:
+    """Connections with the timestamps that the kernel gave them."""
+
+    name = "ebpf"
+
+    def __init__(
+        self,
+        *,
+        netns: str,
+        max_connections: int,
+        reconcile_interval_s: float,
+        reconcile_cpu_share: float,
+        pin: str | None = None,
+        state: "State | None" = None,
+    ) -> None:
+        """Load and attach the program; takes root, or CAP_BPF and CAP_PERFMON.
+
+        Args:
+            netns: as `namespaces.find` takes it, or ``all`` for every one of the host.
+            max_connections: how many the tracker holds.
+            reconcile_interval_s: as `Reconciler` has it.
+            reconcile_cpu_share: likewise.
+            pin: a directory by which what the kernel records outlives this process.
+            state: where ages are taken from, and saved if nothing is pinned.
+
+        Raises:
+            PinError: what is there cannot be used.
+            SettingsError: ``netns`` is not there.
+            SourceError: that does not work; says why and what would help.
+        """
+        self._max_connections = max_connections
+        self._state = state
+        self._refused_is_told = False
+        only = 0 if netns == "all" else namespaces.inode(namespaces.find(netns))
+        with contextlib.ExitStack() as undo:
+            self._pins = Pins.open(Path(pin)) if pin else None
+            if self._pins:
+                undo.callback(self._pins.close)
+            descriptors = loader.load(loader.Request(max_connections, only, SECRET))
+            undo.callback(descriptors.close)
+            self._tracker = Tracker(descriptors, max_connections)
+            self._tables = open_tables("auto", netns)
+            undo.callback(self._tables.close)
+            if only and only != self._tables.namespaces()[0]:
+                raise SourceError(f"--netns {netns} has been made anew: start again")
+            if self._pins:
+                self._pins.take_over(self._tracker, netns=only)
+                self._pins.leave(descriptors)
+            undo.pop_all()
+        self._reconciler = Reconciler(
+            self._tracker,
+            self._tables,
+            interval_s=reconcile_interval_s,
+            cpu_share=reconcile_cpu_share,
+        )
+
+    def tasks(self) -> list[Task]:
+        return [self._reconciler.task, *(self._state.tasks() if self._state else ())]
+
+    def start(self) -> None:
+        seed(self._tracker, self._state.aged(self._tables) if self._state else self._tables)
+        if self._pins and self._pins.taken_over:
+            reconcile(self._tracker, self._tables)
+        self._tell_refused()
+        self._reconciler.start()
+        if self._state and not self._pins:
+            self._state.begin(self._with_cookies)
+
+    def close(self) -> None:
+        self._reconciler.close()
+        self._tracker.close()
+        self._tables.close()
+        if self._pins:
+            self._pins.close()
+
+    def read(self) -> Iterator[Records]:
+        if trouble := self._reconciler.trouble():
+            raise SourceError(trouble)
+        return self._tracker.read()
+
+    def listeners(self) -> Records:
+        return self._tables.listeners()
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        return self._tables.namespaces()
+
+    def report(self) -> Report:
+        self._tell_refused()
+        return Report(
+            max_connections=self._max_connections,
+            kernel_events=self._tracker.events(),
+            missed_events=self._tracker.missed_events(),
+            seeded_connections=self._tracker.seeds(),
+            refused_seeds=self._tracker.seeds_refused,
+            reconciliation=self._reconciler.state,
+            state_saved_s=self._state.saved_s if self._state else None,
+        )
+
+    def _with_cookies(self) -> Records:
+        """What the socket tables show, with the tracker's times.
+
+        The tables are looked at first. If an address pair closes after that and opens anew,
+        the time of the new connection meets the cookie of the one before, which is gone for
+        good; the other way round a new one would have an age that it has not.
+        """
+        shown = self._tables.established(with_ages=False)
+        return first_seen(shown, map(settled, self._tracker.read()))
+
+    def _tell_refused(self) -> None:
+        refused = self._tracker.events()["refused"] + self._tracker.seeds_refused
+        if refused and not self._refused_is_told:
+            log.warning(
+                "there is no room for %s connections: raise --max-connections", refused
+            )
+            self._refused_is_told = True

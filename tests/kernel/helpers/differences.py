@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What a running exporter's maps and the socket tables say of the connections of one port.
+
+A soak prints it when a count is wrong: which connection differs, in which direction, and
+what its record, its slot, its handle and the socket tables say of it.
+"""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tcpexporter.clock import boottime_ns
+from tcpexporter.connections.record import CONNECTION, PORTS, Records
+from tcpexporter.ebpf.libbpf import load_libbpf
+from tcpexporter.ebpf.mapped_array import MappedArray
+from tcpexporter.ebpf.maps import Map
+from tcpexporter.ebpf.tracker import HANDLE_SEEDED, WINDOW
+from tcpexporter.socket_tables.tables import open_tables
+
+SYS_PIDFD_GETFD = 438
+"""pidfd_getfd(2), on every architecture."""
+
+MAP_NAME = slice(24, 40)
+MAP_MAX_ENTRIES = slice(16, 20)
+"""Where they are in ``struct bpf_map_info``, include/uapi/linux/bpf.h."""
+
+
+def explain(process: int, port: int) -> str:
+    """A line for each connection of a local port that the maps or the tables have."""
+    with contextlib.closing(open_tables("sock_diag", "self")) as tables:
+        shown = tables.established(with_ages=True)
+    with _maps(process) as maps:
+        handles, slots = Map(maps["slots"][0], "slots").items(np.uint64, np.uint32)
+        descriptor, entries = maps["connections"]
+        records = MappedArray(descriptor, CONNECTION, entries, WINDOW).upto(entries).copy()
+    slot_of = dict(zip(handles.tolist(), slots.tolist(), strict=True))
+    shown = shown[shown["key"]["local_port"] == port]
+    is_here = records["key"]["local_port"] == port
+    is_here |= records["group"] % PORTS == port
+    is_here &= records["group"] != 0
+    lines = [f"port {port}: {len(shown)} in the tables, {is_here.sum()} in the map"]
+    lines += [f"  table  {_key(each)}" for each in shown]
+    lines += [
+        f"  slot {slot} {_record(records[slot], slot, slot_of)}"
+        for slot in np.flatnonzero(is_here).tolist()
+    ]
+    return "\n".join(lines)
+
+
+def _record(record: Records, slot: int, slot_of: dict[int, int]) -> str:
+    handle = int(record["handle"])
+    owner = slot_of.get(handle)
+    origin = "table" if handle & int(HANDLE_SEEDED) else "event"
+    age_s = (boottime_ns() - int(record["established_ns"])) / 1e9
+    owned = "owned" if owner == slot else f"its handle has slot {owner}"
+    return (
+        f"{_key(record)} group {int(record['group']):#x} from {origin}, {age_s:.3f} s,"
+        f" handle {handle:#x} {owned}"
+    )
+
+
+def _key(record: Records) -> str:
+    key = record["key"]
+    ends = (
+        f"{bytes(key[f'{end}_address']).hex()}:{key[f'{end}_port']}"
+        for end in ("local", "remote")
+    )
+    return " ".join((*ends, f"netns {key['netns']}"))
+
+
+@contextlib.contextmanager
+def _maps(process: int) -> Iterator[dict[str, tuple[int, int]]]:
+    """Descriptors of the maps that a process holds and their sizes, by their names."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with contextlib.ExitStack() as undo:
+        pidfd = os.pidfd_open(process)
+        undo.callback(os.close, pidfd)
+        maps = {}
+        for each in Path(f"/proc/{process}/fdinfo").iterdir():
+            if "map_id:" not in each.read_text():
+                continue
+            descriptor = libc.syscall(SYS_PIDFD_GETFD, pidfd, int(each.name), 0)
+            undo.callback(os.close, descriptor)
+            info = ctypes.create_string_buffer(256)
+            size = ctypes.c_uint32(len(info))
+            load_libbpf().bpf_obj_get_info_by_fd(descriptor, info, ctypes.byref(size))
+            name = info.raw[MAP_NAME].partition(b"\0")[0].decode()
+            maps[name] = descriptor, int.from_bytes(info.raw[MAP_MAX_ENTRIES], "little")
+        yield maps

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""A tracker in this process, and socket tables with something between the looks."""
+
+import socket
+from collections.abc import Callable
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter.connections.identity import SECRET
+from tcpexporter.connections.record import CONNECTION, Direction, Records, groups
+from tcpexporter.ebpf import loader
+from tcpexporter.ebpf.slot_ranges import Slots
+from tcpexporter.ebpf.tracker import HANDLE_SEEDED, Tracker
+from tcpexporter.host import namespaces
+from tcpexporter.socket_tables.tables import open_tables
+from tests.support import Peers, reset
+
+SLOTS = 1021
+"""For so many connections is a tracker of which nothing else is said."""
+
+
+def attach(
+    max_connections: int = SLOTS, *, lose_one_in: int = 0, without: tuple[str, ...] = ()
+) -> Tracker:
+    """A tracker of this namespace that is not seeded."""
+    request = loader.Request(
+        max_connections, namespaces.inode(), SECRET, lose_one_in, without
+    )
+    return Tracker(loader.load(request), max_connections)
+
+
+class Looks:
+    """The socket tables; after each look is taken, the next of ``after`` happens."""
+
+    def __init__(self, *after: Callable[[], object], hide_from_look: int = 0) -> None:
+        self.taken = 0
+        self._tables = open_tables("sock_diag", "self")
+        self._after = list(after)
+        self._hide_from_look = hide_from_look
+
+    def established(self, *, with_ages: bool) -> Records:
+        look = self._tables.established(with_ages=with_ages)
+        self.taken += 1
+        if self._after:
+            self._after.pop(0)()
+        return look[:0] if self.taken == self._hide_from_look else look
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        return self._tables.namespaces()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tables.close()
+
+
+def everything(tracker: Tracker) -> Records:
+    """All connections that the tracker has, from events and seeds."""
+    known = np.concatenate([chunk.copy() for chunk in tracker.read()])
+    there: Records = known[known["group"] != 0]
+    return there
+
+
+def at_port(tracker: Tracker, port: int) -> Records:
+    """Those of a local port."""
+    known = everything(tracker)
+    here: Records = known[known["key"]["local_port"] == port]
+    return here
+
+
+def seeds(known: Records) -> Records:
+    """Those that came from the socket tables."""
+    found: Records = known[known["handle"] & HANDLE_SEEDED != 0]
+    return found
+
+
+def made(number: int, **key: object) -> Records:
+    """Connections from as many remote ports that nobody has opened."""
+    connections = np.zeros(number, CONNECTION)
+    connections["key"]["local_port"] = 1
+    connections["key"]["remote_port"] = np.arange(number)
+    connections["key"]["netns"] = namespaces.inode()
+    for field, value in key.items():
+        connections["key"][field] = value
+    connections["established_ns"] = 1
+    connections["group"] = groups(connections["key"], Direction.INBOUND)
+    return connections
+
+
+def forget(tracker: Tracker, port: int) -> None:
+    """Make the tracker miss that the connections of a port were opened."""
+    known = tracker.known()
+    stale = np.isin(known.slots, slots_at(tracker, port))
+    forgotten = known.only(stale)
+    tracker.release(forgotten.slots, forgotten.established_ns)
+
+
+def slots_at(tracker: Tracker, port: int) -> Slots:
+    """Where the connections of a local port are."""
+    known = tracker._all()
+    is_here = (known["group"] != 0) & (known["key"]["local_port"] == port)
+    return np.flatnonzero(is_here).astype(np.uint32)
+
+
+def put_told(tracker: Tracker, connections: Records) -> None:
+    """Have the tracker know connections as if the program had been told of them."""
+    slots = tracker._take(len(connections))
+    told = connections.copy()
+    # Of sockets that do not exist: even, and not in the kernel's half.
+    told["handle"] = 2 * (1 + np.arange(len(told)))
+    everything = tracker._array.upto(int(slots.max()) + 1)
+    everything[slots] = told
+    for handle, slot in zip(told["handle"], slots, strict=True):
+        assert tracker._handles.put_new(handle, slot)
+
+
+class Reusable:
+    """A connection whose address pair can be used again at once."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self.open()
+
+    def open(self) -> None:
+        self.client = socket.socket()
+        self.client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.client.bind(("127.0.0.1", 61999))
+        self.client.connect(("127.0.0.1", self._peers.port))
+        self.server, _ = self._peers.listener.accept()
+
+    def close(self) -> None:
+        if self.client.fileno() < 0:
+            return
+        reset(self.client)
+        self.server.close()
+
+    def reopen(self) -> None:
+        self.close()
+        self.open()
+
+
+def taken_slots(tracker: Tracker) -> Slots:
+    """The slot of each handle, as often as there is one."""
+    _, slots = tracker._handles.items(np.uint64, np.uint32)
+    return slots
+
+
+def free_slots(tracker: Tracker) -> Slots:
+    """Those that nobody has, as often as they are on the stack."""
+    slots = tracker._take(2 * tracker._slots)
+    tracker._give(slots)
+    return slots

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Gives up root in child processes that start in many ways, and reports what came of it.
+
+Run as a module it reads a case a line, as JSON, and writes an outcome a line. It imports
+little, as a fork takes longer the more memory a process has.
+"""
+
+import contextlib
+import ctypes
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tcpexporter.ebpf.libbpf import create_map
+from tcpexporter.errors import SourceError, TcpExporterError
+from tcpexporter.host import privileges
+
+NOBODY = 65534
+
+# include/uapi/linux/prctl.h
+PR_SET_SECUREBITS = 28
+PR_CAP_AMBIENT_RAISE = 2
+
+BPF_MAP_TYPE_STACK = 23
+"""Without CAP_BPF or CAP_SYS_ADMIN every kernel refuses to make one."""
+
+SHOWN = (
+    *("Uid", "Gid", "Groups", "NoNewPrivs"),
+    *("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"),
+)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a process starts, and what it does."""
+
+    uids: Sequence[int] = (0, 0, 0)
+    """Real, effective and saved; its groups are root's if the first is."""
+    holds: Sequence[int] = ()
+    """Capabilities that are permitted, and in the bounding set."""
+    mode: str = "effective"
+    """Or ``ambient``, or ``idle``: permitted, but not in effect."""
+    no_new_privs: bool = False
+    securebits: int = 0
+    reads: bool = False
+    """It is the child that reads files, and not the process that serves."""
+    needs_bpf: bool = False
+    """It needs CAP_BPF or CAP_SYS_ADMIN afterwards, as before Linux 5.19 for maps."""
+    refused: str = ""
+    """A system call that a seccomp filter answers without doing it, but prctl only for
+    no_new_privs. Loading that filter requires CAP_SYS_ADMIN."""
+    answer: int = errno.EPERM
+    """What the filter answers; 0: that it was done."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it."""
+
+    before: dict[str, list[str]]
+    """/proc/self/status at the start."""
+    after: dict[str, list[str]]
+    warnings: list[str]
+    refusal: str | None
+    """The sentence with which it ends."""
+
+
+def _main() -> None:
+    for line in sys.stdin:
+        case = Case(**json.loads(line))
+        if os.fork() == 0:
+            try:
+                outcome = _outcome(case)
+                sys.stdout.write(f"{json.dumps(asdict(outcome))}\n")
+                sys.stdout.flush()
+            except BaseException as error:
+                sys.stderr.write(f"{case}: {error!r}\n")
+                raise
+            finally:
+                os._exit(0)
+        os.wait()
+
+
+def _outcome(case: Case) -> Outcome:
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    _enter(case)
+    before = _status()
+    account = privileges.find_user("nobody") if privileges.is_root() else None
+    refusal = None
+    try:
+        if case.reads:
+            privileges.keep_reading(account)
+        else:
+            privileges.drop(account, _make_map if case.needs_bpf else lambda: None)
+    except TcpExporterError as error:
+        refusal = str(error)
+    return Outcome(before, _status(), warnings, refusal)
+
+
+def _status() -> dict[str, list[str]]:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = (line.partition(":") for line in lines)
+    return {name: value.split() for name, _, value in fields if name in SHOWN}
+
+
+def _make_map() -> None:
+    try:
+        os.close(create_map(BPF_MAP_TYPE_STACK, 0, 4))
+    except OSError as error:
+        raise SourceError("cannot make a map") from error
+
+
+def _enter(case: Case) -> None:
+    privileges._prctl(privileges.PR_SET_KEEPCAPS, 1)
+    is_root = case.uids[0] == 0
+    os.setgroups([0, 27] if is_root else [])
+    os.setresgid(*[0 if is_root else NOBODY] * 3)
+    os.setresuid(*case.uids)
+    permitted = privileges.read_status().permitted
+    _set_capabilities(permitted, permitted, 0)
+    privileges._prctl(PR_SET_SECUREBITS, case.securebits)
+    for each in range(64):
+        if each not in case.holds:
+            with contextlib.suppress(OSError):  # the kernel knows fewer
+                privileges._prctl(privileges.PR_CAPBSET_DROP, each)
+    held = sum(1 << each for each in case.holds)
+    is_ambient = case.mode == "ambient"
+    effective = 0 if case.mode == "idle" else held
+    _set_capabilities(held, effective, held if is_ambient else 0)
+    for each in case.holds if is_ambient else ():
+        raised = ctypes.c_ulong(PR_CAP_AMBIENT_RAISE), ctypes.c_ulong(each)
+        zero = ctypes.c_ulong(0)
+        privileges._check(_libc.prctl(privileges.PR_CAP_AMBIENT, *raised, zero, zero))
+    if case.no_new_privs:
+        privileges._prctl(privileges.PR_SET_NO_NEW_PRIVS, 1)
+    if case.refused:
+        _refuse(case.refused, case.answer)
+
+
+def _set_capabilities(permitted: int, effective: int, inheritable: int) -> None:
+    """Make capset(2) as its version 3 has it."""
+    header = privileges._Header(privileges._LINUX_CAPABILITY_VERSION_3, 0)
+    data = (privileges._Data * 2)(
+        *(
+            privileges._Data(*(each >> shift & 0xFFFFFFFF for each in sets))
+            for shift in (0, 32)
+            for sets in [(effective, permitted, inheritable)]
+        )
+    )
+    privileges._check(_libc.capset(ctypes.byref(header), data))
+
+
+def _refuse(name: str, answer: int) -> None:
+    import pyseccomp  # noqa: PLC0415  most cases do without
+
+    made = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    made.set_attr(pyseccomp.Attr.CTL_NNP, 0)
+    conditions = []
+    if name == "prctl":
+        set_no_new_privs = privileges.PR_SET_NO_NEW_PRIVS
+        conditions.append(pyseccomp.Arg(0, pyseccomp.EQ, set_no_new_privs))
+    made.add_rule(pyseccomp.ERRNO(answer), name, *conditions)
+    made.load()
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Has a BPF program run within itself, if the kernel lets it.
+
+Prints how often it did, and how often the kernel counts that it did not let it. The
+program is at the tracepoints of system calls and of page faults, and in each system call
+of this process causes a page fault. It compiles as ours does, by BCC.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import bcc
+
+from tcpexporter.ebpf.maps import program_info
+from tcpexporter.ebpf.tracker import RECURSION_MISSES_BYTES
+
+SOURCE = """
+BPF_ARRAY(depth, u32, 1);
+BPF_ARRAY(nested, u64, 1);
+
+int on_event(struct bpf_raw_tracepoint_args *args)
+{
+    u32 first = 0, *here = depth.lookup(&first);
+    u64 unmapped, *count = nested.lookup(&first);
+
+    if (!here || !count || bpf_get_current_pid_tgid() >> 32 != OURS)
+        return 0;
+    if (*here) {
+        (*count)++;
+        return 0;
+    }
+    *here = 1;
+    bpf_probe_read_user(&unmapped, sizeof(unmapped), (void *)8);
+    *here = 0;
+    return 0;
+}
+"""
+
+SYSTEM_CALLS = 101
+
+
+def main() -> None:
+    os.environ["BCC_KERNEL_SOURCE"] = str(Path(__file__).parents[3] / "bpf")
+    program = bcc.BPF(text=SOURCE, cflags=[f"-DOURS={os.getpid()}"])
+    for tracepoint in ("page_fault_kernel", "sys_enter"):
+        program.attach_raw_tracepoint(tracepoint, "on_event")
+    for _ in range(SYSTEM_CALLS):
+        os.getppid()
+    loaded = program.load_func("on_event", bcc.BPF.RAW_TRACEPOINT)
+    info = program_info(loaded.fd)
+    missed = int(info[RECURSION_MISSES_BYTES // info.itemsize])
+    sys.stdout.write(f"{program['nested'][0].value} {missed}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What tests use one after another, so that each need not start its own."""
+
+import contextlib
+import ctypes
+import itertools
+
+import numpy as np
+
+from tcpexporter.ebpf import loader
+from tcpexporter.ebpf.tracker import EVENT_KINDS, FIRST, Tracker
+from tcpexporter.socket_tables.tables import open_tables
+from tests.kernel.helpers.in_process import SLOTS, attach
+from tests.support import Exporter, inside, new_netns
+
+# The arguments of exporters that are shared.
+ALWAYS_LONG_TERM = ("--duration", "0")
+AFTER_A_SECOND = ("--duration", "1")
+EVERY_NAMESPACE = (*ALWAYS_LONG_TERM, "--netns", "all")
+# All outbound connections that there have been leave a series each.
+_MANY = (*ALWAYS_LONG_TERM, "--source", "ebpf", "--max-series", "65535")
+BOTH_ENDS = (*_MANY, "--direction", "all")
+OUTBOUND = (*_MANY, "--direction", "outbound", "--user", "daemon")
+
+_ports = itertools.count(10103)
+
+
+def unused_port() -> int:
+    """One that nothing has had before, so no exporter that is shared has a series of it.
+
+    It is below those that the kernel chooses from.
+    """
+    return next(_ports)
+
+
+class Exporters:
+    """Exporters in one network namespace, one for each set of arguments.
+
+    Whoever uses one opens connections of its own, says nothing of others, and closes
+    them. All stay until the last test has been run, so none may do much by itself. One
+    that has ended or hangs is replaced: it has failed one test, and no more.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[tuple[str, ...], Exporter] = {}
+
+    def __call__(self, *arguments: str) -> Exporter:
+        """That with these arguments, called from within the namespace."""
+        running = self._running.pop(arguments, None)
+        if running is not None and not running.is_ready():
+            running.__exit__()
+            running = None
+        self._running[arguments] = running or Exporter(*arguments)
+        return self._running[arguments]
+
+    def close(self) -> None:
+        """End all of them, and fail if they have anything to complain of."""
+        complaints = []
+        for arguments, running in self._running.items():
+            with running:
+                code, said = running.stop()
+            if code or "Traceback" in said:
+                complaints.append(f"{' '.join(arguments)} ended with {code}:\n{said}")
+        assert not complaints, "\n".join(complaints)
+
+
+class SharedTracker:
+    """A namespace with a program and its maps, which each test finds as when loaded."""
+
+    def __init__(self) -> None:
+        self._undo = contextlib.ExitStack()
+        self.netns = self._undo.enter_context(new_netns())
+        with inside(self.netns):
+            loaded = attach()
+        self._undo.callback(loaded.close)
+        self._descriptors = loaded._descriptors
+
+    def fresh(self) -> Tracker:
+        """A tracker to which nothing has happened yet; its maps are emptied for it."""
+        tracker = Tracker(self._descriptors, SLOTS)
+        tracker._watched.put(FIRST, np.uint32(False))
+        tracker._handles.items(np.uint64, np.uint32, take=True)
+        tracker._take_closings()
+        tracker.wait_for_runs()
+        while tracker._free_slots.pop(np.uint32) is not None:
+            pass
+        loader._fill(self._descriptors.free_slots, SLOTS)
+        counts = np.zeros((tracker._cpus, len(EVENT_KINDS)), np.uint64)
+        zero_flags = ctypes.c_uint64(0)
+        assert tracker._counters._call(
+            "bpf_map_update_elem", np.array([FIRST]), counts, zero_flags
+        )
+        tracker._array.upto(SLOTS)[:] = 0
+        return tracker
+
+    def is_quiet(self) -> bool:
+        """Whether no connection is established in its namespace."""
+        with inside(self.netns):
+            tables = open_tables("sock_diag", "self")
+            with contextlib.closing(tables):
+                return len(tables.established(with_ages=False)) == 0
+
+    def close(self) -> None:
+        self._undo.close()
+
+
+class Trackers:
+    """The tracker that tests share, until one of them fails or leaves something open."""
+
+    def __init__(self) -> None:
+        self._shared: SharedTracker | None = None
+
+    @property
+    def shared(self) -> SharedTracker:
+        if self._shared is None:
+            self._shared = SharedTracker()
+        return self._shared
+
+    def discard(self) -> None:
+        """Have the next test find another one."""
+        if self._shared is not None:
+            self._shared.close()
+        self._shared = None

@@ -1,0 +1,956 @@
+# SPDX-License-Identifier: GPL-3.0-only
+import contextlib
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as run_with
+from hypothesis import strategies as st
+
+from tcpexporter.config.settings import Settings, misleading, parse, reread
+from tcpexporter.errors import SettingsError, quoted
+
+SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
+    ("simple", "true", {"simple": True}),
+    ("tcpv6", "false", {"tcpv6": False}),
+    ("port", "443,8000-8002", {"ports": (443, 8000, 8001, 8002)}),
+    ("listen", "[::1]:9000", {"listen_address": "::1", "listen_port": 9000}),
+    ("duration", "1m30s", {"duration_s": 90}),
+    ("direction", "outbound", {"direction": "outbound"}),
+    ("netns", "all", {"netns": "all"}),
+    ("source", "sock_diag", {"source": "sock_diag"}),
+    ("interval", "0.5", {"interval_s": 0.5}),
+    ("max-series", "101", {"max_series": 101}),
+    ("web-config", "/etc/web.yml", {"web_config": "/etc/web.yml"}),
+    ("max-connections", "1000", {"max_connections": 1000}),
+    ("max-connections", "auto", {"max_connections": None}),
+    ("reconcile-interval", "5m", {"reconcile_interval_s": 300.0}),
+    ("reconcile-cpu", "0.5", {"reconcile_cpu_percent": 0.5}),
+    ("user", "prometheus", {"user": "prometheus"}),
+    ("log-level", "debug", {"log_level": "debug"}),
+    ("log-format", "json", {"log_format": "json"}),
+    ("once", "true", {"once": True}),
+    ("features", "true", {"features": True}),
+    ("pin", "/sys/fs/bpf/x", {"pin": "/sys/fs/bpf/x"}),
+    ("unpin", "true", {"unpin": True}),
+    ("state", "/var/lib/x/state", {"state": "/var/lib/x/state"}),
+]
+"""A name, a value that is not its default, and what comes of it."""
+
+FROM_GO = ["simple", "tcpv6", "port", "listen", "duration"]
+GO_SAMPLES = [sample for sample in SAMPLES if sample[0] in FROM_GO]
+OTHER_SAMPLES = [sample for sample in SAMPLES if sample[0] not in FROM_GO]
+
+REFUSED = [
+    *[
+        (name, value, "true or false")
+        for name in ("simple", "tcpv6", "once", "features", "unpin")
+        for value in ("", "yes", "on", "TrUe", "2")
+    ],
+    *[
+        ("port", value, "-1 for all, or ports from 1 to 65535")
+        for value in (
+            *(
+                "",
+                "http",
+                "0",
+                "-2",
+                "65536",
+                "443,",
+                ",443",
+                "443,-1",
+                "90-80",
+                "1-",
+                "80-65536",
+            ),
+            *("80, 443", "80--90", "+80", "8_0", "٨٠", "4.5", "0x50", "9" * 5000),
+        )
+    ],
+    *[
+        ("listen", value, "a port from 1 to 65535, alone or after a host")
+        for value in (
+            *("", ":", "0", "-1", "65536", "local host:9690", "127.0.0.1", "127.0.0.1:"),
+            *("127.0.0.256:9690", "::1:9690", "[::1]", "[::1]9690", "[127.0.0.1]:9690"),
+            *("[]:9690", "[::g]:9690", "[[::1]]:9690", "/x:9690", "http://[::1]:9690"),
+        )
+    ],
+    *[
+        ("duration", value, "whole seconds")
+        for value in (
+            *("", "-1", "1.5", "1.5s", "s", "1m30", "30s1m", "1 m", "1h1h", "1d", "."),
+            *("5x", "1e3", "inf", "nan", "9223372037", "2562048h", "9" * 5000 + "h"),
+        )
+    ],
+    *[
+        ("interval", value, "0.1 to 3600 seconds")
+        for value in ("", "0", "0.09", "3600.1", "2h", "-1", "nan", "inf", "1e0", "fast")
+    ],
+    *[
+        ("max-connections", value, "auto, or a whole number from 1 to 16777216")
+        for value in ("", "0", "16777217", "-1", "1e3", "1_000", "many")
+    ],
+    *[
+        ("max-series", value, "a whole number from 1 to 16777216")
+        for value in ("", "0", "16777217", "-1", "1e3", "1_000", "auto")
+    ],
+    *[("direction", value, "inbound, outbound or all") for value in ("", "in", "ALL")],
+    *[("netns", value, "self, all, a name") for value in ("", "two words", "a:b")],
+    *[
+        ("reconcile-interval", value, "0 for never, or seconds up to 86400")
+        for value in ("", "-1", "86401", "25h", "often")
+    ],
+    *[
+        ("reconcile-cpu", value, "a number from 0.1 to 100")
+        for value in ("", "0", "101", "-2", "2%", "nan", "1e1", "1.2.3")
+    ],
+    *[("source", value, "auto, ebpf, sock_diag or procfs") for value in ("", "bpf")],
+    *[
+        ("log-level", value, "debug, info, warning or error")
+        for value in ("", "INFO", "trace")
+    ],
+    *[("log-format", value, "text or json") for value in ("", "xml")],
+    *[("user", value, "the name of a user") for value in ("", "no body", "root:root")],
+]
+"""A name, a value that is refused, and how the refusal says what it takes."""
+
+unhurried = run_with(deadline=None)
+"""A busy machine is no failure."""
+
+WriteFile = Callable[[str | bytes], str]
+
+
+@pytest.fixture(name="write_file", scope="session")
+def _write_file(tmp_path_factory: pytest.TempPathFactory) -> WriteFile:
+    path = tmp_path_factory.mktemp("settings") / "exporter.conf"
+
+    def write(content: str | bytes) -> str:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return str(path)
+
+    return write
+
+
+def refusal(argv: list[str], environ: dict[str, str] | None = None) -> str:
+    with pytest.raises(SettingsError) as caught:
+        parse(argv, environ or {})
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def in_environment(name: str) -> str:
+    return name.replace("-", "_").upper()
+
+
+# What is chosen, and where.
+
+
+def test_default() -> None:
+    """The defaults that the help tells are those of the dataclass."""
+    assert parse([], {}) == Settings()
+
+
+def test_settings_are_frozen() -> None:
+    """Nothing changes its settings once they are parsed."""
+    with pytest.raises(FrozenInstanceError):
+        parse([], {}).simple = True  # type: ignore[misc]
+
+
+def test_samples_cover_every_field() -> None:
+    """The tests below leave out no setting but conf and output, which have their own."""
+    covered = {field for _, _, expected in SAMPLES for field in expected}
+    covered |= {"conf", "output"}
+    assert covered == {field.name for field in fields(Settings)}
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), SAMPLES)
+@pytest.mark.parametrize("dashes", ["-", "--"])
+def test_flag(name: str, text: str, expected: dict[str, Any], dashes: str) -> None:
+    """Every setting is a flag of one dash or two, its value after an equals sign."""
+    assert parse([f"{dashes}{name}={text}"], {}) == replace(Settings(), **expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [sample for sample in SAMPLES if sample[1] not in {"true", "false"}],
+)
+@pytest.mark.parametrize("dashes", ["-", "--"])
+def test_flag_and_its_value_apart(
+    name: str, text: str, expected: dict[str, Any], dashes: str
+) -> None:
+    """The value of a flag that is no switch may be the next argument."""
+    assert parse([dashes + name, text], {}) == replace(Settings(), **expected)
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), SAMPLES)
+def test_environment(name: str, text: str, expected: dict[str, Any]) -> None:
+    """Every setting is an environment variable with the prefix."""
+    environ = {f"TCPEXPORTER_{in_environment(name)}": text}
+    assert parse([], environ) == replace(Settings(), **expected)
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), GO_SAMPLES)
+def test_go_environment(name: str, text: str, expected: dict[str, Any]) -> None:
+    """The Go program's settings are environment variables without the prefix too."""
+    assert parse([], {in_environment(name): text}) == replace(Settings(), **expected)
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), GO_SAMPLES)
+def test_prefixed_variable_wins(name: str, text: str, expected: dict[str, Any]) -> None:
+    """A variable with the prefix wins over one without, whatever that one holds."""
+    variable = in_environment(name)
+    environ = {f"TCPEXPORTER_{variable}": text, variable: "nonsense"}
+    assert parse([], environ) == replace(Settings(), **expected)
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), OTHER_SAMPLES)
+def test_other_variables_need_the_prefix(
+    name: str,
+    text: str,
+    expected: dict[str, Any],  # noqa: ARG001 - the samples have it
+) -> None:
+    """What the Go program has not is not read without the prefix: shells set USER."""
+    assert parse([], {in_environment(name): text}) == Settings()
+
+
+def test_process_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the environment that is handed over counts."""
+    for variable in ("PORT", "TCPEXPORTER_PORT", "TCPEXPORTER_TYPO"):
+        monkeypatch.setenv(variable, "443")
+    assert parse([], {}) == Settings()
+
+
+@pytest.mark.parametrize("separator", [" ", "=", " = ", "\t", " =", "= ", "   "])
+@pytest.mark.parametrize(("name", "text", "expected"), SAMPLES)
+def test_file(
+    write_file: WriteFile, name: str, text: str, expected: dict[str, Any], separator: str
+) -> None:
+    """Every setting is a line of the file, of either form and with either dash."""
+    for written in {name, name.replace("-", "_")}:
+        conf = write_file(written + separator + text)
+        assert parse(["--conf", conf], {}) == replace(Settings(), conf=conf, **expected)
+
+
+def test_file_with_comments(write_file: WriteFile) -> None:
+    """Comments, blank lines, indentation and a Windows editor do no harm."""
+    conf = write_file("# a comment\r\n\r\n   # another\r\n  simple\r\nport 443  \r\n\r\n")
+    assert parse(["--conf", conf], {}) == Settings(conf=conf, simple=True, ports=(443,))
+
+
+def test_switch_alone_in_file(write_file: WriteFile) -> None:
+    """A switch that stands alone in the file is on."""
+    conf = write_file("simple\nonce\ntcpv6")
+    assert parse(["--conf", conf], {}) == Settings(conf=conf, simple=True, once=True)
+
+
+def test_value_with_equals_sign_in_file(write_file: WriteFile) -> None:
+    """Only the first separator of a line separates."""
+    assert parse(["--conf", write_file("user a=b")], {}).user == "a=b"
+
+
+def test_value_with_dash_in_file(write_file: WriteFile) -> None:
+    """A value that begins with a dash is not taken for a flag."""
+    conf = write_file("port -1\nuser --simple")
+    assert parse(["--conf", conf], {}) == Settings(conf=conf, user="--simple")
+
+
+def test_value_with_dash_in_environment() -> None:
+    """Neither is one of the environment."""
+    environ = {"PORT": "-1", "TCPEXPORTER_USER": "-simple"}
+    assert parse([], environ) == Settings(user="-simple")
+
+
+@pytest.mark.parametrize("dashes", ["-", "--"])
+@pytest.mark.parametrize("name", ["conf", "config"])
+def test_file_named_by_flag(write_file: WriteFile, name: str, dashes: str) -> None:
+    """The file has two names, as a flag."""
+    conf = write_file("simple")
+    assert parse([dashes + name, conf], {}) == Settings(simple=True, conf=conf)
+
+
+@pytest.mark.parametrize(
+    "variable", ["TCPEXPORTER_CONF", "TCPEXPORTER_CONFIG", "CONF", "CONFIG"]
+)
+def test_file_named_by_environment(write_file: WriteFile, variable: str) -> None:
+    """And as an environment variable."""
+    conf = write_file("simple")
+    assert parse([], {variable: conf}) == Settings(simple=True, conf=conf)
+
+
+def test_file_named_by_flag_wins(write_file: WriteFile) -> None:
+    """The file of the environment is not read when a flag names another."""
+    conf = write_file("simple")
+    assert parse(["--config", conf], {"CONF": "/absent"}).conf == conf
+
+
+def test_file_in_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The home directory may be written as a tilde."""
+    (tmp_path / "x.conf").write_text("simple\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(["--conf", "~/x.conf"], {}) == Settings(simple=True, conf="~/x.conf")
+
+
+@pytest.mark.parametrize("argv", [["--conf="], []])
+def test_no_file(argv: list[str]) -> None:
+    """An empty name is no file, as in the Go program."""
+    assert parse(argv, {"CONF": ""}) == Settings()
+
+
+def test_precedence(write_file: WriteFile) -> None:
+    """Flag over variable with prefix over Go's variable over file over default."""
+    conf = ["--conf", write_file("port 1")]
+    variable, prefixed = {"PORT": "2"}, {"TCPEXPORTER_PORT": "3"}
+    flag = ["--port", "4"]
+    assert parse([], {}).ports == ()
+    assert parse(conf, {}).ports == (1,)
+    assert parse(conf, variable).ports == (2,)
+    assert parse(conf, variable | prefixed).ports == (3,)
+    assert parse(conf + flag, variable | prefixed).ports == (4,)
+
+
+@pytest.mark.parametrize("text", ["true", "false"])
+def test_precedence_of_switches(write_file: WriteFile, text: str) -> None:
+    """A switch can be turned off as well as on by whatever has precedence."""
+    other = "false" if text == "true" else "true"
+    conf = ["--conf", write_file(f"simple {other}")]
+    expected = text == "true"
+    assert parse([*conf, f"--simple={text}"], {}).simple is expected
+    assert parse(conf, {"SIMPLE": text}).simple is expected
+    assert parse([f"-simple={text}"], {"SIMPLE": other}).simple is expected
+
+
+def test_sources_add_up(write_file: WriteFile) -> None:
+    """Different settings may come from different places."""
+    conf = write_file("duration 2h\ntcpv6 false")
+    chosen = parse(["-conf", conf, "-simple"], {"PORT": "443", "TCPEXPORTER_NETNS": "all"})
+    assert chosen == Settings(
+        simple=True, tcpv6=False, ports=(443,), duration_s=7200, netns="all", conf=conf
+    )
+
+
+def test_last_flag_wins() -> None:
+    """A flag given twice counts as it was given last, as in the Go program."""
+    assert parse(["--port=1", "-port", "2", "--simple", "--simple=false"], {}) == Settings(
+        ports=(2,)
+    )
+
+
+def test_overruled_value_is_not_judged(write_file: WriteFile) -> None:
+    """A value that does not count does no harm, as in the Go program."""
+    conf = write_file("port nonsense")
+    assert parse(["--conf", conf, "--port=1"], {"PORT": "nonsense"}).ports == (1,)
+
+
+# What values are taken.
+
+
+@pytest.mark.parametrize("dashes", ["-", "--"])
+def test_switch_alone(dashes: str) -> None:
+    """A switch without a value is on, and leaves the next flag alone."""
+    argv = [dashes + name for name in ("simple", "once", "tcpv6", "port=443")]
+    environ = {"TCPV6": "false"}
+    assert parse(argv, environ) == Settings(simple=True, once=True, ports=(443,))
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [(word, True) for word in ("1", "t", "T", "TRUE", "true", "True")]
+    + [(word, False) for word in ("0", "f", "F", "FALSE", "false", "False")],
+)
+def test_boolean_words(word: str, expected: bool) -> None:
+    """The words of Go's ParseBool are taken, from the environment too."""
+    assert parse([f"--simple={word}"], {}).simple is expected
+    assert parse([], {"TCPV6": word}).tcpv6 is expected
+
+
+@pytest.mark.parametrize(
+    "argv", [["--port", "-1"], ["-port", "-1"], ["--port=-1"], ["-port=-1"]]
+)
+def test_every_port(argv: list[str]) -> None:
+    """Port -1 is every port, although it looks like a flag."""
+    assert parse(argv, {"PORT": "443"}).ports == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("443", (443,)),
+        ("1,65535", (1, 65535)),
+        ("8000-8002", (8000, 8001, 8002)),
+        ("443,80,443", (80, 443)),
+        ("80-82,81-83", (80, 81, 82, 83)),
+        ("80-80", (80,)),
+        ("1-65535", tuple(range(1, 65536))),
+    ],
+)
+def test_ports(text: str, expected: tuple[int, ...]) -> None:
+    """Ports are a list of ports and ranges, and come out ascending and once."""
+    assert parse(["--port", text], {}).ports == expected
+
+
+RANGES = st.lists(
+    st.tuples(st.integers(1, 65535), st.integers(0, 50)).map(
+        lambda span: range(span[0], min(sum(span), 65535) + 1)
+    ),
+    min_size=1,
+)
+
+
+@unhurried
+@given(RANGES)
+def test_ports_round_trip(ranges: list[range]) -> None:
+    """Whatever ports are written down are the ports that are read."""
+    text = ",".join(
+        f"{span[0]}-{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in ranges
+    )
+    assert parse([], {"PORT": text}).ports == tuple(
+        sorted({p for span in ranges for p in span})
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "port"),
+    [
+        ("9000", None, 9000),
+        (":9000", None, 9000),
+        ("127.0.0.1:9000", "127.0.0.1", 9000),
+        ("localhost:9000", "localhost", 9000),
+        ("node-1.example.org:9000", "node-1.example.org", 9000),
+        ("0.0.0.0:9000", "0.0.0.0", 9000),
+        ("[::1]:9000", "::1", 9000),
+        ("[::]:9000", "::", 9000),
+        ("[fe80::1%eth0]:9000", "fe80::1%eth0", 9000),
+        ("[::ffff:127.0.0.1]:9000", "127.0.0.1", 9000),
+    ],
+)
+def test_listen(text: str, address: str | None, port: int) -> None:
+    """A host is a name or an address, an IPv6 one in brackets, or left out."""
+    assert parse(["--listen", text], {}) == Settings(
+        listen_address=address, listen_port=port
+    )
+
+
+@unhurried
+@given(st.ip_addresses(), st.integers(1, 65535))
+def test_listen_round_trip(address: Any, port: int) -> None:
+    """Whatever address is written down is the address that is read, or its IPv4 form."""
+    text = f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+    chosen = parse([], {"LISTEN": text})
+    meant = getattr(address, "ipv4_mapped", None) or address
+    assert (chosen.listen_address, chosen.listen_port) == (str(meant), port)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0", 0),
+        ("90", 90),
+        ("90s", 90),
+        ("1m30s", 90),
+        ("90m", 5400),
+        ("2h", 7200),
+        ("1h1s", 3601),
+        ("1h1m1s", 3661),
+        ("9223372036", 9223372036),
+    ],
+)
+def test_duration(text: str, seconds: int) -> None:
+    """A duration is in seconds, or in any of hours, minutes and seconds."""
+    duration_s = parse(["--duration", text], {}).duration_s
+    assert duration_s == seconds
+    assert isinstance(duration_s, int)
+
+
+@unhurried
+@given(st.integers(0, 9223372036))
+def test_duration_round_trip(seconds: int) -> None:
+    """Every duration can be written as seconds, or with each unit, and is read the same."""
+    minutes, second = divmod(seconds, 60)
+    hour, minute = divmod(minutes, 60)
+    for text in (f"{seconds}", f"{seconds}s", f"{hour}h{minute}m{second}s"):
+        assert parse([], {"DURATION": text}).duration_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0.1", 0.1),
+        ("2", 2.0),
+        ("0.5s", 0.5),
+        ("1m30s", 90.0),
+        ("1m0.5s", 60.5),
+        ("1h", 3600.0),
+    ],
+)
+def test_interval(text: str, seconds: float) -> None:
+    """An interval may have a fraction, its bounds included."""
+    interval_s = parse(["--interval", text], {}).interval_s
+    assert interval_s == seconds
+    assert isinstance(interval_s, float)
+
+
+@unhurried
+@given(st.floats(0.1, 3600))
+def test_interval_round_trip(seconds: float) -> None:
+    """Every interval is read as it was written."""
+    assert parse([f"--interval={seconds!r}"], {}).interval_s == seconds
+
+
+@pytest.mark.parametrize("number", [1, 16_777_216])
+def test_max_connections(number: int) -> None:
+    """The bounds are included."""
+    assert parse([f"--max-connections={number}"], {}).max_connections == number
+
+
+@pytest.mark.parametrize("number", [1, 16_777_216])
+def test_max_series(number: int) -> None:
+    """The bounds are included."""
+    assert parse([f"--max-series={number}"], {}).max_series == number
+
+
+# What is refused, and what the refusal says.
+
+
+@pytest.mark.parametrize(("name", "text", "takes"), REFUSED)
+def test_refused_value(write_file: WriteFile, name: str, text: str, takes: str) -> None:
+    """A refusal says which setting, where its value is from, what it takes and has not."""
+    variable = f"TCPEXPORTER_{in_environment(name)}"
+    conf = write_file(f"# first\n{name}={text}\n")
+    for origin, message in {
+        f"flag --{name}": refusal([f"-{name}={text}"]),
+        f"environment variable {variable}": refusal([], {variable: text}),
+        f"{conf} line 2": refusal([f"--conf={conf}"]),
+    }.items():
+        assert message.startswith(f"{origin}: {name} takes {takes}")
+        assert message.endswith(f", not {quoted(text)}")
+
+
+def test_two_dashes_are_a_value(write_file: WriteFile) -> None:
+    """Like any other that is refused or taken, wherever it is written."""
+    conf = write_file("port --\n")
+    for message in (
+        refusal(["--port=--"]),
+        refusal([], {"PORT": "--"}),
+        refusal([f"--conf={conf}"]),
+    ):
+        assert message.endswith(" as in 443 or 443,8000-8100, not '--'")
+    assert parse(["--pin=--"], {}).pin == "--"
+
+
+@pytest.mark.parametrize("name", ["pin", "web-config"])
+def test_a_path_has_no_null_character(write_file: WriteFile, name: str) -> None:
+    """No file can have that name, and Python would not even ask the kernel."""
+    conf = write_file(f"{name} /a\0b\n")
+    assert refusal([f"--conf={conf}"]).startswith(
+        f"{conf} line 1: {name} takes the path of"
+    )
+
+
+def test_a_port_that_is_named_often_is_looked_at_once() -> None:
+    """A hundred thousand ranges of all ports take no longer than they are long."""
+    ranges = ["1-65535", "2-65535", "65535"] * 33_333
+    assert parse(["--port", ",".join(ranges)], {}).ports == tuple(range(1, 65536))
+
+
+@pytest.mark.parametrize(
+    "name", ["port", "duration", "interval", "max-connections", "listen"]
+)
+def test_a_million_digits_are_refused_in_a_sentence(
+    write_file: WriteFile, name: str
+) -> None:
+    """That begins and ends as they do."""
+    conf = write_file(f"{name} {'9' * 1_000_003}\n")
+    sentence = refusal([f"--conf={conf}"])
+    assert sentence.endswith("999'")
+    assert len(sentence) < 400
+
+
+@pytest.mark.parametrize("name", FROM_GO)
+def test_refused_go_variable(name: str) -> None:
+    """A refusal names the variable that was set, not the one that was not."""
+    message = refusal([], {in_environment(name): "nonsense"})
+    assert message.startswith(f"environment variable {in_environment(name)}: {name} takes ")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("--prot=443", "--po=443", "-po=443", "-p", "--simpl", "-simpl", "--max-conn=1"),
+        *("--no-simple", "--max_connections=1", "443", "false", "-", "-1", ""),
+    ],
+)
+def test_unknown_flag(argument: str) -> None:
+    """An argument that is no flag, or an abbreviated one, is refused by what it says."""
+    message = refusal(["--simple", argument])
+    assert message.startswith("unrecognized arguments: ")
+    assert argument.lstrip("-") in message
+    assert "--help" in message
+
+
+def test_switch_takes_no_next_argument() -> None:
+    """A value apart from its switch is refused: Go would stop reading flags there."""
+    assert "false" in refusal(["--simple", "false", "--port=443"])
+
+
+@pytest.mark.parametrize(
+    "argv", [["--port"], ["-port"], ["--port", "--simple"], ["--conf"]]
+)
+def test_missing_value(argv: list[str]) -> None:
+    """A flag without its value is refused by its name."""
+    message = refusal(argv, {"PORT": "443", "CONF": ""})
+    assert f"argument --{argv[0].lstrip('-')}" in message
+    assert "expected one argument" in message
+
+
+@pytest.mark.parametrize(
+    "variable",
+    ["TCPEXPORTER_PROT", "TCPEXPORTER_", "TCPEXPORTER_HELP", "TCPEXPORTER_MAX-CONNECTIONS"],
+)
+def test_unknown_variable(variable: str) -> None:
+    """A variable with the prefix and an unknown name is refused."""
+    message = refusal(["--simple"], {variable: "1"})
+    assert message == (
+        f"environment variable {variable}: there is no such setting; --help lists them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TCPEXPORTER_SERVICE_HOST", "10.0.0.7"),
+        ("TCPEXPORTER_SERVICE_PORT", "9690"),
+        ("TCPEXPORTER_SERVICE_PORT_HTTP_METRICS", "9690"),
+        ("TCPEXPORTER_PORT", "tcp://10.0.0.7:9690"),
+        ("TCPEXPORTER_PORT", "udp://[fd00::7]:9690"),
+        ("TCPEXPORTER_PORT_9690_TCP", "tcp://10.0.0.7:9690"),
+        ("TCPEXPORTER_PORT_9690_TCP_PROTO", "tcp"),
+        ("TCPEXPORTER_PORT_9690_TCP_PORT", "9690"),
+        ("TCPEXPORTER_PORT_9690_TCP_ADDR", "10.0.0.7"),
+        ("TCPEXPORTER_WEB_SERVICE_HOST", "10.0.0.11"),
+        ("TCPEXPORTER_WEB_PORT", "tcp://10.0.0.11:80"),
+        ("TCPEXPORTER_WEB_PORT_80_TCP_ADDR", "10.0.0.11"),
+    ],
+)
+def test_variables_of_a_kubernetes_service_are_ignored(name: str, value: str) -> None:
+    """Of one named tcpexporter, or tcpexporter-web: they would end every pod beside it.
+
+    The kind of fault: somebody else's variables have our prefix.
+    """
+    assert parse([], {name: value, "PORT": "443"}) == Settings(ports=(443,))
+    assert parse([], {name: value, "TCPEXPORTER_DURATION": "7"}).duration_s == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TCPEXPORTER_SERVICE", "x"),
+        ("TCPEXPORTER_SERVICE_HOSTS", "10.0.0.7"),
+        ("TCPEXPORTER_SERVICE_PORTS", "9690"),
+        ("TCPEXPORTER_SERVICEHOST", "10.0.0.7"),
+        ("TCPEXPORTER_PORTS", "tcp://10.0.0.7:9690"),
+        ("TCPEXPORTER_PORT_9690", "tcp://10.0.0.7:9690"),
+        ("TCPEXPORTER_PORT_9690_TCP_HOST", "10.0.0.7"),
+        ("TCPEXPORTER_PORT_TCP", "443"),
+        ("TCPEXPORTER_WEB_PORT", "443"),
+    ],
+)
+def test_variables_like_those_of_a_kubernetes_service_are_refused(
+    name: str, value: str
+) -> None:
+    """They may be a misspelt setting."""
+    assert "there is no such setting" in refusal([], {name: value})
+
+
+def test_a_port_that_is_none_is_refused_as_ever() -> None:
+    """Only the value that Kubernetes gives is ignored."""
+    for value in ("tcp", "http://10.0.0.7:9690", "443/tcp"):
+        assert refusal([], {"TCPEXPORTER_PORT": value}).startswith(
+            "environment variable TCPEXPORTER_PORT: port takes "
+        )
+
+
+def test_unknown_variable_without_prefix() -> None:
+    """Other programs' variables are theirs."""
+    environ = {"TCPEXPORTER": "x", "PROT": "443", "tcpexporter_port": "1", "HELP": "1"}
+    assert parse([], environ) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("prot 443", "prot"),
+        ("Port 443", "Port"),
+        ("--port 443", "--port"),
+        ("port: 443", "port:"),
+        ("[tcp]", "[tcp]"),
+        ("= 443", ""),
+        ("help", "help"),
+        ("version", "version"),
+        ("conf /etc/other.conf", "conf"),
+        ("config /etc/other.conf", "config"),
+        ("\ufeffport 443", "\ufeffport"),
+    ],
+)
+def test_unknown_name_in_file(write_file: WriteFile, line: str, name: str) -> None:
+    """An unknown name in the file is refused, and so is that of another file."""
+    conf = write_file(f"simple\n\n{line}\n")
+    assert refusal(["--conf", conf]) == (
+        f"{conf} line 3: {name!r} is not a setting that a file can have; --help lists them"
+    )
+
+
+def test_unknown_name_in_file_with_flag_alike(write_file: WriteFile) -> None:
+    """It is refused although an unknown flag has the same name."""
+    conf = write_file("prot 443")
+    assert f"{conf} line 1: 'prot'" in refusal(["--conf", conf, "--prot=443"])
+
+
+@pytest.mark.parametrize("name", ["port", "user"])
+def test_missing_value_in_file(write_file: WriteFile, name: str) -> None:
+    """A name that is no switch does not stand alone in the file."""
+    conf = write_file(name)
+    assert refusal(["--conf", conf]).startswith(f"{conf} line 1: {name} takes ")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("port 1", "port 1"), ("log-level info", "log_level=error")]
+)
+def test_name_twice_in_file(write_file: WriteFile, first: str, second: str) -> None:
+    """A name may be in the file once, however it is written."""
+    conf = write_file(f"{first}\n#\n{second}")
+    name, _ = first.split()
+    assert refusal(["--conf", conf]) == f"{conf} line 3: {name} is set a second time"
+
+
+@pytest.mark.parametrize(
+    ("conf", "reason"),
+    [
+        ("/absent/x.conf", "No such file or directory"),
+        ("/", "Is a directory"),
+        ("\0", "null byte"),
+    ],
+)
+def test_unreadable_file(conf: str, reason: str) -> None:
+    """A file that cannot be read is refused by its path, with the reason."""
+    for message in (refusal(["--conf", conf]), refusal([], {"CONF": conf})):
+        assert f"the settings file {conf} " in message
+        assert reason in message
+
+
+def test_a_file_without_end() -> None:
+    """It is not read until memory is."""
+    assert "/dev/zero" in refusal(["--conf=/dev/zero"])
+    assert "larger than 1048576 bytes" in refusal(["--conf=/dev/zero"])
+
+
+def test_binary_file(write_file: WriteFile) -> None:
+    """A file that is not text is refused too."""
+    conf = write_file(b"port \xff\n")
+    assert f"the settings file {conf} " in refusal(["--conf", conf])
+
+
+# What is told.
+
+
+def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The help has each setting, what it takes and its default, and the ways to choose."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as exited:
+        parse(["--help"], {})
+    assert exited.value.code == 0
+    text = capsys.readouterr().out
+    names = {name for name, _, _ in SAMPLES} | {"conf", "output"}
+    for name in names | {"help", "version"}:
+        assert f"--{name}" in text
+    assert text.count("; takes ") == text.count(" (default: ") == len(names)
+    assert "[env var: " not in text
+    assert "TCPEXPORTER_PORT" in text
+    assert "port=443" in text
+    assert "for simple, tcpv6, port, duration, listen, conf without the prefix too" in text
+
+
+@pytest.mark.parametrize("flag", ["-h", "-help", "--help"])
+def test_help_in_spite_of_trouble(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The help is there for those whose settings are refused."""
+    environ = {"CONF": "/absent", "PORT": "nonsense", "TCPEXPORTER_PROT": "443"}
+    with pytest.raises(SystemExit) as exited:
+        parse([flag], environ)
+    assert exited.value.code == 0
+    assert "--max-connections" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["-version", "--version"])
+def test_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The version is that of the installed package."""
+    with pytest.raises(SystemExit) as exited:
+        parse([flag], {})
+    assert exited.value.code == 0
+    assert capsys.readouterr().out == f"tcpexporter {metadata.version('tcpexporter')}\n"
+
+
+# What nobody thought of.
+
+NAMES = st.sampled_from(
+    [name for name, _, _ in SAMPLES] + ["conf", "max_connections", "help"]
+)
+CHARACTERS = st.characters(codec="utf-8")
+VALUES = st.sampled_from([text for _, text, _ in SAMPLES]) | st.text(CHARACTERS)
+LINES = st.tuples(NAMES, st.sampled_from(["", " ", "=", "\t", ":"]), VALUES).map("".join)
+
+
+@unhurried
+@given(
+    st.text(CHARACTERS) | st.lists(LINES | st.text(CHARACTERS)).map("\n".join) | st.binary()
+)
+def test_any_file(write_file: WriteFile, content: str | bytes) -> None:
+    """Any file either parses or is refused."""
+    conf = write_file(content)
+    with contextlib.suppress(SettingsError):
+        assert parse(["--conf", conf], {}).conf == conf
+
+
+ARGUMENTS = st.tuples(st.sampled_from(["-", "--"]), NAMES, st.just("="), VALUES).map(
+    "".join
+)
+
+
+@unhurried
+@given(st.lists(ARGUMENTS | st.text() | NAMES.map("-{}".format)))
+def test_any_arguments(argv: list[str]) -> None:
+    """Any arguments parse, are refused or ask for help."""
+    with contextlib.suppress(SettingsError, SystemExit):
+        assert isinstance(parse(argv, {}), Settings)
+
+
+@unhurried
+@given(
+    st.dictionaries(NAMES.map(lambda name: f"TCPEXPORTER_{in_environment(name)}"), VALUES)
+)
+def test_any_environment(environ: dict[str, str]) -> None:
+    """Any environment parses or is refused."""
+    with contextlib.suppress(SettingsError):
+        assert isinstance(parse([], environ), Settings)
+
+
+# What excludes each other, and what has no effect.
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--output=x.prom"], "output requires once: add --once, or leave out --output"),
+        (["--output=x", "--features"], "output requires once"),
+        (["--once", "--features"], "once and features exclude each other: choose one"),
+        (["--once", "--unpin"], "once and unpin exclude each other"),
+        (["--unpin", "--features"], "unpin and features exclude each other"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(argv: list[str], said: str) -> None:
+    """One of them would be ignored without a word."""
+    assert refusal(argv).startswith(said)
+
+
+def test_output_goes_with_once(write_file: WriteFile) -> None:
+    """As a flag, a variable or a line; an empty one is none."""
+    expected = Settings(once=True, output="/x/y.prom")
+    assert parse(["--once", "--output", "/x/y.prom"], {}) == expected
+    assert parse(["--once"], {"TCPEXPORTER_OUTPUT": "/x/y.prom"}) == expected
+    conf = write_file("once\noutput /x/y.prom\n")
+    assert parse([f"--conf={conf}"], {}) == replace(expected, conf=conf)
+    assert parse(["--output="], {}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--direction outbound --port 15432", "port names local ports, "),
+        ("--port 443,9690", "port names 9690, which is the exporter's own "),
+        ("--port 7 --listen [::1]:7", "port names 7, which is the exporter's own "),
+        (
+            "--once --source procfs --duration 3 --interval 5",
+            "interval is longer than duration, ",
+        ),
+        ("--once --listen 7 --web-config x", "listen, web-config has no effect with once"),
+        ("--simple --max-series 7", "max-series has no effect with simple"),
+        ("--source ebpf --interval 7", "interval has no effect with source ebpf"),
+        (
+            "--source sock_diag --reconcile-interval 7 --reconcile-cpu 7",
+            "reconcile-interval, reconcile-cpu has no effect with source sock_diag",
+        ),
+        (
+            "--source sock_diag --max-connections 7 --pin x",
+            "max-connections, pin has no effect with source sock_diag",
+        ),
+        ("--source procfs --pin x", "pin has no effect with source procfs"),
+        (
+            "--source procfs --state x",
+            "state has no effect with source procfs, which does not tell sockets apart",
+        ),
+    ],
+)
+def test_a_misleading_combination_is_reported(argv: str, said: str) -> None:
+    """The kind of fault: a number that is 0 for ever, or a setting without any effect."""
+    (sentence,) = misleading(parse(argv.split(), {}))
+    assert sentence.startswith(said)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "",
+        "--direction all --port 443",
+        "--direction outbound",
+        "--once --port 9690",
+        "--netns blue --port 9690",
+        "--once --source procfs --duration 0 --interval 5",
+        "--source procfs --duration 3 --interval 5",
+        "--once --duration 30",
+        "--pin x --state x --max-connections 7 --interval 7",
+        "--source sock_diag --state x",
+        "--source sock_diag --max-connections 262144",
+        "--simple --port 443",
+    ],
+)
+def test_what_means_something_is_not_reported(argv: str) -> None:
+    """With auto, too, any setting of a source may be used."""
+    assert list(misleading(parse(argv.split(), {}))) == []
+
+
+# Read again
+
+
+def test_text_in_place_of_the_file(tmp_path: Path) -> None:
+    """The file is not looked at; lines are spoken of as if they were its own."""
+    path = tmp_path / "absent"
+    assert parse(["--conf", str(path)], {}, "port 443").ports == (443,)
+    with pytest.raises(SettingsError, match=f"{path} line 2: port takes"):
+        parse(["--conf", str(path)], {}, "simple\nport x\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("port 443", "port 80,443,8000-8100,8102", "port is 80,443,8000-8100,8102"),
+        ("port 443", "", "port is -1"),
+        ("duration 1m", "duration 60", "nothing that flags and environment let change"),
+        ("", "duration 1m\nlog-level debug", "duration is 60, log-level is debug"),
+        ("listen 9690", "listen 127.0.0.1:9690", "restart for listen"),
+        ("", "listen 1\nuser x\nduration 1", "duration is 1; restart for listen, user"),
+        ("reconcile-interval 5", "interval 2", "restart for interval, reconcile-interval"),
+    ],
+)
+def test_reread(before: str, after: str, said: str) -> None:
+    """What can change is in force, what cannot is as it was; both are said."""
+    argv = ["--conf", "conf"]
+    was, wanted = parse(argv, {}, before), parse(argv, {}, after)
+    done = reread(was, wanted)
+    assert str(done) == said
+    assert done.settings.duration_s == wanted.duration_s
+    assert done.settings.ports == wanted.ports
+    assert done.settings.log_level == wanted.log_level
+    assert reread(done.settings, wanted).changed == ()
+    assert reread(done.settings, was).settings == was

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The connection record: the same in C and in Python, and what it says."""
+
+import ipaddress
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from tcpexporter.connections.record import (
+    CONNECTION,
+    DIRECTION_BIT,
+    GROUP_BITS,
+    GROUP_IPV6,
+    IPV4_PREFIX,
+    KEY,
+    PORTS,
+    Direction,
+    directions,
+    groups,
+    ip_versions,
+)
+from tcpexporter.ebpf.loader import RANGE_BITS, RANGE_SLOTS
+from tcpexporter.ebpf.tracker import EVENT_KINDS, HANDLE_SEEDED
+
+BPF = Path(__file__).parents[3] / "bpf"
+
+LAYOUT = """
+#include <linux/types.h>
+#include <stddef.h>
+#include <stdio.h>
+#include "tcp_tracker.h"
+
+#define SIZE(struct_name) \\
+    printf("\\"%s\\": %zu,", #struct_name, sizeof(struct struct_name))
+#define FIELD(struct_name, field) \\
+    printf("\\"%s.%s\\": [%zu, %zu],", #struct_name, #field, \\
+           offsetof(struct struct_name, field), \\
+           sizeof(((struct struct_name *)0)->field))
+#define VALUE(name) printf("\\"%s\\": %d,", #name, name)
+
+int main(void)
+{
+    printf("{");
+    SIZE(connection_key);
+    FIELD(connection_key, local_address);
+    FIELD(connection_key, remote_address);
+    FIELD(connection_key, netns);
+    FIELD(connection_key, local_port);
+    FIELD(connection_key, remote_port);
+    SIZE(connection);
+    FIELD(connection, established_ns);
+    FIELD(connection, handle);
+    FIELD(connection, key);
+    FIELD(connection, group);
+    FIELD(connection, pad);
+    SIZE(tracker_events);
+    FIELD(tracker_events, inserted);
+    FIELD(tracker_events, removed);
+    FIELD(tracker_events, refused);
+    FIELD(tracker_events, removed_seeds);
+    FIELD(tracker_events, taken);
+    FIELD(tracker_events, forgotten);
+    VALUE(GROUP_IPV6);
+    VALUE(GROUP_OUTBOUND);
+    VALUE(GROUPS);
+    VALUE(HANDLE_SEEDED);
+    VALUE(RANGE_BITS);
+    VALUE(RANGE_MASK);
+    printf("\\"end\\": 0}");
+    return 0;
+}
+"""
+
+
+def layout_of(name: str, dtype: np.dtype[np.void]) -> dict[str, int | list[int]]:
+    layout: dict[str, int | list[int]] = {name: dtype.itemsize}
+    assert dtype.fields is not None
+    for field, (kind, offset, *_) in dtype.fields.items():
+        layout[f"{name}.{field}"] = [offset, kind.itemsize]
+    return layout
+
+
+def test_python_lays_the_structs_out_as_c_does(tmp_path: Path) -> None:
+    """Every size, offset and constant is what gcc says of the shared header."""
+    (tmp_path / "layout.c").write_text(LAYOUT)
+    program = tmp_path / "layout"
+    subprocess.run(
+        ["gcc", "-Wall", "-Werror", f"-I{BPF}", "-o", program, tmp_path / "layout.c"],
+        check=True,
+    )
+    in_c = json.loads(subprocess.check_output([program]))
+    events = np.dtype([(kind, "u8") for kind in EVENT_KINDS])
+    assert in_c == {
+        **layout_of("connection_key", KEY),
+        **layout_of("connection", CONNECTION),
+        **layout_of("tracker_events", events),
+        "GROUP_IPV6": GROUP_IPV6,
+        "GROUP_OUTBOUND": Direction.OUTBOUND << DIRECTION_BIT,
+        "GROUPS": 1 << GROUP_BITS,
+        "HANDLE_SEEDED": int(HANDLE_SEEDED),
+        "RANGE_BITS": RANGE_BITS,
+        "RANGE_MASK": RANGE_SLOTS - 1,
+        "end": 0,
+    }
+
+
+def test_keys_and_connections_have_no_padding() -> None:
+    """Every byte of a record belongs to a field, so comparing bytes is comparing fields."""
+    for dtype in (KEY, CONNECTION):
+        assert dtype.fields is not None
+        sizes = [kind.itemsize for kind, *_ in dtype.fields.values()]
+        assert sum(sizes) == dtype.itemsize
+
+
+def test_a_mapped_address_is_of_ip_version_4() -> None:
+    """Only ::ffff:0:0/96 is IPv4 on the wire, whatever resembles it."""
+    addresses = {
+        "::ffff:192.0.2.1": 4,
+        "::ffff:0.0.0.0": 4,
+        "::": 6,
+        "::1": 6,
+        "::192.0.2.1": 6,
+        "::fffe:192.0.2.1": 6,
+        "::ffff:0:c000:201": 6,
+        "1::ffff:c000:201": 6,
+        "0:0:1::ffff:192.0.2.1": 6,
+        "::1:ffff:c000:201": 6,
+        "2001:db8::1": 6,
+    }
+    keys = np.zeros(len(addresses), KEY)
+    for key, address in zip(keys, addresses, strict=True):
+        key["local_address"] = list(ipaddress.IPv6Address(address).packed)
+    assert ip_versions(keys).tolist() == list(addresses.values())
+
+
+def test_ip_versions_of_fields_and_of_nothing() -> None:
+    """The keys inside connections will do, and so will none."""
+    connections = np.zeros(3, CONNECTION)
+    connections["key"]["local_address"][1, :12] = IPV4_PREFIX
+    assert ip_versions(connections["key"]).tolist() == [6, 4, 6]
+    assert ip_versions(np.empty(0, KEY)).tolist() == []
+
+
+def test_a_group_tells_port_ip_version_and_direction() -> None:
+    """Each is found in it again, and none is 0, which is no connection."""
+    keys = np.zeros(4, KEY)
+    keys["local_port"] = [1, 443, 65535, 443]
+    keys["local_address"][1::2, :12] = IPV4_PREFIX
+    ways = np.array([0, 0, 1, 1], np.uint8)
+    group = groups(keys, ways)
+    assert (group & (PORTS - 1)).tolist() == [1, 443, 65535, 443]
+    assert (group & GROUP_IPV6 != 0).tolist() == [True, False, True, False]
+    assert directions(group).tolist() == ways.tolist()
+    assert (group > 0).all()
+    assert (group < 1 << GROUP_BITS).all()
+    assert groups(keys, Direction.INBOUND).tolist() == [
+        1 | GROUP_IPV6,
+        443,
+        65535 | GROUP_IPV6,
+        443,
+    ]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Pinned objects that say what none of ours would: refused, or harmless."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tcpexporter.clock import boottime_ns
+from tcpexporter.connections.counting import count, select
+from tcpexporter.connections.record import CONNECTION, KEY, Direction, groups
+from tcpexporter.ebpf import pins
+from tcpexporter.ebpf.pins import FIELDS, KEY_FIELDS, LAYOUT_MAGIC, LAYOUT_WORDS
+from tcpexporter.errors import PinError
+
+PATH = Path("/sys/fs/bpf/tcpexporter/1/layout")
+OURS = [
+    *(LAYOUT_MAGIC, CONNECTION.itemsize, KEY.itemsize),
+    *pins._offsets(CONNECTION, FIELDS),
+    *pins._offsets(KEY, KEY_FIELDS),
+]
+
+
+def record(**words: int) -> np.dtype[np.void]:
+    """Of our layout with some words changed, each named by its place: w3."""
+    said = np.zeros(LAYOUT_WORDS, np.uint32)
+    said[: len(OURS)] = OURS
+    for name, word in words.items():
+        said[int(name[1:])] = word
+    return pins._record(PATH, said)
+
+
+def test_our_own_layout_is_taken() -> None:
+    """With each field where it is."""
+    found = record()
+    assert found.itemsize == CONNECTION.itemsize
+    assert [found.fields[each][1] for each in FIELDS] == OURS[3:6]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"w0": LAYOUT_MAGIC + 1},
+        {"w1": 0},
+        {"w1": CONNECTION.itemsize - 8},
+        {"w1": CONNECTION.itemsize + 4},
+        {"w2": KEY.itemsize - 1},
+        {"w2": 2**31 - 1},
+        {"w2": 2**32 - 1},
+        {"w3": CONNECTION.itemsize - 7},
+        {"w3": 2**32 - 1},
+        {"w4": 671088640, "w2": 2013265960},  # their sum has more than 32 bits
+        {"w6": KEY.itemsize - 15},
+    ],
+)
+def test_a_field_outside_of_its_record_is_refused(words: dict[str, int]) -> None:
+    """numpy alone would have read there, and ended the process."""
+    with pytest.raises(PinError, match="is not what an exporter leaves"):
+        record(**words)
+
+
+def test_nonsense_in_a_record_does_no_harm() -> None:
+    """A group that is not its key's, no port, a time to come: scrapes go on."""
+    left = np.zeros(4, CONNECTION)
+    left["key"]["local_port"] = [443, 80, 0, 22]
+    left["key"]["local_address"] = 1
+    left["established_ns"] = [1, 2**64 - 1, 1, 1]
+    left["group"] = [2**32 - 1, 7, 7, 0]
+    found = pins.settled(left)
+    assert found["key"]["local_port"].tolist() == [443, 80]
+    directions = np.array([Direction.OUTBOUND, Direction.INBOUND])
+    assert found["group"].tolist() == groups(found["key"], directions).tolist()
+    assert found["established_ns"].max() <= boottime_ns()
+    everything = select((), tcpv6=True, directions=tuple(Direction), own_listener=None)
+    assert count([found], everything, 1 << 62).total == 2
+
+
+@pytest.mark.parametrize(
+    "fdinfo",
+    [
+        b"",
+        b"max_entries:\n",
+        b"max_entries:\tmany\n",
+        b"\xff",
+        b"max_entries:" + b"9" * 5003,
+    ],
+)
+def test_what_the_kernel_does_not_show_is_refused(fdinfo: bytes) -> None:
+    """As an object of another kind, or another kernel's."""
+    with pytest.raises(PinError, match="is not what an exporter leaves"):
+        pins._number(PATH, pins._shown(fdinfo), "max_entries")

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What is advised where bpf(2) is refused: only what can help in that environment."""
+
+from pathlib import Path
+
+import pytest
+
+from tcpexporter.ebpf.remedy import (
+    WHOLE_UID_MAP,
+    Place,
+    despite_capabilities,
+    detect,
+    without_capabilities,
+)
+from tcpexporter.host.privileges import CAP_BPF, CAP_PERFMON, Status
+
+ALL = (1 << 41) - 1
+BOTH = 1 << CAP_BPF | 1 << CAP_PERFMON
+NOTHING = 0
+
+
+def status(
+    uid: int = 0,
+    *,
+    effective: int = NOTHING,
+    bounding: int = ALL,
+    no_new_privs: bool = False,
+    seccomp: int = 0,
+) -> Status:
+    ids = (uid,) * 4
+    return Status(ids, ids, (), effective, effective, bounding, no_new_privs, seccomp)
+
+
+@pytest.mark.parametrize(
+    ("place", "advised", "not_advised"),
+    [
+        (
+            Place(status(1000)),
+            ("requires root, or", "sudo", "AmbientCapab"),
+            ("--cap-add",),
+        ),
+        (Place(status(1000, no_new_privs=True)), ("AmbientCapabilities",), ("sudo",)),
+        (Place(status(1000, bounding=0)), ("CapabilityBoundingSet",), ("sudo",)),
+        (Place(status(bounding=0)), ("CapabilityBoundingSet",), ("sudo", "Ambient")),
+        (Place(status(bounding=0), "Docker"), ("--cap-add BPF",), ("sudo", "--user")),
+        (Place(status(1000, bounding=0), "Podman"), ("--cap-add", "--user 0"), ("sudo",)),
+        (Place(status(1000), "Docker"), ("sudo", "--user 0"), ("--cap-add",)),
+        (Place(status(bounding=0), "Kubernetes"), ("capabilities.add",), ("runAsUser",)),
+        (
+            Place(status(1000, bounding=0), "Kubernetes"),
+            ("capabilities.add", "runAsUser: 0"),
+            ("sudo",),
+        ),
+        (Place(status(bounding=0), "container"), ("to the container",), ("--cap-add",)),
+        (Place(status()), ("start it with both in effect",), ("sudo",)),
+        (Place(status(1000, bounding=0), "Docker", True), ("user namespace",), ("--cap",)),
+        (
+            Place(status(bounding=1 << CAP_BPF, effective=1 << CAP_BPF)),
+            ("but CAP_PERFMON is not", "add CAP_PERFMON to the bounding set"),
+            (),
+        ),
+    ],
+)
+def test_without_capabilities(
+    place: Place, advised: tuple[str, ...], not_advised: tuple[str, ...]
+) -> None:
+    """By the user, the bounding set, no_new_privs, and the container.
+
+    The kind of fault: advice that cannot help, as sudo where its root would lack the same.
+    """
+    sentence = without_capabilities(place)
+    assert all(each in sentence for each in (*advised, "--source sock_diag")), sentence
+    assert not any(each in sentence for each in not_advised), sentence
+
+
+@pytest.mark.parametrize(
+    ("place", "advised"),
+    [
+        (Place(status(effective=BOTH, seccomp=2)), "SystemCallFilter=bpf"),
+        (Place(status(effective=BOTH, seccomp=2), "Docker"), "--security-opt seccomp="),
+        (Place(status(effective=BOTH, seccomp=2), "Kubernetes"), "seccompProfile"),
+        (Place(status(effective=BOTH)), "security module"),
+        (Place(status(effective=ALL, seccomp=2), "Podman", True), "rootless container"),
+    ],
+)
+def test_despite_capabilities(place: Place, advised: str) -> None:
+    """By whether there is a seccomp filter or a user namespace, and the container."""
+    sentence = despite_capabilities(place)
+    assert advised in sentence
+    assert "--source sock_diag" in sentence
+
+
+@pytest.mark.parametrize(
+    ("mark", "container"),
+    [
+        (".dockerenv", "Docker"),
+        ("run/.containerenv", "Podman"),
+        ("run/systemd/container", "container"),
+        ("var/run/secrets/kubernetes.io/serviceaccount", "Kubernetes"),
+        ("etc/passwd", ""),
+    ],
+)
+def test_a_container_is_detected_by_what_its_engine_leaves(
+    mark: str, container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file or a directory; and /proc has whether it is a user namespace."""
+    for name in ("KUBERNETES_SERVICE_HOST", "container"):
+        monkeypatch.delenv(name, raising=False)
+    for made in (mark, "proc/self/uid_map"):
+        (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / made).write_text(" ".join(WHOLE_UID_MAP))
+    assert detect(tmp_path)[1:] == (container, False)
+    (tmp_path / "proc/self/uid_map").write_text("0 1000 1\n")
+    assert detect(tmp_path)[1:] == (container, True)
+    monkeypatch.setenv("container", "lxc")
+    assert detect(tmp_path).container == (container or "container")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert detect(tmp_path).container == "Kubernetes"

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Background threads whose work fails, hangs or ends: such a fault froze the numbers."""
+
+import errno
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import cast
+
+import pytest
+
+from tcpexporter.config.reader import ANSWERED, Reader, Told
+from tcpexporter.config.reload import Hangups, Reloading, Reloads
+from tcpexporter.connections.record import Records
+from tcpexporter.ebpf import reconcile
+from tcpexporter.ebpf.reconcile import Reconciler, Tables
+from tcpexporter.ebpf.tracker import Tracker
+from tcpexporter.errors import SocketTableError, ThreadError
+from tcpexporter.host import background
+from tcpexporter.host.background import Task
+from tcpexporter.host.systemd import Supervisor
+from tcpexporter.socket_tables.polling import PollingSource
+from tests.support import eventually
+from tests.unit.socket_tables.test_polling import FakeTables, ages, failing, read
+
+NO_THREAD = RuntimeError("can't start new thread")
+FAULTS = [
+    (NO_THREAD, "no thread can be started: raise the limit of processes"),
+    (MemoryError(), "there is not enough memory"),
+    (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "Too many open files: raise Limit"),
+    (OSError(errno.EINTR, os.strerror(errno.EINTR)), "Interrupted system call"),
+    (SocketTableError("no sock_diag"), "no sock_diag"),
+    (ZeroDivisionError("a fault"), "ZeroDivisionError: a fault"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "RETRY_S", 0.001)
+    monkeypatch.setattr(reconcile, "WATCH_S", 0.001)
+
+
+class Work:
+    """The loop of a task, each round of which does what it is told."""
+
+    def __init__(self, limit_s: float = 60) -> None:
+        self.error: BaseException | None = None
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+        self.rounds = 0
+        self.task = Task("work", self.loop, without="nothing is done", limit_s=limit_s)
+
+    def loop(self) -> None:
+        while not self.task.wait(0.001):
+            with self.task.attempt():
+                self.goes_on.wait()
+                self.rounds += 1
+                if self.error:
+                    raise self.error
+
+    def do(self, rounds: int) -> None:
+        enough = self.rounds + rounds
+        eventually(lambda: self.rounds >= enough)
+
+
+@pytest.fixture
+def work() -> Iterator[Work]:
+    made = Work()
+    yield made
+    made.goes_on.set()
+    made.task.stop(10)
+
+
+@pytest.mark.parametrize(("error", "sentence"), FAULTS)
+def test_a_round_that_fails_is_told_once_counted_and_tried_again(
+    work: Work, error: Exception, sentence: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it raises: one line without a traceback; when it works again all is well."""
+    caplog.set_level(logging.INFO)
+    work.task.begin()
+    work.do(3)
+    assert work.task.trouble() is None
+    assert work.task.failures() == 0
+    work.error = error
+    work.do(7)
+    trouble = work.task.trouble()
+    assert trouble
+    assert sentence in trouble
+    assert background.trouble([work.task]) == trouble
+    work.error = None
+    eventually(lambda: work.task.trouble() is None)
+    assert work.task.failures() >= 6
+    first, second = caplog.messages
+    assert first == f"nothing is done: {trouble}"
+    assert second == "work: it works again"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), SystemExit(), GeneratorExit()])
+def test_a_loop_that_breaks_off_is_run_again(error: BaseException) -> None:
+    """An error outside of any round, even one that ends threads without a word."""
+    entered = []
+
+    def loop() -> None:
+        entered.append(1)
+        if len(entered) < 3:
+            raise error
+        while not task.wait(0.001):
+            with task.attempt():
+                pass
+
+    task = Task("work", loop, without="nothing is done", limit_s=60)
+    task.begin()
+    eventually(lambda: len(entered) == 3 and task.trouble() is None)
+    assert task.failures() == 2
+    assert task.stop(10)
+
+
+def test_a_loop_that_ends_by_itself_is_trouble() -> None:
+    """Nothing else would notice."""
+    task = Task("work", lambda: None, without="nothing is done", limit_s=60)
+    task.begin()
+    eventually(lambda: task.trouble() is not None)
+    assert task.trouble() == "nothing is done: the thread has ended: restart the exporter"
+
+
+def test_a_round_that_hangs_is_told_once_and_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The counter goes on growing for as long as it hangs, and does not shrink then."""
+    caplog.set_level(logging.INFO)
+    work = Work(limit_s=0.1)
+    work.task.begin()
+    work.goes_on.clear()
+    eventually(lambda: work.task.failures() >= 3)
+    assert work.task.trouble() == "the thread work hangs: it has done nothing in time"
+    work.goes_on.set()
+    eventually(lambda: work.task.trouble() is None)
+    assert work.task.failures() >= 3
+    assert work.task.stop(10)
+    assert caplog.messages[0].startswith("nothing is done: the thread work hangs")
+    assert caplog.messages[1] == "work: the thread goes on"
+
+
+def test_a_thread_that_cannot_start_is_an_error(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence with the remedy; and it can be tried again."""
+
+    def refuse(*_: object) -> None:
+        raise NO_THREAD
+
+    with monkeypatch.context() as changed:
+        changed.setattr(threading, "_start_new_thread", refuse)
+        with pytest.raises(ThreadError, match="no thread can be started: raise the limit"):
+            work.task.begin()
+    assert work.task.trouble() is None
+    work.task.begin()
+    work.do(1)
+
+
+class FaultyTables(FakeTables):
+    """Tables in which a look raises anything, or hangs."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 2, 3)
+        self.fault: Exception | None = None
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def established(self, *, with_ages: bool = True) -> Records:
+        self.answers.wait()
+        if self.fault:
+            raise self.fault
+        return super().established(with_ages=with_ages)
+
+
+@pytest.mark.parametrize(("error", "sentence"), FAULTS)
+def test_polling_goes_on_after_any_fault(error: Exception, sentence: str) -> None:
+    """No numbers meanwhile, instead of the last ones for ever."""
+    tables = FaultyTables()
+    source = PollingSource(tables, interval_s=0.001)
+    source.start()
+    tables.fault = error
+    eventually(lambda: failing(source))
+    assert sentence in str(source.tasks()[0].trouble())
+    tables.ports = (2, 3, 5)
+    tables.fault = None
+    eventually(lambda: not failing(source))
+    eventually(lambda: ages(read(source)).keys() == {2, 3, 5})
+    assert ages(read(source))[2] == 1
+    source.close()
+
+
+def test_a_poll_that_hangs_gives_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not keep the exporter from ending, nor loses its tables meanwhile."""
+    monkeypatch.setattr("tcpexporter.socket_tables.polling.LIMIT_S", 0.1)
+    monkeypatch.setattr("tcpexporter.socket_tables.polling.STOP_TIMEOUT_S", 0.1)
+    tables = FaultyTables()
+    source = PollingSource(tables, interval_s=0.001)
+    source.start()
+    tables.answers.clear()
+    eventually(lambda: failing(source))
+    source.close()
+    assert not tables.closed
+    tables.answers.set()
+
+
+class CountingTracker:
+    """What a tracker counts; a comparison fails before it asks for more."""
+
+    def __init__(self) -> None:
+        self.missed = 0
+        self.restored = 0
+
+    def reclaim(self) -> None:
+        pass
+
+    def wait_for_runs(self) -> None:
+        pass
+
+    def missed_events(self) -> int:
+        return self.missed
+
+    def events(self) -> Counter[str]:
+        return Counter(refused=0, inserted=self.missed)
+
+    def forgotten_events(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(("error", "sentence"), FAULTS)
+def test_without_comparing_numbers_are_right_until_events_are_missed(
+    error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then there are none until a comparison works; and each that fails is counted."""
+    tracker, tables = CountingTracker(), FaultyTables()
+    tables.fault = error
+    reconciler = Reconciler(
+        cast("Tracker", tracker), cast("Tables", tables), interval_s=0.01, cpu_share=1
+    )
+    reconciler.start()
+    eventually(lambda: reconciler.task.failures() >= 7)
+    assert reconciler.trouble() is None
+    tracker.missed = 1
+    trouble = reconciler.trouble()
+    assert trouble
+    assert trouble.startswith("events were missed and the numbers cannot be checked: ")
+    assert sentence in trouble
+    monkeypatch.setattr(reconcile, "reconcile", lambda *_: reconcile.NOTHING)
+    eventually(lambda: reconciler.trouble() is None)
+    eventually(lambda: reconciler.task.trouble() is None)
+    reconciler.close()
+
+
+class StubReader:
+    """Tells of one file whenever it is asked."""
+
+    def __init__(self) -> None:
+        self.fileno = Hangups().fileno  # which nothing comes by
+        self.telling: list[Told] = []
+
+    def ask(self) -> None:
+        self.telling = [Told("settings"), Told(ANSWERED)]
+
+    def receive(self) -> Told:
+        return self.telling.pop(0)
+
+
+@pytest.mark.parametrize(("error", "sentence"), FAULTS[3:4] + FAULTS[5:])
+def test_a_reload_that_fails_is_done_again(
+    error: Exception, sentence: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without another SIGHUP: one that came is not lost, and the next one is heard."""
+    faults, taken = [error] * 3, []
+
+    def take(told: Told) -> None:
+        if faults:
+            raise faults.pop()
+        taken.append(told)
+
+    hangups = Hangups()
+    reader = cast("Reader", StubReader())
+    reloading = Reloading(reader, hangups, Supervisor(None, None), Reloads())
+    reloading.follow({"settings": take})
+    for number in (1, 2):
+        hangups.keep()
+        eventually(lambda number=number: len(taken) == number)  # type: ignore[misc]
+        eventually(lambda: reloading.task.trouble() is None)
+    assert reloading.task.failures() == 3
+    (told,) = caplog.messages
+    assert told == f"no file can be read again: {sentence}"
+    reloading.close()
+    hangups.keep()

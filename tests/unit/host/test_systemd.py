@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What of the environment of systemd is understood."""
+
+import os
+
+import pytest
+
+from tcpexporter.host.systemd import Supervisor
+
+
+@pytest.mark.parametrize(
+    ("environ", "watchdog_s"),
+    [
+        ({}, None),
+        ({"WATCHDOG_USEC": "3000000"}, 3.0),
+        ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": str(os.getpid())}, 3.0),
+        ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_USEC": "3 s"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({"WATCHDOG_USEC": ""}, None),
+    ],
+)
+def test_the_watchdog_is_for_one_process(
+    environ: dict[str, str], watchdog_s: float | None
+) -> None:
+    """And what is no time is none; nothing about it is left to children."""
+    environ = {**environ, "HOME": "/"}
+    supervisor = Supervisor.of(environ)
+    assert supervisor._watchdog_s == watchdog_s
+    assert supervisor.fileno() is None
+    assert environ == {"HOME": "/"}
+
+
+def test_an_address_of_another_kind(caplog: pytest.LogCaptureFixture) -> None:
+    """As that of a virtual machine's host: one warning, and nothing is told."""
+    supervisor = Supervisor("vsock:2:1234", None)
+    supervisor.tell("READY=1")
+    (warning,) = caplog.messages
+    assert warning.startswith("systemd is not told anything at vsock:2:1234: ")

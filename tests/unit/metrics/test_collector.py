@@ -1,0 +1,716 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""What a scrape shows, from a source in memory to the page."""
+
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.openmetrics.exposition import (
+    generate_latest as generate_openmetrics,
+)
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as parse_openmetrics,
+)
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from tcpexporter import version
+from tcpexporter.config.reload import Reloads
+from tcpexporter.connections.counting import named, select
+from tcpexporter.connections.record import (
+    CONNECTION,
+    IPV4_PREFIX,
+    LISTENER,
+    Direction,
+    Records,
+    groups,
+)
+from tcpexporter.connections.source import MemorySource, Reconciliation, Report
+from tcpexporter.errors import SourceError, TrackerError
+from tcpexporter.metrics.collector import (
+    Choice,
+    ConfinementCollector,
+    ConnectionCollector,
+    make_registry,
+    make_serving_registry,
+)
+
+GOLDEN_PAGE = Path(__file__).parents[1] / "data" / "metrics.txt"
+LONG_TERM = "netstat_tcp_longterm_connections_total"
+ESTABLISHED = "tcp_established_connections"
+FOLDED = "tcpexporter_folded_series"
+NOW_NS = 1_000 * 10**9
+DURATION_S = 6
+NETNS = 4026531840
+CONFINED = {
+    "seccomp": True,
+    "landlock": False,
+    "unprivileged_user": True,
+    "no_capabilities": True,
+}
+
+Shown = dict[tuple[str, str], float]
+Generate = Callable[[CollectorRegistry], bytes]
+Parse = Callable[[str], Iterable[Metric]]
+
+
+def connections(
+    port: int, number: int, *, ip_version: int = 4, age_s: float = DURATION_S
+) -> Records:
+    made = np.zeros(number, CONNECTION)
+    made["key"]["local_port"] = port
+    made["key"]["remote_port"] = range(40000, 40000 + number)
+    made["key"]["netns"] = NETNS
+    if ip_version == 4:
+        made["key"]["local_address"][:, :12] = IPV4_PREFIX
+    made["group"] = groups(made["key"], Direction.INBOUND)
+    made["established_ns"] = NOW_NS - int(age_s * 10**9)
+    return made
+
+
+def listeners(*ports: tuple[int, int]) -> Records:
+    return np.array([(NETNS, port, ip_version) for port, ip_version in ports], LISTENER)
+
+
+def collector_of(
+    source: MemorySource,
+    *,
+    ports: Sequence[int] = (),
+    named_ports: Sequence[int] | None = None,
+    tcpv6: bool = True,
+    simple: bool = False,
+    max_series: int = 101,
+) -> ConnectionCollector:
+    selection = select(
+        ports, tcpv6=tcpv6, directions=[Direction.INBOUND], own_listener=(NETNS, 9690)
+    )
+    chosen = named(ports if named_ports is None else named_ports, NETNS, selection)
+    return ConnectionCollector(
+        source,
+        Choice(selection, chosen, DURATION_S),
+        max_series=max_series,
+        simple=simple,
+        boottime_ns=lambda: NOW_NS,
+    )
+
+
+def serving_registry(
+    collected: ConnectionCollector, reloads: Reloads | None = None
+) -> CollectorRegistry:
+    return make_serving_registry(collected, reloads or Reloads(), tasks=tuple, dropped=int)
+
+
+def family(collected: ConnectionCollector, name: str) -> Metric | None:
+    """The family of that name from one scrape."""
+    return {each.name: each for each in collected.collect()}.get(name)
+
+
+def values(collected: ConnectionCollector, name: str) -> Shown:
+    """One scrape of a family: values by port and IP version."""
+    found = family(collected, name)
+    assert found
+    return {
+        (each.labels["port"], each.labels["tcp_version"]): each.value
+        for each in found.samples
+    }
+
+
+def test_a_page_shows_the_corrections_of_the_reconciliation_that_it_reports() -> None:
+    """The report is read first: what is corrected after it belongs to the next one.
+
+    A page with the counts of before a reconciliation and its time of after it cannot be
+    compared with anything.
+    """
+
+    class Correcting(MemorySource):
+        """Reconciles, and finds a missed opening, whenever it is asked anything."""
+
+        def _reconcile(self) -> None:
+            self.chunks.append(connections(443, 1))
+
+        def read(self) -> Iterator[Records]:
+            yield from super().read()
+            self._reconcile()
+
+        def listeners(self) -> Records:
+            self._reconcile()
+            return super().listeners()
+
+        def report(self) -> Report:
+            found = len(self.chunks)
+            return Report(reconciliation=Reconciliation(runs=found, missed_open=found))
+
+    shown = {each.name: each for each in collector_of(Correcting()).collect()}
+    (corrected, _) = shown["tcpexporter_corrections"].samples
+    assert corrected.value == sum(each.value for each in shown[ESTABLISHED].samples)
+
+
+def duration(collected: ConnectionCollector) -> list[float]:
+    found = family(collected, "tcpexporter_duration_seconds")
+    assert found
+    return [each.value for each in found.samples]
+
+
+def test_long_term_connections_are_those_of_that_age() -> None:
+    """The boundary is the duration before now, on the clock that was injected."""
+    source = MemorySource(
+        [
+            connections(443, 3, age_s=DURATION_S + 1),
+            connections(443, 5, age_s=DURATION_S),
+            connections(443, 7, age_s=DURATION_S - 1e-6),
+        ]
+    )
+    collected = collector_of(source)
+    assert values(collected, LONG_TERM) == {("443", "4"): 8}
+    assert values(collected, ESTABLISHED) == {("443", "4"): 15}
+
+
+def test_the_clock_is_boottime() -> None:
+    """Without another clock, a connection of just now is not long-term."""
+    source = MemorySource([connections(443, 3)])
+    selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
+    choice = Choice(selection, named((), NETNS, selection), 1)
+    collected = ConnectionCollector(source, choice, max_series=1)
+    source.chunks[0]["established_ns"] = _boottime_ns()
+    assert values(collected, LONG_TERM) == {("443", "4"): 0}
+    source.chunks[0]["established_ns"] -= 1_000_000_000
+    assert values(collected, LONG_TERM) == {("443", "4"): 3}
+
+
+def _boottime_ns() -> int:
+    """From /proc/uptime, which is on CLOCK_BOOTTIME, in hundredths of a second."""
+    return int(Path("/proc/uptime").read_text().split()[0].replace(".", "")) * 10**7
+
+
+def test_a_listener_has_a_series_at_0() -> None:
+    """A port that is listened on is there from the first scrape, per IP version."""
+    source = MemorySource(listeners=listeners((443, 4), (443, 6), (80, 6), (9690, 4)))
+    collected = collector_of(source)
+    expected: Shown = {("443", "4"): 0, ("443", "6"): 0, ("80", "6"): 0}
+    assert values(collected, LONG_TERM) == expected
+    assert values(collected, ESTABLISHED) == expected
+
+
+def test_a_named_port_has_a_series_at_0() -> None:
+    """A port that --port names is there without a listener, and alone."""
+    source = MemorySource(
+        [connections(80, 3)], listeners=listeners((80, 4), (22, 6), (8443, 4))
+    )
+    collected = collector_of(source, ports=[443, 8443])
+    assert values(collected, ESTABLISHED) == {
+        ("443", "4"): 0,
+        ("443", "6"): 0,
+        ("8443", "4"): 0,
+        ("8443", "6"): 0,
+    }
+
+
+def test_without_ipv6_there_is_no_series_of_it() -> None:
+    """Neither a named port nor a listener nor a connection has one."""
+    source = MemorySource(
+        [connections(443, 3, ip_version=6)], listeners=listeners((443, 6), (8443, 6))
+    )
+    collected = collector_of(source, named_ports=[443], tcpv6=False)
+    assert values(collected, ESTABLISHED) == {("443", "4"): 0}
+
+
+def test_a_published_port_stays() -> None:
+    """A port once seen keeps its series at 0, by a connection or by a listener."""
+    source = MemorySource(
+        [connections(443, 3), connections(8443, 5, ip_version=6)],
+        listeners=listeners((22, 4)),
+    )
+    collected = collector_of(source)
+    first: Shown = {("443", "4"): 3, ("8443", "6"): 5, ("22", "4"): 0}
+    assert values(collected, ESTABLISHED) == first
+    assert values(collected, LONG_TERM) == first
+    source.chunks = []
+    source._listeners = listeners()
+    assert values(collected, ESTABLISHED) == dict.fromkeys(first, 0)
+    assert values(collected, LONG_TERM) == dict.fromkeys(first, 0)
+
+
+def test_a_series_at_0_is_not_shared() -> None:
+    """What one collector has published is not known to another of the same selection."""
+    source = MemorySource([connections(443, 3)])
+    selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
+    choice = Choice(selection, named((), NETNS, selection), 0)
+    first, second = (
+        ConnectionCollector(each, choice, max_series=1) for each in (source, MemorySource())
+    )
+    assert values(first, ESTABLISHED) == {("443", "4"): 3}
+    assert values(second, ESTABLISHED) == {}
+
+
+def choice(*ports: int, duration_s: int = DURATION_S) -> Choice:
+    selection = select(
+        ports, tcpv6=True, directions=[Direction.INBOUND], own_listener=(NETNS, 9690)
+    )
+    return Choice(selection, named(ports, NETNS, selection), duration_s)
+
+
+def test_another_duration_counts_from_the_next_scrape_on() -> None:
+    """For all connections, whenever they began; it is a metric; no series goes."""
+    source = MemorySource([connections(443, 3, age_s=20), connections(80, 5, age_s=10)])
+    collected = collector_of(source)
+    assert values(collected, LONG_TERM) == {("443", "4"): 3, ("80", "4"): 5}
+    collected.choose(choice(duration_s=15))
+    assert values(collected, LONG_TERM) == {("443", "4"): 3, ("80", "4"): 0}
+    assert duration(collected) == [15]
+
+
+def test_other_ports_count_from_the_next_scrape_on() -> None:
+    """What is not selected any more goes; what is named now is there, at 0 if need be."""
+    source = MemorySource([connections(443, 3), connections(80, 5)])
+    collected = collector_of(source)
+    assert values(collected, ESTABLISHED) == {("443", "4"): 3, ("80", "4"): 5}
+    collected.choose(choice(443, 8443))
+    named_now: Shown = {
+        ("443", "4"): 3,
+        ("443", "6"): 0,
+        ("8443", "4"): 0,
+        ("8443", "6"): 0,
+    }
+    assert values(collected, ESTABLISHED) == named_now
+    source.chunks.clear()
+    collected.choose(choice())
+    assert values(collected, ESTABLISHED) == dict.fromkeys(named_now, 0)
+
+
+def test_what_was_folded_goes_with_its_ports() -> None:
+    """Of named ports none is folded, so there is no other that would stay at 0."""
+    source = MemorySource([connections(443, 3), connections(80, 5)])
+    collected = collector_of(source, max_series=1)
+    assert values(collected, ESTABLISHED) == {("80", "4"): 5, ("other", "4"): 3}
+    collected.choose(choice(443))
+    assert values(collected, ESTABLISHED) == {("443", "4"): 3, ("443", "6"): 0}
+
+
+def test_reading_again_is_told_of() -> None:
+    """Under the names that Prometheus has for it; one file that failed is a failure."""
+    reloads = Reloads()
+    registry = serving_registry(collector_of(MemorySource()), reloads)
+    name = "tcpexporter_config_last_reload"
+
+    def shown() -> tuple[float | None, float | None]:
+        return (
+            registry.get_sample_value(f"{name}_successful"),
+            registry.get_sample_value(f"{name}_success_timestamp_seconds"),
+        )
+
+    began_s = reloads.succeeded_s
+    assert shown() == (1, began_s)
+    reloads.note("settings", successful=False)
+    reloads.note("web configuration", successful=True)
+    assert shown() == (0, began_s)
+    reloads.note("settings", successful=True)
+    assert shown() == (1, reloads.succeeded_s)
+    assert reloads.succeeded_s > began_s
+
+
+def test_simple_is_one_number_without_labels() -> None:
+    """--simple adds all ports and both IP versions up."""
+    source = MemorySource(
+        [
+            connections(443, 3),
+            connections(443, 5, ip_version=6),
+            connections(80, 7, age_s=0),
+        ],
+        listeners=listeners((22, 4)),
+    )
+    collected = collector_of(source, simple=True)
+    for name, expected in ((LONG_TERM, 8), (ESTABLISHED, 15)):
+        found = family(collected, name)
+        assert found
+        assert [(each.labels, each.value) for each in found.samples] == [({}, expected)]
+
+
+def test_simple_adds_up_selected_ports_only() -> None:
+    """--simple --port is one number for those ports."""
+    source = MemorySource([connections(443, 3), connections(80, 5)])
+    found = family(collector_of(source, simple=True, ports=[443]), LONG_TERM)
+    assert found
+    assert [each.value for each in found.samples] == [3]
+
+
+def folded(collected: ConnectionCollector) -> float:
+    """How many series one scrape says it has folded."""
+    found = family(collected, FOLDED)
+    assert found
+    (sample,) = found.samples
+    return sample.value
+
+
+def test_what_is_folded_is_in_other() -> None:
+    """Beyond the bound the smallest are one series an IP version, at both metrics."""
+    source = MemorySource(
+        [
+            connections(443, 13),
+            connections(80, 3),
+            connections(22, 5, ip_version=6),
+            connections(8443, 2, age_s=0),
+        ],
+        listeners=listeners((5432, 4), (5432, 6)),
+    )
+    collected = collector_of(source, max_series=1)
+    assert values(collected, ESTABLISHED) == {
+        ("443", "4"): 13,
+        ("other", "4"): 5,
+        ("other", "6"): 5,
+    }
+    assert values(collected, LONG_TERM) == {
+        ("443", "4"): 13,
+        ("other", "4"): 3,
+        ("other", "6"): 5,
+    }
+    assert folded(collected) == 5
+
+
+def test_other_is_there_once_it_is_needed() -> None:
+    """A page that was never too long has none; one that was keeps it at 0."""
+    source = MemorySource([connections(443, 13)])
+    collected = collector_of(source, max_series=1)
+    assert values(collected, ESTABLISHED) == {("443", "4"): 13}
+    assert folded(collected) == 0
+    source.chunks.append(connections(80, 3))
+    assert values(collected, ESTABLISHED) == {("443", "4"): 13, ("other", "4"): 3}
+    assert folded(collected) == 1
+    source.chunks.pop()
+    assert values(collected, ESTABLISHED) == {("443", "4"): 13, ("other", "4"): 0}
+    assert folded(collected) == 0
+
+
+def test_ports_seen_once_are_remembered_up_to_the_bound() -> None:
+    """Ever new ports make neither a longer page nor more to remember; none is folded."""
+    source = MemorySource()
+    collected = collector_of(source, max_series=7)
+    for port in range(1, 212):
+        source.chunks = [connections(port, 1)]
+        shown = values(collected, ESTABLISHED)
+        assert shown[str(port), "4"] == 1
+        assert len(shown) == len(collected._published) == min(port, 7)
+    assert folded(collected) == 0
+
+
+def test_named_ports_are_not_folded() -> None:
+    """Those of ``--port`` are there, though they are more than may be."""
+    source = MemorySource([connections(443, 3), connections(80, 5)])
+    collected = collector_of(source, named_ports=[22, 443], max_series=1)
+    assert values(collected, ESTABLISHED) == {
+        ("22", "4"): 0,
+        ("22", "6"): 0,
+        ("443", "4"): 3,
+        ("443", "6"): 0,
+        ("other", "4"): 5,
+    }
+    assert folded(collected) == 1
+
+
+def test_simple_folds_nothing() -> None:
+    """One number needs no bound, and no listeners."""
+    source = DeafSource([connections(443, 3), connections(80, 5)])
+    collected = collector_of(source, simple=True, max_series=1)
+    found = family(collected, ESTABLISHED)
+    assert found
+    assert [(each.labels, each.value) for each in found.samples] == [({}, 8)]
+    assert folded(collected) == 0
+
+
+def test_help_is_the_same_in_every_run() -> None:
+    """Whatever the settings: node_exporter refuses two help texts for one name.
+
+    The kind of fault: a value that may differ between runs in a help text.
+    """
+    by_default, *others = (
+        collector_of(example()),
+        collector_of(example(), ports=[443], tcpv6=False, max_series=1),
+        collector_of(example(), simple=True),
+        ConnectionCollector(example(), choice(duration_s=15), max_series=7),
+        by_netns(example(), {NETNS: "self"}),
+    )
+    expected = {each.name: each.documentation for each in by_default.collect()}
+    for other in others:
+        assert {each.name: each.documentation for each in other.collect()} == expected
+
+
+def test_the_duration_is_a_metric() -> None:
+    """The threshold that is in force."""
+    assert duration(collector_of(MemorySource())) == [6]
+
+
+def test_a_page_for_node_exporter_has_nothing_of_the_process() -> None:
+    """Which would collide with node_exporter's own; a scrape has it, and reloads too."""
+    printed = {each.name for each in make_registry(collector_of(example())).collect()}
+    registry = serving_registry(collector_of(example()))
+    served = {each.name for each in registry.collect()}
+    assert {name.partition("_")[0] for name in printed} == {"netstat", "tcp", "tcpexporter"}
+    more = {name.partition("_")[0] for name in served - printed}
+    assert more == {"process", "python", "tcpexporter"}
+    assert printed < served
+
+
+def test_all_that_is_known_is_tracked() -> None:
+    """Connections of ports that are not selected are tracked all the same."""
+    source = MemorySource([connections(80, 5), connections(9690, 2)])
+    found = family(collector_of(source, ports=[443]), "tcpexporter_tracked_connections")
+    assert found
+    assert [each.value for each in found.samples] == [7]
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ({}, None),
+        ({"inserted": 7, "refused": 0}, {"inserted": 7, "refused": 0}),
+    ],
+)
+def test_kernel_events_are_shown_where_there_are_any(
+    events: Mapping[str, int], expected: Mapping[str, int] | None
+) -> None:
+    """A BPF program's counters are shown by action; a source without one has none."""
+    source = MemorySource(report=Report(kernel_events=events))
+    found = family(collector_of(source), "tcpexporter_kernel_events")
+    shown = found and {each.labels["action"]: each.value for each in found.samples}
+    assert shown == expected
+    if found:
+        assert {each.name for each in found.samples} == {"tcpexporter_kernel_events_total"}
+
+
+@pytest.mark.parametrize("most", [None, 262144])
+def test_the_bound_is_shown_where_there_is_one(most: int | None) -> None:
+    """A source that nothing bounds has no maximum."""
+    source = MemorySource(report=Report(max_connections=most))
+    found = family(collector_of(source), "tcpexporter_max_connections")
+    assert (found and [each.value for each in found.samples]) == (most and [most])
+
+
+def by_netns(
+    source: MemorySource, names: Mapping[int, str], *, max_series: int = 101
+) -> ConnectionCollector:
+    """A collector that tells namespaces apart; its clock is one that a test can set."""
+    selection = select(
+        (), tcpv6=True, directions=[Direction.INBOUND], own_listener=None, by_netns=True
+    )
+    return ConnectionCollector(
+        source,
+        Choice(selection, named((), NETNS, selection), DURATION_S),
+        max_series=max_series,
+        names=lambda: names,
+        boottime_ns=lambda: clock_ns[0],
+    )
+
+
+clock_ns = [NOW_NS]
+
+
+def netns_labels(collected: ConnectionCollector) -> dict[str, float]:
+    found = family(collected, ESTABLISHED)
+    assert found
+    return {each.labels["netns"]: each.value for each in found.samples}
+
+
+def test_a_namespace_has_its_name_or_its_inode() -> None:
+    """The label netns is there when namespaces are told apart, and says which."""
+    elsewhere = connections(443, 5)
+    elsewhere["key"]["netns"] = 17
+    source = MemorySource([connections(443, 3), elsewhere])
+    assert netns_labels(by_netns(source, {NETNS: "self"})) == {"self": 3, "17": 5}
+
+
+def test_a_namespace_that_is_gone_leaves_no_series() -> None:
+    """Without socket and without name it is forgotten after a while, not at once."""
+    elsewhere = connections(443, 5)
+    elsewhere["key"]["netns"] = 17
+    source = MemorySource([connections(443, 3), elsewhere])
+    collected = by_netns(source, {NETNS: "self"})
+    assert netns_labels(collected) == {"self": 3, "17": 5}
+    source.chunks = []
+    assert netns_labels(collected) == {"self": 0, "17": 0}
+    clock_ns[0] += 3600 * 10**9
+    assert netns_labels(collected) == {"self": 0}
+
+
+def test_a_namespace_with_a_name_keeps_its_series() -> None:
+    """However long nothing is in it, until it has the name no more."""
+    elsewhere = connections(443, 5)
+    elsewhere["key"]["netns"] = 17
+    source = MemorySource([connections(443, 3), elsewhere])
+    names = {NETNS: "self", 17: "blue"}
+    collected = by_netns(source, names)
+    assert netns_labels(collected) == {"self": 3, "blue": 5}
+    source.chunks = []
+    assert netns_labels(collected) == {"self": 0, "blue": 0}
+    clock_ns[0] += 3600 * 10**9
+    assert netns_labels(collected) == {"self": 0, "blue": 0}
+    del names[17]
+    assert netns_labels(collected) == {"self": 0}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("container:0123456789ab", None),
+        ("container:0123456789ab", "green"),
+        ("17", None),
+        (None, "green"),
+    ],
+)
+def test_another_namespace_with_the_same_inode_has_no_series_of_the_first(
+    before: str | None, after: str | None
+) -> None:
+    """Series bound to a number that the kernel gives again: ports of a dead container."""
+    first, second = connections(443, 5), connections(80, 7)
+    first["key"]["netns"] = second["key"]["netns"] = 17
+    source = MemorySource([first])
+    names = {NETNS: "self", **({17: before} if before else {})}
+    collected = by_netns(source, names)
+    assert netns_labels(collected) == {before or "17": 5}
+    source.chunks = [second]
+    names.pop(17, None)
+    names |= {17: after} if after else {}
+    found = family(collected, ESTABLISHED)
+    assert found
+    assert [
+        (each.labels["netns"], each.labels["port"], each.value) for each in found.samples
+    ] == [(after or "17", "80", 7)]
+
+
+def test_namespaces_are_folded_too() -> None:
+    """Ports of one namespace fold there; of too many namespaces, the rest together."""
+    chunks = [connections(443, number) for number in (13, 1, 2, 3)]
+    for netns, chunk in enumerate(chunks, start=17):
+        chunk["key"]["netns"] = netns
+    collected = by_netns(MemorySource(chunks), {17: "blue"}, max_series=1)
+    found = family(collected, ESTABLISHED)
+    assert found
+    assert {
+        (each.labels["netns"], each.labels["port"]): each.value for each in found.samples
+    } == {("blue", "443"): 13, ("18", "other"): 1, ("other", "other"): 5}
+    assert folded(collected) == 3
+
+
+def test_a_namespace_that_is_gone_leaves_no_other() -> None:
+    """What was folded of it is forgotten as its ports are."""
+    elsewhere = connections(443, 5)
+    elsewhere["key"]["netns"] = 17
+    source = MemorySource([connections(443, 13), elsewhere])
+    collected = by_netns(source, {NETNS: "self"}, max_series=1)
+    assert netns_labels(collected) == {"self": 13, "17": 5}
+    source.chunks.pop()
+    assert netns_labels(collected) == {"self": 13, "17": 0}
+    clock_ns[0] += 3600 * 10**9
+    assert netns_labels(collected) == {"self": 13}
+
+
+class BrokenSource(MemorySource):
+    """One that cannot be read to its end."""
+
+    broken = True
+
+    def read(self) -> Iterator[Records]:
+        yield from self.chunks
+        if self.broken:
+            raise TrackerError("the kernel refuses to read the map")
+
+
+class DeafSource(MemorySource):
+    """One that does not know its listeners."""
+
+    def listeners(self) -> Records:
+        raise SourceError("sock_diag does not answer")
+
+
+@pytest.mark.parametrize("broken", [BrokenSource([connections(443, 3)]), DeafSource()])
+@pytest.mark.parametrize("generate", [generate_latest, generate_openmetrics])
+def test_a_source_that_cannot_be_read_gives_no_page(
+    broken: MemorySource, generate: Generate
+) -> None:
+    """The error reaches whoever asks: no page at all is better than half a page."""
+    registry = CollectorRegistry()
+    registry.register(collector_of(broken))
+    with pytest.raises(SourceError):
+        generate(registry)
+
+
+def test_a_source_recovers() -> None:
+    """After a failed scrape the next one is whole."""
+    source = BrokenSource([connections(443, 3)])
+    collected = collector_of(source)
+    with pytest.raises(SourceError):
+        list(collected.collect())
+    source.broken = False
+    assert values(collected, ESTABLISHED) == {("443", "4"): 3}
+
+
+def example() -> MemorySource:
+    """One of everything that a page can show."""
+    return MemorySource(
+        [
+            connections(443, 7),
+            connections(443, 5, ip_version=6, age_s=60),
+            connections(443, 3, age_s=0),
+            connections(8443, 2, ip_version=6, age_s=5.9),
+        ],
+        listeners=listeners((22, 4), (22, 6), (9690, 4)),
+        report=Report(
+            max_connections=262144,
+            kernel_events={"inserted": 19, "removed": 2, "refused": 0},
+            missed_events=3,
+            seeded_connections=5,
+            refused_seeds=1,
+            reconciliation=Reconciliation(
+                runs=11,
+                missed_open=2,
+                missed_close=1,
+                duration_s=0.25,
+                finished_s=1795000000.5,
+                interval_s=60.0,
+            ),
+        ),
+        name="ebpf",
+    )
+
+
+@pytest.mark.parametrize("simple", [False, True])
+@pytest.mark.parametrize(
+    ("generate", "parse"),
+    [(generate_latest, parse_text), (generate_openmetrics, parse_openmetrics)],
+)
+def test_both_formats_parse(generate: Generate, parse: Parse, *, simple: bool) -> None:
+    """prometheus_client reads every value back, each once and with a help text."""
+    registry = serving_registry(collector_of(example(), simple=simple))
+    families = list(parse(generate(registry).decode()))
+    assert all(each.documentation and each.type != "unknown" for each in families)
+    shown = [
+        (each.name, tuple(sorted(each.labels.items())))
+        for family in families
+        for each in family.samples
+    ]
+    assert len(shown) == len(set(shown))
+    samples = {each.name: each.value for family in families for each in family.samples}
+    assert samples["tcpexporter_tracked_connections"] == 17
+    assert samples["tcpexporter_kernel_events_total"] in (19, 2, 0)
+    assert samples["tcpexporter_build_info"] == samples["tcpexporter_source_info"] == 1
+    assert samples["process_start_time_seconds"] > 0
+    assert "tcpexporter_collect_duration_seconds" in samples
+    assert (LONG_TERM, ()) in shown if simple else (LONG_TERM, ()) not in shown
+
+
+def test_the_page_is_the_golden_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole page, names and texts and labels and order, is as it was agreed."""
+    monkeypatch.setattr(version, "VERSION", "1.2.3")
+    monkeypatch.setattr(version, "REVISION", "0123456789abcdef0123456789abcdef01234567")
+    monkeypatch.setattr(platform, "python_version", lambda: "3.11.2")
+    registry = make_registry(collector_of(example(), ports=[22, 443, 8443, 9100]))
+    registry.register(ConfinementCollector(CONFINED))
+    page = generate_latest(registry).decode()
+    name = "tcpexporter_collect_duration_seconds"
+    took = re.search(rf"^{name} (\S+)$", page, re.MULTILINE)
+    assert took
+    assert 0 < float(took[1]) < 60
+    page = page.replace(took[0], f"{name} 0.001")
+    assert page == GOLDEN_PAGE.read_text()

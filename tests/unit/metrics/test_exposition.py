@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Collections and who shares them: counted, in turns of the event loop."""
+
+import asyncio
+import gzip
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tcpexporter.errors import SourceError
+from tcpexporter.metrics.exposition import (
+    OPENMETRICS,
+    TEXT,
+    Collections,
+    Format,
+    Page,
+)
+
+
+class Numbered(Collector):
+    """A collector whose page says the how manieth it is."""
+
+    collections = 0
+    trouble: Exception | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        self.collections += 1
+        if self.trouble:
+            raise self.trouble
+        yield GaugeMetricFamily("number", "Of this collection.", self.collections)
+        yield CounterMetricFamily("seen", "Of something.", 7)
+
+
+def make() -> tuple[Numbered, Collections]:
+    collector = Numbered()
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return collector, Collections(registry)
+
+
+def number(page: Page) -> float:
+    (line,) = (each for each in page.body(TEXT).splitlines() if each.startswith(b"number "))
+    return float(line.split()[1])
+
+
+def test_all_who_wait_share_one_collection() -> None:
+    """A hundred at once are one collection, one after another are one each."""
+    collector, collections = make()
+
+    async def run() -> None:
+        pages = await asyncio.gather(*(collections.next() for _ in range(101)))
+        assert {number(page) for page in pages} == {1}
+        for each in (2, 3, 4):
+            assert number(await collections.next()) == each
+
+    asyncio.run(run())
+    assert collector.collections == 4
+
+
+def test_nobody_gets_a_page_from_before() -> None:
+    """Whoever asks in whatever turn of the loop, the collection begins after that."""
+    collector, collections = make()
+
+    async def ask(turns: int) -> tuple[int, float]:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        begun = collector.collections
+        return begun, number(await collections.next())
+
+    async def run() -> list[tuple[int, float]]:
+        return await asyncio.gather(*(ask(turns) for turns in range(23)))
+
+    asked = asyncio.run(run())
+    assert all(got == begun + 1 for begun, got in asked)
+    assert collector.collections > 2
+
+
+@pytest.mark.parametrize("trouble", [SourceError("gone"), ZeroDivisionError("a fault")])
+def test_trouble_reaches_all_who_wait(trouble: Exception) -> None:
+    """Each gets the error; the next collection is tried again."""
+    collector, collections = make()
+
+    async def run() -> None:
+        collector.trouble = trouble
+        outcomes = await asyncio.gather(
+            *(collections.next() for _ in range(5)), return_exceptions=True
+        )
+        assert outcomes == [trouble] * 5
+        collector.trouble = None
+        assert number(await collections.next()) == 2
+
+    asyncio.run(run())
+
+
+def test_who_gives_up_does_not_take_others_along() -> None:
+    """Of two that wait for one collection, one is cancelled; the other gets the page."""
+    collector, collections = make()
+
+    async def run() -> None:
+        first = asyncio.ensure_future(collections.next())
+        second = asyncio.ensure_future(collections.next())
+        await asyncio.sleep(0)
+        first.cancel()
+        assert number(await second) == 1
+        assert first.cancelled()
+        collector.trouble = SourceError("gone")
+        third = asyncio.ensure_future(collections.next())
+        await asyncio.sleep(0)
+        third.cancel()
+        with pytest.raises(SourceError):
+            await collections.next()
+
+    asyncio.run(run())
+
+
+class Families(Collector):
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
+
+
+@pytest.mark.parametrize("form", [TEXT, OPENMETRICS])
+def test_a_page_is_written_once(form: Format) -> None:
+    """Whatever is asked for of it, each family is encoded once, and is as in one go."""
+    families = [GaugeMetricFamily("number", "One.", 5), CounterMetricFamily("seen", "", 7)]
+    written: list[str] = []
+
+    def encode(part: Collector) -> bytes:
+        written.extend(family.name for family in part.collect())
+        return form.encode(part)
+
+    page, noting = Page(families), form._replace(encode=encode)
+    for _ in range(100):
+        whole, packed = page.body(noting), page.packed(noting)
+        page.body(noting, ["number"])
+    assert written == ["number", "seen"]
+    assert gzip.decompress(packed) == whole
+    registry = CollectorRegistry()
+    registry.register(Families(families))
+    assert whole == form.encode(registry)
+
+
+@pytest.mark.parametrize(
+    ("names", "lines"),
+    [
+        (["number"], ["number 5.0"]),
+        (["seen_total"], ["seen_total 7.0"]),
+        (["number", "seen_total", "absent"], ["number 5.0", "seen_total 7.0"]),
+        (["absent"], []),
+        ([], ["number 5.0", "seen_total 7.0"]),
+    ],
+)
+def test_names(names: list[str], lines: list[str]) -> None:
+    """Families are chosen by the names of samples; OpenMetrics has its end in any case."""
+    page = Page(
+        [GaugeMetricFamily("number", "One.", 5), CounterMetricFamily("seen", "Some.", 7)]
+    )
+    for form in (TEXT, OPENMETRICS):
+        shown = page.body(form, names).decode().splitlines(keepends=True)
+        assert [line[:-1] for line in shown if not line.startswith("#")] == lines
+        assert ("# EOF\n" in shown[-1:]) == (form is OPENMETRICS)

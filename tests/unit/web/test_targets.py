@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Request targets: paths that are not what they seem must not lead anywhere else."""
+
+import posixpath
+import re
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tcpexporter.web.targets import clean, is_host, location, path_of
+
+PATHS = st.lists(st.sampled_from(("a", "b", ".", "..", "", "...", "\n", "\xff", "%", "\\")))
+
+
+@given(PATHS.map("/".join))
+def test_clean(path: str) -> None:
+    """As the standard library normalizes a path, but for the slash at its end."""
+    cleaned = clean(path)
+    assert cleaned.rstrip("/") == posixpath.normpath(f"/{path.lstrip('/')}").rstrip("/")
+    assert cleaned.endswith("/") == (cleaned == "/" or path.endswith("/"))
+    assert clean(cleaned) == cleaned
+
+
+def test_clean_does_not_end_at_nul() -> None:
+    """posixpath.normpath of Debian 12's Python does."""
+    assert clean("/metrics\0//x") == "/metrics\0/x"
+
+
+@given(st.binary().map(lambda each: each.decode("latin-1")), st.sampled_from(("", "a=%2F")))
+def test_location(path: str, query: str) -> None:
+    """It names the cleaned path, of this host, and has no byte that ends a header."""
+    cleaned = clean(path)
+    where = location(cleaned, query)
+    assert re.fullmatch(r"/(?:[^/\\\s][!-~]*)?", where)
+    written, _, asked = where.partition("?")
+    assert path_of(written) == cleaned
+    assert asked == query
+
+
+@given(st.binary().map(lambda each: b"/" + each))
+def test_path_is_decoded_to_bytes(path: bytes) -> None:
+    """Each byte is one character, whatever encoding it is meant in."""
+    assert path_of(quote(path)) == path.decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        ("/", "/"),
+        ("/metrics", "/metrics"),
+        ("/%6Detrics", "/metrics"),
+        ("//host/metrics", "//host/metrics"),
+        ("http://host/metrics", "/metrics"),
+        ("http://host:9690/metrics", "/metrics"),
+        ("http://host:/metrics", "/metrics"),
+        ("HTTP://HOST/metrics", "/metrics"),
+        ("https://host/metrics", "/metrics"),
+        ("http://alice:secret@host/metrics", "/metrics"),
+        ("http://192.0.2.1/metrics", "/metrics"),
+        ("http://[::1]:9690/metrics", "/metrics"),
+        ("http://[fe80::1%25eth0]:9690/metrics", "/metrics"),
+        ("http://host//metrics", "//metrics"),
+        ("http://host", ""),
+        ("*", None),
+        ("", None),
+        ("metrics", None),
+        ("host:9690", None),
+        ("http:/metrics", None),
+        ("http://host:port/metrics", None),
+        ("http://[::1/metrics", None),
+        ("http://ho^st/metrics", None),
+        ("http://a@b@host/metrics", None),
+        ("://host/metrics", None),
+        ("/metrics%", None),
+        ("/metrics%4", None),
+        ("/metrics%zz", None),
+        ("http://host/%zz", None),
+    ],
+)
+def test_path_of(target: str, path: str | None) -> None:
+    """Origin-form and absolute-form have a path; nothing else has."""
+    assert path_of(target) == path
+
+
+@pytest.mark.parametrize(
+    ("host", "valid"),
+    [
+        *((each, True) for each in ("", "x", "x:80", "x:", "[::1]:80", "a_b-c.d", "x%41")),
+        *(
+            (each, False)
+            for each in ("a b", "a/b", "a@b", "x:y", "[::1", "x,y z", "a\xe9", "?")
+        ),
+    ],
+)
+def test_is_host(host: str, *, valid: bool) -> None:
+    """RFC 9112, section 3.2: an invalid value is answered with 400."""
+    assert is_host(host) == valid
