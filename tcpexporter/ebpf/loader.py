@@ -22,7 +22,6 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from tcpexporter.connections.record import CONNECTION
 from tcpexporter.ebpf import program as programs
 from tcpexporter.ebpf.btf import Btf
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, create_map, load_libbpf
@@ -324,6 +323,7 @@ def _refusal(max_connections: int) -> int | None:
     Before Linux 5.11 that is EPERM for a process that may not lock so much memory.
     """
     # Only here, so that numpy is not among what has to fit into memory.
+    from tcpexporter.connections.record import CONNECTION  # noqa: PLC0415
 
     try:
         os.close(

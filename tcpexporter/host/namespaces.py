@@ -92,9 +92,9 @@ def find(name: str) -> Path:
                 raise SettingsError(
                     f"--netns {quoted(name)}: {path} is not a network namespace"
                 )
-    except PermissionError as error:
-        raise _unseen(path, error) from error
     except OSError as error:
+        if path == OWN or isinstance(error, PermissionError):
+            raise _unseen(path, error) from error
         raise SettingsError(
             f"--netns {quoted(name)}: there is no network namespace {path}"
             f" ({error.strerror}): `ip netns` lists the names, `lsns -t net` the paths"

@@ -11,7 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from tcpexporter.errors import PrivilegeError, SettingsError, TcpExporterError, quoted
+from tcpexporter.errors import (
+    PrivilegeError,
+    SettingsError,
+    TcpExporterError,
+    quoted,
+    reason,
+)
 
 log = logging.getLogger(__name__)
 
@@ -249,8 +255,7 @@ def works_with(
         child = os.fork()
     except OSError as error:
         raise PrivilegeError(
-            f"cannot start a process ({error.strerror}), which giving up root requires:"
-            " raise the limit of processes"
+            f"cannot start a process, which giving up root requires: {reason(error)}"
         ) from error
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
