@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tcpexporter import version
+from tcpexporter.config import files
 from tcpexporter.config.reader import SETTINGS, WEB_CONFIG, Reader, ReaderGoneError, Told
 from tcpexporter.config.reload import Hangups, Reloading, Reloads, Take
 from tcpexporter.config.settings import Settings, misleading, parse, reread
@@ -218,7 +219,7 @@ def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reade
         return Reader(
             account,
             web_config=settings.web_config,
-            settings=settings.conf and str(Path(settings.conf).expanduser()),
+            settings=settings.conf and str(files.expanded(settings.conf)),
         )
     except OSError as error:
         raise ServerError(
