@@ -32,11 +32,12 @@ lowest: ## Run the unit tests with the lowest versions that pyproject.toml allow
 	.cache/lowest/bin/python -m pytest tests/unit
 
 .PHONY: lint
-lint: setup-test ## Check style and types
+lint: setup-test ## Check style, types and the imports between packages
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/clang-format --dry-run -Werror $(c_files)
 	$(bin)/mypy
+	$(bin)/lint-imports
 
 .PHONY: format
 format: setup-test ## Lay out Python and C as lint wants it
@@ -121,5 +122,5 @@ wheel: setup-test ## Build a wheel into dist/, the same bytes wherever it is bui
 .PHONY: clean
 clean: ## Remove .venv, caches and build output
 	rm -rf .venv .cache build dist *.egg-info
-	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find bpf deploy tcpexporter tests -name __pycache__ -prune -exec rm -rf {} +

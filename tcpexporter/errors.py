@@ -63,7 +63,7 @@ class ThreadError(TcpExporterError):
     """The kernel refuses another thread."""
 
 
-class ForeignError(TcpExporterError):
+class NativeCodeError(TcpExporterError):
     """Work of another language has failed."""
 
 

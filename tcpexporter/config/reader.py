@@ -14,7 +14,6 @@ import os
 import select
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from pwd import struct_passwd
 from typing import TYPE_CHECKING, Any
 
+from tcpexporter.config import files
 from tcpexporter.errors import SettingsError, TcpExporterError
 from tcpexporter.host import children, privileges
 
@@ -33,9 +33,6 @@ if TYPE_CHECKING:  # what is not asked for takes no memory
 INTERVAL_S = 1.0
 """Between two looks at the files. What has changed is read when it has not for so long:
 a certificate and its key are two files, and some write them piece by piece."""
-
-LARGEST_BYTES = 1 << 20
-"""Of a file; a bundle of all public certificate authorities has a quarter of that."""
 
 GRACE_S = 0.3
 """What the child gets to see that nobody listens any more."""
@@ -201,22 +198,11 @@ class _Files:
         """
         self.looks[path] = None
         try:
-            # Not to wait for whoever has the other end of a pipe.
-            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                status = os.fstat(file.fileno())
-                self.looks[path] = _as_look(status)
-                if not stat.S_ISREG(status.st_mode):
-                    raise SettingsError(f"{path} is not a regular file")
-                content = file.read(LARGEST_BYTES + 1)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            remedy = ""
-            if isinstance(error, PermissionError):
-                remedy = f": let user {os.geteuid()} read it, or start as root"
-            raise SettingsError(f"{path} cannot be read: {reason}{remedy}") from error
-        if len(content) > LARGEST_BYTES:
-            raise SettingsError(f"{path} is larger than {LARGEST_BYTES} bytes")
-        return content
+            with files.open_file(path, wait=False) as file:
+                self.looks[path] = _as_look(os.fstat(file.fileno()))
+                return files.read_all(file, only_regular=True)
+        except (OSError, ValueError, SettingsError) as error:
+            raise SettingsError(f"{path} cannot be read: {files.reason(error)}") from error
 
     def read_text(self, path: str) -> str:
         """The text of a file, whatever bytes it has.

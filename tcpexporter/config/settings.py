@@ -1,28 +1,38 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Flags, environment and file to one frozen `Settings`."""
+"""The settings: what there is to choose, and what a user chose."""
 
 import itertools
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from ipaddress import IPv4Address, IPv6Address
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any
 
-import configargparse
-
-from tcpexporter.config.reader import LARGEST_BYTES
-from tcpexporter.errors import SettingsError, quoted
-from tcpexporter.version import VERSION
-
-_PREFIX = "TCPEXPORTER_"
-_LONGEST_DURATION_S = (2**63 - 1) // 10**9
-"""In nanoseconds it fits into a signed 64-bit number."""
+from tcpexporter.config import files, sources
+from tcpexporter.config.sources import Groups, Setting, Text
+from tcpexporter.config.values import (
+    CONF,
+    CONNECTIONS,
+    DIRECTORY,
+    DURATION,
+    INTERVAL,
+    LISTEN,
+    NETNS,
+    PATH,
+    PERCENT,
+    PORTS,
+    RECONCILE,
+    SERIES,
+    SWITCH,
+    USER,
+    one_of,
+)
+from tcpexporter.errors import SettingsError
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a user can choose."""
+    """The value of each setting."""
 
     simple: bool = False
     tcpv6: bool = True
@@ -38,63 +48,228 @@ class Settings:
     netns: str = "self"
     """self, all, or the name or path of a network namespace."""
     max_series: int = 2000
-    """Of one metric, by port and IP version; the smallest of more are folded into one."""
+    """Of one metric; beyond it the smallest are added up as port other."""
     source: str = "auto"
     """auto, ebpf, sock_diag or procfs."""
     interval_s: float = 1.0
-    """Between two polls of a polling source."""
+    """Between two reads of the socket tables by sock_diag or procfs."""
     max_connections: int | None = 262144
-    """None: as many as the host can come to have."""
+    """None: as many as the host can have: see `host.capacity`."""
     reconcile_interval_s: float = 60.0
-    """Between two comparisons with the socket tables; 0: only when events were missed."""
+    """Between two comparisons with the socket tables; 0: only after missed events."""
     reconcile_cpu_percent: float = 2.0
-    """Of one core, what they may use on average."""
+    """Maximum CPU time of these comparisons, on average, of one core."""
     pin: str | None = None
-    """A directory of the BPF file system; None: nothing outlives the exporter."""
+    """A directory of the BPF file system; None: nothing is pinned."""
     unpin: bool = False
     state: str | None = None
-    """A file that ages are saved in; None: they are not."""
+    """The file in which ages are saved; None: they are not saved."""
     user: str = "nobody"
     web_config: str | None = None
     log_level: str = "info"
     log_format: str = "text"
     once: bool = False
     output: str | None = None
-    """Where ``once`` puts the page; None: on standard output."""
+    """The file to which ``once`` writes; None: standard output."""
     features: bool = False
+
+
+GROUPS: Groups = {
+    "Selection": (
+        Setting(
+            "simple",
+            "false",
+            SWITCH,
+            "export one gauge without labels instead of one per port and IP version",
+            from_go=True,
+        ),
+        Setting("tcpv6", "true", SWITCH, "count IPv6 connections too", from_go=True),
+        Setting(
+            "port",
+            "-1",
+            PORTS,
+            "count only connections to these local ports",
+            attribute="ports",
+            from_go=True,
+        ),
+        Setting(
+            "duration",
+            "6",
+            DURATION,
+            "how long a connection must have been established to count as long-term",
+            attribute="duration_s",
+            from_go=True,
+        ),
+        Setting(
+            "direction",
+            "inbound",
+            one_of("inbound", "outbound", "all"),
+            "count connections opened to this host (inbound), from this host (outbound), or"
+            " both",
+        ),
+        Setting(
+            "netns",
+            "self",
+            NETNS,
+            "network namespace to count: the exporter's own, every one, or a named one",
+        ),
+    ),
+    "Source": (
+        Setting(
+            "source",
+            "auto",
+            one_of("auto", "ebpf", "sock_diag", "procfs"),
+            "where connections are read from; auto tries ebpf, sock_diag, procfs in this"
+            " order",
+        ),
+        Setting(
+            "interval",
+            "1",
+            INTERVAL,
+            "time between two reads of the socket tables by sock_diag or procfs",
+            attribute="interval_s",
+        ),
+        Setting(
+            "max-connections",
+            "262144",
+            CONNECTIONS,
+            "maximum number of TCP connections that can be tracked",
+        ),
+        Setting(
+            "reconcile-interval",
+            "60",
+            RECONCILE,
+            "how often the BPF program's records are compared with the socket tables",
+            attribute="reconcile_interval_s",
+        ),
+        Setting(
+            "reconcile-cpu",
+            "2",
+            PERCENT,
+            "maximum CPU time of these comparisons, on average, in percent of one core",
+            attribute="reconcile_cpu_percent",
+        ),
+    ),
+    "Output": (
+        Setting(
+            "listen",
+            "9690",
+            LISTEN,
+            "address and port at which /metrics is served",
+            from_go=True,
+        ),
+        Setting(
+            "web-config",
+            "",
+            PATH,
+            "file with TLS, passwords and limits, in the format of other Prometheus"
+            " exporters",
+        ),
+        Setting(
+            "max-series",
+            "2000",
+            SERIES,
+            "maximum number of series of a metric, one per port and IP version; beyond it"
+            " the smallest are added up as port other, except ports that --port names",
+        ),
+        Setting(
+            "once",
+            "false",
+            SWITCH,
+            "print the metrics once, after watching for --duration, then exit",
+        ),
+        Setting(
+            "output",
+            "",
+            PATH,
+            "with --once, write the metrics to this file, completely or not at all, for"
+            " node_exporter's textfile collector",
+        ),
+        Setting(
+            "features",
+            "false",
+            SWITCH,
+            "list the kernel features that tcpexporter uses and whether this kernel has"
+            " them, then exit",
+        ),
+        Setting(
+            "log-level",
+            "info",
+            one_of("debug", "info", "warning", "error"),
+            "lowest severity that is logged",
+        ),
+        Setting("log-format", "text", one_of("text", "json"), "format of a log line"),
+    ),
+    "Process": (
+        Setting(
+            "pin",
+            "",
+            DIRECTORY,
+            "pin the BPF maps in this bpffs directory, so that recording continues while"
+            " the exporter is down and the next start adopts it",
+        ),
+        Setting(
+            "unpin",
+            "false",
+            SWITCH,
+            "stop recording, remove what is pinned in that directory, then exit",
+        ),
+        Setting(
+            "state",
+            "",
+            PATH,
+            "save connection ages to this file and restore them at start (used when nothing"
+            " can be pinned)",
+        ),
+        Setting("user", "nobody", USER, "unprivileged user to switch to after start-up"),
+        Setting(
+            "conf", "", CONF, "file to read settings from", alias="config", from_go=True
+        ),
+    ),
+}
+SETTINGS = tuple(itertools.chain.from_iterable(GROUPS.values()))
 
 
 def parse(
     argv: Sequence[str], environ: Mapping[str, str], file: str | None = None
 ) -> Settings:
-    """What the user chose: flags over environment over file over defaults.
+    """The values that have precedence: flags, environment, file, defaults.
 
     Prints and exits with 0 for ``--help`` and ``--version``.
 
     Args:
-        argv: Without the program's name.
-        environ: What may have variables for some.
-        file: The text of the file that ``--conf`` names; None: it is read.
+        argv: without the program's name.
+        environ: may have variables for some settings.
+        file: the text of the file that ``--conf`` names; None: it is read.
 
     Raises:
-        SettingsError: a name is unknown, a value does not parse or the file
-            cannot be read; says which, where it came from and what it takes.
+        SettingsError: a name is unknown, a value is not accepted or the file cannot be
+            read; says which, where it was written and what is accepted.
     """
-    parser = _parser(file)
-    # Text only: argparse's own conversion would not know where a value came from.
-    parsed = parser.parse_args(_arguments(argv), env_vars=_variables(environ))
-    # A value that is -- argparse takes away (before Python 3.13), as if it ended the flags.
-    texts = {name: "--" if text == [] else text for name, text in vars(parsed).items()}
-    _refuse_unknown_variables(environ)
-    origins = _origins(parser)
-    values: dict[str, Any] = {
-        setting.field: setting.value(texts[setting.name], origins.get(setting.name))
-        for setting in _SETTINGS
-    }
-    address, port = values.pop("listen")
-    settings = Settings(listen_address=address, listen_port=port, **values)
+    parser = sources.make_parser(GROUPS)
+    flags, unknown = sources.read_flags(parser, GROUPS, argv)
+    variables = sources.read_environment(GROUPS, environ)
+    defaults = sources.defaults(GROUPS)
+    conf = ChainMap(flags, variables, defaults)["conf"].text
+    lines = _read_file(files.expanded(conf), file) if conf else {}
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    sources.refuse_unknown_variables(GROUPS, environ)
+    settings = _combine(ChainMap(flags, variables, lines, defaults))
     _refuse_contradictions(settings)
     return settings
+
+
+def _read_file(path: Path, text: str | None) -> dict[str, Text]:
+    return sources.read_lines(
+        GROUPS, sources.read_text(path) if text is None else text, path
+    )
+
+
+def _combine(texts: Mapping[str, Text]) -> Settings:
+    values: dict[str, Any] = {each.field: each.value(texts[each.name]) for each in SETTINGS}
+    address, port = values.pop("listen")
+    return Settings(listen_address=address, listen_port=port, **values)
 
 
 def _refuse_contradictions(settings: Settings) -> None:
@@ -106,7 +281,7 @@ def _refuse_contradictions(settings: Settings) -> None:
 
 
 def misleading(settings: Settings) -> Iterator[str]:
-    """What of the settings has no effect, or can only give 0; a sentence each."""
+    """A sentence for each setting that has no effect, or can only give 0."""
     if settings.direction == "outbound" and settings.ports:
         yield (
             "port names local ports, and that of an outbound connection is one that the"
@@ -137,7 +312,7 @@ def _polls(settings: Settings) -> bool:
 
 
 def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
-    """Settings that are not used, and because of which other one."""
+    """Pairs of a setting, and those that have no effect because of it."""
     if settings.once:
         yield "once", ("listen", "web-config")
     if settings.simple:
@@ -153,20 +328,26 @@ def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
 
 def _is_chosen(name: str, settings: Settings) -> bool:
     """Whether a setting is not at its default."""
-    (setting,) = (each for each in _SETTINGS if each.name == name)
-    return setting.among(settings) != setting.among(Settings())
+    (setting,) = (each for each in SETTINGS if each.name == name)
+    return _value_in(settings, setting) != _value_in(Settings(), setting)
+
+
+def _value_in(settings: Settings, setting: Setting) -> object:
+    if setting.kind is LISTEN:
+        return settings.listen_address, settings.listen_port
+    return getattr(settings, setting.field)
 
 
 @dataclass(frozen=True)
 class Reread:
-    """What comes of settings that are read again while the exporter runs."""
+    """The result of reading the settings again while the exporter runs."""
 
     settings: Settings
     """Those in force from then on."""
     changed: tuple[str, ...]
-    """What is in force now that was not, such as ``duration is 30``."""
+    """The values that have changed, such as ``duration is 30``."""
     waiting: tuple[str, ...]
-    """The names of those that take a restart."""
+    """The names of settings whose new values require a restart."""
 
     def __str__(self) -> str:
         restart = [f"restart for {', '.join(self.waiting)}"] if self.waiting else []
@@ -177,8 +358,10 @@ class Reread:
 
 
 def reread(before: Settings, after: Settings) -> Reread:
-    """What can change at once, and what cannot."""
-    names = [each.name for each in _SETTINGS if each.among(before) != each.among(after)]
+    """Combine new settings with those in force: only three can change without a restart."""
+    names = [
+        each.name for each in SETTINGS if _value_in(before, each) != _value_in(after, each)
+    ]
     in_force = replace(
         before, duration_s=after.duration_s, ports=after.ports, log_level=after.log_level
     )
@@ -204,538 +387,3 @@ def _shown_ports(ports: Sequence[int]) -> str:
         )
         or "-1"
     )
-
-
-class _Told(str):
-    """A value's text, and where it was written."""
-
-    __slots__ = ("origin",)
-    origin: str
-
-    def __new__(cls, text: str, origin: str) -> Self:
-        told = super().__new__(cls, text)
-        told.origin = origin
-        return told
-
-
-class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ships no types
-    """A parser that leaves it to its caller to tell the user and to exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}; --help says what there is")
-
-
-class _FileFormat(configargparse.ConfigFileParser):  # type: ignore[misc]  # ships no types
-    """Lines of ``name value`` or ``name=value``; ``name`` alone turns a switch on."""
-
-    def parse(self, stream: "_File") -> dict[str, _Told]:
-        text = _read(stream.path) if stream.text is None else stream.text
-        return _items(text, stream.path)
-
-
-class _File(NamedTuple):
-    """A file of settings, with its text if that is known."""
-
-    path: Path
-    text: str | None
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_BYTES + 1)
-        text = content.decode()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise _unreadable(path, reason) from error
-    if len(content) > LARGEST_BYTES:
-        raise _unreadable(path, f"it is larger than {LARGEST_BYTES} bytes")
-    return text
-
-
-def _unreadable(path: Path, reason: object) -> SettingsError:
-    return SettingsError(
-        f"the settings file {path} (flag --conf or environment variable CONF)"
-        f" cannot be read: {reason}"
-    )
-
-
-def _items(text: str, path: Path) -> dict[str, _Told]:
-    items: dict[str, _Told] = {}
-    for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
-        if not line or line.startswith("#"):
-            continue
-        name, told = _item(line, f"{path} line {number}")
-        if name in items:
-            raise SettingsError(f"{told.origin}: {name} is set a second time")
-        items[name] = told
-    return items
-
-
-def _item(line: str, origin: str) -> tuple[str, _Told]:
-    name, *rest = re.split(r"\s*=\s*|\s+", line, maxsplit=1)
-    setting = _FILE_SETTINGS.get(name.replace("_", "-"))
-    if setting is None:
-        raise SettingsError(
-            f"{origin}: {quoted(name)} is not a setting that a file can have; --help lists"
-            " them"
-        )
-    text = rest[0] if rest else "true" if setting.kind is _SWITCH else ""
-    return setting.name, _Told(text, origin)
-
-
-def _arguments(argv: Sequence[str]) -> list[str]:
-    """Flags as Go also takes them, in the one form that argparse understands fully.
-
-    Registered with one dash they could be abbreviated whatever ``allow_abbrev``
-    says, and a switch with an optional value would swallow the next argument.
-    """
-    flags = (re.sub(r"^-(?=[a-z]{2})", "--", argument) for argument in argv)
-    return [f"{flag}=true" if flag in _SWITCH_FLAGS else flag for flag in flags]
-
-
-def _variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Of each setting the variable that counts, by the name that the parser looks up."""
-    return {
-        setting.variables[0]: _Told(environ[name], f"environment variable {name}")
-        for setting in _SETTINGS
-        for name in reversed(setting.variables)  # the first is entered last and stays
-        if name in environ and not _is_of_kubernetes(name, environ[name])
-    }
-
-
-_OF_A_SERVICE = re.compile(
-    r"TCPEXPORTER(_[A-Z0-9_]+)?"
-    r"_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
-)
-_PORT_OF_A_SERVICE = re.compile(r"TCPEXPORTER(_[A-Z0-9_]+)?_PORT=(tcp|udp|sctp)://.*")
-
-
-def _is_of_kubernetes(name: str, value: str) -> bool:
-    """Whether it is about a Service whose name is or begins with tcpexporter.
-
-    Kubernetes puts these variables into each pod of the namespace:
-    https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
-    """
-    return bool(
-        _OF_A_SERVICE.fullmatch(name) or _PORT_OF_A_SERVICE.fullmatch(f"{name}={value}")
-    )
-
-
-def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
-    known = {name for setting in _SETTINGS for name in setting.variables}
-    for name, value in environ.items():
-        if (
-            name.startswith(_PREFIX)
-            and name not in known
-            and not _is_of_kubernetes(name, value)
-        ):
-            raise SettingsError(
-                f"environment variable {name}: there is no such setting; --help lists them"
-            )
-
-
-def _origins(parser: _Parser) -> dict[str, str]:
-    """Where the text that won was written, by setting; flags and defaults do not say."""
-    sources = parser.get_source_to_settings_dict().values()
-    return {
-        action.dest: text.origin
-        for source in sources
-        for action, text in source.values()
-        if isinstance(text, _Told)
-    }
-
-
-def _parser(file: str | None) -> _Parser:
-    parser = _Parser(
-        prog="tcpexporter",
-        usage="%(prog)s [FLAG ...]",
-        description="Tells Prometheus how many TCP connections are long-term.",
-        epilog=_EPILOG,
-        allow_abbrev=False,
-        add_config_file_help=False,
-        add_env_var_help=False,
-        config_file_parser_class=_FileFormat,
-        # _FileFormat reads it, and words what goes wrong
-        config_file_open_func=lambda path: _File(Path(path), file),
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
-    for title, settings in _GROUPS.items():
-        group = parser.add_argument_group(title)
-        for setting in settings:
-            group.add_argument(
-                *setting.flags,
-                dest=setting.name,
-                default=setting.default,
-                metavar=setting.kind.metavar,
-                help=f"{setting.help}; takes {setting.kind.takes}"
-                f" (default: {setting.default or 'none'})",
-                env_var=setting.variables[0],
-                is_config_file_arg=setting.kind is _CONF,
-            )
-    return parser
-
-
-def _whole(lowest: int, highest: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        # int() also takes spaces, underscores and the digits of other scripts.
-        if not re.fullmatch("[0-9]+", text) or not lowest <= int(text) <= highest:
-            raise ValueError(text)
-        return int(text)
-
-    return whole
-
-
-_port = _whole(1, 65535)
-
-
-def _connections(text: str) -> int | None:
-    return None if text == "auto" else _whole(1, 16_777_216)(text)
-
-
-def _port_range(text: str) -> range:
-    first, dash, last = text.partition("-")
-    ports = range(_port(first), _port(last if dash else first) + 1)
-    if not ports:
-        raise ValueError(text)
-    return ports
-
-
-def _ports(text: str) -> tuple[int, ...]:
-    if text == "-1":
-        return ()
-    ports: list[int] = []
-    # In order, so that no port is looked at twice, however often it is named.
-    for each in sorted(map(_port_range, text.split(",")), key=lambda each: each.start):
-        ports.extend(range(max(each.start, ports[-1] + 1 if ports else 0), each.stop))
-    return tuple(ports)
-
-
-def _host(text: str) -> str:
-    if bracketed := re.fullmatch(r"\[(.*)\]", text):
-        address = IPv6Address(bracketed[1])
-        return str(address.ipv4_mapped or address)
-    if re.fullmatch("[0-9.]+", text):
-        return str(IPv4Address(text))
-    if not re.fullmatch("[A-Za-z0-9._-]+", text):
-        raise ValueError(text)
-    return text
-
-
-def _listen(text: str) -> tuple[str | None, int]:
-    host, _, port = text.rpartition(":")
-    return _host(host) if host else None, _port(port)
-
-
-def _seconds(text: str) -> float:
-    pattern = r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9.]+)s)?|([0-9.]+)"
-    match = re.fullmatch(pattern, text)
-    if not text or not match:
-        raise ValueError(text)
-    hours, minutes, seconds, plain = (float(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + seconds + plain
-
-
-def _duration(text: str) -> int:
-    seconds = _seconds(text)
-    if seconds > _LONGEST_DURATION_S or not seconds.is_integer():
-        raise ValueError(text)
-    return int(seconds)
-
-
-def _interval(text: str) -> float:
-    seconds = _seconds(text)
-    if not 0.1 <= seconds <= 3600:
-        raise ValueError(text)
-    return seconds
-
-
-def _reconcile(text: str) -> float:
-    seconds = _seconds(text)
-    if seconds > 86400:
-        raise ValueError(text)
-    return seconds
-
-
-def _percent(text: str) -> float:
-    percent = float(text)
-    if not re.fullmatch(r"[0-9.]+", text) or not 0.1 <= percent <= 100:
-        raise ValueError(text)
-    return percent
-
-
-def _word(text: str) -> str:
-    if not re.fullmatch(r"[^\s:\0]+", text):
-        raise ValueError(text)
-    return text
-
-
-def _path(text: str) -> str | None:
-    if "\0" in text:
-        raise ValueError(text)
-    return text or None
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What a setting can be set to."""
-
-    metavar: str
-    takes: str
-    parse: Callable[[str], object]
-    """Raises LookupError or ValueError for what is not as ``takes`` says."""
-
-
-def _choice(*words: str) -> _Kind:
-    *others, last = words
-    takes = f"{', '.join(others)} or {last}"
-    return _Kind("WORD", takes, {word: word for word in words}.__getitem__)
-
-
-_BOOLEANS = dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True) | dict.fromkeys(
-    ("0", "f", "F", "FALSE", "false", "False"), False
-)
-"""The words of Go's strconv.ParseBool."""
-
-_SWITCH = _Kind("[=BOOL]", "true or false", _BOOLEANS.__getitem__)
-_PORTS = _Kind(
-    "PORTS", "-1 for all, or ports from 1 to 65535 as in 443 or 443,8000-8100", _ports
-)
-_LISTEN = _Kind(
-    "[HOST:]PORT",
-    "a port from 1 to 65535, alone or after a host as in localhost:9690 or [::1]:9690",
-    _listen,
-)
-_DURATION = _Kind(
-    "TIME",
-    f"whole seconds from 0 to {_LONGEST_DURATION_S}, or hours, minutes and seconds"
-    " as in 1m30s",
-    _duration,
-)
-_INTERVAL = _Kind(
-    "TIME", "0.1 to 3600 seconds as in 0.5, or minutes and seconds as in 1m30s", _interval
-)
-_RECONCILE = _Kind("TIME", "0 for never, or seconds up to 86400, or as in 5m", _reconcile)
-_PERCENT = _Kind("PERCENT", "a number from 0.1 to 100", _percent)
-_NETNS = _Kind(
-    "NETNS", "self, all, a name that ip netns shows, or a path with a slash", _word
-)
-_CONNECTIONS = _Kind("NUMBER", "auto, or a whole number from 1 to 16777216", _connections)
-_SERIES = _Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
-_USER = _Kind("USER", "the name of a user", _word)
-_DIRECTORY = _Kind(
-    "DIR",
-    "the path of a directory of the BPF file system, as /sys/fs/bpf/tcpexporter",
-    _path,
-)
-_PATH = _Kind("PATH", "the path of a file", _path)
-_CONF = _Kind("PATH", "the path of a file of settings", _path)
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """One thing to choose."""
-
-    name: str
-    default: str
-    """As a user would write it."""
-    kind: _Kind
-    help: str
-    _: KW_ONLY
-    alias: str | None = None
-    attribute: str | None = None
-    """Of `Settings`, where it is not the name."""
-    from_go: bool = False
-    """The Go program has it too, and its environment variables have no prefix."""
-
-    @property
-    def field(self) -> str:
-        return self.attribute or self.name.replace("-", "_")
-
-    @property
-    def names(self) -> list[str]:
-        return [self.name, *([self.alias] if self.alias else [])]
-
-    @property
-    def flags(self) -> list[str]:
-        return [f"--{name}" for name in self.names]
-
-    @property
-    def variables(self) -> list[str]:
-        """The environment variables that set it, the one that wins first."""
-        names = [name.replace("-", "_").upper() for name in self.names]
-        return [_PREFIX + name for name in names] + (names if self.from_go else [])
-
-    def among(self, settings: Settings) -> object:
-        """What it is in ``settings``."""
-        if self.kind is _LISTEN:
-            return settings.listen_address, settings.listen_port
-        return getattr(settings, self.field)
-
-    def value(self, text: str, origin: str | None) -> object:
-        """What ``text`` means; ``origin`` says where it was written if not in a flag."""
-        try:
-            return self.kind.parse(text)
-        except (LookupError, ValueError):
-            raise SettingsError(
-                f"{origin or f'flag --{self.name}'}: {self.name} takes {self.kind.takes},"
-                f" not {quoted(text)}"
-            ) from None
-
-
-_GROUPS = {
-    "what is counted": (
-        _Setting(
-            "simple",
-            "false",
-            _SWITCH,
-            "one gauge without labels, not one for each port and IP version",
-            from_go=True,
-        ),
-        _Setting("tcpv6", "true", _SWITCH, "count IPv6 connections too", from_go=True),
-        _Setting(
-            "port",
-            "-1",
-            _PORTS,
-            "count connections to these local ports only",
-            attribute="ports",
-            from_go=True,
-        ),
-        _Setting(
-            "duration",
-            "6",
-            _DURATION,
-            "how long a connection has been established when it becomes long-term",
-            attribute="duration_s",
-            from_go=True,
-        ),
-        _Setting(
-            "direction",
-            "inbound",
-            _choice("inbound", "outbound", "all"),
-            "count connections that were opened to this host, from it, or both",
-        ),
-        _Setting(
-            "netns",
-            "self",
-            _NETNS,
-            "count connections of the exporter's network namespace, of every one, or of"
-            " another",
-        ),
-    ),
-    "where it is known from": (
-        _Setting(
-            "source",
-            "auto",
-            _choice("auto", "ebpf", "sock_diag", "procfs"),
-            "what tells about connections, auto being the first of the others that works",
-        ),
-        _Setting(
-            "interval",
-            "1",
-            _INTERVAL,
-            "time between two polls of sock_diag or procfs",
-            attribute="interval_s",
-        ),
-        _Setting(
-            "max-connections",
-            "262144",
-            _CONNECTIONS,
-            "how many connections there is room for",
-        ),
-        _Setting(
-            "reconcile-interval",
-            "60",
-            _RECONCILE,
-            "how often what eBPF told is compared with the kernel's socket tables",
-            attribute="reconcile_interval_s",
-        ),
-        _Setting(
-            "reconcile-cpu",
-            "2",
-            _PERCENT,
-            "how much of one core that may take on average",
-            attribute="reconcile_cpu_percent",
-        ),
-    ),
-    "how it is told": (
-        _Setting("listen", "9690", _LISTEN, "serve /metrics here", from_go=True),
-        _Setting(
-            "web-config",
-            "",
-            _PATH,
-            "serve with TLS, passwords and limits as this file has them, in the format of"
-            " Prometheus' own exporters",
-        ),
-        _Setting(
-            "max-series",
-            "2000",
-            _SERIES,
-            "how many series a metric has, one for each port and IP version; the smallest"
-            " of more are added up as port other, but those that --port names",
-        ),
-        _Setting(
-            "once",
-            "false",
-            _SWITCH,
-            "print the metrics once, after watching for --duration, and exit",
-        ),
-        _Setting(
-            "output",
-            "",
-            _PATH,
-            "with --once, write the metrics to this file, whole or not at all, as for"
-            " node_exporter's textfile collector",
-        ),
-        _Setting(
-            "features",
-            "false",
-            _SWITCH,
-            "print what this kernel has of what differs between kernels, and exit",
-        ),
-        _Setting(
-            "log-level",
-            "info",
-            _choice("debug", "info", "warning", "error"),
-            "log what is at least this severe",
-        ),
-        _Setting("log-format", "text", _choice("text", "json"), "how a log line looks"),
-    ),
-    "how it is run": (
-        _Setting(
-            "pin",
-            "",
-            _DIRECTORY,
-            "have the kernel go on recording when the exporter ends, and take over what it"
-            " recorded by way of this directory",
-        ),
-        _Setting(
-            "unpin",
-            "false",
-            _SWITCH,
-            "have the kernel stop recording, forget what is in that directory, and exit",
-        ),
-        _Setting(
-            "state",
-            "",
-            _PATH,
-            "save the ages of connections in this file, where the kernel does not keep them"
-            " by --pin, and take over what is there",
-        ),
-        _Setting("user", "nobody", _USER, "become this user when root is no longer needed"),
-        _Setting(
-            "conf", "", _CONF, "read settings from here", alias="config", from_go=True
-        ),
-    ),
-}
-_SETTINGS = tuple(itertools.chain.from_iterable(_GROUPS.values()))
-_SWITCH_FLAGS = {flag for each in _SETTINGS if each.kind is _SWITCH for flag in each.flags}
-_FILE_SETTINGS = {each.name: each for each in _SETTINGS if each.kind is not _CONF}
-
-_EPILOG = (
-    "A setting can also be a line of the file that --conf names (port 443, port=443, or"
-    " simple alone; # begins a line of comment) or an environment variable"
-    f" ({_PREFIX}PORT; for "
-    + ", ".join(each.name for each in _SETTINGS if each.from_go)
-    + " without the prefix too); flags win over environment variables, those over the file."
-)

@@ -19,8 +19,7 @@ from tcpexporter.ebpf.btf import Btf
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
 from tcpexporter.ebpf.program import TRACEPOINT
 from tcpexporter.errors import LoadError
-from tcpexporter.host import confine as confinement
-from tcpexporter.host import privileges
+from tcpexporter.host import landlock, privileges, seccomp
 
 BPF_MAP_TYPE_HASH = 1
 BPF_MAP_TYPE_STACK = 23
@@ -294,7 +293,7 @@ SECCOMP = Feature(
     "CONFIG_SECCOMP_FILTER",
     "all, to refuse system calls that serving does not take",
     "none is refused",
-    lambda _types: confinement.has_filters(),
+    lambda _types: seccomp.has_filters(),
 )
 """Linux kernel commit e2cfabdfd075 ("seccomp: add system call filtering using BPF") (in
 v3.5)."""
@@ -304,7 +303,7 @@ LANDLOCK = Feature(
     "Linux 5.13",
     "all, to refuse files that serving does not take",
     "what everybody may read can be read",
-    lambda _types: confinement.landlock_abi() > 0,
+    lambda _types: landlock.abi_version() > 0,
 )
 """Linux kernel commit 265885daf3e5 ("landlock: Add syscall implementations") (in v5.13). It
 has to be among the security modules that the kernel was booted with."""

@@ -27,7 +27,7 @@ from tcpexporter.ebpf.btf import Btf
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, create_map, load_libbpf
 from tcpexporter.ebpf.program import TRACEPOINT
 from tcpexporter.errors import LoadError, TcpExporterError, reason
-from tcpexporter.host import children, privileges
+from tcpexporter.host import children, libc, privileges
 
 log = logging.getLogger(__name__)
 
@@ -385,11 +385,11 @@ def _hide_kernel_symbols() -> None:
     all the rest, to learn whether there is bpf_probe_read_kernel: a program that reads
     through pointers with a type does not call it.
     """
-    libc = ctypes.CDLL(None)
-    alone, over = ctypes.c_ulong(MS_REC | MS_PRIVATE), ctypes.c_ulong(MS_BIND)
-    # Only where it is sure that nobody else sees what is mounted here.
-    if libc.unshare(CLONE_NEWNS) == 0 and libc.mount(None, b"/", None, alone, None) == 0:
-        libc.mount(b"/dev/null", b"/proc/kallsyms", None, over, None)
+    with contextlib.suppress(OSError):
+        libc.unshare(CLONE_NEWNS)
+        # Only where it is sure that nobody else sees what is mounted here.
+        libc.mount(None, b"/", MS_REC | MS_PRIVATE)
+        libc.mount(b"/dev/null", b"/proc/kallsyms", MS_BIND)
 
 
 def _import_bcc() -> Any:

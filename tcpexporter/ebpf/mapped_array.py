@@ -3,7 +3,6 @@
 
 import ctypes
 import mmap
-import os
 import threading
 import weakref
 from typing import Any
@@ -12,25 +11,12 @@ import numpy as np
 
 from tcpexporter.connections.record import Records
 from tcpexporter.errors import TrackerError
+from tcpexporter.host import libc
 
 PROT_NONE = 0
 MAP_FIXED = 0x10
 MAP_NORESERVE = 0x4000
 """include/uapi/asm-generic/mman.h"""
-
-_FAILED = ctypes.c_void_p(-1).value
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class MappedArray:
@@ -58,7 +44,7 @@ class MappedArray:
         )
         room = (ctypes.c_char * self._bytes).from_address(self._address)
         # Not before the last array that looks into it is gone.
-        weakref.finalize(room, _libc.munmap, self._address, self._bytes)
+        weakref.finalize(room, libc.munmap, self._address, self._bytes)
         self._entries: Records = np.frombuffer(memoryview(room), dtype, entries)
 
     def upto(self, entries: int) -> Records:
@@ -102,8 +88,9 @@ def _map(  # noqa: PLR0917  as mmap(2)
     descriptor: int = -1,
     offset: int = 0,
 ) -> int:
-    mapped: int | None = _libc.mmap(address, size, protection, flags, descriptor, offset)
-    if mapped is None or mapped == _FAILED:
-        reason = os.strerror(ctypes.get_errno())
-        raise TrackerError(f"the kernel refuses to map the connections: {reason}")
-    return mapped
+    try:
+        return libc.mmap(address, size, protection, flags, descriptor, offset)
+    except OSError as error:
+        raise TrackerError(
+            f"the kernel refuses to map the connections: {error.strerror}"
+        ) from error

@@ -22,10 +22,8 @@ generation is complete once its attachment is there, which comes last and goes f
 
 import contextlib
 import ctypes
-import fcntl
 import logging
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -42,6 +40,7 @@ from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import Map
 from tcpexporter.ebpf.tracker import FIRST, WINDOW, Tracker, windows
 from tcpexporter.errors import PinError
+from tcpexporter.host import libc, owned
 
 log = logging.getLogger(__name__)
 
@@ -110,13 +109,8 @@ class Pins:
             raise PinError(f"{directory} cannot be used: {error.strerror}") from error
         try:
             if not (to_remove and os.geteuid() == 0):
-                _require_own(directory, os.fstat(descriptor))
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise PinError(
-                f"{directory} is another exporter's: stop it, or choose one with --pin"
-            ) from None
+                owned.require_own(directory, os.fstat(descriptor), PinError)
+            owned.lock(directory, descriptor, PinError, setting="--pin")
         except PinError:
             os.close(descriptor)
             raise
@@ -358,7 +352,7 @@ def _laid_out(
 def _get(path: Path, undo: contextlib.ExitStack) -> tuple[int, dict[str, str]]:
     """A pinned object, and what the kernel shows of it: bpf_map_show_fdinfo."""
     try:
-        _require_own(path, path.stat())
+        owned.require_own(path, path.stat(), PinError)
         descriptor = call("bpf_obj_get", os.fsencode(path))
         undo.callback(os.close, descriptor)
         content = Path(f"/proc/self/fdinfo/{descriptor}").read_bytes()
@@ -386,14 +380,6 @@ def _require(path: Path, shown: dict[str, str], **expected: int) -> None:
         raise _not_ours(path)
 
 
-def _require_own(path: Path, status: os.stat_result) -> None:
-    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise PinError(
-            f"{path} is not ours alone, so what is in it cannot be trusted: it takes mode"
-            " 0700 and the user that starts the exporter as its owner"
-        )
-
-
 def _not_ours(path: Path) -> PinError:
     return PinError(
         f"{path} is not what an exporter leaves: remove it with tcpexporter --unpin"
@@ -410,10 +396,4 @@ def _not_removed(path: Path, error: OSError) -> PinError:
 
 
 def _is_bpf_file_system(path: Path) -> bool:
-    """As statfs(2) says; its first word is the type."""
-    status = ctypes.create_string_buffer(256)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.statfs(os.fsencode(path), status):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return int.from_bytes(status.raw[:8], "little") == BPF_FS_MAGIC
+    return libc.file_system_type(path) == BPF_FS_MAGIC

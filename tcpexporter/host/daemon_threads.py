@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Work of other languages in threads that nobody waits for at the end.
+"""Runs native code (bcrypt) in daemon threads.
 
-Python ends a thread that is left over by unwinding its stack; Rust, of which bcrypt is
-made, then aborts the whole process. So where one is at work Python does not get to that.
+When Python ends it unwinds the stacks of threads that still run. Rust, in which bcrypt is
+written, then aborts the whole process. So while such a thread runs, the process must end
+without Python's own end: see `exit_if_running`.
 """
 
 import asyncio
@@ -14,42 +15,43 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from tcpexporter.errors import ForeignError, reason
+from tcpexporter.errors import NativeCodeError, reason
 from tcpexporter.host import background
 
 _T = TypeVar("_T")
-_NAME = "foreign code"
+_NAME = "native code"
 
 
 def in_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
-    """Begin with ``work``; the future has its result or what it raises.
+    """Start ``work`` in a thread; the future gets its result.
 
-    Cancelling does not wait for it.
+    If ``work`` raises, the future gets a `NativeCodeError`. Cancelling the future does not
+    wait for the thread.
 
     Raises:
-        ThreadError: there can be no thread.
+        ThreadError: the kernel refuses another thread.
     """
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[_T] = loop.create_future()
 
-    def tell(tell_outcome: Callable[[], None]) -> None:
+    def set_unless_cancelled(set_outcome: Callable[[], None]) -> None:
         if not outcome.done():
-            tell_outcome()
+            set_outcome()
 
     def run() -> None:
         try:
-            told = partial(outcome.set_result, work())
+            set_outcome = partial(outcome.set_result, work())
         except BaseException as error:
-            told = partial(outcome.set_exception, ForeignError(reason(error)))
+            set_outcome = partial(outcome.set_exception, NativeCodeError(reason(error)))
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(tell, told)
+            loop.call_soon_threadsafe(set_unless_cancelled, set_outcome)
 
     background.start(threading.Thread(target=run, name=_NAME, daemon=True))
     return outcome
 
 
-def leave(code: int) -> None:
-    """End the process with this exit code if a thread is at work; otherwise return."""
+def exit_if_running(code: int) -> None:
+    """End the process with this exit code if such a thread still runs; otherwise return."""
     if any(each.name == _NAME for each in threading.enumerate()):
         logging.shutdown()
         os._exit(code)

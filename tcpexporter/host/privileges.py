@@ -2,7 +2,6 @@
 """Gives up root for good, and checks in /proc/self/status that it is gone."""
 
 import contextlib
-import ctypes
 import logging
 import os
 import pwd
@@ -18,6 +17,7 @@ from tcpexporter.errors import (
     quoted,
     reason,
 )
+from tcpexporter.host import libc
 
 log = logging.getLogger(__name__)
 
@@ -53,22 +53,6 @@ PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 SECBIT_NO_SETUID_FIXUP = 1 << 2
 SECBIT_KEEP_CAPS = 1 << 4
-
-_LINUX_CAPABILITY_VERSION_3 = 0x20080522
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _Header(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class _Data(ctypes.Structure):
-    _fields_ = (
-        ("effective", ctypes.c_uint32),
-        ("permitted", ctypes.c_uint32),
-        ("inheritable", ctypes.c_uint32),
-    )
 
 
 class Status(NamedTuple):
@@ -299,17 +283,17 @@ def _steps(
     account: pwd.struct_passwd | None, kept: int, permitted: int
 ) -> Iterator[Callable[[], object]]:
     """Only the bounding set and the ids require capabilities: capabilities(7)."""
-    yield partial(_set_capabilities, permitted)  # in effect, whichever are not
+    yield partial(libc.capset, permitted, permitted, 0)  # in effect, whichever are not
     yield _clear_bounding_set
     if account:
         uid, gid = account.pw_uid, account.pw_gid
-        yield partial(_prctl, PR_SET_KEEPCAPS, int(bool(kept)))
+        yield partial(libc.prctl, PR_SET_KEEPCAPS, int(bool(kept)))
         yield partial(os.setgroups, [])
         yield partial(os.setresgid, gid, gid, gid)
         yield partial(os.setresuid, uid, uid, uid)
-    yield partial(_prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
-    yield partial(_set_capabilities, kept)
-    yield partial(_prctl, PR_SET_NO_NEW_PRIVS, 1)
+    yield partial(libc.prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    yield partial(libc.capset, kept, kept, 0)
+    yield partial(libc.prctl, PR_SET_NO_NEW_PRIVS, 1)
 
 
 def _warn_of_what_stays(account: pwd.struct_passwd, before: Status, left: Status) -> None:
@@ -347,35 +331,18 @@ def _listed(ids: tuple[int, ...]) -> str:
 def _can_keep_capabilities() -> bool:
     """Whether they can outlast a change from root's uid to another: capabilities(7)."""
     with contextlib.suppress(OSError):
-        _prctl(PR_SET_KEEPCAPS, 1)
+        libc.prctl(PR_SET_KEEPCAPS, 1)
         return True
-    bits = _libc.prctl(PR_GET_SECUREBITS)
-    return bool(bits & (SECBIT_KEEP_CAPS | SECBIT_NO_SETUID_FIXUP))
+    with contextlib.suppress(OSError):
+        bits = libc.prctl(PR_GET_SECUREBITS)
+        return bool(bits & (SECBIT_KEEP_CAPS | SECBIT_NO_SETUID_FIXUP))
+    return False
 
 
 def _clear_bounding_set() -> None:
     for capability in range(64):  # of more than the kernel knows it refuses the first
-        _prctl(PR_CAPBSET_DROP, capability)
+        libc.prctl(PR_CAPBSET_DROP, capability)
 
 
 def _bits(*capabilities: int) -> int:
     return sum(1 << each for each in capabilities)
-
-
-def _set_capabilities(permitted: int) -> None:
-    """All of these in effect, and none to be passed on."""
-    data = (_Data * 2)(
-        *(_Data(half, half, 0) for half in (permitted & 0xFFFFFFFF, permitted >> 32))
-    )
-    header = _Header(_LINUX_CAPABILITY_VERSION_3, 0)
-    _check(_libc.capset(ctypes.byref(header), data))
-
-
-def _prctl(option: int, argument: int) -> None:
-    _check(_libc.prctl(option, *(ctypes.c_ulong(each) for each in (argument, 0, 0, 0))))
-
-
-def _check(result: int) -> None:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

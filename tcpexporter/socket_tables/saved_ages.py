@@ -30,7 +30,6 @@ i. The file is deleted or replaced while we run: it has no name any more, and is
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import stat
@@ -48,6 +47,7 @@ from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.record import Direction, Records, directions, groups
 from tcpexporter.ebpf.reconcile import Tables
 from tcpexporter.errors import SourceError, StateError, enough_memory
+from tcpexporter.host import owned
 from tcpexporter.host.background import Task
 
 log = logging.getLogger(__name__)
@@ -182,15 +182,11 @@ class State:
             with contextlib.ExitStack() as undo:
                 descriptor = os.open(path, flags, 0o600)
                 undo.callback(os.close, descriptor)
-                _require_own(path, os.fstat(descriptor))
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _require_own_file(path, os.fstat(descriptor))
+                owned.lock(path, descriptor, StateError, setting="--state")
                 _require_state(path, os.pread(descriptor, len(MAGIC), 0))
                 opened = cls(path, descriptor)
                 undo.pop_all()
-        except BlockingIOError:
-            raise StateError(
-                f"{path} is another exporter's: stop it, or choose one with --state"
-            ) from None
         except OSError as error:
             if error.errno not in PASSING:
                 raise StateError(f"{path} cannot be used: {error.strerror}") from error
@@ -352,13 +348,10 @@ def _rows(connections: Records, secret: tuple[int, int]) -> Records:
     return rows
 
 
-def _require_own(path: Path, status: os.stat_result) -> None:
-    others = status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
-    if status.st_uid != os.geteuid() or others or not stat.S_ISREG(status.st_mode):
-        raise StateError(
-            f"{path} is not ours alone, so what is in it cannot be trusted: it takes a file"
-            " of mode 0600 that belongs to the user who starts the exporter"
-        )
+def _require_own_file(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise StateError(f"{path} is not a regular file: choose another path with --state")
+    owned.require_own(path, status, StateError)
 
 
 def _require_state(path: Path, beginning: bytes) -> None:

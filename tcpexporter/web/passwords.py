@@ -27,7 +27,7 @@ from itertools import chain
 
 import bcrypt
 
-from tcpexporter.errors import ForeignError, ThreadError
+from tcpexporter.errors import NativeCodeError, ThreadError
 from tcpexporter.host.daemon_threads import in_thread
 from tcpexporter.web.config import RateLimit
 
@@ -123,7 +123,7 @@ class Checker:
             self._at_work = in_thread(lambda: self._matches(password, hashed))
             right = await self._at_work
             self._is_failing = False
-        except (ForeignError, ThreadError) as error:
+        except (NativeCodeError, ThreadError) as error:
             if not self._is_failing:
                 log.warning("passwords cannot be checked: %s", error)
             self._is_failing = True

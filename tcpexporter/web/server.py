@@ -497,7 +497,7 @@ class _Crowd:
         elif self._was_there and connections <= CROWD // 4:
             self._was_there = False
             gc.collect()  # what a connection had refers to itself
-            memory.give_back()
+            memory.return_memory()
 
 
 class _Connection(H11Protocol, asyncio.BufferedProtocol):

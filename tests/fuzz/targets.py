@@ -23,7 +23,7 @@ import numpy as np
 from pyroute2.netlink import NLMSG_DONE, NLMSG_ERROR
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY, SS_ESTABLISHED, SS_LISTEN
 
-from tcpexporter.config import settings
+from tcpexporter.config import settings, sources
 from tcpexporter.connections.record import CONNECTION, GROUP_BITS, Records
 from tcpexporter.ebpf import loader, pins
 from tcpexporter.ebpf.btf import KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, KIND_UNION, Btf
@@ -222,10 +222,10 @@ def _check(chosen: settings.Settings) -> None:
 def setting(data: bytes) -> None:
     """A name and a value: of ports, durations, addresses to listen on and others."""
     name, _, text = data.decode(errors="surrogateescape").partition(" ")
-    known = {each.name: each for each in settings._SETTINGS}
-    chosen = known.get(name) or settings._SETTINGS[len(name) % len(known)]
+    known = {each.name: each for each in settings.SETTINGS}
+    chosen = known.get(name) or settings.SETTINGS[len(name) % len(known)]
     with refused(SettingsError, saying=f"^flag --{chosen.name}: {chosen.name} takes "):
-        value: Any = chosen.value(text, None)
+        value: Any = chosen.value(sources.Text(text, f"flag --{chosen.name}"))
         values = {chosen.field: value}
         if chosen.name == "listen":
             values = dict(zip(("listen_address", "listen_port"), value, strict=True))
@@ -236,11 +236,13 @@ def settings_file(data: bytes) -> None:
     """The text of the file that --conf names."""
     told = data.decode(errors="surrogateescape")
     with refused(SettingsError, saying=f"^{CONF} line "):
-        for name, text in settings._items(told, CONF).items():
-            settings._FILE_SETTINGS[name].value(text, text.origin)
+        lines = sources.read_lines(settings.GROUPS, told, CONF)
+        for each in settings.SETTINGS:
+            if each.name in lines:
+                each.value(lines[each.name])
 
 
-_PARSER = settings._parser(None)
+_PARSER = sources.make_parser(settings.GROUPS)
 
 
 def settings_given(data: bytes) -> None:
@@ -256,7 +258,7 @@ def settings_given(data: bytes) -> None:
     text = "\n".join(lines)
     with (
         mock.patch.multiple(
-            settings, _read=lambda _path: text, _parser=lambda _file: _PARSER
+            sources, read_text=lambda _path: text, make_parser=lambda _groups: _PARSER
         ),
         contextlib.redirect_stdout(io.StringIO()),
         refused(SettingsError),

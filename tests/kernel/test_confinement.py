@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tcpexporter.ebpf import features
-from tcpexporter.host import confine as confinement
+from tcpexporter.host import seccomp
 from tcpexporter.host.privileges import CAP_BPF
 from tests.kernel.helpers.forbidden_operations import DONE, READING, REFUSED
 from tests.kernel.helpers.shared import BOTH_ENDS, EVERY_NAMESPACE, Exporters
@@ -89,7 +89,7 @@ def test_system_calls_of_another_abi_end_it() -> None:
 
 def test_without_landlock_system_calls_are_refused() -> None:
     """As on an old kernel: files can be read that everybody may read."""
-    before = "from tcpexporter.host import confine; confine.landlock_abi = lambda: 0"
+    before = "from tcpexporter.host import landlock; landlock.abi_version = lambda: 0"
     with Exporter("--source", "sock_diag", command=within(before)) as exporter:
         assert attempts(exporter) == {
             **dict.fromkeys(REFUSED, "EPERM"),
@@ -141,9 +141,9 @@ def hiding(file: str, *command: str) -> tuple[str, ...]:
 
 def library() -> str:
     """The path of libseccomp."""
-    ctypes.CDLL(confinement.LIBSECCOMP)
+    ctypes.CDLL(seccomp.LIBSECCOMP)
     lines = Path("/proc/self/maps").read_text().splitlines()
-    return next(line.split()[-1] for line in lines if confinement.LIBSECCOMP in line)
+    return next(line.split()[-1] for line in lines if seccomp.LIBSECCOMP in line)
 
 
 WITHOUT_PACKAGE = """
@@ -218,7 +218,7 @@ main()
 """Starts in a seccomp filter, as in a container."""
 
 LANDLOCK_CALLS = [("landlock_create_ruleset",)]
-SECCOMP_CALLS = [("prctl", (0, confinement.PR_SET_SECCOMP))]
+SECCOMP_CALLS = [("prctl", (0, seccomp.PR_SET_SECCOMP))]
 
 
 def within_filter(
@@ -407,7 +407,7 @@ def test_a_namespace_is_named_while_confined(exporters: Exporters) -> None:
 def test_what_is_allowed_is_known_to_libseccomp() -> None:
     """A name that is misspelt would be skipped, and the call be refused."""
     pyseccomp = pytest.importorskip("pyseccomp")
-    names = {*confinement.ALLOWED, *(name for name, *_ in confinement._conditional(1, 3))}
+    names = {*seccomp.ALLOWED, *(name for name, *_ in seccomp._conditional(1, 3))}
     numbers = {
         name: pyseccomp.resolve_syscall(pyseccomp.Arch.X86_64, name) for name in names
     }

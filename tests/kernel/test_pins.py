@@ -191,7 +191,7 @@ def test_of_two_exporters_the_second_is_refused(directory: Path) -> None:
     """It does not poll instead, and the first goes on; nor is that unpinned."""
     with run_by_events(directory) as exporter, Peers() as peers:
         for arguments in (("--once", "--source", "auto"), ("--unpin",)):
-            assert "is another exporter's" in refused(directory, *arguments)
+            assert "is in use by another exporter" in refused(directory, *arguments)
         peers.connect(3)
         assert exporter.established(peers.port) == 3
 

@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tcpexporter import __main__ as main
+from tcpexporter import startup
 from tcpexporter.config.settings import Settings
 from tcpexporter.connections.record import (
     CONNECTION,
@@ -24,6 +25,8 @@ from tcpexporter.connections.record import (
 )
 from tcpexporter.connections.source import MemorySource, Source
 from tcpexporter.errors import LoadError, SocketTableError, SourceError
+from tcpexporter.host import stdout
+from tcpexporter.host.starting import Starting
 from tcpexporter.metrics.collector import make_registry
 
 
@@ -34,7 +37,7 @@ def set_up_logging(settings: Settings) -> Iterator[None]:
     before = root.handlers, root.level, asyncio.level
     root.handlers = []
     try:
-        main._set_up_logging(settings)
+        main._set_up_logging(settings.log_level, settings.log_format)
         yield
     finally:
         root.handlers = before[0]
@@ -93,7 +96,7 @@ def test_the_log_level_is_the_least_that_is_logged(
 
 
 class Sources:
-    """What `_open` is asked for, in order, and gives: a source in memory, or an error."""
+    """In place of `_open_named_source`: gives a source in memory, or raises an error."""
 
     def __init__(self, **broken: SourceError) -> None:
         self.broken = broken
@@ -138,8 +141,8 @@ def test_auto_takes_the_first_source_that_works(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In one warning it says why the better ones do not, and what would help."""
-    monkeypatch.setattr(main, "_open", sources.open)
-    assert main._open_source(Settings(source="auto")).name == asked[-1]
+    monkeypatch.setattr(startup, "_open_named_source", sources.open)
+    assert startup._open_source(Settings(source="auto")).name == asked[-1]
     assert sources.asked == asked
     assert caplog.messages == ([warning] if warning else [])
 
@@ -147,20 +150,20 @@ def test_auto_takes_the_first_source_that_works(
 def test_auto_without_any_source_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error has the reason of each."""
     sources = Sources(ebpf=NO_BPF, sock_diag=NO_DIAG, procfs=NO_PROC)
-    monkeypatch.setattr(main, "_open", sources.open)
+    monkeypatch.setattr(startup, "_open_named_source", sources.open)
     with pytest.raises(SourceError, match=r"takes root.*modprobe.*is not mounted"):
-        main._open_source(Settings(source="auto"))
+        startup._open_source(Settings(source="auto"))
 
 
-@pytest.mark.parametrize("name", main.SOURCES)
+@pytest.mark.parametrize("name", startup.SOURCES)
 def test_a_named_source_that_does_not_work_is_an_error(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No other is tried."""
     sources = Sources(ebpf=NO_BPF, sock_diag=NO_DIAG, procfs=NO_PROC)
-    monkeypatch.setattr(main, "_open", sources.open)
+    monkeypatch.setattr(startup, "_open_named_source", sources.open)
     with pytest.raises(SourceError) as raised:
-        main._open_source(Settings(source=name))
+        startup._open_source(Settings(source=name))
     assert raised.value is sources.broken[name]
     assert sources.asked == [name]
 
@@ -168,7 +171,7 @@ def test_a_named_source_that_does_not_work_is_an_error(
 @pytest.mark.parametrize("name", ["sock_diag", "procfs"])
 def test_a_named_source_is_the_one_that_is_opened(name: str) -> None:
     """The polling ones, really opened: they take no root."""
-    source = main._open_source(Settings(source=name))
+    source = startup._open_source(Settings(source=name))
     assert source.name == name
     source.start()
     assert sum(map(len, source.read())) >= 0
@@ -203,9 +206,9 @@ def test_once_prints_what_was_chosen(
     source = MemorySource(
         [connections(443, 3, Direction.INBOUND), connections(40001, 5, Direction.OUTBOUND)]
     )
-    choice = main._chooser(settings, source)(settings)
-    registry = make_registry(main._make_collector(source, settings, choice))
-    main._print(main._page_after(0, registry, None))
+    choice = startup._chooser(settings, source)(settings)
+    registry = make_registry(startup._make_collector(source, settings, choice))
+    stdout.write(startup._page_after(0, registry, None))
     out, err = capfd.readouterr()
     assert err == ""
     assert {
@@ -254,10 +257,10 @@ def join_start() -> None:
 def test_starting_is_awaited(stopped: threading.Event) -> None:
     """Something is said to be awaited for until the source has started."""
     source = SlowSource()
-    starting = main._Starting(source)
+    starting = Starting(source.start)
     told = []
     starting.begin(lambda: told.append(starting.awaited()))
-    assert starting.awaited() == "the connections from before are being read"
+    assert starting.awaited() == "the pre-existing connections are being read"
     assert told == []
     source.go_on.set()
     join_start()
@@ -270,7 +273,7 @@ def test_starting_is_awaited(stopped: threading.Event) -> None:
 def test_a_failed_start_ends_the_exporter(stopped: threading.Event) -> None:
     """The server is stopped by a signal, then the failure comes out; never ready."""
     source = SlowSource(NO_DIAG)
-    starting = main._Starting(source)
+    starting = Starting(source.start)
     starting.begin(lambda: pytest.fail("it is not ready"))
     source.go_on.set()
     join_start()
@@ -301,7 +304,7 @@ def test_an_error_is_one_line_and_an_exit_code(
 ) -> None:
     """2 for a wrong setting, 1 for what does not work; no traceback."""
     monkeypatch.setattr(sys, "argv", ["tcpexporter", *arguments])
-    monkeypatch.setattr(main, "_open", Sources(ebpf=NO_BPF).open)
+    monkeypatch.setattr(startup, "_open_named_source", Sources(ebpf=NO_BPF).open)
     with pytest.raises(SystemExit) as ended:
         main.main()
     assert ended.value.code == code

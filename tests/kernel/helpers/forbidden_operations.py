@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tcpexporter.__main__ import main
-from tcpexporter.host.confine import MAP_COMMANDS
+from tcpexporter.host.seccomp import MAP_COMMANDS
 from tcpexporter.web import server
 
 PTRACE_SEIZE = 0x4206

@@ -6,7 +6,6 @@ little, as a fork takes longer the more memory a process has.
 """
 
 import contextlib
-import ctypes
 import errno
 import json
 import logging
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from tcpexporter.ebpf.libbpf import create_map
 from tcpexporter.errors import SourceError, TcpExporterError
-from tcpexporter.host import privileges
+from tcpexporter.host import libc, privileges
 
 NOBODY = 65534
 
@@ -33,8 +32,6 @@ SHOWN = (
     *("Uid", "Gid", "Groups", "NoNewPrivs"),
     *("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"),
 )
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -121,43 +118,28 @@ def _make_map() -> None:
 
 
 def _enter(case: Case) -> None:
-    privileges._prctl(privileges.PR_SET_KEEPCAPS, 1)
+    libc.prctl(privileges.PR_SET_KEEPCAPS, 1)
     is_root = case.uids[0] == 0
     os.setgroups([0, 27] if is_root else [])
     os.setresgid(*[0 if is_root else NOBODY] * 3)
     os.setresuid(*case.uids)
     permitted = privileges.read_status().permitted
-    _set_capabilities(permitted, permitted, 0)
-    privileges._prctl(PR_SET_SECUREBITS, case.securebits)
+    libc.capset(permitted, permitted, 0)
+    libc.prctl(PR_SET_SECUREBITS, case.securebits)
     for each in range(64):
         if each not in case.holds:
             with contextlib.suppress(OSError):  # the kernel knows fewer
-                privileges._prctl(privileges.PR_CAPBSET_DROP, each)
+                libc.prctl(privileges.PR_CAPBSET_DROP, each)
     held = sum(1 << each for each in case.holds)
     is_ambient = case.mode == "ambient"
     effective = 0 if case.mode == "idle" else held
-    _set_capabilities(held, effective, held if is_ambient else 0)
+    libc.capset(effective, held, held if is_ambient else 0)
     for each in case.holds if is_ambient else ():
-        raised = ctypes.c_ulong(PR_CAP_AMBIENT_RAISE), ctypes.c_ulong(each)
-        zero = ctypes.c_ulong(0)
-        privileges._check(_libc.prctl(privileges.PR_CAP_AMBIENT, *raised, zero, zero))
+        libc.prctl(privileges.PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, each)
     if case.no_new_privs:
-        privileges._prctl(privileges.PR_SET_NO_NEW_PRIVS, 1)
+        libc.prctl(privileges.PR_SET_NO_NEW_PRIVS, 1)
     if case.refused:
         _refuse(case.refused, case.answer)
-
-
-def _set_capabilities(permitted: int, effective: int, inheritable: int) -> None:
-    """Make capset(2) as its version 3 has it."""
-    header = privileges._Header(privileges._LINUX_CAPABILITY_VERSION_3, 0)
-    data = (privileges._Data * 2)(
-        *(
-            privileges._Data(*(each >> shift & 0xFFFFFFFF for each in sets))
-            for shift in (0, 32)
-            for sets in [(effective, permitted, inheritable)]
-        )
-    )
-    privileges._check(_libc.capset(ctypes.byref(header), data))
 
 
 def _refuse(name: str, answer: int) -> None:

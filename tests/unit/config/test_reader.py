@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from tcpexporter.config import reader
+from tcpexporter.config import files, reader
 from tcpexporter.errors import SettingsError
 from tcpexporter.web.config import WebConfig
 
@@ -197,12 +197,12 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     """A pipe that nobody writes to, and a file that never ends."""
     os.mkfifo(tmp_path / "pipe")
     for path in (str(tmp_path / "pipe"), "/dev/zero"):
-        with pytest.raises(SettingsError, match="is not a regular file"):
+        with pytest.raises(SettingsError, match="it is not a regular file"):
             reader._Files().read(path)
 
 
 def test_a_file_that_is_too_large(tmp_path: Path) -> None:
     """No certificate has a mebibyte."""
-    (tmp_path / "large").write_bytes(bytes(reader.LARGEST_BYTES + 1))
+    (tmp_path / "large").write_bytes(bytes(files.LARGEST_BYTES + 1))
     with pytest.raises(SettingsError, match="is larger than"):
         reader._Files().read(str(tmp_path / "large"))

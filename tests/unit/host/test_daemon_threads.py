@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Threads in foreign code, each time in a Python of its own."""
+"""Native code in daemon threads; each test runs another Python."""
 
 import subprocess
 import sys
@@ -8,25 +8,25 @@ PROGRAM = """
 import asyncio
 import sys
 import bcrypt
-from tcpexporter.host import daemon_threads as foreign
+from tcpexporter.host import daemon_threads
 
-def check_for_ever():
+def check_forever():
     while True:
         bcrypt.checkpw(b"x", b"$2b$04$" + b"." * 53)
 
 async def run():
     for _ in range(4):
-        foreign.in_thread(check_for_ever)
+        daemon_threads.in_thread(check_forever)
     await asyncio.sleep(0.05)
 
 asyncio.run(run())
-foreign.leave(7)
+daemon_threads.exit_if_running(7)
 sys.exit(7)
 """
 
 
-def test_an_end_while_they_are_at_work_is_clean() -> None:
-    """The exit code is ours, not that of an abort, which it is one time in three else."""
+def test_the_exit_code_while_native_code_runs() -> None:
+    """The exit code is the chosen one. Otherwise Python aborts one time in three."""
     for _ in range(12):
         ended = subprocess.run(
             [sys.executable, "-c", PROGRAM], check=False, capture_output=True, text=True
@@ -34,10 +34,10 @@ def test_an_end_while_they_are_at_work_is_clean() -> None:
         assert (ended.returncode, ended.stderr) == (7, "")
 
 
-def test_without_them_the_end_is_pythons() -> None:
-    """Nothing ends when nobody is at work."""
+def test_without_native_code_the_process_goes_on() -> None:
+    """Nothing ends while no native code runs."""
     program = (
-        "from tcpexporter.host import daemon_threads; daemon_threads.leave(7);"
+        "from tcpexporter.host import daemon_threads; daemon_threads.exit_if_running(7);"
         " print('after')"
     )
     assert subprocess.check_output([sys.executable, "-c", program]) == b"after\n"

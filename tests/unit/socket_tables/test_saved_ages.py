@@ -275,7 +275,7 @@ def refused(path: Path) -> str:
 def test_of_two_exporters_the_second_is_refused(path: Path) -> None:
     """Until the first has ended."""
     with contextlib.closing(reopened(path)):
-        assert "is another exporter's" in refused(path)
+        assert "is in use by another exporter" in refused(path)
     reopened(path).close()
 
 
@@ -293,7 +293,7 @@ def test_a_file_that_is_not_ours_is_refused(path: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo, 0o600)
-    assert "is not ours alone" in refused(fifo)
+    assert "is not a regular file" in refused(fifo)
     assert refused(tmp_path) == f"{tmp_path} cannot be used: Is a directory"
     missing = tmp_path / "missing" / "state"
     assert refused(missing) == f"{missing} cannot be used: No such file or directory"

@@ -714,7 +714,10 @@ def test_no_scrape_fails_while_all_is_replaced(
         (TLS.replace("server.crt", "ca.pem"), "they do not belong together"),
         (TLS.replace("server.crt", "nowhere"), "nowhere cannot be read: No such file"),
         (TLS.replace("server.crt", "."), "cannot be read: Is a directory"),
-        (TLS.replace("server.crt", "/dev/null"), "/dev/null is not a regular file"),
+        (
+            TLS.replace("server.crt", "/dev/null"),
+            "/dev/null cannot be read: it is not a regular file",
+        ),
         (MTLS.replace("ca.pem", "server.key"), "there is no certificate in it"),
     ],
 )

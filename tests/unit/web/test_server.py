@@ -888,7 +888,7 @@ def test_memory_of_a_crowd_is_given_back(
 ) -> None:
     """When most have gone, and once for each crowd."""
     given = []
-    monkeypatch.setattr(memory, "give_back", lambda: given.append(True))
+    monkeypatch.setattr(memory, "return_memory", lambda: given.append(True))
     port = start(make_app())
     for crowds in (1, 2):
         with contextlib.ExitStack() as opened:

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Reads the texts of settings from flags, the environment and a file, with their origin."""
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from tcpexporter.config import files
+from tcpexporter.config.values import CONF, SWITCH, Kind
+from tcpexporter.errors import SettingsError, quoted
+from tcpexporter.version import VERSION
+
+PREFIX = "TCPEXPORTER_"
+"""Of environment variables."""
+
+
+class Text(NamedTuple):
+    """The text of a value, and where it was written."""
+
+    text: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: its names, its default and what it accepts."""
+
+    name: str
+    default: str
+    """As a user would write it."""
+    kind: Kind
+    help: str
+    _: KW_ONLY
+    alias: str | None = None
+    attribute: str | None = None
+    """Its field in `Settings`, if that has another name."""
+    from_go: bool = False
+    """Whether the Go program has it: then its variables need no prefix."""
+
+    @property
+    def field(self) -> str:
+        return self.attribute or self.name.replace("-", "_")
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name, *([self.alias] if self.alias else [])]
+
+    @property
+    def flags(self) -> list[str]:
+        return [f"--{name}" for name in self.names]
+
+    @property
+    def variables(self) -> list[str]:
+        """The environment variables that set it, in the order of precedence."""
+        names = [name.replace("-", "_").upper() for name in self.names]
+        return [PREFIX + name for name in names] + (names if self.from_go else [])
+
+    def value(self, text: Text) -> object:
+        """What the text means.
+
+        Raises:
+            SettingsError: the setting does not accept it.
+        """
+        try:
+            return self.kind.parse(text.text)
+        except (LookupError, ValueError):
+            raise SettingsError(
+                f"{text.origin}: {self.name} takes {self.kind.takes},"
+                f" not {quoted(text.text)}"
+            ) from None
+
+
+Groups = Mapping[str, Sequence[Setting]]
+"""Settings by the title of their group in --help."""
+
+
+# --- Flags ---
+
+
+def read_flags(
+    parser: argparse.ArgumentParser, groups: Groups, argv: Sequence[str]
+) -> tuple[dict[str, Text], list[str]]:
+    """The texts of the flags by the name of the setting, and the unknown arguments.
+
+    Prints and exits with 0 for ``--help`` and ``--version``.
+
+    Args:
+        parser: from `make_parser`.
+        groups: of all settings.
+        argv: without the program's name.
+
+    Raises:
+        SettingsError: a flag has no value.
+    """
+    parsed, unknown = parser.parse_known_args(_normalized(argv, groups))
+    # Before Python 3.13 argparse removes a value that is --, as if it ended the flags.
+    return {
+        name: Text("--" if text == [] else text, f"flag --{name}")
+        for name, text in vars(parsed).items()
+    }, unknown
+
+
+def _normalized(argv: Sequence[str], groups: Groups) -> list[str]:
+    """Flags in the one form that argparse handles correctly: ``--name``, ``--name=value``.
+
+    Go also accepts one dash. If such flags were registered, argparse would accept
+    abbreviations of them in spite of ``allow_abbrev``. A switch with an optional value
+    would use the next argument as its value.
+    """
+    switches = {
+        flag for each in _each(groups) if each.kind is SWITCH for flag in each.flags
+    }
+    flags = (re.sub(r"^-(?=[a-z]{2})", "--", argument) for argument in argv)
+    return [f"{flag}=true" if flag in switches else flag for flag in flags]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises an error instead of printing it and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; --help says what there is")
+
+
+def make_parser(groups: Groups) -> argparse.ArgumentParser:
+    """The parser of flags, which also writes the help."""
+    parser = _Parser(
+        prog="tcpexporter",
+        usage="%(prog)s [FLAG ...]",
+        description="Exports the number of long-term TCP connections to Prometheus.",
+        epilog=_epilog(groups),
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+    for title, settings in groups.items():
+        group = parser.add_argument_group(title)
+        for each in settings:
+            group.add_argument(
+                *each.flags,
+                dest=each.name,
+                metavar=each.kind.metavar,
+                help=f"{each.help}; takes {each.kind.takes}"
+                f" (default: {each.default or 'none'})",
+            )
+    return parser
+
+
+def _epilog(groups: Groups) -> str:
+    from_go = ", ".join(each.name for each in _each(groups) if each.from_go)
+    return (
+        "A setting can also be a line of the file that --conf names (port 443, port=443, or"
+        " simple alone; a line that begins with # is a comment) or an environment variable"
+        f" ({PREFIX}PORT; for {from_go} without the prefix too). Flags have precedence over"
+        " environment variables, and these over the file."
+    )
+
+
+# --- Environment ---
+
+
+def read_environment(groups: Groups, environ: Mapping[str, str]) -> dict[str, Text]:
+    """The texts of environment variables, by the name of the setting."""
+    return {
+        setting.name: Text(environ[name], f"environment variable {name}")
+        for setting in _each(groups)
+        for name in reversed(setting.variables)  # the last one that is entered stays
+        if name in environ and not _is_of_kubernetes(name, environ[name])
+    }
+
+
+def refuse_unknown_variables(groups: Groups, environ: Mapping[str, str]) -> None:
+    """Refuse a variable with our prefix that is no setting.
+
+    Raises:
+        SettingsError: there is one.
+    """
+    known = {name for setting in _each(groups) for name in setting.variables}
+    for name, value in environ.items():
+        if (
+            name.startswith(PREFIX)
+            and name not in known
+            and not _is_of_kubernetes(name, value)
+        ):
+            raise SettingsError(
+                f"environment variable {name}: there is no such setting; --help lists them"
+            )
+
+
+_OF_A_SERVICE = re.compile(
+    r"TCPEXPORTER(_[A-Z0-9_]+)?"
+    r"_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_PORT_OF_A_SERVICE = re.compile(r"TCPEXPORTER(_[A-Z0-9_]+)?_PORT=(tcp|udp|sctp)://.*")
+
+
+def _is_of_kubernetes(name: str, value: str) -> bool:
+    """Whether Kubernetes sets it for a Service whose name is or begins with tcpexporter.
+
+    It sets these variables in each pod of the namespace:
+    https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    """
+    return bool(
+        _OF_A_SERVICE.fullmatch(name) or _PORT_OF_A_SERVICE.fullmatch(f"{name}={value}")
+    )
+
+
+# --- File ---
+
+
+def read_text(path: Path) -> str:
+    """The text of a settings file.
+
+    Raises:
+        SettingsError: it cannot be read.
+    """
+    try:
+        with files.open_file(path, wait=True) as file:
+            return files.read_all(file, only_regular=False).decode()
+    except (OSError, ValueError, SettingsError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(
+            f"the settings file {path} (flag --conf or environment variable CONF)"
+            f" cannot be read: {reason}"
+        ) from error
+
+
+def read_lines(groups: Groups, text: str, path: Path) -> dict[str, Text]:
+    """The texts in a settings file, by the name of the setting.
+
+    A line is ``name value`` or ``name=value``; ``name`` alone turns a switch on.
+
+    Args:
+        groups: of all settings.
+        text: of the file.
+        path: of the file, for messages.
+
+    Raises:
+        SettingsError: a line has an unknown name, or one that an earlier line has.
+    """
+    known = {each.name: each for each in _each(groups) if each.kind is not CONF}
+    found: dict[str, Text] = {}
+    for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
+        if not line or line.startswith("#"):
+            continue
+        name, value = _read_line(line, f"{path} line {number}", known)
+        if name in found:
+            raise SettingsError(f"{value.origin}: {name} is set a second time")
+        found[name] = value
+    return found
+
+
+def _read_line(line: str, origin: str, known: Mapping[str, Setting]) -> tuple[str, Text]:
+    name, *rest = re.split(r"\s*=\s*|\s+", line, maxsplit=1)
+    setting = known.get(name.replace("_", "-"))
+    if setting is None:
+        raise SettingsError(
+            f"{origin}: {quoted(name)} is not a setting that a file can have; --help lists"
+            " them"
+        )
+    text = rest[0] if rest else "true" if setting.kind is SWITCH else ""
+    return setting.name, Text(text, origin)
+
+
+# --- Defaults ---
+
+
+def defaults(groups: Groups) -> dict[str, Text]:
+    """The texts of the defaults, by the name of the setting."""
+    return {each.name: Text(each.default, "the default") for each in _each(groups)}
+
+
+def _each(groups: Groups) -> Iterator[Setting]:
+    for settings in groups.values():
+        yield from settings

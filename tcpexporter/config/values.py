@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Parses the values of settings, and says what each kind of setting takes."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+
+LONGEST_DURATION_S = (2**63 - 1) // 10**9
+"""In nanoseconds it fits into a signed 64-bit number."""
+
+
+def _whole(lowest: int, highest: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        # int() also takes spaces, underscores and the digits of other scripts.
+        if not re.fullmatch("[0-9]+", text) or not lowest <= int(text) <= highest:
+            raise ValueError(text)
+        return int(text)
+
+    return whole
+
+
+_port = _whole(1, 65535)
+
+
+def _connections(text: str) -> int | None:
+    return None if text == "auto" else _whole(1, 16_777_216)(text)
+
+
+def _port_range(text: str) -> range:
+    first, dash, last = text.partition("-")
+    ports = range(_port(first), _port(last if dash else first) + 1)
+    if not ports:
+        raise ValueError(text)
+    return ports
+
+
+def _ports(text: str) -> tuple[int, ...]:
+    if text == "-1":
+        return ()
+    ports: list[int] = []
+    # In ascending order, so that a port that is named often is handled once.
+    for each in sorted(map(_port_range, text.split(",")), key=lambda each: each.start):
+        ports.extend(range(max(each.start, ports[-1] + 1 if ports else 0), each.stop))
+    return tuple(ports)
+
+
+def _host(text: str) -> str:
+    if bracketed := re.fullmatch(r"\[(.*)\]", text):
+        address = IPv6Address(bracketed[1])
+        return str(address.ipv4_mapped or address)
+    if re.fullmatch("[0-9.]+", text):
+        return str(IPv4Address(text))
+    if not re.fullmatch("[A-Za-z0-9._-]+", text):
+        raise ValueError(text)
+    return text
+
+
+def _listen(text: str) -> tuple[str | None, int]:
+    host, _, port = text.rpartition(":")
+    return _host(host) if host else None, _port(port)
+
+
+def _seconds(text: str) -> float:
+    pattern = r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9.]+)s)?|([0-9.]+)"
+    match = re.fullmatch(pattern, text)
+    if not text or not match:
+        raise ValueError(text)
+    hours, minutes, seconds, plain = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds + plain
+
+
+def _duration(text: str) -> int:
+    seconds = _seconds(text)
+    if seconds > LONGEST_DURATION_S or not seconds.is_integer():
+        raise ValueError(text)
+    return int(seconds)
+
+
+def _interval(text: str) -> float:
+    seconds = _seconds(text)
+    if not 0.1 <= seconds <= 3600:
+        raise ValueError(text)
+    return seconds
+
+
+def _reconcile(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds > 86400:
+        raise ValueError(text)
+    return seconds
+
+
+def _percent(text: str) -> float:
+    percent = float(text)
+    if not re.fullmatch(r"[0-9.]+", text) or not 0.1 <= percent <= 100:
+        raise ValueError(text)
+    return percent
+
+
+def _word(text: str) -> str:
+    if not re.fullmatch(r"[^\s:\0]+", text):
+        raise ValueError(text)
+    return text
+
+
+def _path(text: str) -> str | None:
+    if "\0" in text:
+        raise ValueError(text)
+    return text or None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value."""
+
+    metavar: str
+    """What --help writes in place of a value."""
+    takes: str
+    """The accepted values, for a sentence."""
+    parse: Callable[[str], object]
+    """Converts a text; raises LookupError or ValueError if it is not accepted."""
+
+
+def one_of(*words: str) -> Kind:
+    """A kind that accepts these words."""
+    *others, last = words
+    takes = f"{', '.join(others)} or {last}"
+    return Kind("WORD", takes, {word: word for word in words}.__getitem__)
+
+
+_BOOLEANS = dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True) | dict.fromkeys(
+    ("0", "f", "F", "FALSE", "false", "False"), False
+)
+"""The words of Go's strconv.ParseBool."""
+
+SWITCH = Kind("[=BOOL]", "true or false", _BOOLEANS.__getitem__)
+PORTS = Kind(
+    "PORTS", "-1 for all, or ports from 1 to 65535 as in 443 or 443,8000-8100", _ports
+)
+LISTEN = Kind(
+    "[HOST:]PORT",
+    "a port from 1 to 65535, alone or after a host as in localhost:9690 or [::1]:9690",
+    _listen,
+)
+DURATION = Kind(
+    "TIME",
+    f"whole seconds from 0 to {LONGEST_DURATION_S}, or hours, minutes and seconds"
+    " as in 1m30s",
+    _duration,
+)
+INTERVAL = Kind(
+    "TIME", "0.1 to 3600 seconds as in 0.5, or minutes and seconds as in 1m30s", _interval
+)
+RECONCILE = Kind("TIME", "0 for never, or seconds up to 86400, or as in 5m", _reconcile)
+PERCENT = Kind("PERCENT", "a number from 0.1 to 100", _percent)
+NETNS = Kind(
+    "NETNS", "self, all, a name that ip netns shows, or a path with a slash", _word
+)
+CONNECTIONS = Kind("NUMBER", "auto, or a whole number from 1 to 16777216", _connections)
+SERIES = Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
+USER = Kind("USER", "the name of a user", _word)
+DIRECTORY = Kind(
+    "DIR",
+    "the path of a directory of the BPF file system, as /sys/fs/bpf/tcpexporter",
+    _path,
+)
+PATH = Kind("PATH", "the path of a file", _path)
+CONF = Kind("PATH", "the path of a file of settings", _path)

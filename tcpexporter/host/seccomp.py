@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Restricts which system calls this process can make: seccomp(2).
+
+A refused system call fails with EPERM. Killing the process would be as safe, but a later
+version of Python or of the C library may try a system call that it can do without. No
+refusal is logged: code of an attacker could fill the log.
+"""
+
+import logging
+import os
+import platform
+import struct
+from collections.abc import Iterator
+from errno import EFAULT, ENOSYS, EPERM
+from fcntl import F_GETFD, F_GETFL, F_SETFD, F_SETFL
+from mmap import PROT_EXEC
+from socket import AF_UNIX, MSG_FASTOPEN, SOCK_STREAM
+from typing import IO, Any, NamedTuple
+
+from tcpexporter.host import libc
+
+log = logging.getLogger(__name__)
+
+MACHINES = ("x86_64", "aarch64")
+"""Architectures for which the lists below are known to be complete."""
+
+LIBSECCOMP = "libseccomp.so.2"
+
+# include/uapi/linux/bpf.h
+BPF_MAP_LOOKUP_ELEM = 1
+BPF_MAP_UPDATE_ELEM = 2
+BPF_MAP_DELETE_ELEM = 3
+BPF_OBJ_GET_INFO_BY_FD = 15
+BPF_MAP_LOOKUP_AND_DELETE_ELEM = 21
+BPF_MAP_LOOKUP_BATCH = 24
+BPF_MAP_LOOKUP_AND_DELETE_BATCH = 25
+BPF_MAP_UPDATE_BATCH = 26
+BPF_MAP_DELETE_BATCH = 27
+
+MAP_COMMANDS = (
+    BPF_MAP_LOOKUP_ELEM,
+    BPF_MAP_UPDATE_ELEM,
+    BPF_MAP_DELETE_ELEM,
+    BPF_OBJ_GET_INFO_BY_FD,
+    BPF_MAP_LOOKUP_AND_DELETE_ELEM,
+    BPF_MAP_LOOKUP_BATCH,
+    BPF_MAP_LOOKUP_AND_DELETE_BATCH,
+    BPF_MAP_UPDATE_BATCH,
+    BPF_MAP_DELETE_BATCH,
+)
+"""The commands of bpf(2) that use maps by descriptor and create no other object."""
+
+# include/uapi: linux/prctl.h, linux/seccomp.h, linux/sched.h, asm-generic/ioctls.h
+PR_SET_NAME = 15
+PR_SET_SECCOMP = 22
+SECCOMP_MODE_FILTER = 2
+CLONE_THREAD = 0x00010000
+TCGETS = 0x5401
+FIONBIO = 0x5421
+FIOCLEX = 0x5451
+SOCK_TYPE_MASK = 0xF
+
+PROGRAM = struct.Struct("@HP")
+"""``struct sock_fprog``: how many instructions, and where they are."""
+INSTRUCTION_BYTES = 8
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+ALLOWED = (
+    # open files, and the attributes of others
+    *("read", "readv", "pread64", "write", "writev", "lseek", "close", "getdents64"),
+    *("fstat", "newfstatat", "stat", "lstat", "statx", "readlink", "readlinkat", "getcwd"),
+    # open sockets, and the clients that connect to them
+    *("accept", "accept4", "listen", "recvfrom", "shutdown"),
+    *("getpeername", "getsockname", "getsockopt", "setsockopt"),
+    # waiting
+    *("epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "epoll_pwait2"),
+    *("poll", "ppoll", "select", "pselect6", "eventfd2", "pipe2"),
+    *("nanosleep", "clock_nanosleep", "restart_syscall"),
+    # certificates that are read again, and waiting for the process that reads them
+    *("memfd_create", "wait4", "waitid"),
+    # memory and threads
+    *("brk", "mremap", "munmap", "madvise", "futex", "set_robust_list", "rseq", "exit"),
+    *("exit_group", "sched_yield", "sched_getaffinity", "getcpu"),
+    # signals
+    *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack"),
+    # the time, ids, and resource usage
+    *("clock_gettime", "clock_getres", "gettimeofday", "time", "getrandom", "uname"),
+    *("getpid", "gettid", "getppid", "getuid", "geteuid", "getgid", "getegid"),
+    *("getrlimit", "getrusage", "times", "sysinfo"),
+)
+"""System calls that serving makes, with any arguments.
+
+Some are alternatives: the architecture, the C library and Python decide which one is made.
+"""
+
+
+class Condition(NamedTuple):
+    """The bits in ``mask`` of an argument (counted from 0) are ``value``."""
+
+    argument: int
+    mask: int
+    value: int
+
+
+def _is(argument: int, value: int) -> Condition:
+    """An argument is an int: the kernel ignores its upper 32 bits."""
+    return Condition(argument, 0xFFFFFFFF, value)
+
+
+def _is_null(argument: int) -> Condition:
+    return Condition(argument, 0xFFFFFFFFFFFFFFFF, 0)
+
+
+def _is_not(argument: int, value: int) -> Iterator[Condition]:
+    """Conditions, one for each bit of an int argument; one is met if it differs."""
+    for bit in (1 << each for each in range(32)):
+        yield Condition(argument, bit, ~value & bit)
+
+
+def _conditional(
+    process: int, connected: int | None
+) -> Iterator[tuple[str, *tuple[Condition, ...]]]:
+    """System calls that serving makes, each with the conditions that it always meets."""
+    for command in MAP_COMMANDS:
+        yield "bpf", _is(0, command)
+    for request in (FIOCLEX, FIONBIO, TCGETS):
+        yield "ioctl", _is(1, request)
+    # Not F_SETOWN: the kernel sends signals to the owner of a descriptor. Not F_DUPFD: see
+    # sendmsg.
+    for command in (F_GETFD, F_SETFD, F_GETFL, F_SETFL):
+        yield "fcntl", _is(1, command)
+    # Only for reading; Landlock restricts which files.
+    yield "open", Condition(1, WRITING, 0)
+    yield "openat", Condition(2, WRITING, 0)
+    # No new executable memory.
+    yield "mmap", Condition(2, PROT_EXEC, 0)
+    yield "mprotect", Condition(2, PROT_EXEC, 0)
+    # No new process, and no signal to another one.
+    yield "clone", Condition(0, CLONE_THREAD, CLONE_THREAD)
+    yield "kill", _is(0, process)
+    yield "tgkill", _is(0, process)
+    yield "prctl", _is(0, PR_SET_NAME)
+    yield "prlimit64", _is_null(2)
+    # Only stream pairs: the datagram sockets of a pair can send to any address. No address
+    # for sendto and no TCP Fast Open: both can reach others.
+    yield "socketpair", _is(0, AF_UNIX), Condition(1, SOCK_TYPE_MASK, SOCK_STREAM)
+    yield "sendto", _is_null(4)
+    no_connecting = Condition(2, MSG_FASTOPEN, 0)
+    if connected is None:
+        yield "sendmsg", no_connecting
+    else:
+        # The address of sendmsg is in memory, which a filter cannot read, so systemd's
+        # socket must not be used. No other descriptor can refer to the same socket: dup(2)
+        # and recvmsg(2), which receives descriptors, are refused.
+        for is_other in _is_not(0, connected):
+            yield "sendmsg", is_other, no_connecting
+
+
+def has_filters() -> bool:
+    """Whether the kernel supports filters: if so, a null pointer fails with EFAULT."""
+    try:
+        libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, None)
+    except OSError as error:
+        return error.errno == EFAULT
+    return False
+
+
+def make_filter(connected: int | None) -> bytes:
+    """Compile the filter.
+
+    Args:
+        connected: the descriptor of systemd's socket, which sendmsg(2) may not use.
+
+    Returns:
+        The instructions, of struct sock_filter; empty if there can be no filter, which is
+        logged.
+    """
+    if platform.machine() not in MACHINES:
+        return _disabled(f"there is no list of system calls for {platform.machine()}")
+    if not has_filters():
+        return _disabled("the kernel, or what it runs in, does not support filters")
+    ours, theirs = os.pipe()
+    try:
+        child = os.fork()  # the library takes 1 MiB, which this process does not keep
+    except OSError as error:
+        os.close(ours)
+        os.close(theirs)
+        return _disabled(
+            f"cannot start the process that makes the filter: {error.strerror}"
+        )
+    if not child:
+        outcome = 1
+        try:
+            with os.fdopen(theirs, "wb") as channel:
+                _write_filter(connected, channel)
+            outcome = 0
+        finally:
+            os._exit(outcome)
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as channel:
+        code = channel.read()
+    if exit_code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        return _disabled(f"the process that makes the filter ended with {exit_code}")
+    return code
+
+
+def _write_filter(connected: int | None, channel: IO[bytes]) -> None:
+    try:
+        _name_library()
+        _system_calls(os.getppid(), connected).export_bpf(channel)
+    except ImportError as error:
+        _disabled(f"install the Python package pyseccomp ({error})")
+    except (AttributeError, OSError, RuntimeError) as error:
+        _disabled(f"install the distribution's libseccomp2 or libseccomp ({error})")
+
+
+def _name_library() -> None:
+    """Let pyseccomp load libseccomp by the name that the dynamic linker knows.
+
+    It calls `ctypes.util.find_library`, which requires ldconfig or a compiler, and a
+    minimal system has neither.
+    """
+    import ctypes.util  # noqa: PLC0415  only the child imports it
+
+    ctypes.util.find_library = {"seccomp": LIBSECCOMP}.get  # type: ignore[assignment]
+
+
+def _system_calls(process: int, connected: int | None) -> Any:
+    """The filter, a `pyseccomp.SyscallFilter`.
+
+    Raises:
+        ImportError: pyseccomp is not installed.
+        OSError: libseccomp is not installed.
+        AttributeError: libseccomp is too old for pyseccomp.
+    """
+    import pyseccomp  # noqa: PLC0415  only the child imports it
+
+    made = pyseccomp.SyscallFilter(pyseccomp.ERRNO(EPERM))
+    # With the ABI of another architecture (x32, i386) a number means another call.
+    made.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
+    conditional = _conditional(process, connected)
+    for name, *conditions in [*((name,) for name in ALLOWED), *conditional]:
+        number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name)
+        if number >= 0:  # the architecture has it, and libseccomp knows it
+            tests = [
+                pyseccomp.Arg(argument, pyseccomp.MASKED_EQ, mask, value)
+                for argument, mask, value in conditions
+            ]
+            made.add_rule(pyseccomp.ALLOW, number, *tests)
+    # Its flags are in memory, which a filter cannot read; the C library then tries clone.
+    made.add_rule(pyseccomp.ERRNO(ENOSYS), "clone3")
+    return made
+
+
+def load_filter(code: bytes) -> bool:
+    """Refuse every system call that serving does not make.
+
+    Returns whether it is in force. If not, the log says why.
+    """
+    address, referenced = libc.address_of(code)
+    program = PROGRAM.pack(len(code) // INSTRUCTION_BYTES, address)
+    try:
+        libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program)
+    except OSError as error:
+        _disabled(f"the kernel refuses the filter: {error.strerror}")
+        return False
+    finally:
+        del referenced
+    return True
+
+
+def _disabled(reason: str) -> bytes:
+    log.warning("seccomp disabled: %s", reason)
+    return b""

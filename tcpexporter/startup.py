@@ -1,0 +1,473 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Wires the modules together, in phases: listen, open, confine, serve.
+
+The order is the security argument. Everything that requires root (a low port, the BPF
+program, socket tables of other namespaces, files that only root can read) is opened before
+`_confine` gives root up, and no client is answered before that: `_serve` comes last.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import pwd
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from tcpexporter import version
+from tcpexporter.config import files
+from tcpexporter.config.reader import SETTINGS, WEB_CONFIG, Reader, ReaderGoneError, Told
+from tcpexporter.config.reload import Hangups, Reloading, Reloads, Take
+from tcpexporter.config.settings import Settings, misleading, parse, reread
+from tcpexporter.connections.counting import named, select
+from tcpexporter.connections.record import Direction
+from tcpexporter.connections.source import Source
+from tcpexporter.ebpf import pins
+from tcpexporter.ebpf.source import EbpfSource
+from tcpexporter.errors import ServerError, SourceError, WebConfigError
+from tcpexporter.host import (
+    background,
+    capacity,
+    confine,
+    namespaces,
+    privileges,
+    stderr,
+    stdout,
+)
+from tcpexporter.host.background import Task
+from tcpexporter.host.starting import Starting
+from tcpexporter.host.systemd import Supervisor
+from tcpexporter.metrics.collector import (
+    Choice,
+    ConfinementCollector,
+    ConnectionCollector,
+    make_registry,
+    make_serving_registry,
+)
+from tcpexporter.socket_tables.polling import PollingSource
+from tcpexporter.socket_tables.tables import open_tables
+from tcpexporter.web import server
+
+if TYPE_CHECKING:  # imported only when it is used: see the functions that do
+    from tcpexporter.metrics.output import Output
+    from tcpexporter.socket_tables.saved_ages import State
+    from tcpexporter.web.guard import Web
+
+log = logging.getLogger("tcpexporter")
+
+SOURCES = ("ebpf", "sock_diag", "procfs")
+"""In the order in which ``--source auto`` tries them."""
+
+DIRECTIONS = {
+    "inbound": (Direction.INBOUND,),
+    "outbound": (Direction.OUTBOUND,),
+    "all": (Direction.INBOUND, Direction.OUTBOUND),
+}
+
+
+class Process(NamedTuple):
+    """What this process was started with, and set up before its settings were read."""
+
+    argv: Sequence[str]
+    """Without the program's name."""
+    environ: Mapping[str, str]
+    supervisor: Supervisor
+    hangups: Hangups
+    errors: stderr.Stderr
+
+
+def run(process: Process, set_up_logging: Callable[[str, str], None]) -> None:
+    """Do what the settings ask for.
+
+    Args:
+        process: see there.
+        set_up_logging: called with the values of --log-level and --log-format.
+
+    Raises:
+        SettingsError: a setting is wrong.
+        TcpExporterError: something does not work.
+    """
+    settings = parse(process.argv, process.environ)
+    set_up_logging(settings.log_level, settings.log_format)
+    if settings.features:
+        _print_features()
+    elif settings.unpin:
+        pins.remove(settings.pin or pins.DEFAULT)
+    else:
+        _warn_of(settings)
+        if settings.once:
+            _run_once(settings, process.supervisor)
+        else:
+            _run(settings, process)
+
+
+def _run(settings: Settings, process: Process) -> None:
+    """Serve until a signal arrives."""
+    with contextlib.ExitStack() as resources:
+        listening = _listen(settings, resources)
+        opened = _open(settings, process, resources)
+        _confine(opened.account, opened.counting, opened.registry, process.supervisor)
+        _serve(listening, opened, settings, process)
+
+
+def _run_once(settings: Settings, supervisor: Supervisor) -> None:
+    """Write the metrics once; nothing listens, so no client is served."""
+    # Without handlers of ours: these would end the exporter with 0, as if it had written.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    with contextlib.ExitStack() as resources:
+        output = _open_output(settings.output, resources) if settings.output else None
+        account = _find_account(settings)
+        counting = _open_counting(settings, resources)
+        registry = make_registry(counting.collector)
+        _confine(account, counting, registry, supervisor)
+        counting.source.start()
+        page = _page_after(settings.duration_s, registry, counting.watch)
+        if output:
+            output.publish(page)
+        else:
+            stdout.write(page)
+
+
+# --- Listen ---
+
+
+def _listen(settings: Settings, resources: contextlib.ExitStack) -> list[socket.socket]:
+    """The sockets that clients connect to; the kernel queues the clients until `_serve`."""
+    listening = server.listen(settings.listen_address, settings.listen_port)
+    for each in listening:
+        resources.enter_context(each)
+    return listening
+
+
+# --- Open ---
+
+
+class _Counting(NamedTuple):
+    """What counts connections."""
+
+    source: Source
+    watch: namespaces.Watch | None
+    """Of the namespace that --netns names; None: it names none."""
+    choose: Callable[[Settings], Choice]
+    """Makes the collector's choice from settings that may have been read again."""
+    collector: ConnectionCollector
+
+
+class _Opened(NamedTuple):
+    """What serving needs, opened while the process may be root."""
+
+    account: pwd.struct_passwd | None
+    """The user to switch to; None: the process is not root."""
+    counting: _Counting
+    registry: CollectorRegistry
+    web: "Web | None"
+    reloading: Reloading
+    tasks: Callable[[], list[Task]]
+
+
+def _open(settings: Settings, process: Process, resources: contextlib.ExitStack) -> _Opened:
+    account = _find_account(settings)
+    reader = _open_reader(settings, account)
+    if reader:
+        resources.callback(reader.close)
+    web = _open_web(settings, reader) if reader else None
+    counting = _open_counting(settings, resources)
+    reloads = Reloads()
+    reloading = Reloading(reader, process.hangups, process.supervisor, reloads)
+    resources.callback(reloading.close)
+
+    def tasks() -> list[Task]:
+        return [*counting.source.tasks(), reloading.task]
+
+    # This reads the start time of the process in /proc/stat, which Landlock will refuse.
+    registry = make_serving_registry(
+        counting.collector, reloads, tasks=tasks, dropped=lambda: process.errors.dropped
+    )
+    return _Opened(account, counting, registry, web, reloading, tasks)
+
+
+def _open_counting(settings: Settings, resources: contextlib.ExitStack) -> _Counting:
+    state = _open_state(settings.state) if settings.state else None
+    source = _open_source(settings, state)
+    resources.callback(source.close)
+    if state:
+        resources.callback(state.close)
+    watch = _open_watch(settings, source)
+    if watch:
+        resources.callback(watch.close)
+    choose = _chooser(settings, source)
+    collector = _make_collector(source, settings, choose(settings))
+    return _Counting(source, watch, choose, collector)
+
+
+def _find_account(settings: Settings) -> pwd.struct_passwd | None:
+    return privileges.find_user(settings.user) if privileges.is_root() else None
+
+
+def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reader | None:
+    if not (settings.conf or settings.web_config):
+        return None
+    try:
+        return Reader(
+            account,
+            web_config=settings.web_config,
+            settings=settings.conf and str(files.expanded(settings.conf)),
+        )
+    except OSError as error:
+        raise ServerError(
+            f"cannot start the process that reads the configuration: {error.strerror}"
+        ) from error
+
+
+def _open_web(settings: Settings, reader: Reader) -> "Web | None":
+    path = settings.web_config
+    if not path:
+        return None
+    # Imported only when it is used: it takes 3 MiB.
+    from tcpexporter.web.guard import Web  # noqa: PLC0415
+
+    try:
+        return Web(path, reader.receive())
+    except ReaderGoneError as error:
+        raise WebConfigError(
+            f"{path} cannot be read: the process that reads it has failed"
+        ) from error
+
+
+def _open_output(path: str, resources: contextlib.ExitStack) -> "Output":
+    # Imported only when it is used: it takes memory.
+    from tcpexporter.metrics.output import Output  # noqa: PLC0415
+
+    output = Output(path)
+    resources.callback(output.close)
+    return output
+
+
+def _open_state(path: str) -> "State | None":
+    # Imported only when it is used: it takes 0.3 MiB.
+    from tcpexporter.socket_tables.saved_ages import State  # noqa: PLC0415
+
+    return State.open(Path(path))
+
+
+def _open_source(settings: Settings, state: "State | None" = None) -> Source:
+    if settings.source != "auto":
+        return _open_named_source(settings.source, settings, state)
+    reasons = []
+    for name in SOURCES:
+        try:
+            source = _open_named_source(name, settings, state)
+        except SourceError as error:
+            reasons.append(f"{name} does not work: {error}")
+            continue
+        if reasons:
+            log.warning("polling %s, because %s", name, "; ".join(reasons))
+        return source
+    raise SourceError("; ".join(reasons))
+
+
+def _open_named_source(name: str, settings: Settings, state: "State | None") -> Source:
+    if name == "ebpf":
+        return EbpfSource(
+            netns=settings.netns,
+            max_connections=settings.max_connections
+            or capacity.max_connections(capacity.read_limits()),
+            reconcile_interval_s=settings.reconcile_interval_s,
+            reconcile_cpu_share=settings.reconcile_cpu_percent / 100,
+            pin=settings.pin,
+            state=state,
+        )
+    return PollingSource(open_tables(name, settings.netns), settings.interval_s, state)
+
+
+def _open_watch(settings: Settings, source: Source) -> namespaces.Watch | None:
+    if settings.netns in ("self", "all"):
+        return None
+    return namespaces.Watch(settings.netns, int(source.namespaces()[0]))
+
+
+def _chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]:
+    """Returns what makes the collector's choice from settings that were read again.
+
+    Only their ports and duration can differ from ``settings``.
+    """
+    own_netns = namespaces.inode()
+    every_netns = settings.netns == "all"
+    listens_there = settings.netns in ("self", "all") or own_netns in source.namespaces()
+    own_listener = (
+        (own_netns, settings.listen_port) if listens_there and not settings.once else None
+    )
+
+    def choose(chosen: Settings) -> Choice:
+        selection = select(
+            chosen.ports,
+            tcpv6=settings.tcpv6,
+            directions=DIRECTIONS[settings.direction],
+            own_listener=own_listener,
+            by_netns=every_netns,
+        )
+        return Choice(
+            selection, named(chosen.ports, own_netns, selection), chosen.duration_s
+        )
+
+    return choose
+
+
+def _make_collector(
+    source: Source, settings: Settings, choice: Choice
+) -> ConnectionCollector:
+    return ConnectionCollector(
+        source,
+        choice,
+        max_series=settings.max_series,
+        names=namespaces.Names(source.namespaces).read if settings.netns == "all" else None,
+        simple=settings.simple,
+    )
+
+
+# --- Confine ---
+
+
+def _confine(
+    account: pwd.struct_passwd | None,
+    counting: _Counting,
+    registry: CollectorRegistry,
+    supervisor: Supervisor,
+) -> None:
+    """Give up every privilege; the metrics report what is in force."""
+    confined = confine.confine(account, counting.source.report, supervisor.fileno())
+    registry.register(ConfinementCollector(confined))
+
+
+# --- Serve ---
+
+
+def _serve(
+    listening: Sequence[socket.socket],
+    opened: _Opened,
+    settings: Settings,
+    process: Process,
+) -> None:
+    """Answer HTTP until a signal arrives; meanwhile a thread starts the source."""
+    source, watch, _, collector = opened.counting
+    starting = Starting(source.start, watch)
+    app = server.App(
+        opened.registry,
+        ready=starting.awaited,
+        settings=dataclasses.asdict(settings),
+        version=version.VERSION,
+        web=opened.web,
+    )
+    status = partial(_status, source, collector, watch)
+
+    def is_ready() -> None:
+        log.info("counting connections by %s", source.name)
+        process.supervisor.tell("READY=1", f"STATUS={status()}")
+        opened.reloading.follow(_takers(opened, settings, process, app))
+
+    async def check() -> str | None:
+        # A restart by the watchdog does not help while the named namespace is missing.
+        if starting.awaited() and watch and watch.trouble():
+            return None
+        return await app.check() or background.trouble(opened.tasks())
+
+    try:
+        starting.begin(is_ready)
+        server.serve(listening, app, lambda: process.supervisor.keep(check, status))
+    finally:
+        process.supervisor.tell("STOPPING=1")
+        starting.raise_failure()
+
+
+def _takers(
+    opened: _Opened, settings: Settings, process: Process, app: server.App
+) -> dict[str, Take]:
+    """What puts a file into force that was read again, by the kind of file."""
+    apply = _SettingsReload(settings, process, opened.counting, app).apply
+    takers: dict[str, Take] = {SETTINGS: apply}
+    if opened.web:
+        takers[WEB_CONFIG] = opened.web.replace
+    return takers
+
+
+def _status(
+    source: Source, collector: ConnectionCollector, watch: namespaces.Watch | None
+) -> str:
+    if trouble := watch and watch.trouble():
+        return trouble
+    tracked = "" if collector.tracked is None else f", {collector.tracked:,} tracked"
+    return f"counting connections by {source.name}{tracked}"
+
+
+class _SettingsReload:
+    """Puts settings into force that were read again."""
+
+    def __init__(
+        self, settings: Settings, process: Process, counting: _Counting, app: server.App
+    ) -> None:
+        self._settings = settings
+        self._process = process
+        self._counting = counting
+        self._app = app
+
+    def apply(self, told: Told) -> None:
+        """Combine a file's new text with the flags and the environment of the start.
+
+        Raises:
+            SettingsError: it cannot be used; the previous settings stay in force.
+        """
+        wanted = parse(self._process.argv, self._process.environ, told.accepted())
+        done = reread(self._settings, wanted)
+        self._settings = done.settings
+        self._counting.collector.choose(self._counting.choose(done.settings))
+        self._app.show(dataclasses.asdict(done.settings))
+        root = logging.getLogger()
+        level = logging.getLevelName(done.settings.log_level.upper())
+        # The lower of both levels, so that the line is logged if either allows it.
+        root.setLevel(min(root.level, level))
+        log.info("the settings have been read again: %s", done)
+        if done.changed:
+            _warn_of(done.settings)
+        root.setLevel(level)
+
+
+# --- What is printed ---
+
+
+def _warn_of(settings: Settings) -> None:
+    for sentence in misleading(settings):
+        log.warning("%s", sentence)
+
+
+def _print_features() -> None:
+    # Imported only when it is used: it takes 0.6 MiB.
+    from tcpexporter.ebpf.features import Kernel, table  # noqa: PLC0415
+
+    stdout.write(table(Kernel()).encode())
+
+
+def _page_after(
+    duration_s: int, registry: CollectorRegistry, watch: namespaces.Watch | None
+) -> bytes:
+    """The exposition after connections have been watched for ``duration_s`` seconds.
+
+    Raises:
+        SourceError: the watched namespace is gone.
+    """
+    for left_s in range(duration_s, 0, -1):
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\rwatching, {left_s} s left \033[K")
+        time.sleep(1)
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\033[K")
+    if trouble := watch and watch.trouble():
+        raise SourceError(trouble)
+    return generate_latest(registry)
