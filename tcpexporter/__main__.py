@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from tcpexporter import version
 from tcpexporter.config.reader import SETTINGS, WEB_CONFIG, Reader, ReaderGoneError, Told
-from tcpexporter.config.reload import Hangups, Reloading, Reloads, Take
+from tcpexporter.config.reload import Hangups, Reloading, Take
 from tcpexporter.config.settings import Settings, misleading, parse, reread
 from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import Direction
@@ -49,9 +49,11 @@ from tcpexporter.metrics.collector import (
     make_registry,
     make_serving_registry,
 )
+from tcpexporter.metrics.reload_status import Reloads
 from tcpexporter.socket_tables.polling import PollingSource
 from tcpexporter.socket_tables.tables import open_tables
-from tcpexporter.web import server
+from tcpexporter.web import pages, server
+from tcpexporter.web.listen import listen
 
 if TYPE_CHECKING:  # what is not asked for takes no memory
     from tcpexporter.metrics.output import Output
@@ -210,7 +212,7 @@ def _run(
     settings: Settings, supervisor: Supervisor, hangups: Hangups, errors: stderr.Stderr
 ) -> None:
     with contextlib.ExitStack() as resources:
-        listening = server.listen(settings.listen_address, settings.listen_port)
+        listening = listen(settings.listen_address, settings.listen_port)
         for each in listening:
             resources.enter_context(each)
         account = _find_account(settings)
@@ -235,7 +237,7 @@ def _run(
         confined = confinement.confine(account, source.report, supervisor.fileno())
         registry.register(ConfinementCollector(confined))
         starting = _Starting(source, watch)
-        app = server.App(
+        app = pages.App(
             registry,
             ready=starting.awaited,
             settings=dataclasses.asdict(settings),
@@ -245,7 +247,7 @@ def _run(
         following = _Following(settings, collector, choose, app)
         takers: dict[str, Take] = {SETTINGS: following.take}
         if web:
-            takers[WEB_CONFIG] = web.replace
+            takers[WEB_CONFIG] = lambda told: web.replace(told.accepted())
         status = partial(_status, source, collector, watch)
 
         def is_ready() -> None:
@@ -308,7 +310,7 @@ def _make_web(settings: Settings, reader: Reader) -> "Web | None":
     from tcpexporter.web.guard import Web  # noqa: PLC0415
 
     try:
-        return Web(path, reader.receive())
+        return Web(path, reader.receive().accepted())
     except ReaderGoneError as error:
         raise WebConfigError(f"{path} cannot be read: its reader has failed") from error
 
@@ -444,7 +446,7 @@ class _Following:
         settings: Settings,
         collector: ConnectionCollector,
         choose: Callable[[Settings], Choice],
-        app: server.App,
+        app: pages.App,
     ) -> None:
         self._settings = settings
         self._collector = collector

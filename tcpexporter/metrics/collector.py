@@ -18,7 +18,6 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from tcpexporter import clock, version
-from tcpexporter.config.reload import Reloads
 from tcpexporter.connections.counting import (
     SERIES,
     Counts,
@@ -30,6 +29,7 @@ from tcpexporter.connections.counting import (
 )
 from tcpexporter.connections.source import Reconciliation, Report, Source
 from tcpexporter.host.background import Task
+from tcpexporter.metrics.reload_status import Reloads
 
 PORT_LABELS = ("port", "tcp_version")
 

@@ -5,9 +5,8 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Self
+from typing import Any, Self
 
-from tcpexporter.config.reader import Told
 from tcpexporter.errors import WebConfigError
 from tcpexporter.web.config import WebConfig
 from tcpexporter.web.passwords import Checker, Limiter, Users
@@ -42,7 +41,7 @@ class Web:
     old rules or under the new ones, and goes on.
     """
 
-    def __init__(self, path: str, told: Told) -> None:
+    def __init__(self, path: str, told: Mapping[str, Any]) -> None:
         """Begin with a configuration.
 
         Args:
@@ -56,7 +55,7 @@ class Web:
         self._checker = Checker()
         self._rules = self._judge(told)
 
-    def replace(self, told: Told) -> None:
+    def replace(self, told: Mapping[str, Any]) -> None:
         """Put another configuration into force, from any thread.
 
         Raises:
@@ -98,8 +97,8 @@ class Web:
         """Have no request wait for a password to be checked any more."""
         self._checker.give_up()
 
-    def _judge(self, told: Told) -> _Rules:
-        config = WebConfig.from_json(told.accepted())
+    def _judge(self, told: Mapping[str, Any]) -> _Rules:
+        config = WebConfig.from_json(told)
         try:
             return _Rules.of(config, self._checker)
         except WebConfigError as error:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from tcpexporter.__main__ import SOURCES
-from tcpexporter.config.reload import Reloads
 from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import LISTENER, Direction
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
@@ -22,6 +21,7 @@ from tcpexporter.metrics.collector import (
     ConnectionCollector,
     make_serving_registry,
 )
+from tcpexporter.metrics.reload_status import Reloads
 
 ROOT = Path(__file__).parents[2]
 RULES = sorted(ROOT.glob("deploy/prometheus/*.rules.yml"))

@@ -19,7 +19,6 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from tcpexporter import version
-from tcpexporter.config.reload import Reloads
 from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import (
     CONNECTION,
@@ -38,6 +37,7 @@ from tcpexporter.metrics.collector import (
     make_registry,
     make_serving_registry,
 )
+from tcpexporter.metrics.reload_status import Reloads
 
 GOLDEN_PAGE = Path(__file__).parents[1] / "data" / "metrics.txt"
 LONG_TERM = "netstat_tcp_longterm_connections_total"

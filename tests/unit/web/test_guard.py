@@ -23,11 +23,13 @@ from cryptography.hazmat.primitives import serialization
 from prometheus_client import CollectorRegistry
 
 from tcpexporter.config.reader import WEB_CONFIG, Reader
-from tcpexporter.config.reload import Hangups, Reloading, Reloads
+from tcpexporter.config.reload import Hangups, Reloading
 from tcpexporter.errors import SettingsError
 from tcpexporter.host.systemd import Supervisor
-from tcpexporter.web import server
+from tcpexporter.metrics.reload_status import Reloads
+from tcpexporter.web import connection, pages, server
 from tcpexporter.web.guard import Web
+from tcpexporter.web.listen import listen
 from tests.pki import (
     CA,
     CLIENT,
@@ -40,7 +42,7 @@ from tests.pki import (
     write_web,
 )
 from tests.support import eventually
-from tests.unit.web.test_server import (
+from tests.unit.web.support import (
     LOOPBACK,
     PATIENCE_S,
     Answer,
@@ -65,7 +67,7 @@ ALICE = basic("alice", "wonderland")
 def make_web(path: str) -> Web:
     reader = Reader(None, web_config=path)
     with contextlib.closing(reader):
-        return Web(path, reader.receive())
+        return Web(path, reader.receive().accepted())
 
 
 class Served:
@@ -75,28 +77,28 @@ class Served:
         self.directory = directory
         self.path = write_web(directory, config)
         self.reader = Reader(None, web_config=self.path, interval_s=INTERVAL_S)
-        self.web = Web(self.path, self.reader.receive())
+        self.web = Web(self.path, self.reader.receive().accepted())
         self.following = Reloading(
             self.reader,
             Hangups(),
             Supervisor(None, None),
             Reloads(),
         )
-        self.following.follow({WEB_CONFIG: self.web.replace})
+        self.following.follow({WEB_CONFIG: lambda told: self.web.replace(told.accepted())})
         registry = CollectorRegistry()
         registry.register(Flaky())
-        self.app = server.App(
+        self.app = pages.App(
             registry, ready=lambda: None, settings={}, version="1", web=self.web
         )
-        self.sockets = server.listen(LOOPBACK, 0)
+        self.sockets = listen(LOOPBACK, 0)
         self.port: int = self.sockets[0].getsockname()[1]
 
     def ask(
         self, context: ssl.SSLContext | None = None, path: str = "/metrics", **headers: str
     ) -> Answer:
-        connection = self.connect(context)
-        with contextlib.closing(connection):
-            return ask_on(connection, path, **headers)
+        client = self.connect(context)
+        with contextlib.closing(client):
+            return ask_on(client, path, **headers)
 
     def connect(self, context: ssl.SSLContext | None = None) -> http.client.HTTPConnection:
         if context is None:
@@ -114,9 +116,9 @@ class Served:
         Path(self.path).write_text(config)
 
 
-def ask_on(connection: http.client.HTTPConnection, path: str, **headers: str) -> Answer:
-    connection.request("GET", path, headers=headers)
-    response = connection.getresponse()
+def ask_on(client: http.client.HTTPConnection, path: str, **headers: str) -> Answer:
+    client.request("GET", path, headers=headers)
+    response = client.getresponse()
     return Answer(response.status, response.headers, response.read())
 
 
@@ -170,10 +172,10 @@ def test_plain(serve: Serve) -> None:
 def test_tls(serve: Serve) -> None:
     """A client that trusts our authority gets the page, again and again."""
     served = serve(TLS)
-    connection = served.connect(client_context())
-    with contextlib.closing(connection):
+    client = served.connect(client_context())
+    with contextlib.closing(client):
         for _ in range(3):
-            answer = ask_on(connection, "/metrics")
+            answer = ask_on(client, "/metrics")
             assert (answer.status, b"connections 7" in answer.body) == (200, True)
 
 
@@ -435,7 +437,7 @@ def test_rate_limit(serve: Serve) -> None:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.5)
 
 
 HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
@@ -477,7 +479,7 @@ def test_half_handshakes_take_places_like_others(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More than there are places: who has waited longest goes, and a scrape gets in."""
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
     served = serve(TLS)
     with contextlib.ExitStack() as held:
         socks = [held.enter_context(dial(served.port)) for _ in range(20)]
@@ -516,8 +518,8 @@ def of_the_server() -> int:
 @pytest.mark.usefixtures("short")
 def test_who_does_not_take_the_page(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that asks and does not read is dropped, as without TLS."""
-    page = server._Response(200, bytes(1 << 24))
-    monkeypatch.setattr(server, "_exposition", lambda *_: page)
+    page = pages.Response(200, bytes(1 << 24))
+    monkeypatch.setattr(pages, "_exposition", lambda *_: page)
     served = serve(TLS)
     with (
         socket.socket() as sock,
@@ -537,7 +539,7 @@ def test_who_does_not_take_the_page(serve: Serve, monkeypatch: pytest.MonkeyPatc
 def test_a_large_page_arrives_whole(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many records and writes it takes."""
     body = os.urandom(5_000_003)
-    monkeypatch.setattr(server, "_exposition", lambda *_: server._Response(200, body))
+    monkeypatch.setattr(pages, "_exposition", lambda *_: pages.Response(200, body))
     assert serve(TLS).ask(client_context()).body == body
 
 
@@ -581,24 +583,24 @@ def test_a_new_certificate(serve: Serve) -> None:
     """New connections have it; those from before go on."""
     served = serve(MTLS)
     before = certificate_of(served)
-    connection = served.connect(client_context(CLIENT))
-    with contextlib.closing(connection):
-        assert ask_on(connection, "/metrics").status == 200
+    client = served.connect(client_context(CLIENT))
+    with contextlib.closing(client):
+        assert ask_on(client, "/metrics").status == 200
         write_pair(served.directory)
         eventually(lambda: certificate_of(served) != before)
-        assert ask_on(connection, "/metrics").status == 200
+        assert ask_on(client, "/metrics").status == 200
 
 
 def test_new_users(serve: Serve) -> None:
     """Who was admitted, and remembered, is not any more, even on the same connection."""
     served = serve(users(alice="wonderland"))
-    connection = served.connect()
-    with contextlib.closing(connection):
-        assert ask_on(connection, "/metrics", **ALICE).status == 200
+    client = served.connect()
+    with contextlib.closing(client):
+        assert ask_on(client, "/metrics", **ALICE).status == 200
         served.write(users(alice="looking-glass"))
-        eventually(lambda: ask_on(connection, "/metrics", **ALICE).status == 401)
+        eventually(lambda: ask_on(client, "/metrics", **ALICE).status == 401)
         new = basic("alice", "looking-glass")
-        assert ask_on(connection, "/metrics", **new).status == 200
+        assert ask_on(client, "/metrics", **new).status == 200
 
 
 def test_a_file_that_is_named_later(serve: Serve) -> None:
