@@ -58,7 +58,7 @@ from tcpexporter.web.listen import listen
 if TYPE_CHECKING:  # what is not asked for takes no memory
     from tcpexporter.metrics.output import Output
     from tcpexporter.socket_tables.saved_ages import State
-    from tcpexporter.web.guard import Web
+    from tcpexporter.web.guard import Guard
 
 log = logging.getLogger("tcpexporter")
 
@@ -242,7 +242,7 @@ def _run(
             ready=starting.awaited,
             settings=dataclasses.asdict(settings),
             version=version.VERSION,
-            web=web,
+            guard=web,
         )
         following = _Following(settings, collector, choose, app)
         takers: dict[str, Take] = {SETTINGS: following.take}
@@ -302,15 +302,15 @@ def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reade
         ) from error
 
 
-def _make_web(settings: Settings, reader: Reader) -> "Web | None":
+def _make_web(settings: Settings, reader: Reader) -> "Guard | None":
     path = settings.web_config
     if not path:
         return None
     # As with JsonFormatter: 3 MiB.
-    from tcpexporter.web.guard import Web  # noqa: PLC0415
+    from tcpexporter.web.guard import Guard  # noqa: PLC0415
 
     try:
-        return Web(path, reader.receive().accepted())
+        return Guard(path, reader.receive().accepted())
     except ReaderGoneError as error:
         raise WebConfigError(f"{path} cannot be read: its reader has failed") from error
 
@@ -458,7 +458,7 @@ class _Following:
         done = reread(self._settings, parse(sys.argv[1:], os.environ, told.accepted()))
         self._settings = done.settings
         self._collector.choose(self._choose(done.settings))
-        self._app.show(dataclasses.asdict(done.settings))
+        self._app.show_settings(dataclasses.asdict(done.settings))
         root = logging.getLogger()
         level = logging.getLevelName(done.settings.log_level.upper())
         root.setLevel(min(root.level, level))  # one of the two lets it be said

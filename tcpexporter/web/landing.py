@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Makes the HTML page at /."""
+"""Makes the HTML page at /: the version, the settings in force, and links."""
 
 import base64
 import hashlib
@@ -17,15 +17,15 @@ td { font-family: ui-monospace, monospace; overflow-wrap: anywhere }
 
 _STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 
-# Nothing but our own style: the page shows what a user wrote.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     f"style-src 'sha256-{_STYLE_HASH}'"
 )
+"""Permits only the style of this page, because the page shows text that a user wrote."""
 
 
 def landing_page(version: str, settings: Mapping[str, object]) -> str:
-    """Return the HTML of the page: the version, the settings in force, and links."""
+    """Return the HTML of the page; ``settings`` are shown in their order."""
     rows = "\n".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(_shown(value))}</td></tr>'
         for name, value in settings.items()
@@ -41,11 +41,11 @@ def landing_page(version: str, settings: Mapping[str, object]) -> str:
 </head>
 <body>
 <h1>tcpexporter {escape(version)}</h1>
-<p>How many TCP connections have lasted for long, per local port and IP version.</p>
+<p>Counts long-term TCP connections per local port and IP version.</p>
 <ul>
 <li><a href="metrics">Metrics</a></li>
-<li><a href="-/healthy">Health</a>: does it run?</li>
-<li><a href="-/ready">Readiness</a>: does it have metrics?</li>
+<li><a href="-/healthy">Health</a>: is the exporter running?</li>
+<li><a href="-/ready">Readiness</a>: can it serve metrics?</li>
 </ul>
 <h2>Settings in force</h2>
 <table>

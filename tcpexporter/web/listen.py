@@ -9,26 +9,27 @@ from typing import Any
 from tcpexporter.errors import ServerError
 
 BACKLOG = 1024
-"""Clients that wait in the kernel to be accepted; others try again after a second."""
+"""Clients that wait in the kernel to be accepted. TCP makes others retry after a second."""
 
 RECEIVE_BYTES, SEND_BYTES = 32 * 1024, 128 * 1024
-"""What the kernel keeps for a client at most; by socket(7) it takes twice that for it.
+"""Socket buffer sizes of a client. The kernel allocates up to twice as much: socket(7).
 
-By itself it goes up to some MiB for each, and all that the host's connections may take
-together is limited: whoever fills that makes every service of the host slow.
+Without them, the kernel grows each buffer up to some MiB. The memory of all TCP sockets
+together is limited (tcp_mem), so clients could slow down every service of the host.
 """
 
-# What getaddrinfo(3) names but this host does not have, IPv6 mostly.
-_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+# Errors for an address that getaddrinfo(3) returns but this host does not have, such as
+# an IPv6 address.
+_ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 _REMEDIES = {
     errno.EADDRINUSE: "port {port} is already in use:"
-    " stop what uses it or choose another with --listen",
-    errno.EACCES: "port {port} is not permitted:"
-    " start as root or choose one of 1024 or above with --listen",
+    " stop the process that uses it, or choose another port with --listen",
+    errno.EACCES: "binding port {port} is not permitted:"
+    " start as root, or choose a port from 1024 on with --listen",
     errno.EADDRNOTAVAIL: "{address} is not an address of this host:"
     " choose with --listen one that `ip address` shows",
-    errno.EAFNOSUPPORT: "{address} needs IPv6, which this host does not have:"
+    errno.EAFNOSUPPORT: "{address} requires IPv6, which this host does not have:"
     " choose an IPv4 address with --listen",
 }
 
@@ -38,30 +39,31 @@ log = logging.getLogger(__name__)
 
 
 def listen(address: str | None, port: int) -> list[socket.socket]:
-    """Listen at an address or a host name; what the host does not have of it is left out.
+    """Listen at an address, or at each address of a host name that this host has.
 
     Args:
-        address: None is every address of the host, IPv4 and IPv6; so is ``::``, as for
-            exporters that are written in Go. ``0.0.0.0`` is IPv4 alone.
-        port: 0 takes a free one, the same at all addresses.
+        address: None and ``::`` mean every address of the host, IPv4 and IPv6, as for
+            exporters written in Go. ``0.0.0.0`` means IPv4 only.
+        port: 0 chooses a free port, the same for all addresses.
 
     Returns:
         One listening socket per address.
 
     Raises:
-        ServerError: the port cannot be had at one of the addresses.
+        ServerError: the host has none of the addresses, or the port is not available at
+            one of them.
     """
     sockets: list[socket.socket] = []
     absent: OSError | None = None
-    # A socket for each family, not one for both: its IPv4 clients would all have addresses
-    # of one IPv6 network, ::ffff:0:0/96, and share the slots of one (`places`).
-    where = None if address == "::" else address
+    # One socket per address family. On a dual-stack socket all IPv4 clients would have
+    # addresses of one IPv6 network, ::ffff:0:0/96, and share its slots (`fair_share`).
+    bound = None if address == "::" else address
     try:
-        for family, (host, _, *scope) in _resolve(where, port):
+        for family, (host, _, *scope) in _resolve(bound, port):
             try:
                 sockets.append(_bind(family, (host, port, *scope)))
             except OSError as error:
-                if error.errno not in _NOT_HERE:
+                if error.errno not in _ABSENT:
                     raise
                 absent = error
             else:
@@ -71,7 +73,7 @@ def listen(address: str | None, port: int) -> list[socket.socket]:
     except OSError as error:
         for sock in sockets:
             sock.close()
-        raise _refusal(error, address, port) from error
+        raise _server_error(error, address, port) from error
     return sockets
 
 
@@ -82,22 +84,22 @@ def _resolve(address: str | None, port: int) -> list[tuple[socket.AddressFamily,
         )
     except (socket.gaierror, UnicodeError) as error:
         raise ServerError(
-            f"{address} is not known: give an address or a name of this host with --listen"
+            f"cannot resolve {address}: give --listen an address or a name of this host"
         ) from error
-    # A name that /etc/hosts has twice is found twice, and cannot be bound twice.
+    # getaddrinfo(3) returns an address twice if /etc/hosts has it twice for the name.
     return list(dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found))
 
 
 def _bind(family: socket.AddressFamily, sockaddr: _Address) -> socket.socket:
-    # asyncio turns Nagle's algorithm off only where it is told that this is TCP. With it,
-    # the end of a page waits for the client's delayed ACK: 40 ms.
+    # asyncio sets TCP_NODELAY only on sockets that were made with IPPROTO_TCP. Without it,
+    # the last packet of a response waits 40 ms for the client's delayed ACK.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         if family == socket.AF_INET6:
-            # IPv4 has its own socket, whatever net.ipv6.bindv6only says.
+            # IPv4 has its own socket, whatever net.ipv6.bindv6only is.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(sockaddr)
         sock.listen(BACKLOG)
@@ -108,7 +110,7 @@ def _bind(family: socket.AddressFamily, sockaddr: _Address) -> socket.socket:
     return sock
 
 
-def _refusal(error: OSError, address: str | None, port: int) -> ServerError:
+def _server_error(error: OSError, address: str | None, port: int) -> ServerError:
     sentence = _REMEDIES.get(
         error.errno or 0, f"cannot listen at {{address}} on port {{port}}: {error.strerror}"
     )

@@ -14,12 +14,12 @@ from prometheus_client import CollectorRegistry
 from tcpexporter.errors import SourceError, enough_memory, reason
 from tcpexporter.metrics.exposition import Collections, Page, negotiate
 from tcpexporter.metrics.negotiation import prefers_gzip
-from tcpexporter.web.fair_share import neighbourhood
+from tcpexporter.web.fair_share import source_network
 from tcpexporter.web.landing import CONTENT_SECURITY_POLICY, landing_page
 from tcpexporter.web.targets import clean, is_host, location, path_of
 
-if TYPE_CHECKING:  # what is not asked for takes no memory
-    from tcpexporter.web.guard import Web
+if TYPE_CHECKING:  # saves the memory of bcrypt and ssl when there is no --web-config
+    from tcpexporter.web.guard import Guard
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Response:
-    """What is sent to a client, without the headers that every response has."""
+    """A response, without the headers that `App` adds to all of them."""
 
     status: int
     body: bytes
@@ -40,7 +40,7 @@ class Response:
 
 
 def text(status: int, sentence: str, **headers: str) -> Response:
-    """Return a plain-text response of one sentence."""
+    """Return a response with a sentence as plain text."""
     return Response(status, f"{sentence}\n".encode(), headers=headers)
 
 
@@ -49,15 +49,15 @@ _ALLOW = {"allow": "GET, HEAD"}
 _REFUSALS = {
     HTTPStatus.UNAUTHORIZED: text(
         401,
-        "who are you? A name and its password are needed",
+        "authentication required",
         **{"www-authenticate": 'Basic realm="tcpexporter", charset="UTF-8"'},
     ),
-    HTTPStatus.TOO_MANY_REQUESTS: text(429, "too many requests for the rate_limit"),
+    HTTPStatus.TOO_MANY_REQUESTS: text(429, "too many requests: rate_limit exceeded"),
     HTTPStatus.SERVICE_UNAVAILABLE: text(
-        503, "the password cannot be checked now: try again", **{"retry-after": "1"}
+        503, "cannot check the password now: try again", **{"retry-after": "1"}
     ),
 }
-"""Of a request that `web.Web` does not admit."""
+"""Responses by what `Guard.authorize` returns; it returns OK for permitted requests."""
 
 
 class App:
@@ -70,22 +70,22 @@ class App:
         ready: Callable[[], str | None],
         settings: Mapping[str, object],
         version: str,
-        web: "Web | None" = None,
+        guard: "Guard | None" = None,
     ) -> None:
-        """Serve what a registry collects.
+        """Serve the metrics of a registry.
 
         Args:
-            registry: Asked anew for scrapes that come at the same time, in the event loop.
-            ready: What is waited for before there are metrics, None when there are.
+            registry: Collected in the event loop; concurrent scrapes share a collection.
+            ready: Returns None if metrics can be served, otherwise what must happen before.
             settings: Shown on the landing page.
-            version: Likewise.
-            web: Guards every page; None: anybody may ask.
+            version: Shown on the landing page.
+            guard: Authorizes each request; None permits all of them.
         """
         self._collections = Collections(registry)
-        self.web = web
+        self.guard = guard
         self._ready = ready
         self._version = version
-        self.show(settings)
+        self.show_settings(settings)
         self._trouble: str | None = None
         self._has_worked = False
         self._pages: Mapping[str, Callable[[Scope], Awaitable[Response]]] = {
@@ -95,17 +95,17 @@ class App:
             "/-/ready": self._readiness,
         }
 
-    def show(self, settings: Mapping[str, object]) -> None:
-        """Have other settings on the landing page; from any thread."""
+    def show_settings(self, settings: Mapping[str, object]) -> None:
+        """Replace the settings that the landing page shows; callable from any thread."""
         self._landing_page = landing_page(self._version, settings).encode()
 
     async def check(self) -> str | None:
-        """What keeps metrics from being had; None: nothing does.
+        """Return why metrics cannot be served, or None if they can.
 
-        Collects as for a scrape, unless there was one that worked since the last check.
+        Collects as for a scrape, unless a scrape has worked since the last check.
         """
-        if awaited := self._ready():
-            return awaited
+        if pending := self._ready():
+            return pending
         try:
             if not self._has_worked:
                 await self.collect()
@@ -124,10 +124,10 @@ class App:
             "content-type": response.content_type,
             "content-length": str(len(response.body)),
             **response.headers,
-            **(self.web.headers if self.web else {}),
+            **(self.guard.headers if self.guard else {}),
         }
         if _has_body(scope):
-            # Nobody reads it, so there is no telling where the next request begins.
+            # The body is not read, so the start of a next request is unknown.
             headers["connection"] = "close"
         await send(
             {
@@ -139,31 +139,33 @@ class App:
         await send({"type": "http.response.body", "body": response.body})
 
     async def collect(self) -> Page:
-        """A page of now, shared with whoever asks at the same time.
+        """Return a page that is collected after this call, shared by concurrent callers.
 
         Raises:
-            SourceError: there is none.
+            SourceError: collecting failed, for whatever reason.
         """
         try:
             page = await self._collections.next()
         except Exception as error:
-            self._note(reason(error))
-            log.debug("no metrics can be had", exc_info=error)
+            self._record_trouble(reason(error))
+            log.debug("cannot collect metrics", exc_info=error)
             raise SourceError(reason(error)) from error
-        self._note(None)
+        self._record_trouble(None)
         self._has_worked = True
         return page
 
     async def _refusal(self, scope: Scope) -> Response | None:
-        if self.web is None:
+        if self.guard is None:
             return None
         host, _ = scope["client"] or ("", 0)
         authorization = _header(scope, b"authorization")
-        return _REFUSALS.get(await self.web.admit(authorization, neighbourhood(host)))
+        return _REFUSALS.get(
+            await self.guard.authorize(authorization, source_network(host))
+        )
 
     async def _respond(self, scope: Scope) -> Response:
         target = scope["raw_path"].decode("ascii")
-        if (scope["method"], target) == ("OPTIONS", "*"):  # of the server as a whole
+        if (scope["method"], target) == ("OPTIONS", "*"):  # asks about the whole server
             return Response(200, b"", headers=_ALLOW)
         if scope["method"] not in ("GET", "HEAD"):
             return text(405, "only GET and HEAD are allowed", **_ALLOW)
@@ -171,11 +173,11 @@ class App:
         if path is None:
             return text(400, "the request target is neither a path nor a URL")
         if path != (cleaned := clean(path)):
-            where = location(cleaned, scope["query_string"].decode("ascii"))
-            return text(301, f"moved permanently: {where}", location=where)
+            target = location(cleaned, scope["query_string"].decode("ascii"))
+            return text(301, f"moved permanently: {target}", location=target)
         if page := self._pages.get(path):
             return await page(scope)
-        return text(404, "not found: the metrics are at /metrics")
+        return text(404, "not found: metrics are at /metrics")
 
     async def _landing(self, _scope: Scope) -> Response:
         return Response(
@@ -189,8 +191,8 @@ class App:
         return text(200, "healthy")
 
     async def _readiness(self, _scope: Scope) -> Response:
-        awaited = self._ready()
-        return text(503, f"not ready: {awaited}") if awaited else text(200, "ready")
+        pending = self._ready()
+        return text(503, f"not ready: {pending}") if pending else text(200, "ready")
 
     async def _metrics(self, scope: Scope) -> Response:
         readiness = await self._readiness(scope)
@@ -203,24 +205,24 @@ class App:
         except SourceError as error:
             return text(503, str(error))
 
-    def _note(self, trouble: str | None) -> None:
+    def _record_trouble(self, trouble: str | None) -> None:
         if trouble == self._trouble:
             return
         self._trouble = trouble
         if trouble:
-            log.error("no metrics can be had: %s", trouble)
+            log.error("cannot collect metrics: %s", trouble)
         else:
-            log.info("metrics can be had again")
+            log.info("collecting metrics works again")
 
 
 def _objection(scope: Scope) -> Response | None:
-    """The response to a request that is invalid whatever its target; None: it is valid."""
+    """Return the refusal of a request whose version or headers are invalid, else None."""
     if not scope["http_version"].startswith("1."):
         return text(505, "only HTTP/1.0 and HTTP/1.1 are supported", connection="close")
     if not is_host(_header(scope, b"host")):
         return text(400, "the Host header is invalid")
     if _header(scope, b"expect").lower() not in ("", "100-continue"):
-        return text(417, "only 100-continue may be expected")
+        return text(417, "the only expectation supported is 100-continue")
     return None
 
 
@@ -228,14 +230,14 @@ def _exposition(page: Page, scope: Scope) -> Response:
     form = negotiate(_header(scope, b"accept"))
     query = parse_qs(scope["query_string"].decode("latin-1"))
     if names := query.get("name[]"):
-        # Not compressed, or every choice of names would have to be compressed anew.
+        # Not compressed: each selection of names would have to be compressed separately.
         vary = {"vary": "Accept"}
         return Response(200, page.body(form, names), form.content_type, vary)
     vary = {"vary": "Accept, Accept-Encoding"}
     if not prefers_gzip(_header(scope, b"accept-encoding")):
         return Response(200, page.body(form), form.content_type, vary)
-    packing = {"content-encoding": "gzip", **vary}
-    return Response(200, page.packed(form), form.content_type, packing)
+    headers = {"content-encoding": "gzip", **vary}
+    return Response(200, page.packed(form), form.content_type, headers)
 
 
 def _header(scope: Scope, name: bytes) -> str:

@@ -23,7 +23,7 @@ LOOPBACK = "127.0.0.1"
 
 
 PATIENCE_S = 10
-"""Until a test gives up on what should happen at once."""
+"""Time limit for everything that should happen at once."""
 
 
 LANDING = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -42,7 +42,7 @@ class Answer(NamedTuple):
 
 
 class Flaky(Collector):
-    """A collector that has trouble when told."""
+    """A collector that raises ``trouble`` if it is set."""
 
     trouble: Exception | None = None
     collections = 0
@@ -55,7 +55,7 @@ class Flaky(Collector):
 
 
 class Held(Collector):
-    """A collector whose first collection goes on until told; each says which it is."""
+    """A collector whose collections wait for ``go_on``; the value is their number."""
 
     collections = 0
 
@@ -129,7 +129,7 @@ def read_until(sock: socket.socket, end: bytes) -> None:
 
 
 def read_all(sock: socket.socket, enough: int | None = None) -> bytes:
-    """All that comes until the server closes, within PATIENCE_S, or that is enough."""
+    """Read until the server closes the connection, or until ``enough`` bytes have come."""
     received = b""
     with contextlib.suppress(ConnectionResetError):
         while (enough is None or len(received) < enough) and (chunk := sock.recv(65536)):

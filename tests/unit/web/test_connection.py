@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""One client over a real socket: HTTP/1.1 and its limits."""
+"""HTTP/1.1 over real sockets: clients that are slow, many, or do not speak HTTP."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ from tests.unit.web.support import (
 
 
 def test_keep_alive(start: Start) -> None:
-    """One connection serves one scrape after another."""
+    """Consecutive scrapes use one connection."""
     port = start(make_app(Flaky()))
     client = http.client.HTTPConnection(LOOPBACK, port, timeout=PATIENCE_S)
     with contextlib.closing(client):
@@ -49,26 +49,26 @@ def test_keep_alive(start: Start) -> None:
 
 @pytest.mark.parametrize("requests", [0, 1, 2])
 def test_slow_request(start: Start, monkeypatch: pytest.MonkeyPatch, requests: int) -> None:
-    """A request that dribbles in is dropped in time, be it the first or a later one."""
+    """A client that sends its first or a later request slowly is dropped in time."""
     monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.3)
     with dial(start(make_app())) as sock:
         for _ in range(requests):
             sock.sendall(HEALTHY)
             read_until(sock, b"healthy\n")
-            time.sleep(0.5)  # idle: the deadline of a request is not for this
+            time.sleep(0.5)  # idle: this time is not part of a request's deadline
         sock.sendall(b"GET / HTTP/1.1\r\nX: ")
         assert dropped_while_sending(sock, b"x", every_s=0.05)
 
 
 def test_silent_client(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever connects and says nothing is dropped."""
+    """A client that connects and sends nothing is dropped."""
     monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.3)
     with dial(start(make_app())) as sock:
         assert read_all(sock) == b""
 
 
 def test_idle_connection_is_closed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection is not kept for ever after its last request."""
+    """An idle connection is closed after KEEP_ALIVE_S."""
     monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.3)
     with dial(start(make_app())) as sock:
         sock.sendall(LANDING)
@@ -87,7 +87,7 @@ def test_idle_connection_is_closed(start: Start, monkeypatch: pytest.MonkeyPatch
 def test_slow_reader(
     start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes, read: bytes
 ) -> None:
-    """Whoever does not read a response is dropped in time, whatever else they send."""
+    """A client that does not read a response is dropped in time, whatever it sends."""
     monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.5)
     bind = listen._bind
 
@@ -96,7 +96,7 @@ def test_slow_reader(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         return sock
 
-    # The kernel takes 12 kB of the response, the rest is for us to keep.
+    # The kernel accepts 12 kB of the response; the rest stays in the exporter.
     monkeypatch.setattr(listen, "_bind", bind_with_small_buffer)
     port = start(make_app(settings={"setting": "x" * 40_000}))
     with socket.socket() as sock:
@@ -111,7 +111,7 @@ def test_slow_reader(
 
 
 def test_patient_reader(start: Start) -> None:
-    """A big response arrives whole in many reads, and the next one after it."""
+    """A response of 20 MB arrives completely, and so does the next one."""
     port = start(make_app(Flaky(), settings={"setting": "x" * 20_000_000}))
     client = http.client.HTTPConnection(LOOPBACK, port, timeout=PATIENCE_S)
     with contextlib.closing(client):
@@ -122,8 +122,8 @@ def test_patient_reader(start: Start) -> None:
         assert client.getresponse().status == 200
 
 
-def test_more_clients_than_places(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slow clients lose their places, the oldest first, and a scrape is answered."""
+def test_more_clients_than_slots(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow clients are evicted, longest waiting first, and a scrape gets its response."""
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
     port = start(make_app(Flaky()))
     with contextlib.ExitStack() as opened:
@@ -135,10 +135,10 @@ def test_more_clients_than_places(start: Start, monkeypatch: pytest.MonkeyPatch)
         assert [is_open(sock) for sock in slow] == [False] * 17 + [True] * 7
 
 
-def test_a_crowd_takes_no_place_of_others(
+def test_many_clients_of_one_network_do_not_evict_clients_of_others(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever keeps a connection, or is slow, loses it to no crowd from elsewhere."""
+    """An idle and a slow client in other networks keep their connections."""
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
     port = start(make_app())
     with contextlib.ExitStack() as opened:
@@ -148,19 +148,19 @@ def test_a_crowd_takes_no_place_of_others(
         kept.sendall(HEALTHY)
         read_until(kept, b"healthy\n")
         slow.sendall(HEALTHY[:7])
-        crowd = [opened.enter_context(dial(port)) for _ in range(24)]
-        crowd[-1].sendall(HEALTHY)
-        read_until(crowd[-1], b"healthy\n")
-        assert [is_open(sock) for sock in crowd[:-1]] == [False] * 18 + [True] * 5
+        many = [opened.enter_context(dial(port)) for _ in range(24)]
+        many[-1].sendall(HEALTHY)
+        read_until(many[-1], b"healthy\n")
+        assert [is_open(sock) for sock in many[:-1]] == [False] * 18 + [True] * 5
         for sock, left in ((kept, HEALTHY), (slow, HEALTHY[7:])):
             sock.sendall(left)
             read_until(sock, b"healthy\n")
 
 
-def test_who_is_being_answered_keeps_the_place(
+def test_a_client_that_is_being_answered_is_not_evicted(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long that takes: as when a password is checked."""
+    """This holds however long the response takes, for example for a password check."""
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
     asked, go_on = threading.Event(), threading.Event()
     app = make_app()
@@ -176,17 +176,17 @@ def test_who_is_being_answered_keeps_the_place(
         waiting = opened.enter_context(dial(port))
         waiting.sendall(HEALTHY.replace(b"/-/healthy", b"/wait"))
         assert asked.wait(PATIENCE_S)
-        crowd = [opened.enter_context(dial(port)) for _ in range(24)]
-        crowd[-1].sendall(HEALTHY)
-        read_until(crowd[-1], b"healthy\n")
+        many = [opened.enter_context(dial(port)) for _ in range(24)]
+        many[-1].sendall(HEALTHY)
+        read_until(many[-1], b"healthy\n")
         go_on.set()
         read_until(waiting, b"at last\n")
 
 
-def test_what_nobody_takes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of clients that do not read, so many are dropped that the rest fits, oldest first."""
+def test_unsent_data_is_limited(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that do not read are dropped, longest waiting first, until the rest fits."""
     page_bytes, fit = 4_000_000, 3
-    monkeypatch.setattr(connection, "MAX_UNTAKEN_BYTES", fit * page_bytes)
+    monkeypatch.setattr(connection, "MAX_UNSENT_BYTES", fit * page_bytes)
     port = start(make_app(settings={"setting": "x" * page_bytes}))
     with contextlib.ExitStack() as opened:
         readers = []
@@ -199,30 +199,30 @@ def test_what_nobody_takes(start: Start, monkeypatch: pytest.MonkeyPatch) -> Non
             assert len(read_all(sock, page_bytes)) >= page_bytes
 
 
-def test_memory_of_a_crowd_is_given_back(
+def test_memory_is_returned_after_many_connections(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When most have gone, and once for each crowd."""
-    given = []
-    monkeypatch.setattr(malloc, "give_back", lambda: given.append(True))
+    """It is returned when most are closed, once each time there were many."""
+    returned = []
+    monkeypatch.setattr(malloc, "give_back", lambda: returned.append(True))
     port = start(make_app())
-    for crowds in (1, 2):
+    for rounds in (1, 2):
         with contextlib.ExitStack() as opened:
-            for _ in range(connection.CROWD):
+            for _ in range(connection.MANY_CONNECTIONS):
                 opened.enter_context(dial(port))
             ask(port, "/")
-        while len(given) < crowds:
+        while len(returned) < rounds:
             ask(port, "/")
         for _ in range(5):
             ask(port, "/")
-        assert len(given) == crowds
+        assert len(returned) == rounds
 
 
 @pytest.mark.parametrize(
     "size", [connection.MAX_HEAD_BYTES + connection.READ_BYTES, 10_000_000]
 )
 def test_head_without_end(start: Start, size: int) -> None:
-    """A head that is too long is refused, also when it comes at once and has an end."""
+    """A head that is too long is refused, also if it is complete."""
     with dial(start(make_app())) as sock:
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * size + b"\r\n\r\n")
@@ -230,7 +230,7 @@ def test_head_without_end(start: Start, size: int) -> None:
 
 
 def test_head_of_a_scrape_behind_proxies(start: Start) -> None:
-    """A head that is long, but within the limit, is taken."""
+    """A long head within the limit is accepted."""
     assert ask(start(make_app()), "/", cookie="x" * 15_000).status == 200
 
 
@@ -238,7 +238,7 @@ def test_head_of_a_scrape_behind_proxies(start: Start) -> None:
     "framing", ["Content-Length: 10000000000", "Transfer-Encoding: chunked"]
 )
 def test_endless_body(start: Start, framing: str) -> None:
-    """A body is not waited for, not read to its end, and not taken for the next request."""
+    """The response does not wait for a body, and the body is not parsed as a request."""
     with dial(start(make_app())) as sock:
         sock.sendall(f"GET / HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode())
         assert read_all(sock).startswith(b"HTTP/1.1 200 ")
@@ -246,7 +246,7 @@ def test_endless_body(start: Start, framing: str) -> None:
 
 
 def test_expect_continue(start: Start) -> None:
-    """A client that asks first is not told to go on."""
+    """A client with Expect: 100-continue gets the response, not 100."""
     with dial(start(make_app())) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
         sock.sendall(b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n")
@@ -270,7 +270,7 @@ FIN_CASES = [
 
 @pytest.mark.parametrize(("sent", "expected"), FIN_CASES)
 def test_request_and_fin(start: Start, sent: bytes, expected: list[int]) -> None:
-    """What came before a client closed its direction is answered, as by node_exporter.
+    """Requests sent before the client's FIN get responses, as from node_exporter.
 
     A fault of this kind leaves ``printf ... | nc`` without a response.
     """
@@ -282,7 +282,7 @@ def test_request_and_fin(start: Start, sent: bytes, expected: list[int]) -> None
 
 
 class Waiting:
-    """An app with a page that takes as long as it is told to."""
+    """An application with a page whose response waits for ``go_on``."""
 
     def __init__(self) -> None:
         self.asked = threading.Semaphore(0)
@@ -301,7 +301,7 @@ WAIT = HEALTHY.replace(b"/-/healthy", b"/wait")
 
 
 def test_fin_long_before_the_response(start: Start) -> None:
-    """The response still comes, and then the end of the connection."""
+    """The client gets the response, then the connection is closed."""
     waiting = Waiting()
     port = start(waiting.app)
     with dial(port) as sock:
@@ -313,10 +313,10 @@ def test_fin_long_before_the_response(start: Start) -> None:
         assert read_all(sock).endswith(b"at last\n")
 
 
-def test_fin_with_a_response_that_is_not_taken(
+def test_fin_with_a_response_that_is_not_read(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that has closed its direction and reads nothing is dropped in time."""
+    """A client that has sent FIN and reads nothing is dropped in time."""
     monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.5)
     with dial(start(make_app(settings={"setting": "x" * 20_000_000}))) as sock:
         sock.sendall(LANDING)
@@ -327,7 +327,7 @@ def test_fin_with_a_response_that_is_not_taken(
 def test_fin_with_a_response_that_does_not_come(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The deadline of a request is for those that have closed their direction, too."""
+    """The deadline of a request also applies to clients that have sent FIN."""
     monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.3)
     waiting = Waiting()
     with dial(start(waiting.app)) as sock:
@@ -342,7 +342,8 @@ def test_half_closed_connections_lose_their_slots_first(
 ) -> None:
     """A client that has sent FIN may be gone: it keeps no slot that another client needs.
 
-    A fault of this kind lets clients that ask and leave take all slots for ten seconds.
+    A fault of this kind lets clients that send a request and leave hold all slots for ten
+    seconds.
     """
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
     waiting = Waiting()
@@ -360,7 +361,7 @@ def test_half_closed_connections_lose_their_slots_first(
 
 
 def test_pipelining(start: Start) -> None:
-    """Requests sent without waiting are answered in their order."""
+    """Pipelined requests get their responses in order."""
     paths = ("/-/healthy", "/nowhere", "/-/ready")
     requests = [f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths]
     with dial(start(make_app())) as sock:
@@ -381,7 +382,7 @@ def test_pipelining(start: Start) -> None:
     ],
 )
 def test_not_http(start: Start, caplog: pytest.LogCaptureFixture, sent: bytes) -> None:
-    """What is not HTTP/1 is told so and closed, without a word in the log."""
+    """Input that is not HTTP/1 gets 400, the connection is closed, nothing is logged."""
     port = start(make_app(Flaky()))
     caplog.clear()
     with dial(port) as sock:
@@ -392,7 +393,7 @@ def test_not_http(start: Start, caplog: pytest.LogCaptureFixture, sent: bytes) -
 
 
 def test_body_that_is_not_http(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    """A body that turns out invalid while its request is answered is no fault of ours."""
+    """An invalid body that arrives during the response logs nothing."""
     port = start(make_app())
     caplog.clear()
     with dial(port) as sock:
@@ -402,7 +403,7 @@ def test_body_that_is_not_http(start: Start, caplog: pytest.LogCaptureFixture) -
 
 
 def test_upgrade(start: Start) -> None:
-    """A WebSocket is not to be had: the request is answered like any other."""
+    """WebSocket is not supported: the response is that of a request without upgrade."""
     answer = ask(
         start(make_app()),
         "/",
@@ -415,7 +416,7 @@ def test_upgrade(start: Start) -> None:
 
 @pytest.mark.parametrize(("sent", "read"), [(HEALTHY, b"healthy\n"), (b"GET /", b"")])
 def test_resets_leave_nothing_behind(start: Start, sent: bytes, read: bytes) -> None:
-    """A client that resets its connection leaves no timer that keeps it in memory."""
+    """After a reset no timer keeps the connection in memory."""
     port = start(make_app())
     for _ in range(20):
         with dial(port) as sock:

@@ -14,7 +14,7 @@ from tests.unit.web.support import (
 
 
 class Page(HTMLParser):
-    """What a page has: elements that are closed in order, links, text."""
+    """Parses a page: checks that elements are closed in order; collects links and text."""
 
     void = ("meta", "link", "br", "img")
 
@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
 
 def test_landing_page(start: Start) -> None:
-    """The page has the version, the settings as text, and links to the rest."""
+    """The page shows the version, the settings as escaped text, and links."""
     hostile = '<script>alert("1")</script>&amp;'
     settings = {"ports": (80, 443), "conf": None, "<b>user": hostile}
     port = start(make_app(settings=settings))
@@ -59,16 +59,16 @@ def test_landing_page(start: Start) -> None:
 
 
 def test_landing_page_style_is_permitted(start: Start) -> None:
-    """The hash that the policy permits is that of the style the page has."""
+    """The policy permits the hash of the style that the page has."""
     answer = ask(start(make_app()), "/")
     (style,) = re.findall(r"<style>(.*?)</style>", answer.body.decode(), re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert f"'sha256-{digest}'" in answer.headers["content-security-policy"]
 
 
-def test_other_settings_are_shown(start: Start) -> None:
-    """From then on, on the landing page."""
+def test_replaced_settings_are_shown(start: Start) -> None:
+    """After a reload the page shows the new settings."""
     app = make_app(settings={"duration_s": 6})
     port = start(app)
-    app.show({"duration_s": 61})
+    app.show_settings({"duration_s": 61})
     assert b"<td>61</td>" in ask(port, "/").body

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Addresses at which the server listens."""
+"""Listening: addresses, host names, and errors of the kernel."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ from tests.unit.web.support import (
 
 @needs_ipv6
 def test_every_address(start: Start) -> None:
-    """Without an address, both families are served at one port."""
+    """Without an address the server listens for IPv4 and IPv6, on one port."""
     port = start(make_app(), None)
     assert [ask(port, "/-/healthy", host=h).status for h in (LOOPBACK, "::1")] == [200, 200]
 
@@ -33,7 +33,7 @@ def test_every_address(start: Start) -> None:
 @needs_ipv6
 @pytest.mark.parametrize(("address", "other"), [(LOOPBACK, "::1"), ("::1", LOOPBACK)])
 def test_one_address(start: Start, address: str, other: str) -> None:
-    """With an address, nothing is served at another."""
+    """With an address the server does not listen at any other."""
     port = start(make_app(), address)
     assert ask(port, "/-/healthy", host=address).status == 200
     with pytest.raises(ConnectionRefusedError):
@@ -41,9 +41,11 @@ def test_one_address(start: Start, address: str, other: str) -> None:
 
 
 @needs_ipv6
-def test_every_address_as_ipv6_has_it(start: Start) -> None:
-    """``[::]`` is both families, as in exporters that are written in Go, and a client of
-    IPv4 has an IPv4 address: an IPv6 one would make all of them one source network.
+def test_the_ipv6_wildcard_includes_ipv4(start: Start) -> None:
+    """``[::]`` means IPv4 and IPv6, as in exporters written in Go.
+
+    IPv4 clients must have IPv4 addresses: as IPv4-mapped addresses all of them would be in
+    one source network.
     """
     app = make_app()
     seen: list[str] = []
@@ -61,7 +63,7 @@ def test_every_address_as_ipv6_has_it(start: Start) -> None:
 
 @needs_ipv6
 def test_every_address_of_ipv4(start: Start) -> None:
-    """``0.0.0.0`` is IPv4 alone."""
+    """``0.0.0.0`` means IPv4 only."""
     port = start(make_app(), "0.0.0.0")
     assert ask(port, "/-/healthy").status == 200
     with pytest.raises(ConnectionRefusedError):
@@ -69,12 +71,12 @@ def test_every_address_of_ipv4(start: Start) -> None:
 
 
 def test_host_name(start: Start) -> None:
-    """A name does as well as an address."""
+    """A host name is accepted like an address."""
     assert ask(start(make_app(), "localhost"), "/-/healthy").status == 200
 
 
 def test_name_found_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that resolves twice to one address is listened on once."""
+    """A name that resolves twice to one address is bound once."""
     found = socket.getaddrinfo(LOOPBACK, 0, type=socket.SOCK_STREAM)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_kwargs: found * 2)
     (sock,) = listen_at("localhost", 0)
@@ -82,7 +84,7 @@ def test_name_found_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_restart() -> None:
-    """A port is free again at once, although a connection that we closed lingers on it."""
+    """A port can be bound again at once, although a connection of it is in TIME_WAIT."""
     (listener,) = listen_at(LOOPBACK, 0)
     port = listener.getsockname()[1]
     with dial(port) as client:
@@ -94,7 +96,7 @@ def test_restart() -> None:
 
 
 def test_port_in_use() -> None:
-    """Whoever takes a port that is taken is told so, and what to do."""
+    """The error for a port in use says so, and what to do."""
     with contextlib.ExitStack() as opened:
         for sock in listen_at(LOOPBACK, 0):
             opened.enter_context(sock)
@@ -102,20 +104,21 @@ def test_port_in_use() -> None:
         with pytest.raises(ServerError) as refused:
             listen_at(None, port)
     assert str(refused.value) == (
-        f"port {port} is already in use: stop what uses it or choose another with --listen"
+        f"port {port} is already in use: stop the process that uses it,"
+        " or choose another port with --listen"
     )
 
 
 @pytest.mark.parametrize(
     ("number", "sentence"),
     [
-        (errno.EACCES, "port 80 is not permitted: start as root or choose"),
+        (errno.EACCES, "binding port 80 is not permitted: start as root, or"),
         (errno.EADDRNOTAVAIL, "127.0.0.1 is not an address of this host: choose"),
         (errno.ENOBUFS, "cannot listen at 127.0.0.1 on port 80: No buffer space available"),
     ],
 )
 def test_refusals(monkeypatch: pytest.MonkeyPatch, number: int, sentence: str) -> None:
-    """Each way in which the kernel refuses has its sentence; no socket is left open."""
+    """Each error of bind(2) has its sentence, and no socket is left open."""
 
     def bind(_sock: socket.socket, _address: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -129,19 +132,21 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, number: int, sentence: str) -
     "error", [socket.gaierror(-2, "unknown"), UnicodeError("too long")]
 )
 def test_unknown_name(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """A name that nobody knows is refused by name."""
+    """The error for a name that cannot be resolved contains the name."""
 
     def getaddrinfo(*_args: object, **_kwargs: object) -> None:
         raise error
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    with pytest.raises(ServerError, match=r"^nowhere is not known: give an address"):
+    with pytest.raises(
+        ServerError, match=r"^cannot resolve nowhere: give --listen an address"
+    ):
         listen_at("nowhere", 0)
 
 
 @pytest.fixture
 def ipv6_error(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Have the kernel refuse IPv6 with an error."""
+    """Return a function that makes bind(2) of IPv6 sockets fail with an errno."""
     bind = socket.socket.bind
 
     def refuse(number: int) -> None:
@@ -160,7 +165,7 @@ def ipv6_error(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_host_without_ipv6(
     ipv6_error: Callable[[int], None], number: int, address: str | None
 ) -> None:
-    """A host without IPv6 is served by IPv4 alone, unless an IPv6 address was asked for."""
+    """Without IPv6 on the host the server listens for IPv4; an IPv6 address is an error."""
     ipv6_error(number)
     (sock,) = listen_at(address, 0)
     sock.close()
@@ -171,27 +176,27 @@ def test_host_without_ipv6(
 
 @needs_ipv6
 def test_port_in_use_for_ipv6_only(ipv6_error: Callable[[int], None]) -> None:
-    """Half of what was asked for is refused like none of it, and nothing is left open."""
+    """A port in use for one family only is an error too; no socket is left open."""
     ipv6_error(errno.EADDRINUSE)
     with pytest.raises(ServerError, match=r"^port \d+ is already in use"):
         listen_at(None, 0)
 
 
-def test_what_the_kernel_keeps_for_a_client() -> None:
-    """Less than it would by itself, in both directions."""
+def test_kernel_buffers_of_a_client_are_limited() -> None:
+    """Accepted sockets have the buffer sizes of the listener, in both directions."""
     (listener,) = listen_at(LOOPBACK, 0)
     with listener, dial(listener.getsockname()[1]):
         accepted, _ = listener.accept()
         with accepted:
-            for option, kept in (
+            for option, size in (
                 (socket.SO_RCVBUF, listen.RECEIVE_BYTES),
                 (socket.SO_SNDBUF, listen.SEND_BYTES),
             ):
-                assert accepted.getsockopt(socket.SOL_SOCKET, option) == 2 * kept
+                assert accepted.getsockopt(socket.SOL_SOCKET, option) == 2 * size
 
 
-def test_no_page_waits_for_a_delayed_ack() -> None:
-    """asyncio sets TCP_NODELAY on what comes from a socket that says it is TCP."""
+def test_no_response_waits_for_a_delayed_ack() -> None:
+    """asyncio sets TCP_NODELAY on connections of a listener made with IPPROTO_TCP."""
     sockets = listen_at(None, 0)
     for each in sockets:
         assert each.proto == socket.IPPROTO_TCP

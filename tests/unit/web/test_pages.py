@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The pages: what each request gets as a response."""
+"""The response to each request: pages, formats, refusals, readiness, failures."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ from tests.unit.web.support import (
 
 
 def test_text_format(start: Start) -> None:
-    """A client that asks for nothing in particular gets the text format."""
+    """Without an Accept header the response is in the text format."""
     answer = ask(start(make_app(Flaky())), "/metrics")
     assert answer.status == 200
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -40,7 +40,7 @@ def test_text_format(start: Start) -> None:
 
 
 def test_openmetrics_format(start: Start) -> None:
-    """What Prometheus asks for gets OpenMetrics, by its parser's judgement too."""
+    """Prometheus' Accept header gets OpenMetrics, which its parser accepts."""
     wanted = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
     answer = ask(start(make_app(Flaky())), "/metrics", accept=wanted)
     assert answer.headers["content-type"].startswith(
@@ -50,15 +50,15 @@ def test_openmetrics_format(start: Start) -> None:
     assert [(s.name, s.value) for s in family.samples] == [("connections", 7)]
 
 
-def test_accept_header_of_nonsense(start: Start) -> None:
-    """A version that is no number gets metrics, not a fault."""
+def test_an_invalid_accept_header_is_ignored(start: Start) -> None:
+    """A version that is not a number is no reason for an error."""
     wanted = "application/openmetrics-text;version=x"
     answer = ask(start(make_app(Flaky())), "/metrics", accept=wanted)
     assert (answer.status, b"connections 7" in answer.body) == (200, True)
 
 
 def test_gzip(start: Start) -> None:
-    """A client that can unpack gzip gets the same, packed, and its length."""
+    """A client that accepts gzip gets the same page compressed, with its length."""
     port = start(make_app(Flaky()))
     plain = ask(port, "/metrics")
     packed = ask(port, "/metrics", accept_encoding="deflate, gzip;q=0.8")
@@ -69,7 +69,7 @@ def test_gzip(start: Start) -> None:
 
 
 def test_names(start: Start) -> None:
-    """name[] chooses metrics, also of a collector that has not said what it collects."""
+    """name[] selects metrics, also of a collector without ``describe``."""
     port = start(make_app(Flaky()))
     for query in (
         "name[]=connections",
@@ -82,7 +82,7 @@ def test_names(start: Start) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_vary(start: Start, method: str) -> None:
-    """A cache is told which headers of a request chose the response."""
+    """Vary names the request headers that chose the response, for caches."""
     port = start(make_app(Flaky()))
     for encoding in ("", "gzip"):
         answer = ask(port, "/metrics", method, accept_encoding=encoding)
@@ -92,7 +92,7 @@ def test_vary(start: Start, method: str) -> None:
 
 
 def test_accept_in_several_lines(start: Start) -> None:
-    """Header lines of one name are one list, however the name is spelt."""
+    """Header lines of one name are one list, in upper or lower case."""
     with dial(start(make_app(Flaky()))) as sock:
         sock.sendall(
             b"GET /metrics HTTP/1.1\r\nHost: x\r\nACCEPT: text/plain;q=0.5\r\n"
@@ -107,7 +107,7 @@ def test_accept_in_several_lines(start: Start) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/-/healthy", "/-/ready", "/nowhere"])
 def test_head(start: Start, path: str) -> None:
-    """HEAD gets the headers of GET and no body; both say the length and the date."""
+    """HEAD gets the headers of GET, with length and date, and no body."""
     port = start(make_app(Flaky()))
     got = ask(port, path)
     with dial(port) as sock:
@@ -131,7 +131,7 @@ def test_head(start: Start, path: str) -> None:
     ],
 )
 def test_no_such_page(start: Start, path: str) -> None:
-    """No path but ours has anything."""
+    """Other paths than the four pages are 404."""
     assert ask(start(make_app()), path).status == 404
 
 
@@ -166,8 +166,10 @@ def test_no_such_page(start: Start, path: str) -> None:
 def test_targets(
     start: Start, method: str, target: str, status: int, where: str | None
 ) -> None:
-    """Each gets what node_exporter 1.5 answers to it, but 400 instead of a redirect for
-    the name of a host alone. A fault of this kind fails scrapes through a proxy.
+    """Each target gets the status that node_exporter 1.5 responds with.
+
+    The exception is a target without scheme and slash: 400 instead of a redirect. A fault
+    of this kind fails scrapes through a proxy.
     """
     port = start(make_app(Flaky()))
     with dial(port) as sock:
@@ -183,7 +185,7 @@ def test_targets(
 
 
 def test_options_of_the_server(start: Start) -> None:
-    """RFC 9110, section 9.3.7: ``OPTIONS *`` is a ping, and says what is allowed."""
+    """RFC 9110, section 9.3.7: ``OPTIONS *`` is a ping; the response has Allow."""
     answer = ask(start(make_app()), "*", "OPTIONS")
     assert (answer.status, answer.body) == (200, b"")
     assert answer.headers["allow"] == "GET, HEAD"
@@ -191,7 +193,7 @@ def test_options_of_the_server(start: Start) -> None:
 
 @pytest.mark.parametrize("target", ["x:80", "/", "*"])
 def test_connect(start: Start, target: str) -> None:
-    """It is no proxy."""
+    """CONNECT, a request to a proxy, is refused."""
     with dial(start(make_app())) as sock:
         sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         sock.shutdown(socket.SHUT_WR)
@@ -227,8 +229,9 @@ def test_connect(start: Start, target: str) -> None:
     ],
 )
 def test_heads(start: Start, head: str, status: int) -> None:
-    """Each gets the status that node_exporter 1.5 answers, but for the longest one: it
-    allows 1 MiB.
+    """Each head gets the status that node_exporter 1.5 responds with.
+
+    The exception is the longest one: node_exporter allows 1 MiB.
     """
     with dial(start(make_app(Flaky()))) as sock:
         sock.sendall(f"GET /metrics {head}\r\n".encode())
@@ -238,7 +241,7 @@ def test_heads(start: Start, head: str, status: int) -> None:
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])
 def test_other_methods(start: Start, method: str) -> None:
-    """Other methods are refused, and the right ones named."""
+    """Other methods get 405 with the allowed ones, and nothing is collected."""
     collector = Flaky()
     answer = ask(start(make_app(collector)), "/metrics", method)
     assert answer.status == 405
@@ -247,7 +250,7 @@ def test_other_methods(start: Start, method: str) -> None:
 
 
 def test_not_ready_then_ready(start: Start) -> None:
-    """Until we are ready nothing is collected, and both pages say what is awaited."""
+    """Until the exporter is ready nothing is collected, and both pages say why."""
     awaited: str | None = "the socket tables are being read"
     collector = Flaky()
     port = start(make_app(collector, ready=lambda: awaited))
@@ -262,29 +265,27 @@ def test_not_ready_then_ready(start: Start) -> None:
     assert ask(port, "/metrics").status == 200
 
 
-def test_scrapes_at_once(start: Start) -> None:
-    """Those that have come by the time it begins share a collection; who comes later has
-    one of their own.
-    """
+def test_concurrent_scrapes_share_a_collection(start: Start) -> None:
+    """Scrapes that arrive before a collection begins share it; a later one does not."""
     collector = Held()
     port = start(make_app(collector))
     with ThreadPoolExecutor() as threads, contextlib.ExitStack() as opened:
         first = threads.submit(ask, port, "/metrics")
         assert collector.begun.wait(PATIENCE_S)
-        # The event loop is busy with it, so these wait in the kernel.
-        crowd = [opened.enter_context(dial(port)) for _ in range(ACCEPTED_AT_ONCE)]
-        for sock in crowd:
+        # The collection blocks the event loop, so these clients wait in the kernel.
+        clients = [opened.enter_context(dial(port)) for _ in range(ACCEPTED_AT_ONCE)]
+        for sock in clients:
             sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         collector.go_on.set()
         assert b"connections 1.0" in first.result().body
-        pages = [read_all(sock) for sock in crowd]
+        pages = [read_all(sock) for sock in clients]
     assert all(b"connections 2.0" in page for page in pages)
     for number in (3, 4):
         assert f"connections {number}.0".encode() in ask(port, "/metrics").body
 
 
 def test_source_error(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    """A source in trouble gives 503 and its sentence, which is logged when it changes."""
+    """A failing source gives 503 with its error, which is logged when it changes."""
     caplog.set_level(logging.INFO, pages.__name__)
     collector = Flaky()
     port = start(make_app(collector))
@@ -298,28 +299,30 @@ def test_source_error(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         assert ask(port, "/metrics").status == 200
     assert caplog.messages == [
-        "no metrics can be had: the map is gone",
-        "no metrics can be had: no descriptors left",
-        "metrics can be had again",
+        "cannot collect metrics: the map is gone",
+        "cannot collect metrics: no descriptors left",
+        "collecting metrics works again",
     ]
     assert not any(record.exc_info for record in caplog.records)
 
 
-def test_fault(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    """A fault of ours gives 503 and one line without a traceback; the next scrape works."""
+def test_an_unexpected_error_gives_503(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged in one line without a traceback, and the next scrape works."""
     collector = Flaky()
     collector.trouble = ZeroDivisionError("not expected")
     port = start(make_app(collector))
     for _ in range(3):
         assert ask(port, "/metrics").status == 503
-    (told,) = caplog.messages
-    assert told == "no metrics can be had: ZeroDivisionError: not expected"
+    (message,) = caplog.messages
+    assert message == "cannot collect metrics: ZeroDivisionError: not expected"
     collector.trouble = None
     assert ask(port, "/metrics").status == 200
 
 
 def test_check_collects_unless_a_scrape_has_worked(start: Start) -> None:
-    """Once for each check that no scrape came before; what keeps it from that is told."""
+    """A check after a successful scrape does not collect; a failing one returns why."""
     flaky = Flaky()
     app = make_app(flaky)
     port = start(app)
@@ -336,21 +339,21 @@ def test_check_collects_unless_a_scrape_has_worked(start: Start) -> None:
 
 
 @pytest.mark.parametrize("fault", [MemoryError(), ZeroDivisionError("a fault")])
-def test_check_survives_every_fault(
+def test_check_returns_unexpected_errors(
     fault: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It would not be asked again otherwise."""
+    """An exception would end the task that calls it."""
     flaky = Flaky()
     app = make_app(flaky)
     flaky.trouble = fault
-    assert "memory" in (told := asyncio.run(app.check()) or "") or "a fault" in told
-    assert "can be had" in caplog.text
+    assert "memory" in (trouble := asyncio.run(app.check()) or "") or "a fault" in trouble
+    assert "cannot collect" in caplog.text
     flaky.trouble = None
     assert asyncio.run(app.check()) is None
 
 
 def test_check_before_it_is_ready() -> None:
-    """What is waited for is told, and nothing collected."""
+    """It returns what must happen before, and collects nothing."""
     flaky = Flaky()
     app = make_app(flaky, ready=lambda: "patience")
     before = flaky.collections
@@ -359,7 +362,7 @@ def test_check_before_it_is_ready() -> None:
 
 
 def test_without_memory_a_scrape_is_503(start: Start) -> None:
-    """With a sentence; not a fault of ours."""
+    """The response says that memory is short."""
     flaky = Flaky()
     port = start(make_app(flaky))
     flaky.trouble = MemoryError()

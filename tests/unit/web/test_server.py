@@ -27,8 +27,13 @@ from tests.unit.web.support import (
 )
 
 
-def test_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that came with its client is answered, whatever crowd comes after it."""
+def test_a_request_sent_at_once_is_answered_whatever_connects_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client that sends its request with its connect gets a response.
+
+    Twice as many clients as there are slots connect after it.
+    """
     assert 3 * 2 * server.ACCEPTED_AT_ONCE < connection.MAX_CONNECTIONS
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 3 * server.ACCEPTED_AT_ONCE + 1)
     monkeypatch.setattr(server._Server, "capture_signals", contextlib.nullcontext)
@@ -41,33 +46,34 @@ def test_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
             opened.enter_context(dial(port))
         opened.enter_context(serving(make_app(), sockets))
         read_until(first, b"healthy\n")
-        ask(port, "/")  # the crowd is in: stopping while asyncio accepts makes it warn
+        ask(port, "/")  # all are accepted: if stopped while it accepts, asyncio warns
 
 
-def test_queue_in_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More clients can wait in the kernel than asyncio accepts at once."""
+def test_the_kernel_queues_more_clients_than_are_accepted_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The listener's backlog is longer than ACCEPTED_AT_ONCE."""
     monkeypatch.setattr(server._Server, "capture_signals", contextlib.nullcontext)
     sockets = listen_at(LOOPBACK, 0)
     with serving(make_app(), sockets):
         ask(sockets[0].getsockname()[1], "/")
         info = sockets[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
-    # Of a listener, tcpi_sacked is the length of its queue: tcp_get_info() in
-    # net/ipv4/tcp.c.
+    # For a listener, tcpi_sacked is its backlog: tcp_get_info() in net/ipv4/tcp.c.
     (length,) = struct.unpack_from("I", info, 28)
     assert length > server.ACCEPTED_AT_ONCE
 
 
-def test_accepting_again_when_nobody_listens_any_more(
+def test_a_retry_of_accept_after_the_stop_is_not_an_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """asyncio tries again a second after it could not; by then we may have stopped."""
+    """asyncio retries accept(2) after a second; listening may have stopped by then."""
     (listener,) = listen_at(LOOPBACK, 0)
     listener.close()
     caplog.clear()
 
     async def try_again() -> None:
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(server._Accepting())
+        loop.set_exception_handler(server._LoopErrors())
         loop.call_soon(loop._start_serving, asyncio.Protocol, listener)  # type: ignore[attr-defined]
         loop.call_soon(lambda: 1 / 0)
         await asyncio.sleep(0)
@@ -96,8 +102,8 @@ print("returned")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal(number: signal.Signals) -> None:
-    """A signal ends it soon and quietly, whatever its clients are in the middle of."""
+def test_a_signal_stops_the_server(number: signal.Signals) -> None:
+    """It stops soon and without output, with silent, idle, slow and reading clients."""
     with (
         subprocess.Popen(
             [sys.executable, "-W", "error", "-c", PROGRAM],
