@@ -44,11 +44,11 @@ from tcpexporter.host.background import Task
 from tcpexporter.host.systemd import Supervisor
 from tcpexporter.metrics.collector import (
     Choice,
-    ConfinementCollector,
     ConnectionCollector,
     make_registry,
     make_serving_registry,
 )
+from tcpexporter.metrics.exporter_status import ConfinementCollector
 from tcpexporter.metrics.reload_status import Reloads
 from tcpexporter.socket_tables.polling import PollingSource
 from tcpexporter.socket_tables.tables import open_tables

@@ -143,13 +143,13 @@ class Reloading:
                     take(told)
             except (SettingsError, SourceError) as error:
                 log.warning("going on with the %s as before: %s", told.about, error)
-                self._reloads.note(told.about, successful=False)
+                self._reloads.record(told.about, successful=False)
             else:
-                self._reloads.note(told.about, successful=True)
+                self._reloads.record(told.about, successful=True)
         return told.about
 
     def _do_without(self) -> None:
         self._reader = None
         self._why_not = "the reader has ended: restart to have another"
-        self._reloads.note("reader", successful=False)
+        self._reloads.record("reader", successful=False)
         log.warning("no file will be read again, as %s", self._why_not)

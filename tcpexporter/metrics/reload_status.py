@@ -5,21 +5,26 @@ import time
 
 
 class Reloads:
-    """What came of reading, the first time and again."""
+    """Result of the last reload of each configuration file."""
 
     def __init__(self) -> None:
-        """Begin with what was read at the start, which is in force."""
+        """Start with success: the files that were read at the start are in force."""
         self.succeeded_s = time.time()
-        """When all that was read was in force last, by the wall clock."""
+        """When the last content of all files was in force, in seconds since the epoch."""
         self._failed: set[str] = set()
 
     @property
     def successful(self) -> bool:
-        """Whether all that was read last is in force."""
+        """Whether the last content of all files is in force."""
         return not self._failed
 
-    def note(self, about: str, *, successful: bool) -> None:
-        """What came of one of the files."""
+    def record(self, about: str, *, successful: bool) -> None:
+        """Record the result of a reload.
+
+        Args:
+            about: Identifies the file.
+            successful: Whether its new content is in force.
+        """
         if successful:
             self._failed.discard(about)
         else:

@@ -17,10 +17,10 @@ from tcpexporter.ebpf.tracker import EVENT_KINDS
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.collector import (
     Choice,
-    ConfinementCollector,
     ConnectionCollector,
     make_serving_registry,
 )
+from tcpexporter.metrics.exporter_status import ConfinementCollector
 from tcpexporter.metrics.reload_status import Reloads
 
 ROOT = Path(__file__).parents[2]
