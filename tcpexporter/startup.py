@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from tcpexporter import version
 from tcpexporter.config import files
 from tcpexporter.config.reader import SETTINGS, WEB_CONFIG, Reader, ReaderGoneError, Told
-from tcpexporter.config.reload import Hangups, Reloading, Reloads, Take
+from tcpexporter.config.reload import Hangups, Reloading, Take
 from tcpexporter.config.settings import Settings, misleading, parse, reread
 from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import Direction
@@ -46,19 +46,21 @@ from tcpexporter.host.starting import Starting
 from tcpexporter.host.systemd import Supervisor
 from tcpexporter.metrics.collector import (
     Choice,
-    ConfinementCollector,
     ConnectionCollector,
     make_registry,
     make_serving_registry,
 )
+from tcpexporter.metrics.exporter_status import ConfinementCollector
+from tcpexporter.metrics.reload_status import Reloads
 from tcpexporter.socket_tables.polling import PollingSource
 from tcpexporter.socket_tables.tables import open_tables
-from tcpexporter.web import server
+from tcpexporter.web import pages, server
+from tcpexporter.web.listen import listen
 
 if TYPE_CHECKING:  # imported only when it is used: see the functions that do
     from tcpexporter.metrics.output import Output
     from tcpexporter.socket_tables.saved_ages import State
-    from tcpexporter.web.guard import Web
+    from tcpexporter.web.guard import Guard
 
 log = logging.getLogger("tcpexporter")
 
@@ -141,7 +143,7 @@ def _run_once(settings: Settings, supervisor: Supervisor) -> None:
 
 def _listen(settings: Settings, resources: contextlib.ExitStack) -> list[socket.socket]:
     """The sockets that clients connect to; the kernel queues the clients until `_serve`."""
-    listening = server.listen(settings.listen_address, settings.listen_port)
+    listening = listen(settings.listen_address, settings.listen_port)
     for each in listening:
         resources.enter_context(each)
     return listening
@@ -168,7 +170,7 @@ class _Opened(NamedTuple):
     """The user to switch to; None: the process is not root."""
     counting: _Counting
     registry: CollectorRegistry
-    web: "Web | None"
+    guard: "Guard | None"
     reloading: Reloading
     tasks: Callable[[], list[Task]]
 
@@ -178,7 +180,7 @@ def _open(settings: Settings, process: Process, resources: contextlib.ExitStack)
     reader = _open_reader(settings, account)
     if reader:
         resources.callback(reader.close)
-    web = _open_web(settings, reader) if reader else None
+    guard = _open_guard(settings, reader) if reader else None
     counting = _open_counting(settings, resources)
     reloads = Reloads()
     reloading = Reloading(reader, process.hangups, process.supervisor, reloads)
@@ -191,7 +193,7 @@ def _open(settings: Settings, process: Process, resources: contextlib.ExitStack)
     registry = make_serving_registry(
         counting.collector, reloads, tasks=tasks, dropped=lambda: process.errors.dropped
     )
-    return _Opened(account, counting, registry, web, reloading, tasks)
+    return _Opened(account, counting, registry, guard, reloading, tasks)
 
 
 def _open_counting(settings: Settings, resources: contextlib.ExitStack) -> _Counting:
@@ -227,15 +229,15 @@ def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reade
         ) from error
 
 
-def _open_web(settings: Settings, reader: Reader) -> "Web | None":
+def _open_guard(settings: Settings, reader: Reader) -> "Guard | None":
     path = settings.web_config
     if not path:
         return None
     # Imported only when it is used: it takes 3 MiB.
-    from tcpexporter.web.guard import Web  # noqa: PLC0415
+    from tcpexporter.web.guard import Guard  # noqa: PLC0415
 
     try:
-        return Web(path, reader.receive())
+        return Guard(path, reader.receive().accepted())
     except ReaderGoneError as error:
         raise WebConfigError(
             f"{path} cannot be read: the process that reads it has failed"
@@ -359,12 +361,12 @@ def _serve(
     """Answer HTTP until a signal arrives; meanwhile a thread starts the source."""
     source, watch, _, collector = opened.counting
     starting = Starting(source.start, watch)
-    app = server.App(
+    app = pages.App(
         opened.registry,
         ready=starting.awaited,
         settings=dataclasses.asdict(settings),
         version=version.VERSION,
-        web=opened.web,
+        guard=opened.guard,
     )
     status = partial(_status, source, collector, watch)
 
@@ -388,13 +390,13 @@ def _serve(
 
 
 def _takers(
-    opened: _Opened, settings: Settings, process: Process, app: server.App
+    opened: _Opened, settings: Settings, process: Process, app: pages.App
 ) -> dict[str, Take]:
     """What puts a file into force that was read again, by the kind of file."""
     apply = _SettingsReload(settings, process, opened.counting, app).apply
     takers: dict[str, Take] = {SETTINGS: apply}
-    if opened.web:
-        takers[WEB_CONFIG] = opened.web.replace
+    if guard := opened.guard:
+        takers[WEB_CONFIG] = lambda told: guard.replace(told.accepted())
     return takers
 
 
@@ -411,7 +413,7 @@ class _SettingsReload:
     """Puts settings into force that were read again."""
 
     def __init__(
-        self, settings: Settings, process: Process, counting: _Counting, app: server.App
+        self, settings: Settings, process: Process, counting: _Counting, app: pages.App
     ) -> None:
         self._settings = settings
         self._process = process
@@ -428,7 +430,7 @@ class _SettingsReload:
         done = reread(self._settings, wanted)
         self._settings = done.settings
         self._counting.collector.choose(self._counting.choose(done.settings))
-        self._app.show(dataclasses.asdict(done.settings))
+        self._app.show_settings(dataclasses.asdict(done.settings))
         root = logging.getLogger()
         level = logging.getLevelName(done.settings.log_level.upper())
         # The lower of both levels, so that the line is logged if either allows it.

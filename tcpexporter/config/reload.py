@@ -6,7 +6,6 @@ import logging
 import os
 import select
 import signal
-import time
 from collections.abc import Callable, Collection, Mapping
 from types import FrameType
 
@@ -14,6 +13,7 @@ from tcpexporter.config.reader import ANSWERED, Reader, ReaderGoneError, Told
 from tcpexporter.errors import SettingsError, SourceError, enough_memory
 from tcpexporter.host.background import RETRY_S, Task
 from tcpexporter.host.systemd import Supervisor
+from tcpexporter.metrics.reload_status import Reloads
 
 log = logging.getLogger(__name__)
 
@@ -50,30 +50,6 @@ class Hangups:
         """Handle one."""
         with contextlib.suppress(BlockingIOError):  # there are enough
             os.write(self._handlers, b"\0")
-
-
-class Reloads:
-    """What came of reading, the first time and again."""
-
-    def __init__(self) -> None:
-        """Begin with what was read at the start, which is in force."""
-        self.succeeded_s = time.time()
-        """When all that was read was in force last, by the wall clock."""
-        self._failed: set[str] = set()
-
-    @property
-    def successful(self) -> bool:
-        """Whether all that was read last is in force."""
-        return not self._failed
-
-    def note(self, about: str, *, successful: bool) -> None:
-        """What came of one of the files."""
-        if successful:
-            self._failed.discard(about)
-        else:
-            self._failed.add(about)
-        if not self._failed:
-            self.succeeded_s = time.time()
 
 
 class Reloading:
@@ -167,13 +143,13 @@ class Reloading:
                     take(told)
             except (SettingsError, SourceError) as error:
                 log.warning("going on with the %s as before: %s", told.about, error)
-                self._reloads.note(told.about, successful=False)
+                self._reloads.record(told.about, successful=False)
             else:
-                self._reloads.note(told.about, successful=True)
+                self._reloads.record(told.about, successful=True)
         return told.about
 
     def _do_without(self) -> None:
         self._reader = None
         self._why_not = "the reader has ended: restart to have another"
-        self._reloads.note("reader", successful=False)
+        self._reloads.record("reader", successful=False)
         log.warning("no file will be read again, as %s", self._why_not)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What is published: metric names, help texts, and the collector that fills them."""
+"""Collects the metrics: names, help texts, and values from a source of connections."""
 
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
@@ -17,8 +16,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from tcpexporter import clock, version
-from tcpexporter.config.reload import Reloads
+from tcpexporter import clock
 from tcpexporter.connections.counting import (
     SERIES,
     Counts,
@@ -30,28 +28,35 @@ from tcpexporter.connections.counting import (
 )
 from tcpexporter.connections.source import Reconciliation, Report, Source
 from tcpexporter.host.background import Task
+from tcpexporter.metrics.exporter_status import (
+    BackgroundCollector,
+    BuildCollector,
+    ReloadCollector,
+    counter_by_label,
+)
+from tcpexporter.metrics.reload_status import Reloads
 
 PORT_LABELS = ("port", "tcp_version")
 
 Labels: TypeAlias = tuple[str, ...]
-"""The values of `PORT_LABELS`, and the name of the namespace where those are told apart."""
+"""Values of `PORT_LABELS`, then of the label netns if series are per namespace."""
 
 FORGET_NS = 300_000_000_000
-"""How long a namespace without name, connection and listener keeps its series."""
+"""Time after which a namespace without name, connection and listener has no series."""
 
 
 class Choice(NamedTuple):
-    """What is counted, of all connections there are."""
+    """Which connections are counted."""
 
     selection: Selection
     named: Series
-    """Series that are there from the first scrape on, stay, and are never folded."""
+    """Series that exist from the first scrape on, and are never folded."""
     duration_s: int
-    """From what age on a connection is long-term."""
+    """Minimum age of a long-term connection."""
 
 
 class ConnectionCollector(Collector):
-    """Reads its source at each scrape; remembers only which series it has published."""
+    """Reads a source at each scrape; between scrapes it keeps only the published series."""
 
     def __init__(
         self,
@@ -63,19 +68,20 @@ class ConnectionCollector(Collector):
         simple: bool = False,
         boottime_ns: Callable[[], int] = clock.boottime_ns,
     ) -> None:
-        """Count connections of ``source``.
+        """Count the connections of a source.
 
         Args:
-            source: where the connections come from.
-            choice: which of them are counted, until `choose` says otherwise.
-            max_series: how many ports' series a page has; the smallest of more are
-                folded into one.
-            names: of the namespaces there are, by inode, if they are told apart.
-            simple: publish one number without labels.
-            boottime_ns: the clock of ``established_ns``.
+            source: Source of the connections.
+            choice: Which connections to count, until `choose` replaces it.
+            max_series: Maximum number of ports with series of their own; if there are more,
+                the smallest series are folded into one.
+            names: Returns the names of namespaces by inode; None if series are not per
+                namespace.
+            simple: Whether to publish one number without labels.
+            boottime_ns: Returns the time on the clock of ``established_ns``, in ns.
         """
         self.tracked: int | None = None
-        """How many connections were known at the last scrape."""
+        """Number of tracked connections at the last scrape; None before the first one."""
         self._source = source
         self._choice = self._published_by = choice
         self._max_series = max_series
@@ -87,14 +93,14 @@ class ConnectionCollector(Collector):
         self._names_before: Mapping[int, str] = {}
 
     def choose(self, choice: Choice) -> None:
-        """Count that from the next scrape on; from any thread.
+        """Count these connections from the next scrape on; callable from any thread.
 
-        What was published and is not in the selection any more is forgotten.
+        Published series that the new choice does not select are removed.
         """
         self._choice = choice
 
     def collect(self) -> Iterator[Metric]:
-        """The metric families of one scrape.
+        """Yield the metric families of one scrape.
 
         Raises:
             SourceError: the source cannot be read.
@@ -104,8 +110,8 @@ class ConnectionCollector(Collector):
         choice = self._choice
         since_ns = now_ns - choice.duration_s * 1_000_000_000
         names = self._names() if self._names else None
-        # Before the connections: a page that says that a reconciliation has ended shows
-        # what that has corrected.
+        # The report is read before the connections: a page that shows the end of a
+        # reconciliation must also show its corrections.
         report = self._source.report()
         counts = count(self._source.read(), choice.selection, since_ns)
         self.tracked = counts.total
@@ -121,24 +127,24 @@ class ConnectionCollector(Collector):
         )
         yield self._connections(
             "tcp_established_connections",
-            "TCP connections that are established, whatever their age.",
+            "TCP connections that are established, of any age.",
             labels,
             counts.established,
         )
         yield GaugeMetricFamily(
             "tcpexporter_duration_seconds",
-            "Age from which a TCP connection is long-term, as --duration has it.",
+            "Minimum age of a long-term TCP connection (--duration).",
             choice.duration_s,
         )
         yield GaugeMetricFamily(
             "tcpexporter_folded_series",
-            'Series folded into port="other", because there are more than --max-series.',
+            'Series summed up in port="other" because there are more than --max-series.',
             folded,
         )
-        yield from self._about_the_source(report, counts.total)
+        yield from self._source_families(report, counts.total)
         yield GaugeMetricFamily(
             "tcpexporter_collect_duration_seconds",
-            "How long it took to read and count the connections for this page.",
+            "Time needed to read and count the connections for this scrape.",
             time.perf_counter() - started_s,
         )
 
@@ -149,14 +155,17 @@ class ConnectionCollector(Collector):
         now_ns: int,
         names: Mapping[int, str] | None,
     ) -> tuple[Counts, int]:
-        """What is used now, and was published before, as far as there is room."""
+        """Return the counts to publish and the number of folded series.
+
+        They include the series that were published before.
+        """
         listening = listened(self._source.listeners(), choice.selection)
         if choice is not self._published_by:
             self._published = listened(self._published.view(SERIES), choice.selection)
             self._published_by = choice
         if names is not None:
             self._forget_renamed(names)
-            self._forget({*names, *_namespaces(counts.series, listening)}, now_ns)
+            self._forget_gone({*names, *_namespaces(counts.series, listening)}, now_ns)
         page, folded = fold(
             counts,
             listening=listening,
@@ -168,9 +177,9 @@ class ConnectionCollector(Collector):
         return page, folded
 
     def _forget_renamed(self, names: Mapping[int, str]) -> None:
-        """What is published of namespaces that have another name now, or none any more.
+        """Forget the series of namespaces whose name has changed or is gone.
 
-        It may be another namespace with the same inode, which has other ports.
+        The kernel reuses inodes, so such a namespace may be another one with other ports.
         """
         before, self._names_before = self._names_before, dict(names)
         renamed = [
@@ -178,20 +187,20 @@ class ConnectionCollector(Collector):
             for netns in _namespaces(self._published)
             if names.get(netns) != before.get(netns)
         ]
-        self._leave_out(renamed)
+        self._forget_series(renamed)
 
-    def _leave_out(self, netns: Sequence[int]) -> None:
-        is_left_out = np.isin(self._published.view(SERIES)["netns"], netns)
-        self._published = self._published[~is_left_out]
+    def _forget_series(self, netns: Sequence[int]) -> None:
+        is_forgotten = np.isin(self._published.view(SERIES)["netns"], netns)
+        self._published = self._published[~is_forgotten]
 
-    def _forget(self, present: set[int], now_ns: int) -> None:
-        """What is published of namespaces that have been gone for long."""
+    def _forget_gone(self, present: set[int], now_ns: int) -> None:
+        """Forget the series of namespaces that have been gone for FORGET_NS."""
         gone = {*_namespaces(self._published)} - {*present, 0}
         self._gone_ns = {netns: self._gone_ns.get(netns, now_ns) for netns in gone}
-        over = [
+        expired = [
             netns for netns, since in self._gone_ns.items() if now_ns - since > FORGET_NS
         ]
-        self._leave_out(over)
+        self._forget_series(expired)
 
     def _connections(
         self,
@@ -208,209 +217,114 @@ class ConnectionCollector(Collector):
             family.add_metric(values, number)
         return family
 
-    def _about_the_source(self, report: Report, total: int) -> Iterator[Metric]:
+    def _source_families(self, report: Report, total: int) -> Iterator[Metric]:
         yield InfoMetricFamily(
             "tcpexporter_source",
-            "Where the connections come from, as --source has it.",
+            "Source that the connections are read from (--source).",
             {"source": self._source.name},
         )
         yield GaugeMetricFamily(
             "tcpexporter_tracked_connections",
-            "TCP connections that are known, of every port, direction and IP version.",
+            "TCP connections that are tracked, of every port, direction and IP version.",
             total,
         )
         if report.max_connections is not None:
             yield GaugeMetricFamily(
                 "tcpexporter_max_connections",
-                "TCP connections that there is room for.",
+                "Maximum number of TCP connections that can be tracked.",
                 report.max_connections,
             )
         if report.seeded_connections is not None:
             yield GaugeMetricFamily(
                 "tcpexporter_seeded_connections",
-                "Of the tracked connections, those older than this run of the exporter:"
-                " their age is a lower bound, unless it was taken over.",
+                "Tracked connections that were established before the exporter started;"
+                " their age is a lower bound unless it was restored.",
                 report.seeded_connections,
             )
         if report.refused_seeds is not None:
             yield CounterMetricFamily(
                 "tcpexporter_refused_seeds",
-                "Connections found in the socket tables that there was no room for.",
+                "Connections in the socket tables that did not fit into the BPF map.",
                 report.refused_seeds,
             )
         if report.kernel_events:
-            yield _by_label(
+            yield counter_by_label(
                 "tcpexporter_kernel_events",
-                "Connections that the BPF program inserted, removed, or had no room for.",
+                "Connections that the BPF program inserted, removed or refused (map full).",
                 "action",
                 report.kernel_events,
             )
         if report.missed_events is not None:
             yield CounterMetricFamily(
                 "tcpexporter_missed_events",
-                "Changes of state that the kernel did not run the BPF program for.",
+                "Socket state changes for which the kernel skipped the BPF program.",
                 report.missed_events,
             )
         if report.reconciliation is not None:
-            yield from _about_reconciling(report.reconciliation)
+            yield from _reconciliation_families(report.reconciliation)
         if report.state_saved_s is not None:
             yield GaugeMetricFamily(
                 "tcpexporter_state_saved_timestamp_seconds",
-                "When the ages were last saved in the file of --state; 0: not yet.",
+                "Time when connection ages were last saved (--state); 0 before that.",
                 report.state_saved_s,
             )
 
 
 def _namespaces(*series: Series) -> Iterator[int]:
-    """Each once."""
+    """Yield the inodes of the namespaces of series, each once."""
     yield from np.unique(np.concatenate(series).view(SERIES)["netns"]).tolist()
 
 
 def _labels(series: Series, names: Mapping[int, str] | None) -> list[Labels]:
-    """The values of each of ``series``, with its namespace if there are ``names``."""
+    """Return the label values of each series, with its namespace if there are ``names``."""
     rows = series.view(SERIES).tolist()
     ports: list[Labels] = [
         (str(port or "other"), str(ip_version)) for ip_version, port, _ in rows
     ]
     if names is None:
         return ports
-    where = [_netns(netns, port, names) for _, port, netns in rows]
-    return [(*labels, netns) for labels, netns in zip(ports, where, strict=True)]
+    namespaces = [_netns(netns, port, names) for _, port, netns in rows]
+    return [(*labels, netns) for labels, netns in zip(ports, namespaces, strict=True)]
 
 
 def _netns(netns: int, port: int, names: Mapping[int, str]) -> str:
     return names.get(netns, str(netns)) if netns or port else "other"
 
 
-def _about_reconciling(done: Reconciliation) -> Iterator[Metric]:
+def _reconciliation_families(done: Reconciliation) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "tcpexporter_reconciliations",
-        "How often the connections were compared with the kernel's socket tables.",
+        "Comparisons of the tracked connections with the kernel's socket tables.",
         done.runs,
     )
-    yield _by_label(
+    yield counter_by_label(
         "tcpexporter_corrections",
-        "Connections that were added or removed because the kernel's word was missed.",
+        "Connections added or removed by reconciliation after a missed event.",
         "kind",
         {"missed_open": done.missed_open, "missed_close": done.missed_close},
     )
     yield GaugeMetricFamily(
         "tcpexporter_reconcile_duration_seconds",
-        "How long the last comparison took.",
+        "Duration of the last reconciliation.",
         done.duration_s,
     )
     yield GaugeMetricFamily(
         "tcpexporter_reconcile_interval_seconds",
-        "How long until the next comparison, unless events are missed; 0: only then.",
+        "Time between reconciliations if no event is missed; 0 if they run only after one.",
         done.interval_s,
     )
     yield GaugeMetricFamily(
         "tcpexporter_last_reconcile_timestamp_seconds",
-        "When the last comparison ended or was found needless; 0: there was none yet.",
+        "Time when the last reconciliation ended or was found unnecessary; 0 before that.",
         done.finished_s,
     )
 
 
-def _by_label(
-    name: str, text: str, label: str, values: Mapping[str, int]
-) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, text, labels=(label,))
-    for value, number in values.items():
-        family.add_metric((value,), number)
-    return family
-
-
-class BuildCollector(Collector):
-    """Which tcpexporter this is."""
-
-    def collect(self) -> Iterator[Metric]:
-        """One family that never changes."""
-        yield InfoMetricFamily(
-            "tcpexporter_build",
-            "The version of tcpexporter, the commit it was built from, and its Python.",
-            {
-                "version": version.VERSION,
-                "revision": version.REVISION,
-                "python": platform.python_version(),
-            },
-        )
-
-
-class ReloadCollector(Collector):
-    """What came of reading the configuration again, with Prometheus' own names."""
-
-    def __init__(self, reloads: Reloads) -> None:
-        self._reloads = reloads
-
-    def collect(self) -> Iterator[Metric]:
-        """Two families, which are there before anything is read again, too."""
-        yield GaugeMetricFamily(
-            "tcpexporter_config_last_reload_successful",
-            "Whether the settings and the web configuration that were read last are in"
-            " force.",
-            int(self._reloads.successful),
-        )
-        yield GaugeMetricFamily(
-            "tcpexporter_config_last_reload_success_timestamp_seconds",
-            "When what was read was in force last: at the start, or when read again.",
-            self._reloads.succeeded_s,
-        )
-
-
-class ConfinementCollector(Collector):
-    """What keeps the process from doing harm, as it was after the start."""
-
-    def __init__(self, confined: Mapping[str, bool]) -> None:
-        """Take what `confinement.confine` returned."""
-        self._confined = confined
-
-    def collect(self) -> Iterator[Metric]:
-        """One family that never changes."""
-        family = GaugeMetricFamily(
-            "tcpexporter_confined",
-            "Whether the serving process is confined in this way: 1 if so.",
-            labels=["by"],
-        )
-        for by, is_in_force in self._confined.items():
-            family.add_metric([by], is_in_force)
-        yield family
-
-
-class BackgroundCollector(Collector):
-    """How the background threads are doing, and the log."""
-
-    def __init__(
-        self, tasks: Callable[[], Iterable[Task]], dropped: Callable[[], int]
-    ) -> None:
-        """Ask these at each scrape.
-
-        Args:
-            tasks: those there are.
-            dropped: how many lines of the log were dropped.
-        """
-        self._tasks = tasks
-        self._dropped = dropped
-
-    def collect(self) -> Iterator[Metric]:
-        """Two families."""
-        yield _by_label(
-            "tcpexporter_background_failures",
-            "Rounds of a background thread that failed, or were not over in time.",
-            "task",
-            {task.name: task.failures() for task in self._tasks()},
-        )
-        yield CounterMetricFamily(
-            "tcpexporter_dropped_log_lines",
-            "Lines of the log that standard error did not accept at once.",
-            self._dropped(),
-        )
-
-
 def make_registry(collector: ConnectionCollector) -> CollectorRegistry:
-    """What is on every page: the connections, and which exporter this is.
+    """Return a registry of the connections and the version, as ``--once`` prints them.
 
-    node_exporter adds such a page to its own, which has ``process_*``: two of one name
-    would be an error.
+    It has no ``process_*`` metrics: node_exporter's textfile collector adds the page to its
+    own, which has them, and the same name twice is an error.
     """
     registry = CollectorRegistry()
     registry.register(collector)
@@ -425,13 +339,13 @@ def make_serving_registry(
     tasks: Callable[[], Iterable[Task]],
     dropped: Callable[[], int],
 ) -> CollectorRegistry:
-    """What a scrape shows: that, and what is about a process that keeps running.
+    """Return a registry for scrapes: also reloads, background tasks and the process.
 
     Args:
-        collector: of the connections.
-        reloads: what came of reading the configuration again.
-        tasks: the background threads there are.
-        dropped: how many lines of the log were dropped.
+        collector: Collector of the connections.
+        reloads: Results of reloads.
+        tasks: Returns the background tasks.
+        dropped: Returns the number of dropped log lines.
     """
     registry = make_registry(collector)
     registry.register(ReloadCollector(reloads))

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What a client prefers: Accept and Accept-Encoding as RFC 9110, section 12.5 has them.
+"""Parses Accept and Accept-Encoding, and chooses a format (RFC 9110, section 12.5).
 
-Nothing is refused with 406. If nothing that we have is acceptable, the client gets what it
-would get without the header, as from the exporters that are written in Go.
+No request is refused with 406. If the client accepts none of the formats, it gets what it
+would get without the header, as from exporters written in Go.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-# Every quantifier whose end is not certain is possessive: no header makes these search for
-# longer than it is long.
+# Quantifiers that could backtrack are possessive, so the time is linear in the length of a
+# header.
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"  # noqa: S105
 _PARAMETER = rf';[ \t]*+(?:({_TOKEN})=({_TOKEN}|"(?:[^"\\]|\\.)*+"))?[ \t]*+'
 _PREFERENCE = re.compile(rf"[ \t]*+({_TOKEN}(?:/{_TOKEN})?+)[ \t]*+((?:{_PARAMETER})*+)")
 _PARAMETERS = re.compile(_PARAMETER)
 _ELEMENT = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*+"?+)++')
-"""Of a list; a comma between quotation marks does not end it."""
+"""An element of a list; a comma between quotation marks does not end it."""
 _WEIGHT = re.compile(r"0(?:\.[0-9]*)?|1(?:\.0*)?")
 
-_WITHOUT_MEANING = "escaping"
-"""How a client wants names written that need it; no metric of ours has one."""
+_IGNORED = "escaping"
+"""How to escape metric names with special characters; the exporter has no such names."""
 
 
 class Preference(NamedTuple):
@@ -30,13 +30,13 @@ class Preference(NamedTuple):
     """A content coding, or a media range as in ``text/plain`` or ``text/*``."""
     parameters: Mapping[str, str]
     weight: float
-    """From 0, which is not acceptable, to 1."""
+    """From 0 (not acceptable) to 1."""
 
 
 def parse(header: str) -> list[Preference]:
-    """The elements of a header in their order, in lower case.
+    """Return the elements of a header in their order, in lower case.
 
-    An element that does not follow the grammar is left out.
+    Elements that violate the grammar are left out.
     """
     found = (_preference(element) for element in _ELEMENT.findall(header))
     return [each for each in found if each]
@@ -62,10 +62,10 @@ def _parameters(text: str) -> Iterator[tuple[str, str]]:
 
 
 def prefers_gzip(accept_encoding: str) -> bool:
-    """Whether a response should be compressed with gzip; otherwise it is not compressed.
+    """Return whether to compress a response with gzip; the alternative is no compression.
 
-    Not compressing is always acceptable unless a client excludes it; between equal weights
-    gzip is preferred only if it is named.
+    No compression is acceptable unless the header excludes it. If both have the same
+    weight, gzip is chosen only if the header names it.
     """
     weights: dict[str, float] = {}
     for coding, _, weight in parse(accept_encoding):
@@ -77,10 +77,11 @@ def prefers_gzip(accept_encoding: str) -> bool:
 
 
 def choose(accept: str, offers: Sequence[str]) -> int:
-    """The index of the media type that a client prefers among those that we have.
+    """Return the index of the media type in ``offers`` that a client prefers.
 
-    Between equal weights, what a client names comes before what a wildcard admits, then
-    what it names first. Between equals, or without an acceptable one, it is the first.
+    Among equal weights, a type that the header names precedes one that a wildcard matches,
+    then the one that is named first. If these are equal too, or if no type is acceptable,
+    the result is 0.
     """
     preferences = parse(accept)
     merits = [_merit(parse(offer)[0], preferences) for offer in offers]
@@ -88,9 +89,9 @@ def choose(accept: str, offers: Sequence[str]) -> int:
 
 
 def _merit(offer: Preference, preferences: Sequence[Preference]) -> tuple[float, int, int]:
-    """Weight, how specifically it is named, and how early; larger is better.
+    """Return weight, specificity of the name, and earliness; larger is better.
 
-    Of several ranges that admit the same, the most specific one decides.
+    If several ranges match the offer, the most specific one decides.
     """
     matching = [
         (*specificity, each.weight, -position)
@@ -104,10 +105,10 @@ def _merit(offer: Preference, preferences: Sequence[Preference]) -> tuple[float,
 
 
 def _specificity(accepted: Preference, offer: Preference) -> tuple[int, int] | None:
-    """How much a range says of what it admits; None: it does not admit this."""
+    """Return how specific a range is: wildcards, parameters. None if it does not match."""
     kind, _, _ = offer.name.partition("/")
     ranges = ("*/*", f"{kind}/*", offer.name)
-    wanted = {each for each in accepted.parameters.items() if each[0] != _WITHOUT_MEANING}
+    wanted = {each for each in accepted.parameters.items() if each[0] != _IGNORED}
     if accepted.name not in ranges or not wanted <= offer.parameters.items():
         return None
     return ranges.index(accepted.name), len(wanted)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Puts a page into a file: the whole page, or the file stays as it was.
+"""Writes the exposition to a file atomically (--output).
 
-The process that makes the page is confined and no longer root when the page is ready. It
-can write to a file that is open, but not rename one. So before that it opens a new file in
-the same directory, and starts a child process that keeps its rights. The child does one
-thing: when it is told that the page is complete, it puts the new file in place of the old
-one; when its parent ends without saying so, it removes the new file.
+When the page is ready, the process that made it is confined and not root any more: it can
+write to an open file, but not rename one. So before it is confined, it opens a new file in
+the same directory and starts a child process that keeps its privileges. When the parent
+reports that the page is complete, the child renames the new file to the path; if the parent
+ends without reporting that, the child removes the new file.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from tcpexporter.errors import ServerError
 
 MODE = 0o644
-"""node_exporter runs as another user."""
+"""Readable for every user: node_exporter is not root."""
 
 COMPLETE = b"!"
 
@@ -26,13 +26,13 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Output:
-    """The new file, which is in place after `publish`."""
+    """A new file, which `publish` writes and renames to the path."""
 
     def __init__(self, path: str) -> None:
-        """Open it, and start the child process: call this while there is one thread alone.
+        """Open the new file and start the child process; call it before threads start.
 
         Raises:
-            ServerError: the file cannot be written.
+            ServerError: the new file cannot be opened, or the path is not a regular file.
         """
         self._path = path
         try:
@@ -46,18 +46,18 @@ class Output:
             raise self._failed(error.errno or 0) from error
 
     def _start(self, directory: int, name: str) -> None:
-        # With another ending, which node_exporter does not read.
+        # node_exporter does not read files with this suffix.
         new = f".{name}.{secrets.token_hex(4)}.new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with contextlib.ExitStack() as undo:
-            # Ctrl-C at a terminal is for both processes, and one of them has to clean up:
-            # the child never unblocks them.
+            # Ctrl-C in a terminal sends SIGINT to both processes. The child must survive it
+            # to remove the file, so it never unblocks these signals.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
             undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
             self._file = os.open(new, flags, MODE, dir_fd=directory)
             undo.callback(os.close, self._file)
             undo.callback(os.unlink, new, dir_fd=directory)
-            os.fchmod(self._file, MODE)  # whatever the umask is
+            os.fchmod(self._file, MODE)  # independent of the umask
             complete, self._channel = os.pipe()
             undo.callback(os.close, self._channel)
             with os.fdopen(complete, "rb", buffering=0):
@@ -69,10 +69,10 @@ class Output:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def publish(self, page: bytes) -> None:
-        """Write the page and have it put in place.
+        """Write the page, and let the child process rename it to the path.
 
         Raises:
-            ServerError: that failed, and the file is as it was.
+            ServerError: this failed; the old file is unchanged.
         """
         left = page
         try:
@@ -89,12 +89,12 @@ class Output:
             raise ServerError(f"cannot write {self._path}: the child process died ({how})")
 
     def close(self) -> None:
-        """Remove the new file if it was not published."""
+        """Let the child process remove the new file if it was not published."""
         if self._child:
             self._end()
 
     def _end(self) -> int:
-        """Close all and wait for the child: its errno, or minus its signal."""
+        """Close the files and wait for the child; return its errno, or minus its signal."""
         os.close(self._file)
         os.close(self._channel)
         child, self._child = self._child, 0
@@ -105,17 +105,17 @@ class Output:
 
 
 def _require_regular(path: str) -> None:
-    """A rename would replace a device or a symbolic link, such as /dev/stdout, too."""
+    """Refuse devices and symbolic links (/dev/stdout): a rename would replace them."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise ServerError(f"cannot write {path}: it is there and not a regular file")
+            raise ServerError(f"cannot write {path}: it exists and is not a regular file")
 
 
 def _publish(complete: int, file: int, directory: int, new: str, name: str) -> int:
-    """In the child: wait, then rename or remove; the errno of a failure, else 0."""
+    """In the child: wait, then rename or remove the file; return an errno, or 0."""
     try:
         if os.read(complete, len(COMPLETE)):
-            os.fsync(file)  # or a crash of the host leaves an empty file
+            os.fsync(file)  # without it, a crash of the host could leave an empty file
             os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
             return 0
         os.unlink(new, dir_fd=directory)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the web configuration of Prometheus' exporters says, as one frozen `WebConfig`."""
+"""The parsed web configuration (--web-config), as one frozen `WebConfig`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,32 +20,32 @@ CIPHERS = {
         ("AES_256_CBC_SHA", "AES256-SHA"),
     )
 }
-"""Of TLS 1.2 and before: Go's names, in its order of preference, and OpenSSL's."""
+"""Cipher suites up to TLS 1.2: OpenSSL's name by Go's, in Go's order of preference."""
 
 
 @dataclass(frozen=True)
 class Tls:
-    """How connections are encrypted, with the content of every file."""
+    """The section tls_server_config, with the content of the files that it names."""
 
     cert: str
-    """PEM, as all of them."""
+    """PEM, as are ``key`` and ``client_ca``."""
     key: str
     client_ca: str | None = None
     client_auth_type: str = NO_CERTIFICATE
     client_allowed_sans: tuple[str, ...] | None = None
-    """None: whatever a client's certificate is for."""
+    """None permits a client certificate for any name."""
     min_version: str = "TLS12"
     max_version: str = "TLS13"
     cipher_suites: tuple[str, ...] = ()
-    """Go's names; empty: all that it has."""
+    """Go's names; empty for all suites that Go has."""
     prefer_server_cipher_suites: bool = True
     curve: str | None = None
-    """OpenSSL's name; None: its own choice."""
+    """OpenSSL's name; None lets OpenSSL choose."""
 
 
 @dataclass(frozen=True)
 class RateLimit:
-    """A bucket of so many requests, to which one comes back every interval."""
+    """The section rate_limit: a token bucket of size ``burst``, a token every interval."""
 
     interval_s: float
     burst: int
@@ -53,24 +53,24 @@ class RateLimit:
 
 @dataclass(frozen=True)
 class WebConfig:
-    """How the pages are guarded."""
+    """All sections of a web configuration."""
 
     tls: Tls | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     users: Mapping[str, str] = field(default_factory=dict)
-    """Names, and bcrypt hashes of their passwords."""
+    """bcrypt hashes of passwords, by user name."""
     rate_limit: RateLimit | None = None
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Self:
-        """What `dataclasses.asdict` and JSON have made of one."""
-        tls, rate_limit = told["tls"], told["rate_limit"]
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return the `WebConfig` that `dataclasses.asdict` and JSON have converted."""
+        tls, rate_limit = content["tls"], content["rate_limit"]
         if tls:
             for name in ("cipher_suites", "client_allowed_sans"):
                 tls[name] = None if tls[name] is None else tuple(tls[name])
         return cls(
             tls=Tls(**tls) if tls else None,
-            headers=told["headers"],
-            users=told["users"],
+            headers=content["headers"],
+            users=content["users"],
             rate_limit=RateLimit(**rate_limit) if rate_limit else None,
         )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The web configuration of Prometheus' exporters: YAML to one `WebConfig`.
+"""Parses a web configuration file (--web-config): from YAML to one `WebConfig`.
 
 The format is that of https://github.com/prometheus/exporter-toolkit,
-docs/web-configuration.md. What it has and we do not do is refused by name: a lock that
-is asked for and left open is worse than none. Every value is taken as it is written,
-so neither a password's hash nor ``1s`` becomes a number on the way.
+docs/web-configuration.md. Features that the exporter does not support are refused by name:
+an operator must not rely on protection that is not there. All values are read as text, so
+YAML does not convert a password hash or ``1s``.
 """
 
 import re
@@ -31,14 +31,14 @@ TLS13_CIPHERS = (
     "TLS_AES_256_GCM_SHA384",
     "TLS_CHACHA20_POLY1305_SHA256",
 )
-"""Always on with TLS 1.3. Listing them says nothing, there as here."""
+"""Always enabled with TLS 1.3. Listing them has no effect, as in exporter-toolkit."""
 
 CURVES = {
     "CurveP256": "prime256v1",
     "CurveP384": "secp384r1",
     "CurveP521": "secp521r1",
 }
-"""Go's names, and OpenSSL's; Python does not take the fourth, X25519, alone."""
+"""OpenSSL's name by Go's. Python's ssl cannot select Go's fourth curve, X25519."""
 
 HEADERS: Mapping[str, tuple[str, ...]] = {
     "Content-Security-Policy": (),
@@ -47,7 +47,7 @@ HEADERS: Mapping[str, tuple[str, ...]] = {
     "X-Frame-Options": ("deny", "sameorigin"),
     "X-XSS-Protection": (),
 }
-"""The headers that can be added, each with what it can be; any text where nothing is."""
+"""Headers that can be added, with their allowed values; an empty tuple allows any text."""
 
 _T = TypeVar("_T")
 
@@ -73,7 +73,7 @@ _CLIENT_AUTH_TYPES = (
     NO_CERTIFICATE,
     "RequestClientCert",
     "RequireAnyClientCert",
-    "RequireClientCert",  # an older name of the one before
+    "RequireClientCert",  # older name of RequireAnyClientCert
     VERIFIED_IF_GIVEN,
     VERIFIED,
 )
@@ -83,21 +83,21 @@ _YES = ("true", "yes", "on", "y")
 _NO = ("false", "no", "off", "n")
 _UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 _LONGEST_S = (2**63 - 1) / 1e9
-"""Go has it in nanoseconds."""
+"""Go's longest duration: 2^63 - 1 nanoseconds."""
 _BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 
 
 def parse(text: str, path: str, read: Callable[[str], str]) -> WebConfig:
-    """What a file's text means.
+    """Parse the text of a web configuration file.
 
     Args:
         text: YAML.
-        path: Of the file, for what a user is told.
-        read: Gives the content of a file that is named in it.
+        path: Path of the file, for error messages.
+        read: Returns the content of a file that the configuration names.
 
     Raises:
-        WebConfigError: something is unknown, wrong or not done here; says where, what,
-            and what is allowed. Never has a secret.
+        WebConfigError: something is unknown, wrong or not supported. The message says
+            where, what, and what is allowed; it never contains a secret.
     """
     return _File(path, read).config(_compose(text, path))
 
@@ -111,20 +111,18 @@ def _compose(text: str, path: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         reason = str(error).splitlines()[0]
         raise WebConfigError(f"{path}: not YAML: {reason}") from error
-    except (ValueError, OverflowError) as error:  # of %YAML, or of a character
+    except (ValueError, OverflowError) as error:  # in %YAML, or in an escaped character
         raise WebConfigError(f"{path}: not YAML: a number in it is too large") from error
     except RecursionError as error:
-        raise WebConfigError(
-            f"{path}: too many lists or mappings in one another"
-        ) from error
+        raise WebConfigError(f"{path}: lists or mappings are nested too deeply") from error
 
 
 _Entries = dict[str, tuple[yaml.Node, yaml.Node]]
-"""Of a mapping: each key's node and its value's."""
+"""Entries of a mapping: the nodes of key and value, by the key's text."""
 
 
 class _File:
-    """One file, and how its parts are taken apart."""
+    """Parses one file; each method parses one part."""
 
     def __init__(self, path: str, read: Callable[[str], str]) -> None:
         self._path = path
@@ -150,7 +148,7 @@ class _File:
         for name in ("cert", "key"):
             if pem[name] is None:
                 raise self._wrong(
-                    section, f"tls_server_config takes one of {name} or {name}_file"
+                    section, f"tls_server_config requires {name} or {name}_file"
                 )
         tls = Tls(
             cert=pem["cert"] or "",
@@ -170,19 +168,19 @@ class _File:
         return tls
 
     def _check(self, tls: Tls, section: yaml.Node | None) -> None:
-        """Refuse what makes sense alone, but not together."""
+        """Refuse combinations of valid values that contradict each other."""
         verified = tls.client_auth_type != NO_CERTIFICATE
         if tls.client_ca is not None and not verified:
             raise self._wrong(
                 section,
-                "a client CA without client_auth_type would not be asked: set that to"
-                f" {VERIFIED}",
+                "a client CA has no effect without client_auth_type: set"
+                f" client_auth_type to {VERIFIED}",
             )
         if tls.client_allowed_sans is not None and not verified:
             raise self._wrong(
                 section,
-                "client_allowed_sans without client_auth_type would not be asked: set that"
-                f" to {VERIFIED}",
+                "client_allowed_sans has no effect without client_auth_type: set"
+                f" client_auth_type to {VERIFIED}",
             )
         if tls.min_version > tls.max_version:
             raise self._wrong(
@@ -194,16 +192,14 @@ class _File:
             and not set(tls.cipher_suites) & CIPHERS.keys()
             and tls.max_version != "TLS13"
         ):
-            raise self._wrong(
-                section, f"cipher_suites has none that {tls.max_version} can use"
-            )
+            raise self._wrong(section, f"cipher_suites has no suite of {tls.max_version}")
 
     def _headers(self, section: yaml.Node | None) -> dict[str, str]:
         given = self._known(section, "http_server_config", ("http2", "headers"))
         if self._bool(given, "http2", default=False):
             raise self._wrong(
                 given["http2"][0],
-                "http2 is not done here: leave it out, or set it to false",
+                "http2 is not supported: leave it out, or set it to false",
             )
         _, headers = given.get("headers", (None, None))
         found = self._known(headers, "headers", tuple(HEADERS))
@@ -216,13 +212,13 @@ class _File:
     def _users(self, section: yaml.Node | None) -> dict[str, str]:
         users = {}
         for name, (key, value) in self._entries(section, "basic_auth_users").items():
-            # What is wrong may be a password: it is not repeated.
+            # A wrong value may be a password: the message does not repeat it.
             if not isinstance(value, yaml.ScalarNode) or not _BCRYPT_HASH.fullmatch(
                 value.value
             ):
                 raise self._wrong(
                     key,
-                    f"user {quoted(name)} takes a password hashed with bcrypt, as"
+                    f"user {quoted(name)} requires a bcrypt hash of the password, as"
                     " `htpasswd -nBC 10 USER` prints it",
                 )
             users[name] = value.value
@@ -234,14 +230,14 @@ class _File:
             return None
         for name in ("interval", "burst"):
             if name not in given:
-                raise self._wrong(section, f"rate_limit takes {name} too")
+                raise self._wrong(section, f"rate_limit requires {name} too")
         interval_s = self._parsed(
             given,
             "interval",
             _go_duration_s,
-            "a time with its unit as in 1s, or 0 for none",
+            "a time with its unit as in 1s, or 0 for no limit",
         )
-        burst = self._parsed(given, "burst", _whole, "a whole number from 0 on")
+        burst = self._parsed(given, "burst", _whole, "a whole number, 0 or more")
         return RateLimit(interval_s, burst) if interval_s else None
 
     # Values
@@ -261,12 +257,12 @@ class _File:
 
     def _client_auth_type(self, given: _Entries) -> str:
         name = "client_auth_type"
-        asked = self._choice(given, name, _CLIENT_AUTH_TYPES, NO_CERTIFICATE)
-        if asked in (NO_CERTIFICATE, VERIFIED_IF_GIVEN, VERIFIED):
-            return asked
+        chosen = self._choice(given, name, _CLIENT_AUTH_TYPES, NO_CERTIFICATE)
+        if chosen in (NO_CERTIFICATE, VERIFIED_IF_GIVEN, VERIFIED):
+            return chosen
         raise self._wrong(
             given[name][0],
-            f"{name} {asked} is not done here, where no certificate is taken unverified:"
+            f"{name} {chosen} is not supported, because it accepts unverified certificates:"
             f" choose {VERIFIED}, {VERIFIED_IF_GIVEN} or {NO_CERTIFICATE}",
         )
 
@@ -277,7 +273,7 @@ class _File:
             if suite not in CIPHERS and suite not in TLS13_CIPHERS:
                 raise self._wrong(
                     given[name][0],
-                    f"{name} takes {_listed((*CIPHERS, *TLS13_CIPHERS))},"
+                    f"each of {name} must be {_listed((*CIPHERS, *TLS13_CIPHERS))},"
                     f" not {quoted(suite)}",
                 )
         return suites
@@ -289,13 +285,13 @@ class _File:
             if curve not in (*CURVES, "X25519"):
                 raise self._wrong(
                     given[name][0],
-                    f"{name} takes {_listed(tuple(CURVES))}, not {quoted(curve)}",
+                    f"each of {name} must be {_listed(tuple(CURVES))}, not {quoted(curve)}",
                 )
         if len(curves) > 1 or "X25519" in curves:
             raise self._wrong(
                 given[name][0],
-                f"{name} of more than one, or of X25519, is not done here: choose one of"
-                f" {_listed(tuple(CURVES))}, or leave it out for all",
+                f"{name} with X25519 or several curves is not supported: choose one of"
+                f" {_listed(tuple(CURVES))}, or leave it out for all curves",
             )
         return CURVES[curves[0]] if curves else None
 
@@ -312,10 +308,10 @@ class _File:
         text = self._text(given[name][1], name)
         if allowed and text not in allowed:
             raise self._wrong(
-                given[name][0], f"{name} takes {_listed(allowed)}, not {quoted(text)}"
+                given[name][0], f"{name} must be {_listed(allowed)}, not {quoted(text)}"
             )
         if not text.isprintable():
-            raise self._wrong(given[name][0], f"{name} takes one line of text")
+            raise self._wrong(given[name][0], f"{name} must be one line of text")
         return text
 
     def _list(self, given: _Entries, name: str) -> tuple[str, ...] | None:
@@ -323,36 +319,38 @@ class _File:
             return None
         key, value = given[name]
         if not isinstance(value, yaml.SequenceNode):
-            raise self._wrong(key, f"{name} takes a list")
+            raise self._wrong(key, f"{name} must be a list")
         return tuple(self._text(each, f"each of {name}") for each in value.value)
 
     def _parsed(
-        self, given: _Entries, name: str, parse_text: Callable[[str], _T], takes: str
+        self, given: _Entries, name: str, parse_text: Callable[[str], _T], allowed: str
     ) -> _T:
         key, value = given[name]
         text = self._text(value, name)
         try:
             return parse_text(text)
         except ValueError:
-            raise self._wrong(key, f"{name} takes {takes}, not {quoted(text)}") from None
+            raise self._wrong(
+                key, f"{name} must be {allowed}, not {quoted(text)}"
+            ) from None
 
     def _text(self, node: yaml.Node, name: str) -> str:
         if not isinstance(node, yaml.ScalarNode):
-            raise self._wrong(node, f"{name} takes a text")
+            raise self._wrong(node, f"{name} must be a text")
         text = str(node.value)
-        if any("\ud800" <= each <= "\udfff" for each in text):  # escaped; nothing has it
-            raise self._wrong(node, f"{name} takes a text of Unicode")
+        if any("\ud800" <= each <= "\udfff" for each in text):  # YAML can escape surrogates
+            raise self._wrong(node, f"{name} must be a text without surrogates")
         return text
 
     # Mappings
 
     def _known(self, node: yaml.Node | None, name: str, keys: tuple[str, ...]) -> _Entries:
-        """A mapping's entries but those without a value, which are as good as not there."""
+        """Return the entries of a mapping, without those that have no value."""
         entries = self._entries(node, name)
         for key, (place, _) in entries.items():
             if key not in keys:
                 raise self._wrong(
-                    place, f"{name} has no {quoted(key)}, but {_listed(keys)}"
+                    place, f"{name} has no {quoted(key)}; it can have {_listed(keys)}"
                 )
         return {key: entry for key, entry in entries.items() if not _is_null(entry[1])}
 
@@ -360,12 +358,12 @@ class _File:
         if node is None or _is_null(node):
             return {}
         if not isinstance(node, yaml.MappingNode):
-            raise self._wrong(node, f"{name} takes lines of `name: value`")
+            raise self._wrong(node, f"{name} must be lines of `name: value`")
         entries: _Entries = {}
         for key, value in node.value:
             text = self._text(key, f"a key of {name}")
             if text in entries:
-                raise self._wrong(key, f"{name} has {quoted(text)} a second time")
+                raise self._wrong(key, f"{name} has {quoted(text)} twice")
             entries[text] = (key, value)
         return entries
 
@@ -396,7 +394,7 @@ def _whole(text: str) -> int:
 
 
 def _go_duration_s(text: str) -> float:
-    """As Go's time.ParseDuration has it, but for a sign."""
+    """Parse a duration as Go's time.ParseDuration does, but without a sign."""
     if text == "0":
         return 0.0
     unit = "|".join(sorted(_UNITS_S, key=len, reverse=True))

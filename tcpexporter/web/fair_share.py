@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Who has to go when there is no place for all: one of those who have most places."""
+"""Chooses which client connection to evict when all slots are taken."""
 
 import socket
 from collections.abc import Callable
 from itertools import chain
 from typing import Generic, TypeVar
 
-_T = TypeVar("_T")
+_Client = TypeVar("_Client")
 
 
-def neighbourhood(host: str) -> str:
-    """What shares alike: an IPv4 address, or the network of an IPv6 address.
+def source_network(host: str) -> str:
+    """Return the network that shares slots: an IPv4 address, or the /64 of an IPv6 address.
 
-    Of the last 64 bits a host can have whatever it likes.
+    A host can choose the last 64 bits of its IPv6 address freely, so a limit for each
+    IPv6 address would not limit it.
     """
     if ":" not in host:
         return host
@@ -20,34 +21,38 @@ def neighbourhood(host: str) -> str:
     return socket.inet_pton(socket.AF_INET6, address)[:8].hex()
 
 
-class Places(Generic[_T]):
-    """Guests by neighbourhood, and since when each has waited.
+class ConnectionSlots(Generic[_Client]):
+    """Client connections by source network, with the time since which each one waits.
 
-    A neighbourhood that takes many places loses them to others. Who is alone in one loses
-    the place only when everybody is.
+    The network that holds most slots loses one first. So the only client of a network is
+    evicted only when every network has one client.
     """
 
     def __init__(self) -> None:
-        """Begin with nobody."""
-        self._taken: dict[str, dict[_T, float]] = {}
+        """Start without clients."""
+        self._networks: dict[str, dict[_Client, float]] = {}
 
-    def take(self, guest: _T, where: str, now_s: float) -> None:
-        """Have the guest wait from now on, be it for the first time or again."""
-        guests = self._taken.setdefault(where, {})
-        guests.pop(guest, None)
-        guests[guest] = now_s  # the last one: they are in the order in which they began
+    def hold(self, client: _Client, network: str, now_s: float) -> None:
+        """Allocate a slot to the client, or renew its slot: it waits from now on."""
+        clients = self._networks.setdefault(network, {})
+        clients.pop(client, None)
+        clients[client] = now_s  # added last: the clients are in order of waiting time
 
-    def leave(self, guest: _T, where: str) -> None:
-        """Forget the guest."""
-        guests = self._taken.get(where, {})
-        guests.pop(guest, None)
-        if not guests:
-            self._taken.pop(where, None)
+    def free(self, client: _Client, network: str) -> None:
+        """Free the client's slot; does nothing if the client has none."""
+        clients = self._networks.get(network, {})
+        clients.pop(client, None)
+        if not clients:
+            self._networks.pop(network, None)
 
-    def dispensable(self, may_go: Callable[[_T], bool]) -> _T | None:
-        """Of those who may go, in the largest neighbourhood: who has waited longest."""
+    def evictable(self, may_evict: Callable[[_Client], bool]) -> _Client | None:
+        """Return the client to evict, or None if ``may_evict`` excludes all of them.
+
+        It is the one that has waited longest in the network with most clients; if
+        ``may_evict`` excludes all clients of that network, in the next smaller one.
+        """
         largest_first = sorted(
-            self._taken.values(),
-            key=lambda guests: (-len(guests), next(iter(guests.values()))),
+            self._networks.values(),
+            key=lambda clients: (-len(clients), next(iter(clients.values()))),
         )
-        return next(filter(may_go, chain.from_iterable(largest_first)), None)
+        return next(filter(may_evict, chain.from_iterable(largest_first)), None)

@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What --web-config has put in force, and what takes its place when the files change."""
+"""Holds the web configuration in force (TLS, headers, users, rate limit) and applies it."""
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Self
+from typing import Any, Self
 
-from tcpexporter.config.reader import Told
 from tcpexporter.errors import WebConfigError
 from tcpexporter.web.config import WebConfig
 from tcpexporter.web.passwords import Checker, Limiter, Users
-from tcpexporter.web.tls import Terms, make_terms
+from tcpexporter.web.tls import TlsPolicy, make_policy
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Rules:
-    """All that is in force at a time."""
+    """What one web configuration requires."""
 
-    terms: Terms | None
+    tls_policy: TlsPolicy | None
     headers: Mapping[str, str]
     users: Users | None
     limiter: Limiter | None
@@ -28,79 +27,79 @@ class _Rules:
     @classmethod
     def of(cls, config: WebConfig, checker: Checker) -> Self:
         return cls(
-            terms=make_terms(config.tls) if config.tls else None,
+            tls_policy=make_policy(config.tls) if config.tls else None,
             headers={name.lower(): text for name, text in config.headers.items()},
             users=Users(config.users, checker) if config.users else None,
             limiter=Limiter(config.rate_limit) if config.rate_limit else None,
         )
 
 
-class Web:
-    """How the pages are guarded, as `server` asks for it.
+class Guard:
+    """Authorizes requests by the web configuration in force.
 
-    What is in force is replaced as a whole: a request or connection has begun under the
-    old rules or under the new ones, and goes on.
+    A new configuration replaces the old one as a whole: each connection and each request
+    follows one configuration from its beginning to its end.
     """
 
-    def __init__(self, path: str, told: Told) -> None:
-        """Begin with a configuration.
+    def __init__(self, path: str, config: Mapping[str, Any]) -> None:
+        """Put the first configuration into force.
 
         Args:
-            path: Where it comes from.
-            told: What was read there.
+            path: The file of the configuration, for error messages.
+            config: As `WebConfig.from_json` requires it.
 
         Raises:
-            SettingsError: it cannot be used.
+            SettingsError: the configuration cannot be used.
         """
         self._path = path
         self._checker = Checker()
-        self._rules = self._judge(told)
+        self._rules = self._make_rules(config)
 
-    def replace(self, told: Told) -> None:
-        """Put another configuration into force, from any thread.
+    def replace(self, config: Mapping[str, Any]) -> None:
+        """Put another configuration into force; callable from any thread.
 
         Raises:
-            SettingsError: it cannot be used; all is as it was.
+            SettingsError: it cannot be used; the previous one stays in force.
         """
-        rules = self._judge(told)
-        if (rules.terms is None) != (self._rules.terms is None):
+        rules = self._make_rules(config)
+        if (rules.tls_policy is None) != (self._rules.tls_policy is None):
             raise WebConfigError(
-                f"{self._path}: TLS is turned on or off: restart to have it so"
+                f"{self._path}: turning TLS on or off requires a restart of the exporter"
             )
         self._rules = rules
-        log.info("the web configuration has been read again")
+        log.info("web configuration reloaded")
 
     @property
-    def terms(self) -> Terms | None:
-        """What a new connection is made on; None: without TLS, now and for ever."""
-        return self._rules.terms
+    def tls_policy(self) -> TlsPolicy | None:
+        """TLS of new connections; None if there is no TLS until the next restart."""
+        return self._rules.tls_policy
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """What each response has besides its own headers, in lower case."""
+        """Headers to add to each response, with names in lower case."""
         return self._rules.headers
 
-    async def admit(self, authorization: str, where: str) -> HTTPStatus:
-        """Judge a request by its Authorization header: OK, or how it is refused.
+    async def authorize(self, authorization: str, network: str) -> HTTPStatus:
+        """Return OK if a request is permitted, else the status of its refusal.
 
         Args:
-            authorization: The header's value.
-            where: The neighbourhood it came from; they take turns where that takes long.
+            authorization: Value of the Authorization header.
+            network: Source network of the client. When passwords wait to be checked,
+                networks take turns.
         """
         rules = self._rules
         if rules.limiter and not rules.limiter.allow():
             return HTTPStatus.TOO_MANY_REQUESTS
         if rules.users is None:
             return HTTPStatus.OK
-        return await rules.users.admit(authorization, where)
+        return await rules.users.authenticate(authorization, network)
 
-    def give_up(self) -> None:
-        """Have no request wait for a password to be checked any more."""
-        self._checker.give_up()
+    def cancel_checks(self) -> None:
+        """Refuse all requests that wait for a password check."""
+        self._checker.cancel()
 
-    def _judge(self, told: Told) -> _Rules:
-        config = WebConfig.from_json(told.accepted())
+    def _make_rules(self, config: Mapping[str, Any]) -> _Rules:
         try:
-            return _Rules.of(config, self._checker)
+            return _Rules.of(WebConfig.from_json(config), self._checker)
         except WebConfigError as error:
             raise WebConfigError(f"{self._path}: {error}") from error

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Who may ask: passwords, and how often.
+"""Authenticates clients by name and password, and limits the rate of requests.
 
-A password takes a CPU 70 ms to check, or whatever its hash was made to cost. So a right
-one is remembered, wrong ones are checked one after another, and only so many wait.
+Checking a password takes 70 ms of CPU, or more if its hash has a higher cost. So a correct
+password is remembered, passwords are checked one after another, and the number of those
+that wait is limited.
 
-Of those who wait the next is from where fewest have been checked lately, and who is turned
-away is from where most wait (`places.neighbourhood`). So a stranger with many passwords
-delays the first login of somebody elsewhere by a check for each address of theirs at most,
-and later ones not at all. Among those at the same address, or at more addresses than may
-wait, the right password cannot be told before it is checked: whoever has it may have to try
-again.
+The next password to be checked comes from the source network (`fair_share`) for which
+fewest have been checked lately. If too many wait, one of the network with most waiting
+passwords is refused. So a client that tries many passwords delays the first login of
+clients in other networks by one check for each network that it uses, and their later
+logins not at all. It is unknown before the check which password is correct: a user in the
+same network, or when more networks wait than may wait, may be refused and must try again.
 """
 
 import asyncio
@@ -34,180 +35,199 @@ from tcpexporter.web.config import RateLimit
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 32
-"""Passwords that wait to be checked; at 70 ms each the last waits for two seconds."""
+"""Passwords that wait to be checked. At 70 ms each, the last one waits for 2.2 seconds."""
 
-MAX_REMEMBERED = 4096
-"""Neighbourhoods of which it is known how often they have had a turn."""
+MAX_NETWORKS = 4096
+"""Source networks whose checks are counted; above this number the counts start anew."""
 
 USED_BYTES = 72
-"""What bcrypt uses of a password, here as elsewhere."""
+"""bcrypt uses the first 72 bytes of a password, here as in other programs."""
 
 
-class Turns:
-    """Those who wait for a turn, by neighbourhood."""
+class CheckQueue:
+    """Password checks that wait, by source network."""
 
     def __init__(self) -> None:
-        """Begin with nobody."""
+        """Start empty."""
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
-        self._had = Counter[str]()
-        """Turns since somebody began to wait."""
+        self._started = Counter[str]()
+        """Checks started since the queue was last empty, by network."""
 
-    def join(self, where: str) -> asyncio.Future[None]:
-        """Done when it is one's turn, or cancelled: somebody had to go."""
+    def enqueue(self, network: str) -> asyncio.Future[None]:
+        """Return a future that is done when the check may start.
+
+        It is cancelled if the queue is too long and this check is chosen to be refused.
+        """
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(where, deque()).append(turn)
+        self._waiting.setdefault(network, deque()).append(turn)
         if sum(map(len, self._waiting.values())) > MAX_WAITING:
-            # Of several that are as many, those who came last.
+            # Among networks with equally many checks, the one that came last.
             most = max(reversed(self._waiting), key=lambda each: len(self._waiting[each]))
-            self._take(most, deque.pop).cancel()
+            self._remove(most, deque.pop).cancel()
         return turn
 
-    def call(self) -> bool:
-        """Have the next one begin; whether there is one."""
+    def start_next(self) -> bool:
+        """Let the next check start; return False if none waits."""
         while self._waiting:
-            where = min(self._waiting, key=self._had.__getitem__)
-            turn = self._take(where, deque.popleft)
+            network = min(self._waiting, key=self._started.__getitem__)
+            turn = self._remove(network, deque.popleft)
             if not turn.done():
-                if len(self._had) > MAX_REMEMBERED:
-                    self._had.clear()
-                self._had[where] += 1
+                if len(self._started) > MAX_NETWORKS:
+                    self._started.clear()
+                self._started[network] += 1
                 turn.set_result(None)
                 return True
-        self._had.clear()
+        self._started.clear()
         return False
 
     def cancel(self) -> None:
-        """Turn all away."""
+        """Cancel all checks that wait."""
         for turn in chain.from_iterable(self._waiting.values()):
             turn.cancel()
         self._waiting.clear()
 
-    def _take(
+    def _remove(
         self,
-        where: str,
-        take: Callable[[deque[asyncio.Future[None]]], asyncio.Future[None]],
+        network: str,
+        pop: Callable[[deque[asyncio.Future[None]]], asyncio.Future[None]],
     ) -> asyncio.Future[None]:
-        taken = take(self._waiting[where])
-        if not self._waiting[where]:
-            del self._waiting[where]
-        return taken
+        turn = pop(self._waiting[network])
+        if not self._waiting[network]:
+            del self._waiting[network]
+        return turn
 
 
 class Checker:
-    """Checks passwords, one after another, while the event loop goes on."""
+    """Checks passwords in a thread, one after another."""
 
     def __init__(self, check: Callable[[bytes, bytes], bool] = bcrypt.checkpw) -> None:
-        """Begin with none.
+        """Prepare.
 
         Args:
-            check: Whether a password has a hash; may take long.
+            check: Returns whether a password has a hash; may take long.
         """
         self._check = check
-        self._turns = Turns()
+        self._queue = CheckQueue()
         self._is_busy = False
-        self._at_work: asyncio.Future[bool] | None = None
-        self._given_up = False
+        self._running: asyncio.Future[bool] | None = None
+        self._is_cancelled = False
         self._is_failing = False
 
-    async def matches(self, password: bytes, hashed: bytes, where: str) -> bool | None:
-        """Whether it does; None: it cannot be checked now, which is logged once.
+    async def matches(self, password: bytes, hashed: bytes, network: str) -> bool | None:
+        """Return whether the password has the hash; None if that cannot be checked now.
 
-        Cancelled when given up, or when too many wait.
+        The first of several failures is logged.
+
+        Raises:
+            CancelledError: too many checks wait, or `cancel` was called.
         """
         if self._is_busy:
-            await self._turns.join(where)
+            await self._queue.enqueue(network)
         self._is_busy = True
         try:
-            if self._given_up:
+            if self._is_cancelled:
                 raise asyncio.CancelledError
-            self._at_work = in_thread(lambda: self._matches(password, hashed))
-            right = await self._at_work
+            self._running = in_thread(lambda: self._matches(password, hashed))
+            matches = await self._running
             self._is_failing = False
         except (NativeCodeError, ThreadError) as error:
             if not self._is_failing:
-                log.warning("passwords cannot be checked: %s", error)
+                log.warning("cannot check passwords: %s", error)
             self._is_failing = True
             return None
         else:
-            return right
+            return matches
         finally:
-            self._is_busy = self._turns.call()
+            self._is_busy = self._queue.start_next()
 
-    def give_up(self) -> None:
-        """Have nobody wait any more, as the end has come."""
-        self._given_up = True
-        self._turns.cancel()
-        if self._at_work:
-            self._at_work.cancel()
+    def cancel(self) -> None:
+        """Cancel the running check and all that wait, and refuse later ones."""
+        self._is_cancelled = True
+        self._queue.cancel()
+        if self._running:
+            self._running.cancel()
 
     def _matches(self, password: bytes, hashed: bytes) -> bool:
         try:
             return self._check(password[:USED_BYTES], hashed)
-        except ValueError:  # what bcrypt does not take cannot be right
+        except ValueError:  # bcrypt rejects the password, so it is not the correct one
             return False
 
 
 class Users:
-    """Names and the hashes of their passwords."""
+    """Users and the bcrypt hashes of their passwords."""
 
     def __init__(self, hashes: Mapping[str, str], checker: Checker) -> None:
-        """Know these, by name, and no others."""
+        """Accept these users.
+
+        Args:
+            hashes: Password hashes by user name.
+            checker: Checks passwords that are not remembered.
+        """
         self._hashes = {name.encode(): text.encode() for name, text in hashes.items()}
         self._checker = checker
-        self._nobodys = _nobodys_hash(hashes.values())
+        self._unmatchable = _unmatchable_hash(hashes.values())
         self._key = secrets.token_bytes(32)
-        self._right: dict[bytes, bytes] = {}
-        """By name, the digest of what was right: at most one for each."""
-        self._waiting: dict[bytes, asyncio.Future[HTTPStatus]] = {}
-        """By digest: who asks the same waits for the same."""
+        self._verified: dict[bytes, bytes] = {}
+        """By user name, the digest of the credentials that were correct."""
+        self._checking: dict[bytes, asyncio.Future[HTTPStatus]] = {}
+        """Checks by digest: requests with the same credentials share one."""
 
-    async def admit(self, authorization: str, where: str) -> HTTPStatus:
-        """Judge the value of an Authorization header: OK, or how it is refused."""
-        credentials = _basic(authorization)
+    async def authenticate(self, authorization: str, network: str) -> HTTPStatus:
+        """Return OK, or the status of the refusal.
+
+        Args:
+            authorization: Value of an Authorization header.
+            network: Source network of the client.
+        """
+        credentials = _basic_credentials(authorization)
         if credentials is None:
             return HTTPStatus.UNAUTHORIZED
         name, password = credentials
-        # Who is not known is checked like everybody else, so that nobody learns who is.
+        # Unknown names are checked too, so that the time does not reveal which are known.
         digest = self._digest(name, password)
-        if hmac.compare_digest(self._right.get(name, b""), digest):
+        if hmac.compare_digest(self._verified.get(name, b""), digest):
             return HTTPStatus.OK
-        if digest not in self._waiting:
-            judging = asyncio.ensure_future(self._judge(name, password, digest, where))
-            self._waiting[digest] = judging
-            judging.add_done_callback(lambda _: self._waiting.pop(digest))
-        checking = self._waiting[digest]
+        if digest not in self._checking:
+            checking = asyncio.ensure_future(self._verify(name, password, digest, network))
+            self._checking[digest] = checking
+            checking.add_done_callback(lambda _: self._checking.pop(digest))
+        shared = self._checking[digest]
         try:
-            return await asyncio.shield(checking)
+            return await asyncio.shield(shared)
         except asyncio.CancelledError:
-            if checking.cancelled():
+            if shared.cancelled():
                 return HTTPStatus.SERVICE_UNAVAILABLE
             raise
 
-    async def _judge(
-        self, name: bytes, password: bytes, digest: bytes, where: str
+    async def _verify(
+        self, name: bytes, password: bytes, digest: bytes, network: str
     ) -> HTTPStatus:
         known = self._hashes.get(name)
-        matches = await self._checker.matches(password, known or self._nobodys, where)
+        matches = await self._checker.matches(password, known or self._unmatchable, network)
         if matches is None:
             return HTTPStatus.SERVICE_UNAVAILABLE
         if known is None or not matches:
             return HTTPStatus.UNAUTHORIZED
-        self._right[name] = digest
+        self._verified[name] = digest
         return HTTPStatus.OK
 
     def _digest(self, name: bytes, password: bytes) -> bytes:
-        # The name's length keeps "ab" with "c" from being "a" with "bc".
-        told = len(name).to_bytes(8, "big") + name + password
-        return hashlib.blake2b(told, key=self._key).digest()
+        # With the length of the name, "ab" and "c" differ from "a" and "bc".
+        data = len(name).to_bytes(8, "big") + name + password
+        return hashlib.blake2b(data, key=self._key).digest()
 
 
-def _nobodys_hash(hashes: Collection[str]) -> bytes:
-    """One that no password has, as costly as most of these: the fourth to sixth byte."""
+def _unmatchable_hash(hashes: Collection[str]) -> bytes:
+    """Return a hash that no password has, with the cost that most of ``hashes`` have.
+
+    The fifth and sixth characters of a hash are its cost.
+    """
     ((cost, _),) = Counter(each[4:6] for each in hashes).most_common(1)
     return f"$2b${cost}${'.' * 53}".encode()
 
 
-def _basic(authorization: str) -> tuple[bytes, bytes] | None:
+def _basic_credentials(authorization: str) -> tuple[bytes, bytes] | None:
     scheme, _, encoded = authorization.partition(" ")
     if scheme.lower() != "basic":
         return None
@@ -220,29 +240,29 @@ def _basic(authorization: str) -> tuple[bytes, bytes] | None:
 
 
 class Limiter:
-    """A bucket of requests: each takes one, and one comes back every interval."""
+    """Token bucket: each request takes a token, and one is added every interval."""
 
     def __init__(
         self, limit: RateLimit, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Begin with a full bucket.
+        """Start with a full bucket.
 
         Args:
-            limit: Its size, and the interval.
-            clock: In seconds.
+            limit: Size of the bucket, and the interval.
+            clock: Returns the time in seconds.
         """
         self._limit = limit
         self._clock = clock
-        self._left = float(limit.burst)
-        self._seen_s = clock()
+        self._tokens = float(limit.burst)
+        self._updated_s = clock()
 
     def allow(self) -> bool:
-        """Take one, if there is one."""
+        """Take a token; return False if there is none."""
         now_s = self._clock()
-        back = (now_s - self._seen_s) / self._limit.interval_s
-        self._left = min(self._limit.burst, self._left + back)
-        self._seen_s = now_s
-        if self._left < 1:
+        added = (now_s - self._updated_s) / self._limit.interval_s
+        self._tokens = min(self._limit.burst, self._tokens + added)
+        self._updated_s = now_s
+        if self._tokens < 1:
             return False
-        self._left -= 1
+        self._tokens -= 1
         return True

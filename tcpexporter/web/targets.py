@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The path that a request is for, by RFC 9112, section 3.2 and as Go's ServeMux has it."""
+"""Parses request targets (RFC 9112, section 3.2) and cleans paths as Go's ServeMux does."""
 
 import re
 from urllib.parse import quote, unquote
@@ -13,18 +13,19 @@ _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
 def is_host(text: str) -> bool:
-    """Whether this may be the value of a Host header: a name or address, and a port."""
+    """Return whether a text is a valid Host header: a host, optionally with a port."""
     return _IS_HOST.fullmatch(text) is not None
 
 
 def path_of(target: str) -> str | None:
-    """The path of a target in origin-form or, as a proxy may send it, in absolute-form.
+    """Return the path of a target in origin-form or, as proxies may send it, absolute-form.
 
     Args:
-        target: without the query.
+        target: The target without its query.
 
     Returns:
-        The path with each escaped byte as a character; None if the target is invalid.
+        The path, in which each escaped byte is one character; None if the target is
+        invalid.
     """
     if not target.startswith("/"):
         absolute = _ABSOLUTE.fullmatch(target)
@@ -35,9 +36,9 @@ def path_of(target: str) -> str | None:
 
 
 def clean(path: str) -> str:
-    """The same path without empty, ``.`` and ``..`` elements; a slash at its end stays.
+    """Return the path without empty, ``.`` and ``..`` elements; a final slash stays.
 
-    posixpath.normpath would end it at a NUL: Python before 3.11.4.
+    posixpath.normpath truncates a path at a NUL in Python before 3.11.4.
     """
     elements: list[str] = []
     for element in path.split("/"):
@@ -50,6 +51,6 @@ def clean(path: str) -> str:
 
 
 def location(path: str, query: str) -> str:
-    """A path and a query as a Location header has them."""
+    """Return the value of a Location header for a path and a query."""
     escaped = quote(path, safe="/!$&'()*+,:;=@~", encoding="latin-1")
     return f"{escaped}?{query}" if query else escaped

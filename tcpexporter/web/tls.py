@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""TLS: what a client has to prove, and the layer between its socket and HTTP.
+"""TLS: its configuration, and the asyncio protocol between a client's socket and HTTP.
 
-asyncio's own layer tells nobody of a client before its handshake is done, and takes 256
-KiB for each. This one lets HTTP's bounds on time and places hold from the first byte.
+asyncio's own TLS protocol reports a client to HTTP only after the handshake, and has a
+buffer of 256 KiB for each client. With this one, a client has a deadline and a connection
+slot from its connect on.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from tcpexporter.errors import WebConfigError
 from tcpexporter.web.config import CIPHERS, NO_CERTIFICATE, VERIFIED_IF_GIVEN, Tls
 
 READ_BYTES = 4 * 1024
-"""Read from a client at once."""
+"""Size of the buffer for what a client has sent."""
 
 _VERSIONS = {
     "TLS10": ssl.TLSVersion.TLSv1,
@@ -29,31 +30,35 @@ _VERSIONS = {
     "TLS13": ssl.TLSVersion.TLSv1_3,
 }
 
-# What OpenSSL says, and what that means.
+# What OpenSSL's reasons mean; None is the reason of errors that have none.
 _REASONS = {
-    None: "one of them is not PEM, or not what it should be",
+    None: "one of them is not PEM, or has the wrong type",
     "KEY_VALUES_MISMATCH": "they do not belong together",
-    "NO_CERTIFICATE_OR_CRL_FOUND": "there is no certificate in it",
+    "NO_CERTIFICATE_OR_CRL_FOUND": "it contains no certificate",
 }
 
 _PLAIN_HTTP = (
     b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\n\r\n"
-    b"this port speaks HTTPS only\n"
+    b"this port requires HTTPS\n"
 )
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What new connections are made on."""
+class TlsPolicy:
+    """TLS parameters of new connections, and the client certificates that are allowed."""
 
     context: ssl.SSLContext
     allowed_sans: frozenset[str] | None
-    """A client's certificate must have one of them; None: it need not."""
+    """A client certificate needs one of these subject alternative names; None: any name."""
 
-    def admit(self, certificate: Any) -> bool:
-        """Whether a client may come in with this one, as `ssl.SSLObject.getpeercert`."""
+    def allows(self, certificate: Any) -> bool:
+        """Return whether a client with this certificate may connect.
+
+        Args:
+            certificate: As `ssl.SSLObject.getpeercert` returns it.
+        """
         if self.allowed_sans is None:
             return True
         names = (certificate or {}).get("subjectAltName", ())
@@ -64,11 +69,11 @@ def _as_go_writes(kind: str, name: str) -> str:
     return str(ip_address(name)) if kind == "IP Address" else name
 
 
-def make_terms(tls: Tls) -> Terms:
-    """The terms of a configuration.
+def make_policy(tls: Tls) -> TlsPolicy:
+    """Return the policy that a configuration describes.
 
     Raises:
-        WebConfigError: OpenSSL does not take them.
+        WebConfigError: OpenSSL rejects the configuration.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols(["http/1.1"])
@@ -79,24 +84,24 @@ def make_terms(tls: Tls) -> Terms:
         if tls.curve:
             context.set_ecdh_curve(tls.curve)
         with (
-            _told("the certificate and its key do not do"),
+            _translated("cannot load the certificate and key"),
             _as_file(tls.cert) as cert,
             _as_file(tls.key) as key,
         ):
             context.load_cert_chain(cert, key, password=_refuse_password)
         _set_verification(context, tls)
     except (ssl.SSLError, ValueError) as error:
-        raise WebConfigError(f"OpenSSL does not take the configuration: {error}") from error
+        raise WebConfigError(f"OpenSSL rejects the TLS configuration: {error}") from error
     sans = tls.client_allowed_sans
-    return Terms(context, None if sans is None else frozenset(sans))
+    return TlsPolicy(context, None if sans is None else frozenset(sans))
 
 
 def _set_versions(context: ssl.SSLContext, tls: Tls) -> None:
     minimum = tls.min_version
     if tls.cipher_suites and not set(tls.cipher_suites) & CIPHERS.keys():
-        minimum = "TLS13"  # the only version that has any of them
+        minimum = "TLS13"  # only this version has any of these suites
     with warnings.catch_warnings():
-        # Of those before TLS 1.2: whoever configures one knows.
+        # Python warns of versions before TLS 1.2. The operator has configured them.
         warnings.simplefilter("ignore", DeprecationWarning)
         context.maximum_version = _VERSIONS[tls.max_version]
         context.minimum_version = _VERSIONS[minimum]
@@ -105,7 +110,7 @@ def _set_versions(context: ssl.SSLContext, tls: Tls) -> None:
 def _set_ciphers(context: ssl.SSLContext, tls: Tls) -> None:
     suites = [CIPHERS[each] for each in tls.cipher_suites or CIPHERS if each in CIPHERS]
     if tls.min_version < "TLS12":
-        suites.append("@SECLEVEL=0")  # where OpenSSL still has those versions
+        suites.append("@SECLEVEL=0")  # OpenSSL's default level excludes old versions
     if suites:
         context.set_ciphers(":".join(suites))
     if not tls.prefer_server_cipher_suites:
@@ -117,30 +122,31 @@ def _set_verification(context: ssl.SSLContext, tls: Tls) -> None:
         return
     given = tls.client_auth_type == VERIFIED_IF_GIVEN
     context.verify_mode = ssl.CERT_OPTIONAL if given else ssl.CERT_REQUIRED
-    # As in Go, whatever is in the file is trusted, not only what has signed itself.
+    # As in Go, every certificate in the file is trusted, not only self-signed ones.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if tls.client_ca is None:
         context.set_default_verify_paths()
         return
-    with _told("the client CA does not do"), _as_file(tls.client_ca) as authorities:
+    with _translated("cannot load the client CA"), _as_file(tls.client_ca) as authorities:
         context.load_verify_locations(authorities)
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _translated(failure: str) -> Iterator[None]:
+    """Raise errors of the block as WebConfigError with a sentence that begins so."""
     try:
         yield
     except ssl.SSLError as error:
         raise WebConfigError(
-            f"{what}: {_REASONS.get(error.reason, error.reason)}"
+            f"{failure}: {_REASONS.get(error.reason, error.reason)}"
         ) from error
     except (OSError, ValueError) as error:
-        raise WebConfigError(f"{what}: {error}") from error
+        raise WebConfigError(f"{failure}: {error}") from error
 
 
 @contextlib.contextmanager
 def _as_file(pem: str) -> Iterator[str]:
-    """A file that only this process has: ssl takes nothing else."""
+    """Yield the path of a file in memory with this content: ssl loads from files only."""
     with os.fdopen(os.memfd_create("pem"), "wb") as file:
         file.write(pem.encode(errors="surrogateescape"))
         file.flush()
@@ -148,13 +154,17 @@ def _as_file(pem: str) -> Iterator[str]:
 
 
 def _refuse_password() -> str:
-    raise ValueError("the key is encrypted: it has to be stored without a passphrase")
+    raise ValueError("the key is encrypted: store it without a passphrase")
 
 
 class Http(Protocol):
-    """What is above: told of a client at once, and of a connection when it is secure."""
+    """The HTTP protocol above TLS.
 
-    def take_place(self, transport: asyncio.Transport) -> None: ...
+    ``allocate_slot`` is called when the client connects, ``connection_made`` after its
+    handshake, the others as asyncio does.
+    """
+
+    def allocate_slot(self, transport: asyncio.Transport) -> None: ...
     def connection_made(self, transport: asyncio.Transport) -> None: ...
     def connection_lost(self, exc: Exception | None) -> None: ...
     def get_buffer(self, sizehint: int) -> bytearray: ...
@@ -165,35 +175,37 @@ class Http(Protocol):
 
 
 class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
-    """A socket's protocol, and the transport of what is above.
+    """The protocol of the client's socket, and the transport of the HTTP protocol.
 
-    What is written is encrypted and handed on at once, so the socket's own flow
-    control does for both.
+    Written data is encrypted and passed to the socket's transport at once, so the flow
+    control of that transport is the flow control of both.
     """
 
     _raw: asyncio.Transport
 
-    def __init__(self, terms: Terms, http: Http) -> None:
-        """One connection."""
+    def __init__(self, policy: TlsPolicy, http: Http) -> None:
+        """Prepare for a client."""
         super().__init__()
-        self._terms = terms
+        self._policy = policy
         self._http = http
         self._buffer = bytearray(READ_BYTES)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = terms.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._tls = policy.context.wrap_bio(
+            self._incoming, self._outgoing, server_side=True
+        )
         self._secure = False
         self._paused = False
 
-    # As the socket's protocol
+    # Protocol of the socket
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._raw = transport
-        self._http.take_place(self)
+        self._http.allocate_slot(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._http.connection_lost(exc)
-        # What is above has us, and we have that: without this, what OpenSSL keeps for each
-        # client, 10 kB at least, would wait for Python's garbage collector.
+        # This object and the HTTP protocol refer to each other. Without this, OpenSSL's
+        # memory of each client, at least 10 kB, would wait for the garbage collector.
         del self._tls, self._incoming, self._outgoing
 
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002
@@ -201,7 +213,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._incoming.write(memoryview(self._buffer)[:nbytes])
-        self._go_on()
+        self._process()
 
     def eof_received(self) -> bool:
         return self._secure and self._http.eof_received()
@@ -214,8 +226,8 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
         if self._secure:
             self._http.resume_writing()
 
-    def _go_on(self) -> None:
-        """Do what can be done with what has come."""
+    def _process(self) -> None:
+        """Process the bytes received so far: handshake, then requests."""
         if self._raw.is_closing():
             return
         try:
@@ -225,28 +237,28 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
         except ssl.SSLWantReadError:
             self._flush()
         except ssl.SSLError as error:
-            log.debug("a client is turned away: %s", error.reason)
+            log.debug("TLS connection refused: %s", error.reason)
             if error.reason == "HTTP_REQUEST":
                 self._raw.write(_PLAIN_HTTP)
-            self._flush()  # the alert, that a client may be told why
+            self._flush()  # sends the alert, which has the reason
             self._raw.close()
 
     def _shake_hands(self) -> None:
         self._tls.do_handshake()
         self._flush()
-        if self._terms.admit(self._tls.getpeercert()):
+        if self._policy.allows(self._tls.getpeercert()):
             self._secure = True
             self._http.connection_made(self)
         else:
-            log.debug("a client is turned away: its certificate is not for an allowed name")
+            log.debug("TLS connection refused: no allowed name in the client certificate")
             self._raw.close()
 
     def _read(self) -> None:
         while not self._paused and not self._raw.is_closing():
             buffer = self._http.get_buffer(-1)
-            # Typeshed does not know that it gives a number here.
+            # Typeshed does not know that read() returns a number if it has a buffer.
             count = cast("int", self._tls.read(len(buffer), buffer))
-            if not count:  # close_notify, which ends one direction only: RFC 8446, 6.1
+            if not count:  # close_notify closes one direction only: RFC 8446, section 6.1
                 if not self._http.eof_received():
                     self.close()
                 return
@@ -256,7 +268,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
         if self._outgoing.pending:
             self._raw.write(self._outgoing.read())
 
-    # As the transport of what is above
+    # Transport of the HTTP protocol
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if data and not self._raw.is_closing():
@@ -266,14 +278,15 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
     def close(self) -> None:
         if self._raw.is_closing():
             return
-        taken = not self._raw.get_write_buffer_size()
+        had_sent_all = not self._raw.get_write_buffer_size()
         if self._secure:
-            with contextlib.suppress(ssl.SSLError):  # it would like an answer
+            # unwrap() raises, because it cannot wait for the client's close_notify.
+            with contextlib.suppress(ssl.SSLError):
                 self._tls.unwrap()
             self._flush()
         self._raw.close()
-        if taken and self._raw.get_write_buffer_size():
-            # A client that does not even take the farewell has no place for it.
+        if had_sent_all and self._raw.get_write_buffer_size():
+            # The kernel has no space for close_notify: the client has not read before.
             self._raw.abort()
 
     def abort(self) -> None:
@@ -289,8 +302,8 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
     def resume_reading(self) -> None:
         self._paused = False
         self._raw.resume_reading()
-        # Something may have come before.
-        asyncio.get_running_loop().call_soon(self._go_on)
+        # Data that arrived before the pause may still wait.
+        asyncio.get_running_loop().call_soon(self._process)
 
     def set_write_buffer_limits(
         self, high: int | None = None, low: int | None = None
@@ -302,5 +315,5 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "sslcontext":
-            return self._terms.context
+            return self._policy.context
         return self._raw.get_extra_info(name, default)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcpexporter.config.reload import Reloads
 from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import LISTENER, Direction
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
@@ -17,10 +16,11 @@ from tcpexporter.ebpf.tracker import EVENT_KINDS
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.collector import (
     Choice,
-    ConfinementCollector,
     ConnectionCollector,
     make_serving_registry,
 )
+from tcpexporter.metrics.exporter_status import ConfinementCollector
+from tcpexporter.metrics.reload_status import Reloads
 from tcpexporter.startup import SOURCES
 
 ROOT = Path(__file__).parents[2]

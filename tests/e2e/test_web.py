@@ -101,7 +101,7 @@ def test_prometheus_scrapes_with_a_certificate_and_a_password(tmp_path: Path) ->
         code, log = exporter.stop()
     assert code == 0
     assert "WARNING" not in log
-    assert log.count("the web configuration has been read again") == 1
+    assert log.count("web configuration reloaded") == 1
 
 
 def shown_certificate(exporter: Guarded) -> str:
@@ -191,7 +191,7 @@ def test_ended_while_a_password_is_checked(tmp_path: Path) -> None:
             "tls_server_config: {cert_filse: x}",
             "line 1: tls_server_config has no 'cert_filse'",
         ),
-        ("http_server_config: {http2: true}", "line 1: http2 is not done here"),
+        ("http_server_config: {http2: true}", "line 1: http2 is not supported"),
         (TLS.replace("server.key", "absent"), "line 3: key_file"),
     ],
 )

@@ -285,7 +285,7 @@ def web_config(data: bytes) -> None:
 
 def authorization(data: bytes) -> None:
     """The value of an Authorization header, as the server decodes it."""
-    credentials = access._basic(data.decode("latin-1"))
+    credentials = access._basic_credentials(data.decode("latin-1"))
     assert credentials is None or sum(map(len, credentials)) < len(data)
 
 

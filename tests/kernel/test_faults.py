@@ -98,7 +98,7 @@ def test_without_proc_it_says_so() -> None:
 
 def deny_netlink() -> None:
     """Have the kernel refuse netlink sockets to this process, by seccomp(2)."""
-    load, jump, give_back = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
+    load, jump, returning = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
     allowed, denied = 0x7FFF0000, 0x00050000 | 1  # SECCOMP_RET_ALLOW, ERRNO | EPERM
     socket_number = {"x86_64": 41, "aarch64": 198}[os.uname().machine]
     program = (
@@ -106,8 +106,8 @@ def deny_netlink() -> None:
         (jump, 0, 3, socket_number),
         (load, 0, 0, 16),  # its first argument
         (jump, 0, 1, socket.AF_NETLINK),
-        (give_back, 0, 0, denied),
-        (give_back, 0, 0, allowed),
+        (returning, 0, 0, denied),
+        (returning, 0, 0, allowed),
     )
     code = ctypes.create_string_buffer(
         b"".join(struct.pack("HBBI", *each) for each in program)
@@ -278,7 +278,7 @@ def test_without_more_memory_there_are_no_metrics(source: str) -> None:
         code, log = exporter.stop()
     assert code == 0
     assert "Traceback" not in log
-    assert log.count("no metrics can be had: there is not enough memory") == 1
+    assert log.count("cannot collect metrics: there is not enough memory") == 1
     spells = log.count("reconcile: it works again") + 1
     assert log.count("the numbers cannot be checked: ") <= spells
 
@@ -375,7 +375,7 @@ def test_a_poll_that_fails_or_hangs_is_503(fault: str, limit: str, told: str) ->
     assert code == 0
     assert "Traceback" not in log
     assert log.count("no connections can be counted: ") == 1
-    assert log.count("no metrics can be had: ") == 1
+    assert log.count("cannot collect metrics: ") == 1
 
 
 def answered(exporter: Exporter) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from tcpexporter.__main__ import main
 from tcpexporter.host.seccomp import MAP_COMMANDS
-from tcpexporter.web import server
+from tcpexporter.web import pages
 
 PTRACE_SEIZE = 0x4206
 PR_SET_DUMPABLE = 4
@@ -159,24 +159,24 @@ def _misusing(sock: socket.socket) -> Mapping[str, Callable[[], object]]:
 
 def serve() -> None:
     """Run the exporter; ``/attempts`` tells in JSON what came of each attempt."""
-    server.App = _App  # type: ignore[misc]
+    pages.App = _App  # type: ignore[misc]
     main()
 
 
-class _App(server.App):
+class _App(pages.App):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._pages = {**self._pages, "/attempts": _attempts, "/other-abi": _other_abi}
 
 
-async def _attempts(_scope: server.Scope) -> server._Response:
+async def _attempts(_scope: pages.Scope) -> pages.Response:
     acts = {**REFUSED, **READING}
     if sock := _systemds():
         acts |= _misusing(sock)
     outcomes = {name: _outcome(act) for name, act in acts.items()}
     if sock:
         sock.detach()
-    return server._text(200, json.dumps(outcomes))
+    return pages.text(200, json.dumps(outcomes))
 
 
 def _outcome(act: Callable[[], object]) -> str:
@@ -187,6 +187,6 @@ def _outcome(act: Callable[[], object]) -> str:
     return DONE
 
 
-async def _other_abi(_scope: server.Scope) -> server._Response:
+async def _other_abi(_scope: pages.Scope) -> pages.Response:
     _libc.syscall(ctypes.c_long(X32_GETPID))
-    return server._text(200, f"nothing came of it, not even {signal.SIGSYS.name}")
+    return pages.text(200, f"nothing came of it, not even {signal.SIGSYS.name}")

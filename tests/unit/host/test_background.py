@@ -12,7 +12,7 @@ from typing import cast
 import pytest
 
 from tcpexporter.config.reader import ANSWERED, Reader, Told
-from tcpexporter.config.reload import Hangups, Reloading, Reloads
+from tcpexporter.config.reload import Hangups, Reloading
 from tcpexporter.connections.record import Records
 from tcpexporter.ebpf import reconcile
 from tcpexporter.ebpf.reconcile import Reconciler, Tables
@@ -21,6 +21,7 @@ from tcpexporter.errors import SocketTableError, ThreadError
 from tcpexporter.host import background
 from tcpexporter.host.background import Task
 from tcpexporter.host.systemd import Supervisor
+from tcpexporter.metrics.reload_status import Reloads
 from tcpexporter.socket_tables.polling import PollingSource
 from tests.support import eventually
 from tests.unit.socket_tables.test_polling import FakeTables, ages, failing, read

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What a scrape shows, from a source in memory to the page."""
+"""Metrics of a scrape, from a source in memory to the exposition."""
 
 import platform
 import re
@@ -19,7 +19,6 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from tcpexporter import version
-from tcpexporter.config.reload import Reloads
 from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import (
     CONNECTION,
@@ -33,11 +32,12 @@ from tcpexporter.connections.source import MemorySource, Reconciliation, Report
 from tcpexporter.errors import SourceError, TrackerError
 from tcpexporter.metrics.collector import (
     Choice,
-    ConfinementCollector,
     ConnectionCollector,
     make_registry,
     make_serving_registry,
 )
+from tcpexporter.metrics.exporter_status import ConfinementCollector
+from tcpexporter.metrics.reload_status import Reloads
 
 GOLDEN_PAGE = Path(__file__).parents[1] / "data" / "metrics.txt"
 LONG_TERM = "netstat_tcp_longterm_connections_total"
@@ -105,12 +105,12 @@ def serving_registry(
 
 
 def family(collected: ConnectionCollector, name: str) -> Metric | None:
-    """The family of that name from one scrape."""
+    """Scrape once and return the family of that name."""
     return {each.name: each for each in collected.collect()}.get(name)
 
 
 def values(collected: ConnectionCollector, name: str) -> Shown:
-    """One scrape of a family: values by port and IP version."""
+    """Scrape once and return a family's values by port and IP version."""
     found = family(collected, name)
     assert found
     return {
@@ -120,14 +120,13 @@ def values(collected: ConnectionCollector, name: str) -> Shown:
 
 
 def test_a_page_shows_the_corrections_of_the_reconciliation_that_it_reports() -> None:
-    """The report is read first: what is corrected after it belongs to the next one.
+    """The report is read before the connections.
 
-    A page with the counts of before a reconciliation and its time of after it cannot be
-    compared with anything.
+    Otherwise a page could show the end of a reconciliation without its corrections.
     """
 
     class Correcting(MemorySource):
-        """Reconciles, and finds a missed opening, whenever it is asked anything."""
+        """A source that reconciles in each call, and then adds a connection."""
 
         def _reconcile(self) -> None:
             self.chunks.append(connections(443, 1))
@@ -155,8 +154,8 @@ def duration(collected: ConnectionCollector) -> list[float]:
     return [each.value for each in found.samples]
 
 
-def test_long_term_connections_are_those_of_that_age() -> None:
-    """The boundary is the duration before now, on the clock that was injected."""
+def test_long_term_connections_have_the_minimum_age() -> None:
+    """An age of exactly the duration is long-term, by the injected clock."""
     source = MemorySource(
         [
             connections(443, 3, age_s=DURATION_S + 1),
@@ -170,7 +169,7 @@ def test_long_term_connections_are_those_of_that_age() -> None:
 
 
 def test_the_clock_is_boottime() -> None:
-    """Without another clock, a connection of just now is not long-term."""
+    """By default the age is measured on CLOCK_BOOTTIME."""
     source = MemorySource([connections(443, 3)])
     selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
     choice = Choice(selection, named((), NETNS, selection), 1)
@@ -182,12 +181,12 @@ def test_the_clock_is_boottime() -> None:
 
 
 def _boottime_ns() -> int:
-    """From /proc/uptime, which is on CLOCK_BOOTTIME, in hundredths of a second."""
+    """CLOCK_BOOTTIME in ns, from /proc/uptime, which has hundredths of a second."""
     return int(Path("/proc/uptime").read_text().split()[0].replace(".", "")) * 10**7
 
 
 def test_a_listener_has_a_series_at_0() -> None:
-    """A port that is listened on is there from the first scrape, per IP version."""
+    """A listening port has a series from the first scrape on, per IP version."""
     source = MemorySource(listeners=listeners((443, 4), (443, 6), (80, 6), (9690, 4)))
     collected = collector_of(source)
     expected: Shown = {("443", "4"): 0, ("443", "6"): 0, ("80", "6"): 0}
@@ -196,7 +195,7 @@ def test_a_listener_has_a_series_at_0() -> None:
 
 
 def test_a_named_port_has_a_series_at_0() -> None:
-    """A port that --port names is there without a listener, and alone."""
+    """A port named by --port has a series without a listener; other ports have none."""
     source = MemorySource(
         [connections(80, 3)], listeners=listeners((80, 4), (22, 6), (8443, 4))
     )
@@ -210,7 +209,7 @@ def test_a_named_port_has_a_series_at_0() -> None:
 
 
 def test_without_ipv6_there_is_no_series_of_it() -> None:
-    """Neither a named port nor a listener nor a connection has one."""
+    """With tcpv6=False no port, listener or connection has an IPv6 series."""
     source = MemorySource(
         [connections(443, 3, ip_version=6)], listeners=listeners((443, 6), (8443, 6))
     )
@@ -219,7 +218,7 @@ def test_without_ipv6_there_is_no_series_of_it() -> None:
 
 
 def test_a_published_port_stays() -> None:
-    """A port once seen keeps its series at 0, by a connection or by a listener."""
+    """After its connections or listener are gone, a port keeps its series at 0."""
     source = MemorySource(
         [connections(443, 3), connections(8443, 5, ip_version=6)],
         listeners=listeners((22, 4)),
@@ -235,7 +234,7 @@ def test_a_published_port_stays() -> None:
 
 
 def test_a_series_at_0_is_not_shared() -> None:
-    """What one collector has published is not known to another of the same selection."""
+    """Series that one collector has published are not published by another."""
     source = MemorySource([connections(443, 3)])
     selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
     choice = Choice(selection, named((), NETNS, selection), 0)
@@ -254,7 +253,7 @@ def choice(*ports: int, duration_s: int = DURATION_S) -> Choice:
 
 
 def test_another_duration_counts_from_the_next_scrape_on() -> None:
-    """For all connections, whenever they began; it is a metric; no series goes."""
+    """It applies to all connections, its metric changes, and no series is removed."""
     source = MemorySource([connections(443, 3, age_s=20), connections(80, 5, age_s=10)])
     collected = collector_of(source)
     assert values(collected, LONG_TERM) == {("443", "4"): 3, ("80", "4"): 5}
@@ -264,7 +263,7 @@ def test_another_duration_counts_from_the_next_scrape_on() -> None:
 
 
 def test_other_ports_count_from_the_next_scrape_on() -> None:
-    """What is not selected any more goes; what is named now is there, at 0 if need be."""
+    """Series of ports no longer selected are removed; newly named ports have a series."""
     source = MemorySource([connections(443, 3), connections(80, 5)])
     collected = collector_of(source)
     assert values(collected, ESTABLISHED) == {("443", "4"): 3, ("80", "4"): 5}
@@ -281,8 +280,8 @@ def test_other_ports_count_from_the_next_scrape_on() -> None:
     assert values(collected, ESTABLISHED) == dict.fromkeys(named_now, 0)
 
 
-def test_what_was_folded_goes_with_its_ports() -> None:
-    """Of named ports none is folded, so there is no other that would stay at 0."""
+def test_the_folded_series_is_removed_with_its_ports() -> None:
+    """Named ports are not folded, so no series port="other" remains at 0."""
     source = MemorySource([connections(443, 3), connections(80, 5)])
     collected = collector_of(source, max_series=1)
     assert values(collected, ESTABLISHED) == {("80", "4"): 5, ("other", "4"): 3}
@@ -290,8 +289,8 @@ def test_what_was_folded_goes_with_its_ports() -> None:
     assert values(collected, ESTABLISHED) == {("443", "4"): 3, ("443", "6"): 0}
 
 
-def test_reading_again_is_told_of() -> None:
-    """Under the names that Prometheus has for it; one file that failed is a failure."""
+def test_reload_metrics() -> None:
+    """One file that failed makes the result a failure until it succeeds."""
     reloads = Reloads()
     registry = serving_registry(collector_of(MemorySource()), reloads)
     name = "tcpexporter_config_last_reload"
@@ -304,16 +303,16 @@ def test_reading_again_is_told_of() -> None:
 
     began_s = reloads.succeeded_s
     assert shown() == (1, began_s)
-    reloads.note("settings", successful=False)
-    reloads.note("web configuration", successful=True)
+    reloads.record("settings", successful=False)
+    reloads.record("web configuration", successful=True)
     assert shown() == (0, began_s)
-    reloads.note("settings", successful=True)
+    reloads.record("settings", successful=True)
     assert shown() == (1, reloads.succeeded_s)
     assert reloads.succeeded_s > began_s
 
 
 def test_simple_is_one_number_without_labels() -> None:
-    """--simple adds all ports and both IP versions up."""
+    """--simple is the sum over all ports and both IP versions."""
     source = MemorySource(
         [
             connections(443, 3),
@@ -330,7 +329,7 @@ def test_simple_is_one_number_without_labels() -> None:
 
 
 def test_simple_adds_up_selected_ports_only() -> None:
-    """--simple --port is one number for those ports."""
+    """--simple --port is the sum over those ports."""
     source = MemorySource([connections(443, 3), connections(80, 5)])
     found = family(collector_of(source, simple=True, ports=[443]), LONG_TERM)
     assert found
@@ -338,15 +337,15 @@ def test_simple_adds_up_selected_ports_only() -> None:
 
 
 def folded(collected: ConnectionCollector) -> float:
-    """How many series one scrape says it has folded."""
+    """Scrape once and return the number of folded series."""
     found = family(collected, FOLDED)
     assert found
     (sample,) = found.samples
     return sample.value
 
 
-def test_what_is_folded_is_in_other() -> None:
-    """Beyond the bound the smallest are one series an IP version, at both metrics."""
+def test_the_smallest_series_are_folded_into_other() -> None:
+    """Above max_series, both metrics have one series port="other" per IP version."""
     source = MemorySource(
         [
             connections(443, 13),
@@ -370,8 +369,8 @@ def test_what_is_folded_is_in_other() -> None:
     assert folded(collected) == 5
 
 
-def test_other_is_there_once_it_is_needed() -> None:
-    """A page that was never too long has none; one that was keeps it at 0."""
+def test_other_exists_from_its_first_use_on() -> None:
+    """Before any series is folded it does not exist; afterwards it stays at 0."""
     source = MemorySource([connections(443, 13)])
     collected = collector_of(source, max_series=1)
     assert values(collected, ESTABLISHED) == {("443", "4"): 13}
@@ -384,8 +383,8 @@ def test_other_is_there_once_it_is_needed() -> None:
     assert folded(collected) == 0
 
 
-def test_ports_seen_once_are_remembered_up_to_the_bound() -> None:
-    """Ever new ports make neither a longer page nor more to remember; none is folded."""
+def test_ports_seen_once_are_kept_up_to_max_series() -> None:
+    """New ports at each scrape do not increase the page or the memory; none is folded."""
     source = MemorySource()
     collected = collector_of(source, max_series=7)
     for port in range(1, 212):
@@ -397,7 +396,7 @@ def test_ports_seen_once_are_remembered_up_to_the_bound() -> None:
 
 
 def test_named_ports_are_not_folded() -> None:
-    """Those of ``--port`` are there, though they are more than may be."""
+    """All ports of --port have series, even if they are more than max_series."""
     source = MemorySource([connections(443, 3), connections(80, 5)])
     collected = collector_of(source, named_ports=[22, 443], max_series=1)
     assert values(collected, ESTABLISHED) == {
@@ -411,8 +410,8 @@ def test_named_ports_are_not_folded() -> None:
 
 
 def test_simple_folds_nothing() -> None:
-    """One number needs no bound, and no listeners."""
-    source = DeafSource([connections(443, 3), connections(80, 5)])
+    """With --simple neither max_series nor listeners matter."""
+    source = SourceWithoutListeners([connections(443, 3), connections(80, 5)])
     collected = collector_of(source, simple=True, max_series=1)
     found = family(collected, ESTABLISHED)
     assert found
@@ -421,9 +420,9 @@ def test_simple_folds_nothing() -> None:
 
 
 def test_help_is_the_same_in_every_run() -> None:
-    """Whatever the settings: node_exporter refuses two help texts for one name.
+    """Help texts do not depend on settings: node_exporter refuses two for one name.
 
-    The kind of fault: a value that may differ between runs in a help text.
+    A fault of this kind: a help text with a value that may differ between runs.
     """
     by_default, *others = (
         collector_of(example()),
@@ -438,12 +437,12 @@ def test_help_is_the_same_in_every_run() -> None:
 
 
 def test_the_duration_is_a_metric() -> None:
-    """The threshold that is in force."""
+    """It is the duration in force."""
     assert duration(collector_of(MemorySource())) == [6]
 
 
 def test_a_page_for_node_exporter_has_nothing_of_the_process() -> None:
-    """Which would collide with node_exporter's own; a scrape has it, and reloads too."""
+    """Those metrics would collide with node_exporter's own; a scrape has them."""
     printed = {each.name for each in make_registry(collector_of(example())).collect()}
     registry = serving_registry(collector_of(example()))
     served = {each.name for each in registry.collect()}
@@ -453,8 +452,8 @@ def test_a_page_for_node_exporter_has_nothing_of_the_process() -> None:
     assert printed < served
 
 
-def test_all_that_is_known_is_tracked() -> None:
-    """Connections of ports that are not selected are tracked all the same."""
+def test_tracked_connections_include_unselected_ports() -> None:
+    """tcpexporter_tracked_connections does not depend on --port."""
     source = MemorySource([connections(80, 5), connections(9690, 2)])
     found = family(collector_of(source, ports=[443]), "tcpexporter_tracked_connections")
     assert found
@@ -468,10 +467,10 @@ def test_all_that_is_known_is_tracked() -> None:
         ({"inserted": 7, "refused": 0}, {"inserted": 7, "refused": 0}),
     ],
 )
-def test_kernel_events_are_shown_where_there_are_any(
+def test_kernel_events_exist_if_the_source_has_them(
     events: Mapping[str, int], expected: Mapping[str, int] | None
 ) -> None:
-    """A BPF program's counters are shown by action; a source without one has none."""
+    """The BPF program's counters have a label action; polling sources have no counters."""
     source = MemorySource(report=Report(kernel_events=events))
     found = family(collector_of(source), "tcpexporter_kernel_events")
     shown = found and {each.labels["action"]: each.value for each in found.samples}
@@ -481,8 +480,8 @@ def test_kernel_events_are_shown_where_there_are_any(
 
 
 @pytest.mark.parametrize("most", [None, 262144])
-def test_the_bound_is_shown_where_there_is_one(most: int | None) -> None:
-    """A source that nothing bounds has no maximum."""
+def test_max_connections_exists_if_the_source_has_a_maximum(most: int | None) -> None:
+    """A polling source has no maximum."""
     source = MemorySource(report=Report(max_connections=most))
     found = family(collector_of(source), "tcpexporter_max_connections")
     assert (found and [each.value for each in found.samples]) == (most and [most])
@@ -491,7 +490,7 @@ def test_the_bound_is_shown_where_there_is_one(most: int | None) -> None:
 def by_netns(
     source: MemorySource, names: Mapping[int, str], *, max_series: int = 101
 ) -> ConnectionCollector:
-    """A collector that tells namespaces apart; its clock is one that a test can set."""
+    """A collector with series per namespace, on a clock that a test can set."""
     selection = select(
         (), tcpv6=True, directions=[Direction.INBOUND], own_listener=None, by_netns=True
     )
@@ -514,15 +513,15 @@ def netns_labels(collected: ConnectionCollector) -> dict[str, float]:
 
 
 def test_a_namespace_has_its_name_or_its_inode() -> None:
-    """The label netns is there when namespaces are told apart, and says which."""
+    """With series per namespace, the label netns is the name, or else the inode."""
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
     source = MemorySource([connections(443, 3), elsewhere])
     assert netns_labels(by_netns(source, {NETNS: "self"})) == {"self": 3, "17": 5}
 
 
-def test_a_namespace_that_is_gone_leaves_no_series() -> None:
-    """Without socket and without name it is forgotten after a while, not at once."""
+def test_series_of_a_namespace_that_is_gone_are_removed() -> None:
+    """They are removed after FORGET_NS without socket and name, not at once."""
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
     source = MemorySource([connections(443, 3), elsewhere])
@@ -535,7 +534,7 @@ def test_a_namespace_that_is_gone_leaves_no_series() -> None:
 
 
 def test_a_namespace_with_a_name_keeps_its_series() -> None:
-    """However long nothing is in it, until it has the name no more."""
+    """They stay while the namespace has a name, however long it has no socket."""
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
     source = MemorySource([connections(443, 3), elsewhere])
@@ -562,7 +561,7 @@ def test_a_namespace_with_a_name_keeps_its_series() -> None:
 def test_another_namespace_with_the_same_inode_has_no_series_of_the_first(
     before: str | None, after: str | None
 ) -> None:
-    """Series bound to a number that the kernel gives again: ports of a dead container."""
+    """The kernel reuses inodes: a new container must not have the ports of an old one."""
     first, second = connections(443, 5), connections(80, 7)
     first["key"]["netns"] = second["key"]["netns"] = 17
     source = MemorySource([first])
@@ -580,7 +579,7 @@ def test_another_namespace_with_the_same_inode_has_no_series_of_the_first(
 
 
 def test_namespaces_are_folded_too() -> None:
-    """Ports of one namespace fold there; of too many namespaces, the rest together."""
+    """Ports fold within a namespace; the smallest namespaces fold into netns="other"."""
     chunks = [connections(443, number) for number in (13, 1, 2, 3)]
     for netns, chunk in enumerate(chunks, start=17):
         chunk["key"]["netns"] = netns
@@ -593,8 +592,8 @@ def test_namespaces_are_folded_too() -> None:
     assert folded(collected) == 3
 
 
-def test_a_namespace_that_is_gone_leaves_no_other() -> None:
-    """What was folded of it is forgotten as its ports are."""
+def test_the_folded_series_of_a_namespace_that_is_gone_is_removed() -> None:
+    """It is removed when the series of its ports are."""
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
     source = MemorySource([connections(443, 13), elsewhere])
@@ -607,7 +606,7 @@ def test_a_namespace_that_is_gone_leaves_no_other() -> None:
 
 
 class BrokenSource(MemorySource):
-    """One that cannot be read to its end."""
+    """A source whose read fails at the end."""
 
     broken = True
 
@@ -617,19 +616,21 @@ class BrokenSource(MemorySource):
             raise TrackerError("the kernel refuses to read the map")
 
 
-class DeafSource(MemorySource):
-    """One that does not know its listeners."""
+class SourceWithoutListeners(MemorySource):
+    """A source that cannot read listeners."""
 
     def listeners(self) -> Records:
         raise SourceError("sock_diag does not answer")
 
 
-@pytest.mark.parametrize("broken", [BrokenSource([connections(443, 3)]), DeafSource()])
+@pytest.mark.parametrize(
+    "broken", [BrokenSource([connections(443, 3)]), SourceWithoutListeners()]
+)
 @pytest.mark.parametrize("generate", [generate_latest, generate_openmetrics])
 def test_a_source_that_cannot_be_read_gives_no_page(
     broken: MemorySource, generate: Generate
 ) -> None:
-    """The error reaches whoever asks: no page at all is better than half a page."""
+    """Collecting raises the error; it does not return a part of the page."""
     registry = CollectorRegistry()
     registry.register(collector_of(broken))
     with pytest.raises(SourceError):
@@ -637,7 +638,7 @@ def test_a_source_that_cannot_be_read_gives_no_page(
 
 
 def test_a_source_recovers() -> None:
-    """After a failed scrape the next one is whole."""
+    """The scrape after a failed one is complete."""
     source = BrokenSource([connections(443, 3)])
     collected = collector_of(source)
     with pytest.raises(SourceError):
@@ -647,7 +648,7 @@ def test_a_source_recovers() -> None:
 
 
 def example() -> MemorySource:
-    """One of everything that a page can show."""
+    """A source whose page has every metric of the ebpf source."""
     return MemorySource(
         [
             connections(443, 7),
@@ -681,7 +682,7 @@ def example() -> MemorySource:
     [(generate_latest, parse_text), (generate_openmetrics, parse_openmetrics)],
 )
 def test_both_formats_parse(generate: Generate, parse: Parse, *, simple: bool) -> None:
-    """prometheus_client reads every value back, each once and with a help text."""
+    """prometheus_client parses every sample, each once and with a help text."""
     registry = serving_registry(collector_of(example(), simple=simple))
     families = list(parse(generate(registry).decode()))
     assert all(each.documentation and each.type != "unknown" for each in families)
@@ -701,7 +702,7 @@ def test_both_formats_parse(generate: Generate, parse: Parse, *, simple: bool) -
 
 
 def test_the_page_is_the_golden_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole page, names and texts and labels and order, is as it was agreed."""
+    """Names, help texts, labels and order are those of the golden file."""
     monkeypatch.setattr(version, "VERSION", "1.2.3")
     monkeypatch.setattr(version, "REVISION", "0123456789abcdef0123456789abcdef01234567")
     monkeypatch.setattr(platform, "python_version", lambda: "3.11.2")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Collections and who shares them: counted, in turns of the event loop."""
+"""Shared collections, counted in turns of the event loop; pages in each format."""
 
 import asyncio
 import gzip
@@ -21,7 +21,7 @@ from tcpexporter.metrics.exposition import (
 
 
 class Numbered(Collector):
-    """A collector whose page says the how manieth it is."""
+    """A collector whose page has the number of the collection."""
 
     collections = 0
     trouble: Exception | None = None
@@ -46,8 +46,8 @@ def number(page: Page) -> float:
     return float(line.split()[1])
 
 
-def test_all_who_wait_share_one_collection() -> None:
-    """A hundred at once are one collection, one after another are one each."""
+def test_concurrent_requests_share_one_collection() -> None:
+    """101 concurrent requests cause one collection; consecutive ones cause one each."""
     collector, collections = make()
 
     async def run() -> None:
@@ -60,8 +60,8 @@ def test_all_who_wait_share_one_collection() -> None:
     assert collector.collections == 4
 
 
-def test_nobody_gets_a_page_from_before() -> None:
-    """Whoever asks in whatever turn of the loop, the collection begins after that."""
+def test_no_page_is_older_than_its_request() -> None:
+    """In whatever turn of the loop a request comes, its collection begins afterwards."""
     collector, collections = make()
 
     async def ask(turns: int) -> tuple[int, float]:
@@ -79,8 +79,8 @@ def test_nobody_gets_a_page_from_before() -> None:
 
 
 @pytest.mark.parametrize("trouble", [SourceError("gone"), ZeroDivisionError("a fault")])
-def test_trouble_reaches_all_who_wait(trouble: Exception) -> None:
-    """Each gets the error; the next collection is tried again."""
+def test_an_error_reaches_all_requests_that_wait(trouble: Exception) -> None:
+    """Each raises the error; the next request collects again."""
     collector, collections = make()
 
     async def run() -> None:
@@ -95,8 +95,8 @@ def test_trouble_reaches_all_who_wait(trouble: Exception) -> None:
     asyncio.run(run())
 
 
-def test_who_gives_up_does_not_take_others_along() -> None:
-    """Of two that wait for one collection, one is cancelled; the other gets the page."""
+def test_a_cancelled_scrape_does_not_cancel_the_collection_it_shares() -> None:
+    """Two requests share a collection; one is cancelled, the other gets the page."""
     collector, collections = make()
 
     async def run() -> None:
@@ -126,7 +126,7 @@ class Families(Collector):
 
 @pytest.mark.parametrize("form", [TEXT, OPENMETRICS])
 def test_a_page_is_written_once(form: Format) -> None:
-    """Whatever is asked for of it, each family is encoded once, and is as in one go."""
+    """Each family is encoded once for all requests, as if all were encoded together."""
     families = [GaugeMetricFamily("number", "One.", 5), CounterMetricFamily("seen", "", 7)]
     written: list[str] = []
 
@@ -134,10 +134,10 @@ def test_a_page_is_written_once(form: Format) -> None:
         written.extend(family.name for family in part.collect())
         return form.encode(part)
 
-    page, noting = Page(families), form._replace(encode=encode)
+    page, recording = Page(families), form._replace(encode=encode)
     for _ in range(100):
-        whole, packed = page.body(noting), page.packed(noting)
-        page.body(noting, ["number"])
+        whole, packed = page.body(recording), page.packed(recording)
+        page.body(recording, ["number"])
     assert written == ["number", "seen"]
     assert gzip.decompress(packed) == whole
     registry = CollectorRegistry()
@@ -156,7 +156,7 @@ def test_a_page_is_written_once(form: Format) -> None:
     ],
 )
 def test_names(names: list[str], lines: list[str]) -> None:
-    """Families are chosen by the names of samples; OpenMetrics has its end in any case."""
+    """Names of samples select families; OpenMetrics always has its end marker."""
     page = Page(
         [GaugeMetricFamily("number", "One.", 5), CounterMetricFamily("seen", "Some.", 7)]
     )

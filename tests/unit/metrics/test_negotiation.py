@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Accept and Accept-Encoding: cases by hand, and any header against another way to decide.
+"""Accept and Accept-Encoding: cases by hand, and random headers against another algorithm.
 
 Faults of this kind give a client a format that it has excluded, or not the one it prefers.
 """
@@ -34,7 +34,7 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 @pytest.mark.parametrize(
     ("accept", "form"),
     [
-        # What clients really send.
+        # Headers of real clients
         ("", TEXT),
         ("*/*", TEXT),
         (PROMETHEUS_2, OPENMETRICS),
@@ -63,10 +63,10 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
         (f"*/*, {OM}", OPENMETRICS),
         (f"{OM};q=0, application/*, text/plain;q=0.1", TEXT),
         ("*/plain, application/*;q=0.1", OPENMETRICS),
-        # Between equals, what comes first
+        # Equal weights: the first one
         (f"{OM}, text/plain", OPENMETRICS),
         (f"text/plain, {OM}", TEXT),
-        # Versions: those that we have
+        # Versions that the exporter has
         (f"{OM};version=1.0.0", OPENMETRICS),
         (f"{OM};version=0.0.1", TEXT),
         (f"{OM};version=1.2.3", TEXT),
@@ -89,7 +89,7 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
         (f" \t{OM} ;\tversion=1.0.0 ; q=0.5 , text/plain; q=0.4 ", OPENMETRICS),
         (f",, ,{OM};;version=1.0.0; ,", OPENMETRICS),
         (f'text/x;a=",{OM},", text/plain', TEXT),
-        # What does not follow the grammar is as if it were not there
+        # Elements that violate the grammar are ignored
         ("x", TEXT),
         (f"{OM};q=x", TEXT),
         (f"{OM};q=", TEXT),
@@ -104,7 +104,7 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
     ],
 )
 def test_accept(accept: str, form: Format) -> None:
-    """The acceptable format of the largest weight; the text format if none is."""
+    """The acceptable format with the largest weight, else the text format."""
     assert negotiate(accept) is form
 
 
@@ -144,11 +144,11 @@ def test_accept(accept: str, form: Format) -> None:
         ("*, identity;q=0", True),
         ("*, identity;q=0.5", True),
         ("*;q=0.5, identity", False),
-        # Nothing of ours is acceptable, which is not refused
+        # Neither coding is acceptable: not refused
         ("identity;q=0", False),
         ("identity;q=0, br", False),
         ("identity;q=0, *;q=0", False),
-        # What does not follow the grammar is as if it were not there
+        # Elements that violate the grammar are ignored
         ("gzip;q=2", False),
         ("gzip;q=", False),
         ("gzip q=1", False),
@@ -157,18 +157,18 @@ def test_accept(accept: str, form: Format) -> None:
     ],
 )
 def test_accept_encoding(accept_encoding: str, *, gzip: bool) -> None:
-    """gzip if it is acceptable, and preferred to no compression."""
+    """gzip is chosen if it is acceptable and preferred to no compression."""
     assert prefers_gzip(accept_encoding) == gzip
 
 
 class Said(NamedTuple):
-    """One element of a header, and how it is spelt."""
+    """One element of a header, and its spelling."""
 
     name: str
     parameters: tuple[tuple[str, str], ...]
     thousandths: int | None
     spelling: tuple[bool, ...]
-    """Capital letters, spaces, quotation marks, the weight first."""
+    """Write it with capital letters, spaces, quotation marks, or the weight first."""
 
     def __str__(self) -> str:
         capitals, spaces, quoted, first = self.spelling
@@ -225,7 +225,7 @@ OURS = (
 
 
 def format_by_elimination(said: list[Said]) -> Format:
-    """The format that stays when the others are ruled out, one question after another."""
+    """Choose by elimination, in a different way than the code under test."""
     left: list[tuple[Format, Said, int]] = []
     for form, names, values in OURS:
         admitting = [
@@ -266,13 +266,13 @@ def format_by_elimination(said: list[Said]) -> Format:
 
 @given(st.lists(RANGES, max_size=5))
 def test_any_accept_header(said: list[Said]) -> None:
-    """Whatever the weights, ranges, parameters and spelling are."""
+    """The choice is the same for random weights, ranges, parameters and spelling."""
     assert negotiate(",".join(map(str, said))) is format_by_elimination(said)
 
 
 @given(st.lists(CODINGS, max_size=5))
 def test_any_accept_encoding_header(said: list[Said]) -> None:
-    """As a table of what each representation is worth says."""
+    """The choice follows from a table of the weight of each coding."""
 
     def worth(*names: str) -> int | None:
         weights = [each.weight for each in said if each.name in names]
@@ -289,7 +289,7 @@ def test_any_accept_encoding_header(said: list[Said]) -> None:
 
 @given(st.text(st.sampled_from('aq/*;=,." \t\\01\xe9')) | st.text(max_size=50))
 def test_any_text(header: str) -> None:
-    """Nothing raises an error, and each weight is from 0 to 1."""
+    """Any text is parsed without error, and weights are from 0 to 1."""
     assert all(0 <= each.weight <= 1 for each in parse(header))
     assert negotiate(header) in (TEXT, OPENMETRICS)
     assert prefers_gzip(header) in (True, False)
@@ -299,7 +299,7 @@ def test_any_text(header: str) -> None:
     "repeated", ['"', '"\\', ";", "; ", " ", ",", "a;a=a", "a=", "/", '";"']
 )
 def test_a_long_header_takes_no_long_time(repeated: str) -> None:
-    """No pattern searches again and again: 2 ** 17 bytes end within the test's time.
+    """No pattern backtracks: 2 ** 17 bytes are parsed within the time limit of the test.
 
     With time that grows by the square, each would take minutes.
     """

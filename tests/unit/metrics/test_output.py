@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A page in a file, whole or not at all: real files and the real child process.
+"""Writing a file atomically, with real files and the real child process.
 
-The kind of fault: a reader of the file sees half a page, or none where there was one.
+The kind of fault: a reader of the file sees half a page, or the old file disappears.
 """
 
 import os
@@ -30,7 +30,7 @@ def names(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("old", [None, b"old"])
 def test_a_page_is_in_place_when_it_is_published(tmp_path: Path, old: bytes | None) -> None:
-    """Not before; readable for every user, whatever the umask; nothing else is left."""
+    """Not before; it is readable for every user with any umask; no other file is left."""
     path = tmp_path / "x.prom"
     if old:
         path.write_bytes(old)
@@ -54,7 +54,7 @@ def test_a_page_is_in_place_when_it_is_published(tmp_path: Path, old: bytes | No
 
 
 def test_a_path_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The directory is the one that was current when it was opened."""
+    """It is relative to the working directory at the time of opening."""
     monkeypatch.chdir(tmp_path)
     output = Output("x.prom")
     monkeypatch.chdir("/")
@@ -62,8 +62,8 @@ def test_a_path_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "x.prom").read_bytes() == PAGE
 
 
-def test_what_is_not_published_leaves_the_old_file(tmp_path: Path) -> None:
-    """As when collecting fails: closed without a page."""
+def test_closing_without_a_page_leaves_the_old_file(tmp_path: Path) -> None:
+    """This happens when collecting fails."""
     path = tmp_path / "x.prom"
     path.write_bytes(b"old")
     Output(str(path)).close()
@@ -72,7 +72,7 @@ def test_what_is_not_published_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
-    """SIGKILL in the middle of the page: the child process removes the new file."""
+    """After SIGKILL in the middle of the page, the child process removes the new file."""
     path = tmp_path / "x.prom"
     path.write_bytes(b"old")
     program = (
@@ -89,7 +89,7 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_page_that_does_not_fit_leaves_the_old_file(tmp_path: Path) -> None:
-    """As on a full disk, here by RLIMIT_FSIZE."""
+    """RLIMIT_FSIZE makes write(2) fail like a full disk."""
     path = tmp_path / "x.prom"
     path.write_bytes(b"old")
     output = Output(str(path))
@@ -106,7 +106,7 @@ def test_a_page_that_does_not_fit_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_rename_that_fails_is_reported(tmp_path: Path) -> None:
-    """The child process tells why, and removes the new file."""
+    """The child process reports the error and removes the new file."""
     path = tmp_path / "x.prom"
     output = Output(str(path))
     path.mkdir()
@@ -116,7 +116,7 @@ def test_a_rename_that_fails_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_child_process_that_is_killed_is_reported(tmp_path: Path) -> None:
-    """The file is not there, so this is a failure."""
+    """The page was not renamed to the path, so `publish` raises an error."""
     output = Output(str(tmp_path / "x.prom"))
     os.kill(output._child, signal.SIGKILL)
     with pytest.raises(ServerError, match=r"died \(SIGKILL\)|Broken pipe"):
@@ -139,10 +139,10 @@ def test_a_child_process_that_is_killed_is_reported(tmp_path: Path) -> None:
         ("x" * 250, "File name too long"),
     ],
 )
-def test_what_cannot_be_replaced_is_refused_at_once(
+def test_a_path_that_cannot_be_replaced_is_refused_at_once(
     name: str, reason: str, tmp_path: Path
 ) -> None:
-    """Before watching begins; a device or a symbolic link is never replaced by a file."""
+    """It is refused at opening; a device or a symbolic link is never replaced."""
     (tmp_path / "file").touch()
     (tmp_path / "directory").mkdir()
     (tmp_path / "link").symlink_to("file")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The web configuration's format: what it says, and what is refused and how."""
+"""Parsing the web configuration: accepted values, and the messages of refusals."""
 
 import json
 from dataclasses import asdict
@@ -53,13 +53,13 @@ def of_tls(text: str) -> Tls:
         "rate_limit: {interval: 0s, burst: 7}",
     ],
 )
-def test_nothing_is_guarded(text: str) -> None:
-    """An empty file, or one that says so, asks for nothing."""
+def test_an_empty_configuration_requires_nothing(text: str) -> None:
+    """No TLS, header, user or limit, from an empty file or from empty sections."""
     assert parsed(text) == WebConfig()
 
 
 def test_defaults() -> None:
-    """A certificate and its key are enough; the rest is as in exporter-toolkit."""
+    """A certificate and its key suffice; the defaults are those of exporter-toolkit."""
     tls = of_tls(with_tls())
     assert (tls.cert, tls.key, tls.client_ca) == ("CRT", "KEY", None)
     assert (tls.min_version, tls.max_version) == ("TLS12", "TLS13")
@@ -119,18 +119,18 @@ def test_defaults() -> None:
     ],
 )
 def test_tls(lines: str, name: str, value: object) -> None:
-    """Each key of tls_server_config."""
+    """Every key of tls_server_config has an effect on the result."""
     assert getattr(of_tls(with_tls(lines)), name) == value
 
 
 def test_inline_pem() -> None:
-    """A certificate and its key may be in the file itself."""
+    """The file itself may contain the certificate and its key."""
     tls = of_tls("tls_server_config:\n  cert: |\n    A\n    B\n  key: |\n    C\n")
     assert (tls.cert, tls.key) == ("A\nB\n", "C\n")
 
 
 def test_headers() -> None:
-    """All that can be added; without a text a header is left out."""
+    """Every header that can be added; one with an empty value is left out."""
     config = parsed("""
 http_server_config:
   http2: no
@@ -150,7 +150,7 @@ http_server_config:
 
 
 def test_users() -> None:
-    """Names are taken as they are written, whatever else YAML would make of them."""
+    """User names stay text where YAML would read another type."""
     config = parsed(f"basic_auth_users:\n  alice: {HASH}\n  no: {HASH}\n  1_0: '{HASH}'\n")
     assert config.users == {"alice": HASH, "no": HASH, "1_0": HASH}
 
@@ -167,7 +167,7 @@ def test_users() -> None:
     ],
 )
 def test_rate_limit(interval: str, seconds: float) -> None:
-    """An interval is written as Go does."""
+    """An interval has the format of Go's durations."""
     limit = parsed(f"rate_limit: {{interval: '{interval}', burst: 0}}").rate_limit
     assert limit is not None
     assert limit.interval_s == pytest.approx(seconds)
@@ -175,38 +175,46 @@ def test_rate_limit(interval: str, seconds: float) -> None:
 
 
 TLS_REFUSED = [
-    ("cert_filse: x", 4, "tls_server_config has no 'cert_filse', but cert, cert_file"),
+    (
+        "cert_filse: x",
+        4,
+        "tls_server_config has no 'cert_filse'; it can have cert, cert_file",
+    ),
     ("cert: x", 2, "give one of cert or cert_file, not both"),
     ("key: x", 3, "give one of key or key_file, not both"),
-    ("client_auth_type: x", 4, "client_auth_type takes NoClientCert, RequestClientCert"),
-    ("client_auth_type: RequestClientCert", 4, "RequestClientCert is not done here"),
-    ("client_auth_type: RequireAnyClientCert", 4, "RequireAnyClientCert is not done here"),
-    ("client_auth_type: RequireClientCert", 4, "RequireClientCert is not done here"),
-    ("client_ca_file: ca.pem", 2, "a client CA without client_auth_type"),
+    ("client_auth_type: x", 4, "client_auth_type must be NoClientCert, RequestClientCert"),
+    ("client_auth_type: RequestClientCert", 4, "RequestClientCert is not supported"),
+    ("client_auth_type: RequireAnyClientCert", 4, "RequireAnyClientCert is not supported"),
+    ("client_auth_type: RequireClientCert", 4, "RequireClientCert is not supported"),
+    ("client_ca_file: ca.pem", 2, "a client CA has no effect without client_auth_type"),
     ("client_ca_file: absent", 4, "client_ca_file absent cannot be read: No such file"),
-    ("client_allowed_sans: [x]", 2, "client_allowed_sans without client_auth_type"),
-    ("client_allowed_sans: x", 4, "client_allowed_sans takes a list"),
-    ("min_version: TLS111", 4, "min_version takes TLS10, TLS11, TLS12 or TLS13"),
-    ("max_version: 1.2", 4, "max_version takes TLS10, TLS11, TLS12 or TLS13, not '1.2'"),
+    ("client_allowed_sans: [x]", 2, "client_allowed_sans has no effect"),
+    ("client_allowed_sans: x", 4, "client_allowed_sans must be a list"),
+    ("min_version: TLS111", 4, "min_version must be TLS10, TLS11, TLS12 or TLS13"),
+    ("max_version: 1.2", 4, "max_version must be TLS10, TLS11, TLS12 or TLS13, not '1.2'"),
     ("min_version: TLS13\nmax_version: TLS12", 2, "TLS13 is above max_version TLS12"),
     ("max_version: TLS11", 2, "min_version TLS12 is above max_version TLS11"),
-    ("cipher_suites: [TLS_RSA_WITH_AES_128_CBC_SHA]", 4, "cipher_suites takes TLS_ECDHE_"),
-    ("cipher_suites: TLS_AES_128_GCM_SHA256", 4, "cipher_suites takes a list"),
+    (
+        "cipher_suites: [TLS_RSA_WITH_AES_128_CBC_SHA]",
+        4,
+        "each of cipher_suites must be TLS_ECDHE_",
+    ),
+    ("cipher_suites: TLS_AES_128_GCM_SHA256", 4, "cipher_suites must be a list"),
     (
         "max_version: TLS12\ncipher_suites: [TLS_AES_128_GCM_SHA256]",
         2,
-        "cipher_suites has none that TLS12 can use",
+        "cipher_suites has no suite of TLS12",
     ),
-    ("prefer_server_cipher_suites: maybe", 4, "takes true or false, not 'maybe'"),
+    ("prefer_server_cipher_suites: maybe", 4, "must be true or false, not 'maybe'"),
     (
         "curve_preferences: [CurveP257]",
         4,
-        "takes CurveP256, CurveP384 or CurveP521, not",
+        "must be CurveP256, CurveP384 or CurveP521, not",
     ),
-    ("curve_preferences: [X25519]", 4, "of X25519, is not done here"),
-    ("curve_preferences: [CurveP256, CurveP384]", 4, "of more than one, or of"),
-    ("min_version: [TLS12]", 4, "min_version takes a text"),
-    ("min_version: TLS12\nmin_version: TLS13", 5, "has 'min_version' a second time"),
+    ("curve_preferences: [X25519]", 4, "with X25519 or several curves is not supported"),
+    ("curve_preferences: [CurveP256, CurveP384]", 4, "with X25519 or several curves"),
+    ("min_version: [TLS12]", 4, "min_version must be a text"),
+    ("min_version: TLS12\nmin_version: TLS13", 5, "has 'min_version' twice"),
 ]
 
 REFUSED = [
@@ -215,14 +223,18 @@ REFUSED = [
     (
         "tls_server_config:\n  cert: ''\n  key_file: server.key",
         2,
-        "one of cert or cert_file",
+        "requires cert or cert_file",
     ),
-    ("tls_server_config:\n  cert_file: server.crt\n  key: ''", 2, "one of key or key_file"),
-    ("tls_server_config:\n  cert_file: server.crt", 2, "takes one of key or key_file"),
-    ("tls_server_config:\n  min_version: TLS13", 2, "takes one of cert or cert_file"),
+    (
+        "tls_server_config:\n  cert_file: server.crt\n  key: ''",
+        2,
+        "requires key or key_file",
+    ),
+    ("tls_server_config:\n  cert_file: server.crt", 2, "requires key or key_file"),
+    ("tls_server_config:\n  min_version: TLS13", 2, "requires cert or cert_file"),
     ("tls_server_config:\n  cert_file: x\n  key_file: x", 2, "cert_file x cannot be read"),
-    ("tls_server_config: x", 1, "tls_server_config takes lines of `name: value`"),
-    ("http_server_config: {http2: true}", 1, "http2 is not done here"),
+    ("tls_server_config: x", 1, "tls_server_config must be lines of `name: value`"),
+    ("http_server_config: {http2: true}", 1, "http2 is not supported"),
     ("http_server_config: {http3: true}", 1, "http_server_config has no 'http3'"),
     (
         "http_server_config: {headers: {Content-Type: x}}",
@@ -230,42 +242,50 @@ REFUSED = [
         "headers has no 'Content-Type'",
     ),
     ("http_server_config: {headers: {x-frame-options: deny}}", 1, "no 'x-frame-options'"),
-    ("http_server_config: {headers: {X-Frame-Options: x}}", 1, "takes deny or sameorigin"),
-    ("http_server_config: {headers: {X-Content-Type-Options: sniff}}", 1, "takes nosniff,"),
+    (
+        "http_server_config: {headers: {X-Frame-Options: x}}",
+        1,
+        "must be deny or sameorigin",
+    ),
+    (
+        "http_server_config: {headers: {X-Content-Type-Options: sniff}}",
+        1,
+        "must be nosniff,",
+    ),
     (
         'http_server_config: {headers: {X-XSS-Protection: "1\\r\\nSet-Cookie: x"}}',
         1,
-        "X-XSS-Protection takes one line of text",
+        "X-XSS-Protection must be one line of text",
     ),
     (
         "basic_auth_users:\n  john: doe",
         2,
-        "user 'john' takes a password hashed with bcrypt",
+        "user 'john' requires a bcrypt hash",
     ),
-    ("basic_auth_users:\n  john:", 2, "user 'john' takes a password hashed with bcrypt"),
-    ("basic_auth_users:\n  john: [x]", 2, "user 'john' takes a password hashed"),
-    ("basic_auth_users: [john]", 1, "basic_auth_users takes lines of"),
-    (f"basic_auth_users:\n  a: {HASH}\n  a: {HASH}", 3, "has 'a' a second time"),
-    ("rate_limit: {burst: 20}", 1, "rate_limit takes interval too"),
-    ("rate_limit: {interval: 1s}", 1, "rate_limit takes burst too"),
+    ("basic_auth_users:\n  john:", 2, "user 'john' requires a bcrypt hash"),
+    ("basic_auth_users:\n  john: [x]", 2, "user 'john' requires a bcrypt hash"),
+    ("basic_auth_users: [john]", 1, "basic_auth_users must be lines of"),
+    (f"basic_auth_users:\n  a: {HASH}\n  a: {HASH}", 3, "has 'a' twice"),
+    ("rate_limit: {burst: 20}", 1, "rate_limit requires interval too"),
+    ("rate_limit: {interval: 1s}", 1, "rate_limit requires burst too"),
     ("rate_limit: {interval: 5, burst: 1}", 1, "a time with its unit as in 1s"),
     ("rate_limit: {interval: -1s, burst: 1}", 1, "a time with its unit as in 1s"),
-    ("rate_limit: {interval: 1s, burst: many}", 1, "burst takes a whole number"),
+    ("rate_limit: {interval: 1s, burst: many}", 1, "burst must be a whole number"),
     ("rate_limit: {interval: 1s, burst: 1, x: 1}", 1, "rate_limit has no 'x'"),
-    ("metrics: {}", 1, "the file has no 'metrics', but tls_server_config"),
-    ("hWkNKCp3fvIx3jKnsaBI\nTuEjdwNS8A2vYdFbiKqr\n", 1, "the file takes lines of"),
-    ("- a\n- b\n", 1, "the file takes lines of `name: value`"),
+    ("metrics: {}", 1, "the file has no 'metrics'; it can have tls_server_config"),
+    ("hWkNKCp3fvIx3jKnsaBI\nTuEjdwNS8A2vYdFbiKqr\n", 1, "the file must be lines of"),
+    ("- a\n- b\n", 1, "the file must be lines of `name: value`"),
     ("rate_limit: {", 1, "not YAML"),
     ("a: b: c", 1, "not YAML"),
     ("\t\n", 1, "not YAML"),
     ("rate_limit:\n---\nrate_limit:\n", 2, "not YAML"),
-    ("? [a]\n: b\n", 1, "a key of the file takes a text"),
+    ("? [a]\n: b\n", 1, "a key of the file must be a text"),
 ]
 
 
 @pytest.mark.parametrize(("text", "line", "sentence"), REFUSED)
 def test_refused(text: str, line: int, sentence: str) -> None:
-    """One sentence: the file, the line, what is wrong or not done, what is allowed."""
+    """The message says in one sentence where, what is wrong, and what is allowed."""
     with pytest.raises(WebConfigError) as refused:
         parsed(text)
     told = str(refused.value)
@@ -284,14 +304,14 @@ def test_refused(text: str, line: int, sentence: str) -> None:
     ],
 )
 def test_a_secret_is_not_told(text: str) -> None:
-    """What is wrong with a password or a key is said without it: logs are read by many."""
+    """A message about a password or a key does not contain it: many people read logs."""
     with pytest.raises(WebConfigError) as refused:
         parsed(text)
     assert "s3cret" not in str(refused.value)
 
 
 def test_what_is_not_text_is_refused() -> None:
-    """A character that YAML does not have."""
+    """A character that YAML does not allow is refused."""
     with pytest.raises(WebConfigError, match=r"web\.yml: not YAML: "):
         parsed("a: \0")
 
@@ -302,26 +322,35 @@ def test_what_is_not_text_is_refused() -> None:
         ('a: "\\UFFFFFFFF"', "not YAML: a number in it is too large"),
         ('a: "\\U00110000"', "not YAML: a number in it is too large"),
         ("%YAML 1." + "9" * 5003 + "\n--- {}", "not YAML: a number in it is too large"),
-        *((each * 503, "too many lists or mappings") for each in ("[", "{", "- ", "? ")),
+        *((each * 503, "nested too deeply") for each in ("[", "{", "- ", "? ")),
         ("basic_auth_users: {" + "x" * 1009 + ": y}", "user 'xxxxxx"),
-        ("rate_limit: {interval: " + "9" * 5003 + "h, burst: 1}", "takes a time with its"),
-        ("rate_limit: {interval: 2562048h, burst: 1}", "takes a time with its unit"),
-        ('basic_auth_users: {"\\uD800": ' + HASH + "}", "takes a text of Unicode"),
-        ('tls_server_config: {key: x, cert: "\\uDC80"}', "takes a text of Unicode"),
+        (
+            "rate_limit: {interval: " + "9" * 5003 + "h, burst: 1}",
+            "must be a time with its",
+        ),
+        ("rate_limit: {interval: 2562048h, burst: 1}", "must be a time with its unit"),
+        (
+            'basic_auth_users: {"\\uD800": ' + HASH + "}",
+            "must be a text without surrogates",
+        ),
+        (
+            'tls_server_config: {key: x, cert: "\\uDC80"}',
+            "must be a text without surrogates",
+        ),
     ],
 )
-def test_what_takes_a_parser_to_its_limits_is_refused(text: str, sentence: str) -> None:
-    """No error of Python's, nor one without end, nor what nothing else can take."""
+def test_input_at_the_limits_of_the_parser_is_refused(text: str, sentence: str) -> None:
+    """The parser raises no other error, and returns no text that cannot be encoded."""
     with pytest.raises(WebConfigError, match=sentence) as refused:
         parsed(text)
     assert len(str(refused.value)) < 600
 
 
 def test_aliases_are_not_multiplied() -> None:
-    """Ten of ten of ten, thirty times over, and one that is in itself."""
+    """Aliases that would expand to 10^30 nodes, and an alias that contains itself."""
     lines = ["- &a0 [x]", *(f"- &a{n} [{f'*a{n - 1}, ' * 10}]" for n in range(1, 31))]
     for text in ("\n".join(lines), "&a {basic_auth_users: *a}", "&a [*a]"):
-        with pytest.raises(WebConfigError, match="takes"):
+        with pytest.raises(WebConfigError, match=r"must be|requires"):
             parsed(text)
 
 
@@ -335,6 +364,6 @@ def test_aliases_are_not_multiplied() -> None:
     ],
 )
 def test_it_survives_json(text: str) -> None:
-    """What one process has read is what the other gets."""
+    """JSON carries a configuration from the reader process to the serving process."""
     config = parsed(text)
     assert WebConfig.from_json(json.loads(json.dumps(asdict(config)))) == config

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Who has to go: decided on names, without any socket."""
+"""Choosing the client to evict, without sockets: clients are names here."""
 
 import pytest
 
-from tcpexporter.web.fair_share import Places, neighbourhood
+from tcpexporter.web.fair_share import ConnectionSlots, source_network
 
 
-def anybody(_guest: str) -> bool:
+def any_client(_client: str) -> bool:
     return True
 
 
-def taken(*guests: str) -> Places[str]:
-    """Guests in the order in which they come, each named "where guest"."""
-    places = Places[str]()
-    for now_s, guest in enumerate(guests):
-        places.take(guest, guest.split()[0], now_s)
-    return places
+def slots_of(*clients: str) -> ConnectionSlots[str]:
+    """Slots of clients in the order in which they connect, each named "network client"."""
+    slots = ConnectionSlots[str]()
+    for now_s, client in enumerate(clients):
+        slots.hold(client, client.split()[0], now_s)
+    return slots
 
 
 @pytest.mark.parametrize(
-    ("guests", "leaves"),
+    ("clients", "evicted"),
     [
         (["a 1", "a 2", "a 3"], "a 1"),
         (["a 1", "b 1", "b 2"], "b 1"),
@@ -29,28 +29,30 @@ def taken(*guests: str) -> Places[str]:
         ([], None),
     ],
 )
-def test_who_has_to_go(guests: list[str], leaves: str | None) -> None:
-    """In the largest neighbourhood whoever has waited longest, since the last request."""
-    assert taken(*guests).dispensable(anybody) == leaves
+def test_the_longest_waiting_client_of_the_largest_network_is_evicted(
+    clients: list[str], evicted: str | None
+) -> None:
+    """Waiting begins anew with each request."""
+    assert slots_of(*clients).evictable(any_client) == evicted
 
 
-def test_who_may_stay() -> None:
-    """Whoever may not go is passed over, be it that the smallest neighbourhood is next."""
-    places = taken("a 1", "a 2", "b 1")
-    assert places.dispensable(lambda guest: guest != "a 1") == "a 2"
-    assert places.dispensable(lambda guest: guest.startswith("b")) == "b 1"
-    assert places.dispensable(lambda _: False) is None
+def test_clients_that_may_not_be_evicted_are_passed_over() -> None:
+    """If no client of the largest network may be evicted, the next network loses one."""
+    slots = slots_of("a 1", "a 2", "b 1")
+    assert slots.evictable(lambda client: client != "a 1") == "a 2"
+    assert slots.evictable(lambda client: client.startswith("b")) == "b 1"
+    assert slots.evictable(lambda _: False) is None
 
 
-def test_who_is_gone_does_not_count() -> None:
-    """Nor does whoever leaves twice, or was never there."""
-    places = taken("a 1", "a 2", "b 1")
-    for guest in ("a 1", "a 1", "c 1"):
-        places.leave(guest, guest.split()[0])
-    assert places.dispensable(anybody) == "a 2"
-    for guest in ("a 2", "b 1"):
-        places.leave(guest, guest.split()[0])
-    assert places.dispensable(anybody) is None
+def test_a_freed_slot_does_not_count() -> None:
+    """Freeing a slot twice, or a slot that was never held, changes nothing."""
+    slots = slots_of("a 1", "a 2", "b 1")
+    for client in ("a 1", "a 1", "c 1"):
+        slots.free(client, client.split()[0])
+    assert slots.evictable(any_client) == "a 2"
+    for client in ("a 2", "b 1"):
+        slots.free(client, client.split()[0])
+    assert slots.evictable(any_client) is None
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,6 @@ def test_who_is_gone_does_not_count() -> None:
         ("", "", True),
     ],
 )
-def test_neighbourhood(one: str, other: str, *, same: bool) -> None:
-    """IPv4 by address, IPv6 by network."""
-    assert (neighbourhood(one) == neighbourhood(other)) is same
+def test_source_network(one: str, other: str, *, same: bool) -> None:
+    """An IPv4 address is a network of its own; an IPv6 network is a /64."""
+    assert (source_network(one) == source_network(other)) is same

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""--web-config over real sockets on loopback: TLS, passwords, headers, reading again."""
+"""--web-config over real sockets on loopback: TLS, passwords, headers, reloads."""
 
 import base64
 import contextlib
@@ -23,11 +23,13 @@ from cryptography.hazmat.primitives import serialization
 from prometheus_client import CollectorRegistry
 
 from tcpexporter.config.reader import WEB_CONFIG, Reader
-from tcpexporter.config.reload import Hangups, Reloading, Reloads
+from tcpexporter.config.reload import Hangups, Reloading
 from tcpexporter.errors import SettingsError
 from tcpexporter.host.systemd import Supervisor
-from tcpexporter.web import server
-from tcpexporter.web.guard import Web
+from tcpexporter.metrics.reload_status import Reloads
+from tcpexporter.web import connection, pages, server
+from tcpexporter.web.guard import Guard
+from tcpexporter.web.listen import listen
 from tests.pki import (
     CA,
     CLIENT,
@@ -40,7 +42,7 @@ from tests.pki import (
     write_web,
 )
 from tests.support import eventually
-from tests.unit.web.test_server import (
+from tests.unit.web.support import (
     LOOPBACK,
     PATIENCE_S,
     Answer,
@@ -55,48 +57,50 @@ INTERVAL_S = 0.05
 
 
 def basic(name: str, password: str) -> dict[str, str]:
-    told = base64.b64encode(f"{name}:{password}".encode()).decode()
-    return {"Authorization": f"Basic {told}"}
+    encoded = base64.b64encode(f"{name}:{password}".encode()).decode()
+    return {"Authorization": f"Basic {encoded}"}
 
 
 ALICE = basic("alice", "wonderland")
 
 
-def make_web(path: str) -> Web:
+def make_guard(path: str) -> Guard:
     reader = Reader(None, web_config=path)
     with contextlib.closing(reader):
-        return Web(path, reader.receive())
+        return Guard(path, reader.receive().accepted())
 
 
 class Served:
-    """A configuration in a directory of its own, and what serves with it."""
+    """A configuration in its own directory, and a server that follows it."""
 
     def __init__(self, directory: Path, config: str) -> None:
         self.directory = directory
         self.path = write_web(directory, config)
         self.reader = Reader(None, web_config=self.path, interval_s=INTERVAL_S)
-        self.web = Web(self.path, self.reader.receive())
+        self.guard = Guard(self.path, self.reader.receive().accepted())
         self.following = Reloading(
             self.reader,
             Hangups(),
             Supervisor(None, None),
             Reloads(),
         )
-        self.following.follow({WEB_CONFIG: self.web.replace})
+        self.following.follow(
+            {WEB_CONFIG: lambda read: self.guard.replace(read.accepted())}
+        )
         registry = CollectorRegistry()
         registry.register(Flaky())
-        self.app = server.App(
-            registry, ready=lambda: None, settings={}, version="1", web=self.web
+        self.app = pages.App(
+            registry, ready=lambda: None, settings={}, version="1", guard=self.guard
         )
-        self.sockets = server.listen(LOOPBACK, 0)
+        self.sockets = listen(LOOPBACK, 0)
         self.port: int = self.sockets[0].getsockname()[1]
 
     def ask(
         self, context: ssl.SSLContext | None = None, path: str = "/metrics", **headers: str
     ) -> Answer:
-        connection = self.connect(context)
-        with contextlib.closing(connection):
-            return ask_on(connection, path, **headers)
+        client = self.connect(context)
+        with contextlib.closing(client):
+            return ask_on(client, path, **headers)
 
     def connect(self, context: ssl.SSLContext | None = None) -> http.client.HTTPConnection:
         if context is None:
@@ -110,13 +114,13 @@ class Served:
         self.reader.close()
 
     def write(self, config: str) -> None:
-        """In place, not by a rename."""
+        """Overwrite the file in place, without a rename."""
         Path(self.path).write_text(config)
 
 
-def ask_on(connection: http.client.HTTPConnection, path: str, **headers: str) -> Answer:
-    connection.request("GET", path, headers=headers)
-    response = connection.getresponse()
+def ask_on(client: http.client.HTTPConnection, path: str, **headers: str) -> Answer:
+    client.request("GET", path, headers=headers)
+    response = client.getresponse()
     return Answer(response.status, response.headers, response.read())
 
 
@@ -139,7 +143,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 
 
 def certificate_of(served: Served) -> bytes:
-    """What it shows to a new client."""
+    """The certificate that a new client gets, as DER."""
     with (
         dial(served.port) as sock,
         client_context(CLIENT).wrap_socket(sock, server_hostname=LOOPBACK) as secure,
@@ -148,7 +152,7 @@ def certificate_of(served: Served) -> bytes:
 
 
 def handshake(served: Served, context: ssl.SSLContext) -> tuple[str, str] | None:
-    """The TLS version and cipher that are agreed upon; None: none are."""
+    """The negotiated TLS version and cipher; None if the handshake fails."""
     with dial(served.port) as sock:
         try:
             with context.wrap_socket(sock, server_hostname=LOOPBACK) as secure:
@@ -159,21 +163,21 @@ def handshake(served: Served, context: ssl.SSLContext) -> tuple[str, str] | None
             return None
 
 
-# Who gets in
+# Clients that may connect
 
 
 def test_plain(serve: Serve) -> None:
-    """An empty file changes nothing."""
+    """With an empty file there is no protection."""
     assert serve("").ask().status == 200
 
 
 def test_tls(serve: Serve) -> None:
-    """A client that trusts our authority gets the page, again and again."""
+    """A client that trusts the CA gets the page, several times on one connection."""
     served = serve(TLS)
-    connection = served.connect(client_context())
-    with contextlib.closing(connection):
+    client = served.connect(client_context())
+    with contextlib.closing(client):
         for _ in range(3):
-            answer = ask_on(connection, "/metrics")
+            answer = ask_on(client, "/metrics")
             assert (answer.status, b"connections 7" in answer.body) == (200, True)
 
 
@@ -182,9 +186,9 @@ def test_tls(serve: Serve) -> None:
 def test_request_and_the_end_of_its_direction(
     serve: Serve, version: ssl.TLSVersion, *, notify: bool, fin: bool
 ) -> None:
-    """Requests followed by close_notify, FIN or both are answered, and the end is told.
+    """Requests followed by close_notify, FIN or both get responses, then close_notify.
 
-    A fault of this kind takes the end of one direction for the end of both.
+    A fault of this kind treats the end of one direction as the end of both.
     """
     served = serve(TLS)
     context = client_context()
@@ -221,7 +225,7 @@ def test_request_and_the_end_of_its_direction(
 
 
 def test_inline_pem(serve: Serve, tmp_path: Path) -> None:
-    """The certificate and its key, in the file itself."""
+    """The configuration itself can contain the certificate and its key."""
     pair = write_pair(tmp_path)
     cert = pair.cert_chain_pems[0].bytes().decode()
     key = pair.private_key_pem.bytes().decode()
@@ -230,7 +234,7 @@ def test_inline_pem(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_a_password_that_is_checked_after_fin(serve: Serve) -> None:
-    """The response comes when a thread has checked the password, be it right or wrong."""
+    """The response comes after the check, whether the password is correct or wrong."""
     served = serve(users(alice="wonderland"))
     for password, status in (("looking-glass", 401), ("wonderland", 200)):
         authorization = basic("alice", password)["Authorization"]
@@ -243,7 +247,7 @@ def test_a_password_that_is_checked_after_fin(serve: Serve) -> None:
 
 
 def test_plain_http_to_a_tls_port(serve: Serve) -> None:
-    """A client that forgot the s is told so, and let go."""
+    """A client that speaks plain HTTP is told to use HTTPS, and the connection closes."""
     served = serve(TLS)
     with dial(served.port) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -252,7 +256,7 @@ def test_plain_http_to_a_tls_port(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "bare", "ours", "strangers"),
+    ("policy", "without", "trusted", "untrusted"),
     [
         ("", True, True, True),
         ("client_auth_type: NoClientCert", True, True, True),
@@ -273,16 +277,16 @@ def test_plain_http_to_a_tls_port(serve: Serve) -> None:
     ],
 )
 def test_client_auth_type(
-    serve: Serve, policy: str, *, bare: bool, ours: bool, strangers: bool
+    serve: Serve, policy: str, *, without: bool, trusted: bool, untrusted: bool
 ) -> None:
-    """Clients without a certificate, with one of our authority's, with another's."""
+    """Clients without a certificate, with one of the trusted CA, with one of another CA."""
     served = serve(f"{TLS}  {policy}\n")
-    assert admitted(served, None) == bare
-    assert admitted(served, CLIENT) == ours
-    assert admitted(served, STRANGER) == strangers
+    assert accepted(served, None) == without
+    assert accepted(served, CLIENT) == trusted
+    assert accepted(served, STRANGER) == untrusted
 
 
-def admitted(served: Served, certificate: trustme.LeafCert | None) -> bool:
+def accepted(served: Served, certificate: trustme.LeafCert | None) -> bool:
     try:
         return served.ask(client_context(certificate)).status == 200
     except (ssl.SSLError, ConnectionError, http.client.RemoteDisconnected):
@@ -290,7 +294,7 @@ def admitted(served: Served, certificate: trustme.LeafCert | None) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("allowed", "admits"),
+    ("allowed", "accepts"),
     [
         ("[scraper.example]", True),
         ("[one, prometheus@example.org, two]", True),
@@ -301,18 +305,18 @@ def admitted(served: Served, certificate: trustme.LeafCert | None) -> bool:
         ("[]", False),
     ],
 )
-def test_client_allowed_sans(serve: Serve, allowed: str, *, admits: bool) -> None:
-    """A certificate must be for one of the names, exactly; others see no page at all."""
+def test_client_allowed_sans(serve: Serve, allowed: str, *, accepts: bool) -> None:
+    """The certificate must have exactly one of the names; other clients get no response."""
     served = serve(f"{MTLS}  client_allowed_sans: {allowed}\n")
-    assert admitted(served, CLIENT) == admits
+    assert accepted(served, CLIENT) == accepts
 
 
 def test_allowed_sans_ask_for_a_certificate(serve: Serve) -> None:
-    """Where a certificate may be left out, the names still must be there."""
+    """client_allowed_sans requires a certificate even where client_auth_type does not."""
     policy = "client_auth_type: VerifyClientCertIfGiven\n  client_ca_file: ca.pem"
     served = serve(f"{TLS}  {policy}\n  client_allowed_sans: [scraper.example]\n")
-    assert admitted(served, CLIENT)
-    assert not admitted(served, None)
+    assert accepted(served, CLIENT)
+    assert not accepted(served, None)
 
 
 def client_of(*, version: str | None = None, ciphers: str | None = None) -> ssl.SSLContext:
@@ -337,11 +341,11 @@ def client_of(*, version: str | None = None, ciphers: str | None = None) -> ssl.
     ],
 )
 def test_versions(serve: Serve, lines: str, versions: list[str]) -> None:
-    """The versions of TLS that are spoken."""
+    """The TLS versions with which a handshake succeeds."""
     served = serve(f"{TLS}  {lines}\n")
     every = ["TLSv1", "TLSv1_1", "TLSv1_2", "TLSv1_3"]
-    spoken = [each for each in every if handshake(served, client_of(version=each))]
-    assert spoken == versions
+    succeeded = [each for each in every if handshake(served, client_of(version=each))]
+    assert succeeded == versions
 
 
 AES128, AES256 = "ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE-ECDSA-AES256-GCM-SHA384"
@@ -369,7 +373,7 @@ GO128, GO256 = (
 def test_cipher_suites(
     serve: Serve, lines: str, offered: list[str], agreed: str | None
 ) -> None:
-    """Which is agreed upon with TLS 1.2, and by whose preference."""
+    """The negotiated TLS 1.2 cipher suite, by the server's or the client's preference."""
     served = serve(f"{TLS}  {lines}\n")
     client = client_of(version="TLSv1_2", ciphers=":".join(offered))
     found = handshake(served, client)
@@ -377,7 +381,7 @@ def test_cipher_suites(
 
 
 @pytest.mark.parametrize(
-    ("ours", "curve", "agreed"),
+    ("configured", "curve", "agreed"),
     [
         ("CurveP521", "secp521r1", True),
         ("CurveP521", "secp384r1", False),
@@ -385,19 +389,21 @@ def test_cipher_suites(
         ("CurveP384", "secp384r1", True),
     ],
 )
-def test_curve_preferences(serve: Serve, ours: str, curve: str, *, agreed: bool) -> None:
-    """One curve, and no other."""
-    served = serve(f"{TLS}  min_version: TLS13\n  curve_preferences: [{ours}]\n")
+def test_curve_preferences(
+    serve: Serve, configured: str, curve: str, *, agreed: bool
+) -> None:
+    """The handshake succeeds with the configured curve only."""
+    served = serve(f"{TLS}  min_version: TLS13\n  curve_preferences: [{configured}]\n")
     client = client_context()
     client.set_ecdh_curve(curve)
     assert bool(handshake(served, client)) == agreed
 
 
-# What a page takes and has besides
+# Passwords, headers, rate limit
 
 
 def test_passwords(serve: Serve) -> None:
-    """Every page takes a known name with its password, health and readiness too."""
+    """Every page requires a known name with its password, also health and readiness."""
     served = serve(users(alice="wonderland"))
     for path in ("/", "/metrics", "/-/healthy", "/-/ready", "/nowhere"):
         for headers in ({}, basic("alice", "wrong"), basic("eve", "wonderland")):
@@ -410,7 +416,7 @@ def test_passwords(serve: Serve) -> None:
 
 
 def test_headers(serve: Serve) -> None:
-    """All responses have them, and ours where they are the same."""
+    """All responses have the headers; they replace the exporter's own of the same name."""
     served = serve(f"""
 http_server_config:
   headers:
@@ -424,18 +430,18 @@ http_server_config:
 
 
 def test_rate_limit(serve: Serve) -> None:
-    """Of more requests than the burst the rest are refused, whoever asks."""
+    """Requests beyond the burst are refused."""
     served = serve("rate_limit: {interval: 1h, burst: 3}")
     statuses = [served.ask().status for _ in range(5)]
     assert statuses == [200, 200, 200, 429, 429]
 
 
-# What clients cannot do
+# Limits for TLS clients
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.5)
 
 
 HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
@@ -443,8 +449,10 @@ HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("begun", [b"", HELLO])
-def test_half_a_handshake(serve: Serve, begun: bytes) -> None:
-    """Who sends nothing, or the beginning of a hello, is dropped like others."""
+def test_a_client_that_does_not_complete_the_handshake_is_dropped(
+    serve: Serve, begun: bytes
+) -> None:
+    """The client sends nothing, or the beginning of a ClientHello."""
     served = serve(TLS)
     with dial(served.port) as sock:
         sock.sendall(begun)
@@ -453,8 +461,8 @@ def test_half_a_handshake(serve: Serve, begun: bytes) -> None:
 
 
 @pytest.mark.usefixtures("short")
-def test_a_drop_at_a_time_does_not_help(serve: Serve) -> None:
-    """Nor is who sends the hello byte by byte given more time."""
+def test_a_client_that_sends_its_hello_slowly_is_dropped(serve: Serve) -> None:
+    """Bytes that arrive do not extend the deadline."""
     served = serve(TLS)
     with dial(served.port) as sock:
         sock.sendall(HELLO)
@@ -462,22 +470,22 @@ def test_a_drop_at_a_time_does_not_help(serve: Serve) -> None:
 
 
 @pytest.mark.usefixtures("short")
-def test_who_is_silent_after_the_handshake(serve: Serve) -> None:
-    """The time that the handshake took counts: the request has to come in the rest."""
+def test_a_client_that_is_silent_after_the_handshake_is_dropped(serve: Serve) -> None:
+    """The deadline begins with the connect and includes the handshake."""
     served = serve(TLS)
     with (
         dial(served.port) as sock,
         client_context().wrap_socket(sock, server_hostname=LOOPBACK) as secure,
-        contextlib.suppress(ssl.SSLError),  # no farewell for such
+        contextlib.suppress(ssl.SSLError),  # reset without close_notify
     ):
         assert secure.recv(1) == b""
 
 
-def test_half_handshakes_take_places_like_others(
+def test_unfinished_tls_handshakes_count_against_the_connection_limit(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More than there are places: who has waited longest goes, and a scrape gets in."""
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    """The longest waiting of them are evicted, and a scrape gets its response."""
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
     served = serve(TLS)
     with contextlib.ExitStack() as held:
         socks = [held.enter_context(dial(served.port)) for _ in range(20)]
@@ -485,12 +493,12 @@ def test_half_handshakes_take_places_like_others(
             assert read_all(sock) == b""
         assert served.ask(client_context()).status == 200
         socks[-1].setblocking(False)
-        with pytest.raises(BlockingIOError):  # it still has its place
+        with pytest.raises(BlockingIOError):  # the last one still has its slot
             socks[-1].recv(1)
 
 
-def test_nothing_of_openssl_is_left_to_collect(serve: Serve) -> None:
-    """What it has for a client is freed with the connection: Python collects seldom."""
+def test_openssl_objects_are_freed_without_the_garbage_collector(serve: Serve) -> None:
+    """They are freed when the connection closes, by reference counting."""
     served = serve(TLS)
     gc.collect()
     gc.disable()
@@ -500,24 +508,26 @@ def test_nothing_of_openssl_is_left_to_collect(serve: Serve) -> None:
             with dial(served.port) as sock:
                 sock.sendall(HELLO)
         end = time.monotonic() + PATIENCE_S
-        while of_the_server() > 2:
+        while server_side_objects() > 2:
             assert time.monotonic() < end
             assert served.ask(client_context()).status == 200
     finally:
         gc.enable()
 
 
-def of_the_server() -> int:
+def server_side_objects() -> int:
     return sum(
         isinstance(each, ssl.SSLObject) and each.server_side for each in gc.get_objects()
     )
 
 
 @pytest.mark.usefixtures("short")
-def test_who_does_not_take_the_page(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that asks and does not read is dropped, as without TLS."""
-    page = server._Response(200, bytes(1 << 24))
-    monkeypatch.setattr(server, "_exposition", lambda *_: page)
+def test_a_client_that_does_not_read_the_page_is_dropped(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit for slow readers also works with TLS."""
+    page = pages.Response(200, bytes(1 << 24))
+    monkeypatch.setattr(pages, "_exposition", lambda *_: page)
     served = serve(TLS)
     with (
         socket.socket() as sock,
@@ -534,15 +544,17 @@ def test_who_does_not_take_the_page(serve: Serve, monkeypatch: pytest.MonkeyPatc
         assert received < 1 << 24
 
 
-def test_a_large_page_arrives_whole(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many records and writes it takes."""
+def test_a_large_page_arrives_completely(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of 5 MB needs many TLS records and writes."""
     body = os.urandom(5_000_003)
-    monkeypatch.setattr(server, "_exposition", lambda *_: server._Response(200, body))
+    monkeypatch.setattr(pages, "_exposition", lambda *_: pages.Response(200, body))
     assert serve(TLS).ask(client_context()).body == body
 
 
-def test_requests_at_once_on_one_connection(serve: Serve) -> None:
-    """What was sent without waiting is answered, though reading was paused between."""
+def test_pipelining(serve: Serve) -> None:
+    """Pipelined requests get responses, although reading was paused between them."""
     served = serve(TLS)
     with (
         dial(served.port) as sock,
@@ -556,8 +568,8 @@ def test_requests_at_once_on_one_connection(serve: Serve) -> None:
     assert received.count(b"HTTP/1.1 200 ") == 301
 
 
-def test_the_end_is_said(serve: Serve) -> None:
-    """A closed connection ends with a close_notify, so it is not taken for cut off."""
+def test_a_connection_ends_with_close_notify(serve: Serve) -> None:
+    """Without it the client would have to assume a truncated response."""
     served = serve(TLS)
     with (
         dial(served.port) as sock,
@@ -570,48 +582,48 @@ def test_the_end_is_said(serve: Serve) -> None:
             pass
 
 
-# Reading again
+# Reloads
 
 
-def read_again(caplog: pytest.LogCaptureFixture) -> int:
-    return caplog.messages.count("the web configuration has been read again")
+def reloads(caplog: pytest.LogCaptureFixture) -> int:
+    return caplog.messages.count("web configuration reloaded")
 
 
 def test_a_new_certificate(serve: Serve) -> None:
-    """New connections have it; those from before go on."""
+    """New connections get the new certificate; existing connections continue."""
     served = serve(MTLS)
     before = certificate_of(served)
-    connection = served.connect(client_context(CLIENT))
-    with contextlib.closing(connection):
-        assert ask_on(connection, "/metrics").status == 200
+    client = served.connect(client_context(CLIENT))
+    with contextlib.closing(client):
+        assert ask_on(client, "/metrics").status == 200
         write_pair(served.directory)
         eventually(lambda: certificate_of(served) != before)
-        assert ask_on(connection, "/metrics").status == 200
+        assert ask_on(client, "/metrics").status == 200
 
 
 def test_new_users(serve: Serve) -> None:
-    """Who was admitted, and remembered, is not any more, even on the same connection."""
+    """A remembered password is refused after a reload, also on the same connection."""
     served = serve(users(alice="wonderland"))
-    connection = served.connect()
-    with contextlib.closing(connection):
-        assert ask_on(connection, "/metrics", **ALICE).status == 200
+    client = served.connect()
+    with contextlib.closing(client):
+        assert ask_on(client, "/metrics", **ALICE).status == 200
         served.write(users(alice="looking-glass"))
-        eventually(lambda: ask_on(connection, "/metrics", **ALICE).status == 401)
+        eventually(lambda: ask_on(client, "/metrics", **ALICE).status == 401)
         new = basic("alice", "looking-glass")
-        assert ask_on(connection, "/metrics", **new).status == 200
+        assert ask_on(client, "/metrics", **new).status == 200
 
 
-def test_a_file_that_is_named_later(serve: Serve) -> None:
-    """A configuration may name other files than at the start; they are watched, too."""
+def test_a_file_that_a_reload_names_is_watched(serve: Serve) -> None:
+    """Changes of a file that the first configuration did not name have an effect."""
     served = serve(TLS)
     assert served.ask(client_context()).status == 200
     served.write(MTLS)
-    eventually(lambda: not admitted(served, None))
+    eventually(lambda: not accepted(served, None))
     other = trustme.CA()
     other.cert_pem.write_to_path(served.directory / "ca.pem")
-    eventually(lambda: not admitted(served, CLIENT))
+    eventually(lambda: not accepted(served, CLIENT))
     CA.cert_pem.write_to_path(served.directory / "ca.pem")
-    eventually(lambda: admitted(served, CLIENT))
+    eventually(lambda: accepted(served, CLIENT))
 
 
 @pytest.mark.parametrize(
@@ -620,13 +632,13 @@ def test_a_file_that_is_named_later(serve: Serve) -> None:
         ("rate_limit: {", "not YAML"),
         (f"{TLS}  client_ca_file: absent\n", "absent cannot be read"),
         (MTLS.replace("client_ca_file: ca.pem", "client_ca: x"), "client CA"),
-        ("", "TLS is turned on or off"),
+        ("", "turning TLS on or off"),
     ],
 )
-def test_what_cannot_be_used_leaves_all_as_it_was(
+def test_after_a_failed_reload_the_previous_configuration_stays(
     serve: Serve, caplog: pytest.LogCaptureFixture, config: str, sentence: str
 ) -> None:
-    """One warning that says why, and scrapes go on; until it can be used again."""
+    """One warning says why, scrapes continue, and a later valid file is used."""
     caplog.set_level(logging.INFO)
     served = serve(TLS)
     served.write(config)
@@ -637,21 +649,23 @@ def test_what_cannot_be_used_leaves_all_as_it_was(
     assert served.ask(client_context()).status == 200
     served.write(TLS + users(alice="wonderland"))
     eventually(lambda: served.ask(client_context()).status == 401)
-    assert read_again(caplog) == 1
+    assert reloads(caplog) == 1
 
 
-def test_a_reader_that_has_gone(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """One warning with the remedy, and scrapes go on."""
+def test_scrapes_continue_after_the_reader_process_ended(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning has the remedy."""
     served = serve(TLS)
     os.kill(served.reader.process, 9)
     eventually(lambda: any("restart" in each for each in caplog.messages))
     assert served.ask(client_context()).status == 200
 
 
-def test_no_scrape_fails_while_all_is_replaced(
+def test_no_scrape_fails_during_reloads(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Scrapes in a loop, one always in progress, while certificates and users change."""
+    """Scrapes run in loops, one always in progress, while certificates and users change."""
     caplog.set_level(logging.INFO)
     keep = users(alice="wonderland", bob="looking-glass")
     drop = users(alice="wonderland")
@@ -692,8 +706,8 @@ def test_no_scrape_fails_while_all_is_replaced(
         for turn in range(20):
             write_pair(served.directory)
             served.write(MTLS + (drop if turn % 2 else keep))
-            expected = read_again(caplog) + 1
-            eventually(lambda: read_again(caplog) >= expected)  # noqa: B023
+            expected = reloads(caplog) + 1
+            eventually(lambda: reloads(caplog) >= expected)  # noqa: B023
     finally:
         done.set()
         for each in threads:
@@ -703,14 +717,14 @@ def test_no_scrape_fails_while_all_is_replaced(
     assert len(shown) > 3
 
 
-# At the start
+# Configurations that are refused at the start
 
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
         (f"{TLS}x: 1", "web.yml line 4: the file has no 'x'"),
-        (TLS.replace("server.key", "ca.pem"), "the certificate and its key do not do: one"),
+        (TLS.replace("server.key", "ca.pem"), "cannot load the certificate and key: one"),
         (TLS.replace("server.crt", "ca.pem"), "they do not belong together"),
         (TLS.replace("server.crt", "nowhere"), "nowhere cannot be read: No such file"),
         (TLS.replace("server.crt", "."), "cannot be read: Is a directory"),
@@ -718,28 +732,28 @@ def test_no_scrape_fails_while_all_is_replaced(
             TLS.replace("server.crt", "/dev/null"),
             "/dev/null cannot be read: it is not a regular file",
         ),
-        (MTLS.replace("ca.pem", "server.key"), "there is no certificate in it"),
+        (MTLS.replace("ca.pem", "server.key"), "it contains no certificate"),
     ],
 )
 def test_refused_at_the_start(tmp_path: Path, config: str, sentence: str) -> None:
-    """One sentence that begins with the file."""
+    """The error is one sentence that begins with the path of the file."""
     path = write_web(tmp_path, config)
     with pytest.raises(SettingsError) as refused:
-        make_web(path)
-    told = str(refused.value)
-    assert told.startswith(path)
-    assert sentence in told
-    assert "\n" not in told
+        make_guard(path)
+    message = str(refused.value)
+    assert message.startswith(path)
+    assert sentence in message
+    assert "\n" not in message
 
 
 def test_no_file(tmp_path: Path) -> None:
-    """The file itself is not there."""
+    """The web configuration does not exist."""
     with pytest.raises(SettingsError, match="cannot be read: No such file"):
-        make_web(str(tmp_path / "absent"))
+        make_guard(str(tmp_path / "absent"))
 
 
 def test_a_key_with_a_passphrase(tmp_path: Path) -> None:
-    """It is refused, not asked for on a terminal that nobody looks at."""
+    """It is refused; OpenSSL would ask for the passphrase on the terminal."""
     path = write_web(tmp_path, TLS)
     pem = write_pair(tmp_path).private_key_pem.bytes()
     encrypted = serialization.load_pem_private_key(pem, None).private_bytes(
@@ -749,4 +763,4 @@ def test_a_key_with_a_passphrase(tmp_path: Path) -> None:
     )
     (tmp_path / "server.key").write_bytes(encrypted)
     with pytest.raises(SettingsError, match="the key is encrypted"):
-        make_web(path)
+        make_guard(path)

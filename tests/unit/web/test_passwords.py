@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Passwords and limits: counted in checks and requests, not in seconds."""
+"""Authentication and the rate limit, measured in checks and requests, not in seconds."""
 
 import asyncio
 import base64
@@ -9,9 +9,8 @@ from http import HTTPStatus
 import bcrypt
 import pytest
 
-from tcpexporter.web import passwords as access
 from tcpexporter.web.config import RateLimit
-from tcpexporter.web.passwords import Checker, Limiter, Users
+from tcpexporter.web.passwords import MAX_WAITING, Checker, Limiter, Users
 
 HERE, THERE = "192.0.2.1", "198.51.100.7"
 OK, UNAUTHORIZED = HTTPStatus.OK, HTTPStatus.UNAUTHORIZED
@@ -23,29 +22,31 @@ def basic(name: str, password: str) -> str:
 
 
 class Checks:
-    """bcrypt's own, noting what it is asked."""
+    """bcrypt's check, which records its arguments and waits for ``go_on``."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[bytes, bytes]] = []
-        self.at_work = 0
-        self.most_at_work = 0
+        self.made: list[tuple[bytes, bytes]] = []
+        self.running = 0
+        self.most_running = 0
         self.go_on = threading.Event()
         self.go_on.set()
 
     def __call__(self, password: bytes, hashed: bytes) -> bool:
-        self.asked.append((password, hashed))
-        self.at_work += 1
-        self.most_at_work = max(self.most_at_work, self.at_work)
+        self.made.append((password, hashed))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
         assert self.go_on.wait(10)
-        self.at_work -= 1
+        self.running -= 1
         return bcrypt.checkpw(password, hashed)
 
 
 def judge(users: Users, *authorizations: str) -> list[HTTPStatus]:
-    """All asked at once."""
+    """The results of concurrent requests."""
 
     async def ask() -> list[HTTPStatus]:
-        return await asyncio.gather(*(users.admit(each, HERE) for each in authorizations))
+        return await asyncio.gather(
+            *(users.authenticate(each, HERE) for each in authorizations)
+        )
 
     return asyncio.run(ask())
 
@@ -76,167 +77,168 @@ def make(checks: Checks, **hashes: str) -> Users:
         ("Basic " + base64.b64encode(b"\xff\xfe:a").decode(), UNAUTHORIZED),
     ],
 )
-def test_who_is_admitted(authorization: str, status: HTTPStatus) -> None:
-    """A known name with its password, and nothing else."""
+def test_only_a_known_name_with_its_password_is_accepted(
+    authorization: str, status: HTTPStatus
+) -> None:
+    """Other names, passwords and schemes, and invalid headers, are refused."""
     assert judge(make(Checks()), authorization) == [status]
 
 
-def test_a_long_password_counts_for_what_bcrypt_uses() -> None:
-    """72 bytes, as everywhere that hashes it."""
+def test_the_first_72_bytes_of_a_password_count() -> None:
+    """Programs that make bcrypt hashes use as many."""
     hashed = bcrypt.hashpw(b"x" * 72, bcrypt.gensalt(4)).decode()
     assert judge(make(Checks(), long=hashed), basic("long", "x" * 80)) == [OK]
     assert judge(make(Checks(), long=hashed), basic("long", "x" * 71)) == [UNAUTHORIZED]
 
 
-def test_a_right_password_is_checked_once() -> None:
-    """Later scrapes cost nothing, whoever else tries what in between."""
+def test_a_correct_password_is_checked_once() -> None:
+    """Later requests need no check, also after failed attempts for this or other names."""
     checks = Checks()
     users = make(checks)
     for _ in range(5):
         assert judge(users, basic("alice", "a")) == [OK]
-    assert len(checks.asked) == 1
+    assert len(checks.made) == 1
     assert judge(users, *(basic("eve", str(each)) for each in range(10)))
     assert judge(users, basic("alice", "wrong")) == [UNAUTHORIZED]
-    checks.asked.clear()
+    checks.made.clear()
     assert judge(users, basic("alice", "a")) == [OK]
-    assert checks.asked == []
+    assert checks.made == []
 
 
-def test_others_are_checked_like_users() -> None:
-    """A name that is not known takes as many checks, of a hash that costs the same."""
+def test_unknown_names_are_checked_like_users() -> None:
+    """An unknown name causes as many checks, of a hash with the same cost."""
     checks = Checks()
     users = make(checks)
     for name in ("alice", "eve"):
         for _ in range(3):
             assert judge(users, basic(name, "wrong")) == [UNAUTHORIZED]
-    ours, others = checks.asked[:3], checks.asked[3:]
-    assert len(others) == len(ours)
-    assert {hashed[:7] for _, hashed in others} == {hashed[:7] for _, hashed in ours}
+    known, unknown = checks.made[:3], checks.made[3:]
+    assert len(unknown) == len(known)
+    assert {hashed[:7] for _, hashed in unknown} == {hashed[:7] for _, hashed in known}
 
 
-def test_the_stand_in_costs_what_most_do() -> None:
-    """With hashes of several costs an unknown name costs as most users."""
+def test_the_hash_for_unknown_names_has_the_most_common_cost() -> None:
+    """With hashes of several costs, an unknown name costs as much as most users."""
     checks = Checks()
     cheap, usual = ALICES, ALICES.replace("$04$", "$05$")
     judge(make(checks, a=usual, b=cheap, c=usual), basic("eve", "x"))
-    ((_, hashed),) = checks.asked
+    ((_, hashed),) = checks.made
     assert hashed.startswith(b"$2b$05$")
 
 
-def test_what_is_remembered_cannot_be_mixed_up() -> None:
-    """No other way of putting name and password together is the same."""
+def test_remembered_credentials_are_not_confused() -> None:
+    """Another split of the same characters into name and password is refused."""
     users = make(Checks(), ab=ALICES, a=BOBS)
     assert judge(users, basic("ab", "a")) == [OK]
     assert judge(users, basic("a", "ba"), basic("ab" + ALICES, "a")) == [UNAUTHORIZED] * 2
 
 
-def test_as_many_as_come_with_the_same_are_one_check() -> None:
-    """150 scrapes at once with the right password, and 150 with one wrong one."""
+def test_equal_credentials_share_a_check() -> None:
+    """150 concurrent requests with the correct password and 150 with a wrong one."""
     checks = Checks()
-    right, wrong = basic("alice", "a"), basic("alice", "wrong")
-    assert judge(make(checks), *([right, wrong] * 150)) == [OK, UNAUTHORIZED] * 150
-    assert len(checks.asked) == 2
+    correct, wrong = basic("alice", "a"), basic("alice", "wrong")
+    assert judge(make(checks), *([correct, wrong] * 150)) == [OK, UNAUTHORIZED] * 150
+    assert len(checks.made) == 2
 
 
-def test_checks_are_made_one_after_another_and_only_so_many_wait() -> None:
-    """A stranger with many passwords takes one CPU; who comes on top is told to wait."""
+def test_one_check_runs_at_a_time_and_the_queue_is_limited() -> None:
+    """Trying many passwords uses one CPU; requests beyond the queue get 503."""
     checks = Checks()
-    tried = [basic("eve", str(each)) for each in range(1 + access.MAX_WAITING + 7)]
+    tried = [basic("eve", str(each)) for each in range(1 + MAX_WAITING + 7)]
     statuses = judge(make(checks), *tried)
-    assert statuses.count(UNAUTHORIZED) == 1 + access.MAX_WAITING == len(checks.asked)
+    assert statuses.count(UNAUTHORIZED) == 1 + MAX_WAITING == len(checks.made)
     assert statuses[-7:] == [HTTPStatus.SERVICE_UNAVAILABLE] * 7
-    assert checks.most_at_work == 1
+    assert checks.most_running == 1
 
 
-async def stand_in_line(
-    users: Users, checks: Checks, *asking: tuple[str, str]
+async def authenticate_in_order(
+    users: Users, checks: Checks, *requests: tuple[str, str]
 ) -> list[HTTPStatus]:
-    """Who asks where; each is there before the next one comes, and nobody's turn before."""
+    """Enqueue requests (credentials, network) one by one, then let the checks run."""
     checks.go_on.clear()
     waiting = []
-    for authorization, where in asking:
-        waiting.append(asyncio.ensure_future(users.admit(authorization, where)))
+    for authorization, network in requests:
+        waiting.append(asyncio.ensure_future(users.authenticate(authorization, network)))
         await asyncio.sleep(0.01)
     checks.go_on.set()
     return await asyncio.gather(*waiting)
 
 
-def test_others_do_not_wait_for_all_that_a_stranger_tries() -> None:
-    """Whoever comes from elsewhere waits for a check or two, and takes another's place."""
+def test_other_networks_do_not_wait_for_all_attempts_of_one() -> None:
+    """A request of another network waits for one or two checks, and replaces an attempt."""
     checks = Checks()
-    crowd = [(basic("eve", str(each)), THERE) for each in range(1 + access.MAX_WAITING)]
-    line = [*crowd, (basic("alice", "a"), HERE), (basic("bob", "b"), HERE)]
-    statuses = asyncio.run(stand_in_line(make(checks), checks, *line))
+    attempts = [(basic("eve", str(each)), THERE) for each in range(1 + MAX_WAITING)]
+    requests = [*attempts, (basic("alice", "a"), HERE), (basic("bob", "b"), HERE)]
+    statuses = asyncio.run(authenticate_in_order(make(checks), checks, *requests))
     refused = HTTPStatus.SERVICE_UNAVAILABLE
-    assert statuses == [*[UNAUTHORIZED] * (len(crowd) - 2), refused, refused, OK, OK]
-    passwords = [password for password, _ in checks.asked]
+    assert statuses == [*[UNAUTHORIZED] * (len(attempts) - 2), refused, refused, OK, OK]
+    passwords = [password for password, _ in checks.made]
     assert passwords[:6] == [b"0", b"1", b"a", b"2", b"b", b"3"]
 
 
-def test_who_has_had_few_turns_has_the_next() -> None:
-    """However many addresses a stranger has, others wait for a check or two."""
+def test_the_network_with_fewest_checks_is_next() -> None:
+    """Attempts from five addresses delay a request of a sixth by one or two checks."""
     checks = Checks()
     users = make(checks)
 
     async def run() -> None:
-        crowd = [
+        attempts = [
             asyncio.ensure_future(
-                users.admit(basic("eve", str(each)), f"192.0.2.{each % 5}")
+                users.authenticate(basic("eve", str(each)), f"192.0.2.{each % 5}")
             )
             for each in range(21)
         ]
-        while len(checks.asked) < 11:
+        while len(checks.made) < 11:
             await asyncio.sleep(0)
-        before = len(checks.asked)
-        assert await users.admit(basic("alice", "a"), THERE) == OK
-        passwords = [password for password, _ in checks.asked]
+        before = len(checks.made)
+        assert await users.authenticate(basic("alice", "a"), THERE) == OK
+        passwords = [password for password, _ in checks.made]
         assert b"a" in passwords[before : before + 2]
-        await asyncio.gather(*crowd)
+        await asyncio.gather(*attempts)
 
     asyncio.run(run())
 
 
-def test_more_neighbourhoods_than_may_wait() -> None:
-    """With one in each, those who came first stay."""
+def test_more_networks_than_the_queue_has_entries() -> None:
+    """With one request for each network, the first ones stay in the queue."""
     checks = Checks()
-    line = [
-        (basic("eve", str(each)), f"192.0.2.{each}")
-        for each in range(access.MAX_WAITING + 3)
+    requests = [
+        (basic("eve", str(each)), f"192.0.2.{each}") for each in range(MAX_WAITING + 3)
     ]
-    statuses = asyncio.run(stand_in_line(make(checks), checks, *line))
+    statuses = asyncio.run(authenticate_in_order(make(checks), checks, *requests))
     assert statuses[-2:] == [HTTPStatus.SERVICE_UNAVAILABLE] * 2
-    assert statuses.count(UNAUTHORIZED) == 1 + access.MAX_WAITING
+    assert statuses.count(UNAUTHORIZED) == 1 + MAX_WAITING
 
 
-def test_the_event_loop_goes_on_meanwhile() -> None:
-    """And who is known already is admitted while a stranger is being checked."""
+def test_the_event_loop_runs_during_a_check() -> None:
+    """Remembered credentials are accepted while others are being checked."""
     checks = Checks()
     users = make(checks)
 
     async def run() -> None:
-        assert await users.admit(basic("alice", "a"), HERE) == OK
+        assert await users.authenticate(basic("alice", "a"), HERE) == OK
         checks.go_on.clear()
-        stranger = asyncio.ensure_future(users.admit(basic("eve", "x"), HERE))
-        while not checks.at_work:
+        unknown = asyncio.ensure_future(users.authenticate(basic("eve", "x"), HERE))
+        while not checks.running:
             await asyncio.sleep(0.01)
-        assert await users.admit(basic("alice", "a"), HERE) == OK
-        assert not stranger.done()
+        assert await users.authenticate(basic("alice", "a"), HERE) == OK
+        assert not unknown.done()
         checks.go_on.set()
-        assert await stranger == UNAUTHORIZED
+        assert await unknown == UNAUTHORIZED
 
     asyncio.run(run())
 
 
-def test_who_gives_up_does_not_take_others_along() -> None:
-    """Of two that wait for the same, one is cancelled; the other gets its answer."""
+def test_a_cancelled_request_does_not_cancel_the_check_it_shares() -> None:
+    """Two requests share a check; one is cancelled, the other gets the result."""
     checks = Checks()
     users = make(checks)
 
     async def run() -> None:
         checks.go_on.clear()
-        first = asyncio.ensure_future(users.admit(basic("alice", "a"), HERE))
-        second = asyncio.ensure_future(users.admit(basic("alice", "a"), HERE))
-        while not checks.at_work:
+        first = asyncio.ensure_future(users.authenticate(basic("alice", "a"), HERE))
+        second = asyncio.ensure_future(users.authenticate(basic("alice", "a"), HERE))
+        while not checks.running:
             await asyncio.sleep(0.01)
         first.cancel()
         checks.go_on.set()
@@ -245,8 +247,8 @@ def test_who_gives_up_does_not_take_others_along() -> None:
     asyncio.run(run())
 
 
-def test_nobody_waits_when_given_up() -> None:
-    """Neither for the one that is at work nor for a turn."""
+def test_cancelling_the_checker_refuses_all_requests() -> None:
+    """The one whose check is running, and those in the queue."""
     checks = Checks()
     checker = Checker(checks)
     users = Users({"alice": ALICES}, checker)
@@ -254,26 +256,26 @@ def test_nobody_waits_when_given_up() -> None:
     async def run() -> list[HTTPStatus]:
         checks.go_on.clear()
         tried = (basic("alice", each) for each in ("a", "b", "c"))
-        waiting = asyncio.gather(*(users.admit(each, HERE) for each in tried))
-        while not checks.at_work:
+        waiting = asyncio.gather(*(users.authenticate(each, HERE) for each in tried))
+        while not checks.running:
             await asyncio.sleep(0.01)
-        checker.give_up()
+        checker.cancel()
         return await waiting
 
     assert asyncio.run(run()) == [HTTPStatus.SERVICE_UNAVAILABLE] * 3
     checks.go_on.set()
-    assert len(checks.asked) == 1
+    assert len(checks.made) == 1
 
 
 class Panic(BaseException):
-    """As pyo3, by which Rust's panics come into Python, has it: no Exception."""
+    """Like pyo3's class for Rust panics: not an Exception."""
 
 
 @pytest.mark.parametrize("fault", [Panic("at its end"), MemoryError()])
-def test_a_check_that_fails_locks_nobody_out(
+def test_a_failing_check_does_not_block_later_ones(
     fault: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every request is answered, with one line in the log; the next check is made."""
+    """Each request is refused for now, one line is logged, and the next check works."""
     faults = [fault] * 3
 
     def check(password: bytes, hashed: bytes) -> bool:
@@ -285,14 +287,14 @@ def test_a_check_that_fails_locks_nobody_out(
     tried = (basic("alice", each) for each in ("a", "b", "c"))
     assert judge(users, *tried) == [HTTPStatus.SERVICE_UNAVAILABLE] * 3
     assert judge(users, basic("alice", "a")) == [OK]
-    (told,) = caplog.messages
-    assert told.startswith("passwords cannot be checked: ")
+    (message,) = caplog.messages
+    assert message.startswith("cannot check passwords: ")
 
 
-def test_without_threads_passwords_wait(
+def test_without_threads_requests_are_refused_for_now(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As the kernel allows no more: refused for now, without a traceback."""
+    """The kernel allows no more threads: 503, one line in the log, no traceback."""
 
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -303,8 +305,8 @@ def test_without_threads_passwords_wait(
         for _ in range(3):
             assert judge(users, basic("alice", "a")) == [HTTPStatus.SERVICE_UNAVAILABLE]
     assert judge(users, basic("alice", "a")) == [OK]
-    (told,) = caplog.messages
-    assert "passwords cannot be checked: no thread can be started: raise" in told
+    (message,) = caplog.messages
+    assert "cannot check passwords: no thread can be started: raise" in message
 
 
 class Clock:
@@ -319,7 +321,7 @@ def allowed(limiter: Limiter, asked: int) -> int:
 
 
 def test_a_burst_and_then_one_each_interval() -> None:
-    """The bucket is full at first, fills one by one, and not over its edge."""
+    """The bucket starts full, gets one token each interval, and never exceeds its size."""
     clock = Clock()
     limiter = Limiter(RateLimit(interval_s=2.0, burst=3), clock)
     assert allowed(limiter, 10) == 3
@@ -332,7 +334,7 @@ def test_a_burst_and_then_one_each_interval() -> None:
 
 
 def test_a_burst_of_none_allows_none() -> None:
-    """As in exporter-toolkit, whose own test has that."""
+    """A burst of 0 refuses all requests, as exporter-toolkit's test requires."""
     clock = Clock()
     limiter = Limiter(RateLimit(interval_s=1.0, burst=0), clock)
     clock.now_s += 100.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Request targets: paths that are not what they seem must not lead anywhere else."""
+"""Request targets: cleaning a path never changes which page it means."""
 
 import posixpath
 import re
@@ -16,7 +16,7 @@ PATHS = st.lists(st.sampled_from(("a", "b", ".", "..", "", "...", "\n", "\xff", 
 
 @given(PATHS.map("/".join))
 def test_clean(path: str) -> None:
-    """As the standard library normalizes a path, but for the slash at its end."""
+    """The result is that of posixpath.normpath, except for the final slash."""
     cleaned = clean(path)
     assert cleaned.rstrip("/") == posixpath.normpath(f"/{path.lstrip('/')}").rstrip("/")
     assert cleaned.endswith("/") == (cleaned == "/" or path.endswith("/"))
@@ -24,13 +24,13 @@ def test_clean(path: str) -> None:
 
 
 def test_clean_does_not_end_at_nul() -> None:
-    """posixpath.normpath of Debian 12's Python does."""
+    """posixpath.normpath of Debian 12's Python truncates such a path."""
     assert clean("/metrics\0//x") == "/metrics\0/x"
 
 
 @given(st.binary().map(lambda each: each.decode("latin-1")), st.sampled_from(("", "a=%2F")))
 def test_location(path: str, query: str) -> None:
-    """It names the cleaned path, of this host, and has no byte that ends a header."""
+    """The value is the cleaned path on this host, without bytes that would end a header."""
     cleaned = clean(path)
     where = location(cleaned, query)
     assert re.fullmatch(r"/(?:[^/\\\s][!-~]*)?", where)
@@ -41,7 +41,7 @@ def test_location(path: str, query: str) -> None:
 
 @given(st.binary().map(lambda each: b"/" + each))
 def test_path_is_decoded_to_bytes(path: bytes) -> None:
-    """Each byte is one character, whatever encoding it is meant in."""
+    """Each escaped byte becomes one character, whatever the client's encoding is."""
     assert path_of(quote(path)) == path.decode("latin-1")
 
 
@@ -80,7 +80,7 @@ def test_path_is_decoded_to_bytes(path: bytes) -> None:
     ],
 )
 def test_path_of(target: str, path: str | None) -> None:
-    """Origin-form and absolute-form have a path; nothing else has."""
+    """Targets in origin-form and absolute-form have a path; others have none."""
     assert path_of(target) == path
 
 

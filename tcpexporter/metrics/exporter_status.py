@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Collects metrics about the exporter itself: version, reloads, confinement, tasks."""
+
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from tcpexporter import version
+from tcpexporter.host.background import Task
+from tcpexporter.metrics.reload_status import Reloads
+
+
+class BuildCollector(Collector):
+    """Publishes the version of tcpexporter."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family, which never changes."""
+        yield InfoMetricFamily(
+            "tcpexporter_build",
+            "Version of tcpexporter, the commit it was built from, and its Python version.",
+            {
+                "version": version.VERSION,
+                "revision": version.REVISION,
+                "python": platform.python_version(),
+            },
+        )
+
+
+class ReloadCollector(Collector):
+    """Publishes the result of the last reload, with names like those of Prometheus."""
+
+    def __init__(self, reloads: Reloads) -> None:
+        self._reloads = reloads
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield two families, also before the first reload."""
+        yield GaugeMetricFamily(
+            "tcpexporter_config_last_reload_successful",
+            "Whether the last reload of the settings and the web configuration succeeded."
+            " If not, the previous ones are in force.",
+            int(self._reloads.successful),
+        )
+        yield GaugeMetricFamily(
+            "tcpexporter_config_last_reload_success_timestamp_seconds",
+            "Time when the last successful reload ended, or of the start.",
+            self._reloads.succeeded_s,
+        )
+
+
+class ConfinementCollector(Collector):
+    """Publishes which mechanisms confine the process, as determined at the start."""
+
+    def __init__(self, confined: Mapping[str, bool]) -> None:
+        """Publish what `confine.confine` returned: whether each mechanism is in force."""
+        self._confined = confined
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family, which never changes."""
+        family = GaugeMetricFamily(
+            "tcpexporter_confined",
+            "Whether the serving process is confined by this mechanism (1) or not (0).",
+            labels=["by"],
+        )
+        for by, is_in_force in self._confined.items():
+            family.add_metric([by], is_in_force)
+        yield family
+
+
+class BackgroundCollector(Collector):
+    """Publishes failures of background tasks, and dropped log lines."""
+
+    def __init__(
+        self, tasks: Callable[[], Iterable[Task]], dropped: Callable[[], int]
+    ) -> None:
+        """Publish what these functions return at each scrape.
+
+        Args:
+            tasks: Returns the background tasks.
+            dropped: Returns the number of dropped log lines.
+        """
+        self._tasks = tasks
+        self._dropped = dropped
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield two families."""
+        yield counter_by_label(
+            "tcpexporter_background_failures",
+            "Runs of a background task that failed or exceeded their time limit.",
+            "task",
+            {task.name: task.failures() for task in self._tasks()},
+        )
+        yield CounterMetricFamily(
+            "tcpexporter_dropped_log_lines",
+            "Log lines dropped because standard error did not accept them at once.",
+            self._dropped(),
+        )
+
+
+def counter_by_label(
+    name: str, text: str, label: str, values: Mapping[str, int]
+) -> CounterMetricFamily:
+    """Return a counter with one label; ``values`` are its samples by label value."""
+    family = CounterMetricFamily(name, text, labels=(label,))
+    for value, number in values.items():
+        family.add_metric((value,), number)
+    return family

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Remembers whether the last reload of each configuration file succeeded."""
+
+import time
+
+
+class Reloads:
+    """Result of the last reload of each configuration file."""
+
+    def __init__(self) -> None:
+        """Start with success: the files that were read at the start are in force."""
+        self.succeeded_s = time.time()
+        """When the last content of all files was in force, in seconds since the epoch."""
+        self._failed: set[str] = set()
+
+    @property
+    def successful(self) -> bool:
+        """Whether the last content of all files is in force."""
+        return not self._failed
+
+    def record(self, about: str, *, successful: bool) -> None:
+        """Record the result of a reload.
+
+        Args:
+            about: Identifies the file.
+            successful: Whether its new content is in force.
+        """
+        if successful:
+            self._failed.discard(about)
+        else:
+            self._failed.add(about)
+        if not self._failed:
+            self.succeeded_s = time.time()

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Listening: addresses, host names, and errors of the kernel."""
+
+import contextlib
+import errno
+import os
+import re
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from tcpexporter.errors import ServerError
+from tcpexporter.web import listen, pages
+from tcpexporter.web.listen import listen as listen_at
+from tests.unit.web.support import (
+    LOOPBACK,
+    Start,
+    ask,
+    dial,
+    make_app,
+    needs_ipv6,
+)
+
+
+@needs_ipv6
+def test_every_address(start: Start) -> None:
+    """Without an address the server listens for IPv4 and IPv6, on one port."""
+    port = start(make_app(), None)
+    assert [ask(port, "/-/healthy", host=h).status for h in (LOOPBACK, "::1")] == [200, 200]
+
+
+@needs_ipv6
+@pytest.mark.parametrize(("address", "other"), [(LOOPBACK, "::1"), ("::1", LOOPBACK)])
+def test_one_address(start: Start, address: str, other: str) -> None:
+    """With an address the server does not listen at any other."""
+    port = start(make_app(), address)
+    assert ask(port, "/-/healthy", host=address).status == 200
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, "/-/healthy", host=other)
+
+
+@needs_ipv6
+def test_the_ipv6_wildcard_includes_ipv4(start: Start) -> None:
+    """``[::]`` means IPv4 and IPv6, as in exporters written in Go.
+
+    IPv4 clients must have IPv4 addresses: as IPv4-mapped addresses all of them would be in
+    one source network.
+    """
+    app = make_app()
+    seen: list[str] = []
+
+    async def show(scope: pages.Scope) -> pages.Response:
+        seen.append(scope["client"][0])
+        return pages.text(200, "seen")
+
+    app._pages = {**app._pages, "/show": show}
+    port = start(app, "::")
+    for host in (LOOPBACK, "::1"):
+        assert ask(port, "/show", host=host).status == 200
+    assert seen == [LOOPBACK, "::1"]
+
+
+@needs_ipv6
+def test_every_address_of_ipv4(start: Start) -> None:
+    """``0.0.0.0`` means IPv4 only."""
+    port = start(make_app(), "0.0.0.0")
+    assert ask(port, "/-/healthy").status == 200
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, "/-/healthy", host="::1")
+
+
+def test_host_name(start: Start) -> None:
+    """A host name is accepted like an address."""
+    assert ask(start(make_app(), "localhost"), "/-/healthy").status == 200
+
+
+def test_name_found_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that resolves twice to one address is bound once."""
+    found = socket.getaddrinfo(LOOPBACK, 0, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_kwargs: found * 2)
+    (sock,) = listen_at("localhost", 0)
+    sock.close()
+
+
+def test_restart() -> None:
+    """A port can be bound again at once, although a connection of it is in TIME_WAIT."""
+    (listener,) = listen_at(LOOPBACK, 0)
+    port = listener.getsockname()[1]
+    with dial(port) as client:
+        listener.accept()[0].close()
+        assert client.recv(1) == b""
+    listener.close()
+    (listener,) = listen_at(LOOPBACK, port)
+    listener.close()
+
+
+def test_port_in_use() -> None:
+    """The error for a port in use says so, and what to do."""
+    with contextlib.ExitStack() as opened:
+        for sock in listen_at(LOOPBACK, 0):
+            opened.enter_context(sock)
+        port = sock.getsockname()[1]
+        with pytest.raises(ServerError) as refused:
+            listen_at(None, port)
+    assert str(refused.value) == (
+        f"port {port} is already in use: stop the process that uses it,"
+        " or choose another port with --listen"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.EACCES, "binding port 80 is not permitted: start as root, or"),
+        (errno.EADDRNOTAVAIL, "127.0.0.1 is not an address of this host: choose"),
+        (errno.ENOBUFS, "cannot listen at 127.0.0.1 on port 80: No buffer space available"),
+    ],
+)
+def test_refusals(monkeypatch: pytest.MonkeyPatch, number: int, sentence: str) -> None:
+    """Each error of bind(2) has its sentence, and no socket is left open."""
+
+    def bind(_sock: socket.socket, _address: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
+    with pytest.raises(ServerError, match=f"^{re.escape(sentence)}"):
+        listen_at(LOOPBACK, 80)
+
+
+@pytest.mark.parametrize(
+    "error", [socket.gaierror(-2, "unknown"), UnicodeError("too long")]
+)
+def test_unknown_name(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """The error for a name that cannot be resolved contains the name."""
+
+    def getaddrinfo(*_args: object, **_kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(
+        ServerError, match=r"^cannot resolve nowhere: give --listen an address"
+    ):
+        listen_at("nowhere", 0)
+
+
+@pytest.fixture
+def ipv6_error(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that makes bind(2) of IPv6 sockets fail with an errno."""
+    bind = socket.socket.bind
+
+    def refuse(number: int) -> None:
+        def bind_ipv4(sock: socket.socket, address: tuple[str, int]) -> None:
+            if sock.family == socket.AF_INET6:
+                raise OSError(number, os.strerror(number))
+            bind(sock, address)
+
+        monkeypatch.setattr(socket.socket, "bind", bind_ipv4)
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
+@pytest.mark.parametrize("address", [None, "::"])
+def test_host_without_ipv6(
+    ipv6_error: Callable[[int], None], number: int, address: str | None
+) -> None:
+    """Without IPv6 on the host the server listens for IPv4; an IPv6 address is an error."""
+    ipv6_error(number)
+    (sock,) = listen_at(address, 0)
+    sock.close()
+    assert sock.family == socket.AF_INET
+    with pytest.raises(ServerError, match=r"^::1 "):
+        listen_at("::1", 0)
+
+
+@needs_ipv6
+def test_port_in_use_for_ipv6_only(ipv6_error: Callable[[int], None]) -> None:
+    """A port in use for one family only is an error too; no socket is left open."""
+    ipv6_error(errno.EADDRINUSE)
+    with pytest.raises(ServerError, match=r"^port \d+ is already in use"):
+        listen_at(None, 0)
+
+
+def test_kernel_buffers_of_a_client_are_limited() -> None:
+    """Accepted sockets have the buffer sizes of the listener, in both directions."""
+    (listener,) = listen_at(LOOPBACK, 0)
+    with listener, dial(listener.getsockname()[1]):
+        accepted, _ = listener.accept()
+        with accepted:
+            for option, size in (
+                (socket.SO_RCVBUF, listen.RECEIVE_BYTES),
+                (socket.SO_SNDBUF, listen.SEND_BYTES),
+            ):
+                assert accepted.getsockopt(socket.SOL_SOCKET, option) == 2 * size
+
+
+def test_no_response_waits_for_a_delayed_ack() -> None:
+    """asyncio sets TCP_NODELAY on connections of a listener made with IPPROTO_TCP."""
+    sockets = listen_at(None, 0)
+    for each in sockets:
+        assert each.proto == socket.IPPROTO_TCP
+        each.close()

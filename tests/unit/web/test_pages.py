@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The response to each request: pages, formats, refusals, readiness, failures."""
+
+import asyncio
+import contextlib
+import gzip
+import logging
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as parse_openmetrics,
+)
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from tcpexporter.errors import SourceError
+from tcpexporter.web import pages
+from tcpexporter.web.server import ACCEPTED_AT_ONCE
+from tests.unit.web.support import (
+    PATIENCE_S,
+    Flaky,
+    Held,
+    Start,
+    ask,
+    dial,
+    make_app,
+    read_all,
+)
+
+
+def test_text_format(start: Start) -> None:
+    """Without an Accept header the response is in the text format."""
+    answer = ask(start(make_app(Flaky())), "/metrics")
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    (family,) = parse_text(answer.body.decode())
+    assert [(s.name, s.value) for s in family.samples] == [("connections", 7)]
+
+
+def test_openmetrics_format(start: Start) -> None:
+    """Prometheus' Accept header gets OpenMetrics, which its parser accepts."""
+    wanted = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+    answer = ask(start(make_app(Flaky())), "/metrics", accept=wanted)
+    assert answer.headers["content-type"].startswith(
+        "application/openmetrics-text; version=1"
+    )
+    (family,) = parse_openmetrics(answer.body.decode())  # type: ignore[no-untyped-call]
+    assert [(s.name, s.value) for s in family.samples] == [("connections", 7)]
+
+
+def test_an_invalid_accept_header_is_ignored(start: Start) -> None:
+    """A version that is not a number is no reason for an error."""
+    wanted = "application/openmetrics-text;version=x"
+    answer = ask(start(make_app(Flaky())), "/metrics", accept=wanted)
+    assert (answer.status, b"connections 7" in answer.body) == (200, True)
+
+
+def test_gzip(start: Start) -> None:
+    """A client that accepts gzip gets the same page compressed, with its length."""
+    port = start(make_app(Flaky()))
+    plain = ask(port, "/metrics")
+    packed = ask(port, "/metrics", accept_encoding="deflate, gzip;q=0.8")
+    assert "content-encoding" not in plain.headers
+    assert packed.headers["content-encoding"] == "gzip"
+    assert packed.headers["content-length"] == str(len(packed.body))
+    assert gzip.decompress(packed.body) == plain.body
+
+
+def test_names(start: Start) -> None:
+    """name[] selects metrics, also of a collector without ``describe``."""
+    port = start(make_app(Flaky()))
+    for query in (
+        "name[]=connections",
+        "name%5B%5D=%63onnections",
+        "name[]=x&name[]=connections",
+    ):
+        assert b"connections 7" in ask(port, f"/metrics?{query}").body
+    assert ask(port, "/metrics?name[]=others", accept_encoding="gzip").body == b""
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_vary(start: Start, method: str) -> None:
+    """Vary names the request headers that chose the response, for caches."""
+    port = start(make_app(Flaky()))
+    for encoding in ("", "gzip"):
+        answer = ask(port, "/metrics", method, accept_encoding=encoding)
+        assert answer.headers["vary"] == "Accept, Accept-Encoding"
+    assert ask(port, "/metrics?name[]=x", method).headers["vary"] == "Accept"
+    assert "vary" not in ask(port, "/", method).headers
+
+
+def test_accept_in_several_lines(start: Start) -> None:
+    """Header lines of one name are one list, in upper or lower case."""
+    with dial(start(make_app(Flaky()))) as sock:
+        sock.sendall(
+            b"GET /metrics HTTP/1.1\r\nHost: x\r\nACCEPT: text/plain;q=0.5\r\n"
+            b"accept: application/openmetrics-text\r\nAccept-Encoding: gzip\r\n"
+            b"accept-encoding: gzip;q=0.1, identity;q=0.2, *;q=0\r\n\r\n"
+        )
+        sock.shutdown(socket.SHUT_WR)
+        answer = read_all(sock)
+    assert b"\r\ncontent-type: application/openmetrics-text; version=1.0.0;" in answer
+    assert b"\r\ncontent-encoding: gzip\r\n" in answer
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/-/healthy", "/-/ready", "/nowhere"])
+def test_head(start: Start, path: str) -> None:
+    """HEAD gets the headers of GET, with length and date, and no body."""
+    port = start(make_app(Flaky()))
+    got = ask(port, path)
+    with dial(port) as sock:
+        sock.sendall(
+            f"HEAD {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+        )
+        head, _, body = read_all(sock).partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {got.status} ".encode())
+    assert f"content-length: {len(got.body)}\r\n".encode() in head + b"\r\n"
+    assert got.headers["content-length"] == str(len(got.body))
+    assert got.headers["date"]
+    assert "server" not in got.headers
+    assert body == b""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/nowhere", "/metrics/", "/metrics%2F", "/METRICS", "/favicon.ico", "/-"),
+        *("/metrics;x", "/metrics%3Fx", "/metrics%00", "/metrics%23"),
+    ],
+)
+def test_no_such_page(start: Start, path: str) -> None:
+    """Other paths than the four pages are 404."""
+    assert ask(start(make_app()), path).status == 404
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "where"),
+    [
+        ("/metrics?", 200, None),
+        ("/metrics?a=//b/../c", 200, None),
+        ("/%6Detrics", 200, None),
+        ("http://host:9690/metrics", 200, None),
+        ("HTTP://alice@[::1]:9690/metrics?a=b", 200, None),
+        ("//metrics", 301, "/metrics"),
+        ("///host/metrics?a=%2F&b", 301, "/host/metrics?a=%2F&b"),
+        ("/./metrics", 301, "/metrics"),
+        ("/a/%2e%2e/metrics", 301, "/metrics"),
+        ("/a%2F..%2Fmetrics", 301, "/metrics"),
+        ("/../metrics//", 301, "/metrics/"),
+        ("/metrics/..", 301, "/"),
+        ("//%0D%0AX:y%5c%C3%A9%3F", 301, "/%0D%0AX:y%5C%C3%A9%3F"),
+        ("http://host:9690", 301, "/"),
+        ("http://host?a=b", 301, "/?a=b"),
+        ("http://host//metrics", 301, "/metrics"),
+        ("*", 400, None),
+        ("host:9690", 400, None),
+        ("metrics", 400, None),
+        ("?a", 400, None),
+        ("/metrics%zz", 400, None),
+        ("http://host:port/metrics", 400, None),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_targets(
+    start: Start, method: str, target: str, status: int, where: str | None
+) -> None:
+    """Each target gets the status that node_exporter 1.5 responds with.
+
+    The exception is a target without scheme and slash: 400 instead of a redirect. A fault
+    of this kind fails scrapes through a proxy.
+    """
+    port = start(make_app(Flaky()))
+    with dial(port) as sock:
+        sock.sendall(f"{method} {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        sock.shutdown(socket.SHUT_WR)
+        head, _, body = read_all(sock).partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+    assert re.findall(rb"\r\nlocation: (.*)", head) == ([where.encode()] if where else [])
+    if method == "GET":
+        assert (b"\nconnections 7.0\n" in body) == (status == 200)
+    else:
+        assert body == b""
+
+
+def test_options_of_the_server(start: Start) -> None:
+    """RFC 9110, section 9.3.7: ``OPTIONS *`` is a ping; the response has Allow."""
+    answer = ask(start(make_app()), "*", "OPTIONS")
+    assert (answer.status, answer.body) == (200, b"")
+    assert answer.headers["allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize("target", ["x:80", "/", "*"])
+def test_connect(start: Start, target: str) -> None:
+    """CONNECT, a request to a proxy, is refused."""
+    with dial(start(make_app())) as sock:
+        sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock).startswith(b"HTTP/1.1 405 ")
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("HTTP/1.0\r\n", 200),
+        ("HTTP/1.0\r\nConnection: keep-alive\r\n", 200),
+        ("HTTP/1.1\r\nhOsT:\r\n", 200),
+        ("HTTP/1.1\r\nHost: [::1]:9690\r\n", 200),
+        ("HTTP/1.1\r\nHost: x\r\nExpect: 100-Continue\r\n", 200),
+        ("HTTP/1.1\r\nHost: x\r\nRange: bytes=0-9\r\n", 200),
+        ("HTTP/1.1\r\nHost: x\r\nIf-None-Match: *\r\n", 200),
+        (
+            "HTTP/1.1\r\nHost: x\r\nIf-Modified-Since: Fri, 01 Jan 2100 00:00:00 GMT\r\n",
+            200,
+        ),
+        ("HTTP/1.2\r\nHost: x\r\n", 200),
+        ("HTTP/1.1\r\n", 400),
+        ("HTTP/1.1\r\nHost: x\r\nHost: x\r\n", 400),
+        ("HTTP/1.1\r\nHost: a b\r\n", 400),
+        ("HTTP/1.1\r\nHost: a/b\r\n", 400),
+        ("HTTP/1.0\r\nHost: a/b\r\n", 400),
+        ("HTTP/1.1\r\nHost: x\r\nX : y\r\n", 400),
+        ("HTTP/1.1\r\nHost: x\r\nExpect: x\r\n", 417),
+        (f"HTTP/1.1\r\nHost: x\r\nX: {'x' * 25_000}\r\n", 431),
+        ("HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n", 501),
+        ("HTTP/2.0\r\nHost: x\r\n", 505),
+        ("HTTP/0.9\r\n", 505),
+    ],
+)
+def test_heads(start: Start, head: str, status: int) -> None:
+    """Each head gets the status that node_exporter 1.5 responds with.
+
+    The exception is the longest one: node_exporter allows 1 MiB.
+    """
+    with dial(start(make_app(Flaky()))) as sock:
+        sock.sendall(f"GET /metrics {head}\r\n".encode())
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])
+def test_other_methods(start: Start, method: str) -> None:
+    """Other methods get 405 with the allowed ones, and nothing is collected."""
+    collector = Flaky()
+    answer = ask(start(make_app(collector)), "/metrics", method)
+    assert answer.status == 405
+    assert answer.headers["allow"] == "GET, HEAD"
+    assert collector.collections == 0
+
+
+def test_not_ready_then_ready(start: Start) -> None:
+    """Until the exporter is ready nothing is collected, and both pages say why."""
+    awaited: str | None = "the socket tables are being read"
+    collector = Flaky()
+    port = start(make_app(collector, ready=lambda: awaited))
+    for path in ("/metrics", "/-/ready"):
+        answer = ask(port, path)
+        assert answer.status == 503
+        assert b"the socket tables are being read" in answer.body
+    assert ask(port, "/-/healthy").status == 200
+    assert collector.collections == 0
+    awaited = None
+    assert ask(port, "/-/ready").status == 200
+    assert ask(port, "/metrics").status == 200
+
+
+def test_concurrent_scrapes_share_a_collection(start: Start) -> None:
+    """Scrapes that arrive before a collection begins share it; a later one does not."""
+    collector = Held()
+    port = start(make_app(collector))
+    with ThreadPoolExecutor() as threads, contextlib.ExitStack() as opened:
+        first = threads.submit(ask, port, "/metrics")
+        assert collector.begun.wait(PATIENCE_S)
+        # The collection blocks the event loop, so these clients wait in the kernel.
+        clients = [opened.enter_context(dial(port)) for _ in range(ACCEPTED_AT_ONCE)]
+        for sock in clients:
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        collector.go_on.set()
+        assert b"connections 1.0" in first.result().body
+        pages = [read_all(sock) for sock in clients]
+    assert all(b"connections 2.0" in page for page in pages)
+    for number in (3, 4):
+        assert f"connections {number}.0".encode() in ask(port, "/metrics").body
+
+
+def test_source_error(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """A failing source gives 503 with its error, which is logged when it changes."""
+    caplog.set_level(logging.INFO, pages.__name__)
+    collector = Flaky()
+    port = start(make_app(collector))
+    caplog.clear()
+    for sentence in ("the map is gone", "the map is gone", "no descriptors left"):
+        collector.trouble = SourceError(sentence)
+        answer = ask(port, "/metrics")
+        assert answer.status == 503
+        assert sentence in answer.body.decode()
+    collector.trouble = None
+    for _ in range(2):
+        assert ask(port, "/metrics").status == 200
+    assert caplog.messages == [
+        "cannot collect metrics: the map is gone",
+        "cannot collect metrics: no descriptors left",
+        "collecting metrics works again",
+    ]
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_an_unexpected_error_gives_503(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged in one line without a traceback, and the next scrape works."""
+    collector = Flaky()
+    collector.trouble = ZeroDivisionError("not expected")
+    port = start(make_app(collector))
+    for _ in range(3):
+        assert ask(port, "/metrics").status == 503
+    (message,) = caplog.messages
+    assert message == "cannot collect metrics: ZeroDivisionError: not expected"
+    collector.trouble = None
+    assert ask(port, "/metrics").status == 200
+
+
+def test_check_collects_unless_a_scrape_has_worked(start: Start) -> None:
+    """A check after a successful scrape does not collect; a failing one returns why."""
+    flaky = Flaky()
+    app = make_app(flaky)
+    port = start(app)
+    before = flaky.collections  # the registry asks for names when it is registered
+    assert ask(port, "/metrics").status == 200
+    assert asyncio.run(app.check()) is None
+    assert flaky.collections == before + 1
+    assert asyncio.run(app.check()) is None
+    assert flaky.collections == before + 2
+    flaky.trouble = SourceError("the tables are gone")
+    assert asyncio.run(app.check()) == "the tables are gone"
+    flaky.trouble = None
+    assert asyncio.run(app.check()) is None
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), ZeroDivisionError("a fault")])
+def test_check_returns_unexpected_errors(
+    fault: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An exception would end the task that calls it."""
+    flaky = Flaky()
+    app = make_app(flaky)
+    flaky.trouble = fault
+    assert "memory" in (trouble := asyncio.run(app.check()) or "") or "a fault" in trouble
+    assert "cannot collect" in caplog.text
+    flaky.trouble = None
+    assert asyncio.run(app.check()) is None
+
+
+def test_check_before_it_is_ready() -> None:
+    """It returns what must happen before, and collects nothing."""
+    flaky = Flaky()
+    app = make_app(flaky, ready=lambda: "patience")
+    before = flaky.collections
+    assert asyncio.run(app.check()) == "patience"
+    assert flaky.collections == before
+
+
+def test_without_memory_a_scrape_is_503(start: Start) -> None:
+    """The response says that memory is short."""
+    flaky = Flaky()
+    port = start(make_app(flaky))
+    flaky.trouble = MemoryError()
+    answer = ask(port, "/metrics")
+    assert answer.status == 503
+    assert b"not enough memory" in answer.body
