@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The seam between where connections are known from and what is made of them."""
+"""Protocols of what reports connections, and a source in memory for tests."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.record import LISTENER, Records
-from tcpexporter.host.background import Task
+
+if TYPE_CHECKING:  # this package imports nothing of the host at run time
+    from tcpexporter.host.background import Task
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,29 @@ class Report:
     """When ages were last saved in a file, by the wall clock; 0: not yet."""
 
 
+class ConnectionTables(Protocol):
+    """Tables of connections, which the tracker is filled from or compared with.
+
+    They are the kernel's socket tables, or the maps that a previous run has pinned.
+    """
+
+    def established(self, *, with_ages: bool) -> Records:
+        """Reads the established connections, of dtype `SOCKET`.
+
+        Args:
+            with_ages: whether ``established_ns`` takes the age of a connection into
+                account, if the tables have it.
+
+        Raises:
+            SourceError: the tables cannot be read.
+        """
+        ...
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        """Returns the inodes of the network namespaces that the tables cover."""
+        ...
+
+
 class Source(Protocol):
     """Where the connections come from."""
 
@@ -63,7 +88,7 @@ class Source(Protocol):
         """
         ...
 
-    def tasks(self) -> Sequence[Task]:
+    def tasks(self) -> "Sequence[Task]":
         """The threads that have been started and have to go on."""
         ...
 
@@ -125,7 +150,7 @@ class MemorySource:
     def start(self) -> None:
         pass
 
-    def tasks(self) -> Sequence[Task]:
+    def tasks(self) -> "Sequence[Task]":
         return ()
 
     def close(self) -> None:

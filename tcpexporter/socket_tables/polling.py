@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """A source that polls the socket tables, for hosts without BPF."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.identity import hashes
-from tcpexporter.connections.record import CONNECTION, Records
+from tcpexporter.connections.record import SOCKET, Records
+from tcpexporter.connections.snapshot import first_seen
 from tcpexporter.connections.source import Report
 from tcpexporter.errors import SourceError
 from tcpexporter.host.background import Task
@@ -35,7 +35,7 @@ class PollingSource:
         self._tables = tables
         self._state = state
         self._interval_s = interval_s
-        self._last: Records = np.empty(0, CONNECTION)
+        self._last: Records = np.empty(0, SOCKET)
         self._task = Task(
             "poll", self._poll_on, without="no connections can be counted", limit_s=LIMIT_S
         )
@@ -80,33 +80,3 @@ class PollingSource:
             with self._task.attempt():
                 now = self._tables.established(with_ages=False)
                 self._last = first_seen(now, [self._last])
-
-
-def first_seen(now: Records, before: Iterable[Records]) -> Records:
-    """``now`` with what was known ``before`` of the same connections.
-
-    The direction is kept as well: a service that stops listening keeps its
-    connections, and they stay inbound.
-
-    Args:
-        now: of dtype `CONNECTION`.
-        before: likewise, in chunks; of those with the same key the newest counts.
-    """
-    if not len(now):
-        return now
-    wanted, place = np.unique(hashes(now["key"]), return_inverse=True)
-    established_ns = np.zeros(len(wanted), np.uint64)
-    group = np.zeros(len(wanted), np.uint32)
-    for chunk in before:
-        there = hashes(chunk["key"])
-        at = np.minimum(np.searchsorted(wanted, there), len(wanted) - 1)
-        same = np.flatnonzero(wanted[at] == there)
-        same = same[np.argsort(chunk["established_ns"][same])]
-        same = same[chunk["established_ns"][same] >= established_ns[at[same]]]
-        # Of what is assigned to one place the last stays.
-        established_ns[at[same]] = chunk["established_ns"][same]
-        group[at[same]] = chunk["group"][same]
-    known = np.flatnonzero(group[place])
-    now["established_ns"][known] = established_ns[place[known]]
-    now["group"][known] = group[place[known]]
-    return now

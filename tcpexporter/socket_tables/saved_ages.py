@@ -46,7 +46,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.record import Direction, Records, directions, groups
-from tcpexporter.ebpf.reconcile import Tables
+from tcpexporter.connections.source import ConnectionTables
 from tcpexporter.errors import SourceError, StateError, enough_memory
 from tcpexporter.host.background import Task
 
@@ -209,7 +209,7 @@ class State:
 
     # Taking over
 
-    def aged(self, tables: Tables) -> Tables:
+    def aged(self, tables: ConnectionTables) -> ConnectionTables:
         """The socket tables, with what was saved of the connections that they tell of."""
         save = self._newest()
         return _Aged(tables, save) if save and save.boot == self._boot else tables
@@ -244,8 +244,8 @@ class State:
         """Save at intervals from now on, in a thread.
 
         Args:
-            known: what there is to be saved, of dtype `CONNECTION` with the cookies of the
-                sockets as handles. Raises SourceError where that cannot be had.
+            known: returns the connections to save, of dtype `SOCKET`; raises SourceError
+                if it cannot.
 
         Raises:
             ThreadError: there can be no thread.
@@ -308,7 +308,7 @@ class State:
 class _Aged:
     """Socket tables that tell what was saved, where that is of the same connection."""
 
-    def __init__(self, tables: Tables, save: Save) -> None:
+    def __init__(self, tables: ConnectionTables, save: Save) -> None:
         self._tables = tables
         self._secret = save.secret
         self._rows = save.rows[np.argsort(save.rows["cookie"])]
@@ -320,10 +320,10 @@ class _Aged:
         """A time that was saved is a bound, too, where it was not told by the kernel."""
         found = self._tables.established(with_ages=with_ages)
         cookies = self._rows["cookie"]
-        place = np.searchsorted(cookies, found["handle"])
-        at = np.flatnonzero((found["handle"] != 0) & (place < len(cookies)))
+        place = np.searchsorted(cookies, found["cookie"])
+        at = np.flatnonzero((found["cookie"] != 0) & (place < len(cookies)))
         saved = self._rows[place[at]]
-        is_same = saved["cookie"] == found["handle"][at]
+        is_same = saved["cookie"] == found["cookie"][at]
         is_same &= saved["hash"] == hashes(found["key"][at], self._secret)
         at, saved = at[is_same], saved[is_same]
         found["established_ns"][at] = np.minimum(
@@ -341,11 +341,11 @@ def _rows(connections: Records, secret: tuple[int, int]) -> Records:
     Raises:
         StateError: it is not known which sockets they are.
     """
-    told = connections[connections["handle"] != 0]
+    told = connections[connections["cookie"] != 0]
     if len(connections) and not len(told):
         raise StateError("/proc/net/tcp does not tell sockets apart, as sock_diag does")
     rows = np.zeros(len(told), ROW)
-    rows["cookie"] = told["handle"]
+    rows["cookie"] = told["cookie"]
     rows["hash"] = hashes(told["key"], secret)
     rows["established_ns"] = told["established_ns"]
     rows["direction"] = directions(told["group"])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pyroute2.netlink import NETLINK_SOCK_DIAG, NLMSG_DONE
 
-from tcpexporter.socket_tables.tables import sock_diag_request
+from tcpexporter.socket_tables.sock_diag import dump_request
 from tests.support import _ip, inside, new_netns
 
 DATA = Path(__file__).parent
@@ -103,7 +103,7 @@ def _family(address: str) -> socket.AddressFamily:
 
 def dump(family: int, extensions: int = 0) -> Iterator[bytes]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
-        netlink.send(sock_diag_request(family, ALL_STATES, extensions, SEQUENCE))
+        netlink.send(dump_request(family, ALL_STATES, extensions, SEQUENCE))
         kind = None
         while kind != NLMSG_DONE:
             datagram = netlink.recv(65536)

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 
 from tcpexporter.connections.record import (
-    CONNECTION,
     LISTENER,
+    SOCKET,
     Direction,
     Records,
-    directions,
     groups,
 )
 from tcpexporter.connections.source import Report
 from tcpexporter.errors import SocketTableError, SourceError
-from tcpexporter.socket_tables.polling import PollingSource, first_seen
+from tcpexporter.socket_tables.polling import PollingSource
 from tcpexporter.socket_tables.tables import SocketTables
 
 PATIENCE_S = 10
@@ -28,7 +27,7 @@ PATIENCE_S = 10
 def connections(
     *ports: int, seen_ns: int = 0, direction: Direction = Direction.INBOUND
 ) -> Records:
-    made = np.zeros(len(ports), CONNECTION)
+    made = np.zeros(len(ports), SOCKET)
     made["key"]["remote_port"] = ports
     made["established_ns"] = seen_ns
     made["key"]["local_port"] = 443
@@ -105,41 +104,6 @@ def after_polls(tables: FakeTables, number: int) -> None:
 def read(source: PollingSource) -> Records:
     (only,) = source.read()
     return only
-
-
-def test_a_known_connection_keeps_its_age() -> None:
-    """What was there before keeps its time, what is new has its own, the rest is gone."""
-    before = connections(1, 2, 3, 5, seen_ns=100)
-    now = connections(7, 5, 3, 11, 2, seen_ns=200)
-    found = first_seen(now, [before])
-    assert ages(found) == {7: 200, 5: 100, 3: 100, 11: 200, 2: 100}
-
-
-def test_a_known_connection_keeps_its_direction() -> None:
-    """A service that stops listening keeps its connections inbound; new ones are not."""
-    before = connections(1, 2, direction=Direction.INBOUND)
-    now = connections(1, 2, 3, direction=Direction.OUTBOUND)
-    found = first_seen(now, [before])
-    assert directions(found["group"]).tolist() == [
-        Direction.INBOUND,
-        Direction.INBOUND,
-        Direction.OUTBOUND,
-    ]
-
-
-@pytest.mark.parametrize(("now", "before"), [((), ()), ((1, 2, 3), ()), ((), (1, 2, 3))])
-def test_nothing_may_be_known(now: tuple[int, ...], before: tuple[int, ...]) -> None:
-    """No connection now, or none before, is no trouble."""
-    found = first_seen(connections(*now, seen_ns=200), [connections(*before, seen_ns=100)])
-    assert ages(found) == dict.fromkeys(now, 200)
-
-
-def test_a_key_that_differs_anywhere_is_new() -> None:
-    """Age goes by the whole key: another address with the same ports is another."""
-    before = connections(1, seen_ns=100)
-    now = connections(1, seen_ns=200)
-    now["key"]["remote_address"][0, 15] = 1
-    assert ages(first_seen(now, [before])) == {1: 200}
 
 
 def test_what_comes_and_goes_is_read(tables: FakeTables, source: PollingSource) -> None:

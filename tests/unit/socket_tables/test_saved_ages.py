@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.record import (
-    CONNECTION,
+    SOCKET,
     Direction,
     Records,
     directions,
@@ -39,8 +39,8 @@ def connections(
     *numbers: int, seen_ns: int = 0, direction: Direction = Direction.INBOUND
 ) -> Records:
     """One for each number, which is its cookie, and its remote port."""
-    made = np.zeros(len(numbers), CONNECTION)
-    made["handle"] = numbers
+    made = np.zeros(len(numbers), SOCKET)
+    made["cookie"] = numbers
     made["key"]["remote_port"] = numbers
     made["key"]["local_port"] = 443
     made["established_ns"] = seen_ns
@@ -88,7 +88,7 @@ def taken_over(path: Path, shown: Records) -> dict[int, tuple[int, int]]:
     values = zip(
         found["established_ns"].tolist(), directions(found["group"]).tolist(), strict=True
     )
-    return dict(zip(found["handle"].tolist(), values, strict=True))
+    return dict(zip(found["cookie"].tolist(), values, strict=True))
 
 
 def test_ages_and_directions_are_taken_over(path: Path) -> None:
@@ -105,7 +105,7 @@ def test_another_socket_or_another_key_is_another_connection(path: Path) -> None
     """The same address pair opened anew; the same socket connected elsewhere."""
     saved(path, connections(1, 2, 3, seen_ns=100))
     shown = connections(1, 2, 3, seen_ns=900)
-    shown["handle"][0] = 11
+    shown["cookie"][0] = 11
     shown["key"]["remote_port"][1] = 22
     assert taken_over(path, shown) == {
         11: (900, 0),
@@ -119,7 +119,7 @@ def test_sockets_that_are_not_told_apart_take_nothing(
 ) -> None:
     """As with procfs, which tells no cookie: nothing is saved either, and that is said."""
     unknown = connections(1, 2, seen_ns=100)
-    unknown["handle"] = 0
+    unknown["cookie"] = 0
     with pytest.raises(StateError, match="does not tell sockets apart"):
         saved(path, unknown)
     saved(path, connections(1, 2, seen_ns=100))
