@@ -1,18 +1,67 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Connections copied while the kernel writes to them, and joined with earlier records."""
 
+from collections.abc import Callable
+from typing import cast
+
 import numpy as np
 import pytest
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.counting import count, select
-from tcpexporter.connections.record import CONNECTION, Direction, directions, groups
-from tcpexporter.connections.snapshot import first_seen, valid_connections
+from tcpexporter.connections.record import (
+    CONNECTION,
+    Direction,
+    Records,
+    directions,
+    groups,
+)
+from tcpexporter.connections.snapshot import (
+    consistent_copies,
+    first_seen,
+    valid_connections,
+)
 from tests.unit.socket_tables.test_polling import ages, connections
 
 
-def test_nonsense_in_a_record_does_no_harm() -> None:
-    """A group that is not its key's, no port, a time to come: scrapes go on."""
+class ChangingWindow:
+    """A window whose records change as soon as they have been copied."""
+
+    def __init__(self, slots: Records, change: Callable[[Records], None]) -> None:
+        self._slots = slots
+        self._change = change
+
+    def __getitem__(self, item: object) -> Records:
+        found: Records = self._slots[item]  # type: ignore[call-overload]
+        if isinstance(item, np.ndarray):
+            self._change(self._slots)
+        return found
+
+
+def test_a_connection_that_changes_while_it_is_copied_is_left_out() -> None:
+    """One closes, one is replaced by another connection, one opens, and two stay."""
+    slots = np.zeros(6, CONNECTION)
+    slots["key"]["local_port"] = 443
+    slots["key"]["remote_port"] = np.arange(6)
+    slots["established_ns"] = 100
+    slots["group"] = [7, 7, 7, 0, 0, 7]
+
+    def change(slots: Records) -> None:
+        slots["group"][1] = 0
+        slots["established_ns"][2] = 101
+        slots["group"][3] = 7
+
+    window = cast("Records", ChangingWindow(slots, change))
+    index, copies = consistent_copies(window)
+    assert index.tolist() == copies["key"]["remote_port"].tolist() == [0, 5]
+    assert copies["established_ns"].tolist() == [100, 100]
+    assert copies["group"].tolist() == [7, 7]
+    slots["established_ns"] = 102
+    assert copies["established_ns"].tolist() == [100, 100]
+
+
+def test_invalid_fields_of_a_record_are_corrected() -> None:
+    """A group that differs from the key, port 0, a future time: all can be counted."""
     left = np.zeros(4, CONNECTION)
     left["key"]["local_port"] = [443, 80, 0, 22]
     left["key"]["local_address"] = 1
@@ -27,8 +76,8 @@ def test_nonsense_in_a_record_does_no_harm() -> None:
     assert count([found], everything, 1 << 62).total == 2
 
 
-def test_a_known_connection_keeps_its_age() -> None:
-    """What was there before keeps its time, what is new has its own, the rest is gone."""
+def test_a_known_connection_keeps_its_time() -> None:
+    """A new connection has its own time, and one that is not there now is left out."""
     before = connections(1, 2, 3, 5, seen_ns=100)
     now = connections(7, 5, 3, 11, 2, seen_ns=200)
     found = first_seen(now, [before])
@@ -36,7 +85,7 @@ def test_a_known_connection_keeps_its_age() -> None:
 
 
 def test_a_known_connection_keeps_its_direction() -> None:
-    """A service that stops listening keeps its connections inbound; new ones are not."""
+    """Connections stay inbound when the service stops listening; new ones are not."""
     before = connections(1, 2, direction=Direction.INBOUND)
     now = connections(1, 2, 3, direction=Direction.OUTBOUND)
     found = first_seen(now, [before])
@@ -48,14 +97,16 @@ def test_a_known_connection_keeps_its_direction() -> None:
 
 
 @pytest.mark.parametrize(("now", "before"), [((), ()), ((1, 2, 3), ()), ((), (1, 2, 3))])
-def test_nothing_may_be_known(now: tuple[int, ...], before: tuple[int, ...]) -> None:
-    """No connection now, or none before, is no trouble."""
+def test_there_may_be_no_connections_now_or_before(
+    now: tuple[int, ...], before: tuple[int, ...]
+) -> None:
+    """The result has the connections of now, with their own times."""
     found = first_seen(connections(*now, seen_ns=200), [connections(*before, seen_ns=100)])
     assert ages(found) == dict.fromkeys(now, 200)
 
 
-def test_a_key_that_differs_anywhere_is_new() -> None:
-    """Age goes by the whole key: another address with the same ports is another."""
+def test_a_key_that_differs_in_one_bit_is_another_connection() -> None:
+    """The ports are the same, the remote addresses differ."""
     before = connections(1, seen_ns=100)
     now = connections(1, seen_ns=200)
     now["key"]["remote_address"][0, 15] = 1
