@@ -239,8 +239,8 @@ def test_of_two_exporters_the_second_is_refused(path: Path) -> None:
         )
         assert ended.returncode == 1
         assert ended.stderr == (
-            f"tcpexporter: {path} is another exporter's: stop it, or choose one with"
-            " --state\n"
+            f"tcpexporter: {path} is in use by another exporter: stop that one, or choose"
+            " another file with --state\n"
         )
         assert exporter.is_ready()
 

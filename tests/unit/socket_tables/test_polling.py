@@ -176,7 +176,7 @@ def test_a_failed_poll_is_an_error_until_one_succeeds(
     assert ages(read(source))[2] == 1
     assert ages(read(source))[5] > 4
     (warning,) = caplog.messages
-    assert warning == "no connections can be counted: no sock_diag"
+    assert warning == "cannot count connections: no sock_diag"
 
 
 def test_each_failure_is_warned_of(
