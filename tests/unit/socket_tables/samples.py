@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Sockets that tests of the socket tables read: captured, or made by a test."""
+"""Sockets for tests of the socket tables: captured ones, and ones made by a test."""
 
 import socket
 import struct
@@ -50,8 +50,8 @@ KNOWN_KEYS = {
 SOURCES = ("sock_diag", "procfs")
 
 
-class Told(NamedTuple):
-    """A socket."""
+class Socket(NamedTuple):
+    """A socket, as any of the tables describes it."""
 
     local: str
     local_port: int
@@ -59,28 +59,28 @@ class Told(NamedTuple):
     remote_port: int
     state: int
 
-    def other_end(self, state: int) -> "Told":
-        return Told(self.remote, self.remote_port, self.local, self.local_port, state)
+    def other_end(self, state: int) -> "Socket":
+        return Socket(self.remote, self.remote_port, self.local, self.local_port, state)
 
 
-def opened() -> set[Told]:
-    """What capture.py opened."""
+def captured_sockets() -> set[Socket]:
+    """Returns the sockets that tests/unit/data/capture.py opened."""
     listeners = {
-        Told(IPV4, 8001, IPV4_ANY, 0, SS_LISTEN),
-        Told(IPV4_ANY, 8002, IPV4_ANY, 0, SS_LISTEN),
-        Told(IPV6, 8003, "::", 0, SS_LISTEN),
-        Told("::", 8004, "::", 0, SS_LISTEN),
-        Told("::", 8005, "::", 0, SS_LISTEN),
+        Socket(IPV4, 8001, IPV4_ANY, 0, SS_LISTEN),
+        Socket(IPV4_ANY, 8002, IPV4_ANY, 0, SS_LISTEN),
+        Socket(IPV6, 8003, "::", 0, SS_LISTEN),
+        Socket("::", 8004, "::", 0, SS_LISTEN),
+        Socket("::", 8005, "::", 0, SS_LISTEN),
     }
     connected = {
-        Told(*ends, SS_ESTABLISHED)
+        Socket(*ends, SS_ESTABLISHED)
         for ends in (
             *((IPV4, 8001, IPV4_CLIENT, port) for port in (40001, 40002, 40003, 40011)),
             *((IPV6, 8003, IPV6_CLIENT, port) for port in (40004, 40005)),
             *((IPV4, 8005, IPV4_CLIENT, port) for port in range(40006, 40011)),
         )
     }
-    half_closed = Told(IPV4, 8001, IPV4_CLIENT, 40012, SS_CLOSE_WAIT)
+    half_closed = Socket(IPV4, 8001, IPV4_CLIENT, 40012, SS_CLOSE_WAIT)
     return (
         listeners
         | connected
@@ -89,12 +89,14 @@ def opened() -> set[Told]:
     )
 
 
-def told(chunks: Iterator[Records]) -> list[Told]:
+def sockets_of(chunks: Iterator[Records]) -> list[Socket]:
+    """Returns entries in a form that can be compared."""
+
     def address(octets: Bytes) -> str:
         return socket.inet_ntop(socket.AF_INET6, octets.tobytes())
 
     return [
-        Told(
+        Socket(
             address(entry["key"]["local_address"]),
             int(entry["key"]["local_port"]),
             address(entry["key"]["remote_address"]),
@@ -107,11 +109,12 @@ def told(chunks: Iterator[Records]) -> list[Told]:
 
 
 def captured(name: str) -> Bytes:
+    """Reads a file that tests/unit/data/capture.py wrote."""
     return np.fromfile(DATA / name, np.uint8)
 
 
 class CapturedReader:
-    """What was captured, in several chunks."""
+    """Reads the captured sockets, in several chunks."""
 
     netns = NETNS
 
@@ -142,12 +145,12 @@ class CapturedReader:
 
 
 class MadeReader:
-    """What a test made, of one network namespace."""
+    """Reads the sockets of one network namespace that a test has made."""
 
     name = "made"
 
     def __init__(self, netns: int, *rows: tuple[int, int]) -> None:
-        """Of IPv4 sockets the local port and the state."""
+        """Take the local port and the state of each IPv4 socket."""
         self.netns = netns
         self._rows = np.zeros(len(rows), ENTRY)
         self._rows["key"]["netns"] = netns
@@ -179,7 +182,7 @@ def attribute(kind: int, payload: bytes) -> bytes:
 def diag_message(
     port: int, *attributes: bytes, sequence: int = SEQUENCE, state: int = SS_LISTEN
 ) -> bytes:
-    """A socket at 127.0.0.1."""
+    """Returns the message for a socket at 127.0.0.1."""
     socket_id = struct.pack(">HH", port, 0) + b"\x7f\0\0\1".ljust(32, b"\0") + bytes(12)
     payload = struct.pack("=BBBB", socket.AF_INET, state, 0, 0) + socket_id + bytes(20)
     return message(SOCK_DIAG_BY_FAMILY, payload + b"".join(attributes), sequence=sequence)

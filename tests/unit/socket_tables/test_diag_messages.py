@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Messages of sock_diag, decoded: captured, made and damaged ones."""
+"""Decoding captured, made and damaged messages of sock_diag."""
 
 import socket
 import struct
@@ -42,8 +42,8 @@ def ports(runs: list[Bytes]) -> list[list[int]]:
     return [decode_messages(rows, 0)["key"]["local_port"].tolist() for rows in runs]
 
 
-def test_the_request_is_what_the_kernel_takes() -> None:
-    """A dump request of 72 bytes: the kernel sent ours back when it refused it."""
+def test_the_request_is_as_the_kernel_expects_it() -> None:
+    """It has 72 bytes. An error of the kernel repeats the request, and was captured."""
     echoed = captured("diag-error.bin")[20:].tobytes()
     assert dump_request(FAMILY_WITHOUT_DIAG, 0xFFF, 0, SEQUENCE) == echoed
     assert len(echoed) == 72
@@ -53,21 +53,21 @@ def test_the_request_is_what_the_kernel_takes() -> None:
     )
 
 
-def test_done_finishes_a_dump() -> None:
-    """Alone, as captured, or after the last messages."""
+def test_done_ends_a_dump() -> None:
+    """It is the only message of a datagram, as captured, or follows other messages."""
     assert decode(captured("diag-inet-1.bin").tobytes()) == ([], True)
     runs, finished = decode(diag_message(443) + DONE)
     assert (ports(runs), finished) == ([[443]], True)
 
 
-def test_a_dump_that_fails_is_not_an_empty_one() -> None:
-    """Without tcp_diag the kernel ends a dump with DONE and ENOENT: nothing is known."""
+def test_a_failed_dump_is_an_error() -> None:
+    """Without tcp_diag the kernel ends a dump with DONE and ENOENT."""
     with pytest.raises(SocketTableError, match="No such file or directory"):
         decode(message(NLMSG_DONE, struct.pack("=i", -2)))
 
 
-def test_what_is_not_an_answer_is_malformed() -> None:
-    """Another type or request, what is not aligned, an error number out of range."""
+def test_other_messages_are_errors() -> None:
+    """Another type, another request, a wrong alignment, or an invalid error number."""
     for reply in (
         diag_message(443, sequence=SEQUENCE - 1),
         message(1, bytes(100)),
@@ -78,8 +78,8 @@ def test_what_is_not_an_answer_is_malformed() -> None:
             decode(reply)
 
 
-def test_a_dump_goes_on_until_done() -> None:
-    """A datagram without DONE is not the last."""
+def test_a_dump_continues_until_done() -> None:
+    """A datagram without DONE is not the last one."""
     assert not decode(captured("diag-inet-0.bin").tobytes())[1]
     assert not decode(b"")[1]
 
@@ -92,14 +92,14 @@ def test_a_dump_goes_on_until_done() -> None:
         (diag_message(443) + message(NLMSG_ERROR, struct.pack("=i", -12)), "memory"),
     ],
 )
-def test_an_error_is_told_by_its_name(reply: bytes, reason: str) -> None:
-    """What the kernel refuses is an error with the kernel's reason."""
+def test_an_error_of_the_kernel_is_named(reply: bytes, reason: str) -> None:
+    """The message has the text for the error number."""
     with pytest.raises(SocketTableError, match=f"sock_diag refuses: .*{reason}"):
         decode(reply)
 
 
-def test_messages_of_different_lengths_lie_in_one_datagram() -> None:
-    """Runs of equally long messages come out in the order in which they lie there."""
+def test_messages_of_different_lengths_are_split_into_runs() -> None:
+    """Each run has messages of one length, in the order of the datagram."""
     long = attribute(8, bytes(4))
     reply = b"".join(
         [
@@ -117,7 +117,7 @@ def test_messages_of_different_lengths_lie_in_one_datagram() -> None:
 
 
 def test_a_length_is_rounded_up_to_four() -> None:
-    """The next message begins at the next multiple of four: netlink(7), NLMSG_ALIGN."""
+    """The next message begins at a multiple of four: netlink(7), NLMSG_ALIGN."""
     odd = diag_message(443, attribute(INET_DIAG_SKV6ONLY, b"\1"))
     reply = struct.pack("=I", len(odd) - 3) + odd[4:]
     runs, finished = decode(reply + reply + DONE)
@@ -125,8 +125,8 @@ def test_a_length_is_rounded_up_to_four() -> None:
 
 
 @pytest.mark.parametrize("name", ["diag-inet-0.bin", "diag-inet6-0.bin"])
-def test_a_reply_cut_anywhere_is_refused(name: str) -> None:
-    """Unless cut between two messages; the error names where the torn one begins."""
+def test_a_truncated_reply_is_refused(name: str) -> None:
+    """The error has the first byte of the incomplete message."""
     whole = captured(name)
     starts = list(starts_of(whole.tobytes()))
     assert len(starts) > 11
@@ -159,7 +159,7 @@ def starts_of(reply: bytes) -> Iterator[int]:
     ],
 )
 def test_a_wrong_length_is_refused(length: int, complaint: str) -> None:
-    """One that leaves no room for the fields, or goes past the end; says where."""
+    """It is too small for the fields, or exceeds the reply. The error has the byte."""
     wrong = struct.pack("=I", length) + diag_message(443)[4:]
     with pytest.raises(SocketTableError, match=rf"{complaint} message at byte 176$"):
         decode(diag_message(80) * 2 + wrong + DONE)
@@ -179,7 +179,7 @@ any_message = st.builds(
 
 
 def decode_or_refuse(reply: Bytes) -> None:
-    """Take it apart as the reader does, or raise SocketTableError and nothing else."""
+    """Decodes a reply as the reader does; lets only SocketTableError pass."""
     try:
         runs, _ = split_messages(reply, SEQUENCE)
     except SocketTableError:
@@ -191,7 +191,7 @@ def decode_or_refuse(reply: Bytes) -> None:
 @settings(deadline=None)
 @given(reply=st.one_of(st.binary(), st.lists(any_message, max_size=7).map(b"".join)))
 def test_any_reply_is_decoded_or_refused(reply: bytes) -> None:
-    """Whatever the bytes are, decoding ends, with SocketTableError or without."""
+    """Decoding any bytes ends, and raises nothing but SocketTableError."""
     decode_or_refuse(np.frombuffer(reply, np.uint8))
 
 
@@ -201,7 +201,7 @@ def test_any_reply_is_decoded_or_refused(reply: bytes) -> None:
     changes=st.dictionaries(st.integers(0, 2000), st.integers(0, 255), max_size=7),
 )
 def test_a_damaged_reply_is_decoded_or_refused(name: str, changes: dict[int, int]) -> None:
-    """So is what was captured, with some bytes changed."""
+    """The captured replies, with some bytes changed, are decoded or refused, too."""
     reply = captured(name)
     for place, byte in changes.items():
         reply[place % len(reply)] = byte
@@ -214,8 +214,8 @@ def v6only(*attributes: bytes) -> list[bool]:
     return found
 
 
-def test_an_attribute_is_found_wherever_it_is() -> None:
-    """First, last or in the middle of others; not where it is missing."""
+def test_an_attribute_is_found_at_any_position() -> None:
+    """It is the first, the last or between others, or is missing or empty."""
     yes, other = attribute(INET_DIAG_SKV6ONLY, b"\1"), attribute(8, b"\1\1\1\1\1")
     assert v6only(yes) == v6only(yes, other) == v6only(other, yes) == [True]
     assert v6only(other, other, yes, other) == [True]
@@ -224,8 +224,8 @@ def test_an_attribute_is_found_wherever_it_is() -> None:
     assert v6only(other, attribute(INET_DIAG_SKV6ONLY, b"")) == [False]
 
 
-def test_attributes_of_many_messages_are_walked_apart() -> None:
-    """Messages of one length may have different attributes in different order."""
+def test_messages_of_one_run_can_have_different_attributes() -> None:
+    """They have the same length, and their attributes another order."""
     yes, no, other = (
         attribute(INET_DIAG_SKV6ONLY, b"\1"),
         attribute(INET_DIAG_SKV6ONLY, b"\0"),
@@ -239,8 +239,8 @@ def test_attributes_of_many_messages_are_walked_apart() -> None:
 
 @settings(deadline=None)
 @given(data=st.lists(st.binary(min_size=24, max_size=24), min_size=1, max_size=7))
-def test_any_attributes_are_walked_to_their_end(data: list[bytes]) -> None:
-    """Lengths of 0 or past the end do no harm; an attribute's first byte is found."""
+def test_any_attributes_are_searched_to_their_end(data: list[bytes]) -> None:
+    """Lengths may be 0 or exceed the message; the first byte of the payload is right."""
     rows = np.frombuffer(b"".join(diag_message(443, each) for each in data), np.uint8)
     has, payload = diag_messages._attribute(
         rows.reshape(len(data), -1), INET_DIAG_SKV6ONLY, 1
@@ -251,7 +251,7 @@ def test_any_attributes_are_walked_to_their_end(data: list[bytes]) -> None:
 
 
 def first_byte(attributes: bytes, kind: int) -> int:
-    """What `_attribute` gives, one message at a time."""
+    """Finds the byte that `_attribute` returns, in one message."""
     found = 0
     while len(attributes) >= 5:
         length, here = struct.unpack_from("=HH", attributes)
@@ -270,22 +270,22 @@ def age_ns(*attributes: bytes) -> int:
     return int(found)
 
 
-def test_the_longest_time_since_anything_is_the_age() -> None:
-    """Data sent, received or acknowledged, or data under way, whatever is the longest."""
+def test_the_longest_time_is_the_age() -> None:
+    """The time since data was sent, received or acknowledged, or with data in flight."""
     busy_ns = 13_000_000_000
     assert age_ns(attribute(INET_DIAG_INFO, AGE)) == busy_ns - JIFFY_NS
     idle = attribute(INET_DIAG_INFO, AGE[:168] + bytes(8))
     assert age_ns(idle) == 11_003_000_000 - JIFFY_NS
 
 
-def test_data_in_the_syn_makes_no_age() -> None:
-    """With TCP Fast Open data came before the connection was established."""
+def test_data_in_the_syn_does_not_count_for_the_age() -> None:
+    """With TCP Fast Open data arrives before the connection is established."""
     with_syn_data = AGE[:5] + bytes([TCPI_OPT_SYN_DATA]) + AGE[6:52]
     info = with_syn_data + struct.pack("=II", 2**31, 3_001) + AGE[60:]
     assert age_ns(attribute(INET_DIAG_INFO, info)) == 5_003_000_000 - JIFFY_NS
 
 
-def test_an_age_that_is_not_told_is_0() -> None:
-    """Without the attribute, or with one of an old kernel that is too short."""
+def test_a_missing_age_is_0() -> None:
+    """There is no attribute, or it is too short, as in an old kernel."""
     assert age_ns() == 0
     assert age_ns(attribute(INET_DIAG_INFO, AGE[:100])) == 0

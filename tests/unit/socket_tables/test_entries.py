@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Connections and listeners made from entries, of captured tables and of made ones."""
+"""Connections and listeners made from entries of captured and made tables."""
 
 import socket
 import struct
@@ -20,31 +20,31 @@ from tests.unit.socket_tables.samples import (
     NETNS,
     SOURCES,
     CapturedReader,
+    captured_sockets,
     decode,
     message,
-    opened,
-    told,
+    sockets_of,
 )
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_socket_is_told_of_once(name: str) -> None:
-    """Both tables give the addresses, ports and states of all that was captured."""
-    found = told(CapturedReader(name).everything())
+def test_every_captured_socket_is_decoded_once(name: str) -> None:
+    """Both kinds of table have the addresses, ports and states of all sockets."""
+    found = sockets_of(CapturedReader(name).everything())
     assert len(found) == len(set(found))
-    assert set(found) == opened()
+    assert set(found) == captured_sockets()
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_keys_are_those_of_the_bpf_program(name: str) -> None:
-    """Addresses lie in network order, the rest in host order; joining keeps that."""
+    """Addresses are in network order, the other fields in host order."""
     keys = SocketTables([CapturedReader(name)]).established()["key"]
     assert len(keys) == 22
     assert {key.tobytes() for key in keys} >= KNOWN_KEYS
 
 
 def test_both_tables_give_the_same_keys() -> None:
-    """A connection has the same key, to the byte, whichever table it comes from."""
+    """All bytes of the key of a connection are equal."""
     by_diag, by_procfs = (
         {key.tobytes() for key in SocketTables([CapturedReader(name)]).established()["key"]}
         for name in SOURCES
@@ -54,7 +54,7 @@ def test_both_tables_give_the_same_keys() -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_connections_have_a_direction_and_a_time(name: str) -> None:
-    """Inbound is what has a listener at its local port; all are of when they were seen."""
+    """A connection with a listener at its local port is inbound; the time is now."""
     before_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     found = SocketTables([CapturedReader(name)]).established()
     after_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
@@ -72,17 +72,17 @@ def test_connections_have_a_direction_and_a_time(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "not_told"),
-    [("sock_diag", set()), ("procfs", {(8004, 4)})],  # procfs does not tell what is v6only
+    ("name", "extra"),
+    [("sock_diag", set()), ("procfs", {(8004, 4)})],  # procfs does not show v6only
 )
-def test_listeners_are_of_the_ip_versions_they_accept(
-    name: str, not_told: set[tuple[int, int]]
+def test_there_is_a_listener_for_each_accepted_ip_version(
+    name: str, extra: set[tuple[int, int]]
 ) -> None:
     """:: accepts both versions unless it is v6only, an address accepts its own."""
     listeners = SocketTables([CapturedReader(name)]).listeners()
     assert (listeners["netns"] == NETNS).all()
     assert [(int(port), int(version)) for _, port, version in listeners.tolist()] == sorted(
-        {(8001, 4), (8002, 4), (8003, 6), (8004, 6), (8005, 4), (8005, 6)} | not_told
+        {(8001, 4), (8002, 4), (8003, 6), (8004, 6), (8005, 4), (8005, 6)} | extra
     )
 
 
@@ -97,10 +97,10 @@ any_entry = st.tuples(
 
 @settings(deadline=None)
 @given(entries=st.lists(any_entry, max_size=7), is_ipv4=st.booleans())
-def test_both_decoders_give_back_what_was_written(
+def test_both_decoders_return_what_was_encoded(
     entries: list[tuple[bytes, int, bytes, int, int]], *, is_ipv4: bool
 ) -> None:
-    """Any addresses, ports and states come out of either form as they went in."""
+    """This holds for any addresses, ports and states."""
     size, words = (4, 1) if is_ipv4 else (16, 4)
     prefix = b"\0" * 10 + b"\xff" * 2 if is_ipv4 else b""
     expected = [
@@ -137,6 +137,6 @@ def test_both_decoders_give_back_what_was_written(
 
 
 def hexadecimal(address: bytes) -> str:
-    """As the kernel prints it: each word as the number that it is to this host."""
+    """Formats an address as the kernel does: each word as a number in host byte order."""
     words = struct.unpack(f"={len(address) // 4}I", address)
     return "".join(f"{word:08X}" for word in words)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""/proc/net/tcp and tcp6, decoded: captured, made and damaged ones."""
+"""Decoding captured, made and damaged files of /proc/net/tcp and tcp6."""
 
 import contextlib
 import os
@@ -24,17 +24,17 @@ from tests.unit.socket_tables.samples import (
     IPV4_ANY,
     IPV4_CLIENT,
     NETNS,
-    Told,
+    Socket,
     captured,
-    opened,
-    told,
+    captured_sockets,
+    sockets_of,
 )
 from tests.unit.socket_tables.test_polling import ages, failing, read
 
 
 @pytest.fixture
 def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that is opened instead of /proc/thread-self/net."""
+    """A directory that the reader opens instead of /proc/thread-self/net."""
     real_open = os.open
 
     def open_there(path: str, flags: int) -> int:
@@ -49,23 +49,25 @@ def put(net: Path, *names: str) -> None:
         (net / name).write_bytes(captured(f"proc-net-{name}.txt").tobytes())
 
 
-def read_procfs() -> list[Told]:
+def read_procfs() -> list[Socket]:
     reader = ProcfsReader(namespaces.OWN)
     first, again = (
-        told(reader.entries(with_ages=True)),
-        told(reader.entries(with_ages=True)),
+        sockets_of(reader.entries(with_ages=True)),
+        sockets_of(reader.entries(with_ages=True)),
     )
     reader.close()
     assert first == again
     return first
 
 
-def listening_or_established() -> set[Told]:
-    return {each for each in opened() if each.state in (SS_LISTEN, SS_ESTABLISHED)}
+def listening_or_established() -> set[Socket]:
+    return {
+        each for each in captured_sockets() if each.state in (SS_LISTEN, SS_ESTABLISHED)
+    }
 
 
-def test_both_files_are_read_each_time_from_their_start(net: Path) -> None:
-    """What is listening or established, of IPv4 and IPv6."""
+def test_both_files_are_read_from_their_start_each_time(net: Path) -> None:
+    """The reader returns listening and established sockets of IPv4 and IPv6."""
     put(net, "tcp", "tcp6")
     found = read_procfs()
     assert len(found) == 27
@@ -73,17 +75,17 @@ def test_both_files_are_read_each_time_from_their_start(net: Path) -> None:
 
 
 @pytest.mark.parametrize("piece_bytes", [150, 151, 163, 307, 1009, 4096])
-def test_lines_may_be_torn_between_pieces(
+def test_a_line_can_be_split_between_pieces(
     net: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
-    """A line that one read begins and another ends is one line."""
+    """One read(2) returns its beginning, and the next one its end."""
     monkeypatch.setattr(procfs, "PIECE_BYTES", piece_bytes)
     put(net, "tcp", "tcp6")
     assert set(read_procfs()) == listening_or_established()
 
 
 def test_files_with_a_heading_only_are_empty(net: Path) -> None:
-    """A namespace without sockets has no entries."""
+    """This is how the files of a namespace without sockets are."""
     for name in ("tcp", "tcp6"):
         heading, _, _ = captured(f"proc-net-{name}.txt").tobytes().partition(b"\n")
         (net / name).write_bytes(heading + b"\n")
@@ -91,36 +93,36 @@ def test_files_with_a_heading_only_are_empty(net: Path) -> None:
 
 
 def test_a_kernel_without_ipv6_has_one_file(net: Path) -> None:
-    """IPv4 alone is read, and nothing is complained of."""
+    """The reader returns only IPv4 sockets, and no error."""
     put(net, "tcp")
     assert {each.local for each in read_procfs()} == {IPV4, IPV4_ANY, IPV4_CLIENT}
 
 
-def test_a_kernel_without_procfs_is_told_of(net: Path) -> None:
-    """Without /proc/net/tcp there is nothing to read; the error names the file."""
+def test_a_missing_file_is_an_error(net: Path) -> None:
+    """The message has the name of the file."""
     with pytest.raises(SocketTableError, match=f"cannot open {net}/tcp: No such file"):
         ProcfsReader(namespaces.OWN)
 
 
-def test_procfs_tells_listeners_alone(net: Path) -> None:
-    """`listening` leaves connections out."""
+def test_listening_leaves_out_connections(net: Path) -> None:
+    """It returns all listeners, and nothing else."""
     put(net, "tcp", "tcp6")
     reader = ProcfsReader(namespaces.OWN)
-    found = told(reader.listening())
+    found = sockets_of(reader.listening())
     reader.close()
     assert {each.local_port for each in found} == {8001, 8002, 8003, 8004, 8005}
     assert len(found) == 5
 
 
 def line(number: int, port: int, rest: str = " 00000000:00000000 00:00000000") -> bytes:
-    """One of /proc/net/tcp: a client of 127.0.0.1."""
+    """A line of /proc/net/tcp, of a connection from 127.0.0.1 to itself."""
     address = f"{int.from_bytes(bytes([127, 0, 0, 1]), sys.byteorder):08X}"
     return f"{number:4d}: {address}:{port:04X} {address}:9C41 01{rest}\n".encode()
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 2), (9998, 9999, 10000), (7, 123456, 10**9)])
-def test_the_first_column_may_be_wide(numbers: Sequence[int]) -> None:
-    """From 10,000 sockets on it takes more than four characters."""
+def test_the_first_column_can_be_wide(numbers: Sequence[int]) -> None:
+    """It has more than four characters from 10,000 sockets on."""
     text = b"".join(line(number, 443 + place) for place, number in enumerate(numbers))
     entries = decode_lines(text, 1, NETNS)
     assert entries["key"]["local_port"].tolist() == [443, 444, 445]
@@ -130,15 +132,15 @@ def test_the_first_column_may_be_wide(numbers: Sequence[int]) -> None:
     assert not entries["v6only"].any()
 
 
-def test_columns_after_the_state_are_not_read() -> None:
-    """A kernel may leave them out or say something else there."""
+def test_columns_after_the_state_are_ignored() -> None:
+    """They may be missing, or have any content."""
     text = line(0, 443, "") + line(1, 444, " one:two :three") + line(2, 445, ":")
     entries = decode_lines(text, 1, NETNS)
     assert entries["key"]["local_port"].tolist() == [443, 444, 445]
 
 
 def test_a_short_line_is_refused() -> None:
-    """Cut anywhere before the end of its state; the error names its first byte."""
+    """It ends before the end of the state. The error has its first byte."""
     whole = line(1, 443)
     needed = whole.index(b" 01") + len(" 01")
     for size in range(needed):
@@ -150,7 +152,7 @@ def test_a_short_line_is_refused() -> None:
 
 @pytest.mark.parametrize("bad", [b"G", b"a", b" ", b":", b"\0", b"\xff", b"-"])
 def test_a_malformed_line_is_refused(bad: bytes) -> None:
-    """No digit where one belongs, whichever; the error names the line's first byte."""
+    """Another character replaces a digit. The error has the first byte of the line."""
     whole = line(1, 443)
     start = len(line(0, 80))
     first, end = whole.index(b": ") + 2, whole.index(b" 01") + 3
@@ -163,8 +165,8 @@ def test_a_malformed_line_is_refused(bad: bytes) -> None:
 
 
 @pytest.mark.parametrize("words", [1, 4])
-def test_the_other_file_is_refused(words: int) -> None:
-    """Lines of tcp are none of tcp6, nor the other way round."""
+def test_a_line_of_the_other_file_is_refused(words: int) -> None:
+    """A line of tcp is not valid in tcp6, and the reverse."""
     name = {1: "tcp6", 4: "tcp"}[words]
     _, _, lines = captured(f"proc-net-{name}.txt").tobytes().partition(b"\n")
     with pytest.raises(SocketTableError, match=r"at byte 0$"):
@@ -184,7 +186,7 @@ nearly_lines = st.lists(
 @settings(deadline=None)
 @given(text=st.one_of(st.binary(), nearly_lines), words=st.sampled_from([1, 4]))
 def test_any_text_is_decoded_or_refused(text: bytes, words: int) -> None:
-    """Whatever the bytes are, decoding ends, with SocketTableError or without."""
+    """Decoding any bytes ends, and raises nothing but SocketTableError."""
     try:
         entries = decode_lines(text, words, NETNS)
     except SocketTableError:
@@ -202,7 +204,7 @@ TABLE = HEADING + b"".join(LINES)
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What is read instead of /proc/net/tcp."""
+    """A file that the reader opens instead of /proc/net/tcp."""
     path = tmp_path / "tcp"
     path.write_bytes(TABLE)
     monkeypatch.setattr(procfs, "_open_files", lambda: {1: os.open(path, os.O_RDONLY)})
@@ -227,10 +229,10 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 59])
-def test_a_table_that_is_not_as_known_is_refused(
+def test_an_incomplete_or_unknown_file_is_refused(
     table: Path, text: bytes, reason: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In whatever pieces it is read, the error names the byte of the file."""
+    """The error has the byte in the file, however long the pieces are."""
     monkeypatch.setattr(procfs, "PIECE_BYTES", piece_bytes)
     reader = ProcfsReader(namespaces.OWN)
     table.write_bytes(text)
@@ -241,8 +243,8 @@ def test_a_table_that_is_not_as_known_is_refused(
     reader.close()
 
 
-def test_polling_goes_on_with_the_ages_it_had(table: Path) -> None:
-    """A poll that breaks off is an error; the next one that does not, has all ages."""
+def test_polling_keeps_ages_after_an_error(table: Path) -> None:
+    """A poll of an incomplete file fails, and the next complete one has all ages."""
     with contextlib.closing(
         PollingSource(SocketTables([ProcfsReader(namespaces.OWN)]), interval_s=0.001)
     ) as source:

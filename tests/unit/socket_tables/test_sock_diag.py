@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Dumps over a netlink socket, whole ones and ones that break off."""
+"""Complete and incomplete dumps over a netlink socket."""
 
 import contextlib
 import socket
@@ -45,8 +45,8 @@ def refusal(dumps: DumpSocket) -> str:
     return str(caught.value)
 
 
-def whole(first: int, *, ports: tuple[int, int] = (443, 80)) -> list[bytes]:
-    """A dump of each family, the first of which has that sequence number."""
+def complete(first: int, *, ports: tuple[int, int] = (443, 80)) -> list[bytes]:
+    """A complete dump of each address family; ``first`` is the first sequence number."""
     return [
         diag_message(port, sequence=sequence) + done(sequence)
         for sequence, port in zip((first, first + 1), ports, strict=True)
@@ -62,9 +62,9 @@ def whole(first: int, *, ports: tuple[int, int] = (443, 80)) -> list[bytes]:
         done(1 + (1 << 16)),
     ],
 )
-def test_answers_to_another_request_are_passed_over(stale: bytes) -> None:
-    """Neither sockets nor the end nor an error of an abandoned dump are taken for ours."""
-    assert ports(sent(stale, *whole(1))) == [443, 80]
+def test_answers_to_another_request_are_ignored(stale: bytes) -> None:
+    """Sockets, the end, or an error of an abandoned dump do not count for the next one."""
+    assert ports(sent(stale, *complete(1))) == [443, 80]
 
 
 @pytest.mark.parametrize(
@@ -89,44 +89,42 @@ def test_answers_to_another_request_are_passed_over(stale: bytes) -> None:
         ([message(1, bytes(80), sequence=1), done(1)], "malformed message at byte 0$"),
     ],
 )
-def test_a_dump_that_breaks_off_is_no_short_one(
-    datagrams: list[bytes], reason: str
-) -> None:
-    """It is an error that says where; the next look passes over what is left of it."""
+def test_an_incomplete_dump_is_an_error(datagrams: list[bytes], reason: str) -> None:
+    """The message has the byte, and the next dump ignores the rest of the failed one."""
     end = [] if datagrams[-1].endswith(done(1)) and "no end" not in reason else [done(1)]
     opened = Datagrams(datagrams)
     dumps = DumpSocket(cast("socket.socket", opened))
     with pytest.raises(SocketTableError, match=reason):
         ports(dumps)
-    opened.send_later([diag_message(80, sequence=1), *end, *whole(2)])
+    opened.send_later([diag_message(80, sequence=1), *end, *complete(2)])
     assert ports(dumps) == [443, 80]
 
 
-def test_runs_are_as_long_as_they_are() -> None:
-    """About as many alike as are looked at first, fewer, and many times more."""
+def test_runs_have_the_right_length() -> None:
+    """They are shorter than, about as long as, and longer than what is compared first."""
     sizes = [FEW - 1, FEW, FEW + 1, 1, 7 * FEW, 2, FEW]
     messages = [
         diag_message(number, *[attribute(8, bytes(4))] * (number % 2), sequence=1) * size
         for number, size in enumerate(sizes)
     ]
-    (second,) = whole(2)[:1]
+    (second,) = complete(2)[:1]
     dumps = sent(b"".join(messages) + done(1), second)
     found = [len(rows) for rows in dumps.dump(STATES, 0)]
     assert found == [*sizes, 1]
 
 
-def test_an_end_that_never_comes_is_waited_for_once() -> None:
-    """Nor is the exporter stuck with a dump whose end was lost."""
+def test_a_missing_end_is_awaited_only_once() -> None:
+    """The exporter can dump again after the end of a dump was lost."""
     opened = Datagrams([diag_message(443, sequence=1)])
     dumps = DumpSocket(cast("socket.socket", opened))
     assert "timed out" in refusal(dumps)
     assert "timed out" in refusal(dumps)
-    opened.send_later(whole(2))
+    opened.send_later(complete(2))
     assert ports(dumps) == [443, 80]
 
 
-def test_an_abandoned_dump_does_not_disturb_the_next() -> None:
-    """The kernel's remaining answers to it are read, and passed over."""
+def test_an_abandoned_dump_does_not_affect_the_next() -> None:
+    """Its remaining messages are read and ignored."""
     with Peers() as peers:
         peers.connect(3)
         reader = SockDiagReader(namespaces.OWN)
@@ -138,17 +136,17 @@ def test_an_abandoned_dump_does_not_disturb_the_next() -> None:
         assert (at_port["key"]["netns"] == namespaces.inode()).all()
 
 
-def test_the_kernel_goes_on_after_a_dump_that_was_given_up() -> None:
-    """It refuses another while one is under way (EBUSY): what is left is read first."""
+def test_the_kernel_accepts_a_dump_after_an_abandoned_one() -> None:
+    """It refuses a dump while one is in progress (EBUSY), so the rest is read first."""
     with Peers() as peers:
         peers.connect(307)
         reader = SockDiagReader(namespaces.OWN)
-        # So that the kernel cannot be ahead of what is read.
+        # A small buffer keeps the kernel from sending the whole dump at once.
         reader._for_entries._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
         with pytest.MonkeyPatch.context() as changed:
             changed.setattr(sock_diag, "REPLY_BYTES", sock_diag.DATAGRAM_BYTES)
-            with contextlib.closing(reader.entries(with_ages=True)) as given_up:  # type: ignore[type-var]
-                next(given_up)
+            with contextlib.closing(reader.entries(with_ages=True)) as abandoned:  # type: ignore[type-var]
+                next(abandoned)
         found = np.concatenate(list(reader.entries(with_ages=True)))
         reader.close()
     at_port = found[found["key"]["local_port"] == peers.port]

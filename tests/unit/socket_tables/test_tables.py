@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The socket tables of several namespaces, and those of this kernel."""
+"""The socket tables of several namespaces, made ones and those of this kernel."""
 
 import socket
 from pathlib import Path
@@ -18,8 +18,8 @@ from tests.support import Peers
 from tests.unit.socket_tables.samples import SO_COOKIE, SOURCES, MadeReader
 
 
-def test_a_listener_is_one_of_its_namespace() -> None:
-    """A listener makes inbound what is in its namespace, whichever is told first."""
+def test_a_listener_makes_only_its_own_namespace_inbound() -> None:
+    """The listener may come before or after the connections in a dump."""
     here = MadeReader(1, (443, SS_ESTABLISHED), (443, SS_LISTEN), (443, SS_ESTABLISHED))
     there = MadeReader(2, (443, SS_ESTABLISHED), (80, SS_LISTEN))
     found = SocketTables([here, there]).established()
@@ -32,7 +32,7 @@ def test_a_listener_is_one_of_its_namespace() -> None:
 
 
 def test_listeners_are_not_repeated() -> None:
-    """SO_REUSEPORT has many sockets listen on one port: it is told of once."""
+    """Several sockets listen at one port with SO_REUSEPORT: it is returned once."""
     here = MadeReader(1, *[(443, SS_LISTEN)] * 3, (80, SS_LISTEN))
     there = MadeReader(2, (443, SS_LISTEN))
     listeners = SocketTables([here, there]).listeners()
@@ -40,31 +40,31 @@ def test_listeners_are_not_repeated() -> None:
 
 
 def test_tables_without_sockets_are_empty() -> None:
-    """No connection and no listener are arrays of the right kind, of length 0."""
+    """They return arrays of the right dtype and of length 0."""
     tables = SocketTables([MadeReader(1)])
     assert tables.established()["established_ns"].tolist() == []
     assert tables.listeners()["port"].tolist() == []
 
 
 def test_closing_tables_closes_all_readers() -> None:
-    """No namespace's descriptors are left."""
+    """No descriptor of a namespace stays open."""
     readers = [MadeReader(netns) for netns in (1, 2, 3)]
     SocketTables(readers).close()
     assert all(reader.closed for reader in readers)
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_listeners_are_read_while_a_look_is_taken(name: str) -> None:
-    """A scrape in the middle of a look: both are whole, and neither waits for the other."""
+def test_listeners_can_be_read_during_a_dump(name: str) -> None:
+    """Both results are complete, and neither waits for the other."""
     with Peers() as peers:
         peers.connect(3)
         reader: TableReader = (SockDiagReader if name == "sock_diag" else ProcfsReader)(
             namespaces.OWN
         )
-        look = reader.entries(with_ages=True)
-        found = [next(look).copy()]
+        dump = reader.entries(with_ages=True)
+        found = [next(dump).copy()]
         assert sum(len(chunk) for chunk in reader.listening()) >= 1
-        found += [chunk.copy() for chunk in look]
+        found += [chunk.copy() for chunk in dump]
         reader.close()
     here = [chunk[chunk["key"]["local_port"] == peers.port] for chunk in found]
     assert sum(len(chunk) for chunk in here) == 4
@@ -72,7 +72,7 @@ def test_listeners_are_read_while_a_look_is_taken(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_this_kernel_answers(name: str) -> None:
-    """Each kind of table finds a connection that is there now, without root."""
+    """Each kind of table has the connections of a test, and requires no root."""
     with Peers() as peers:
         peers.connect(3)
         tables = open_tables(name, "self")
@@ -86,8 +86,8 @@ def test_this_kernel_answers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_socket_is_told_by_its_cookie(name: str) -> None:
-    """It is that which the socket's owner is told: socket(7), SO_COOKIE."""
+def test_a_connection_has_the_cookie_of_its_socket(name: str) -> None:
+    """It equals SO_COOKIE of the socket, socket(7), and is 0 from procfs."""
     with Peers() as peers:
         peers.connect(7)
         owners = {
@@ -98,21 +98,23 @@ def test_a_socket_is_told_by_its_cookie(name: str) -> None:
         found = tables.established(with_ages=False)
         tables.close()
     for each in found[found["key"]["local_port"] == peers.port]:
-        told = owners[int(each["key"]["remote_port"])] if name == "sock_diag" else bytes(8)
-        assert each["cookie"].tobytes() == told
+        expected = (
+            owners[int(each["key"]["remote_port"])] if name == "sock_diag" else bytes(8)
+        )
+        assert each["cookie"].tobytes() == expected
 
 
 class NoSockDiag:
-    """A reader that does not work."""
+    """A reader that cannot be opened."""
 
     def __init__(self, _netns: Path) -> None:
         raise SocketTableError("modprobe tcp_diag may help")
 
 
-def test_procfs_is_read_where_sock_diag_does_not_answer(
+def test_auto_reads_procfs_if_sock_diag_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`auto` falls back and says why; a named table does not."""
+    """That is logged with its cause. ``sock_diag`` is an error instead."""
     tables = open_tables("auto", "self")
     assert (tables.name, caplog.text) == ("sock_diag", "")
     tables.close()
@@ -125,16 +127,16 @@ def test_procfs_is_read_where_sock_diag_does_not_answer(
         open_tables("sock_diag", "self")
 
 
-def test_a_namespace_that_is_not_there_is_told_of() -> None:
-    """The error names it."""
+def test_a_missing_namespace_is_an_error() -> None:
+    """The message has its path."""
     with pytest.raises(
         SettingsError, match=r"no network namespace /run/netns/none-such \("
     ):
         open_tables("procfs", "none-such")
 
 
-def test_a_namespace_without_sockets_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody uses or names is closed after a while; the first never is."""
+def test_a_namespace_without_sockets_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A namespace with sockets or a name stays open, and so does the first one."""
     first, empty, used, named = (
         MadeReader(1),
         MadeReader(2),
