@@ -104,13 +104,13 @@ DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 @dataclass(frozen=True)
 class Save:
-    """The content of an area."""
+    """The content of an area, with the fields of `HEADER`."""
 
     number: int
     boot: bytes
     secret: tuple[int, int]
     rows: Records
-    """Of dtype `ROW`."""
+    """The saved connections, of dtype `ROW`."""
 
 
 def parse(area: bytes) -> Save:
@@ -149,11 +149,11 @@ def compose(save: Save) -> bytes:
     return b"".join((header.tobytes(), rows))
 
 
-def _checksum(header: Records, of_rows: int) -> int:
+def _checksum(header: Records, rows_checksum: int) -> int:
     """Continues the checksum of the rows with the header."""
     without = header.copy()
     without["checksum"] = 0
-    return zlib.crc32(without.tobytes(), of_rows)
+    return zlib.crc32(without.tobytes(), rows_checksum)
 
 
 class State:
@@ -172,6 +172,7 @@ class State:
         self._area = 0
         self._number = 0
         self._written: int | None = None
+        """The checksum of the rows of the last save."""
         self._task: Task | None = None
 
     @classmethod
@@ -229,8 +230,8 @@ class State:
         reasons = []
         for area in range(AREAS):
             try:
-                if there := self._read(area):
-                    saves[area] = parse(there)
+                if content := self._read(area):
+                    saves[area] = parse(content)
             except (StateError, OSError) as error:
                 reasons.append(str(error))
         if not saves:
@@ -243,9 +244,10 @@ class State:
         return saves[newest]
 
     def _read(self, area: int) -> bytes:
+        """Reads the pieces of an area."""
         size = os.fstat(self._descriptor).st_size
-        places = range(area * PIECE_BYTES, size, AREAS * PIECE_BYTES)
-        return b"".join(os.pread(self._descriptor, PIECE_BYTES, at) for at in places)
+        offsets = range(area * PIECE_BYTES, size, AREAS * PIECE_BYTES)
+        return b"".join(os.pread(self._descriptor, PIECE_BYTES, at) for at in offsets)
 
     # Saving
 
@@ -262,13 +264,14 @@ class State:
         self.saved_s = 0.0
         self._task = task = Task(
             "state",
-            lambda: self._save_on(task, known),
+            lambda: self._save_repeatedly(task, known),
             without="ages are not saved",
             limit_s=LIMIT_S,
         )
         task.begin()
 
-    def _save_on(self, task: Task, known: Callable[[], Records]) -> None:
+    def _save_repeatedly(self, task: Task, known: Callable[[], Records]) -> None:
+        """Saves at intervals, and once more when the task is stopped."""
         failing = False
         has_ended = False
         while not has_ended:
@@ -288,14 +291,19 @@ class State:
                     failing = False
 
     def _save(self, connections: Records) -> None:
+        """Saves connections, unless the file has them already.
+
+        Raises:
+            StateError: they cannot be saved.
+        """
         rows = _rows(connections, self._secret)
-        of_rows = zlib.crc32(rows.view(np.uint8).data)
+        checksum = zlib.crc32(rows.view(np.uint8).data)
         try:
             if not os.fstat(self._descriptor).st_nlink:
                 raise StateError(
                     f"{self._path} was deleted or replaced: restart the exporter"
                 )
-            if of_rows != self._written:  # otherwise the file has these rows already
+            if checksum != self._written:  # otherwise the file has these rows already
                 number = (self._number + 1) % 2**64
                 save = Save(number, self._boot, self._secret, rows)
                 self._write(memoryview(compose(save)))
@@ -303,14 +311,14 @@ class State:
                 self._area = (self._area + 1) % AREAS
         except OSError as error:
             raise StateError(f"{self._path}: {error.strerror}") from error
-        self._written = of_rows
+        self._written = checksum
         self.saved_s = time.time()
 
     def _write(self, save: memoryview) -> None:
         """Writes with lseek(2) and write(2): a confined process may not use pwrite(2)."""
         for first in range(0, len(save), PIECE_BYTES):
-            place = AREAS * first + self._area * PIECE_BYTES
-            os.lseek(self._descriptor, place, os.SEEK_SET)
+            offset = AREAS * first + self._area * PIECE_BYTES
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
             left = save[first : first + PIECE_BYTES]
             while left:
                 left = left[os.write(self._descriptor, left) :]
@@ -369,6 +377,7 @@ def _rows(connections: Records, secret: tuple[int, int]) -> Records:
 
 
 def _require_own(path: Path, status: os.stat_result) -> None:
+    """Accepts only a regular file that no other user can access."""
     others = status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
     if status.st_uid != os.geteuid() or others or not stat.S_ISREG(status.st_mode):
         raise StateError(

@@ -38,8 +38,7 @@ from tcpexporter.errors import (
     TcpExporterError,
     WebConfigError,
 )
-from tcpexporter.socket_tables import entries
-from tcpexporter.socket_tables import saved_ages as saves
+from tcpexporter.socket_tables import entries, saved_ages
 from tcpexporter.socket_tables.diag_messages import (
     DIAG_MESSAGE,
     INET_DIAG_INFO,
@@ -305,15 +304,16 @@ def state(data: bytes) -> None:
     """An area of the file of --state, as it is or with the checksum that it should have."""
     choices = Choices(data)
     is_mended, area = choices.pick([False, True]), choices.rest()
-    if is_mended and len(area) >= saves.HEADER.itemsize:
-        header = np.frombuffer(area, saves.HEADER, 1).copy()
-        rows = area[saves.HEADER.itemsize :]
-        rows = rows[: int(header["count"][0]) * saves.ROW.itemsize]
-        header["checksum"] = saves._checksum(header, zlib.crc32(rows))
+    if is_mended and len(area) >= saved_ages.HEADER.itemsize:
+        header = np.frombuffer(area, saved_ages.HEADER, 1).copy()
+        rows = area[saved_ages.HEADER.itemsize :]
+        rows = rows[: int(header["count"][0]) * saved_ages.ROW.itemsize]
+        header["checksum"] = saved_ages._checksum(header, zlib.crc32(rows))
         area = header.tobytes() + rows
     with refused(StateError, saying="^its? "):
-        save = saves.parse(area)
-        assert saves.parse(saves.compose(save)).rows.tobytes() == save.rows.tobytes()
+        save = saved_ages.parse(area)
+        again = saved_ages.parse(saved_ages.compose(save))
+        assert again.rows.tobytes() == save.rows.tobytes()
 
 
 # --- What the kernel and the loader tell ---

@@ -22,7 +22,7 @@ from tcpexporter.connections.record import (
     groups,
 )
 from tcpexporter.errors import StateError
-from tcpexporter.socket_tables import saved_ages as state
+from tcpexporter.socket_tables import saved_ages
 from tcpexporter.socket_tables.saved_ages import (
     HEADER,
     PIECE_BYTES,
@@ -248,7 +248,7 @@ def test_nothing_is_restored_after_another_boot(
     other = tmp_path / "boot_id"
     other.write_text("01234567-89ab-cdef-0123-456789abcd00\n")
     with monkeypatch.context() as changed:
-        changed.setattr(state, "BOOT_ID", other)
+        changed.setattr(saved_ages, "BOOT_ID", other)
         assert restored(path, connections(1, seen_ns=900)) == {1: (900, 0)}
         saved(path, connections(1, seen_ns=500))
         assert restored(path, connections(1, seen_ns=900)) == {1: (500, 0)}
@@ -344,7 +344,7 @@ def test_a_save_that_hangs_does_not_prevent_the_end(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file is unchanged, and stays open until the save has written to it."""
-    monkeypatch.setattr(state, "STOP_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(saved_ages, "STOP_TIMEOUT_S", 0.01)
     hangs = threading.Event()
 
     def known() -> Records:
@@ -391,6 +391,6 @@ def test_a_change_of_any_bit_is_detected(save: Save, data: st.DataObject) -> Non
 @given(text=st.binary(max_size=200))
 def test_any_other_bytes_are_refused(text: bytes) -> None:
     """The only exception is StateError."""
-    for each in (text, state.MAGIC + state.VERSION.to_bytes(4, "little") + text):
+    for each in (text, saved_ages.MAGIC + saved_ages.VERSION.to_bytes(4, "little") + text):
         with pytest.raises(StateError):
             parse(each)

@@ -10,12 +10,13 @@ from pyroute2.netlink.diag import SS_ESTABLISHED, SS_LISTEN
 from tcpexporter.connections.record import Direction, directions
 from tcpexporter.errors import SettingsError, SocketTableError
 from tcpexporter.host import namespaces
-from tcpexporter.socket_tables import tables as sockets
 from tcpexporter.socket_tables.procfs import ProcfsReader
 from tcpexporter.socket_tables.sock_diag import SockDiagReader
 from tcpexporter.socket_tables.tables import SocketTables, TableReader, open_tables
 from tests.support import Peers
 from tests.unit.socket_tables.samples import SO_COOKIE, SOURCES, MadeReader
+
+MODULE = "tcpexporter.socket_tables.tables"
 
 
 def test_a_listener_makes_only_its_own_namespace_inbound() -> None:
@@ -118,7 +119,7 @@ def test_auto_reads_procfs_if_sock_diag_does_not_answer(
     tables = open_tables("auto", "self")
     assert (tables.name, caplog.text) == ("sock_diag", "")
     tables.close()
-    monkeypatch.setattr(sockets, "SockDiagReader", NoSockDiag)
+    monkeypatch.setattr(f"{MODULE}.SockDiagReader", NoSockDiag)
     tables = open_tables("auto", "self")
     assert tables.name == "procfs"
     tables.close()
@@ -147,7 +148,7 @@ def test_a_namespace_without_sockets_is_closed(monkeypatch: pytest.MonkeyPatch) 
     tables = SocketTables([first, empty, used, named])
     tables.established()
     assert tables.namespaces().tolist() == [1, 2, 3, 4]
-    monkeypatch.setattr(sockets, "FORGET_S", 0)
+    monkeypatch.setattr(f"{MODULE}.FORGET_S", 0)
     tables.established()
     assert tables.namespaces().tolist() == [1, 3, 4]
     assert [each.closed for each in (first, empty, used, named)] == [
