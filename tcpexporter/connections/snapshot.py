@@ -8,6 +8,7 @@ read, the other fields belong to the same connection.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,26 +18,30 @@ from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.record import KEY, SOCKET, Records, directions, groups
 
 
-def consistent_copies(window: Records) -> tuple[npt.NDArray[np.intp], Records]:
-    """Copies the connections that do not change while they are copied.
+def consistent_fields(
+    window: Records, *names: str
+) -> tuple[npt.NDArray[np.intp], dict[str, npt.NDArray[Any]]]:
+    """Copies fields of the connections that do not change while they are copied.
 
     Args:
-        window: slots that the kernel may write to at any time. The dtype has at least the
-            fields ``established_ns`` and ``group``.
+        window: slots that the kernel may write to at any time.
+        names: the fields to copy besides ``group`` and ``established_ns``.
 
     Returns:
-        The index in ``window`` of each such connection, and the copies, of the same dtype.
+        The index in ``window`` of each such connection; and the copies of the fields, by
+        name, with one element for each index.
     """
     group = window["group"].copy()
     established_ns = window["established_ns"].copy()
     index = np.flatnonzero(group)
-    copies = window[index]
-    is_same = window["group"][index] == group[index]
-    is_same &= window["established_ns"][index] == established_ns[index]
-    index, copies = index[is_same], copies[is_same]
-    copies["group"] = group[index]
-    copies["established_ns"] = established_ns[index]
-    return index, copies
+    fields = {name: window[name][index] for name in names}
+    fields |= {"group": group[index], "established_ns": established_ns[index]}
+    is_same = window["group"][index] == fields["group"]
+    is_same &= window["established_ns"][index] == fields["established_ns"]
+    if not is_same.all():
+        index = index[is_same]
+        fields = {name: field[is_same] for name, field in fields.items()}
+    return index, fields
 
 
 def valid_connections(window: Records) -> Records:
@@ -47,19 +52,20 @@ def valid_connections(window: Records) -> Records:
     wrong records of another version of the exporter do no harm.
 
     Args:
-        window: as in `consistent_copies`, also with the field ``key``.
+        window: as in `consistent_fields`. Its dtype has at least the fields ``key``,
+            ``group`` and ``established_ns``, in any layout.
 
     Returns:
         The connections, of dtype `SOCKET`, with ``cookie`` 0.
     """
-    _, copies = consistent_copies(window)
-    copies = copies[copies["key"]["local_port"] != 0]
-    connections = np.zeros(len(copies), SOCKET)
+    index, fields = consistent_fields(window, "key")
+    connections = np.zeros(len(index), SOCKET)
     for name in KEY.names or ():
-        connections["key"][name] = copies["key"][name]
-    connections["group"] = groups(connections["key"], directions(copies["group"]))
-    connections["established_ns"] = np.minimum(copies["established_ns"], boottime_ns())
-    return connections
+        connections["key"][name] = fields["key"][name]
+    connections["group"] = groups(connections["key"], directions(fields["group"]))
+    connections["established_ns"] = np.minimum(fields["established_ns"], boottime_ns())
+    valid: Records = connections[connections["key"]["local_port"] != 0]
+    return valid
 
 
 def first_seen(now: Records, before: Iterable[Records]) -> Records:

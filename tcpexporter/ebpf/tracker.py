@@ -65,7 +65,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.identity import Hashes, hashes
 from tcpexporter.connections.record import CONNECTION, Records
-from tcpexporter.connections.snapshot import consistent_copies
+from tcpexporter.connections.snapshot import consistent_fields
 from tcpexporter.ebpf.loader import RANGE_SLOTS, Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import Map, program_info
@@ -460,11 +460,11 @@ def _known(
     npt.NDArray[np.bool_],
 ]:
     """As `Known`: those that do not change meanwhile."""
-    at, found = consistent_copies(window)
+    at, found = consistent_fields(window, "key", "handle")
     slots = at.astype(np.uint32) + np.uint32(first)
     is_seed = found["handle"] & HANDLE_SEEDED != 0
     netns = found["key"]["netns"].copy()
-    return slots, hashes(found["key"]), found["established_ns"].copy(), netns, is_seed
+    return slots, hashes(found["key"]), found["established_ns"], netns, is_seed
 
 
 def possible_cpus(ranges: str) -> int:

@@ -17,7 +17,7 @@ from tcpexporter.connections.record import (
     groups,
 )
 from tcpexporter.connections.snapshot import (
-    consistent_copies,
+    consistent_fields,
     first_seen,
     valid_connections,
 )
@@ -25,17 +25,18 @@ from tests.unit.socket_tables.test_polling import ages, connections
 
 
 class ChangingWindow:
-    """A window whose records change as soon as they have been copied."""
+    """A window that changes as soon as the keys have been copied."""
 
     def __init__(self, slots: Records, change: Callable[[Records], None]) -> None:
         self._slots = slots
         self._change = change
 
-    def __getitem__(self, item: object) -> Records:
-        found: Records = self._slots[item]  # type: ignore[call-overload]
-        if isinstance(item, np.ndarray):
+    def __getitem__(self, item: str) -> Records:
+        if item == "key":
+            copy = self._slots.copy()
             self._change(self._slots)
-        return found
+            return copy["key"]
+        return self._slots[item]
 
 
 def test_a_connection_that_changes_while_it_is_copied_is_left_out() -> None:
@@ -52,12 +53,11 @@ def test_a_connection_that_changes_while_it_is_copied_is_left_out() -> None:
         slots["group"][3] = 7
 
     window = cast("Records", ChangingWindow(slots, change))
-    index, copies = consistent_copies(window)
-    assert index.tolist() == copies["key"]["remote_port"].tolist() == [0, 5]
-    assert copies["established_ns"].tolist() == [100, 100]
-    assert copies["group"].tolist() == [7, 7]
+    index, fields = consistent_fields(window, "key")
+    assert index.tolist() == fields["key"]["remote_port"].tolist() == [0, 5]
     slots["established_ns"] = 102
-    assert copies["established_ns"].tolist() == [100, 100]
+    assert fields["established_ns"].tolist() == [100, 100]
+    assert fields["group"].tolist() == [7, 7]
 
 
 def test_invalid_fields_of_a_record_are_corrected() -> None:
