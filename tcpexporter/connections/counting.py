@@ -38,7 +38,7 @@ namespace if namespaces are counted separately.
 
 IS_LONG_TERM = 1 << GROUP_BITS
 ONE = np.int32(1)
-"""It has the dtype of the counters: this makes np.add.at forty times as fast."""
+"""It has the dtype of the counters: np.add.at is forty times as fast with equal dtypes."""
 
 NO_CONNECTION = [0, IS_LONG_TERM]
 """The kinds of a slot that has no connection."""

@@ -44,7 +44,7 @@ class Report:
     seeded_connections: int | None = None
     """Tracked connections that come from the socket tables instead of an event."""
     refused_seeds: int | None = None
-    """Connections from the socket tables that were not added at capacity, per attempt."""
+    """How often a full tracker did not add a connection from the socket tables."""
     reconciliation: Reconciliation | None = None
     state_saved_s: float | None = None
     """When ages were last saved to a file, in Unix time; 0: not yet."""

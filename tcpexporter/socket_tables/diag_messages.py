@@ -102,7 +102,7 @@ def split_messages(reply: Bytes, sequence: int) -> tuple[list[Bytes], bool]:
         if kind != SOCK_DIAG_BY_FAMILY or aligned > left:
             raise _malformed(offset)
         rows = reply[offset : offset + left // aligned * aligned].reshape(-1, aligned)
-        # Compare a few first: messages that all differ would make this quadratic.
+        # Compare a few first. Otherwise messages that all differ would take quadratic time.
         few = _alike(rows[:FEW])
         rows = _alike(rows) if len(few) == FEW else few
         runs.append(rows)

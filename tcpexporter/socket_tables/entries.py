@@ -43,8 +43,8 @@ def connections(chunks: Iterable[Records]) -> tuple[Records, bool]:
     A connection is inbound if the namespace has a listener at its local port.
 
     Args:
-        chunks: the entries, of dtype `ENTRY`. Each chunk is read when the kernel has just
-            sent it, so ages count from then.
+        chunks: the entries, of dtype `ENTRY`. Their ages are subtracted from the time at
+            which the iterator yields a chunk.
 
     Returns:
         The established connections, of dtype `SOCKET`, and whether there is any listener.

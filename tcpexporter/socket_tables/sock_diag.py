@@ -113,8 +113,8 @@ class DumpSocket:
         """Dumps the IPv4 and IPv6 sockets in any of ``states``.
 
         Args:
-            states: as `dump_request` takes it.
-            extensions: likewise.
+            states: as `dump_request` takes them.
+            extensions: as `dump_request` takes them.
 
         Yields:
             Messages of equal length, as `split_messages` returns them.
@@ -141,12 +141,12 @@ class DumpSocket:
             while self._is_in_progress:
                 self._receive()
         finally:
-            self._is_in_progress = False  # wait only once for an end that never arrives
+            self._is_in_progress = False  # if the end is lost, wait for it only once
 
     def _replies(self) -> Iterator[Bytes]:
-        """Receives a dump, and decodes many datagrams at once: one has 100 to 200 sockets.
+        """Receives a dump, and splits many datagrams at once: each has 100 to 200 sockets.
 
-        A thread that receives ahead was measured to be no faster, and can be refused.
+        Receiving in a second thread was measured: it is not faster.
         """
         while self._is_in_progress:
             reply = self._receive()
@@ -159,7 +159,7 @@ class DumpSocket:
         while self._is_in_progress and len(buffer) - filled >= DATAGRAM_BYTES:
             room = buffer[filled:]
             datagram = room[: self._socket.recv_into(room.data)]
-            if _answers(datagram, self._sequence):  # else it is from an abandoned dump
+            if _answers(datagram, self._sequence):  # not the rest of an abandoned dump
                 filled += len(datagram)
                 self._is_in_progress = not _ends(datagram)
         return buffer[:filled]

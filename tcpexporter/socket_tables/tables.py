@@ -61,14 +61,14 @@ class TableReader(Protocol):
 class SocketTables:
     """The socket tables of one or more network namespaces.
 
-    A reader holds its namespace open, and the kernel keeps a namespace that is held, with
-    all devices of a container that has ended. So `established` closes the reader of a
-    namespace that has had no socket for `FORGET_S` seconds. It never closes the first
-    reader, nor that of a namespace that has a name.
+    A reader holds its namespace open. The kernel keeps a namespace that is held open, with
+    all its devices, even when its container has ended. So `established` closes the reader
+    of a namespace that has had no socket for `FORGET_S` seconds. It does not close the
+    first reader, nor the reader of a namespace that has a name.
     """
 
     def __init__(self, readers: Sequence[TableReader]) -> None:
-        """Take one reader for each namespace; the first is not closed before `close`."""
+        """Take one reader for each namespace; only `close` closes the first one."""
         self.name = readers[0].name
         self._readers = list(readers)
         self._used_s = {reader.netns: time.monotonic() for reader in readers}
@@ -141,7 +141,7 @@ class SocketTables:
     def _close_unused(self, used: set[int]) -> None:
         """Closes the readers of namespaces that have been unused for `FORGET_S` seconds."""
         if len(self._readers) == 1:
-            return  # names are not read either: that needs a descriptor, and may fail
+            return  # the first is never closed; reading names requires a free descriptor
         now_s = time.monotonic()
         used |= {self._readers[0].netns, *namespaces.named()}
         self._used_s.update(dict.fromkeys(used, now_s))

@@ -26,8 +26,8 @@ from tests.kernel.helpers.odd_sockets import (
     SYN_SENT,
     close_in_repair,
     connect_in_repair,
-    deaf,
-    held_elsewhere,
+    dropping_packets,
+    held_by_child,
     ip,
     linked_netns,
     listening,
@@ -233,7 +233,7 @@ def test_fast_open_counts_from_the_end_of_its_handshake(
     exporter = exporters(*BOTH_ENDS)
     with socket.socket() as client:
         client.setblocking(False)
-        with deaf(client):
+        with dropping_packets(client):
             open_fast(fast_peers, client)
             server, _ = fast_peers.listener.accept()
             fast_peers.pairs.append((client, server))
@@ -444,7 +444,7 @@ def test_a_socket_shared_by_fork_counts_until_all_processes_have_closed_it(
         peers.connect(3)
         ephemeral = local_port(peers.pairs[0][0])
         agree(exporter, ephemeral, 1)
-        with held_elsewhere(peers.pairs[0][end]):
+        with held_by_child(peers.pairs[0][end]):
             peers.pairs[0][end].close()
             agree(exporter, peers.port, 3)
             agree(exporter, ephemeral, 1)
