@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Connections to counts per namespace, local port and IP version; pure functions."""
+"""Counts connections per network namespace, local port and IP version: pure functions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,59 +19,66 @@ from tcpexporter.connections.record import (
 )
 
 SERIES = np.dtype([("ip_version", "u2"), ("port", "u2"), ("netns", "u4")])
-"""What has a count of its own; ``netns`` is 0 where namespaces are not told apart.
+"""A series: an IP version and a local port in a network namespace.
 
-``port`` is 0, which no socket has, for those of a namespace that are folded into
-one; ``netns`` is 0 too for those of several namespaces.
+``netns`` is 0 if namespaces are not counted separately. ``port`` is 0, which no socket has,
+in the series that other series of a namespace are folded into. In the one for all other
+namespaces ``netns`` is 0, too.
 """
 
 Series = npt.NDArray[np.uint64]
-"""A sorted array of `SERIES`, each seen as one number."""
+"""A sorted array of `SERIES`, each viewed as one number of 64 bits."""
 
 Kinds: TypeAlias = npt.NDArray[np.uint64]
-"""The group of connections, whether they are long-term, and perhaps their namespace."""
+"""What is counted separately, as one number.
+
+It has the ``group`` of a connection, a bit for long-term, and, above `NETNS_SHIFT`, the
+namespace if namespaces are counted separately.
+"""
 
 IS_LONG_TERM = 1 << GROUP_BITS
 ONE = np.int32(1)
-"""Of the type of what it is added to: numpy is forty times as fast then."""
+"""It has the dtype of the counters: np.add.at is forty times as fast with equal dtypes."""
 
-NOTHING = [0, IS_LONG_TERM]
-"""Kinds of a place where no connection is."""
+NO_CONNECTION = [0, IS_LONG_TERM]
+"""The kinds of a slot that has no connection."""
 
 NETNS_SHIFT = 32
 
 PIECE = 16384
-"""Connections that are looked at at once: a CPU's cache has room for them."""
+"""How many connections are counted at once: they fit into the cache of a CPU."""
 
 _Piece: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which connections and listeners are spoken of."""
+    """Which connections and listeners are counted."""
 
     ports: npt.NDArray[np.bool_]
-    """For each of the 65536, whether it is."""
+    """For each of the 65536 ports, whether it is selected."""
     ip_versions: Sequence[int]
     directions: Sequence[Direction]
     own_listener: tuple[int, int] | None
-    """Namespace and port that the exporter itself listens on: never spoken of. Where
-    namespaces are not told apart all connections are of that one, or this is None."""
+    """Namespace and port of the exporter's own listener, which is never selected.
+
+    None if it has no listener, or if the only namespace that is counted is another one.
+    """
     by_netns: bool
-    """Whether namespaces are told apart."""
+    """Whether namespaces are counted separately."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What is established now."""
+    """How many connections are established now."""
 
     series: Series
     established: npt.NDArray[np.int64]
-    """For each of ``series``."""
+    """Established connections of each of ``series``."""
     long_term: npt.NDArray[np.int64]
-    """Likewise."""
+    """Long-term connections of each of ``series``."""
     total: int
-    """Of all connections that were read, selected or not."""
+    """All connections that were read, selected or not."""
 
 
 def select(
@@ -82,7 +89,7 @@ def select(
     own_listener: tuple[int, int] | None,
     by_netns: bool = False,
 ) -> Selection:
-    """A selection from what a user chose; no ``ports`` are all of them."""
+    """Returns the selection for these settings; an empty ``ports`` selects all ports."""
     mask = np.zeros(PORTS, np.bool_)
     mask[list(ports) if ports else slice(None)] = True
     versions = (4, 6) if tcpv6 else (4,)
@@ -92,13 +99,14 @@ def select(
 def count(
     chunks: Iterable[Records], selection: Selection, long_term_since_ns: int
 ) -> Counts:
-    """Count the selected connections of all ``chunks``, of dtype `CONNECTION`.
+    """Counts the selected connections of all chunks.
 
     Args:
-        chunks: each is done with before the next is asked for.
-        selection: what is counted.
-        long_term_since_ns: on CLOCK_BOOTTIME; a connection established then or
-            before is long-term. Negative: none is.
+        chunks: of dtype `CONNECTION` or `SOCKET`. Each chunk is used only until the next
+            one is requested.
+        selection: which connections are counted.
+        long_term_since_ns: a time on CLOCK_BOOTTIME. A connection that was established
+            then or before is long-term. If it is negative, none is.
     """
     tally = _tally_by_netns if selection.by_netns else _tally
     kinds, numbers = tally(_kinds(chunks, long_term_since_ns))
@@ -122,10 +130,10 @@ def count(
 
 
 def _kinds(chunks: Iterable[Records], long_term_since_ns: int) -> Iterator[_Piece]:
-    """What tells connections apart that are counted apart; no group: there is none.
+    """Yields the kind and the namespace of each slot; a slot may have no connection.
 
-    The kernel may write to them meanwhile: `tcpexporter.ebpf.tracker` says why ``group`` is
-    read first.
+    The kernel may write to the slots meanwhile: `tcpexporter.ebpf.tracker` argues why
+    ``group`` is read before ``established_ns``.
     """
     since_ns = np.uint64(max(long_term_since_ns, 0))
     long_term = IS_LONG_TERM if long_term_since_ns >= 0 else 0
@@ -139,27 +147,29 @@ def _kinds(chunks: Iterable[Records], long_term_since_ns: int) -> Iterator[_Piec
 
 
 def _tally(pieces: Iterator[_Piece]) -> tuple[Kinds, npt.NDArray[np.int64]]:
-    """Kinds of one namespace, or of all together, and how many there are of each.
+    """Returns the kinds that occur, without namespaces, and how often each occurs.
 
-    No sort and no Python loop over connections: 7 ns each, however many ports there are.
+    It neither sorts nor loops over connections in Python. A connection takes 7 ns, however
+    many ports there are.
     """
     bins = np.zeros(2 * IS_LONG_TERM, np.int32)
-    bins[NOTHING] = 1
+    bins[NO_CONNECTION] = 1
     last_of = np.empty(2 * IS_LONG_TERM, np.int32)
     found = [np.empty(0, np.int64)]
     for kinds, _ in pieces:
-        # Only those are looked at again in the end: the rest stays memory never touched.
+        # Only bins of kinds that occur are read in the end. The others are never touched,
+        # so the kernel allocates no memory for them.
         new = kinds[bins[kinds] == 0]
         number = np.arange(len(new), dtype=np.int32)
         last_of[new] = number
-        found.append(new[last_of[new] == number])  # each once, without a sort
+        found.append(new[last_of[new] == number])  # removes repetitions without a sort
         np.add.at(bins, kinds, ONE)
     merged = np.concatenate(found)
     return merged.astype(np.uint64), bins[merged].astype(np.int64)
 
 
 def _tally_by_netns(pieces: Iterator[_Piece]) -> tuple[Kinds, npt.NDArray[np.int64]]:
-    """The same for each namespace."""
+    """As `_tally`, with the namespace in each kind."""
     found = [(np.empty(0, np.uint64), np.empty(0, np.int64))]
     for kinds, netns in pieces:
         is_there = kinds & (IS_LONG_TERM - 1) != 0
@@ -172,7 +182,7 @@ def _tally_by_netns(pieces: Iterator[_Piece]) -> tuple[Kinds, npt.NDArray[np.int
 
 
 def listened(listeners: Records, selection: Selection) -> Series:
-    """The selected series of ``listeners``, of dtype `LISTENER`."""
+    """Returns the selected series of ``listeners``, of dtype `LISTENER`."""
     series = _series(
         listeners["netns"], listeners["port"], listeners["ip_version"], selection
     )
@@ -180,7 +190,7 @@ def listened(listeners: Records, selection: Selection) -> Series:
 
 
 def named(ports: Sequence[int], netns: int, selection: Selection) -> Series:
-    """The selected series of ``ports`` in one namespace."""
+    """Returns the selected series of ``ports`` in one namespace."""
     listeners = np.zeros(len(ports) * 2, LISTENER)
     listeners["netns"] = netns
     listeners["port"] = np.repeat(np.array(ports, np.uint16), 2)
@@ -191,42 +201,50 @@ def named(ports: Sequence[int], netns: int, selection: Selection) -> Series:
 def fold(
     counts: Counts, *, listening: Series, named: Series, published: Series, max_series: int
 ) -> tuple[Counts, int]:
-    """The counts of one page, and how many series that are in use are not on it.
+    """Limits the number of series in an exposition.
 
-    What these have is added to a series with port 0, one for each IP version and
-    namespace, so no sum changes. Beyond ``max_series`` of those, the rest are added
-    to one of all namespaces.
+    The connections of a series that is left out are added to a series with port 0. There is
+    one for each IP version and namespace, so the sums do not change. If there are more than
+    ``max_series`` of these, the rest are added to the series with port 0 for all other
+    namespaces.
 
     Args:
-        counts: what is counted now.
-        listening: what is listened on now.
-        named: what is never folded.
-        published: what was on the page before, with port 0 too. It is at 0 if it is not
-            in use; with a port, only while there is room for it.
-        max_series: how many are on the page with their port, unless more are named.
+        counts: the counts of all series.
+        listening: the series that have a listener now.
+        named: the series that are never left out.
+        published: the series of the previous exposition, including those with port 0. A
+            series with a port that is not in use any more stays, at 0, while there is
+            capacity. A series with port 0 always stays.
+        max_series: the maximum number of series with a port, unless more are named.
+
+    Returns:
+        The counts of the exposition, and the number of series in use that are left out.
     """
     is_other = published.view(SERIES)["port"] == 0
     kept = _kept(counts, listening, named, published[~is_other], max_series)
     folded = np.setdiff1d(np.union1d(counts.series, listening), kept, assume_unique=True)
     others = _others(folded, published[is_other], max_series)
-    page = np.union1d(kept, others)
-    place = np.searchsorted(page, _found(counts.series, page))
+    exposed = np.union1d(kept, others)
+    place = np.searchsorted(exposed, _found(counts.series, exposed))
     established, long_term = (
-        _sums(place, numbers, len(page))
+        _sums(place, numbers, len(exposed))
         for numbers in (counts.established, counts.long_term)
     )
-    return Counts(page, established, long_term, counts.total), len(folded)
+    return Counts(exposed, established, long_term, counts.total), len(folded)
 
 
 def _kept(
     counts: Counts, listening: Series, named: Series, published: Series, max_series: int
 ) -> Series:
-    """The largest; a listener is worth a connection, and stays before its equals."""
+    """Returns the series that keep their port: those with the most connections.
+
+    A listener counts as one connection, and is preferred among series of equal size.
+    """
     series = np.unique(np.concatenate((counts.series, listening, named, published)))
     rank = np.zeros(len(series), np.int64)
     rank[np.searchsorted(series, counts.series)] = 4 * counts.established
     rank[np.searchsorted(series, listening)] += 4 + 2
-    # Only among equals, so that none comes and goes without a reason.
+    # This decides only between equals, so that series do not alternate between scrapes.
     rank[np.searchsorted(series, published)] += 1
     rank[np.searchsorted(series, named)] = np.iinfo(np.int64).max
     order = np.argsort(-rank, kind="stable")
@@ -234,7 +252,7 @@ def _kept(
 
 
 def _others(folded: Series, published: Series, max_series: int) -> Series:
-    """With port 0: those that were published, and those that ``folded`` takes now."""
+    """Returns the series with port 0: published ones, and those that ``folded`` needs."""
     taken = np.setdiff1d(_without("port", folded), published)
     others = np.concatenate((published, taken))
     is_shared = others.view(SERIES)["netns"] == 0
@@ -243,15 +261,20 @@ def _others(folded: Series, published: Series, max_series: int) -> Series:
     return np.unique(np.concatenate((own[:max_series], *shared)))
 
 
-def _found(series: Series, page: Series) -> Series:
-    """Each as it is on the page: itself, or its namespace's other, or that of all."""
+def _found(series: Series, exposed: Series) -> Series:
+    """Returns the series of ``exposed`` that each of ``series`` is counted in.
+
+    It is the series itself, or the one with port 0 in its namespace, or the one with port 0
+    for all other namespaces.
+    """
     found = series
     for field in ("port", "netns"):
-        found = np.where(np.isin(found, page), found, _without(field, found))
+        found = np.where(np.isin(found, exposed), found, _without(field, found))
     return found
 
 
 def _without(field: str, series: Series) -> Series:
+    """Returns ``series`` with a field set to 0."""
     blank = series.copy()
     blank.view(SERIES)[field] = 0
     return blank
@@ -263,7 +286,7 @@ def _series(
     ip_version: npt.NDArray[np.uint8],
     selection: Selection,
 ) -> Series:
-    """Of each, 0 for what is not selected."""
+    """Returns the series of each port, 0 if it is not selected."""
     series = np.zeros(len(port), SERIES)
     series["ip_version"] = ip_version
     series["port"] = port
@@ -279,6 +302,7 @@ def _series(
 def _sums(
     place: npt.NDArray[np.intp], numbers: npt.NDArray[np.int64 | np.bool_], size: int
 ) -> npt.NDArray[np.int64]:
+    """Returns, for each place below ``size``, the sum of the numbers that belong there."""
     sums = np.zeros(size, np.int64)
     np.add.at(sums, place, numbers)
     return sums

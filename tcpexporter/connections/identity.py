@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""SipHash-1-3 of many connection keys at once: what stands for a key in every comparison.
+"""Hashes many connection keys at once with SipHash-1-3, to compare hashes instead of keys.
 
-The key of the hash is this process's own secret, so whoever chooses addresses and
-ports cannot make two connections look like one. By chance two of a million have the
-same 64 bits once in 37 million times.
+The hash has a secret that is random in each process. So a client that chooses addresses and
+ports cannot make the hashes of two connections collide. With a million connections, the
+probability that any two collide by chance is 1 in 37 million.
 
 J.-P. Aumasson, D. J. Bernstein: SipHash: a fast short-input PRF (2012).
 """
@@ -21,14 +21,19 @@ SECRET = (int.from_bytes(os.urandom(8)), int.from_bytes(os.urandom(8)))
 
 WORDS = KEY.itemsize // 8
 PIECE = 8192
-"""Keys that are hashed at once: all that this takes stays in a CPU's cache."""
+"""How many keys are hashed at once: all intermediate arrays fit into the cache of a CPU."""
 
 _INITIAL = (0x736F6D6570736575, 0x646F72616E646F6D, 0x6C7967656E657261, 0x7465646279746573)
 _LENGTH = np.uint64(KEY.itemsize << 56)
 
 
 def hashes(keys: Records, secret: tuple[int, int] = SECRET) -> Hashes:
-    """The hash of each of ``keys``, of dtype `KEY`; the BPF program computes the same."""
+    """Returns the hash of each key. The BPF program computes the same hash.
+
+    Args:
+        keys: of dtype `KEY`.
+        secret: the key of the hash, as two numbers of 64 bits.
+    """
     words = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, WORDS)
     result = np.empty(len(words), np.uint64)
     for first in range(0, len(words), PIECE):

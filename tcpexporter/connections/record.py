@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The connection record, as the BPF program writes it and as numpy reads it."""
+"""Array dtypes for connections and listeners, and the values of their fields."""
 
 import enum
 from typing import TypeAlias
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 class Direction(enum.IntEnum):
-    """Which end opened a connection; as `groups` has it."""
+    """Which end opened a connection. The values are those of the bit in ``group``."""
 
     INBOUND = 0
     OUTBOUND = 1
@@ -24,10 +24,10 @@ KEY = np.dtype(
         ("remote_port", "u2"),
     ]
 )
-"""``struct connection_key``: what a connection is known by.
+"""``struct connection_key``: what identifies a connection.
 
-Addresses are bytes in network order, IPv4 as ::ffff:a.b.c.d; ``netns`` is
-the inode of the network namespace.
+Addresses are bytes in network order, IPv4 as ::ffff:a.b.c.d. Ports are in host order.
+``netns`` is the inode of the network namespace.
 """
 
 CONNECTION = np.dtype(
@@ -39,20 +39,36 @@ CONNECTION = np.dtype(
         ("pad", "u4"),
     ]
 )
-"""``struct connection``: a connection and where it is counted.
+"""``struct connection``: a slot of the tracker, which the BPF program writes to.
 
-``established_ns`` is on CLOCK_BOOTTIME; ``handle`` is the tracker's own, the cookie in what
-the socket tables tell, else 0; ``group`` is as `groups` makes it. Where that is 0 there is
-no connection: arrays that the kernel writes to have such places between others.
+``established_ns`` is on CLOCK_BOOTTIME. ``handle`` identifies the slot to the BPF program
+(see `ebpf.tracker`). ``group`` is as `groups` returns it; 0 means that the slot has no
+connection.
+"""
+
+SOCKET = np.dtype(
+    [
+        ("established_ns", "u8"),
+        ("cookie", "u8"),
+        ("key", KEY),
+        ("group", "u4"),
+        ("pad", "u4"),
+    ]
+)
+"""A connection as the socket tables report it.
+
+``established_ns``, ``key`` and ``group`` are as in `CONNECTION`. ``cookie`` is the number
+that the kernel gives to a socket and to no other one until the host boots again
+(sock_gen_cookie in the kernel's net/core/sock_diag.c); 0 if it is unknown.
 """
 
 GROUP_IPV6 = 1 << 16
 DIRECTION_BIT = 17
 GROUP_BITS = 18
-"""``group``: the local port in 16 bits, then two that tell IP version and direction."""
+"""Bits of ``group``: 16 for the local port, 1 for the IP version, 1 for the direction."""
 
 LISTENER = np.dtype([("netns", "u4"), ("port", "u2"), ("ip_version", "u1")])
-"""A listening port, once for each IP version (4 or 6) that it accepts."""
+"""A listening port and an IP version, 4 or 6, that its socket accepts."""
 
 Records: TypeAlias = npt.NDArray[np.void]
 """A one-dimensional array of one of the dtypes above."""
@@ -60,29 +76,32 @@ Records: TypeAlias = npt.NDArray[np.void]
 Groups: TypeAlias = npt.NDArray[np.uint32]
 
 PORTS = 65536
-"""How many port numbers there are."""
+"""The number of port numbers."""
 
 IPV4_PREFIX = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
-"""What ::ffff:a.b.c.d begins with."""
+"""The first 12 bytes of ::ffff:a.b.c.d."""
 
 
 def ip_versions(keys: Records) -> npt.NDArray[np.uint8]:
-    """The IP version on the wire, 4 or 6, of each key.
+    """Returns the IP version on the wire, 4 or 6, of each key.
 
-    An IPv4 client of a dual-stack socket has a v4-mapped address, so it is 4.
+    A connection of an IPv4 client to a dual-stack socket has v4-mapped addresses: it is 4.
+
+    Args:
+        keys: of dtype `KEY`.
     """
-    # As words: three comparisons a key instead of twelve.
+    # Comparing words takes three comparisons a key instead of twelve.
     prefix = keys["local_address"].view(np.uint32)[:, :3]
     is_mapped = (prefix == IPV4_PREFIX.view(np.uint32)).all(axis=1)
     return np.where(is_mapped, np.uint8(4), np.uint8(6))
 
 
 def groups(keys: Records, directions: npt.NDArray[np.integer] | Direction) -> Groups:
-    """What each of ``keys``, of dtype `KEY`, is counted under; never 0.
+    """Returns the local port, IP version and direction of connections, as ``group``.
 
     Args:
-        keys: of connections, whose local port is not 0.
-        directions: a `Direction` for each, or one for all.
+        keys: of dtype `KEY`. No local port is 0, so no ``group`` is 0.
+        directions: a `Direction` for each key, or one for all.
     """
     group = keys["local_port"].astype(np.uint32)
     group |= np.where(ip_versions(keys) == 6, np.uint32(GROUP_IPV6), np.uint32(0))
@@ -91,5 +110,5 @@ def groups(keys: Records, directions: npt.NDArray[np.integer] | Direction) -> Gr
 
 
 def directions(group: Groups) -> npt.NDArray[np.uint32]:
-    """The `Direction` of each group."""
+    """Returns the `Direction` of each ``group``."""
     return group >> np.uint32(DIRECTION_BIT) & np.uint32(1)

@@ -1,89 +1,114 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The seam between where connections are known from and what is made of them."""
+"""Protocols of what reports connections, and a source in memory for tests."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.record import LISTENER, Records
-from tcpexporter.host.background import Task
+
+if TYPE_CHECKING:  # this package imports nothing of the host at run time
+    from tcpexporter.host.background import Task
 
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """What comparing with the socket tables has come to."""
+    """Results of comparing the tracker with the socket tables since the start."""
 
     runs: int = 0
     missed_open: int = 0
-    """Connections that were added because the kernel's word of them was missed."""
+    """Connections that were added because the event of their opening was missed."""
     missed_close: int = 0
-    """Connections that were removed for the same reason."""
+    """Connections that were removed because the event of their closing was missed."""
     duration_s: float = 0.0
-    """Of the last run."""
+    """How long the last run took."""
     finished_s: float = 0.0
-    """When the last run ended, by the wall clock; 0: there was none."""
+    """When the last run ended, in Unix time; 0: none has ended."""
     interval_s: float = 0.0
-    """Until the next run, unless there is a reason for one before."""
+    """Time from the last run to the next, unless a missed event causes an earlier one."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a source tells of itself; None is what it does not know."""
+    """State of a source, for metrics; None: the source does not have this value."""
 
     max_connections: int | None = None
-    """How many connections fit."""
+    """The maximum number of connections that can be tracked."""
     kernel_events: Mapping[str, int] = field(default_factory=dict)
-    """What the BPF program did since it was loaded, by action."""
+    """How often the BPF program took each action since it was loaded."""
     missed_events: int | None = None
-    """How many events the kernel did not run the program for."""
+    """Events for which the kernel skipped the BPF program."""
     seeded_connections: int | None = None
-    """Of those read last, how many are older than this run, or were missed."""
+    """Tracked connections that come from the socket tables instead of an event."""
     refused_seeds: int | None = None
-    """For how many found in the socket tables there was no room, at each attempt."""
+    """How often a full tracker did not add a connection from the socket tables."""
     reconciliation: Reconciliation | None = None
     state_saved_s: float | None = None
-    """When ages were last saved in a file, by the wall clock; 0: not yet."""
+    """When ages were last saved to a file, in Unix time; 0: not yet."""
+
+
+class ConnectionTables(Protocol):
+    """Tables of connections, which the tracker is filled from or compared with.
+
+    They are the kernel's socket tables, or the maps that a previous run has pinned.
+    """
+
+    def established(self, *, with_ages: bool) -> Records:
+        """Reads the established connections, of dtype `SOCKET`.
+
+        Args:
+            with_ages: whether ``established_ns`` takes the age of a connection into
+                account, if the tables have it.
+
+        Raises:
+            SourceError: the tables cannot be read.
+        """
+        ...
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        """Returns the inodes of the network namespaces that the tables cover."""
+        ...
 
 
 class Source(Protocol):
     """Where the connections come from."""
 
     name: str
-    """As ``--source`` has it."""
+    """The value of ``--source`` that selects it."""
 
     def start(self) -> None:
-        """Learn of the connections that are there already.
+        """Reads the pre-existing connections and starts the threads.
 
         Raises:
-            SourceError: they cannot be read.
-            ThreadError: there can be no thread.
+            SourceError: the connections cannot be read.
+            ThreadError: the kernel refuses another thread.
         """
         ...
 
-    def tasks(self) -> Sequence[Task]:
-        """The threads that have been started and have to go on."""
+    def tasks(self) -> "Sequence[Task]":
+        """Returns the threads that must keep running."""
         ...
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Ends the threads and closes all descriptors."""
         ...
 
     def read(self) -> Iterator[Records]:
-        """Every connection that is established now, in chunks of dtype `CONNECTION`.
+        """Reads every established connection, in chunks of dtype `CONNECTION` or `SOCKET`.
 
-        A chunk is valid until the next one is asked for: memory stays constant
-        however many connections there are.
+        A chunk is valid until the next one is requested. So memory does not grow with the
+        number of connections.
 
         Raises:
-            SourceError: they cannot be read now.
+            SourceError: the connections cannot be read now.
         """
         ...
 
     def listeners(self) -> Records:
-        """Every port that is listened on now, of dtype `LISTENER`.
+        """Reads the listening ports, of dtype `LISTENER`.
 
         Raises:
             SourceError: they cannot be read now.
@@ -91,23 +116,24 @@ class Source(Protocol):
         ...
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
-        """The inodes of the network namespaces that it holds, from any thread.
+        """Returns the inodes of the network namespaces that it holds open.
 
-        No other namespace gets them meanwhile. The first is that of --netns, or our own.
+        No other namespace can have one of these inodes meanwhile. The first is that of
+        --netns, or that of the exporter. Any thread may call this.
         """
         ...
 
     def report(self) -> Report:
-        """What there is to know about the source itself.
+        """Returns the state of the source.
 
         Raises:
-            SourceError: the kernel refuses to tell.
+            SourceError: the kernel refuses to read it.
         """
         ...
 
 
 class MemorySource:
-    """A source that says what it was given: the fake behind which all else is tested."""
+    """A source that returns what a test has given to it."""
 
     def __init__(
         self,
@@ -125,7 +151,7 @@ class MemorySource:
     def start(self) -> None:
         pass
 
-    def tasks(self) -> Sequence[Task]:
+    def tasks(self) -> "Sequence[Task]":
         return ()
 
     def close(self) -> None:

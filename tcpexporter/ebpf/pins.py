@@ -31,8 +31,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.clock import boottime_ns
-from tcpexporter.connections.record import CONNECTION, KEY, Records, directions, groups
+from tcpexporter.connections.record import CONNECTION, KEY, Records
+from tcpexporter.connections.snapshot import valid_connections
 from tcpexporter.ebpf import reconcile
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
 from tcpexporter.ebpf.loader import Descriptors
@@ -236,13 +236,13 @@ class _Generation:
             yield cls(MappedArray(connections, record, entries, WINDOW), entries, netns)
 
     def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  it always has them
-        """What it knows, the newest first, of dtype `CONNECTION`.
+        """What it knows, the newest first, of dtype `SOCKET`.
 
         `Tracker.add` takes the first of those with the same key: an older one is there
         because its closing was missed.
         """
-        parts = [settled(window) for window in windows(self._array, self._entries)]
-        known = np.concatenate(parts)
+        parts = map(valid_connections, windows(self._array, self._entries))
+        known = np.concatenate(list(parts))
         if self._netns:
             known = known[known["key"]["netns"] == self._netns]
         self.found = len(known)
@@ -251,37 +251,6 @@ class _Generation:
     def namespaces(self) -> npt.NDArray[np.uint32]:
         """None: what it does not know may be there all the same."""
         return np.empty(0, np.uint32)
-
-
-def settled(window: Records) -> Records:
-    """A copy of the connections of a window that did not change meanwhile.
-
-    Args:
-        window: of an array that the kernel writes to, with at least the fields that the
-            next run takes over.
-
-    Returns:
-        Of dtype `CONNECTION`, with 0 for handles.
-    """
-    group = window["group"].copy()
-    established_ns = window["established_ns"].copy()
-    connections = np.zeros(len(window), CONNECTION)
-    for name in KEY_FIELDS:
-        connections["key"][name] = window["key"][name]
-    connections["group"] = window["group"]
-    connections["established_ns"] = window["established_ns"]
-    is_same = (connections["group"] == group) & (
-        connections["established_ns"] == established_ns
-    )
-    return _sound(connections[is_same & (group != 0)])
-
-
-def _sound(connections: Records) -> Records:
-    """What a socket can be: whatever else is there is neither counted nor an error."""
-    sound: Records = connections[connections["key"]["local_port"] != 0]
-    sound["group"] = groups(sound["key"], directions(sound["group"]))
-    sound["established_ns"] = np.minimum(sound["established_ns"], boottime_ns())
-    return sound
 
 
 def _make_layout() -> int:

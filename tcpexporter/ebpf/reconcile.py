@@ -88,7 +88,6 @@ was missed since the run before it; see `Schedule`.
 import logging
 import time
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -96,24 +95,12 @@ import numpy.typing as npt
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import Hashes, hashes
 from tcpexporter.connections.record import Records
-from tcpexporter.connections.source import Reconciliation
+from tcpexporter.connections.source import ConnectionTables, Reconciliation
 from tcpexporter.ebpf.tracker import Known, Tracker
 from tcpexporter.errors import enough_memory
 from tcpexporter.host.background import Task
 
 log = logging.getLogger(__name__)
-
-
-class Tables(Protocol):
-    """The socket tables to look at, as `SocketTables` gives them."""
-
-    def established(self, *, with_ages: bool) -> Records:
-        """What is established, of dtype `CONNECTION`."""
-        ...
-
-    def namespaces(self) -> npt.NDArray[np.uint32]:
-        """The inodes of the network namespaces that they cover."""
-        ...
 
 
 WATCH_S = 1.0
@@ -140,12 +127,12 @@ NOTHING = Corrections()
 @dataclass(frozen=True)
 class _Differences:
     missing: Records
-    """What only the tables have, of dtype `CONNECTION`."""
+    """What only the tables have, of dtype `SOCKET`."""
     gone: Known
     """What only the tracker has."""
 
 
-def seed(tracker: Tracker, tables: Tables) -> None:
+def seed(tracker: Tracker, tables: ConnectionTables) -> None:
     """Add the connections that are older than the tracker, which is attached already.
 
     Raises:
@@ -155,7 +142,7 @@ def seed(tracker: Tracker, tables: Tables) -> None:
         _add(tracker, _differences(tracker, tables, boottime_ns(), with_ages=True).missing)
 
 
-def reconcile(tracker: Tracker, tables: Tables) -> Corrections:
+def reconcile(tracker: Tracker, tables: ConnectionTables) -> Corrections:
     """Make the tracker agree with the socket tables, in what is certain.
 
     Raises:
@@ -178,7 +165,7 @@ def reconcile(tracker: Tracker, tables: Tables) -> Corrections:
 
 def _differences(
     tracker: Tracker,
-    tables: Tables,
+    tables: ConnectionTables,
     before_ns: int,
     *,
     with_ages: bool = False,
@@ -297,7 +284,12 @@ class Reconciler:
     """Reconciles in a thread, when its `Schedule` says so."""
 
     def __init__(
-        self, tracker: Tracker, tables: Tables, *, interval_s: float, cpu_share: float
+        self,
+        tracker: Tracker,
+        tables: ConnectionTables,
+        *,
+        interval_s: float,
+        cpu_share: float,
     ) -> None:
         """Prepare to reconcile; `start` begins.
 

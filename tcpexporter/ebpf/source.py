@@ -12,15 +12,15 @@ import numpy.typing as npt
 
 from tcpexporter.connections.identity import SECRET
 from tcpexporter.connections.record import Records
+from tcpexporter.connections.snapshot import first_seen, valid_connections
 from tcpexporter.connections.source import Report
 from tcpexporter.ebpf import loader
-from tcpexporter.ebpf.pins import Pins, settled
+from tcpexporter.ebpf.pins import Pins
 from tcpexporter.ebpf.reconcile import Reconciler, reconcile, seed
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SourceError
 from tcpexporter.host import namespaces
 from tcpexporter.host.background import Task
-from tcpexporter.socket_tables.polling import first_seen
 from tcpexporter.socket_tables.tables import open_tables
 
 if TYPE_CHECKING:  # what is not asked for takes no memory
@@ -135,7 +135,7 @@ class EbpfSource:
         good; the other way round a new one would have an age that it has not.
         """
         shown = self._tables.established(with_ages=False)
-        return first_seen(shown, map(settled, self._tracker.read()))
+        return first_seen(shown, map(valid_connections, self._tracker.read()))
 
     def _tell_refused(self) -> None:
         refused = self._tracker.events()["refused"] + self._tracker.seeds_refused

@@ -65,6 +65,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.identity import Hashes, hashes
 from tcpexporter.connections.record import CONNECTION, Records
+from tcpexporter.connections.snapshot import consistent_fields
 from tcpexporter.ebpf.loader import RANGE_SLOTS, Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import Map, program_info
@@ -220,7 +221,7 @@ class Tracker:
     # Adding
 
     def add(self, seeds: Records) -> Slots:
-        """Add connections of dtype `CONNECTION` from the socket tables.
+        """Add connections of dtype `SOCKET` from the socket tables.
 
         Returns:
             The slots of those that found room. One that has the key of another seed is
@@ -458,18 +459,12 @@ def _known(
     npt.NDArray[np.uint32],
     npt.NDArray[np.bool_],
 ]:
-    """As `Known`: those whose group and time are the same before and after the rest."""
-    group = window["group"].copy()
-    established_ns = window["established_ns"].copy()
-    at = np.flatnonzero(group)
-    keys = window["key"][at]
-    is_seed = window["handle"][at] & HANDLE_SEEDED != 0
-    same = (window["group"][at] == group[at]) & (
-        window["established_ns"][at] == established_ns[at]
-    )
-    at, keys, is_seed = at[same], keys[same], is_seed[same]
+    """As `Known`: those that do not change meanwhile."""
+    at, found = consistent_fields(window, "key", "handle")
     slots = at.astype(np.uint32) + np.uint32(first)
-    return slots, hashes(keys), established_ns[at], keys["netns"].copy(), is_seed
+    is_seed = found["handle"] & HANDLE_SEEDED != 0
+    netns = found["key"]["netns"].copy()
+    return slots, hashes(found["key"]), found["established_ns"], netns, is_seed
 
 
 def possible_cpus(ranges: str) -> int:

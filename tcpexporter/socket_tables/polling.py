@@ -1,54 +1,63 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """A source that polls the socket tables, for hosts without BPF."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.identity import hashes
-from tcpexporter.connections.record import CONNECTION, Records
+from tcpexporter.connections.record import SOCKET, Records
+from tcpexporter.connections.snapshot import first_seen
 from tcpexporter.connections.source import Report
 from tcpexporter.errors import SourceError
 from tcpexporter.host.background import Task
 from tcpexporter.socket_tables.tables import SocketTables
 
-if TYPE_CHECKING:  # what is not asked for takes no memory
+if TYPE_CHECKING:  # imported only with --state, to save memory
     from tcpexporter.socket_tables.saved_ages import State
 
 LIMIT_S = 60.0
-"""For a poll; the numbers of one that takes longer are too old to be shown."""
+"""A poll that takes longer than this hangs: its results would be too old to show."""
 
 STOP_TIMEOUT_S = 5.0
-"""For the last poll."""
+"""Time for the last poll to end."""
 
 
 class PollingSource:
-    """The connections of the last poll, their age counted from the first that saw them."""
+    """The connections of the last poll, with the times when a poll first found them."""
 
     def __init__(
         self, tables: SocketTables, interval_s: float, state: "State | None" = None
     ) -> None:
-        """Poll these tables from `start` on, with the ages that another run has saved."""
+        """Prepare to poll; `start` begins.
+
+        Args:
+            tables: the socket tables, which `close` closes.
+            interval_s: time between two polls.
+            state: where ages are restored from and saved to; None: nowhere.
+        """
         self.name = tables.name
         self._tables = tables
         self._state = state
         self._interval_s = interval_s
-        self._last: Records = np.empty(0, CONNECTION)
+        self._last: Records = np.empty(0, SOCKET)
         self._task = Task(
-            "poll", self._poll_on, without="no connections can be counted", limit_s=LIMIT_S
+            "poll",
+            self._poll_repeatedly,
+            without="cannot count connections",
+            limit_s=LIMIT_S,
         )
 
     def tasks(self) -> list[Task]:
         return [self._task, *(self._state.tasks() if self._state else ())]
 
     def start(self) -> None:
-        """Poll once, then go on in a thread.
+        """Polls once, then starts a thread that polls at intervals.
 
         Raises:
             SourceError: the first poll fails.
-            ThreadError: there can be no thread.
+            ThreadError: the kernel refuses another thread.
         """
         tables = self._state.aged(self._tables) if self._state else self._tables
         self._last = tables.established(with_ages=True)
@@ -57,7 +66,7 @@ class PollingSource:
             self._state.begin(lambda: next(self.read()))
 
     def close(self) -> None:
-        """End the thread and close the tables; a poll that hangs ends with the process."""
+        """Ends the thread, and closes the tables unless a poll hangs."""
         if self._task.stop(STOP_TIMEOUT_S):
             self._tables.close()
 
@@ -75,38 +84,8 @@ class PollingSource:
     def report(self) -> Report:
         return Report(state_saved_s=self._state.saved_s if self._state else None)
 
-    def _poll_on(self) -> None:
+    def _poll_repeatedly(self) -> None:
         while not self._task.wait(self._interval_s):
             with self._task.attempt():
                 now = self._tables.established(with_ages=False)
                 self._last = first_seen(now, [self._last])
-
-
-def first_seen(now: Records, before: Iterable[Records]) -> Records:
-    """``now`` with what was known ``before`` of the same connections.
-
-    The direction is kept as well: a service that stops listening keeps its
-    connections, and they stay inbound.
-
-    Args:
-        now: of dtype `CONNECTION`.
-        before: likewise, in chunks; of those with the same key the newest counts.
-    """
-    if not len(now):
-        return now
-    wanted, place = np.unique(hashes(now["key"]), return_inverse=True)
-    established_ns = np.zeros(len(wanted), np.uint64)
-    group = np.zeros(len(wanted), np.uint32)
-    for chunk in before:
-        there = hashes(chunk["key"])
-        at = np.minimum(np.searchsorted(wanted, there), len(wanted) - 1)
-        same = np.flatnonzero(wanted[at] == there)
-        same = same[np.argsort(chunk["established_ns"][same])]
-        same = same[chunk["established_ns"][same] >= established_ns[at[same]]]
-        # Of what is assigned to one place the last stays.
-        established_ns[at[same]] = chunk["established_ns"][same]
-        group[at[same]] = chunk["group"][same]
-    known = np.flatnonzero(group[place])
-    now["established_ns"][known] = established_ns[place[known]]
-    now["group"][known] = group[place[known]]
-    return now

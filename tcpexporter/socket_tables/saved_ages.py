@@ -1,31 +1,35 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Saves the ages of connections in a file, for hosts where nothing can be pinned.
+"""Saves the ages of connections to a file, for hosts where nothing can be pinned.
 
-What is saved of a connection is when it was established, its direction, and what it is
-told by: the cookie of its socket, which no other socket gets until the host boots again,
-and a hash of its key. So the file has nobody's address. The next run looks at the socket
-tables as ever; of a connection that they show it takes what was saved for what they tell.
-For a connection, against that:
+For each connection the file has the time when it was established, its direction, the
+cookie of its socket, and a hash of its key. No other socket gets that cookie until the host
+boots again. The file has no addresses. The next run reads the socket tables as usual. A
+connection that is in the tables and in the file gets the saved time and direction. These
+are the cases for a connection:
 
-a. Open all the while: it has its time.
-b. Closed, and its address pair opened anew while nobody runs: another socket, which has
-   another cookie. It has the age that the tables tell.
-c. As b, but by the same socket, as a client can that disconnects it (connect(2) with
-   AF_UNSPEC): nothing in the tables tells the two apart, and it has the time of the first.
-   If it is connected elsewhere, or from another port, it has another key.
-d. Opened after the last save: it has the age that the tables tell.
+a. It stays open: it gets its saved time.
+b. It closes, and a new socket opens the same address pair while no exporter runs: the new
+   socket has another cookie. The connection gets the age from the socket tables.
+c. As b, but the same socket opens the address pair again. A client can do that after
+   connect(2) with AF_UNSPEC. The socket tables do not show the difference, so the
+   connection gets the time of the first one. If an address or a port is another one, the
+   key differs, and the connection gets the age from the socket tables.
+d. It opens after the last save: it gets the age from the socket tables.
 
-The process that saves is confined: it cannot open, rename or remove a file, only write to
-one that it has. So the file has two areas, written by turns, each with a checksum of all of
-it and a number that tells which one is newer. At every moment one of them is whole:
+The process that saves is confined: it cannot open, rename or remove a file. It can only
+write to a file that is open already. So the file has two areas, which are written
+alternately. Each area has a checksum of its whole content, and a number that is higher in
+the newer area. At any time one area is complete:
 
-e. Killed while an area is written: its checksum is wrong, the other has the save before.
-f. The disk is full, or fails: as e, and the next save is tried in the same area.
-g. The power fails: whatever is there is of another boot, and is not taken over. So nothing
-   waits for the disk: until then the kernel shows what was written.
-h. Two exporters: the second is refused, as the first has the file locked.
-i. The file is deleted or replaced while we run: it has no name any more, and is of no use
-   to the next run. That is said, and no more is saved.
+e. The exporter is killed while it writes an area: the checksum of that area is wrong, and
+   the other area has the previous save.
+f. The disk is full, or fails: as e, and the next save uses the same area.
+g. The power fails: the file is from another boot then, and is ignored. So the exporter
+   does not wait until the disk has stored a save (fsync): during one boot the kernel
+   returns what was written.
+h. A second exporter starts: it ends with an error, as the first one has locked the file.
+i. The file is deleted or replaced while the exporter runs: the next run could not find what
+   is saved. The exporter logs that, and saves no more.
 """
 
 import contextlib
@@ -45,7 +49,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.record import Direction, Records, directions, groups
-from tcpexporter.ebpf.reconcile import Tables
+from tcpexporter.connections.source import ConnectionTables
 from tcpexporter.errors import SourceError, StateError, enough_memory
 from tcpexporter.host import owned
 from tcpexporter.host.background import Task
@@ -53,16 +57,16 @@ from tcpexporter.host.background import Task
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 60.0
-"""Between two saves."""
+"""Time between two saves."""
 
 LIMIT_S = 300.0
-"""For a save."""
+"""A save that takes longer than this hangs."""
 
 STOP_TIMEOUT_S = 5.0
-"""For the last one; if it takes longer, the one before is what the next run finds."""
+"""Time for the last save. If it takes longer, the next run finds the previous save."""
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-"""Another one after each boot: random(4)."""
+"""A file with a random identifier of this boot: random(4)."""
 
 MAGIC = b"tcpexage"
 VERSION = 1
@@ -78,49 +82,50 @@ HEADER = np.dtype(
         ("count", "<u8"),
     ]
 )
-"""What a save begins with.
+"""The header of a save.
 
-``checksum`` is the CRC-32 of the rows, and then of the header with 0 in its place;
-``number`` is higher in a newer save; ``secret`` is that of the hashes.
+``checksum`` is the CRC-32 of the rows followed by the header, with ``checksum`` 0.
+``number`` is higher in a newer save. ``boot`` identifies the boot. ``secret`` is the secret
+of the hashes. ``count`` is the number of rows, which follow.
 """
 
 ROW = np.dtype(
     [("cookie", "<u8"), ("hash", "<u8"), ("established_ns", "<u8"), ("direction", "u1")]
 )
-"""What is saved of a connection; ``established_ns`` is on CLOCK_BOOTTIME of that boot."""
+"""A saved connection; ``established_ns`` is on CLOCK_BOOTTIME of that boot."""
 
 AREAS = 2
 PIECE_BYTES = 1 << 16
-"""Of the areas by turns; so both can grow."""
+"""The areas alternate in the file in pieces of this size, so both can grow."""
 
-PASSING = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""What may be wrong with a disk, and is not for us to be refused for."""
+DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors of a disk. They do not keep the exporter from starting."""
 
 
 @dataclass(frozen=True)
 class Save:
-    """What an area has."""
+    """The content of an area, with the fields of `HEADER`."""
 
     number: int
     boot: bytes
     secret: tuple[int, int]
     rows: Records
-    """Of dtype `ROW`."""
+    """The saved connections, of dtype `ROW`."""
 
 
 def parse(area: bytes) -> Save:
-    """A save from the bytes that an area has; what follows it is left from a longer one.
+    """Parses an area. Bytes after the save are from an older, longer save, and are ignored.
 
     Raises:
-        StateError: it is not whole, or of another version.
+        StateError: the save is incomplete, damaged, or has another version.
     """
     if len(area) < HEADER.itemsize:
         raise StateError("it ends within the header")
     header = np.frombuffer(area, HEADER, 1)
     if header["magic"][0] != MAGIC:
-        raise StateError("it does not begin as a save does")
+        raise StateError("it does not begin with the magic number of a save")
     if header["version"][0] != VERSION:
-        raise StateError(f"it is of version {header['version'][0]}, not {VERSION}")
+        raise StateError(f"it has version {header['version'][0]}, not {VERSION}")
     count = int(header["count"][0])
     if count > (len(area) - HEADER.itemsize) // ROW.itemsize:
         raise StateError(f"it ends before the last of {count} connections")
@@ -128,13 +133,13 @@ def parse(area: bytes) -> Save:
     if header["checksum"][0] != _checksum(header, zlib.crc32(rows.view(np.uint8).data)):
         raise StateError("its checksum is wrong")
     if (rows["direction"] > max(Direction)).any():
-        raise StateError("it has connections of no direction")
+        raise StateError("it has a connection with an unknown direction")
     first, second = header["secret"][0].tolist()
     return Save(int(header["number"][0]), header["boot"].tobytes(), (first, second), rows)
 
 
 def compose(save: Save) -> bytes:
-    """What `parse` takes."""
+    """Returns the bytes of a save, as `parse` accepts them."""
     header = np.zeros(1, HEADER)
     header["magic"], header["version"] = MAGIC, VERSION
     header["number"], header["boot"] = save.number, np.frombuffer(save.boot, np.uint8)
@@ -144,38 +149,42 @@ def compose(save: Save) -> bytes:
     return b"".join((header.tobytes(), rows))
 
 
-def _checksum(header: Records, of_rows: int) -> int:
+def _checksum(header: Records, rows_checksum: int) -> int:
+    """Continues the checksum of the rows with the header."""
     without = header.copy()
     without["checksum"] = 0
-    return zlib.crc32(without.tobytes(), of_rows)
+    return zlib.crc32(without.tobytes(), rows_checksum)
 
 
 class State:
-    """The file, of one exporter at a time."""
+    """The file of --state, which one exporter at a time has locked."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        """Take one that is locked by its descriptor: see `open`."""
+        """Take over the descriptor of a locked file: see `open`."""
         self.saved_s: float | None = None
-        """When ages were last saved, by the wall clock; 0: not yet, None: they are not."""
+        """When ages were last saved, in Unix time; 0: not yet; None: they are not saved."""
         self._path = path
         self._descriptor = descriptor
         self._boot = bytes.fromhex(BOOT_ID.read_text().replace("-", ""))
-        # Not that of the BPF program: who reads the file is not to make its keys collide.
+        # This is not the secret of the BPF program. Otherwise a user who can read the file
+        # could make keys collide there.
         self._secret = int.from_bytes(os.urandom(8)), int.from_bytes(os.urandom(8))
         self._area = 0
         self._number = 0
         self._written: int | None = None
+        """The checksum of the rows of the last save."""
         self._task: Task | None = None
 
     @classmethod
     def open(cls, path: Path) -> Self | None:
-        """Have a file, which is made if need be, until `close`.
+        """Opens and locks the file until `close`, and creates it if it does not exist.
 
-        None where the disk has trouble: that is logged, as it does not keep the exporter
-        from counting.
+        Returns:
+            None if the disk fails. That is logged, and connections are counted anyway.
 
         Raises:
-            StateError: it is somebody else's, or another exporter has it.
+            StateError: the file belongs to another user or program, or another exporter
+                has locked it.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -188,41 +197,41 @@ class State:
                 opened = cls(path, descriptor)
                 undo.pop_all()
         except OSError as error:
-            if error.errno not in PASSING:
+            if error.errno not in DISK_ERRORS:
                 raise StateError(f"{path} cannot be used: {error.strerror}") from error
             log.warning("ages are not saved: %s: %s", path, error.strerror)
             return None
         return opened
 
     def close(self) -> None:
-        """Save a last time, if `begin` was called, and let another exporter have it."""
+        """Saves a last time, if `begin` was called, and unlocks the file."""
         if self._task is None or self._task.stop(STOP_TIMEOUT_S):
             os.close(self._descriptor)
 
     def tasks(self) -> list[Task]:
-        """The thread that saves, if `begin` was called."""
+        """Returns the thread that saves, if `begin` was called."""
         return [self._task] if self._task else []
 
-    # Taking over
+    # Restoring
 
-    def aged(self, tables: Tables) -> Tables:
-        """The socket tables, with what was saved of the connections that they tell of."""
+    def aged(self, tables: ConnectionTables) -> ConnectionTables:
+        """Returns the socket tables with the saved times and directions of connections."""
         save = self._newest()
-        return _Aged(tables, save) if save and save.boot == self._boot else tables
+        return _RestoredTables(tables, save) if save and save.boot == self._boot else tables
 
     def _newest(self) -> Save | None:
-        """What there is to take over; and decides where the next save goes."""
+        """Returns the newest save, and selects the area for the next one."""
         saves: dict[int, Save] = {}
         reasons = []
         for area in range(AREAS):
             try:
-                if there := self._read(area):
-                    saves[area] = parse(there)
+                if content := self._read(area):
+                    saves[area] = parse(content)
             except (StateError, OSError) as error:
                 reasons.append(str(error))
         if not saves:
             if reasons:
-                log.warning("the ages in %s are lost: %s", self._path, reasons[0])
+                log.warning("cannot restore ages from %s: %s", self._path, reasons[0])
             return None
         newest = max(saves, key=lambda area: saves[area].number)
         self._area = (newest + 1) % AREAS
@@ -230,32 +239,34 @@ class State:
         return saves[newest]
 
     def _read(self, area: int) -> bytes:
+        """Reads the pieces of an area."""
         size = os.fstat(self._descriptor).st_size
-        places = range(area * PIECE_BYTES, size, AREAS * PIECE_BYTES)
-        return b"".join(os.pread(self._descriptor, PIECE_BYTES, at) for at in places)
+        offsets = range(area * PIECE_BYTES, size, AREAS * PIECE_BYTES)
+        return b"".join(os.pread(self._descriptor, PIECE_BYTES, at) for at in offsets)
 
     # Saving
 
     def begin(self, known: Callable[[], Records]) -> None:
-        """Save at intervals from now on, in a thread.
+        """Starts a thread that saves at intervals.
 
         Args:
-            known: what there is to be saved, of dtype `CONNECTION` with the cookies of the
-                sockets as handles. Raises SourceError where that cannot be had.
+            known: returns the connections to save, of dtype `SOCKET`; raises SourceError
+                if it cannot.
 
         Raises:
-            ThreadError: there can be no thread.
+            ThreadError: the kernel refuses another thread.
         """
         self.saved_s = 0.0
         self._task = task = Task(
             "state",
-            lambda: self._save_on(task, known),
+            lambda: self._save_repeatedly(task, known),
             without="ages are not saved",
             limit_s=LIMIT_S,
         )
         task.begin()
 
-    def _save_on(self, task: Task, known: Callable[[], Records]) -> None:
+    def _save_repeatedly(self, task: Task, known: Callable[[], Records]) -> None:
+        """Saves at intervals, and once more when the task is stopped."""
         failing = False
         has_ended = False
         while not has_ended:
@@ -265,7 +276,7 @@ class State:
                     with enough_memory():
                         self._save(known())
                 except (SourceError, StateError) as error:
-                    # Not the thread's failure: restarting the exporter would mend nothing.
+                    # The thread has not failed: a restart of the exporter would not help.
                     if not failing:
                         log.warning("ages are not saved: %s", error)
                     failing = True
@@ -275,12 +286,19 @@ class State:
                     failing = False
 
     def _save(self, connections: Records) -> None:
+        """Saves connections, unless the file has them already.
+
+        Raises:
+            StateError: they cannot be saved.
+        """
         rows = _rows(connections, self._secret)
-        of_rows = zlib.crc32(rows.view(np.uint8).data)
+        checksum = zlib.crc32(rows.view(np.uint8).data)
         try:
             if not os.fstat(self._descriptor).st_nlink:
-                raise StateError(f"there is no {self._path} any more: restart the exporter")
-            if of_rows != self._written:  # else it is there already
+                raise StateError(
+                    f"{self._path} was deleted or replaced: restart the exporter"
+                )
+            if checksum != self._written:  # otherwise the file has these rows already
                 number = (self._number + 1) % 2**64
                 save = Save(number, self._boot, self._secret, rows)
                 self._write(memoryview(compose(save)))
@@ -288,23 +306,23 @@ class State:
                 self._area = (self._area + 1) % AREAS
         except OSError as error:
             raise StateError(f"{self._path}: {error.strerror}") from error
-        self._written = of_rows
+        self._written = checksum
         self.saved_s = time.time()
 
     def _write(self, save: memoryview) -> None:
-        """Not in one go with the place, pwrite(2): a confined process may not do that."""
+        """Writes with lseek(2) and write(2): a confined process may not use pwrite(2)."""
         for first in range(0, len(save), PIECE_BYTES):
-            place = AREAS * first + self._area * PIECE_BYTES
-            os.lseek(self._descriptor, place, os.SEEK_SET)
+            offset = AREAS * first + self._area * PIECE_BYTES
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
             left = save[first : first + PIECE_BYTES]
             while left:
                 left = left[os.write(self._descriptor, left) :]
 
 
-class _Aged:
-    """Socket tables that tell what was saved, where that is of the same connection."""
+class _RestoredTables:
+    """Socket tables in which connections have their saved times and directions."""
 
-    def __init__(self, tables: Tables, save: Save) -> None:
+    def __init__(self, tables: ConnectionTables, save: Save) -> None:
         self._tables = tables
         self._secret = save.secret
         self._rows = save.rows[np.argsort(save.rows["cookie"])]
@@ -313,13 +331,16 @@ class _Aged:
         return self._tables.namespaces()
 
     def established(self, *, with_ages: bool) -> Records:
-        """A time that was saved is a bound, too, where it was not told by the kernel."""
+        """Reads the tables, and restores what was saved of the same connections.
+
+        Both times are upper bounds unless one came from an event, so the earlier is used.
+        """
         found = self._tables.established(with_ages=with_ages)
         cookies = self._rows["cookie"]
-        place = np.searchsorted(cookies, found["handle"])
-        at = np.flatnonzero((found["handle"] != 0) & (place < len(cookies)))
+        place = np.searchsorted(cookies, found["cookie"])
+        at = np.flatnonzero((found["cookie"] != 0) & (place < len(cookies)))
         saved = self._rows[place[at]]
-        is_same = saved["cookie"] == found["handle"][at]
+        is_same = saved["cookie"] == found["cookie"][at]
         is_same &= saved["hash"] == hashes(found["key"][at], self._secret)
         at, saved = at[is_same], saved[is_same]
         found["established_ns"][at] = np.minimum(
@@ -327,24 +348,26 @@ class _Aged:
         )
         found["group"][at] = groups(found["key"][at], saved["direction"])
         if len(at):
-            log.info("the ages of %s connections were saved", len(at))
+            log.info("restored the ages of %s connections", len(at))
         return found
 
 
 def _rows(connections: Records, secret: tuple[int, int]) -> Records:
-    """Of dtype `ROW`.
+    """Returns what is saved of connections, of dtype `ROW`.
 
     Raises:
-        StateError: it is not known which sockets they are.
+        StateError: there are connections, and none has a cookie.
     """
-    told = connections[connections["handle"] != 0]
-    if len(connections) and not len(told):
-        raise StateError("/proc/net/tcp does not tell sockets apart, as sock_diag does")
-    rows = np.zeros(len(told), ROW)
-    rows["cookie"] = told["handle"]
-    rows["hash"] = hashes(told["key"], secret)
-    rows["established_ns"] = told["established_ns"]
-    rows["direction"] = directions(told["group"])
+    identified = connections[connections["cookie"] != 0]
+    if len(connections) and not len(identified):
+        raise StateError(
+            "ages can only be saved with sock_diag: /proc/net/tcp has no socket cookies"
+        )
+    rows = np.zeros(len(identified), ROW)
+    rows["cookie"] = identified["cookie"]
+    rows["hash"] = hashes(identified["key"], secret)
+    rows["established_ns"] = identified["established_ns"]
+    rows["direction"] = directions(identified["group"])
     return rows
 
 
@@ -355,8 +378,9 @@ def _require_own_file(path: Path, status: os.stat_result) -> None:
 
 
 def _require_state(path: Path, beginning: bytes) -> None:
-    """A new file is empty, and one that is not begins with a save, whole or not."""
+    """Accepts an empty file, and one that begins as a save does, complete or not."""
     if beginning and beginning != MAGIC:
         raise StateError(
-            f"{path} is not what an exporter saves: remove it, or choose one with --state"
+            f"{path} is not a file of --state: remove it, or choose another file with"
+            " --state"
         )

@@ -16,7 +16,7 @@ from tcpexporter.ebpf import loader, pins
 from tcpexporter.ebpf.loader import Request
 from tcpexporter.ebpf.maps import Map
 from tcpexporter.ebpf.tracker import FIRST
-from tcpexporter.socket_tables.tables import INET_DIAG_INFO
+from tcpexporter.socket_tables.diag_messages import INET_DIAG_INFO
 from tests.fuzz.choices import SEEDS
 from tests.unit.data.capture import dump, opened_sockets
 

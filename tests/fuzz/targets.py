@@ -24,7 +24,8 @@ from pyroute2.netlink import NLMSG_DONE, NLMSG_ERROR
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY, SS_ESTABLISHED, SS_LISTEN
 
 from tcpexporter.config import settings, sources
-from tcpexporter.connections.record import CONNECTION, GROUP_BITS, Records
+from tcpexporter.connections.record import GROUP_BITS, SOCKET, Records
+from tcpexporter.connections.snapshot import valid_connections
 from tcpexporter.ebpf import loader, pins
 from tcpexporter.ebpf.btf import KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, KIND_UNION, Btf
 from tcpexporter.ebpf.libbpf import load_libbpf
@@ -37,17 +38,18 @@ from tcpexporter.errors import (
     TcpExporterError,
     WebConfigError,
 )
-from tcpexporter.socket_tables import saved_ages as saves
-from tcpexporter.socket_tables import tables as sockets
-from tcpexporter.socket_tables.tables import (
+from tcpexporter.socket_tables import entries, saved_ages
+from tcpexporter.socket_tables.diag_messages import (
     DIAG_MESSAGE,
     INET_DIAG_INFO,
     INET_DIAG_SKV6ONLY,
     NETLINK_HEADER,
     TCP_INFO,
-    decode_procfs_table,
-    decode_sock_diag,
+    decode_messages,
+    split_messages,
 )
+from tcpexporter.socket_tables.procfs import decode_file
+from tcpexporter.socket_tables.sock_diag import DumpSocket
 from tcpexporter.web import config_file as webformat
 from tcpexporter.web import passwords as access
 from tests.fuzz.choices import Choices
@@ -73,7 +75,7 @@ def refused(*errors: type[TcpExporterError], saying: str = "") -> Iterator[None]
 
 def check_connections(connections: Records) -> None:
     """That they are what `counting` takes, which looks groups up in an array."""
-    assert connections.dtype == CONNECTION
+    assert connections.dtype == SOCKET
     assert (connections["group"] < 1 << GROUP_BITS).all()
 
 
@@ -82,31 +84,13 @@ def check_connections(connections: Records) -> None:
 PLACE = r" at byte \d+$|^sock_diag refuses: |^sock_diag does not answer "
 
 
-class _Table:
-    """A reader of whatever decodes."""
-
-    name = "fuzzed"
-    netns = NETNS
-
-    def __init__(self, chunks: Sequence[Records]) -> None:
-        self._chunks = chunks
-
-    def entries(self, *, with_ages: bool) -> Iterator[Records]:  # noqa: ARG002
-        yield from self._chunks
-
-    listening = entries
-
-    def close(self) -> None:
-        pass
-
-
-def _look(chunks: Iterator[Records]) -> int:
-    """At all of a table; how many entries it has."""
+def _make_records(chunks: Iterator[Records]) -> int:
+    """Make connections and listeners of all entries; returns how many entries there are."""
     found = list(chunks)
-    connections, _ = sockets._established(_Table(found), with_ages=True)  # type: ignore[arg-type]
+    connections, _ = entries.connections(found)
     check_connections(connections)
-    for entries in found:
-        sockets._listeners(entries)
+    for chunk in found:
+        entries.listeners(chunk)
     return sum(map(len, found))
 
 
@@ -114,13 +98,13 @@ def sock_diag(data: bytes) -> None:
     """What the kernel has sent, to the byte."""
 
     def chunks() -> Iterator[Records]:
-        runs, _ = decode_sock_diag(np.frombuffer(data, np.uint8), SEQUENCE)
+        runs, _ = split_messages(np.frombuffer(data, np.uint8), SEQUENCE)
         assert sum(rows.size for rows in runs) <= len(data)
         for rows in runs:
-            yield sockets._diag_entries(rows, NETNS, with_ages=True)
+            yield decode_messages(rows, NETNS, with_ages=True)
 
     with refused(SocketTableError, saying=PLACE):
-        _look(chunks())
+        _make_records(chunks())
 
 
 class Datagrams:
@@ -150,15 +134,15 @@ def sock_diag_dump(data: bytes) -> None:
     """Datagrams of messages with attributes, of which much is as the kernel has it."""
     choices = Choices(data)
     opened = Datagrams([_datagram(choices) for _ in range(choices.number() % 8)])
-    dumps = sockets._Dumps(cast("socket.socket", opened))
+    dumps = DumpSocket(cast("socket.socket", opened))
 
     def chunks() -> Iterator[Records]:
-        for rows in dumps.read(1 << SS_ESTABLISHED | 1 << SS_LISTEN, 2):
-            yield sockets._diag_entries(rows, NETNS, with_ages=True)
+        for rows in dumps.dump(1 << SS_ESTABLISHED | 1 << SS_LISTEN, 2):
+            yield decode_messages(rows, NETNS, with_ages=True)
 
     for _ in range(2):  # the next look passes over what is left
         with refused(SocketTableError, saying=PLACE):
-            _look(chunks())
+            _make_records(chunks())
 
 
 def _datagram(choices: Choices) -> bytes:
@@ -201,8 +185,8 @@ def procfs(data: bytes) -> None:
     text = choices.rest()
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
     with refused(SocketTableError, saying=r"^/proc/net/tcp6?: .* at byte \d+$"):
-        entries = _look(decode_procfs_table(pieces, words, NETNS))
-        assert entries == text.count(b"\n") - 1
+        number = _make_records(decode_file(pieces, words, NETNS))
+        assert number == text.count(b"\n") - 1
 
 
 # --- What a user writes ---
@@ -304,7 +288,7 @@ def pinned(data: bytes) -> None:
         if record.itemsize <= MOST_RECORD_BYTES:
             content = choices.rest()
             content = content[: len(content) // record.itemsize * record.itemsize]
-            known = pins.settled(np.frombuffer(content, record))
+            known = valid_connections(np.frombuffer(content, record))
             check_connections(known)
             assert known["group"].all()
 
@@ -322,15 +306,16 @@ def state(data: bytes) -> None:
     """An area of the file of --state, as it is or with the checksum that it should have."""
     choices = Choices(data)
     is_mended, area = choices.pick([False, True]), choices.rest()
-    if is_mended and len(area) >= saves.HEADER.itemsize:
-        header = np.frombuffer(area, saves.HEADER, 1).copy()
-        rows = area[saves.HEADER.itemsize :]
-        rows = rows[: int(header["count"][0]) * saves.ROW.itemsize]
-        header["checksum"] = saves._checksum(header, zlib.crc32(rows))
+    if is_mended and len(area) >= saved_ages.HEADER.itemsize:
+        header = np.frombuffer(area, saved_ages.HEADER, 1).copy()
+        rows = area[saved_ages.HEADER.itemsize :]
+        rows = rows[: int(header["count"][0]) * saved_ages.ROW.itemsize]
+        header["checksum"] = saved_ages._checksum(header, zlib.crc32(rows))
         area = header.tobytes() + rows
     with refused(StateError, saying="^its? "):
-        save = saves.parse(area)
-        assert saves.parse(saves.compose(save)).rows.tobytes() == save.rows.tobytes()
+        save = saved_ages.parse(area)
+        again = saved_ages.parse(saved_ages.compose(save))
+        assert again.rows.tobytes() == save.rows.tobytes()
 
 
 # --- What the kernel and the loader tell ---

@@ -20,10 +20,11 @@ from tcpexporter.ebpf.reconcile import NOTHING
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SocketTableError
 from tcpexporter.host import namespaces
-from tcpexporter.socket_tables.tables import SockDiagReader, SocketTables
+from tcpexporter.socket_tables.sock_diag import SockDiagReader
+from tcpexporter.socket_tables.tables import SocketTables
 from tests.kernel.helpers.in_process import at_port, everything, forget, made
 from tests.support import DEADLINE_S, Peers
-from tests.unit.socket_tables.test_tables import message
+from tests.unit.socket_tables.samples import message
 
 BTF = Path("/sys/kernel/btf/vmlinux")
 

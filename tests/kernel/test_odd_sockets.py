@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Sockets that are opened, shared, moved or closed in odd ways, against ss(8)."""
+"""Counts of sockets that are opened, shared, moved or closed in unusual ways.
+
+The counts of the exporter are compared with those of ss(8).
+"""
 
 import contextlib
 import errno
@@ -23,8 +26,8 @@ from tests.kernel.helpers.odd_sockets import (
     SYN_SENT,
     close_in_repair,
     connect_in_repair,
-    deaf,
-    held_elsewhere,
+    dropping_packets,
+    held_by_child,
     ip,
     linked_netns,
     listening,
@@ -54,7 +57,7 @@ BY_EVENTS = ("--source", "ebpf")
 
 
 def eventually(read: Callable[[], object], expected: object) -> None:
-    """Wait until it reads that; what it reads at the deadline is what fails."""
+    """Waits until ``read`` returns ``expected``; fails with the last value otherwise."""
     until = time.monotonic() + DEADLINE_S
     while (seen := read()) != expected and time.monotonic() < until:
         time.sleep(0.02)
@@ -62,7 +65,7 @@ def eventually(read: Callable[[], object], expected: object) -> None:
 
 
 def agree(exporter: Exporter, port: int, expected: int, version: int = 4) -> None:
-    """The exporter and ss(8) come to the same number of connections at a port."""
+    """Waits until the exporter and ss(8) both show ``expected`` connections at a port."""
     eventually(
         lambda: (exporter.established(port, version), ss_established(port).total()),
         (expected, expected),
@@ -75,7 +78,7 @@ def local_port(opened: socket.socket) -> int:
 
 
 def set_sysctl(name: str, value: int) -> None:
-    """In the namespace of this thread, as /proc/sys/net always is."""
+    """Sets it in the namespace of this thread: /proc/sys/net always shows that one."""
     Path("/proc/sys/net", name).write_text(f"{value}\n")
 
 
@@ -87,7 +90,7 @@ def connected_to_itself(port: int = 0) -> socket.socket:
 
 
 def test_a_connection_to_itself_counts_once(exporters: Exporters) -> None:
-    """Source equals destination: one socket, one end, one connection."""
+    """Source and destination are equal: there is one socket, so one connection."""
     exporter = exporters(*BOTH_ENDS)
     with contextlib.ExitStack() as open_ones:
         opened = [open_ones.enter_context(connected_to_itself()) for _ in range(5)]
@@ -101,7 +104,7 @@ def test_a_connection_to_itself_counts_once(exporters: Exporters) -> None:
 
 
 def test_a_connection_to_itself_is_inbound(exporters: Exporters) -> None:
-    """It opens simultaneously: SYN_SENT, SYN_RECV, ESTABLISHED, and the last step tells."""
+    """Its states are SYN_SENT, SYN_RECV, ESTABLISHED: the last step makes it inbound."""
     inbound, outbound = exporters(*ALWAYS_LONG_TERM), exporters(*OUTBOUND)
     with connected_to_itself(unused_port()) as opened:
         assert inbound.established(local_port(opened)) == 1
@@ -109,20 +112,20 @@ def test_a_connection_to_itself_is_inbound(exporters: Exporters) -> None:
 
 
 ADDRESSES = ("192.0.2.2", "192.0.2.3")
-"""Of the two ends of a link, of TEST-NET-1 (RFC 5737)."""
+"""Addresses of the two ends of a link, from TEST-NET-1 (RFC 5737)."""
 
 CROSSING_PORT = 6007
 
 
-def hold_back(address: str) -> None:
-    """Give the link here its address; what is sent waits for a neighbour that is silent."""
+def delay_packets(address: str) -> None:
+    """Gives this end its address; packets wait as the other end answers no ARP request."""
     ip("address", "add", f"{address}/24", "dev", DEVICE)
     set_sysctl(f"ipv4/conf/{DEVICE}/arp_ignore", 8)
-    set_sysctl(f"ipv4/neigh/{DEVICE}/mcast_solicit", 97)  # seconds until it gives up
+    set_sysctl(f"ipv4/neigh/{DEVICE}/mcast_solicit", 97)  # seconds until ARP fails
 
 
-def let_go(address: str, hardware_address: str) -> None:
-    """Send what waits here: the neighbour is known now."""
+def release_packets(address: str, hardware_address: str) -> None:
+    """Sends the waiting packets, by setting the hardware address of the other end."""
     ip("neighbour", "replace", address, "lladdr", hardware_address, "dev", DEVICE)
 
 
@@ -137,32 +140,33 @@ def begin_to_connect(local: str, remote: str) -> socket.socket:
 
 @contextlib.contextmanager
 def opened_simultaneously(other: str) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A connection without listener, from here to the other end of a link.
+    """Opens a connection without a listener, from here to the other end of a link.
 
-    Both SYNs are on their way before either arrives: they wait until each end is
-    told its neighbour's hardware address. (RFC 9293, figure 7)
+    Both ends send a SYN before either SYN arrives (RFC 9293, figure 7). The SYNs wait until
+    each end has the hardware address of the other.
     """
-    hold_back(ADDRESSES[0])
+    delay_packets(ADDRESSES[0])
     with inside(other):
-        hold_back(ADDRESSES[1])
+        delay_packets(ADDRESSES[1])
     with contextlib.ExitStack() as opened:
         left = opened.enter_context(begin_to_connect(*ADDRESSES))
         with inside(other):
             right = opened.enter_context(begin_to_connect(*reversed(ADDRESSES)))
-        let_go(ADDRESSES[1], HARDWARE_ADDRESSES[1])
+        release_packets(ADDRESSES[1], HARDWARE_ADDRESSES[1])
         eventually(lambda: tcp_state(right), SYN_RECV)
         assert tcp_state(left) == SYN_SENT
         with inside(other):
-            let_go(ADDRESSES[0], HARDWARE_ADDRESSES[0])
+            release_packets(ADDRESSES[0], HARDWARE_ADDRESSES[0])
         yield left, right
 
 
 def test_a_simultaneous_open_is_one_inbound_connection_at_each_end(
     exporters: Exporters,
 ) -> None:
-    """Two sockets connect to each other, their SYNs cross: one connection at either end.
+    """Two sockets connect to each other, and their SYNs cross.
 
-    Each goes from SYN_SENT to SYN_RECV to ESTABLISHED: the last step tells.
+    Each socket goes from SYN_SENT to SYN_RECV to ESTABLISHED. The last step makes it
+    inbound.
     """
     inbound, outbound = exporters(*EVERY_NAMESPACE), exporters(*OUTBOUND)
     both = exporters(*BOTH_ENDS)
@@ -188,13 +192,13 @@ def test_a_simultaneous_open_is_one_inbound_connection_at_each_end(
 
 
 def open_fast(peers: Peers, opened: socket.socket) -> None:
-    """Connect with data in the SYN, if the server has given a cookie before."""
+    """Connects with data in the SYN, if the server has sent a Fast Open cookie before."""
     opened.sendto(b"odd", socket.MSG_FASTOPEN, peers.listener.getsockname())
 
 
 @pytest.fixture
 def fast_peers() -> Iterator[Peers]:
-    """A server that takes data in a SYN, and has given this host a cookie."""
+    """A server that accepts data in a SYN, and has sent this host a Fast Open cookie."""
     set_sysctl("ipv4/tcp_fastopen", 1 | 2)  # as client and as server: ip-sysctl.rst
     with Peers() as peers:
         peers.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 17)
@@ -205,7 +209,7 @@ def fast_peers() -> Iterator[Peers]:
 
 
 def test_fast_open_counts_at_both_ends(exporters: Exporters, fast_peers: Peers) -> None:
-    """Connections whose SYN carried data count like any other, and end like any other."""
+    """Connections whose SYN carried data are counted and removed like all others."""
     exporter = exporters(*BOTH_ENDS)
     for _ in range(7):
         client = socket.socket()
@@ -225,11 +229,11 @@ def test_fast_open_counts_at_both_ends(exporters: Exporters, fast_peers: Peers) 
 def test_fast_open_counts_from_the_end_of_its_handshake(
     exporters: Exporters, fast_peers: Peers
 ) -> None:
-    """The server accepts and reads in SYN_RECV; it counts once the client has answered."""
+    """The server accepts and reads in SYN_RECV. It counts when the client has answered."""
     exporter = exporters(*BOTH_ENDS)
     with socket.socket() as client:
         client.setblocking(False)
-        with deaf(client):
+        with dropping_packets(client):
             open_fast(fast_peers, client)
             server, _ = fast_peers.listener.accept()
             fast_peers.pairs.append((client, server))
@@ -237,7 +241,7 @@ def test_fast_open_counts_from_the_end_of_its_handshake(
             assert syn_had_data(server)
             assert tcp_state(server) == SYN_RECV
             agree(exporter, fast_peers.port, 0)
-        agree(exporter, fast_peers.port, 1)  # the SYN-ACK comes again after a second
+        agree(exporter, fast_peers.port, 1)  # the kernel repeats the SYN-ACK after a second
 
 
 def mptcp_socket(address: str) -> socket.socket:
@@ -247,7 +251,7 @@ def mptcp_socket(address: str) -> socket.socket:
 
 
 def refuses_mptcp() -> bool:
-    """Whether this kernel was built without MPTCP, and says so when asked for a socket."""
+    """Whether this kernel was built without MPTCP: then socket(2) refuses the protocol."""
     if Path("/proc/sys/net/mptcp").exists():
         return False
     refusal: int | None = None
@@ -260,7 +264,7 @@ def refuses_mptcp() -> bool:
 
 
 def mptcp_established(port: int) -> int:
-    """How many MPTCP connections ss(8) shows at a local port: the outer sockets."""
+    """Returns how many MPTCP connections (outer sockets) ss(8) shows at a local port."""
     shown = subprocess.check_output(
         ["ss", "-HMn", "state", "established", f"( sport = :{port} )"], text=True
     )
@@ -269,7 +273,7 @@ def mptcp_established(port: int) -> int:
 
 @contextlib.contextmanager
 def further_subflows(number: int) -> Iterator[None]:
-    """Each MPTCP connection that opens from here has so many besides its first."""
+    """Each MPTCP connection from here opens that many subflows after its first one."""
     ip("mptcp", "limits", "set", "subflow", str(number))
     for last in range(1, number + 1):
         ip("mptcp", "endpoint", "add", f"127.0.0.{last}", "dev", "lo", "subflow")
@@ -281,11 +285,11 @@ def further_subflows(number: int) -> Iterator[None]:
 
 
 def test_each_subflow_of_mptcp_counts_once(exporters: Exporters) -> None:
-    """A TCP connection each, as in /proc/net/tcp; the socket around them is not another.
+    """Each subflow is a TCP connection, as in /proc/net/tcp; the outer socket is not.
 
-    The first subflow has the addresses of that socket: it ends alone, and counts no
-    more although the MPTCP connection goes on. Where the kernel has no MPTCP there is
-    nothing to count, and that is what is shown.
+    The first subflow has the addresses of the outer socket. When only that subflow ends, it
+    is not counted any more, although the MPTCP connection stays open. On a kernel without
+    MPTCP the test only shows that socket(2) refuses it.
     """
     if refuses_mptcp():
         return
@@ -299,7 +303,7 @@ def test_each_subflow_of_mptcp_counts_once(exporters: Exporters) -> None:
             client = opened.enter_context(mptcp_socket("127.0.0.5"))
             client.connect(("127.0.0.1", port))
             server = opened.enter_context(listener.accept()[0])
-            client.sendall(b"odd")  # no further subflow before both ends know of MPTCP
+            client.sendall(b"odd")  # further subflows wait for this
             assert server.recv(3) == b"odd"
         agree(exporter, port, 5 * subflows)
         assert mptcp_established(port) == 5
@@ -311,7 +315,7 @@ def test_each_subflow_of_mptcp_counts_once(exporters: Exporters) -> None:
 
 
 def test_mptcp_that_falls_back_to_tcp_counts_once(exporters: Exporters) -> None:
-    """An MPTCP client of a plain server is one TCP connection at either end."""
+    """An MPTCP client of a TCP server is one TCP connection at each end."""
     if refuses_mptcp():
         return
     exporter = exporters(*BOTH_ENDS)
@@ -327,24 +331,24 @@ def test_mptcp_that_falls_back_to_tcp_counts_once(exporters: Exporters) -> None:
         assert exporter.established(local_port(peers.pairs[0][0])) == 1
 
 
-def test_connections_that_nobody_has_accepted_count(exporters: Exporters) -> None:
-    """A full accept queue is all established; those it has no room for are not, yet."""
-    room = 7  # one more than the backlog: sk_acceptq_is_full in include/net/sock.h
+def test_connections_in_the_accept_queue_count(exporters: Exporters) -> None:
+    """All connections in a full queue are established; further ones are not yet."""
+    capacity = 7  # one more than the backlog: sk_acceptq_is_full in include/net/sock.h
     exporter = exporters(*BOTH_ENDS)
     with contextlib.ExitStack() as opened:
-        peers = opened.enter_context(Peers(backlog=room - 1))
+        peers = opened.enter_context(Peers(backlog=capacity - 1))
         address = peers.listener.getsockname()
         queued = [
-            opened.enter_context(socket.create_connection(address)) for _ in range(room)
+            opened.enter_context(socket.create_connection(address)) for _ in range(capacity)
         ]
-        agree(exporter, peers.port, room)
+        agree(exporter, peers.port, capacity)
         agree(exporter, local_port(queued[0]), 1)
         for _ in range(5):
             waiting = opened.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.bind(("127.0.0.1", unused_port()))
             waiting.connect_ex(address)
-        agree(exporter, peers.port, room)
+        agree(exporter, peers.port, capacity)
         assert exporter.established(local_port(waiting)) is None
         assert tcp_state(waiting) == SYN_SENT
         peers.listener.close()
@@ -352,8 +356,8 @@ def test_connections_that_nobody_has_accepted_count(exporters: Exporters) -> Non
         agree(exporter, local_port(queued[0]), 0)
 
 
-def test_listeners_that_share_a_port_are_summed_once(exporters: Exporters) -> None:
-    """SO_REUSEPORT: several listeners, each with some of the connections, one series."""
+def test_listeners_that_share_a_port_have_one_series(exporters: Exporters) -> None:
+    """With SO_REUSEPORT, several listeners have some of the connections each."""
     exporter = exporters(*BOTH_ENDS)
     with contextlib.ExitStack() as opened:
         listeners: list[socket.socket] = []
@@ -370,7 +374,7 @@ def test_listeners_that_share_a_port_are_summed_once(exporters: Exporters) -> No
             opened.enter_context(socket.create_connection(("127.0.0.1", port)))
         shares = [len(accepted_at(each, opened)) for each in listeners]
         assert sum(shares) == 97
-        assert 97 not in shares  # else the test shows nothing
+        assert 97 not in shares  # otherwise the test shows nothing
         agree(exporter, port, 97)
         series = re.findall(
             rf'^{ESTABLISHED}{{port="{port}",.*', exporter.get("/metrics"), re.MULTILINE
@@ -381,7 +385,7 @@ def test_listeners_that_share_a_port_are_summed_once(exporters: Exporters) -> No
 def accepted_at(
     listener: socket.socket, opened: contextlib.ExitStack
 ) -> list[socket.socket]:
-    """All that wait at a listener, to be closed with ``opened``."""
+    """Accepts all connections in the queue; ``opened`` closes them."""
     accepted = []
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -390,10 +394,10 @@ def accepted_at(
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
-def test_a_connection_closed_in_repair_mode_counts_no_more(
+def test_a_connection_closed_in_repair_mode_is_removed(
     exporters: Exporters, end: int
 ) -> None:
-    """TCP_REPAIR: one end vanishes without a packet, and the other knows when it sends."""
+    """TCP_REPAIR closes one end without a packet; the other end notices when it sends."""
     exporter = exporters(*BOTH_ENDS)
     with Peers() as peers:
         peers.connect(5)
@@ -401,17 +405,19 @@ def test_a_connection_closed_in_repair_mode_counts_no_more(
         counts = {local_port(pair[0]): 1, peers.port: 5}
         for port, number in counts.items():
             agree(exporter, port, number)
-        vanishing, left = local_port(pair[end]), local_port(pair[1 - end])
+        closing, remaining = local_port(pair[end]), local_port(pair[1 - end])
         close_in_repair(pair[end])
-        agree(exporter, vanishing, counts[vanishing] - 1)
-        agree(exporter, left, counts[left])
+        agree(exporter, closing, counts[closing] - 1)
+        agree(exporter, remaining, counts[remaining])
         pair[1 - end].sendall(b"odd")
-        agree(exporter, left, counts[left] - 1)
+        agree(exporter, remaining, counts[remaining] - 1)
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
-def test_a_connection_made_again_by_repair_counts(exporters: Exporters, end: int) -> None:
-    """Moved into another socket it counts again, once, and ends like any other."""
+def test_a_connection_restored_in_repair_mode_counts(
+    exporters: Exporters, end: int
+) -> None:
+    """It is moved to another socket, is counted once, and removed when it closes."""
     exporter = exporters(*BOTH_ENDS)
     with Peers() as peers:
         peers.connect(5)
@@ -429,16 +435,16 @@ def test_a_connection_made_again_by_repair_counts(exporters: Exporters, end: int
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
-def test_a_socket_inherited_over_fork_counts_until_all_have_closed_it(
+def test_a_socket_shared_by_fork_counts_until_all_processes_have_closed_it(
     exporters: Exporters, end: int
 ) -> None:
-    """Closing it in one of two processes changes nothing, closing it in both ends it."""
+    """The connection is established until both processes have closed the socket."""
     exporter = exporters(*BOTH_ENDS)
     with Peers() as peers:
         peers.connect(3)
         ephemeral = local_port(peers.pairs[0][0])
         agree(exporter, ephemeral, 1)
-        with held_elsewhere(peers.pairs[0][end]):
+        with held_by_child(peers.pairs[0][end]):
             peers.pairs[0][end].close()
             agree(exporter, peers.port, 3)
             agree(exporter, ephemeral, 1)
@@ -457,10 +463,10 @@ def open_at_reused_port(peers: Peers) -> tuple[socket.socket, socket.socket]:
     return client, peers.listener.accept()[0]
 
 
-def test_an_address_pair_reused_at_once_has_the_last_ones_age(effort: Effort) -> None:
-    """997 times closed by RST and opened anew within milliseconds: the last one's age.
+def test_a_reused_address_pair_has_the_age_of_its_last_connection(effort: Effort) -> None:
+    """An RST closes the connection 997 times, and a new one opens within milliseconds.
 
-    The first is older than the exporter, and long-term.
+    The first connection is pre-existing and long-term.
     """
     duration_s = 1
     gaps_s = []
@@ -480,7 +486,7 @@ def test_an_address_pair_reused_at_once_has_the_last_ones_age(effort: Effort) ->
             client, server = open_at_reused_port(peers)
             gaps_s.append(time.monotonic() - closed_s)
         peers.pairs.append((client, server))
-        assert statistics.median(gaps_s) < 0.02  # this machine may stop for a while
+        assert statistics.median(gaps_s) < 0.02  # the median, as this machine can pause
         agree(exporter, REUSED_PORT, 1)
         agree(exporter, peers.port, 1)
         eventually(lambda: 1 in long_term(), expected=True)
@@ -492,7 +498,7 @@ def test_an_address_pair_reused_at_once_has_the_last_ones_age(effort: Effort) ->
 
 
 def test_link_local_connections_count_as_ipv6(exporters: Exporters) -> None:
-    """IPv6 with a scope: fe80::2%odd to fe80::3%odd, over a link between namespaces."""
+    """fe80::2%odd and fe80::3%odd are the ends of a link between two namespaces."""
     here, there = exporters(*BOTH_ENDS), exporters(*EVERY_NAMESPACE)
     with linked_netns() as other, contextlib.ExitStack() as opened:
         ip("address", "add", "fe80::2/64", "dev", DEVICE, "nodad")
@@ -525,23 +531,23 @@ EVERY_PORT = range(1, 65536)
 
 @pytest.mark.any_kernel
 def test_every_port_can_listen(effort: Effort) -> None:
-    """65,535 of them: each but the exporter's own has a zero, on a page still served."""
+    """Each of 65,535 ports, except that of the exporter, has a series with value 0."""
     ports = EVERY_PORT[:: max(1, round(1 / effort.share))]
     arguments = (*BY_EVENTS, "--max-series", str(len(EVERY_PORT)))
     with Exporter(*arguments) as exporter, listening("127.0.0.2", ports):
         shown = subprocess.check_output(["ss", "-Htln", "src 127.0.0.2"], text=True)
         assert len(shown.splitlines()) == len(ports)
-        page = page_of(exporter)
+        text = metrics_of(exporter)
         for name in (ESTABLISHED, LONG_TERM):
             series = re.findall(
-                rf'^{name}{{port="(\d+)",tcp_version="4"}} 0.0$', page, re.MULTILINE
+                rf'^{name}{{port="(\d+)",tcp_version="4"}} 0.0$', text, re.MULTILINE
             )
             zeros = list(map(int, series))
             assert zeros == [port for port in ports if port != exporter.port]
 
 
-def page_of(exporter: Exporter) -> str:
-    """The metrics, asked for from a bound address: connect(2) finds no port free."""
+def metrics_of(exporter: Exporter) -> str:
+    """Reads the metrics from a bound address, as connect(2) would find no free port."""
     connection = http.client.HTTPConnection(
         "127.0.0.1", exporter.port, timeout=DEADLINE_S, source_address=("127.0.0.1", 0)
     )
@@ -554,7 +560,7 @@ def page_of(exporter: Exporter) -> str:
 
 @contextlib.contextmanager
 def client_on_a_link_of_its_own(device: str, port: int) -> Iterator[None]:
-    """Connected from fe80::2, port 40009, to fe80::1 on that device of ours."""
+    """Connects from fe80::2, port 40009, to fe80::1 on ``device`` of this namespace."""
     with linked_netns(device) as other:
         ip("address", "add", "fe80::1/64", "dev", device, "nodad")
         ip("-n", other, "address", "add", "fe80::2/64", "dev", DEVICE, "nodad")
@@ -567,8 +573,10 @@ def client_on_a_link_of_its_own(device: str, port: int) -> Iterator[None]:
             yield
 
 
-def test_two_of_one_key_on_two_devices_are_two(exporters: Exporters) -> None:
-    """fe80::2 port 40009 to fe80::1, twice: two sockets; one, if from before."""
+def test_two_connections_with_one_key_on_two_devices_count_twice(
+    exporters: Exporters,
+) -> None:
+    """Both are from fe80::2, port 40009, to fe80::1; pre-existing ones count as one."""
     with contextlib.ExitStack() as opened, Peers("::") as peers:
         exporter = exporters(*ALWAYS_LONG_TERM)
         for device in ("one", "other"):
@@ -579,8 +587,8 @@ def test_two_of_one_key_on_two_devices_are_two(exporters: Exporters) -> None:
             assert later.established(peers.port, 6) == 1
 
 
-def test_it_runs_in_a_namespace_that_ip_netns_has_entered(netns: str) -> None:
-    """Where /sys is mounted anew, without tracefs."""
+def test_the_exporter_runs_under_ip_netns_exec(netns: str) -> None:
+    """There ip-netns(8) mounts a new /sys, without tracefs."""
     command = ("ip", "netns", "exec", netns, sys.executable, "-m", "tcpexporter")
     with Exporter(*BY_EVENTS, command=command) as exporter, Peers() as peers:
         peers.connect(3)

@@ -260,8 +260,8 @@ def test_a_seed_can_be_added_again_when_it_has_closed(
     assert len(at_port(late_tracker, peers.port)) == 0
 
 
-def test_seeds_of_the_command_are_long_term_after_duration() -> None:
-    """Through the command: IPv4, IPv6 and v4-mapped from before, counted from its start."""
+def test_preexisting_connections_are_long_term_after_the_duration() -> None:
+    """The command counts IPv4, IPv6 and v4-mapped connections from its start."""
     with Peers() as four, Peers("::") as both:
         four.connect(7)
         both.connect(5, "127.0.0.1")
@@ -274,8 +274,8 @@ def test_seeds_of_the_command_are_long_term_after_duration() -> None:
             assert exporter.long_term(four.port) == 6
 
 
-def test_outbound_connections_from_before_are_not_inbound() -> None:
-    """One end has a listener on its port, the other has not."""
+def test_preexisting_outbound_connections_are_not_inbound() -> None:
+    """Only the port of one end has a listener."""
     with Peers() as peers:
         peers.connect(2)
         ephemeral = peers.pairs[0][0].getsockname()[1]
@@ -284,8 +284,8 @@ def test_outbound_connections_from_before_are_not_inbound() -> None:
             assert exporter.established(peers.port) == 0
 
 
-def test_every_namespaces_connections_are_seeded() -> None:
-    """``--netns all`` has those from before of a namespace without any process."""
+def test_preexisting_connections_of_every_namespace_are_counted() -> None:
+    """``--netns all`` includes a namespace that no process is in."""
     with new_netns() as elsewhere:
         with inside(elsewhere):
             peers = Peers("::1")

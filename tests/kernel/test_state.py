@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Ages that one exporter saves in a file, and the next one takes over."""
+"""Ages that one exporter saves to a file, and the next one restores."""
 
 import contextlib
 import signal
@@ -32,7 +32,7 @@ from tests.support import (
 )
 
 SAVED = "tcpexporter_state_saved_timestamp_seconds"
-OFTEN = "from tcpexporter.socket_tables import saved_ages as state; state.INTERVAL_S = 0.2"
+OFTEN = "from tcpexporter.socket_tables import saved_ages; saved_ages.INTERVAL_S = 0.2"
 SAVES_OFTEN = (
     sys.executable,
     "-c",
@@ -62,7 +62,7 @@ def is_saved_since(moment_s: float, exporter: Exporter) -> bool:
 
 
 def wait_for_a_save(exporter: Exporter) -> None:
-    """One that begins from now on: that which ends first may have begun before."""
+    """Waits for two saves: the first that ends may have begun before this call."""
     for _ in range(2):
         eventually(partial(is_saved_since, time.time(), exporter))
 
@@ -71,7 +71,7 @@ def wait_for_a_save(exporter: Exporter) -> None:
 def source(
     path: Path, *, netns: str = "self", pin: Path | None = None
 ) -> Iterator[EbpfSource]:
-    """As the exporter opens it, in this process, when it has started."""
+    """Opens and starts the source in this process, as the exporter does."""
     state = State.open(path)
     assert state
     opened = EbpfSource(
@@ -88,7 +88,7 @@ def source(
 
 
 class Reopening:
-    """Connections whose address pairs can be had again at once."""
+    """Connections whose address pairs can be reused at once."""
 
     def __init__(self, peers: Peers, count: int) -> None:
         self._peers = peers
@@ -105,7 +105,7 @@ class Reopening:
         return bound
 
     def reopen(self) -> None:
-        """Each of them, by other sockets."""
+        """Closes each connection, and opens its address pair with other sockets."""
         for port in self.ports:
             (pair,) = (
                 each for each in self._peers.pairs if each[0].getsockname()[1] == port
@@ -120,11 +120,11 @@ class Reopening:
     "ending",
     [pytest.param(signal.SIGTERM, marks=pytest.mark.any_kernel), signal.SIGKILL],
 )
-def test_the_next_run_takes_ages_over(path: Path, ending: signal.Signals) -> None:
-    """A thousand connections, an end, opens and closes with nobody there, a new start.
+def test_the_next_run_restores_ages(path: Path, ending: signal.Signals) -> None:
+    """Connections open and close while no exporter runs.
 
-    What was there has its age, what is new no higher one than it can have, also with the
-    address pair of one from before.
+    Those that stayed open have their age. New ones are no older than the time without an
+    exporter, even with the address pair of an earlier connection.
     """
     with Peers() as before, Peers() as reopened, Peers() as after:
         timed = Timed(before)
@@ -150,8 +150,8 @@ def test_the_next_run_takes_ages_over(path: Path, ending: signal.Signals) -> Non
 
 
 @pytest.mark.any_kernel
-def test_it_saves_when_it_ends(path: Path) -> None:
-    """By a signal, long before the next save is due; and it is no run of a second."""
+def test_the_exporter_saves_when_it_ends(path: Path) -> None:
+    """SIGTERM arrives long before the next save is due."""
     with Peers() as peers:
         timed = Timed(peers)
         with Exporter("--source", "ebpf", "--state", str(path)) as exporter:
@@ -164,8 +164,8 @@ def test_it_saves_when_it_ends(path: Path) -> None:
 
 
 @pytest.mark.any_kernel
-def test_ages_outlive_many_runs(path: Path) -> None:
-    """Of which none but the first was told of the connections."""
+def test_ages_are_kept_through_several_runs(path: Path) -> None:
+    """Only the first run had the events of the connections."""
     with Peers() as peers:
         timed = Timed(peers)
         with source(path):
@@ -176,13 +176,13 @@ def test_ages_outlive_many_runs(path: Path) -> None:
 
 
 @pytest.mark.any_kernel
-def test_who_polls_goes_on_counting(path: Path) -> None:
+def test_ages_are_kept_by_polling_runs(path: Path) -> None:
     """An age is counted from the first poll of the first run that saw the connection."""
     seen = []
     with Peers() as peers:
         peers.connect(7)
         for _ in range(3):
-            for client, server in peers.pairs:  # the tables know of no age any more
+            for client, server in peers.pairs:  # data makes the ages in the socket tables 0
                 for one, other in ((client, server), (server, client)):
                     one.send(b"x")
                     other.recv(1)
@@ -199,8 +199,8 @@ def test_who_polls_goes_on_counting(path: Path) -> None:
 
 
 @pytest.mark.any_kernel
-def test_every_namespace_s_ages_are_taken_over(path: Path) -> None:
-    """Where the exporter looks into each of them."""
+def test_ages_of_every_namespace_are_restored(path: Path) -> None:
+    """The exporter counts in all namespaces."""
     with new_netns() as netns:
         with inside(netns):
             peers = Peers()
@@ -213,8 +213,8 @@ def test_every_namespace_s_ages_are_taken_over(path: Path) -> None:
 
 
 @pytest.mark.any_kernel
-def test_what_is_pinned_is_not_saved(path: Path, directory: Path) -> None:
-    """The kernel keeps the ages then, once they have been taken over from the file."""
+def test_ages_are_not_saved_while_maps_are_pinned(path: Path, directory: Path) -> None:
+    """The run that pins restores ages from the file; then the pinned maps keep them."""
     with Peers() as peers:
         timed = Timed(peers)
         with source(path):
@@ -228,8 +228,8 @@ def test_what_is_pinned_is_not_saved(path: Path, directory: Path) -> None:
 
 
 @pytest.mark.any_kernel
-def test_of_two_exporters_the_second_is_refused(path: Path) -> None:
-    """With one sentence; the first goes on."""
+def test_a_second_exporter_gets_an_error(path: Path) -> None:
+    """The error is one sentence, and the first exporter continues."""
     with run_saving(path) as exporter:
         ended = subprocess.run(
             [*COMMAND, "--once", "--state", str(path)],
@@ -247,7 +247,7 @@ def test_of_two_exporters_the_second_is_refused(path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for 256 KiB: twice a save of two thousand ends, and more."""
+    """A file system of 256 KiB: more than two saves of two thousand sockets."""
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256k", "none", tmp_path], check=True
     )
@@ -262,8 +262,8 @@ def fill(path: Path) -> None:
 
 
 @pytest.mark.any_kernel
-def test_a_full_disk_keeps_nobody_from_counting(small_disk: Path) -> None:
-    """One warning, one word when there is room again, and then the ages are saved."""
+def test_connections_are_counted_while_the_disk_is_full(small_disk: Path) -> None:
+    """There is one warning, and one message when saves succeed again."""
     path, filler = small_disk / "state", small_disk / "filler"
     with Peers() as peers:
         timed = Timed(peers)
@@ -276,24 +276,24 @@ def test_a_full_disk_keeps_nobody_from_counting(small_disk: Path) -> None:
             assert exporter.established(peers.port) == 1009
             filler.unlink()
             eventually(partial(is_saved_since, time.time(), exporter))
-            code, said = exporter.stop()
+            code, output = exporter.stop()
         assert code == 0
-        told = [
+        logged = [
             line
-            for line in said.splitlines()
+            for line in output.splitlines()
             if "tcpexporter.socket_tables.saved_ages" in line
         ]
-        # More than once if by chance it comes back to what was saved already.
-        assert 2 <= len(told) <= 6
-        for failed, works_again in zip(told[::2], told[1::2], strict=True):
+        # Each pair is repeated if the connections are again those of the last save.
+        assert 2 <= len(logged) <= 6
+        for failed, works_again in zip(logged[::2], logged[1::2], strict=True):
             assert failed.endswith(f"ages are not saved: {path}: No space left on device")
             assert works_again.endswith("ages are saved again")
         with source(path) as opened:
             timed.assert_known(known(opened, peers.port))
 
 
-def test_who_saves_can_write_to_no_other_file(path: Path) -> None:
-    """What serving does not take is refused as ever, and saving goes on."""
+def test_an_exporter_that_saves_can_write_to_no_other_file(path: Path) -> None:
+    """The kernel refuses all forbidden operations, and saving continues."""
     with Exporter(
         "--source", "sock_diag", "--state", str(path), command=within(OFTEN)
     ) as exporter:

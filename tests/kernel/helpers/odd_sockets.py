@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What odd sockets are made with: links, filters, repair, and listeners without end."""
+"""Helpers to open and close sockets in unusual ways: links, filters, TCP_REPAIR."""
 
 import contextlib
 import ctypes
@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from tests.support import new_netns
 
 SYN_SENT, SYN_RECV = 2, 3
-"""TCP states, as include/net/tcp_states.h of the kernel numbers them."""
+"""TCP states: include/net/tcp_states.h."""
 
 DEVICE = "odd"
 HARDWARE_ADDRESSES = ("02:00:00:00:00:02", "02:00:00:00:00:03")
 
-TCPI_OPT_SYN_DATA = 32  # include/uapi/linux/tcp.h, as are those of TCP_REPAIR
+TCPI_OPT_SYN_DATA = 32  # this and TCP_REPAIR: include/uapi/linux/tcp.h
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
 TCP_REPAIR_QUEUES = (1, 2)
 
@@ -32,9 +32,9 @@ def ip(*arguments: str) -> None:
 
 @contextlib.contextmanager
 def linked_netns(device: str = DEVICE) -> Iterator[str]:
-    """A new network namespace at the other end of a link; yields its name.
+    """Makes a link to a new network namespace, and yields the name of the namespace.
 
-    The device is called `DEVICE` there, and has no IPv4 address at either end.
+    The device there has the name `DEVICE`. Neither end has an IPv4 address.
     """
     here, there = HARDWARE_ADDRESSES
     with new_netns() as other:
@@ -47,17 +47,17 @@ def linked_netns(device: str = DEVICE) -> Iterator[str]:
         try:
             yield other
         finally:
-            # At once, and not when the kernel comes to free the other namespace.
+            # The kernel would delete it some time after the namespace.
             ip("link", "delete", device)
 
 
 def tcp_state(opened: socket.socket) -> int:
-    """The first byte of struct tcp_info: tcp(7)."""
+    """Returns the first byte of ``struct tcp_info``: tcp(7)."""
     return opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
 
 
 def syn_had_data(connected: socket.socket) -> bool:
-    """Whether data in the SYN was sent and acknowledged, or received."""
+    """Whether the SYN carried data that was acknowledged, or received."""
     options = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 6)[5]
     return bool(options & TCPI_OPT_SYN_DATA)
 
@@ -69,8 +69,8 @@ class _FilterProgram(ctypes.Structure):
 
 
 @contextlib.contextmanager
-def deaf(opened: socket.socket) -> Iterator[None]:
-    """All that arrives for a socket is dropped, by the one-instruction filter ``ret 0``."""
+def dropping_packets(opened: socket.socket) -> Iterator[None]:
+    """Drops all packets for a socket, with the one-instruction filter ``ret 0``."""
     drop = ctypes.create_string_buffer(b"\x06\0\0\0\0\0\0\0", 8)
     program = _FilterProgram(1, ctypes.addressof(drop))
     opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, bytes(program))
@@ -81,10 +81,10 @@ def deaf(opened: socket.socket) -> Iterator[None]:
 
 
 def close_in_repair(connected: socket.socket) -> dict[int, int]:
-    """Close without sending a packet, as who moves it to another host does.
+    """Closes a connection without sending a packet, as when it moves to another host.
 
     Returns:
-        The sequence number of each queue, from which it can be made again.
+        The sequence number of each queue, which `connect_in_repair` requires.
     """
     connected.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
     numbers = {}
@@ -98,7 +98,7 @@ def close_in_repair(connected: socket.socket) -> dict[int, int]:
 def connect_in_repair(
     local: tuple[str, int], remote: tuple[str, int], numbers: dict[int, int]
 ) -> socket.socket:
-    """Make a connection without handshake: the other end is there already."""
+    """Opens one end of a connection without a handshake; the other end exists."""
     made = socket.socket()
     made.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
     made.bind(local)
@@ -111,18 +111,18 @@ def connect_in_repair(
 
 
 @contextlib.contextmanager
-def held_elsewhere(inherited: socket.socket) -> Iterator[None]:
-    """A process that inherits a socket over fork(2), holds it, and ends afterwards."""
-    # cat ends when its standard input does, which leaving Popen closes.
+def held_by_child(inherited: socket.socket) -> Iterator[None]:
+    """Keeps a socket open in a child process until the end of the block."""
+    # cat ends when Popen closes its standard input.
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[inherited.fileno()]):
         yield
 
 
 @contextlib.contextmanager
 def listening(address: str, ports: Sequence[int]) -> Iterator[None]:
-    """A listener at each port, in as many processes as their descriptors take.
+    """Listens at each port, in as many processes as the limit of descriptors requires.
 
-    They end when their standard input does, so they never outlive who started them.
+    The processes end when their standard input is closed, so they end with their parent.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.ExitStack() as holders:

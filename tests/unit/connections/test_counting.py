@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Counts per port and IP version, against what plain Python counts."""
+"""Counts per port and IP version, compared with counts by a Python loop."""
 
 import random
 from collections import Counter
@@ -79,12 +79,12 @@ Shown = dict[tuple[int, int], int]
 
 
 def established(counts: Counts) -> Shown:
-    """What is not 0, by port and IP version."""
+    """Counts of established connections above 0, by port and IP version."""
     return shown(counts.series, counts.established.tolist())
 
 
 def long_term(counts: Counts) -> Shown:
-    """Likewise."""
+    """Counts of long-term connections above 0, by port and IP version."""
     return shown(counts.series, counts.long_term.tolist())
 
 
@@ -100,8 +100,8 @@ def ports_of(series: Series) -> set[tuple[int, int]]:
     return set(shown(series, [1] * len(series)))
 
 
-def test_ports_and_ip_versions_are_counted_apart() -> None:
-    """Each local port has a count for each IP version, the first and last port too."""
+def test_each_port_and_ip_version_has_its_own_count() -> None:
+    """Each local port has a count for each IP version; so have the ports 1 and 65535."""
     connections = (
         [Connection(443, 4)] * 7
         + [Connection(443, 6)] * 5
@@ -121,7 +121,7 @@ def test_ports_and_ip_versions_are_counted_apart() -> None:
 
 
 def test_only_selected_ports_are_counted() -> None:
-    """Other ports are in the total alone."""
+    """Connections of other ports are only in the total."""
     connections = [Connection(port) for port in (442, 443, 443, 443, 444, 8000, 8001)]
     counts = counted(connections, selection(443, 8000))
     assert established(counts) == {(443, 4): 3, (8000, 4): 1}
@@ -129,15 +129,15 @@ def test_only_selected_ports_are_counted() -> None:
     assert counts.total == 7
 
 
-def test_no_ports_are_all_ports() -> None:
-    """Without a choice every port of both versions is selected."""
+def test_an_empty_list_of_ports_selects_all_ports() -> None:
+    """Every port of both IP versions is selected."""
     assert selection().ports.shape == (PORTS,)
     assert selection().ports.all()
     assert selection().ip_versions == (4, 6)
 
 
-def test_ipv6_can_be_left_out() -> None:
-    """Without tcpv6 there is no count and no listener of IP version 6."""
+def test_without_tcpv6_nothing_of_ipv6_is_counted() -> None:
+    """There is no count and no listener of IP version 6."""
     selected = selection(443, 8443, tcpv6=False)
     counts = counted([Connection(443, 4)] * 3 + [Connection(443, 6)] * 5, selected)
     assert established(counts) == {(443, 4): 3}
@@ -151,7 +151,7 @@ def test_ipv6_can_be_left_out() -> None:
     [(INBOUND, 3), ((Direction.OUTBOUND,), 5), (BOTH, 8), ((), 0)],
 )
 def test_directions_are_selected(directions: Sequence[Direction], expected: int) -> None:
-    """A connection counts when its direction is one of those; an empty place, never."""
+    """A connection counts if its direction is selected; an empty slot never counts."""
     connections = (
         [Connection(direction=Direction.INBOUND)] * 3
         + [Connection(direction=Direction.OUTBOUND)] * 5
@@ -163,7 +163,7 @@ def test_directions_are_selected(directions: Sequence[Direction], expected: int)
 
 
 def test_own_listener_is_never_counted() -> None:
-    """Connections to the exporter are left out, those of another namespace are not."""
+    """Connections to the exporter are not counted; the same port elsewhere is."""
     selected = replace(selection(own_listener=(OWN_NETNS, 9690)), by_netns=True)
     connections = (
         [Connection(9690, netns=OWN_NETNS)] * 3
@@ -176,16 +176,16 @@ def test_own_listener_is_never_counted() -> None:
     assert counts.total == 21
 
 
-def test_own_port_is_not_counted_where_namespaces_are_not_told_apart() -> None:
-    """Then all connections are of one namespace, which is ours if we have a listener."""
+def test_own_port_is_not_counted_without_counts_per_namespace() -> None:
+    """All connections are then of the namespace that the exporter listens in."""
     connections = [Connection(9690)] * 3 + [Connection(9691)] * 11
     counts = counted(connections, selection(own_listener=(OWN_NETNS, 9690)))
     assert established(counts) == {(9691, 4): 11}
     assert counts.total == 14
 
 
-def test_own_listener_is_not_listened() -> None:
-    """Our own port is no listener, that of another namespace is."""
+def test_own_listener_has_no_series() -> None:
+    """The port of the exporter has no series; the same port in another namespace has."""
     selected = selection(own_listener=(OWN_NETNS, 9690))
     listeners = np.array(
         [(OWN_NETNS, 9690, 4), (0, 9690, 4), (OTHER_NETNS, 9690, 6), (OWN_NETNS, 80, 4)],
@@ -194,21 +194,21 @@ def test_own_listener_is_not_listened() -> None:
     assert ports_of(listened(listeners, selected)) == {(9690, 6), (80, 4)}
 
 
-def test_without_an_own_listener_nothing_is_left_out() -> None:
-    """With --once there is none: every port counts."""
+def test_without_an_own_listener_every_port_counts() -> None:
+    """With --once the exporter does not listen."""
     counts = counted([Connection(9690)] * 3, selection())
     assert established(counts) == {(9690, 4): 3}
 
 
-def test_listened_ports_are_selected_ones() -> None:
-    """A listener on another port, or of no port at all, has no part in it."""
+def test_only_listeners_of_selected_ports_have_series() -> None:
+    """A listener at another port has none, and without listeners there is none."""
     listeners = np.array([(1, 443, 4), (1, 443, 4), (1, 443, 6), (1, 80, 4)], LISTENER)
     assert ports_of(listened(listeners, selection(443, 8443))) == {(443, 4), (443, 6)}
     assert ports_of(listened(listeners[:0], selection())) == set()
 
 
-def test_named_ports_are_of_both_versions_that_are_selected() -> None:
-    """A named port has a series for each IP version, in the one namespace."""
+def test_a_named_port_has_a_series_for_each_selected_ip_version() -> None:
+    """All of them are of the given namespace."""
     assert ports_of(named((443, 80), OWN_NETNS, selection())) == {
         (443, 4),
         (443, 6),
@@ -219,8 +219,8 @@ def test_named_ports_are_of_both_versions_that_are_selected() -> None:
     assert ports_of(named((), OWN_NETNS, selection())) == set()
 
 
-def test_namespaces_are_told_apart_when_asked_for() -> None:
-    """The same port in two namespaces is one series, or two."""
+def test_namespaces_are_counted_separately_on_request() -> None:
+    """The same port in two namespaces is two series with ``by_netns``, otherwise one."""
     connections = [Connection(netns=OWN_NETNS)] * 3 + [Connection(netns=OTHER_NETNS)] * 5
     together = counted(connections, selection())
     assert together.established.tolist() == [8]
@@ -232,7 +232,7 @@ def test_namespaces_are_told_apart_when_asked_for() -> None:
 
 
 def test_a_connection_is_long_term_from_the_boundary_on() -> None:
-    """Established at the boundary is long-term, a nanosecond later is not yet."""
+    """A connection established at the boundary is long-term, 1 ns later is not."""
     boundary_ns = 10**18 + 1
     connections = [
         *[Connection(established_ns=boundary_ns - 1)] * 3,
@@ -245,22 +245,24 @@ def test_a_connection_is_long_term_from_the_boundary_on() -> None:
 
 
 @pytest.mark.parametrize(("since_ns", "expected"), [(-1, 0), (-(2**63), 0), (0, 3)])
-def test_before_boot_nothing_was_established(since_ns: int, expected: int) -> None:
-    """A host that is up for less than the duration has no long-term connection."""
+def test_a_boundary_before_boot_makes_no_connection_long_term(
+    since_ns: int, expected: int
+) -> None:
+    """A host that booted less than the duration ago has no long-term connection."""
     counts = counted([Connection(established_ns=0)] * 3, selection(), since_ns)
     assert counts.long_term.sum() == expected
     assert counts.established.sum() == 3
 
 
-def test_no_chunks_are_no_connections() -> None:
-    """No chunk, or one with nothing in it, counts 0."""
+def test_without_connections_all_counts_are_0() -> None:
+    """There is no chunk, or only an empty one."""
     for chunks in ([], [records([])]):
         counts = count(chunks, selection(), 0)
         assert counts.total == counts.established.sum() == counts.long_term.sum() == 0
 
 
-def test_a_chunk_is_done_with_before_the_next() -> None:
-    """A source may use one buffer again and again."""
+def test_a_chunk_is_not_read_after_the_next_is_requested() -> None:
+    """A source may use the same buffer for each chunk."""
 
     def one_buffer() -> Iterator[Records]:
         buffer = np.zeros(3, CONNECTION)
@@ -273,7 +275,7 @@ def test_a_chunk_is_done_with_before_the_next() -> None:
     assert established(counts) == {(80, 4): 3, (443, 4): 2}
 
 
-# Few values, and neighbours of what is compared.
+# Few values, among them those just below and above each boundary.
 some_connections = st.lists(
     st.builds(
         Connection,
@@ -309,7 +311,7 @@ def test_counts_are_those_of_a_python_loop(
     by_netns: bool,
     since_ns: int,
 ) -> None:
-    """Any connections in any chunks, under any selection, are counted one by one."""
+    """This holds for any connections, any chunks and any selection."""
     expected = [
         each
         for each in connections
@@ -334,104 +336,108 @@ def test_counts_are_those_of_a_python_loop(
     assert counts.total == len(connections)
 
 
-class Place(NamedTuple):
-    """A series, in the order in which they are sorted."""
+class SeriesKey(NamedTuple):
+    """A series; its fields have the order in which series are sorted."""
 
     netns: int
     port: int
     version: int = 4
 
 
-def places(series: Series) -> list[Place]:
+def keys_of(series: Series) -> list[SeriesKey]:
     return [
-        Place(netns, port, version) for version, port, netns in series.view(SERIES).tolist()
+        SeriesKey(netns, port, version)
+        for version, port, netns in series.view(SERIES).tolist()
     ]
 
 
-def series_of(chosen: Iterable[Place]) -> Series:
+def series_of(chosen: Iterable[SeriesKey]) -> Series:
     rows = [(version, port, netns) for netns, port, version in sorted(set(chosen))]
     return np.array(rows, SERIES).view(np.uint64)
 
 
-def ports_in(*ports: int, netns: int = 0) -> list[Place]:
-    return [Place(netns, port) for port in ports]
+def ports_in(*ports: int, netns: int = 0) -> list[SeriesKey]:
+    return [SeriesKey(netns, port) for port in ports]
 
 
-def counts_of(numbers: dict[Place, int]) -> Counts:
-    """So many established connections of each, a third of them long-term."""
+def counts_of(numbers: dict[SeriesKey, int]) -> Counts:
+    """Counts with these numbers of established connections; a third is long-term."""
     established = np.array([numbers[each] for each in sorted(numbers)], np.int64)
     return Counts(series_of(numbers), established, established // 3, 1009)
 
 
 def folded(
-    numbers: dict[Place, int],
+    numbers: dict[SeriesKey, int],
     max_series: int,
     *,
-    listening: Iterable[Place] = (),
-    named: Iterable[Place] = (),
-    published: Iterable[Place] = (),
-) -> tuple[dict[Place, int], int]:
-    """The established connections of each series on a page, and how many are not on it."""
-    page, number = fold(
+    listening: Iterable[SeriesKey] = (),
+    named: Iterable[SeriesKey] = (),
+    published: Iterable[SeriesKey] = (),
+) -> tuple[dict[SeriesKey, int], int]:
+    """Established connections of each exposed series, and how many series are left out."""
+    exposed, number = fold(
         counts_of(numbers),
         listening=series_of(listening),
         named=series_of(named),
         published=series_of(published),
         max_series=max_series,
     )
-    return dict(zip(places(page.series), page.established.tolist(), strict=True)), number
+    return dict(
+        zip(keys_of(exposed.series), exposed.established.tolist(), strict=True)
+    ), number
 
 
-OTHER = Place(0, 0)
+OTHER = SeriesKey(0, 0)
+"""The series that others are folded into."""
 
 
-def test_what_fits_is_not_folded() -> None:
-    """As many series as there may be are all there, and no other is."""
+def test_nothing_is_folded_below_the_limit() -> None:
+    """With exactly ``max_series`` series all are exposed, and no series with port 0."""
     numbers = dict(zip(ports_in(22, 443), (3, 5), strict=True))
     shown = folded(numbers, 5, listening=ports_in(22, 80), published=ports_in(8080, 8443))
     assert shown == ({**numbers, **dict.fromkeys(ports_in(80, 8080, 8443), 0)}, 0)
 
 
 def test_the_smallest_are_folded() -> None:
-    """Those with the fewest connections are one series, of each IP version."""
+    """Those with the fewest connections become one series for each IP version."""
     numbers = {
-        Place(0, 22): 2,
-        Place(0, 22, 6): 3,
-        Place(0, 80): 7,
-        Place(0, 443): 5,
-        Place(0, 443, 6): 11,
-        Place(0, 8443): 1,
+        SeriesKey(0, 22): 2,
+        SeriesKey(0, 22, 6): 3,
+        SeriesKey(0, 80): 7,
+        SeriesKey(0, 443): 5,
+        SeriesKey(0, 443, 6): 11,
+        SeriesKey(0, 8443): 1,
     }
     assert folded(numbers, 3) == (
         {
             OTHER: 3,
-            Place(0, 0, 6): 3,
-            Place(0, 80): 7,
-            Place(0, 443): 5,
-            Place(0, 443, 6): 11,
+            SeriesKey(0, 0, 6): 3,
+            SeriesKey(0, 80): 7,
+            SeriesKey(0, 443): 5,
+            SeriesKey(0, 443, 6): 11,
         },
         3,
     )
 
 
-def test_a_listener_is_worth_a_connection() -> None:
-    """At 0 it stays before an ephemeral port's one connection, but not before two."""
+def test_a_listener_counts_as_one_connection() -> None:
+    """A listener without connections is preferred to a port with 1, but not with 2."""
     numbers = dict(zip(ports_in(443, 50021, 50023), (2, 1, 1), strict=True))
     (listener,) = ports_in(60013)
     assert folded(numbers, 2, listening=[listener]) == (
-        {OTHER: 2, Place(0, 443): 2, listener: 0},
+        {OTHER: 2, SeriesKey(0, 443): 2, listener: 0},
         2,
     )
     (busy,) = ports_in(50021)
     assert folded({**numbers, busy: 3}, 2, listening=[listener])[0].keys() == {
         OTHER,
-        Place(0, 443),
+        SeriesKey(0, 443),
         busy,
     }
 
 
-def test_among_equals_what_is_published_stays() -> None:
-    """A newcomer that is no larger displaces nothing, not even one of a higher port."""
+def test_among_equal_series_published_ones_stay() -> None:
+    """A new series of equal size replaces none, not even one with a higher port."""
     listening = ports_in(22, 80, 443, 8443)
     shown, number = folded({}, 2, listening=listening, published=ports_in(443, 8443))
     assert shown == dict.fromkeys([OTHER, *ports_in(443, 8443)], 0)
@@ -439,41 +445,41 @@ def test_among_equals_what_is_published_stays() -> None:
     assert folded({}, 2, listening=listening)[0].keys() == {OTHER, *ports_in(22, 80)}
 
 
-def test_what_is_over_is_forgotten_and_not_folded() -> None:
-    """A port merely seen once makes room for one that is used, and leaves no trace."""
-    shown = folded({Place(0, 443): 3}, 2, published=ports_in(22, 80))
-    assert shown == ({Place(0, 22): 0, Place(0, 443): 3}, 0)
+def test_a_series_that_is_not_in_use_is_dropped_and_not_folded() -> None:
+    """A published port without connections gives way to one that has some."""
+    shown = folded({SeriesKey(0, 443): 3}, 2, published=ports_in(22, 80))
+    assert shown == ({SeriesKey(0, 22): 0, SeriesKey(0, 443): 3}, 0)
 
 
 def test_named_ports_are_never_folded() -> None:
-    """However many there are, and however small; they use up the room of others."""
+    """Their number may exceed the limit, and other series get what capacity remains."""
     named_ports = ports_in(22, 80, 443)
     numbers = dict(zip(ports_in(443, 5432, 8443), (1, 13, 17), strict=True))
     shown = folded(numbers, 2, named=named_ports)
-    kept = {**dict.fromkeys(named_ports, 0), Place(0, 443): 1}
+    kept = {**dict.fromkeys(named_ports, 0), SeriesKey(0, 443): 1}
     assert shown == ({OTHER: 30, **kept}, 2)
     shown = folded(numbers, 4, named=named_ports)
-    assert shown == ({OTHER: 13, **kept, Place(0, 8443): 17}, 1)
+    assert shown == ({OTHER: 13, **kept, SeriesKey(0, 8443): 17}, 1)
 
 
-def test_other_stays_once_it_is_there() -> None:
-    """When nothing is folded any more it is 0, and takes no room of a port."""
-    shown = folded({Place(0, 443): 3}, 1, published=[OTHER, Place(0, 443)])
-    assert shown == ({OTHER: 0, Place(0, 443): 3}, 0)
+def test_the_series_with_port_0_stays_once_it_is_published() -> None:
+    """It is 0 when nothing is folded into it, and does not count toward the limit."""
+    shown = folded({SeriesKey(0, 443): 3}, 1, published=[OTHER, SeriesKey(0, 443)])
+    assert shown == ({OTHER: 0, SeriesKey(0, 443): 3}, 0)
 
 
-def test_each_namespace_has_an_other_of_its_own() -> None:
-    """What is folded is told apart by namespace and IP version."""
-    largest = {Place(7, 443): 13, Place(7, 8443): 11}
-    numbers = {**largest, Place(7, 22): 1, Place(7, 80): 2, Place(11, 22, 6): 5}
-    others = {Place(7, 0): 3, Place(11, 0, 6): 5}
+def test_each_namespace_has_its_own_series_with_port_0() -> None:
+    """There is one for each namespace and IP version that has folded series."""
+    largest = {SeriesKey(7, 443): 13, SeriesKey(7, 8443): 11}
+    numbers = {**largest, SeriesKey(7, 22): 1, SeriesKey(7, 80): 2, SeriesKey(11, 22, 6): 5}
+    others = {SeriesKey(7, 0): 3, SeriesKey(11, 0, 6): 5}
     assert folded(numbers, 2) == ({**largest, **others}, 3)
 
 
-def test_namespaces_do_not_get_around_the_bound() -> None:
-    """Of more namespaces than series may be, the rest have one other together."""
-    numbers = {Place(netns, 443): 1 for netns in range(101, 101 + 31)}
-    shown, number = folded(numbers, 5, published=[Place(129, 0)])
+def test_the_limit_holds_for_many_namespaces() -> None:
+    """More namespaces than ``max_series`` share one series with port 0."""
+    numbers = {SeriesKey(netns, 443): 1 for netns in range(101, 101 + 31)}
+    shown, number = folded(numbers, 5, published=[SeriesKey(129, 0)])
     assert number == 31 - 5
     assert {each for each in shown if each.port} == {*list(numbers)[:5]}
     assert {each.netns: shown[each] for each in shown if not each.port} == {
@@ -482,14 +488,14 @@ def test_namespaces_do_not_get_around_the_bound() -> None:
     }
 
 
-some_places = st.builds(
-    Place,
+any_series = st.builds(
+    SeriesKey,
     netns=st.sampled_from([0, 7, 11, 2**32 - 1]),
     port=st.sampled_from([1, 2, 80, 443, PORTS - 1]),
     version=st.sampled_from([4, 6]),
 )
-some_others = st.builds(
-    Place,
+any_series_with_port_0 = st.builds(
+    SeriesKey,
     netns=st.sampled_from([0, 7, 11]),
     port=st.just(0),
     version=st.sampled_from([4, 6]),
@@ -498,63 +504,63 @@ some_others = st.builds(
 
 @settings(deadline=None)
 @given(
-    numbers=st.dictionaries(some_places, st.sampled_from([1, 2, 3, 5, 2**40]), max_size=31),
-    listening=st.sets(some_places),
-    named_places=st.sets(some_places, max_size=5),
-    published=st.sets(some_places | some_others),
+    numbers=st.dictionaries(any_series, st.sampled_from([1, 2, 3, 5, 2**40]), max_size=31),
+    listening=st.sets(any_series),
+    named_series=st.sets(any_series, max_size=5),
+    published=st.sets(any_series | any_series_with_port_0),
     max_series=st.integers(1, 31),
 )
-def test_folding_loses_nothing(
+def test_folding_keeps_the_sums(
     *,
-    numbers: dict[Place, int],
-    listening: set[Place],
-    named_places: set[Place],
-    published: set[Place],
+    numbers: dict[SeriesKey, int],
+    listening: set[SeriesKey],
+    named_series: set[SeriesKey],
+    published: set[SeriesKey],
     max_series: int,
 ) -> None:
-    """Sums are those before, the bound holds, the largest stay, and the page is stable."""
+    """The limit holds, the largest series stay, and folding again changes nothing."""
     counts = counts_of(numbers)
-    given_series = {"listening": series_of(listening), "named": series_of(named_places)}
-    page, number = fold(
+    given_series = {"listening": series_of(listening), "named": series_of(named_series)}
+    exposed, number = fold(
         counts, **given_series, published=series_of(published), max_series=max_series
     )
-    assert page.total == counts.total
+    assert exposed.total == counts.total
     for version in (4, 6):
-        was, is_now = (each.series.view(SERIES)["ip_version"] for each in (counts, page))
+        was, is_now = (each.series.view(SERIES)["ip_version"] for each in (counts, exposed))
         for before, now in (
-            (counts.established, page.established),
-            (counts.long_term, page.long_term),
+            (counts.established, exposed.established),
+            (counts.long_term, exposed.long_term),
         ):
             assert now[is_now == version].sum() == before[was == version].sum()
-    assert (np.diff(page.series.astype(object)) > 0).all()
-    kept = {each for each in places(page.series) if each.port}
-    used = {*numbers, *listening, *named_places}
-    assert named_places <= kept
-    assert len(kept) <= max(max_series, len(named_places))
-    assert len(page.series) - len(kept) <= max_series + 2
+    assert (np.diff(exposed.series.astype(object)) > 0).all()
+    kept = {each for each in keys_of(exposed.series) if each.port}
+    used = {*numbers, *listening, *named_series}
+    assert named_series <= kept
+    assert len(kept) <= max(max_series, len(named_series))
+    assert len(exposed.series) - len(kept) <= max_series + 2
     assert number == len(used - kept)
     if number:
-        assert len(kept) == max(max_series, len(named_places))
+        assert len(kept) == max(max_series, len(named_series))
 
-    def worth(place: Place) -> tuple[int, bool, bool]:
-        is_listened = place in listening
-        return numbers.get(place, 0) + is_listened, is_listened, place in published
+    def worth(key: SeriesKey) -> tuple[int, bool, bool]:
+        is_listened = key in listening
+        return numbers.get(key, 0) + is_listened, is_listened, key in published
 
-    smallest = min(map(worth, kept - named_places), default=None)
+    smallest = min(map(worth, kept - named_series), default=None)
     assert smallest is None or all(worth(each) <= smallest for each in used - kept)
-    again, _ = fold(counts, **given_series, published=page.series, max_series=max_series)
-    assert again.series.tolist() == page.series.tolist()
-    assert again.established.tolist() == page.established.tolist()
+    again, _ = fold(counts, **given_series, published=exposed.series, max_series=max_series)
+    assert again.series.tolist() == exposed.series.tolist()
+    assert again.established.tolist() == exposed.established.tolist()
 
 
 @settings(deadline=None)
 @given(
     connections=some_connections, seed=st.integers(0, 2**32), max_series=st.integers(1, 7)
 )
-def test_the_order_of_connections_does_not_matter(
+def test_the_order_of_connections_does_not_change_the_counts(
     connections: list[Connection], seed: int, max_series: int
 ) -> None:
-    """A page is the same in whatever order the kernel tells of connections."""
+    """The folded counts are equal for any order of the same connections."""
     selected = replace(selection(directions=BOTH), by_netns=True)
     shuffled = random.Random(seed).sample(connections, len(connections))  # noqa: S311
     nothing = series_of([])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""SipHash-1-3 of many keys, against one that is written as the paper has it."""
+"""SipHash-1-3 of many keys, compared with an implementation that follows the paper."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def rotated(value: int, bits: int) -> int:
 
 
 def siphash(data: bytes, key: bytes, compressions: int, finalizations: int) -> int:
-    """SipHash-c-d of any bytes, as in section 2.1 to 2.3 of the paper."""
+    """SipHash-c-d of any bytes, as in sections 2.1 to 2.3 of the paper."""
     k0, k1 = (int.from_bytes(key[at : at + 8], "little") for at in (0, 8))
     v = [
         k0 ^ 0x736F6D6570736575,
@@ -50,8 +50,8 @@ def siphash(data: bytes, key: bytes, compressions: int, finalizations: int) -> i
     return v[0] ^ v[1] ^ v[2] ^ v[3]
 
 
-def test_the_reference_is_right() -> None:
-    """The paper's own test vector, of SipHash-2-4 and 15 bytes (appendix A)."""
+def test_the_reference_gives_the_test_vector_of_the_paper() -> None:
+    """SipHash-2-4 of 15 bytes (appendix A)."""
     assert siphash(bytes(range(15)), bytes(range(16)), 2, 4) == 0xA129CA6149BE45E5
 
 
@@ -59,16 +59,16 @@ def test_the_reference_is_right() -> None:
     packed=st.lists(st.binary(min_size=KEY.itemsize, max_size=KEY.itemsize), max_size=7),
     secret=st.binary(min_size=16, max_size=16),
 )
-def test_keys_have_the_hash_of_the_reference(packed: list[bytes], secret: bytes) -> None:
-    """Any keys, any secret."""
+def test_hashes_equal_those_of_the_reference(packed: list[bytes], secret: bytes) -> None:
+    """This holds for any keys and any secret."""
     keys = np.frombuffer(b"".join(packed), KEY)
     halves = (int.from_bytes(secret[:8], "little"), int.from_bytes(secret[8:], "little"))
     assert hashes(keys, halves).tolist() == [siphash(each, secret, 1, 3) for each in packed]
 
 
 @pytest.mark.parametrize("number", [0, 1, PIECE - 1, PIECE, 2 * PIECE + 101])
-def test_hashing_piece_by_piece_changes_nothing(number: int) -> None:
-    """Each key has its own hash, wherever it lies, in a larger record too."""
+def test_a_hash_does_not_depend_on_the_position_of_the_key(number: int) -> None:
+    """The keys are fields of larger records, in one piece or in several."""
     connections = np.zeros(number, CONNECTION)
     connections["key"]["remote_port"] = np.arange(number)
     connections["key"]["netns"] = np.arange(number) // 60_000
@@ -77,8 +77,8 @@ def test_hashing_piece_by_piece_changes_nothing(number: int) -> None:
     assert (hashes(connections["key"][::-1].copy()) == found[::-1]).all()
 
 
-def test_one_bit_anywhere_makes_another_hash() -> None:
-    """Each of the 320 bits counts, and about half of the 64 change with it."""
+def test_each_bit_of_a_key_changes_the_hash() -> None:
+    """Each of the 320 bits changes about half of the 64 bits of the hash."""
     bits = np.packbits(np.eye(KEY.itemsize * 8, dtype=np.uint8), axis=1)
     found = hashes(bits.view(KEY)[:, 0])
     none = hashes(np.zeros(1, KEY))[0]

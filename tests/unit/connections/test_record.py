@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The connection record: the same in C and in Python, and what it says."""
+"""Records have the same layout in C and in Python, and their fields are computed right."""
 
 import ipaddress
 import json
@@ -16,6 +16,7 @@ from tcpexporter.connections.record import (
     IPV4_PREFIX,
     KEY,
     PORTS,
+    SOCKET,
     Direction,
     directions,
     groups,
@@ -82,8 +83,8 @@ def layout_of(name: str, dtype: np.dtype[np.void]) -> dict[str, int | list[int]]
     return layout
 
 
-def test_python_lays_the_structs_out_as_c_does(tmp_path: Path) -> None:
-    """Every size, offset and constant is what gcc says of the shared header."""
+def test_structs_have_the_same_layout_in_python_and_c(tmp_path: Path) -> None:
+    """Every size, offset and constant equals what gcc makes of the shared header."""
     (tmp_path / "layout.c").write_text(LAYOUT)
     program = tmp_path / "layout"
     subprocess.run(
@@ -106,16 +107,16 @@ def test_python_lays_the_structs_out_as_c_does(tmp_path: Path) -> None:
     }
 
 
-def test_keys_and_connections_have_no_padding() -> None:
-    """Every byte of a record belongs to a field, so comparing bytes is comparing fields."""
-    for dtype in (KEY, CONNECTION):
+def test_keys_and_records_have_no_padding() -> None:
+    """Every byte belongs to a field, so comparing bytes compares all fields."""
+    for dtype in (KEY, CONNECTION, SOCKET):
         assert dtype.fields is not None
         sizes = [kind.itemsize for kind, *_ in dtype.fields.values()]
         assert sum(sizes) == dtype.itemsize
 
 
-def test_a_mapped_address_is_of_ip_version_4() -> None:
-    """Only ::ffff:0:0/96 is IPv4 on the wire, whatever resembles it."""
+def test_a_v4_mapped_address_has_ip_version_4() -> None:
+    """Only ::ffff:0:0/96 is IPv4 on the wire; similar addresses are IPv6."""
     addresses = {
         "::ffff:192.0.2.1": 4,
         "::ffff:0.0.0.0": 4,
@@ -135,16 +136,16 @@ def test_a_mapped_address_is_of_ip_version_4() -> None:
     assert ip_versions(keys).tolist() == list(addresses.values())
 
 
-def test_ip_versions_of_fields_and_of_nothing() -> None:
-    """The keys inside connections will do, and so will none."""
+def test_ip_versions_of_keys_within_records_and_of_no_keys() -> None:
+    """The keys may be a field of larger records, and there may be none."""
     connections = np.zeros(3, CONNECTION)
     connections["key"]["local_address"][1, :12] = IPV4_PREFIX
     assert ip_versions(connections["key"]).tolist() == [6, 4, 6]
     assert ip_versions(np.empty(0, KEY)).tolist() == []
 
 
-def test_a_group_tells_port_ip_version_and_direction() -> None:
-    """Each is found in it again, and none is 0, which is no connection."""
+def test_a_group_has_port_ip_version_and_direction() -> None:
+    """All three can be read from it, and no group is 0, which means no connection."""
     keys = np.zeros(4, KEY)
     keys["local_port"] = [1, 443, 65535, 443]
     keys["local_address"][1::2, :12] = IPV4_PREFIX

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Writes the captured bytes beside it: python -m tests.unit.data.capture, as root.
+"""Captures socket tables to files in its directory: python -m tests.unit.data.capture.
 
-A new network namespace gets the sockets that ``_open_sockets`` opens, then the
-kernel is asked for them. The files are what it answered, on x86-64 (words are
-in host byte order, little-endian):
+It requires root. It opens the sockets of ``_open_sockets`` in a new network namespace, and
+reads them from the kernel. The files were captured on x86-64 (words are little-endian):
 
 - ``diag-inet*.bin``, ``diag-inet6*.bin``: one datagram each of a sock_diag
   dump with sequence number 7, of all states;
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from pyroute2.netlink import NETLINK_SOCK_DIAG, NLMSG_DONE
 
-from tcpexporter.socket_tables.tables import sock_diag_request
+from tcpexporter.socket_tables.sock_diag import dump_request
 from tests.support import _ip, inside, new_netns
 
 DATA = Path(__file__).parent
@@ -55,7 +54,7 @@ def opened_sockets() -> Iterator[None]:
 
 
 def _open_sockets() -> Iterator[socket.socket]:
-    """Five listeners, eleven connections to them, one that is half closed."""
+    """Opens five listeners, eleven connections to them, and one half-closed connection."""
     ipv4 = _listen(IPV4, 8001)
     yield ipv4
     yield _listen("0.0.0.0", 8002)
@@ -73,7 +72,7 @@ def _open_sockets() -> Iterator[socket.socket]:
     yield from _connect(ipv4, f"::ffff:{IPV4_CLIENT}", 40011, f"::ffff:{IPV4}")
     client, server = _connect(ipv4, IPV4_CLIENT, 40012, IPV4)
     client.shutdown(socket.SHUT_WR)
-    server.send(b"\0")  # acknowledges the FIN at once
+    server.send(b"\0")  # makes the kernel acknowledge the FIN at once
     yield client
     yield server
 
@@ -103,7 +102,7 @@ def _family(address: str) -> socket.AddressFamily:
 
 def dump(family: int, extensions: int = 0) -> Iterator[bytes]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as netlink:
-        netlink.send(sock_diag_request(family, ALL_STATES, extensions, SEQUENCE))
+        netlink.send(dump_request(family, ALL_STATES, extensions, SEQUENCE))
         kind = None
         while kind != NLMSG_DONE:
             datagram = netlink.recv(65536)

@@ -6,9 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcpexporter.clock import boottime_ns
-from tcpexporter.connections.counting import count, select
-from tcpexporter.connections.record import CONNECTION, KEY, Direction, groups
+from tcpexporter.connections.record import CONNECTION, KEY
 from tcpexporter.ebpf import pins
 from tcpexporter.ebpf.pins import FIELDS, KEY_FIELDS, LAYOUT_MAGIC, LAYOUT_WORDS
 from tcpexporter.errors import PinError
@@ -57,22 +55,6 @@ def test_a_field_outside_of_its_record_is_refused(words: dict[str, int]) -> None
     """numpy alone would have read there, and ended the process."""
     with pytest.raises(PinError, match="is not what an exporter leaves"):
         record(**words)
-
-
-def test_nonsense_in_a_record_does_no_harm() -> None:
-    """A group that is not its key's, no port, a time to come: scrapes go on."""
-    left = np.zeros(4, CONNECTION)
-    left["key"]["local_port"] = [443, 80, 0, 22]
-    left["key"]["local_address"] = 1
-    left["established_ns"] = [1, 2**64 - 1, 1, 1]
-    left["group"] = [2**32 - 1, 7, 7, 0]
-    found = pins.settled(left)
-    assert found["key"]["local_port"].tolist() == [443, 80]
-    directions = np.array([Direction.OUTBOUND, Direction.INBOUND])
-    assert found["group"].tolist() == groups(found["key"], directions).tolist()
-    assert found["established_ns"].max() <= boottime_ns()
-    everything = select((), tcpv6=True, directions=tuple(Direction), own_listener=None)
-    assert count([found], everything, 1 << 62).total == 2
 
 
 @pytest.mark.parametrize(

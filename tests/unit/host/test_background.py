@@ -15,7 +15,7 @@ from tcpexporter.config.reader import ANSWERED, Reader, Told
 from tcpexporter.config.reload import Hangups, Reloading
 from tcpexporter.connections.record import Records
 from tcpexporter.ebpf import reconcile
-from tcpexporter.ebpf.reconcile import Reconciler, Tables
+from tcpexporter.ebpf.reconcile import Reconciler
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SocketTableError, ThreadError
 from tcpexporter.host import background
@@ -238,9 +238,7 @@ def test_without_comparing_numbers_are_right_until_events_are_missed(
     """Then there are none until a comparison works; and each that fails is counted."""
     tracker, tables = CountingTracker(), FaultyTables()
     tables.fault = error
-    reconciler = Reconciler(
-        cast("Tracker", tracker), cast("Tables", tables), interval_s=0.01, cpu_share=1
-    )
+    reconciler = Reconciler(cast("Tracker", tracker), tables, interval_s=0.01, cpu_share=1)
     reconciler.start()
     eventually(lambda: reconciler.task.failures() >= 7)
     assert reconciler.trouble() is None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The polling source, over socket tables that a test fills."""
+"""The polling source, with socket tables made by a test."""
 
 import threading
 import time
@@ -9,26 +9,25 @@ import numpy as np
 import pytest
 
 from tcpexporter.connections.record import (
-    CONNECTION,
     LISTENER,
+    SOCKET,
     Direction,
     Records,
-    directions,
     groups,
 )
 from tcpexporter.connections.source import Report
 from tcpexporter.errors import SocketTableError, SourceError
-from tcpexporter.socket_tables.polling import PollingSource, first_seen
+from tcpexporter.socket_tables.polling import PollingSource
 from tcpexporter.socket_tables.tables import SocketTables
 
 PATIENCE_S = 10
-"""Until a test gives up on what should happen at the next poll."""
+"""Time after which a test fails if the next poll does not have the expected effect."""
 
 
 def connections(
     *ports: int, seen_ns: int = 0, direction: Direction = Direction.INBOUND
 ) -> Records:
-    made = np.zeros(len(ports), CONNECTION)
+    made = np.zeros(len(ports), SOCKET)
     made["key"]["remote_port"] = ports
     made["established_ns"] = seen_ns
     made["key"]["local_port"] = 443
@@ -37,7 +36,7 @@ def connections(
 
 
 def ages(found: Records) -> dict[int, int]:
-    """When each was seen first, by remote port."""
+    """Times when connections were first found, by remote port."""
     assert len(np.unique(found["key"])) == len(found)
     return dict(
         zip(
@@ -49,31 +48,31 @@ def ages(found: Records) -> dict[int, int]:
 
 
 class FakeTables(SocketTables):
-    """Tables in which a look sees ``ports``, or fails; looks are the clock."""
+    """Tables in which a dump finds ``ports``, or fails; the clock counts dumps."""
 
     def __init__(self, *ports: int) -> None:
         self.name = "fake"
         self.ports = ports
-        self.trouble: SocketTableError | None = None
-        self.looks = 0
-        self.lookers: set[threading.Thread] = set()
+        self.error: SocketTableError | None = None
+        self.dumps = 0
+        self.readers: set[threading.Thread] = set()
         self.closed = False
         self.closed_while_polled = False
 
     def established(self, *, with_ages: bool = True) -> Records:  # noqa: ARG002
         assert not self.closed
-        self.looks += 1
-        self.lookers.add(threading.current_thread())
-        if self.trouble:
-            raise self.trouble
-        return connections(*self.ports, seen_ns=self.looks)
+        self.dumps += 1
+        self.readers.add(threading.current_thread())
+        if self.error:
+            raise self.error
+        return connections(*self.ports, seen_ns=self.dumps)
 
     def listeners(self) -> Records:
         return np.array([(1, 443, 4)], LISTENER)
 
     def close(self) -> None:
         self.closed = True
-        others = self.lookers - {threading.current_thread()}
+        others = self.readers - {threading.current_thread()}
         self.closed_while_polled |= any(each.is_alive() for each in others)
 
 
@@ -97,9 +96,9 @@ def eventually(is_so: Callable[[], bool]) -> None:
 
 
 def after_polls(tables: FakeTables, number: int) -> None:
-    """Wait until that many more looks are over."""
-    enough = tables.looks + number + 1
-    eventually(lambda: tables.looks >= enough)
+    """Waits until that many more dumps have ended."""
+    enough = tables.dumps + number + 1
+    eventually(lambda: tables.dumps >= enough)
 
 
 def read(source: PollingSource) -> Records:
@@ -107,43 +106,10 @@ def read(source: PollingSource) -> Records:
     return only
 
 
-def test_a_known_connection_keeps_its_age() -> None:
-    """What was there before keeps its time, what is new has its own, the rest is gone."""
-    before = connections(1, 2, 3, 5, seen_ns=100)
-    now = connections(7, 5, 3, 11, 2, seen_ns=200)
-    found = first_seen(now, [before])
-    assert ages(found) == {7: 200, 5: 100, 3: 100, 11: 200, 2: 100}
-
-
-def test_a_known_connection_keeps_its_direction() -> None:
-    """A service that stops listening keeps its connections inbound; new ones are not."""
-    before = connections(1, 2, direction=Direction.INBOUND)
-    now = connections(1, 2, 3, direction=Direction.OUTBOUND)
-    found = first_seen(now, [before])
-    assert directions(found["group"]).tolist() == [
-        Direction.INBOUND,
-        Direction.INBOUND,
-        Direction.OUTBOUND,
-    ]
-
-
-@pytest.mark.parametrize(("now", "before"), [((), ()), ((1, 2, 3), ()), ((), (1, 2, 3))])
-def test_nothing_may_be_known(now: tuple[int, ...], before: tuple[int, ...]) -> None:
-    """No connection now, or none before, is no trouble."""
-    found = first_seen(connections(*now, seen_ns=200), [connections(*before, seen_ns=100)])
-    assert ages(found) == dict.fromkeys(now, 200)
-
-
-def test_a_key_that_differs_anywhere_is_new() -> None:
-    """Age goes by the whole key: another address with the same ports is another."""
-    before = connections(1, seen_ns=100)
-    now = connections(1, seen_ns=200)
-    now["key"]["remote_address"][0, 15] = 1
-    assert ages(first_seen(now, [before])) == {1: 200}
-
-
-def test_what_comes_and_goes_is_read(tables: FakeTables, source: PollingSource) -> None:
-    """A read has the connections of the last poll, each as old as when first seen."""
+def test_new_connections_are_added_and_closed_ones_removed(
+    tables: FakeTables, source: PollingSource
+) -> None:
+    """A read returns the connections of the last poll, with the times of their first."""
     source.start()
     assert ages(read(source)) == dict.fromkeys((1, 2, 3), 1)
     after_polls(tables, 3)
@@ -157,8 +123,10 @@ def test_what_comes_and_goes_is_read(tables: FakeTables, source: PollingSource) 
     assert ages(read(source)) == first_seen_at
 
 
-def test_what_comes_back_is_new(tables: FakeTables, source: PollingSource) -> None:
-    """A connection that one poll has missed starts at age 0 again."""
+def test_a_connection_that_reappears_is_new(
+    tables: FakeTables, source: PollingSource
+) -> None:
+    """A connection that one poll did not find has age 0 at the next one."""
     source.start()
     tables.ports = (1, 2)
     eventually(lambda: 3 not in ages(read(source)))
@@ -168,22 +136,22 @@ def test_what_comes_back_is_new(tables: FakeTables, source: PollingSource) -> No
 
 
 def test_reading_does_not_poll(tables: FakeTables) -> None:
-    """Only the thread looks, once each interval, however often it is read."""
+    """Only the thread reads the tables, once per interval."""
     source = PollingSource(tables, interval_s=3600)
     source.start()
     for _ in range(7):
         read(source)
-    assert tables.looks == 1
+    assert tables.dumps == 1
     source.close()
 
 
 def test_a_failed_first_poll_is_an_error(tables: FakeTables, source: PollingSource) -> None:
-    """`start` raises, and nothing is left running."""
-    tables.trouble = SocketTableError("no sock_diag")
+    """`start` raises the error, and there is no thread."""
+    tables.error = SocketTableError("no sock_diag")
     with pytest.raises(SocketTableError, match="no sock_diag"):
         source.start()
     source.close()
-    assert tables.looks == 1
+    assert tables.dumps == 1
     assert tables.closed
 
 
@@ -198,32 +166,32 @@ def failing(source: PollingSource) -> bool:
 def test_a_failed_poll_is_an_error_until_one_succeeds(
     tables: FakeTables, source: PollingSource, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No old numbers meanwhile, one warning, and ages go on afterwards."""
+    """Reads fail meanwhile, there is one warning, and then the old times are back."""
     source.start()
-    tables.trouble = SocketTableError("no sock_diag")
+    tables.error = SocketTableError("no sock_diag")
     eventually(lambda: failing(source))
     after_polls(tables, 3)
     with pytest.raises(SourceError, match="no sock_diag"):
         read(source)
     tables.ports = (2, 3, 5)
-    tables.trouble = None
+    tables.error = None
     eventually(lambda: not failing(source))
     assert ages(read(source)).keys() == {2, 3, 5}
     assert ages(read(source))[2] == 1
     assert ages(read(source))[5] > 4
     (warning,) = caplog.messages
-    assert warning == "no connections can be counted: no sock_diag"
+    assert warning == "cannot count connections: no sock_diag"
 
 
-def test_each_failure_is_warned_of(
+def test_each_new_failure_is_logged(
     tables: FakeTables, source: PollingSource, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a recovery the next failure is told again."""
+    """There is another warning for the first failure after a success."""
     source.start()
     for _ in range(3):
-        tables.trouble = SocketTableError("no sock_diag")
+        tables.error = SocketTableError("no sock_diag")
         eventually(lambda: failing(source))
-        tables.trouble = None
+        tables.error = None
         eventually(lambda: not failing(source))
     assert len(caplog.messages) == 3
 
@@ -231,17 +199,17 @@ def test_each_failure_is_warned_of(
 def test_closing_ends_the_thread_before_the_tables(
     tables: FakeTables, source: PollingSource
 ) -> None:
-    """No poll reads a descriptor that is closed, and no thread is left."""
+    """No poll reads a closed descriptor, and the thread has ended."""
     source.start()
     after_polls(tables, 3)
-    assert len(tables.lookers) == 2
+    assert len(tables.readers) == 2
     source.close()
     assert tables.closed
     assert not tables.closed_while_polled
 
 
-def test_a_poll_does_not_delay_the_end(tables: FakeTables) -> None:
-    """Closing does not wait for the interval to be over."""
+def test_closing_does_not_wait_for_the_interval(tables: FakeTables) -> None:
+    """The interval is an hour."""
     source = PollingSource(tables, interval_s=3600)
     source.start()
     started_s = time.monotonic()
@@ -249,10 +217,10 @@ def test_a_poll_does_not_delay_the_end(tables: FakeTables) -> None:
     assert time.monotonic() - started_s < PATIENCE_S
 
 
-def test_it_is_a_source_without_a_bpf_program(
+def test_name_and_listeners_come_from_the_tables(
     tables: FakeTables, source: PollingSource
 ) -> None:
-    """Name and listeners are those of the tables; no events, no bound."""
+    """The report has no values: there is no BPF program and no limit of connections."""
     assert source.name == tables.name
     assert source.listeners().tolist() == [(1, 443, 4)]
     assert source.report() == Report()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The file that ages are saved in, over socket tables that a test fills."""
+"""Saving ages to a file and restoring them, with socket tables made by a test."""
 
 import contextlib
 import errno
@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.record import (
-    CONNECTION,
+    SOCKET,
     Direction,
     Records,
     directions,
     groups,
 )
 from tcpexporter.errors import StateError
-from tcpexporter.socket_tables import saved_ages as state
+from tcpexporter.socket_tables import saved_ages
 from tcpexporter.socket_tables.saved_ages import (
     HEADER,
     PIECE_BYTES,
@@ -38,9 +38,9 @@ from tests.support import eventually
 def connections(
     *numbers: int, seen_ns: int = 0, direction: Direction = Direction.INBOUND
 ) -> Records:
-    """One for each number, which is its cookie, and its remote port."""
-    made = np.zeros(len(numbers), CONNECTION)
-    made["handle"] = numbers
+    """A connection for each number, which is its cookie and its remote port."""
+    made = np.zeros(len(numbers), SOCKET)
+    made["cookie"] = numbers
     made["key"]["remote_port"] = numbers
     made["key"]["local_port"] = 443
     made["established_ns"] = seen_ns
@@ -49,7 +49,7 @@ def connections(
 
 
 class Tables:
-    """Tables that show what a test says."""
+    """Socket tables with the connections that a test has chosen."""
 
     def __init__(self, shown: Records) -> None:
         self._shown = shown
@@ -73,28 +73,28 @@ def path(tmp_path: Path) -> Path:
 
 
 def saved(path: Path, *saves: Records) -> None:
-    """By one run of the exporter, one after another."""
+    """One run of the exporter makes these saves."""
     with contextlib.closing(reopened(path)) as run:
         run.aged(Tables(connections()))
         for each in saves:
             run._save(each)
 
 
-def taken_over(path: Path, shown: Records) -> dict[int, tuple[int, int]]:
-    """Times and directions by cookie, of what the next run finds in the tables."""
+def restored(path: Path, shown: Records) -> dict[int, tuple[int, int]]:
+    """Times and directions, by cookie, that the next run gives to these connections."""
     run = reopened(path)
     found = run.aged(Tables(shown)).established(with_ages=True)
     run.close()
     values = zip(
         found["established_ns"].tolist(), directions(found["group"]).tolist(), strict=True
     )
-    return dict(zip(found["handle"].tolist(), values, strict=True))
+    return dict(zip(found["cookie"].tolist(), values, strict=True))
 
 
-def test_ages_and_directions_are_taken_over(path: Path) -> None:
-    """Of connections that are still there; others have what the tables tell."""
+def test_ages_and_directions_are_restored(path: Path) -> None:
+    """Connections that were not saved have the time from the tables."""
     saved(path, connections(1, 2, 3, seen_ns=100, direction=Direction.OUTBOUND))
-    assert taken_over(path, connections(2, 3, 5, seen_ns=900)) == {
+    assert restored(path, connections(2, 3, 5, seen_ns=900)) == {
         2: (100, Direction.OUTBOUND),
         3: (100, Direction.OUTBOUND),
         5: (900, Direction.INBOUND),
@@ -102,40 +102,40 @@ def test_ages_and_directions_are_taken_over(path: Path) -> None:
 
 
 def test_another_socket_or_another_key_is_another_connection(path: Path) -> None:
-    """The same address pair opened anew; the same socket connected elsewhere."""
+    """One has another socket for the same address pair, one another port."""
     saved(path, connections(1, 2, 3, seen_ns=100))
     shown = connections(1, 2, 3, seen_ns=900)
-    shown["handle"][0] = 11
+    shown["cookie"][0] = 11
     shown["key"]["remote_port"][1] = 22
-    assert taken_over(path, shown) == {
+    assert restored(path, shown) == {
         11: (900, 0),
         2: (900, 0),
         3: (100, 0),
     }
 
 
-def test_sockets_that_are_not_told_apart_take_nothing(
+def test_without_cookies_nothing_is_saved_or_restored(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As with procfs, which tells no cookie: nothing is saved either, and that is said."""
+    """Connections from procfs have no cookie; the save fails with an error."""
     unknown = connections(1, 2, seen_ns=100)
-    unknown["handle"] = 0
-    with pytest.raises(StateError, match="does not tell sockets apart"):
+    unknown["cookie"] = 0
+    with pytest.raises(StateError, match="has no socket cookies"):
         saved(path, unknown)
     saved(path, connections(1, 2, seen_ns=100))
     unknown["established_ns"] = 900
-    assert taken_over(path, unknown) == {0: (900, 0)}
+    assert restored(path, unknown) == {0: (900, 0)}
     assert not caplog.messages
 
 
-def test_a_bound_that_is_better_is_kept(path: Path) -> None:
-    """Where a saved age is itself a bound, the tables may know of a higher one."""
+def test_an_earlier_time_from_the_tables_is_kept(path: Path) -> None:
+    """The saved time can be an upper bound, and the tables can have a lower one."""
     saved(path, connections(1, seen_ns=500))
-    assert taken_over(path, connections(1, seen_ns=300)) == {1: (300, 0)}
+    assert restored(path, connections(1, seen_ns=300)) == {1: (300, 0)}
 
 
-def test_of_several_saves_the_last_counts(path: Path) -> None:
-    """By one run and by others, however long they are."""
+def test_the_last_of_several_saves_is_restored(path: Path) -> None:
+    """The saves are from several runs, and each is shorter than the one before."""
     many = range(1, 10_007)
     for number in range(1, 8):
         saved(
@@ -143,13 +143,13 @@ def test_of_several_saves_the_last_counts(path: Path) -> None:
             connections(*many[: 10_006 // number], seen_ns=1000 - 10 * number),
             connections(*many[:number], seen_ns=1000 - 10 * number - 1),
         )
-        found = taken_over(path, connections(*many, seen_ns=2000))
+        found = restored(path, connections(*many, seen_ns=2000))
         times = [time for time, _ in found.values()]
         assert times == [999 - 10 * number] * number + [2000] * (10_006 - number)
 
 
-def test_what_is_there_already_is_not_written_again(path: Path) -> None:
-    """An idle host's disk is left alone, and the save counts as one."""
+def test_an_unchanged_save_is_not_written_again(path: Path) -> None:
+    """The file is not written, and the time of the save is updated."""
     run = reopened(path)
     run.aged(Tables(connections()))
     run._save(connections(1, 2, seen_ns=100))
@@ -163,8 +163,8 @@ def test_what_is_there_already_is_not_written_again(path: Path) -> None:
     run.close()
 
 
-def test_the_highest_number_does_not_end_it(path: Path) -> None:
-    """Nobody saves that often, but a file may say so."""
+def test_the_number_of_a_save_wraps_around(path: Path) -> None:
+    """A file can have the highest number of 64 bits: the next save has number 0."""
     save = Save(2**64 - 1, bytes(16), (1, 2), np.zeros(0, ROW))
     path.write_bytes(compose(save))
     path.chmod(0o600)
@@ -184,13 +184,15 @@ def overwrite(path: Path, place: int, what: bytes) -> None:
         file.write(what)
 
 
-def test_a_torn_area_leaves_the_other(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whichever it is: the save that is whole is taken, and the torn one written next."""
+def test_a_damaged_area_leaves_the_other_one(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The complete save is restored, and the next save replaces the damaged one."""
     for torn in (0, 1):
         saved(path, connections(1, seen_ns=100), connections(1, seen_ns=101))
         whole = parse(area(path, 1 - torn))
         overwrite(path, torn * PIECE_BYTES + HEADER.itemsize, b"torn")
-        assert taken_over(path, connections(1, seen_ns=900)) == {
+        assert restored(path, connections(1, seen_ns=900)) == {
             1: (int(whole.rows["established_ns"][0]), 0)
         }
         saved(path, connections(1, seen_ns=102))
@@ -200,23 +202,23 @@ def test_a_torn_area_leaves_the_other(path: Path, caplog: pytest.LogCaptureFixtu
     assert not caplog.messages
 
 
-def test_two_torn_areas_are_said_and_written_anew(
+def test_two_damaged_areas_are_logged_and_replaced(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ages are lost, and saved from then on."""
+    """Nothing is restored then, and the next save is."""
     saved(path, connections(1, seen_ns=100), connections(1, seen_ns=101))
     for number in (0, 1):
         overwrite(path, number * PIECE_BYTES + HEADER.itemsize, b"torn")
-    assert taken_over(path, connections(1, seen_ns=900)) == {1: (900, 0)}
-    assert caplog.messages == [f"the ages in {path} are lost: its checksum is wrong"]
+    assert restored(path, connections(1, seen_ns=900)) == {1: (900, 0)}
+    assert caplog.messages == [f"cannot restore ages from {path}: its checksum is wrong"]
     saved(path, connections(1, seen_ns=900))
-    assert taken_over(path, connections(1, seen_ns=990)) == {1: (900, 0)}
+    assert restored(path, connections(1, seen_ns=990)) == {1: (900, 0)}
 
 
-def test_a_save_that_fails_leaves_the_one_before(
+def test_a_failed_save_leaves_the_previous_one(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full in the midst of each of several; the next that works is taken."""
+    """The disk gets full during several saves; the next complete save is restored."""
     run = reopened(path)
     run.aged(Tables(connections()))
     run._save(connections(*range(1, 5001), seen_ns=100))
@@ -235,35 +237,35 @@ def test_a_save_that_fails_leaves_the_one_before(
             assert parse(area(path, 0)).rows["established_ns"].tolist() == [100] * 5000
     run._save(connections(1, seen_ns=203))
     run.close()
-    assert taken_over(path, connections(1, seen_ns=900)) == {1: (203, 0)}
+    assert restored(path, connections(1, seen_ns=900)) == {1: (203, 0)}
 
 
-def test_another_boot_takes_nothing_over(
+def test_nothing_is_restored_after_another_boot(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cookies and the clock have begun anew."""
+    """Cookies and the clock start again at each boot."""
     saved(path, connections(1, seen_ns=100))
     other = tmp_path / "boot_id"
     other.write_text("01234567-89ab-cdef-0123-456789abcd00\n")
     with monkeypatch.context() as changed:
-        changed.setattr(state, "BOOT_ID", other)
-        assert taken_over(path, connections(1, seen_ns=900)) == {1: (900, 0)}
+        changed.setattr(saved_ages, "BOOT_ID", other)
+        assert restored(path, connections(1, seen_ns=900)) == {1: (900, 0)}
         saved(path, connections(1, seen_ns=500))
-        assert taken_over(path, connections(1, seen_ns=900)) == {1: (500, 0)}
-    assert taken_over(path, connections(1, seen_ns=900)) == {1: (900, 0)}
+        assert restored(path, connections(1, seen_ns=900)) == {1: (500, 0)}
+    assert restored(path, connections(1, seen_ns=900)) == {1: (900, 0)}
 
 
-def test_a_version_of_tomorrow_is_not_understood(
+def test_a_save_of_another_version_is_not_restored(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is said, and does not keep this one from saving."""
+    """That is logged, and the next save replaces it."""
     saved(path, connections(1, seen_ns=100))
     _, at = HEADER.fields["version"][:2]  # type: ignore[index]
     overwrite(path, at, (2).to_bytes(4, "little"))
-    assert taken_over(path, connections(1, seen_ns=900)) == {1: (900, 0)}
-    assert caplog.messages == [f"the ages in {path} are lost: it is of version 2, not 1"]
+    assert restored(path, connections(1, seen_ns=900)) == {1: (900, 0)}
+    assert caplog.messages == [f"cannot restore ages from {path}: it has version 2, not 1"]
     saved(path, connections(1, seen_ns=500))
-    assert taken_over(path, connections(1, seen_ns=900)) == {1: (500, 0)}
+    assert restored(path, connections(1, seen_ns=900)) == {1: (500, 0)}
 
 
 def refused(path: Path) -> str:
@@ -272,20 +274,20 @@ def refused(path: Path) -> str:
     return str(raised.value)
 
 
-def test_of_two_exporters_the_second_is_refused(path: Path) -> None:
-    """Until the first has ended."""
+def test_a_second_exporter_gets_an_error(path: Path) -> None:
+    """It can use the file once the first exporter has ended."""
     with contextlib.closing(reopened(path)):
         assert "is in use by another exporter" in refused(path)
     reopened(path).close()
 
 
-def test_a_file_that_is_not_ours_is_refused(path: Path, tmp_path: Path) -> None:
-    """Somebody else's, one that others may write to, a link, or of another kind."""
+def test_a_file_that_cannot_be_trusted_is_refused(path: Path, tmp_path: Path) -> None:
+    """It has other content, others may read it, or it is a link, a fifo or a directory."""
     path.write_text("# something that somebody needs\n")
     path.chmod(0o600)
-    assert "is not what an exporter saves" in refused(path)
+    assert "is not a file of --state" in refused(path)
     path.chmod(0o640)
-    assert "is not ours alone" in refused(path)
+    assert "cannot be trusted" in refused(path)
     assert path.read_text() == "# something that somebody needs\n"
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "elsewhere")
@@ -301,14 +303,14 @@ def test_a_file_that_is_not_ours_is_refused(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_a_file_of_another_user_is_refused(path: Path) -> None:
-    """What is in it could be anything."""
+    """That user could write any ages to it."""
     path.touch(0o600)
     os.chown(path, 65534, 65534)
-    assert "is not ours alone" in refused(path)
+    assert "cannot be trusted" in refused(path)
 
 
-def test_the_file_is_ours_alone(path: Path) -> None:
-    """Whatever the umask is."""
+def test_only_the_owner_can_access_the_file(path: Path) -> None:
+    """This holds with any umask."""
     before = os.umask(0)
     try:
         reopened(path).close()
@@ -317,10 +319,10 @@ def test_the_file_is_ours_alone(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_disk_with_trouble_does_not_keep_it_from_starting(
+def test_a_failing_disk_does_not_prevent_the_start(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One warning: numbers matter more than ages."""
+    """There is one warning, and connections can be counted."""
 
     def read_only(*_: object) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -330,19 +332,19 @@ def test_a_disk_with_trouble_does_not_keep_it_from_starting(
     assert caplog.messages == [f"ages are not saved: {path}: Read-only file system"]
 
 
-def test_a_file_that_was_deleted_is_told_of(path: Path) -> None:
-    """What is saved in it nobody will find."""
+def test_a_deleted_file_is_an_error(path: Path) -> None:
+    """The next run could not find what is saved."""
     with contextlib.closing(reopened(path)) as run:
         path.unlink()
-        with pytest.raises(StateError, match=f"there is no {path} any more"):
+        with pytest.raises(StateError, match=f"{path} was deleted or replaced"):
             run._save(connections(1))
 
 
-def test_a_save_that_hangs_does_not_keep_it_from_ending(
+def test_a_save_that_hangs_does_not_prevent_the_end(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is as it was, and not closed while it may be written to."""
-    monkeypatch.setattr(state, "STOP_TIMEOUT_S", 0.01)
+    """The file is unchanged, and stays open until the save has written to it."""
+    monkeypatch.setattr(saved_ages, "STOP_TIMEOUT_S", 0.01)
     hangs = threading.Event()
 
     def known() -> Records:
@@ -369,16 +371,16 @@ any_save = st.builds(
 
 
 @given(save=any_save, after=st.binary(max_size=7))
-def test_a_save_is_read_as_it_was_written(save: Save, after: bytes) -> None:
-    """Whatever is left from a longer one follows it."""
+def test_a_parsed_save_equals_the_composed_one(save: Save, after: bytes) -> None:
+    """Any bytes may follow it, from an older, longer save."""
     read = parse(compose(save) + after)
     assert read.rows.tolist() == save.rows.tolist()
     assert (read.number, read.boot, read.secret) == (save.number, save.boot, save.secret)
 
 
 @given(save=any_save, data=st.data())
-def test_no_bit_of_a_save_can_change(save: Save, data: st.DataObject) -> None:
-    """A save that was torn anywhere is not taken for one."""
+def test_a_change_of_any_bit_is_detected(save: Save, data: st.DataObject) -> None:
+    """Such an area is refused."""
     whole = bytearray(compose(save))
     bit = data.draw(st.integers(0, 8 * len(whole) - 1))
     whole[bit // 8] ^= 1 << bit % 8
@@ -387,8 +389,8 @@ def test_no_bit_of_a_save_can_change(save: Save, data: st.DataObject) -> None:
 
 
 @given(text=st.binary(max_size=200))
-def test_anything_else_is_an_error(text: bytes) -> None:
-    """One that says what is wrong, and no other."""
-    for each in (text, state.MAGIC + state.VERSION.to_bytes(4, "little") + text):
+def test_any_other_bytes_are_refused(text: bytes) -> None:
+    """The only exception is StateError."""
+    for each in (text, saved_ages.MAGIC + saved_ages.VERSION.to_bytes(4, "little") + text):
         with pytest.raises(StateError):
             parse(each)

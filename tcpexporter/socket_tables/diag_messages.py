@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Decodes the messages of a sock_diag dump, many at once: sock_diag(7)."""
+
+import os
+import socket
+import struct
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter.connections.record import Records
+from tcpexporter.errors import SocketTableError
+from tcpexporter.lean import part_of
+from tcpexporter.socket_tables.entries import ENTRY, TCP_LISTEN, Bytes, v4_mapped
+
+with part_of("pyroute2"):  # importing all of it takes 8 MiB more
+    from pyroute2.netlink import NLMSG_DONE, NLMSG_ERROR
+    from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY
+
+FEW = 64
+"""How many messages are compared first, before all messages of a reply are."""
+
+DIAG_MESSAGE = np.dtype(
+    [
+        ("length", "u4"),
+        ("type", "u2"),
+        ("flags", "u2"),
+        ("sequence", "u4"),
+        ("sender", "u4"),
+        ("family", "u1"),
+        ("state", "u1"),
+        ("timer", "u1"),
+        ("retrans", "u1"),
+        ("local_port", ">u2"),
+        ("remote_port", ">u2"),
+        ("local_address", "u1", 16),
+        ("remote_address", "u1", 16),
+        ("device", "u4"),
+        ("cookie", "u8"),
+        ("rest", "V20"),
+    ]
+)
+"""``struct nlmsghdr`` and ``struct inet_diag_msg``: netlink(7), sock_diag(7)."""
+
+NETLINK_HEADER = struct.Struct("=IHHI")
+"""Length, type, flags and sequence number; netlink(7)."""
+
+NETLINK_HEADER_BYTES = 16
+
+INET_DIAG_INFO = 2
+INET_DIAG_SKV6ONLY = 11
+"""Attributes of a reply: include/uapi/linux/inet_diag.h."""
+
+TCP_INFO = np.dtype(
+    {
+        "names": [
+            "options",
+            "last_data_sent_ms",
+            "last_data_recv_ms",
+            "last_ack_recv_ms",
+            "busy_time_us",
+        ],
+        "formats": ["u1", "u4", "u4", "u4", "u8"],
+        "offsets": [5, 44, 52, 56, 168],
+        "itemsize": 176,
+    }
+)
+"""The fields of ``struct tcp_info`` that ages come from: include/uapi/linux/tcp.h."""
+
+TCPI_OPT_SYN_DATA = 32
+
+JIFFY_NS = 10_000_000
+"""The longest jiffy, at HZ=100. The difference of two times can be one jiffy too large."""
+
+
+def split_messages(reply: Bytes, sequence: int) -> tuple[list[Bytes], bool]:
+    """Splits datagrams of a dump into messages.
+
+    Returns:
+        One array of bytes, of shape (messages, length), for each run of messages that have
+        the same length, as nearly all messages of a dump have; and whether the dump ends
+        here.
+
+    Raises:
+        SocketTableError: the kernel reports an error, or a message is malformed, or
+            answers another request than ``sequence``. The message has the byte.
+    """
+    runs: list[Bytes] = []
+    offset = 0
+    while offset < len(reply):
+        length, kind = _message(reply, offset, sequence)
+        # A failed dump ends with NLMSG_DONE too, with a negative error number.
+        error = int(reply[offset + 16 : offset + 20].view(np.int32)[0])
+        if kind == NLMSG_ERROR or (kind == NLMSG_DONE and error < 0):
+            raise SocketTableError(f"sock_diag refuses: {os.strerror(min(-error, 4095))}")
+        aligned = (length + 3) & ~3
+        left = len(reply) - offset
+        if kind == NLMSG_DONE and aligned == left:
+            return runs, True
+        if kind == SOCK_DIAG_BY_FAMILY and length < DIAG_MESSAGE.itemsize:
+            raise SocketTableError(f"sock_diag reply: short message at byte {offset}")
+        if kind != SOCK_DIAG_BY_FAMILY or aligned > left:
+            raise _malformed(offset)
+        rows = reply[offset : offset + left // aligned * aligned].reshape(-1, aligned)
+        # Compare a few first. Otherwise messages that all differ would take quadratic time.
+        few = _alike(rows[:FEW])
+        rows = _alike(rows) if len(few) == FEW else few
+        runs.append(rows)
+        offset += rows.size
+    return runs, False
+
+
+def _alike(rows: Bytes) -> Bytes:
+    """The first messages that have the length, type and sequence number of the first."""
+    alike = (rows[:, :12] == rows[0, :12]).all(axis=1)
+    return rows[: len(rows) if alike.all() else int(alike.argmin())]
+
+
+def _message(reply: Bytes, offset: int, sequence: int) -> tuple[int, int]:
+    """The length and type of the message at ``offset``."""
+    left = len(reply) - offset
+    if left < NETLINK_HEADER_BYTES + 4:
+        raise _malformed(offset)
+    length, kind, _, answered = NETLINK_HEADER.unpack_from(reply.data, offset)
+    if answered != sequence or not NETLINK_HEADER_BYTES + 4 <= length <= left:
+        raise _malformed(offset)
+    return length, kind
+
+
+def _malformed(offset: int) -> SocketTableError:
+    return SocketTableError(f"sock_diag reply: malformed message at byte {offset}")
+
+
+def decode_messages(rows: Bytes, netns: int, *, with_ages: bool = True) -> Records:
+    """Decodes messages of equal length to dtype `ENTRY`.
+
+    Args:
+        rows: the messages, of shape (messages, length).
+        netns: the inode of the namespace, for the keys of the entries.
+        with_ages: whether to read ages from ``struct tcp_info``.
+    """
+    messages = np.ascontiguousarray(rows[:, : DIAG_MESSAGE.itemsize]).view(DIAG_MESSAGE)[
+        :, 0
+    ]
+    entries = np.zeros(len(messages), ENTRY)
+    is_ipv4 = messages["family"] == socket.AF_INET
+    for end in ("local", "remote"):
+        address = entries["key"][f"{end}_address"]
+        address[:] = messages[f"{end}_address"]
+        address[is_ipv4] = v4_mapped(address[is_ipv4, :4])
+        entries["key"][f"{end}_port"] = messages[f"{end}_port"]
+    entries["key"]["netns"] = netns
+    entries["state"] = messages["state"]
+    entries["cookie"] = messages["cookie"]
+    is_listener = messages["state"] == TCP_LISTEN
+    if is_listener.any():
+        has, v6only = _attribute(rows, INET_DIAG_SKV6ONLY, 1)
+        entries["v6only"][has] = v6only[:, 0] != 0
+    if with_ages and not is_listener.all():
+        has, info = _attribute(rows, INET_DIAG_INFO, TCP_INFO.itemsize)
+        entries["age_ns"][has] = _lowest_ages_ns(info.view(TCP_INFO)[:, 0])
+    return entries
+
+
+def _attribute(rows: Bytes, kind: int, size: int) -> tuple[npt.NDArray[np.intp], Bytes]:
+    """Reads the first ``size`` bytes of an attribute's payload.
+
+    Returns:
+        The indices of the messages that have an attribute of that kind and at least that
+        size; and the bytes, of shape (indices, size).
+    """
+    # Attributes are aligned to 4 bytes. Working on words is four times as fast.
+    words = np.ascontiguousarray(rows).view(np.uint32)
+    needed = -(-size // 4)
+    payload_at = _payloads_at(words, kind, size)
+    has = np.flatnonzero(payload_at)
+    at = payload_at[has]
+    if len(has) == len(words) and (at == at[0]).all():
+        payload = np.ascontiguousarray(words[:, at[0] : at[0] + needed])
+    else:
+        payload = words[has[:, None], at[:, None] + np.arange(needed)]
+    return has, payload.view(np.uint8)[:, :size]
+
+
+def _payloads_at(
+    words: npt.NDArray[np.uint32], kind: int, size: int
+) -> npt.NDArray[np.intp]:
+    """The index of the word where an attribute's payload begins, in each message.
+
+    It is 0 in a message that has no attribute of that kind and at least that size.
+    """
+    payload_at = np.zeros(len(words), np.intp)
+    position = DIAG_MESSAGE.itemsize // 4
+    while position + -(-size // 4) < words.shape[1]:
+        headers = words[:, position]
+        if (headers != headers[0]).any():
+            return _payloads_at_one_by_one(words, kind, size)
+        length, found = (int(each) for each in headers[:1].view(np.uint16))
+        if found == kind and length >= 4 + size:
+            payload_at[:] = position + 1
+        position += max((length + 3) // 4, 1)
+    return payload_at
+
+
+def _payloads_at_one_by_one(
+    words: npt.NDArray[np.uint32], kind: int, size: int
+) -> npt.NDArray[np.intp]:
+    """As `_payloads_at`, for messages that do not all have the same attributes.
+
+    Each pass of the loop advances in every message by one attribute.
+    """
+    payload_at = np.zeros(len(words), np.intp)
+    position = np.full(len(words), DIAG_MESSAGE.itemsize // 4)
+    every = np.arange(len(words))
+    while len(every := every[position[every] < words.shape[1]]):
+        at = position[every]
+        header = words[every, at][:, None].view(np.uint16)
+        length = header[:, 0].astype(np.intp)
+        is_wanted = (header[:, 1] == kind) & (length >= 4 + size)
+        is_wanted &= at + 1 + -(-size // 4) <= words.shape[1]
+        payload_at[every[is_wanted]] = at[is_wanted] + 1
+        position[every] += np.maximum((length + 3) // 4, 1)
+    return payload_at
+
+
+def _lowest_ages_ns(info: Records) -> npt.NDArray[np.int64]:
+    """Lower bounds of the ages of connections, from dtype `TCP_INFO`.
+
+    Each of these times began when the connection was established, or later:
+
+    - last_data_sent: tcp_finish_connect and tcp_rcv_state_process set ``lsndtime``
+      when they establish the connection.
+    - last_data_recv: tcp_finish_connect and tcp_create_openreq_child set ``lrcvtime``.
+      The latter does so at the SYN, which is too early if the SYN carried data (TCP Fast
+      Open).
+    - last_ack_recv: tcp_ack sets ``rcv_tstamp``, for the handshake at the latest.
+    - busy_time: how long data was in flight. With Fast Open it can begin too early, too.
+
+    This was read in the kernel's net/ipv4, v4.10 to v6.18. The times are in jiffies, which
+    stop during suspend and wrap around: both make the ages smaller.
+    """
+    by_sender = np.maximum(info["last_data_sent_ms"], info["last_ack_recv_ms"])
+    by_all = np.maximum(by_sender, info["last_data_recv_ms"])
+    has_syn_data = info["options"] & TCPI_OPT_SYN_DATA != 0
+    age_ns = np.where(has_syn_data, by_sender, by_all).astype(np.int64) * 1_000_000
+    busy_ns = np.where(has_syn_data, 0, info["busy_time_us"]).astype(np.int64) * 1_000
+    ages_ns: npt.NDArray[np.int64] = np.maximum(age_ns, busy_ns) - JIFFY_NS
+    return np.maximum(ages_ns, 0)
