@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Writes the README's tables: ``python -m tests.benchmarks.table FILE --write README.md``.
+"""Writes the tables of docs/performance.md from the figures of a full bench.
 
-All of what is between the two markers is written anew, nothing of it is made by hand.
+    python -m tests.benchmarks.table FILE --write docs/performance.md
+
+Replaces all text between the two markers; none of it is written by hand.
 """
 
 import argparse

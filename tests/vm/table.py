@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The table of kernels: ``python -m tests.vm.table FILE --write README.md``."""
+"""Writes the table of docs/kernels.md.
+
+python -m tests.vm.table FILE --write docs/kernels.md
+"""
 
 import argparse
 import sys
@@ -63,7 +66,7 @@ def plain(outcomes: Sequence[Outcome]) -> str:
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """For the README."""
+    """For docs/kernels.md."""
     lines = [f"- {each}" for each in remarks(outcomes)]
     return "\n\n".join(filter(None, [tables.markdown(table(outcomes)), "\n".join(lines)]))
 
