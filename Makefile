@@ -9,7 +9,7 @@ c_files = $(shell find bpf -name '*.[ch]')
 
 .PHONY: help
 help: ## Print these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: run
 # exec: a signal to make reaches the exporter and not a shell.
