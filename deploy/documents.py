@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Writes the documents that are generated from the code: ``make documents``.
 
-They are the tables in docs/settings.md and docs/metrics.md, and the man page
-deploy/man/tcpexporter.8.
+They are the tables in docs/settings.md and docs/metrics.md, the map of the tree in
+CONTRIBUTING.md, and the man page deploy/man/tcpexporter.8.
 """
 
+import ast
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ SETTINGS_BEGIN = "<!-- settings: written by make documents -->"
 SETTINGS_END = "<!-- end of settings -->"
 METRICS_BEGIN = "<!-- metrics: written by make documents -->"
 METRICS_END = "<!-- end of metrics -->"
+TREE_BEGIN = "<!-- tree: written by make documents -->"
+TREE_END = "<!-- end of tree -->"
 
 OF_EVERY_PROCESS = ("process_", "python_info")
 """How the metrics begin that prometheus_client adds: the page names them in its text."""
@@ -154,6 +157,26 @@ def _help(family: Metric) -> str:
     return _cell(family.documentation)
 
 
+# --- CONTRIBUTING.md ---
+
+
+def tree_table() -> str:
+    """A table of every module with a docstring: its path and what it is for."""
+    package = ROOT / "tcpexporter"
+    rows = [
+        [_code(str(path.relative_to(ROOT))), _cell(summary)]
+        for path in sorted(package.rglob("*.py"), key=lambda each: (each.parent, each))
+        if (summary := _summary(path))
+    ]
+    return tables.markdown([["module", "what it is for"], *rows])
+
+
+def _summary(path: Path) -> str:
+    """The first paragraph of a module's docstring; empty if it has none."""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
 # --- The man page ---
 
 
@@ -201,9 +224,14 @@ def _with_metrics(text: str) -> str:
     return tables.replaced(text, METRICS_BEGIN, METRICS_END, metrics_table())
 
 
+def _with_tree(text: str) -> str:
+    return tables.replaced(text, TREE_BEGIN, TREE_END, tree_table())
+
+
 DOCUMENTS: dict[Path, Callable[[str], str]] = {
     ROOT / "docs" / "settings.md": _with_settings,
     ROOT / "docs" / "metrics.md": _with_metrics,
+    ROOT / "CONTRIBUTING.md": _with_tree,
     ROOT / "deploy" / "man" / "tcpexporter.8": lambda _: man_page(),
 }
 """What makes a document's new text from its present one."""
