@@ -70,7 +70,7 @@ def test_says_why_there_is_no_number(measured: report.Report) -> None:
     shown = table.markdown(measured)
     assert "counted in Python | it gave no number within 60 s |" in shown
     assert "1,000,000 sockets: not measured, because there is no room." in shown
-    assert "1,000,000 sockets already there | ≤ 5.00 s | not measured |" in shown
+    assert "1,000,000 pre-existing sockets | ≤ 5.00 s | not measured |" in shown
 
 
 def test_replaces_what_is_between_the_markers(

@@ -236,7 +236,7 @@ def test_the_man_page_has_every_flag_and_only_known_macros() -> None:
         flag for _, group in documents.described() for each in group for flag in each.flags
     }
     assert all(flag.replace("-", r"\-") in text for flag in flags)
-    assert "@" not in text  # a place of the template that was not filled
+    assert "@" not in text  # nothing of the template is left
     macros = set(re.findall(r"(?m)^[.'](\S+)", text))
     assert macros <= {'\\"', "TH", "SH", "SS", "TP", "PP", "B", "BR", "RI", "RB", "I", "br"}
 

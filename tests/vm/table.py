@@ -40,7 +40,7 @@ def _row(each: Outcome) -> list[str]:
 
 
 def remarks(outcomes: Sequence[Outcome]) -> list[str]:
-    """What the numbers do not say: what failed, and what was skipped for which reason."""
+    """A sentence for each failed test and for each reason to skip tests."""
     said = []
     for each in outcomes:
         name = f"{each.kernel} with {each.userland}"
