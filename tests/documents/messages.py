@@ -110,7 +110,7 @@ def _returned(tree: ast.Module) -> Iterator[ast.expr]:
         else:
             texts = []
         for text in texts:
-            if _is_text(text) and _words(text) >= FEWEST_WORDS and not _is_html(text):
+            if _is_text(text) and _words(text) >= FEWEST_WORDS and _is_one_sentence(text):
                 yield text
 
 
@@ -136,8 +136,9 @@ def _words(node: ast.expr) -> int:
     return len(re.findall(r"\w+", _template(node)))
 
 
-def _is_html(node: ast.expr) -> bool:
-    return _template(node).startswith("<")
+def _is_one_sentence(node: ast.expr) -> bool:
+    """Whether it can be a message: not HTML, and not text of several sentences."""
+    return not re.search(r"^<|\. [A-Z]", _template(node))
 
 
 def _template(node: ast.expr) -> str:
