@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-# Whatever has to be installed, deploy/setup.sh installs.
+# deploy/setup.sh installs what the targets require.
 
 # Flags for the exporter: make run ARGS="--port 443 --duration 30"
 ARGS =
@@ -9,10 +9,10 @@ c_files = $(shell find bpf -name '*.[ch]')
 
 .PHONY: help
 help: ## Print these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: run
-# exec, so that a signal to make reaches the exporter and not a shell.
+# exec: a signal to make reaches the exporter and not a shell.
 run: setup ## Set up, then run the exporter; ARGS="--port 443" passes flags on
 	@exec $(bin)/tcpexporter $(ARGS)
 
@@ -21,9 +21,9 @@ setup: ## Install what the exporter needs; leaves .venv/bin/tcpexporter
 	@deploy/setup.sh run
 
 .PHONY: test
-# setup.sh unpacks them there when the system has none.
+# setup.sh unpacks Prometheus and node_exporter there if the system has none.
 test bench: export PATH := $(CURDIR)/.cache/prometheus/usr/bin:$(CURDIR)/.cache/prometheus-node-exporter/usr/bin:$(PATH):/usr/sbin:/sbin
-test: lint ## Set up, then lint and run all tests; as root also those of the kernel
+test: lint ## Set up, then lint and run all tests; the kernel tests require root
 	$(bin)/python -m pytest
 
 .PHONY: lowest
@@ -40,45 +40,49 @@ lint: setup-test ## Check style, types and the imports between packages
 	$(bin)/lint-imports
 
 .PHONY: format
-format: setup-test ## Lay out Python and C as lint wants it
+format: setup-test ## Format Python and C
 	$(bin)/ruff format
 	$(bin)/clang-format -i $(c_files)
 
 .PHONY: bench
-bench: ## Measure the figures in the README; QUICK=1 takes less than two minutes
+bench: ## Measure the figures in docs/performance.md; QUICK=1 takes less than two minutes
 	@deploy/setup.sh bench
 	$(bin)/python -m tests.benchmarks
 
 .PHONY: figures
-figures: ## Put what a full bench has measured into the README and its picture
-	$(bin)/python -m tests.benchmarks.table .cache/bench/figures.json --write README.md
+figures: ## Write the figures of a full bench into docs/performance.md and its picture
+	$(bin)/python -m tests.benchmarks.table .cache/bench/figures.json --write docs/performance.md
 	$(bin)/python -m tests.benchmarks.picture .cache/bench/figures.json tests/benchmarks/scrape.svg
 
 .PHONY: kernels
-kernels: ## Put what vm-test has found into the README
-	$(bin)/python -m tests.vm.table .cache/vm/kernels.json --write README.md
+kernels: ## Write the results of vm-test into docs/kernels.md
+	$(bin)/python -m tests.vm.table .cache/vm/kernels.json --write docs/kernels.md
+
+.PHONY: documents
+documents: setup-test ## Write the documents that are generated from the code
+	$(bin)/python -m deploy.documents
 
 .PHONY: soak
-soak: setup-test ## Churn for ten minutes, lose events, show that the numbers end right and nothing grows
+soak: setup-test ## Open and close connections for ten minutes; check the counts and the memory afterwards
 	$(bin)/python -m tests.kernel.churn
 
 .PHONY: fuzz
-fuzz: ## Try bad input at every door, a million each, in an hour; TARGET=procfs RUNS=10000
+fuzz: ## Try a million bad inputs for each parser, in an hour; TARGET=procfs RUNS=10000
 	@deploy/setup.sh fuzz
 	$(bin)/python -m tests.fuzz $(TARGET) --runs $(or $(RUNS),1000000)
 
 .PHONY: hostile
-hostile: setup-test ## Attack it for five minutes by thousands of clients, and see that scrapes are answered
+hostile: setup-test ## Attack the exporter with thousands of clients for five minutes; check that scrapes work
 	$(bin)/python -m tests.hostile
 
 .PHONY: vm-test
-# It ends with make, and its guests with it.
+# pdeathsig: the guests end when make ends.
 vm-test vm-shell: export PATH := $(PATH):/usr/sbin:/sbin
-vm-test: vagrant-validate ## Run the kernel's tests under Debian's kernels, emulated; KERNEL=6.12 for one
+vm-test: vagrant-validate ## Run the kernel tests under Debian's kernels in emulation; KERNEL=6.12 for one
 	setpriv --pdeathsig TERM $(bin)/python -m tests.vm $(if $(KERNEL),--kernel $(KERNEL))
 
 .PHONY: vm-shell
-vm-shell: setup-vm ## Give a shell in such a guest: KERNEL=6.12
+vm-shell: setup-vm ## Open a shell in such a guest: KERNEL=6.12
 	$(bin)/python -m tests.vm --shell $(if $(KERNEL),--kernel $(KERNEL))
 
 .PHONY: vagrant-validate
@@ -102,21 +106,21 @@ lock: ## Lock the newest and the lowest versions that pyproject.toml allows, wit
 	deploy/setup.sh lock
 
 .PHONY: audit
-audit: ## Ask the package index which of what is locked has known holes
+audit: ## Ask the package index for known vulnerabilities of the locked packages
 	@deploy/setup.sh release
 	@$(bin)/pip-audit --strict --disable-pip $(patsubst %,-r %,$(filter-out %/lowest.txt,$(wildcard deploy/lock/*.txt))) || { \
-		echo "audit: there are known holes, or it could not be learnt whether there are: see above" >&2; \
+		echo "audit: there are known vulnerabilities, or the index did not answer: see above" >&2; \
 		exit 1; }
 
 .PHONY: sbom
-# The last commit's, so that the same commit gives the same bytes.
+# The time of the last commit: the same commit gives the same bytes.
 sbom wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
-sbom: setup-test ## Write what the exporter consists of when it runs: dist/tcpexporter.cdx.json
+sbom: setup-test ## Write a bill of materials of the running exporter: dist/tcpexporter.cdx.json
 	@mkdir -p dist
 	$(bin)/python -m deploy.sbom >dist/tcpexporter.cdx.json
 
 .PHONY: wheel
-wheel: setup-test ## Build a wheel into dist/, the same bytes wherever it is built
+wheel: setup-test ## Build a reproducible wheel into dist/
 	deploy/wheel.sh
 
 .PHONY: clean

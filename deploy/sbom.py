@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Writes what the exporter consists of when it runs, in the format of CycloneDX 1.6.
+"""Writes a bill of materials of the running exporter, in the format of CycloneDX 1.6.
 
-Versions and hashes are those of the lock, licences and who needs whom are as the packages
-installed here have it. What the distribution brings has no version: that is the host's.
-The same tree gives the same bytes.
+Versions and hashes come from the lock file, licences and dependencies from the packages
+that are installed here. Packages of the distribution have no version, because that depends
+on the host. The same tree gives the same bytes.
 """
 
 import os
@@ -40,16 +40,16 @@ DISTRIBUTIONS = {
     "libbpf": ("libbpf", "libbpf1 or libbpf, which BCC needs"),
     "libseccomp": ("seccomp", "libseccomp2 or libseccomp"),
 }
-"""What does not come from the package index: who makes it, and the packages of it."""
+"""Components from the distribution: their supplier and the names of their packages."""
 
 
 @dataclass(frozen=True)
 class Locked:
-    """A line of a lock."""
+    """A requirement in a lock file."""
 
     requirement: Requirement
     sha256: tuple[str, ...]
-    """Of each file that may be installed for it."""
+    """The hash of each file that may be installed for it."""
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ class Locked:
 
 
 def read_lock(path: Path) -> Iterator[Locked]:
-    """All that is in a file of deploy/lock."""
+    """The requirements in a file of deploy/lock."""
     text = path.read_text().replace("\\\n", " ")
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -71,7 +71,7 @@ def read_lock(path: Path) -> Iterator[Locked]:
 
 
 def make_bom(epoch_s: int) -> Bom:
-    """Of this tree, as of a time.
+    """The bill of materials of this tree, as of a time.
 
     Raises:
         importlib.metadata.PackageNotFoundError: the exporter is not installed here.

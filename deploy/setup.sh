@@ -3,31 +3,31 @@
 #
 # Prepares this machine and this tree; the Makefile calls it with one of:
 #
-#   run          install what the exporter needs: BCC, and .venv with the exporter in it
-#   guest        install that, and what the tests of the kernel need
-#   test         install that, and what lint and the other tests need
+#   run          install what the exporter requires: BCC, and the exporter in .venv
+#   guest        the same, and what the kernel tests require
+#   test         the same, and what lint and the other tests require
 #   lowest       install the lowest versions that pyproject.toml allows, into .cache/lowest
-#   fuzz         install what "test" does, and what thinks of bad input
-#   bench        install what "test" does, and what the benchmarks compare us with
-#   vm           install what boots other kernels than this one, and what "test" does
-#   release      install what keeps the locks and looks for known holes, and what "test" does
-#   lock         install that, and write deploy/lock anew
+#   fuzz         the same as "test", and the fuzzer
+#   bench        the same as "test", and the programs that the benchmarks compare
+#   vm           the same as "test", and what boots other kernels
+#   release      the same as "test", and what writes the locks and asks for vulnerabilities
+#   lock         the same as "release"; then write deploy/lock
 #   require X... install the packages of these commands or services: make prometheus.service
 #
-# Whatever is there already is left alone, without root and without the network.
+# What is installed already is not installed again: that requires neither root nor network.
 #
-# What comes from the package index is, to the last byte, what deploy/lock has the hash of.
+# Every file from the package index has a hash in deploy/lock.
 set -eu
 
 cd "$(dirname "$0")/.."
 
-# Not the first python3 on PATH: only the distribution's own sees its package of BCC.
+# Not the first python3 on PATH: only the distribution's own can import its package of BCC.
 python=/usr/bin/python3
-# Where packages are unpacked that would start a service if they were installed.
+# Packages that would start a service if they were installed are unpacked here.
 unpacked=.cache
 # Where Python packages are installed.
 venv=.venv
-# ip lies in sbin, which is not on every user's PATH.
+# ip is in sbin, which is not on every user's PATH.
 PATH=$PATH:/usr/sbin:/sbin
 PATH=$PATH:$PWD/$unpacked/prometheus/usr/bin:$PWD/$unpacked/prometheus-node-exporter/usr/bin
 
@@ -98,7 +98,7 @@ is_root() {
 	[ "$(id -u)" -eq 0 ]
 }
 
-# --- What the system has to bring ---
+# --- Packages of the distribution ---
 
 require_for_tests() {
 	require_python
@@ -110,10 +110,10 @@ require_for_tests() {
 require_python() {
 	[ -x "$python" ] || fail "$python is missing: install the distribution's Python"
 	"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-		fail "$("$python" --version) is too old: this takes Python 3.11 or later"
+		fail "$("$python" --version) is too old: install Python 3.11 or later"
 }
 
-# Installs those of the given needs that are not there.
+# Installs those of the given requirements that are missing.
 require() {
 	needs=$(lacking "$@")
 	[ -n "$needs" ] || return 0
@@ -146,9 +146,9 @@ is_there() {
 	seccomp) ldconfig -p | grep -q 'libseccomp\.so\.2' ;;
 	libc) [ -e /usr/include/stdlib.h ] ;;
 	*.service) [ -e "/lib/systemd/system/$1" ] ;;
-	# As Debian names the command, and as everybody else does.
+	# The name of the command in Debian, and elsewhere.
 	prometheus-node-exporter) has_command "$1" || has_command node_exporter ;;
-	# The one that a shell alone in an initramfs can be had from.
+	# Only a statically linked busybox works in an initramfs.
 	busybox) has_command "$1" && ! ldd "$(command -v "$1")" >/dev/null 2>&1 ;;
 	*) has_command "$1" ;;
 	esac
@@ -158,7 +158,7 @@ has_command() {
 	command -v "$1" >/dev/null
 }
 
-# Found, not imported: importing BCC loads LLVM, which takes a while.
+# Finds the module without importing it: importing BCC loads LLVM, which is slow.
 has_module() {
 	"$python" -I -c '
 import sys
@@ -166,7 +166,7 @@ from importlib.util import find_spec
 sys.exit(find_spec(sys.argv[1]) is None)' "$1"
 }
 
-# debian, fedora (each with what is made from it) or other.
+# debian, fedora (both with their derivatives) or other.
 system_family() (
 	ID=other
 	# shellcheck source=/dev/null
@@ -223,21 +223,21 @@ install_on_fedora() {
 }
 
 apt_get() {
-	# A machine that has just booted may still be upgrading itself: wait for its lock.
+	# A machine that has just booted may still run an upgrade: wait for the lock of apt.
 	DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"
 }
 
 lists_are_fresh=no
 
-# A fresh machine has no lists or old ones, which name packages that are gone. If
-# only some cannot be had (another vendor's source, say), the rest may do.
+# A new machine has no package lists, or old ones with packages that no longer exist. If some
+# lists cannot be fetched, for example another vendor's, the others may suffice.
 refresh_lists() {
 	[ "$lists_are_fresh" = no ] || return 0
-	apt_get update || say "not all package lists could be fetched, going on"
+	apt_get update || say "some package lists cannot be fetched; continuing with the others"
 	lists_are_fresh=yes
 }
 
-# The commands of a package that is not to be installed: it would start a service.
+# Unpacks the commands of a package without installing it, which would start a service.
 require_unpacked() {
 	package=$1
 	shift
@@ -255,7 +255,7 @@ unpack_commands() {
 	rm -rf "$directory" "$directory.new"
 	mkdir -p "$directory.new"
 	(cd "$directory.new" && fetch_commands "$@") ||
-		fail "the package $1 cannot be had: install its commands by hand"
+		fail "cannot fetch the package $1: install its commands by hand"
 	mv "$directory.new" "$directory"
 }
 
@@ -263,22 +263,22 @@ fetch_commands() {
 	unpack "$1" || return
 	shift
 	for command in "$@"; do
-		# promtool is a package of its own since Debian 13.
+		# Since Debian 13 promtool is in its own package.
 		[ -e "usr/bin/$command" ] || unpack "$command" || return
 		"usr/bin/$command" --version >/dev/null || return
 	done
 }
 
 unpack() {
-	# As root: apt's own user may not write here.
+	# As root: the user _apt may not write here.
 	apt_get -o APT::Sandbox::User=root download "$1" &&
 		dpkg -x "$1"_*.deb . &&
 		rm "$1"_*.deb
 }
 
-# --- What goes into .venv, or .cache/lowest ---
+# --- Python packages, in .venv or .cache/lowest ---
 
-# The files of deploy/lock that a purpose takes.
+# The files of deploy/lock that a purpose requires.
 locks_of() {
 	case $1 in
 	lowest) echo lowest ;;
@@ -287,8 +287,8 @@ locks_of() {
 	esac
 }
 
-# The extras of pyproject.toml that a purpose takes. What they and the exporter itself need
-# is in the file of deploy/lock that is called so.
+# The extras of pyproject.toml that a purpose requires. deploy/lock has a file of the same
+# name for each, with its packages.
 extras_of() {
 	case $1 in
 	run) ;;
@@ -300,7 +300,7 @@ extras_of() {
 	esac
 }
 
-# The purposes that are served by what is installed for this one.
+# The purposes for which an installation for this one suffices.
 held_by() {
 	case $1 in
 	run | lowest) echo "$1" ;;
@@ -309,7 +309,7 @@ held_by() {
 	esac
 }
 
-# Installs what a purpose takes, unless a stamp says it is done.
+# Installs what a purpose requires, unless a stamp says that this is done.
 fill_venv() {
 	stamp=$venv/installed
 	state=$(state)
@@ -318,19 +318,19 @@ fill_venv() {
 	if ! grep -qs "^$state " "$stamp"; then
 		"$python" -m venv --clear --system-site-packages "$venv"
 	fi
-	# None is built here: what builds it would come without a hash.
+	# No package is built here: pip would download build tools without a hash.
 	# shellcheck disable=SC2046  # two words for each file
 	pip_install --require-hashes --only-binary=:all: \
 		$(printf -- '-r deploy/lock/%s.txt ' $(locks_of "$1"))
-	# The exporter itself is, by the setuptools that has come with these.
+	# Only the exporter is built here, by the setuptools among these packages.
 	pip_install --no-index --no-deps --no-build-isolation -e .
 	# shellcheck disable=SC2046  # one line for each purpose
 	printf "$state %s\n" $(held_by "$1") >>"$stamp"
 	sort -u -o "$stamp" "$stamp"
 }
 
-# A checksum of all that .venv was made from, its place included, as it does not
-# survive being moved. Times of files would not tell after a git checkout.
+# A checksum of everything that .venv was made from, including its path, because it does not
+# work after it is moved. File times are no use after a git checkout.
 state() {
 	{
 		cat pyproject.toml deploy/lock/*.txt deploy/setup.sh
@@ -343,8 +343,8 @@ pip_install() {
 	"$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"
 }
 
-# The newest versions that pyproject.toml allows, the same for every purpose, Python and
-# machine; what suits the oldest Python suits the newer ones, too.
+# Locks the newest versions that pyproject.toml allows, the same for every purpose, Python and
+# machine. Versions that work with the oldest Python work with newer ones too.
 write_locks() {
 	scratch=$(mktemp -d)
 	trap 'rm -rf "$scratch"' EXIT
@@ -372,7 +372,7 @@ write_lock() {
 	} >"$scratch/$1.txt"
 }
 
-# pip is not among it: .venv has the one that its Python came with.
+# Without pip: .venv has the pip of its Python.
 resolve() {
 	.venv/bin/uv pip compile -q --universal --python-version 3.11 --fork-strategy fewest \
 		--generate-hashes --no-emit-package pip --no-header --no-annotate "$@" \

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Tables of text: for a terminal, and for the README, where none is written by hand."""
+"""Formats tables for a terminal and for the generated parts of the documents."""
 
 from pathlib import Path
 
@@ -22,14 +22,23 @@ def aligned(table: Table) -> str:
     )
 
 
-def replace(path: Path, begin: str, end: str, text: str) -> None:
-    """Put a text between two markers in a file, in place of what is there.
+def replaced(document: str, begin: str, end: str, text: str) -> str:
+    """The document with ``text`` between two markers, in place of what was there.
 
     Raises:
-        ValueError: it does not have them.
+        ValueError: the document does not have the markers.
     """
-    before, has_begin, rest = path.read_text().partition(begin)
+    before, has_begin, rest = document.partition(begin)
     _, has_end, after = rest.partition(end)
     if not (has_begin and has_end):
-        raise ValueError(f"{path} does not have the lines {begin!r} and {end!r}")
-    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+        raise ValueError(f"the document does not have the lines {begin!r} and {end!r}")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+
+
+def replace(path: Path, begin: str, end: str, text: str) -> None:
+    """Put a text between two markers in a file, in place of what was there.
+
+    Raises:
+        ValueError: the file does not have the markers.
+    """
+    path.write_text(replaced(path.read_text(), begin, end, text))

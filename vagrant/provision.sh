@@ -1,12 +1,12 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-3.0-only
 #
-# Makes the machine that it runs on, as root and with the tree in /tcpexporter, one that
-# has the exporter as a service and a Prometheus that scrapes it. Vagrant runs this, and
-# `make vm-test` in its guests.
+# Installs the exporter as a service, and a Prometheus that scrapes it, on the machine where it
+# runs: as root, with the tree in /tcpexporter. Vagrant runs this, and so does `make vm-test`
+# in its guests.
 #
-# What is there already is left alone: a second time it takes no network. Where systemd
-# does not run, as in an image that is being made, it installs services and starts none.
+# What is installed already is not installed again: a second run requires no network. Without a
+# running systemd, as in an image that is being built, it installs services but starts none.
 set -eu
 
 cd /tcpexporter
@@ -18,7 +18,7 @@ command=/usr/local/bin/tcpexporter
 main() {
 	[ "$(id -u)" -eq 0 ] || fail "this takes root"
 	deploy/setup.sh run
-	# make is for `make test`: boxes have none.
+	# make, for `make test`: the boxes do not have it.
 	deploy/setup.sh require make prometheus.service
 	install_exporter
 	install_prometheus
@@ -40,8 +40,8 @@ fail() {
 }
 
 install_exporter() {
-	# Not a link: SELinux, which Fedora has, lets systemd run what lies in /usr/local/bin,
-	# but not what lies where nobody has told it of.
+	# Not a link: SELinux in Fedora allows systemd to execute files in /usr/local/bin, but not
+	# files in directories without a label.
 	printf '#!/bin/sh\nexec /tcpexporter/.venv/bin/tcpexporter "$@"\n' >$command
 	chmod 755 $command
 	put deploy/systemd/tcpexporter.service /etc/systemd/system
@@ -52,12 +52,12 @@ install_prometheus() {
 	put deploy/prometheus/tcpexporter.rules.yml /etc/prometheus
 }
 
-# Copies a file into a directory, readable by all as it may not be in the tree.
+# Copies a file into a directory and makes it readable by all, which the tree may not be.
 put() {
 	install -C -m 644 "$1" "$2"
 }
 
-# Restarts what runs already: the tree may have changed.
+# Restarts a running service: the tree may have changed.
 start() {
 	systemctl daemon-reload
 	systemctl restart tcpexporter
@@ -71,7 +71,7 @@ is_ready() {
 	fetch $exporter/-/ready
 }
 
-# As `up{job="tcpexporter"} == 1`, which would still tell of before the restart.
+# Instead of `up{job="tcpexporter"} == 1`, which may still be from before the restart.
 is_scraped() {
 	fetch $prometheus/api/v1/targets | grep -q '"health":"up"'
 }
@@ -87,7 +87,7 @@ except OSError as error:
     sys.exit(f"{sys.argv[1]}: {error}")' "$1"
 }
 
-# Tries a command ($2) until it succeeds, but not for ever.
+# Tries a command ($2) until it succeeds, for a limited time.
 wait_until() {
 	left=60
 	until $2 >/dev/null 2>&1; do

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Measures the figures in the README: ``python -m tests.benchmarks``, or ``make bench``."""
+"""Measures the figures in docs/performance.md, by ``make bench``."""
 
 from pathlib import Path
 

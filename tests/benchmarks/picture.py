@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Draws the README's picture: ``python -m tests.benchmarks.picture FILE SVG``."""
+"""Draws the picture in docs/performance.md.
+
+python -m tests.benchmarks.picture FILE SVG
+"""
 
 import argparse
 import statistics

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Writes the README's tables: ``python -m tests.benchmarks.table FILE --write README.md``.
+"""Writes the tables of docs/performance.md from the figures of a full bench.
 
-All of what is between the two markers is written anew, nothing of it is made by hand.
+    python -m tests.benchmarks.table FILE --write docs/performance.md
+
+Replaces all text between the two markers; none of it is written by hand.
 """
 
 import argparse
@@ -32,9 +34,9 @@ CONTENDERS = {
     "ss": "`ss -Htn state established`, counted by awk",
     "psutil": "psutil `net_connections`, counted in Python",
     "items": "BCC's `items()` on a hash map, counted in Python",
-    "dump": "floor: the kernel's own dump, not looked at",
-    "dump_info": "floor: the same with `tcp_info`",
-    "scan": "floor: numpy's sum of 64 bytes each",
+    "dump": "lower bound: the kernel's own dump, not parsed",
+    "dump_info": "lower bound: the same with `tcp_info`",
+    "scan": "lower bound: numpy's sum of 64 bytes per connection",
 }
 """In the order of the table."""
 
@@ -65,8 +67,8 @@ def write(measured: Report, path: Path) -> None:
 def _tables(measured: Report) -> list[Table]:
     sizes = [each for each in measured.sizes if not each.why_not]
     return [
-        _by_contender("time for one number of each port", sizes, _time),
-        _by_contender("CPU for it, user and system", sizes, _cpu),
+        _by_contender("time for one count per port", sizes, _time),
+        _by_contender("CPU time for it, user and system", sizes, _cpu),
         _ours(sizes),
         _single(measured.figures),
     ]
@@ -112,13 +114,13 @@ def _compared(each: Size, name: str, samples: Callable[[Measured], Sequence[floa
 
 def _ours(sizes: Sequence[Size]) -> Table:
     rows: dict[str, Callable[[Size], str]] = {
-        "from start to ready, all of them there already": _ready,
+        "time from start to ready, with this many pre-existing connections": _ready,
         "… compared with the kernel's dump with `tcp_info`": _ready_in_dumps,
-        "… memory needed meanwhile, above what stays": _seeding,
-        "resident memory, serving": _resident,
-        "the kernel's share": lambda each: size(each.kept.total_bytes) if each.kept else "",
-        "… of that for each place of `--max-connections`": _kept_per_place,
-        "… for each tracked, with no more places than sockets": _kept_per_tracked,
+        "… temporary memory during the start": _seeding,
+        "resident memory while serving": _resident,
+        "kernel memory": lambda each: size(each.kept.total_bytes) if each.kept else "",
+        "… for each of `--max-connections`": _kept_per_place,
+        "… for each tracked, as many as `--max-connections`": _kept_per_tracked,
     }
     headings = [
         "tcpexporter, `--source ebpf`",
@@ -172,7 +174,7 @@ def _kept_per_tracked(each: Size) -> str:
 def _single(figures: Sequence[Figure]) -> Table:
     by_name = {figure.name: figure for figure in figures}
     return [
-        ["what", "figure to reach", "measured"],
+        ["what", "target", "measured"],
         *(
             [figure.what, _to_reach(figure), _measured(figure, by_name)]
             for figure in figures
@@ -231,28 +233,28 @@ def _where(measured: Report) -> Iterator[str]:
     yield f"node_exporter {versions['node_exporter']}, psutil {versions['psutil']},"
     yield f"iproute2 {versions['iproute2']}, BCC {versions['bcc']};"
     yield f"{measured.date[:10]}, revision {versions['revision']};"
-    yield f"load average {measured.load_average[0]:.1f} when it began."
+    yield f"load average {measured.load_average[0]:.1f} at the start."
     if measured.other_exporters:
         yield f"{measured.other_exporters} other exporters ran on the host."
     if measured.kernel["bpf_stats_enabled"]:
-        yield "kernel.bpf_stats_enabled was 1 all the time."
+        yield "kernel.bpf_stats_enabled was 1."
 
 
 def _how(measured: Report) -> Iterator[str]:
-    yield "Medians, and how many times ours they are."
+    yield "Medians, and in parentheses the ratio to tcpexporter's."
     rooms = {
         each.max_connections: f"{each.max_connections:,}"
         for each in measured.sizes
         if not each.why_not
     }
     yield f"`--max-connections` was {' or '.join(rooms.values())}."
-    yield "CPU of the sources that poll is all that they took, scraped once a second."
+    yield "CPU time of the polling sources includes the polls, with one scrape a second."
     changes = measured.state_changes
     elsewhere = max(changes["run"] + changes["missed"] - changes["expected"], 0)
     yield f"The BPF program was timed over {changes['expected']:,} state changes,"
     yield f"{changes['expected_of_established']:,} of them into or out of ESTABLISHED"
-    yield f"({elsewhere:,} more were elsewhere on the host, {changes['missed']:,} missed)."
-    yield f"While nothing happened it reconciled {measured.idle_reconciliations} times."
+    yield f"({elsewhere:,} more elsewhere on the host, {changes['missed']:,} missed)."
+    yield f"While idle it reconciled {measured.idle_reconciliations} times."
 
 
 def _not_measured(measured: Report) -> Iterator[str]:

@@ -70,17 +70,17 @@ def test_says_why_there_is_no_number(measured: report.Report) -> None:
     shown = table.markdown(measured)
     assert "counted in Python | it gave no number within 60 s |" in shown
     assert "1,000,000 sockets: not measured, because there is no room." in shown
-    assert "1,000,000 sockets already there | ≤ 5.00 s | not measured |" in shown
+    assert "1,000,000 pre-existing sockets | ≤ 5.00 s | not measured |" in shown
 
 
 def test_replaces_what_is_between_the_markers(
     measured: report.Report, tmp_path: Path
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n\n{table.BEGIN}\nstale\n{table.END}\n\nbelow\n")
-    table.write(measured, readme)
-    table.write(measured, readme)
-    text = readme.read_text()
+    page = tmp_path / "performance.md"
+    page.write_text(f"above\n\n{table.BEGIN}\nstale\n{table.END}\n\nbelow\n")
+    table.write(measured, page)
+    table.write(measured, page)
+    text = page.read_text()
     assert text.startswith("above\n\n")
     assert text.endswith(f"{table.END}\n\nbelow\n")
     assert text.count("counted by awk") == 2  # time and CPU
@@ -88,11 +88,11 @@ def test_replaces_what_is_between_the_markers(
 
 
 def test_refuses_a_file_without_markers(measured: report.Report, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing\n")
+    page = tmp_path / "performance.md"
+    page.write_text("nothing\n")
     with pytest.raises(ValueError, match="does not have the lines"):
-        table.write(measured, readme)
-    assert readme.read_text() == "nothing\n"
+        table.write(measured, page)
+    assert page.read_text() == "nothing\n"
 
 
 def test_refuses_a_wrong_count() -> None:

@@ -30,7 +30,7 @@ class Kernel:
     """One that the exporter is tested with."""
 
     name: str
-    """As the README calls it."""
+    """As docs/kernels.md names it."""
     suites: tuple[str, ...]
     """The release of Debian that has it."""
 

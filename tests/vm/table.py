@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The table of kernels: ``python -m tests.vm.table FILE --write README.md``."""
+"""Writes the table of docs/kernels.md.
+
+python -m tests.vm.table FILE --write docs/kernels.md
+"""
 
 import argparse
 import sys
@@ -37,7 +40,7 @@ def _row(each: Outcome) -> list[str]:
 
 
 def remarks(outcomes: Sequence[Outcome]) -> list[str]:
-    """What the numbers do not say: what failed, and what was skipped for which reason."""
+    """A sentence for each failed test and for each reason to skip tests."""
     said = []
     for each in outcomes:
         name = f"{each.kernel} with {each.userland}"
@@ -63,7 +66,7 @@ def plain(outcomes: Sequence[Outcome]) -> str:
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """For the README."""
+    """For docs/kernels.md."""
     lines = [f"- {each}" for each in remarks(outcomes)]
     return "\n\n".join(filter(None, [tables.markdown(table(outcomes)), "\n".join(lines)]))
 

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Writes the documents that are generated from the code: ``make documents``.
+
+They are the tables in docs/settings.md and docs/metrics.md, the map of the tree in
+CONTRIBUTING.md, and the man page deploy/man/tcpexporter.8.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+
+from tcpexporter.config import settings
+from tcpexporter.config.reload import Reloads
+from tcpexporter.connections.counting import named, select
+from tcpexporter.connections.record import LISTENER, Direction
+from tcpexporter.connections.source import MemorySource, Reconciliation, Report
+from tcpexporter.host.background import Task
+from tcpexporter.metrics.collector import (
+    Choice,
+    ConfinementCollector,
+    ConnectionCollector,
+    make_serving_registry,
+)
+from tests import tables
+
+ROOT = Path(__file__).parents[1]
+
+SETTINGS_BEGIN = "<!-- settings: written by make documents -->"
+SETTINGS_END = "<!-- end of settings -->"
+METRICS_BEGIN = "<!-- metrics: written by make documents -->"
+METRICS_END = "<!-- end of metrics -->"
+TREE_BEGIN = "<!-- tree: written by make documents -->"
+TREE_END = "<!-- end of tree -->"
+
+OF_EVERY_PROCESS = ("process_", "python_info")
+"""How the metrics begin that prometheus_client adds: the page names them in its text."""
+
+
+class Described(NamedTuple):
+    """A setting, as ``--help`` describes it."""
+
+    flags: Sequence[str]
+    variables: Sequence[str]
+    metavar: str
+    default: str
+    takes: str
+    help: str
+
+
+def described() -> Iterator[tuple[str, Sequence[Described]]]:
+    """Each group of ``--help``: its title and its settings."""
+    for title, group in settings._GROUPS.items():  # noqa: SLF001  # as --help
+        yield (
+            title,
+            [
+                Described(
+                    each.flags,
+                    each.variables,
+                    each.kind.metavar,
+                    each.default,
+                    each.kind.takes,
+                    each.help,
+                )
+                for each in group
+            ],
+        )
+
+
+# --- docs/settings.md ---
+
+
+def settings_tables() -> str:
+    """A heading and a table for each group of settings."""
+    return "\n\n".join(
+        f"### {title[:1].upper()}{title[1:]}\n\n{tables.markdown(_settings_table(group))}"
+        for title, group in described()
+    )
+
+
+def _settings_table(group: Sequence[Described]) -> tables.Table:
+    return [
+        ["flag", "environment variable", "default", "meaning", "value"],
+        *(
+            [
+                ", ".join(map(_code, each.flags)),
+                ", ".join(map(_code, each.variables)),
+                _code(each.default) if each.default else "",
+                _cell(each.help),
+                _cell(each.takes),
+            ]
+            for each in group
+        ),
+    ]
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+# --- docs/metrics.md ---
+
+
+def metrics_table() -> str:
+    """A table of every metric that a page can have."""
+    rows = [
+        [_code(_name(each)), each.type, ", ".join(map(_code, _labels(each))), _help(each)]
+        for each in registry().collect()
+        if not each.name.startswith(OF_EVERY_PROCESS)
+    ]
+    return tables.markdown([["metric", "type", "labels", "meaning"], *rows])
+
+
+def registry() -> CollectorRegistry:
+    """A registry whose page has every metric, as of a source that reports everything."""
+    source = MemorySource(
+        listeners=np.array([(0, 443, 4)], LISTENER),
+        report=Report(
+            max_connections=1,
+            kernel_events={"inserted": 0, "removed": 0, "refused": 0},
+            missed_events=0,
+            seeded_connections=0,
+            refused_seeds=0,
+            reconciliation=Reconciliation(),
+            state_saved_s=0,
+        ),
+    )
+    selection = select((), tcpv6=True, directions=tuple(Direction), own_listener=None)
+    choice = Choice(selection, named((), 0, selection), duration_s=0)
+    collector = ConnectionCollector(source, choice, max_series=1)
+    task = Task("poll", lambda: None, without="", limit_s=1)
+    found = make_serving_registry(
+        collector, Reloads(), tasks=lambda: [task], dropped=lambda: 0
+    )
+    found.register(ConfinementCollector({"seccomp": True}))
+    return found
+
+
+def _name(family: Metric) -> str:
+    return family.samples[0].name
+
+
+def _labels(family: Metric) -> list[str]:
+    return list(family.samples[0].labels)
+
+
+def _help(family: Metric) -> str:
+    return _cell(family.documentation)
+
+
+# --- CONTRIBUTING.md ---
+
+
+def tree_table() -> str:
+    """A table of every module with a docstring: its path and what it is for."""
+    package = ROOT / "tcpexporter"
+    rows = [
+        [_code(str(path.relative_to(ROOT))), _cell(summary)]
+        for path in sorted(package.rglob("*.py"), key=lambda each: (each.parent, each))
+        if (summary := _summary(path))
+    ]
+    return tables.markdown([["module", "what it is for"], *rows])
+
+
+def _summary(path: Path) -> str:
+    """The first paragraph of a module's docstring; empty if it has none."""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+# --- The man page ---
+
+
+def man_page() -> str:
+    """The man page, in the macros of man(7)."""
+    template = (ROOT / "deploy" / "man" / "template.8").read_text()
+    options = "\n".join(line for each in described() for line in _man_group(*each))
+    variables = ", ".join(
+        each.variables[-1]
+        for _, group in described()
+        for each in group
+        if not each.variables[-1].startswith("TCPEXPORTER_")
+    )
+    return template.replace("@OPTIONS@", options).replace("@UNPREFIXED@", variables)
+
+
+def _man_group(title: str, group: Sequence[Described]) -> Iterator[str]:
+    yield f".SS {_roff(title[:1].upper() + title[1:])}"
+    for each in group:
+        value = (
+            rf"[=\fI{_roff(each.metavar.strip('[=]'))}\fR]"
+            if each.metavar.startswith("[")
+            else rf"=\fI{_roff(each.metavar)}\fR"
+        )
+        yield ".TP"
+        yield ", ".join(rf"\fB{_roff(flag)}\fR{value}" for flag in each.flags)
+        yield _roff(f"{each.help[:1].upper()}{each.help[1:]}.")
+        yield _roff(f"Value: {each.takes}. Default: {each.default or 'none'}.")
+
+
+def _roff(text: str) -> str:
+    """The text as input of roff: hyphens are copied as such, and no line is a request."""
+    escaped = text.replace("\\", r"\e").replace("-", r"\-")
+    return re.sub(r"(?m)^([.'])", r"\\&\1", escaped)
+
+
+# --- All of them ---
+
+
+def _with_settings(text: str) -> str:
+    return tables.replaced(text, SETTINGS_BEGIN, SETTINGS_END, settings_tables())
+
+
+def _with_metrics(text: str) -> str:
+    return tables.replaced(text, METRICS_BEGIN, METRICS_END, metrics_table())
+
+
+def _with_tree(text: str) -> str:
+    return tables.replaced(text, TREE_BEGIN, TREE_END, tree_table())
+
+
+DOCUMENTS: dict[Path, Callable[[str], str]] = {
+    ROOT / "docs" / "settings.md": _with_settings,
+    ROOT / "docs" / "metrics.md": _with_metrics,
+    ROOT / "CONTRIBUTING.md": _with_tree,
+    ROOT / "deploy" / "man" / "tcpexporter.8": lambda _: man_page(),
+}
+"""What makes a document's new text from its present one."""
+
+
+def main() -> None:
+    """Write each of them anew."""
+    for path, new in DOCUMENTS.items():
+        path.write_text(new(path.read_text() if path.exists() else ""))
+
+
+if __name__ == "__main__":
+    main()

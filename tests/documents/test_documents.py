@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The documents agree with the code, with each other, and with themselves."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy import documents
+from tcpexporter.config.settings import parse
+from tcpexporter.web import config_file
+from tests.documents import messages
+
+ROOT = Path(__file__).parents[2]
+MAN_PAGE = ROOT / "deploy" / "man" / "tcpexporter.8"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+README_LINES = 200
+
+NOT_RUN = {
+    "cd vagrant": "the next lines are about it",
+    "vagrant up": "starts a VM; make vm-test validates the Vagrantfile",
+    "vagrant ssh -c 'cd /tcpexporter && sudo make test'": "requires that VM",
+    "curl --cacert ca.crt --cert client.crt --key client.key -u prometheus"
+    " https://HOST:9690/metrics": "asks for a password",
+    "pip install --require-hashes -r deploy/lock/run.txt": "tests/packaging does this",
+    "pip install --no-deps 'dist/*.whl'": "tests/packaging builds the wheel",
+    "journalctl -u tcpexporter": "requires the service; make vm-test has it",
+    "sudo systemctl reload tcpexporter": "requires the service; make vm-test has it",
+    "man -l deploy/man/tcpexporter.8": "the test of the man page reads it",
+}
+"""Why a command is not tried here, by the command."""
+
+
+def text_of(path: Path) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"(?ms)^```.*?^```$", "", path.read_text())
+
+
+def commands_in(path: Path) -> list[str]:
+    """The lines of its indented blocks, without comments."""
+    lines = re.findall(r"(?m)^(?: {4}| {6})(\S.*)$", text_of(path))
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines]
+
+
+COMMANDS = sorted({each for path in DOCUMENTS for each in commands_in(path)})
+
+
+# --- Generated parts ---
+
+
+@pytest.mark.parametrize("path", documents.DOCUMENTS, ids=lambda each: each.name)
+def test_a_generated_document_is_up_to_date(path: Path) -> None:
+    """Fails when a setting, metric or module was changed without `make documents`."""
+    text = path.read_text()
+    assert documents.DOCUMENTS[path](text) == text, "run make documents"
+
+
+# --- Lengths, links and names ---
+
+
+def test_the_readme_is_short() -> None:
+    """What a newcomer reads first stays short: the rest is in docs/."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def anchors_of(path: Path) -> set[str]:
+    """The anchors that a forge makes of its headings."""
+    headings = re.findall(r"(?m)^#+ (.*)$", text_of(path))
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
+
+
+def links_of(path: Path) -> Iterator[str]:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(path)):
+        if not target.startswith("https://"):
+            yield target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda each: each.name)
+def test_links_within_the_tree_resolve(path: Path) -> None:
+    """Fails for a file that was moved, and for a heading that was reworded."""
+    broken = []
+    for link in links_of(path):
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        if not target.exists() or (anchor and anchor not in anchors_of(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    """A page that nobody finds is not read."""
+    links = set(links_of(ROOT / "README.md"))
+    assert {f"docs/{path.name}" for path in ROOT.glob("docs/*.md")} <= links
+
+
+def test_the_files_that_the_documents_name_exist() -> None:
+    """Fails for a module or test that was moved or renamed."""
+    named = {
+        (document.name, path)
+        for document in DOCUMENTS
+        for path in re.findall(
+            r"`((?:tcpexporter|tests|deploy|bpf)/[\w/.-]*)`", text_of(document)
+        )
+    }
+    assert len(named) > 70
+    assert not sorted(each for each in named if not (ROOT / each[1]).exists())
+
+
+def test_the_metrics_that_the_documents_name_exist() -> None:
+    """Fails for a metric that was renamed."""
+    page = {
+        sample.name for each in documents.registry().collect() for sample in each.samples
+    }
+    named = {
+        name
+        for path in DOCUMENTS
+        for name in re.findall(r"`((?:tcpexporter|netstat|tcp)_\w+)", text_of(path))
+    }
+    assert named - page <= {
+        "tcp_established_exporter",
+        "tcp_diag",
+        "tcp_info",
+        "tcp_version",
+    }
+
+
+def test_every_alert_has_a_section_in_troubleshooting() -> None:
+    rules = (ROOT / "deploy/prometheus/tcpexporter.rules.yml").read_text()
+    alerts = {each.lower() for each in re.findall(r"- alert: (\w+)", rules)}
+    assert alerts <= anchors_of(messages.PAGE)
+
+
+def test_every_message_is_in_troubleshooting() -> None:
+    """An operator who searches the page for a message finds it."""
+    missing = messages.missing(messages.PAGE.read_text())
+    assert not missing, "add to docs/troubleshooting.md:\n" + "\n".join(map(str, missing))
+
+
+def test_a_message_that_the_page_lacks_is_found() -> None:
+    """The search is not satisfied by an empty page: it knows messages of every kind."""
+    found = {each.path.name for each in messages.missing("")}
+    assert {"settings.py", "loader.py", "config_file.py", "privileges.py"} <= found
+
+
+# --- Commands ---
+
+
+def tried(command: str) -> bool:
+    """Try a command as far as that is quick; whether there is a way to."""
+    words = shlex.split(command.removeprefix("sudo "))
+    if words[0] == "make":
+        dry_run = subprocess.run(
+            ["make", "-n", *words[1:]],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert dry_run.returncode == 0, dry_run.stderr
+    elif words[0].endswith("/tcpexporter"):
+        parse(words[1:], {})
+    elif words[:2] == [".venv/bin/python", "-m"]:
+        assert find_spec(words[2])
+        assert all((ROOT / each).exists() for each in words[3:])
+    elif words[:2] == [".venv/bin/python", "-c"]:
+        assert run_python(words[2]).startswith("$2b$10$")
+    else:
+        return False
+    return True
+
+
+def run_python(program: str) -> str:
+    """What it prints; it has no terminal to ask for a password."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        input="a password\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        start_new_session=True,
+    ).stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_works_or_is_known_not_to_be_run(command: str) -> None:
+    """Fails for a make target, flag or file that does not exist any more."""
+    assert command in NOT_RUN or tried(command), "say in NOT_RUN why it is not run"
+
+
+def test_each_reason_is_for_a_command_in_the_documents() -> None:
+    assert NOT_RUN.keys() <= set(COMMANDS)
+
+
+def test_the_web_configuration_in_the_documents_is_valid() -> None:
+    """And the scrape_config beside it is YAML with the same user."""
+    web, scrape = re.findall(
+        r"(?ms)^```yaml\n(.*?)^```$", (ROOT / "docs/tls.md").read_text()
+    )
+    config = config_file.parse(web, "web.yml", lambda _: "the content of a file")
+    (user,) = config.users
+    assert yaml.safe_load(scrape)["basic_auth"]["username"] == user
+
+
+# --- The man page ---
+
+
+def test_the_man_page_has_the_sections_of_man_pages() -> None:
+    """As man-pages(7) orders them."""
+    sections = re.findall(r"(?m)^\.SH (.*)$", MAN_PAGE.read_text())
+    assert sections == [
+        "NAME",
+        "SYNOPSIS",
+        "DESCRIPTION",
+        "OPTIONS",
+        "ENVIRONMENT",
+        "FILES",
+        "SIGNALS",
+        "EXIT STATUS",
+        "EXAMPLES",
+        "SEE ALSO",
+    ]
+
+
+def test_the_man_page_has_every_flag_and_only_known_macros() -> None:
+    text = MAN_PAGE.read_text()
+    flags = {
+        flag for _, group in documents.described() for each in group for flag in each.flags
+    }
+    assert all(flag.replace("-", r"\-") in text for flag in flags)
+    assert "@" not in text  # nothing of the template is left
+    macros = set(re.findall(r"(?m)^[.'](\S+)", text))
+    assert macros <= {'\\"', "TH", "SH", "SS", "TP", "PP", "B", "BR", "RI", "RB", "I", "br"}
+
+
+def test_the_man_page_can_be_formatted() -> None:
+    """By whichever formatter there is; without one its structure has to do."""
+    for formatter in (
+        ["mandoc", "-T", "lint", "-W", "warning"],
+        ["groff", "-man", "-ww", "-z"],
+    ):
+        if shutil.which(formatter[0]):
+            done = subprocess.run(
+                [*formatter, MAN_PAGE], capture_output=True, text=True, check=False
+            )
+            assert not done.stdout + done.stderr
