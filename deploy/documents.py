@@ -16,17 +16,17 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
 from tcpexporter.config import settings
-from tcpexporter.config.reload import Reloads
 from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import LISTENER, Direction
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.collector import (
     Choice,
-    ConfinementCollector,
     ConnectionCollector,
     make_serving_registry,
 )
+from tcpexporter.metrics.exporter_status import ConfinementCollector
+from tcpexporter.metrics.reload_status import Reloads
 from tests import tables
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ class Described(NamedTuple):
 
 def described() -> Iterator[tuple[str, Sequence[Described]]]:
     """Each group of ``--help``: its title and its settings."""
-    for title, group in settings._GROUPS.items():  # noqa: SLF001  # as --help
+    for title, group in settings.GROUPS.items():
         yield (
             title,
             [
