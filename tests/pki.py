@@ -24,7 +24,7 @@ MTLS = f"""{TLS}  client_ca_file: ca.pem
 
 
 def write_pair(directory: Path) -> trustme.LeafCert:
-    """A new certificate for localhost and its key, each put in place by a rename."""
+    """A new certificate for localhost and its key, each renamed to its path."""
     issued = CA.issue_cert("localhost", "127.0.0.1", key_type=trustme.KeyType.ECDSA)
     chain = b"".join(each.bytes() for each in issued.cert_chain_pems)
     for name, content in (
@@ -39,7 +39,7 @@ def write_pair(directory: Path) -> trustme.LeafCert:
 
 
 def write_web(directory: Path, config: str) -> str:
-    """A web configuration with what it names beside it; its path."""
+    """Write a web configuration and the files that it names; return its path."""
     write_pair(directory)
     CA.cert_pem.write_to_path(directory / "ca.pem")
     path = directory / "web.yml"
@@ -53,7 +53,7 @@ def users(**passwords: str) -> str:
 
 
 def client_context(certificate: trustme.LeafCert | None = None) -> ssl.SSLContext:
-    """A client that trusts our authority, and has this certificate."""
+    """The TLS context of a client that trusts the CA, with this certificate."""
     context = ssl.create_default_context()
     CA.configure_trust(context)
     if certificate:

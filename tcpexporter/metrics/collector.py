@@ -52,7 +52,7 @@ class Choice(NamedTuple):
     named: Series
     """Series that exist from the first scrape on, and are never folded."""
     duration_s: int
-    """Minimum age of a long-term connection."""
+    """Minimum age of a long-term connection, in seconds."""
 
 
 class ConnectionCollector(Collector):
@@ -110,8 +110,8 @@ class ConnectionCollector(Collector):
         choice = self._choice
         since_ns = now_ns - choice.duration_s * 1_000_000_000
         names = self._names() if self._names else None
-        # The report is read before the connections: a page that shows the end of a
-        # reconciliation must also show its corrections.
+        # The report is read before the connections: an exposition that shows the end
+        # of a reconciliation must also show its corrections.
         report = self._source.report()
         counts = count(self._source.read(), choice.selection, since_ns)
         self.tracked = counts.total
@@ -323,8 +323,8 @@ def _reconciliation_families(done: Reconciliation) -> Iterator[Metric]:
 def make_registry(collector: ConnectionCollector) -> CollectorRegistry:
     """Return a registry of the connections and the version, as ``--once`` prints them.
 
-    It has no ``process_*`` metrics: node_exporter's textfile collector adds the page to its
-    own, which has them, and the same name twice is an error.
+    It has no ``process_*`` metrics: node_exporter's textfile collector adds these
+    metrics to its own, which include them, and the same name twice is an error.
     """
     registry = CollectorRegistry()
     registry.register(collector)

@@ -49,7 +49,7 @@ class _FamilyCollector(Collector):
         yield self._family
 
 
-class Page:
+class Exposition:
     """The exposition of one collection, written at most once in each format.
 
     Writing takes several times as long as collecting. Families are written one by one, so
@@ -61,7 +61,7 @@ class Page:
         self._collectors = [_FamilyCollector(family) for family in families]
         self._written: dict[Format, Sequence[bytes]] = {}
         self._whole: dict[Format, bytes] = {}
-        self._packed: dict[Format, bytes] = {}
+        self._compressed: dict[Format, bytes] = {}
 
     def body(self, form: Format, names: Collection[str] = ()) -> bytes:
         """Return the exposition, or only the families that have samples of these names."""
@@ -71,12 +71,12 @@ class Page:
             self._whole[form] = b"".join((*self._families(form), form.end))
         return self._whole[form]
 
-    def packed(self, form: Format) -> bytes:
+    def compressed(self, form: Format) -> bytes:
         """Return the whole exposition, compressed with gzip."""
-        if form not in self._packed:
+        if form not in self._compressed:
             # This blocks the event loop: 10,000 series take 2 ms, at level 9 60 ms.
-            self._packed[form] = gzip.compress(self.body(form), compresslevel=1)
-        return self._packed[form]
+            self._compressed[form] = gzip.compress(self.body(form), compresslevel=1)
+        return self._compressed[form]
 
     def _named(self, form: Format, names: Collection[str]) -> Iterator[bytes]:
         for collector, text in zip(self._collectors, self._families(form), strict=True):
@@ -94,17 +94,17 @@ class Collections:
     """Collects once for all requests that wait when the collection begins.
 
     A collection begins one turn of the event loop after its first request, so requests of
-    the same turn share it. Later requests wait for the next collection, so no page is older
-    than the request for it.
+    the same turn share it. Later requests wait for the next collection, so no
+    exposition is older than the request for it.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         """Collect from this registry, in the event loop."""
         self._registry = registry
-        self._waiting: list[asyncio.Future[Page]] = []
+        self._waiting: list[asyncio.Future[Exposition]] = []
 
-    async def next(self) -> Page:
-        """Return the page of a collection that begins after this call.
+    async def next(self) -> Exposition:
+        """Return the exposition of a collection that begins after this call.
 
         Raises:
             SourceError: collecting failed. This, like any other exception of a collector,
@@ -114,14 +114,14 @@ class Collections:
         if not self._waiting:
             loop.call_soon(self._collect)
         # Each request has its own future, so cancelling one does not cancel the others.
-        page: asyncio.Future[Page] = loop.create_future()
-        self._waiting.append(page)
-        return await page
+        exposition: asyncio.Future[Exposition] = loop.create_future()
+        self._waiting.append(exposition)
+        return await exposition
 
     def _collect(self) -> None:
         waiting, self._waiting = self._waiting, []
         try:
-            page = Page(self._registry.collect())
+            exposition = Exposition(self._registry.collect())
         except Exception as error:  # raised in the requests that wait
             for each in waiting:
                 if not each.done():
@@ -129,4 +129,4 @@ class Collections:
         else:
             for each in waiting:
                 if not each.done():
-                    each.set_result(page)
+                    each.set_result(exposition)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Writes the exposition to a file atomically (--output).
 
-When the page is ready, the process that made it is confined and not root any more: it can
-write to an open file, but not rename one. So before it is confined, it opens a new file in
-the same directory and starts a child process that keeps its privileges. When the parent
-reports that the page is complete, the child renames the new file to the path; if the parent
+When the exposition is ready, the process that made it is confined and not root any more:
+it can write to an open file, but not rename one. So before that, it opens a new file in the
+same directory and starts a child process that keeps its privileges. When the parent
+reports that the file is complete, the child renames the new file to the path; if the parent
 ends without reporting that, the child removes the new file.
 """
 

@@ -38,7 +38,7 @@ CURVES = {
     "CurveP384": "secp384r1",
     "CurveP521": "secp521r1",
 }
-"""OpenSSL's name by Go's. Python's ssl cannot select Go's fourth curve, X25519."""
+"""OpenSSL's name by Go's. Python's ssl cannot select X25519 alone."""
 
 HEADERS: Mapping[str, tuple[str, ...]] = {
     "Content-Security-Policy": (),
@@ -347,10 +347,10 @@ class _File:
     def _known(self, node: yaml.Node | None, name: str, keys: tuple[str, ...]) -> _Entries:
         """Return the entries of a mapping, without those that have no value."""
         entries = self._entries(node, name)
-        for key, (place, _) in entries.items():
+        for key, (node_of_key, _) in entries.items():
             if key not in keys:
                 raise self._wrong(
-                    place, f"{name} has no {quoted(key)}; it can have {_listed(keys)}"
+                    node_of_key, f"{name} has no {quoted(key)}; it can have {_listed(keys)}"
                 )
         return {key: entry for key, entry in entries.items() if not _is_null(entry[1])}
 

@@ -58,7 +58,7 @@ class _MemoryReturn:
         self._were_many = False
 
     def update(self, connections: int) -> None:
-        """Process that a connection was closed and ``connections`` are left."""
+        """Call this when a connection has closed; ``connections`` are still open."""
         if connections >= MANY_CONNECTIONS:
             self._were_many = True
         elif self._were_many and connections <= MANY_CONNECTIONS // 4:
@@ -163,7 +163,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             self.transport.close()
 
     def pause_writing(self) -> None:
-        """Process that the kernel has not accepted all data, and limit the total of it."""
+        """Called when the kernel accepts no more data: limit unsent data of all clients."""
         super().pause_writing()
         others = self._all() - {self}
         unsent = sum(each.transport.get_write_buffer_size() for each in others)
@@ -173,7 +173,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
                 slow.drop()
 
     def resume_writing(self) -> None:
-        """Process that the kernel has accepted all data."""
+        """Called when the kernel has accepted all data: complete the response."""
         super().resume_writing()
         if self.cycle is not None and self.cycle.response_complete:
             self.on_response_complete()
@@ -202,7 +202,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
     @property
     def is_being_answered(self) -> bool:
-        """Whether the exporter is making a response for a client that is surely there.
+        """Whether the exporter is making a response, and the client has not sent FIN.
 
         A client that has sent FIN may be gone.
         """

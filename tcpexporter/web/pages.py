@@ -12,7 +12,7 @@ from urllib.parse import parse_qs
 from prometheus_client import CollectorRegistry
 
 from tcpexporter.errors import SourceError, enough_memory, reason
-from tcpexporter.metrics.exposition import Collections, Page, negotiate
+from tcpexporter.metrics.exposition import Collections, Exposition, negotiate
 from tcpexporter.metrics.negotiation import prefers_gzip
 from tcpexporter.web.fair_share import source_network
 from tcpexporter.web.landing import CONTENT_SECURITY_POLICY, landing_page
@@ -57,7 +57,7 @@ _REFUSALS = {
         503, "cannot check the password now: try again", **{"retry-after": "1"}
     ),
 }
-"""Responses by what `Guard.authorize` returns; it returns OK for permitted requests."""
+"""Responses to requests that `Guard.authorize` refuses, by the status it returns."""
 
 
 class App:
@@ -115,7 +115,7 @@ class App:
         return None
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Respond to one request."""
         response = (
             _objection(scope) or await self._refusal(scope) or await self._respond(scope)
         )
@@ -138,21 +138,21 @@ class App:
         )
         await send({"type": "http.response.body", "body": response.body})
 
-    async def collect(self) -> Page:
-        """Return a page that is collected after this call, shared by concurrent callers.
+    async def collect(self) -> Exposition:
+        """Return an exposition collected after this call; concurrent callers share it.
 
         Raises:
             SourceError: collecting failed, for whatever reason.
         """
         try:
-            page = await self._collections.next()
+            exposition = await self._collections.next()
         except Exception as error:
             self._record_trouble(reason(error))
             log.debug("cannot collect metrics", exc_info=error)
             raise SourceError(reason(error)) from error
         self._record_trouble(None)
         self._has_worked = True
-        return page
+        return exposition
 
     async def _refusal(self, scope: Scope) -> Response | None:
         if self.guard is None:
@@ -199,9 +199,9 @@ class App:
         if readiness.status != 200:
             return readiness
         try:
-            page = await self.collect()
+            exposition = await self.collect()
             with enough_memory():
-                return _exposition(page, scope)
+                return _exposition_response(exposition, scope)
         except SourceError as error:
             return text(503, str(error))
 
@@ -226,18 +226,18 @@ def _objection(scope: Scope) -> Response | None:
     return None
 
 
-def _exposition(page: Page, scope: Scope) -> Response:
+def _exposition_response(exposition: Exposition, scope: Scope) -> Response:
     form = negotiate(_header(scope, b"accept"))
     query = parse_qs(scope["query_string"].decode("latin-1"))
     if names := query.get("name[]"):
         # Not compressed: each selection of names would have to be compressed separately.
         vary = {"vary": "Accept"}
-        return Response(200, page.body(form, names), form.content_type, vary)
+        return Response(200, exposition.body(form, names), form.content_type, vary)
     vary = {"vary": "Accept, Accept-Encoding"}
     if not prefers_gzip(_header(scope, b"accept-encoding")):
-        return Response(200, page.body(form), form.content_type, vary)
+        return Response(200, exposition.body(form), form.content_type, vary)
     headers = {"content-encoding": "gzip", **vary}
-    return Response(200, page.packed(form), form.content_type, headers)
+    return Response(200, exposition.compressed(form), form.content_type, headers)
 
 
 def _header(scope: Scope, name: bytes) -> str:

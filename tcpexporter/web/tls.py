@@ -133,7 +133,7 @@ def _set_verification(context: ssl.SSLContext, tls: Tls) -> None:
 
 @contextlib.contextmanager
 def _translated(failure: str) -> Iterator[None]:
-    """Raise errors of the block as WebConfigError with a sentence that begins so."""
+    """Raise errors of the block as WebConfigError; its message begins with ``failure``."""
     try:
         yield
     except ssl.SSLError as error:
@@ -227,7 +227,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
             self._http.resume_writing()
 
     def _process(self) -> None:
-        """Process the bytes received so far: handshake, then requests."""
+        """Process received bytes: continue the handshake, or pass requests to HTTP."""
         if self._raw.is_closing():
             return
         try:
@@ -286,7 +286,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
             self._flush()
         self._raw.close()
         if had_sent_all and self._raw.get_write_buffer_size():
-            # The kernel has no space for close_notify: the client has not read before.
+            # The kernel did not accept even close_notify, so the client does not read.
             self._raw.abort()
 
     def abort(self) -> None:

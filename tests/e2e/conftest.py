@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Every e2e test runs in a network namespace of its own, or says why it cannot."""
+"""Runs each e2e test in its own network namespace, or skips it with the reason."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from tests.support import inside, new_netns, why_no_bpf
 
 @pytest.fixture(autouse=True)
 def netns() -> Iterator[str]:
-    """The name of the namespace that the test and what it starts are in."""
+    """The name of the network namespace of the test and its child processes."""
     if reason := why_no_bpf():
         pytest.skip(reason)
     with new_netns() as name, inside(name):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the e2e tests share: the installed command, and a Prometheus that scrapes it."""
+"""Runs the installed command, and a real Prometheus that scrapes it."""
 
 import contextlib
 import json
@@ -43,7 +43,7 @@ class Command(Exporter):
         return f"{self._address}:{self.port}"
 
     def fetch(self, path: str, **headers: str) -> tuple[str, str]:
-        """A page asked for with these headers, and its content type."""
+        """Request a page with these headers; return the body and the content type."""
         with urllib.request.urlopen(
             urllib.request.Request(f"http://{self.target}{path}", headers=headers),
             timeout=DEADLINE_S,
@@ -52,7 +52,7 @@ class Command(Exporter):
 
 
 def tool(name: str) -> str:
-    """The path of a program that the test cannot do without."""
+    """Return the path of a program; skip the test if it is not installed."""
     path = shutil.which(name)
     if path is None:
         pytest.skip(f"{name} is not on PATH: Debian has it in the package prometheus")
@@ -60,7 +60,7 @@ def tool(name: str) -> str:
 
 
 def scrape_config(*targets: str, **settings: object) -> str:
-    """The README's own example, for other targets and with more settings."""
+    """Return the README's scrape_configs with other targets and additional settings."""
     blocks = re.findall("(?ms)^```yaml\n(.*?)^```$", README.read_text())
     (example,) = (block for block in blocks if "\nscrape_configs:" in block)
     before, place, after = example.partition('["localhost:9690"]')
@@ -72,7 +72,7 @@ def scrape_config(*targets: str, **settings: object) -> str:
 class Prometheus:
     """A real Prometheus on loopback, with its data in a directory.
 
-    It takes five seconds until the first scrape, whatever it is told.
+    Its first scrape comes after five seconds, independent of the interval.
     """
 
     def __init__(
@@ -92,45 +92,45 @@ class Prometheus:
                     f"--config.file={config}",
                     f"--storage.tsdb.path={directory / 'data'}",
                     f"--web.listen-address={self._address}",
-                    "--log.level=debug",  # where a scrape that failed is written
+                    "--log.level=debug",  # this level has failed scrapes
                 ],
                 stdout=log,
                 stderr=log,
             )
 
     def targets(self) -> list[dict[str, Any]]:
-        """How each target is doing: its url, health and last error."""
+        """The targets with their URL, health and last error."""
         return list(self._ask("targets")["activeTargets"])
 
     def types(self, metric: str) -> set[str]:
-        """What the targets say of which type a metric family is."""
+        """The types that the targets report for a metric family."""
         return {each["type"] for each in self._ask("targets/metadata", metric=metric)}
 
     def query(self, promql: str, *labels: str) -> dict[tuple[str, ...], float]:
-        """What PromQL gives now, by the values of these labels."""
+        """The current result of a query, by the values of these labels."""
         found = self._ask("query", query=promql)["result"]
         values: dict[tuple[str, ...], float] = {}
         for each in found:
             key = tuple(each["metric"].get(label, "") for label in labels)
             values[key] = float(each["value"][1])
-        assert len(values) == len(found), f"{labels} do not tell apart {found}"
+        assert len(values) == len(found), f"{labels} do not distinguish {found}"
         return values
 
     def failed_scrapes(self) -> list[str]:
-        """What its log has of them, each with its reason."""
+        """The log lines about failed scrapes, each with the reason."""
         return [
             line for line in self._log.read_text().splitlines() if "Scrape failed" in line
         ]
 
     def samples(self, selector: str) -> list[tuple[float, float]]:
-        """When one series was scraped, in seconds since the epoch, and what it was."""
+        """The samples of one series: seconds since the epoch, and value."""
         (series,) = self._ask("query", query=f"{selector}[10m]")["result"]
         return [(scraped_s, float(value)) for scraped_s, value in series["values"]]
 
     def wait_for(
         self, promql: str, expected: dict[tuple[str, ...], float], *labels: str
     ) -> None:
-        """Until PromQL gives what is expected: a scrape comes when it comes."""
+        """Wait until a query has the expected result."""
         until = time.monotonic() + DEADLINE_S
         while (found := self.query(promql, *labels)) != expected:
             assert time.monotonic() < until, (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The installed command at a prompt: what it prints, what it takes, who may run it."""
+"""The installed command: output, settings, and running without root."""
 
 import html
 import os
@@ -19,12 +19,12 @@ from tests.support import DEADLINE_S, ESTABLISHED, LONG_TERM, Peers, free_port
 NOBODY = 65534
 AS_NOBODY = (
     *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
-    # The tree may lie where only root can read.
+    # The tests may be in a directory that only root can read.
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
 )
 
 INHERITED = f'{LONG_TERM} non-counter metrics should not have "_total" suffix'
-"""The one thing that promtool may dislike: the name is the Go program's."""
+"""promtool's only permitted objection: the name is inherited from the Go program."""
 
 
 def run(*command: str, given: str = "") -> subprocess.CompletedProcess[str]:
@@ -39,13 +39,13 @@ def run(*command: str, given: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def objections(page: str) -> list[str]:
-    """What promtool says against a page of metrics; it passes over empty families."""
+    """promtool's objections to an exposition; it ignores families without samples."""
     checked = run(tool("promtool"), "check", "metrics", given=page)
     return (checked.stdout + checked.stderr).splitlines()
 
 
 def count(page: str, metric: str, port: int) -> dict[str, float]:
-    """The values that a page has for a port, by IP version."""
+    """The values of a port in an exposition, by IP version."""
     return {
         sample.labels["tcp_version"]: sample.value
         for family in text_string_to_metric_families(page)
@@ -55,7 +55,7 @@ def count(page: str, metric: str, port: int) -> dict[str, float]:
 
 
 def read_terminal(controller: int, last: str | None = None) -> str:
-    """What was written to a terminal, up to ``last``, or until nobody can write to it."""
+    """Read a terminal up to ``last``, or until its other side is closed."""
     until = time.monotonic() + DEADLINE_S
     shown = b""
     while last is None or last.encode() not in shown:
@@ -70,27 +70,27 @@ def read_terminal(controller: int, last: str | None = None) -> str:
 
 
 def shown_settings(page: str) -> dict[str, str]:
-    """The table of the landing page."""
+    """The settings in the table of the landing page."""
     rows = re.findall('<tr><th scope="row">(.*?)</th><td>(.*?)</td></tr>', page)
     return {html.unescape(name): html.unescape(value) for name, value in rows}
 
 
 @pytest.mark.parametrize("source", ["ebpf", "sock_diag", "procfs"])
 def test_promtool_objects_to_the_inherited_name_only(source: str) -> None:
-    """``promtool check metrics`` on the page of each source, with series in it."""
+    """``promtool check metrics`` on an exposition of each source, with series."""
     with Peers("::") as peers, Command("--source", source) as exporter:
         peers.connect(1)
         assert objections(exporter.get("/metrics")) == [INHERITED]
 
 
 def test_promtool_objects_to_the_inherited_name_only_when_simple() -> None:
-    """The same with ``--simple``."""
+    """``promtool check metrics`` on an exposition with ``--simple``."""
     with Command("--simple") as exporter:
         assert objections(exporter.get("/metrics")) == [INHERITED]
 
 
 def test_once_prints_the_page_and_nothing_else() -> None:
-    """``--once`` in a pipe: metrics on standard output, silence on standard error, 0."""
+    """In a pipe ``--once`` prints metrics, nothing to standard error, and exits with 0."""
     with Peers("::") as peers:
         peers.connect(7, "127.0.0.1")
         peers.connect(5, "::1")
@@ -102,7 +102,7 @@ def test_once_prints_the_page_and_nothing_else() -> None:
 
 
 def test_once_counts_down_on_a_terminal() -> None:
-    """Standard error says how long it still watches; what opens meanwhile is counted."""
+    """Standard error shows the seconds left; connections opened meanwhile are counted."""
     controller, terminal = pty.openpty()
     try:
         with Peers() as peers:
@@ -125,14 +125,14 @@ def test_once_counts_down_on_a_terminal() -> None:
         os.close(controller)
     assert watching.returncode == 0
     assert re.findall("([0-9]+) s left", shown) == ["4", "3", "2", "1"]
-    assert shown.endswith("\r\033[K")  # an empty line for what is printed next
+    assert shown.endswith("\r\033[K")  # clears the line for later output
     assert count(page, ESTABLISHED, peers.port) == {"4": 12}
     assert count(page, LONG_TERM, peers.port) == {"4": 7}
     assert objections(page) == [INHERITED]
 
 
 def test_settings_come_from_flag_environment_and_file(tmp_path: Path) -> None:
-    """Flag over environment over file, and the landing page shows what is in force."""
+    """Flags override environment, environment overrides file; the landing page shows it."""
     conf = tmp_path / "tcpexporter.conf"
     conf.write_text(
         "# the web server\n"
@@ -164,7 +164,7 @@ def test_settings_come_from_flag_environment_and_file(tmp_path: Path) -> None:
 
 
 def test_a_wrong_line_in_the_file_is_refused(tmp_path: Path) -> None:
-    """Exit code 2, and one line that says where it is and what it takes."""
+    """Exit code 2, and one line with the place of the error and the allowed values."""
     conf = tmp_path / "tcpexporter.conf"
     conf.write_text("simple\nport https\n")
     ended = run(COMMAND, "--conf", str(conf))
@@ -177,7 +177,7 @@ def test_a_wrong_line_in_the_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_root_it_polls_and_says_why() -> None:
-    """As nobody, ``auto`` counts by sock_diag after one warning that has the remedy."""
+    """As nobody, ``auto`` uses sock_diag and logs one warning with the remedy."""
     with Peers("::") as peers:
         peers.connect(7, "127.0.0.1")
         peers.connect(5, "::1")
@@ -194,7 +194,7 @@ def test_without_root_it_polls_and_says_why() -> None:
 
 
 def test_without_root_ebpf_alone_is_refused() -> None:
-    """``--source ebpf`` as nobody: exit code 1 and one sentence, never another source."""
+    """``--source ebpf`` as nobody: exit code 1 and one sentence, no fallback."""
     ended = run(*AS_NOBODY, COMMAND, "--source=ebpf", f"--listen=127.0.0.1:{free_port()}")
     assert ended.returncode == 1
     assert ended.stdout == ""

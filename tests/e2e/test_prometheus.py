@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The installed command scraped by a real Prometheus, with the README's scrape_configs."""
+"""A real Prometheus scrapes the installed command with the README's scrape_configs."""
 
 import contextlib
 import itertools
@@ -20,7 +20,7 @@ ACCEPT = {
     "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
     "text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
 }
-"""What Prometheus sends, by its version."""
+"""Accept headers of Prometheus, by its version."""
 
 SOURCES = ("ebpf", "sock_diag", "procfs")
 
@@ -30,7 +30,7 @@ def at(port: int, metric: str = LONG_TERM) -> str:
 
 
 def test_prometheus_has_the_right_numbers_of_every_source(tmp_path: Path) -> None:
-    """IPv4 and IPv6 apart, falling when connections close, and no scrape ever fails."""
+    """IPv4 and IPv6 are separate, values fall when connections close, no scrape fails."""
     with contextlib.ExitStack() as running:
         peers = running.enter_context(Peers("::"))
         exporters = [
@@ -63,11 +63,11 @@ def test_prometheus_has_the_right_numbers_of_every_source(tmp_path: Path) -> Non
         for _, server in peers.pairs[7:]:
             server.close()
         wait_for_numbers(4, 0)
-        for each in exporters:  # Prometheus keeps a connection, which is nobody's business
+        for each in exporters:  # Prometheus' own connections are not counted
             own = f'{LONG_TERM}{{port="{each.port}",instance="{each.target}"}}'
             assert prometheus.query(own) == {}
         assert_no_scrape_failed(prometheus)
-        # Only OpenMetrics has this type.
+        # Only OpenMetrics has the type info.
         assert prometheus.types("tcpexporter_source") == {"info"}
 
 
@@ -80,7 +80,7 @@ def assert_no_scrape_failed(prometheus: Prometheus) -> None:
 
 
 def test_an_ipv6_target_is_scraped(tmp_path: Path) -> None:
-    """``--listen '[::1]:port'`` serves, and Prometheus scrapes, over IPv6."""
+    """With ``--listen '[::1]:port'`` Prometheus scrapes over IPv6."""
     with (
         Peers("::1") as peers,
         Command("--duration", "0", address="[::1]") as exporter,
@@ -94,8 +94,8 @@ def test_an_ipv6_target_is_scraped(tmp_path: Path) -> None:
 
 
 def test_the_readme_works_as_it_stands(tmp_path: Path) -> None:
-    """The command without a flag serves where the README's example scrapes."""
-    no_flag = ("sh", "-c", f'exec "{COMMAND}"')  # the shell keeps those it is given
+    """The command without flags serves at the target of the README's example."""
+    no_flag = ("sh", "-c", f'exec "{COMMAND}"')  # sh does not pass flags on
     with (
         Peers() as peers,
         Command(command=no_flag, port=9690) as exporter,
@@ -107,8 +107,8 @@ def test_the_readme_works_as_it_stands(tmp_path: Path) -> None:
 
 
 def test_a_restart_costs_at_most_one_scrape(tmp_path: Path) -> None:
-    """Connections from before are counted again at once, no series goes stale for long."""
-    # Prometheus scrapes every 15 s or more; a restart must fit in between two scrapes.
+    """Pre-existing connections count at once after a restart; series have short gaps."""
+    # Intervals are usually 15 s or more; a restart must fit between two scrapes.
     interval_s = 3
     port = free_port()
     with Peers() as peers:
@@ -129,7 +129,7 @@ def test_a_restart_costs_at_most_one_scrape(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ACCEPT)
 def test_openmetrics_is_what_prometheus_asks_for(version: str) -> None:
-    """The OpenMetrics page parses by the format's strict parser, and has the numbers."""
+    """The strict OpenMetrics parser accepts the exposition, which has the right value."""
     with Peers() as peers, Command("--duration", "0") as exporter:
         peers.connect(3)
         page, content_type = exporter.fetch("/metrics", Accept=ACCEPT[version])

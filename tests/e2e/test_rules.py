@@ -28,26 +28,26 @@ RULES = sorted(ROOT.glob("deploy/prometheus/*.rules.yml"))
 CASES = ROOT / "tests/e2e/rules_test.yml"
 
 PORTS = (443, 3838, 5432)
-"""Those that the examples speak of."""
+"""Ports in the examples."""
 
-WALLS = ("seccomp", "landlock", "unprivileged_user", "no_capabilities")
-"""What confines an exporter, as tests/kernel/test_confinement.py finds it on its page."""
+MECHANISMS = ("seccomp", "landlock", "unprivileged_user", "no_capabilities")
+"""Label values of tcpexporter_confined, as in tests/kernel/test_confinement.py."""
 TASKS = [
     Task(name, lambda: None, without="", limit_s=1)
     for name in ("poll", "reconcile", "state", "reload")
 ]
 
 OF_PROMETHEUS = {"job", "instance"}
-"""Labels that no page has: Prometheus adds them."""
+"""Labels that Prometheus adds to those of the exposition."""
 
-UNWATCHED = {
-    "tcpexporter_seeded_connections",  # all are after a restart, for as long as they last
-    "tcpexporter_build_info",  # tells, and is never wrong
+WITHOUT_ALERT = {
+    "tcpexporter_seeded_connections",  # after a restart all connections are seeded
+    "tcpexporter_build_info",  # information only
     "tcpexporter_duration_seconds",  # a setting
     "tcpexporter_collect_duration_seconds",  # too long for a scrape is TcpexporterDown
-    "tcpexporter_config_last_reload_success_timestamp_seconds",  # _successful says it
+    "tcpexporter_config_last_reload_success_timestamp_seconds",  # _successful has an alert
 }
-"""Of the exporter's own metrics, those that no alert is about."""
+"""Metrics of the exporter itself without an alert."""
 
 GROUPING = re.compile(r"\b(?:by|without|on)\s*\([^)]*\)")
 SELECTOR = re.compile(r"\b(up|[a-z]+(?:_[a-z]+)+)\b(?!\s*\()\s*(?:\{([^}]*)\})?")
@@ -55,7 +55,7 @@ MATCHER = re.compile(r'(\w+)\s*!?=~?\s*"([^"]*)"')
 
 
 def promtool(*arguments: str | Path) -> str:
-    """What it says; the test fails if it objects."""
+    """Run promtool and return its output; the test fails if its exit code is not 0."""
     path = shutil.which("promtool")
     if path is None:
         pytest.skip("promtool is not on PATH: Debian has it in the package prometheus")
@@ -68,20 +68,20 @@ def promtool(*arguments: str | Path) -> str:
 
 
 def alerts() -> dict[str, str]:
-    """The text of each rule, by the name of its alert."""
+    """The text of each rule, by alert name."""
     parts = [part for path in RULES for part in path.read_text().split("- alert: ")[1:]]
     return {part.splitlines()[0]: part for part in parts}
 
 
 def selectors(rule: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The metrics that an expression names, each with the labels and values it asks for."""
+    """The metrics in a rule's expression, each with its label matchers."""
     (expression,) = re.findall(r"(?s)\n +expr: (.*?)\n +for: ", rule)
     found = SELECTOR.findall(GROUPING.sub("", expression))
     return [(name, MATCHER.findall(matchers)) for name, matchers in found]
 
 
 def published() -> dict[str, dict[str, set[str]]]:
-    """Each metric that an exporter can have, with its labels and their values."""
+    """Each metric that an exporter can publish, with its labels and their values."""
     listeners = np.array([(0, port, 4) for port in PORTS], LISTENER)
     report = Report(
         max_connections=100,
@@ -101,7 +101,7 @@ def published() -> dict[str, dict[str, set[str]]]:
         registry = make_serving_registry(
             collector, Reloads(), tasks=lambda: TASKS, dropped=int
         )
-        registry.register(ConfinementCollector(dict.fromkeys(WALLS, True)))
+        registry.register(ConfinementCollector(dict.fromkeys(MECHANISMS, True)))
         for sample in (each for family in registry.collect() for each in family.samples):
             values = metrics.setdefault(sample.name, {})
             for label, value in sample.labels.items():
@@ -110,18 +110,18 @@ def published() -> dict[str, dict[str, set[str]]]:
 
 
 def test_promtool_accepts_the_rules() -> None:
-    """``promtool check rules`` on each file, lint included."""
+    """``promtool check rules`` with its linter accepts each file."""
     assert {path.name for path in RULES} == {"examples.rules.yml", "tcpexporter.rules.yml"}
     assert promtool("check", "rules", "--lint-fatal", *RULES).count("SUCCESS") == len(RULES)
 
 
 def test_alerts_fire_when_they_should_and_not_otherwise() -> None:
-    """``promtool test rules``: which alerts fire at which time, and what they say."""
+    """``promtool test rules`` checks which alerts fire when, and their annotations."""
     assert "SUCCESS" in promtool("test", "rules", CASES)
 
 
 def test_each_alert_has_a_case_where_it_fires_and_one_where_it_does_not() -> None:
-    """promtool passes over an alert without cases, and over the wrong name in a case."""
+    """promtool ignores alerts without cases, and wrong names in cases."""
     assert all(path.name in CASES.read_text() for path in RULES)
     cases = re.findall(r"alertname: (\S+)\n +exp_alerts:(.*)", CASES.read_text())
     assert len(cases) == CASES.read_text().count("eval_time:")
@@ -131,7 +131,7 @@ def test_each_alert_has_a_case_where_it_fires_and_one_where_it_does_not() -> Non
 
 @pytest.mark.parametrize("name", alerts())
 def test_each_alert_waits_and_explains_itself(name: str) -> None:
-    """It has a time to wait, a severity, a summary and a description."""
+    """Each alert has "for", a severity, a summary and a description."""
     rule = alerts()[name]
     assert re.search(r"\n +for: [1-9]\d*m\n", rule)
     assert re.search(r"\n +severity: (critical|warning)\n", rule)
@@ -140,19 +140,19 @@ def test_each_alert_waits_and_explains_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", alerts())
-def test_each_alert_is_about_what_is_published(name: str) -> None:
-    """Every metric, label and value in its expression is one that the collector has."""
+def test_each_alert_uses_published_metrics(name: str) -> None:
+    """The collector publishes every metric, label and value in the expression."""
     metrics = published()
-    asked_for = selectors(alerts()[name])
-    assert asked_for
-    for metric, matchers in asked_for:
+    used = selectors(alerts()[name])
+    assert used
+    for metric, matchers in used:
         assert metric in {"up", *metrics}
         for label, value in matchers:
             assert label in OF_PROMETHEUS or value in metrics[metric].get(label, ())
 
 
-def test_the_cases_have_series_as_they_are_published() -> None:
-    """Every series that promtool is given has the name and labels that a page has."""
+def test_the_cases_have_published_series() -> None:
+    """Every series in the cases has the name and labels of a published one."""
     metrics = published()
     series = re.findall(r"- series: '(\w+)\{(.*)\}'", CASES.read_text())
     assert len(series) == CASES.read_text().count("series: ")
@@ -163,14 +163,14 @@ def test_the_cases_have_series_as_they_are_published() -> None:
 
 
 def test_every_metric_about_the_exporter_has_an_alert() -> None:
-    """A new one is either watched or said to need no watching."""
+    """A new metric requires an alert, or an entry in WITHOUT_ALERT."""
     own = {name for name in published() if name.startswith("tcpexporter_")}
     watched = {metric for rule in alerts().values() for metric, _ in selectors(rule)}
-    assert own - watched == UNWATCHED
+    assert own - watched == WITHOUT_ALERT
 
 
-def test_the_rules_look_for_the_job_that_the_readme_tells_to_make() -> None:
-    """A job of another name would leave TcpexporterDown silent."""
+def test_the_rules_use_the_job_name_of_the_readme() -> None:
+    """With another job name TcpexporterDown would never fire."""
     (name,) = re.findall(r"job_name: (\S+)", (ROOT / "README.md").read_text())
     jobs = {job for rule in alerts().values() for job in re.findall('job="(.*?)"', rule)}
     assert jobs == {name}

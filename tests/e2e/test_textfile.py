@@ -19,12 +19,12 @@ from tests.e2e.test_command import INHERITED, count, objections, run
 from tests.support import DEADLINE_S, LONG_TERM, Peers, eventually, free_port
 
 MANY_PORTS = "1-1009"
-"""Their page does not fit into a page of memory."""
+"""The exposition of these ports is larger than a page of memory."""
 
 
 @pytest.fixture
 def textfiles(tmp_path: Path) -> Path:
-    """As Debian's package of node_exporter makes it: root's alone to write in."""
+    """A directory as Debian's node_exporter package creates it: only root can write."""
     directory = tmp_path / "textfiles"
     directory.mkdir()
     directory.chmod(0o755)
@@ -32,14 +32,14 @@ def textfiles(tmp_path: Path) -> Path:
 
 
 def only(directory: Path) -> Path:
-    """The one file that is there."""
+    """The only file in a directory."""
     (path,) = directory.iterdir()
     return path
 
 
 @contextlib.contextmanager
 def node_exporter(directory: Path) -> Iterator[str]:
-    """The URL of a node_exporter that reads these files, and nothing else."""
+    """Yield the URL of a node_exporter with no other collector than textfile."""
     names = ("prometheus-node-exporter", "node_exporter")
     command = next(filter(None, map(shutil.which, names)), None)
     if command is None:
@@ -74,10 +74,10 @@ def fetch(url: str) -> str:
 
 
 def test_node_exporter_serves_what_was_written(textfiles: Path) -> None:
-    """All of it, without an error, from each of two runs with other settings.
+    """It serves all metrics without an error, after each of two runs with other settings.
 
-    The kind of fault: a metric of the process, which node_exporter has as well, or a help
-    text that changes, makes node_exporter report an error at each scrape.
+    The kind of fault: a process metric, which node_exporter has too, or a help text that
+    changes, makes node_exporter report an error at each scrape.
     """
     with Peers() as peers, node_exporter(textfiles) as url:
         peers.connect(7)
@@ -96,11 +96,11 @@ def test_node_exporter_serves_what_was_written(textfiles: Path) -> None:
                 assert count(page, LONG_TERM, peers.port) == {"4": 7}
 
 
-def test_without_root_it_writes_where_it_may(tmp_path: Path) -> None:
-    """As the owner of a directory; in another one it says that it is refused."""
+def test_without_root_it_writes_to_its_own_directory(tmp_path: Path) -> None:
+    """It writes as the owner of a directory; in another one it is an error."""
     nobody = 65534
     as_nobody = ("setpriv", f"--reuid={nobody}", f"--regid={nobody}", "--clear-groups")
-    # The tree, and what lies above the directory, may be for root alone.
+    # The tests and the parents of the directory may be readable by root only.
     reading = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
     command = (
         *as_nobody,
@@ -124,14 +124,14 @@ def test_without_root_it_writes_where_it_may(tmp_path: Path) -> None:
 
 
 def test_a_signal_while_it_watches_leaves_the_old_file(textfiles: Path) -> None:
-    """Nothing half written, no other file, and an exit code that is not 0."""
+    """The old file is unchanged, no other file is left, and the exit code is not 0."""
     path = textfiles / "x.prom"
     path.write_text("old 1\n")
     command = [COMMAND, "--once", "--duration", "600", "--output", str(path)]
     with subprocess.Popen(command, start_new_session=True) as watching:
         try:
             eventually(lambda: len(list(textfiles.iterdir())) == 2)
-            # As Ctrl-C does: to the child process, too.
+            # Like Ctrl-C, this sends SIGINT to the child process too.
             os.killpg(watching.pid, signal.SIGINT)
             watching.wait(DEADLINE_S)
         finally:
@@ -146,7 +146,7 @@ def only_names(directory: Path) -> list[str]:
 
 
 def test_a_full_disk_leaves_the_old_file(textfiles: Path) -> None:
-    """One sentence, exit code 1."""
+    """The error is one sentence, with exit code 1."""
     script = (
         f"mount -t tmpfs -o size=8k none {textfiles}; cd {textfiles}; echo old 1 >x.prom;"
         f" {COMMAND} --once --duration 0 --source procfs --port {MANY_PORTS}"
@@ -159,7 +159,7 @@ def test_a_full_disk_leaves_the_old_file(textfiles: Path) -> None:
 
 
 def test_a_failed_start_leaves_the_old_file(textfiles: Path) -> None:
-    """A source that does not work, after the new file was opened."""
+    """The source fails after the new file was opened."""
     path = textfiles / "x.prom"
     path.write_text("old 1\n")
     ended = run(
@@ -172,7 +172,7 @@ def test_a_failed_start_leaves_the_old_file(textfiles: Path) -> None:
 
 
 def test_output_without_once_is_refused(textfiles: Path) -> None:
-    """It would never be written: exit code 2, and what to do."""
+    """The file would never be written: exit code 2, and the remedy."""
     ended = run(COMMAND, "--output", str(textfiles / "x.prom"))
     assert ended.returncode == 2
     assert re.fullmatch("tcpexporter: output requires once: .*\n", ended.stderr)

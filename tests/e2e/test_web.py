@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""--web-config: a real Prometheus that scrapes with a certificate and a password."""
+"""--web-config: a real Prometheus scrapes with a certificate and a password."""
 
 import socket
 import ssl
@@ -18,7 +18,7 @@ NOBODY = 65534
 
 
 class Guarded(Command):
-    """The command with a web configuration, asked as its scraper does."""
+    """The command with a web configuration, and requests that it authorizes."""
 
     context: ssl.SSLContext | None = None
     password: str | None = None
@@ -64,7 +64,7 @@ def status(process: int) -> dict[str, list[str]]:
 
 
 def scraper_settings(directory: Path) -> dict[str, Any]:
-    """What Prometheus' scrape_configs has for it."""
+    """The settings of Prometheus' scrape_configs for the web configuration."""
     CLIENT.private_key_pem.write_to_path(directory / "client.key")
     CLIENT.cert_chain_pems[0].write_to_path(directory / "client.crt")
     return {
@@ -80,7 +80,7 @@ def scraper_settings(directory: Path) -> dict[str, Any]:
 
 
 def test_prometheus_scrapes_with_a_certificate_and_a_password(tmp_path: Path) -> None:
-    """It is up, before and after certificate and key, root's alone, are replaced."""
+    """Scrapes work before and after certificate and key, readable by root, are replaced."""
     tmp_path.chmod(0o700)
     config = write_web(tmp_path, MTLS + users(alice="wonderland"))
     Path(config).chmod(0o600)
@@ -113,9 +113,9 @@ def read_all(sock: socket.socket) -> str:
 
 
 def test_every_address_of_both_families_and_its_own_port() -> None:
-    """``--listen [::]:port`` is both families, and the port is counted for neither.
+    """``--listen [::]:port`` means IPv4 and IPv6, and the port is never counted.
 
-    A fault of this kind refuses scrapes by IPv4, or counts those who scrape.
+    A fault of this kind refuses scrapes over IPv4, or counts scrapers.
     """
     arguments = ("--duration", "0", "--direction", "all", "--source", "sock_diag")
     with new_netns() as name, inside(name), Command(*arguments, address="[::]") as exporter:
@@ -135,8 +135,8 @@ def test_every_address_of_both_families_and_its_own_port() -> None:
                 assert kept.getpeername()[1] == exporter.port
 
 
-def test_the_reader_has_what_it_takes_to_read(tmp_path: Path) -> None:
-    """Another user than root, CAP_DAC_READ_SEARCH and no other; it ends with its parent."""
+def test_the_reader_has_only_the_privilege_to_read(tmp_path: Path) -> None:
+    """It is not root, has only CAP_DAC_READ_SEARCH, and ends with its parent."""
     config = write_web(tmp_path, TLS)
     with OfTls("--web-config", config) as exporter:
         (reader,) = children(exporter.process.pid)
@@ -153,7 +153,7 @@ def test_the_reader_has_what_it_takes_to_read(tmp_path: Path) -> None:
 
 
 def test_as_root_without_that_capability(tmp_path: Path) -> None:
-    """As in some containers: the reader stays root, with none, and reads what is root's."""
+    """As in some containers, the reader stays root without capabilities, and can read."""
     config = write_web(tmp_path, TLS)
     Path(config).chmod(0o600)
     command = ("setpriv", "--bounding-set=-dac_read_search", COMMAND)
@@ -170,7 +170,7 @@ def test_as_root_without_that_capability(tmp_path: Path) -> None:
 
 
 def test_ended_while_a_password_is_checked(tmp_path: Path) -> None:
-    """At once and with 0, although the check would take minutes."""
+    """It ends at once with exit code 0, although the check would take minutes."""
     costly = f"  bob: $2y$20${'.' * 53}\n"
     config = write_web(tmp_path, users(alice="wonderland") + costly)
     with OfPasswords("--web-config", config) as exporter:
@@ -178,7 +178,7 @@ def test_ended_while_a_password_is_checked(tmp_path: Path) -> None:
             sock.sendall(
                 b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Basic Ym9iOng=\r\n\r\n"
             )
-            assert exporter.get("/-/ready")  # alice's was checked, bob's is at work
+            assert exporter.get("/-/ready")  # alice's was checked, bob's check is running
             code, log = exporter.stop()
     assert code == 0
     assert "Traceback" not in log
@@ -198,7 +198,7 @@ def test_ended_while_a_password_is_checked(tmp_path: Path) -> None:
 def test_a_wrong_configuration_is_refused(
     tmp_path: Path, config: str, sentence: str
 ) -> None:
-    """Exit code 2 and one sentence, as for a wrong setting."""
+    """Exit code 2 and one sentence, as for an invalid setting."""
     ended = subprocess.run(
         [COMMAND, "--web-config", write_web(tmp_path, config)],
         check=False,
@@ -207,5 +207,5 @@ def test_a_wrong_configuration_is_refused(
         timeout=DEADLINE_S,
     )
     assert ended.returncode == 2
-    (told,) = (line for line in ended.stderr.splitlines() if " INFO " not in line)
-    assert sentence in told
+    (message,) = (line for line in ended.stderr.splitlines() if " INFO " not in line)
+    assert sentence in message

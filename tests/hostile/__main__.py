@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Everything that clients can do to the exporter, one after another, while it is scraped.
+"""Attacks the exporter in each known way, one after another, while it is scraped.
 
     python -m tests.hostile [--seconds SECONDS] [NAME ...]
 
-It says in a table what came of it. The exit code is 1 if a scrape failed or took a second,
-or the exporter took more than it may, or is not afterwards what it was before.
+It prints the results as a table. The exit code is 1 if a scrape failed or took a second, if
+the exporter used too much memory or too many descriptors, or if it did not recover.
 """
 
 import argparse
@@ -13,15 +13,21 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.hostile.attacking import (
+    CONNECTIONS,
+    Figures,
+    attack,
+    first_logins,
+    start_exporter,
+)
 from tests.hostile.attacks import ATTACKS
-from tests.hostile.siege import CONNECTIONS, Figures, attack, besieged, newcomers
 from tests.hostile.watching import Scraped
 from tests.support import Peers, inside, new_netns
 
 HEAD = (
     *("attack", "clients", "connections", "requests", "MB sent"),
     *("scrapes failed", "slowest", "on a kept connection", "first login"),
-    *("failed at an attacker's address", "peak memory", "peak descriptors"),
+    *("failed from an attacker's address", "peak memory", "peak descriptors"),
     "memory afterwards",
 )
 
@@ -36,7 +42,7 @@ def _row(figures: Figures) -> tuple[str, ...]:
         f"{done.sent_bytes / 1e6:,.0f}",
         _failed(*watched.judged),
         *(_slowest(each) for each in watched.judged),
-        _failed(watched.beside),
+        _failed(watched.attackers_network),
         f"{figures.peak_mib:.1f} MiB",
         str(watched.descriptors),
         f"{figures.growth_mib:+.1f} MiB".replace("-", "−"),
@@ -74,12 +80,12 @@ def main() -> None:
         for web, names in itertools.groupby(chosen.names, lambda name: ATTACKS[name].web):
             with (
                 tempfile.TemporaryDirectory() as directory,
-                besieged(Path(directory), web, peers) as exporter,
+                start_exporter(Path(directory), web, peers) as exporter,
             ):
                 for name in names:
-                    guests = newcomers() if web == "passwords" else ()
+                    logins = first_logins() if web == "passwords" else ()
                     figures = attack(
-                        exporter, peers, name, seconds=chosen.seconds, guests=guests
+                        exporter, peers, name, seconds=chosen.seconds, first_logins=logins
                     )
                     _write(_row(figures))
                     found = [*figures.problems, *figures.delays]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What clients can do to a server, each as a program of its own.
+"""Runs one attack on a server.
 
     python -m tests.hostile.attacks NAME PORT --clients NUMBER --seconds SECONDS
 
-It writes in JSON what it has done.
+It writes the number of connections, requests and bytes as JSON.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import ssl
 import sys
 from dataclasses import dataclass
 
-from tests.hostile.crowd import CHUNK_BYTES, Behave, Client, crowd
+from tests.hostile.clients import CHUNK_BYTES, Behave, Client, run_clients
 
 SCRAPE = b"GET /metrics HTTP/1.1\r\nHost: x\r\n"
 HEALTHY = b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -29,7 +29,7 @@ _numbers = itertools.count()
 
 
 def _in_turn(*kinds: bytes) -> Behave:
-    """Send one after another, each on a connection of its own, and take what comes."""
+    """Send these requests in turn, each on its own connection, and read the response."""
     turns = itertools.cycle(kinds)
 
     async def behave(client: Client) -> None:
@@ -40,7 +40,7 @@ def _in_turn(*kinds: bytes) -> Behave:
 
 
 async def _slow(client: Client) -> None:
-    """A request that comes byte by byte, one a second."""
+    """Send a request at one byte per second."""
     await client.send(b"G", requests=1)
     for byte in itertools.chain(SCRAPE[1:] + b"X: ", itertools.repeat(ord("x"))):
         await client.receive_for(1)
@@ -48,21 +48,21 @@ async def _slow(client: Client) -> None:
 
 
 async def _idle(client: Client) -> None:
-    """Nothing at all, or nothing more after a first request."""
+    """Send nothing, or one request and then nothing."""
     if next(_numbers) % 2:
         await client.send(HEALTHY, requests=1)
     await client.wait_until_dropped()
 
 
 async def _head(client: Client) -> None:
-    """A head without end, as fast as it is taken."""
+    """Send an endless head as fast as the server reads it."""
     await client.send(SCRAPE, requests=1)
     for number in itertools.count():
         await client.send(b"X-%d: %s\r\n" % (number, b"x" * 1000))
 
 
 async def _body(client: Client) -> None:
-    """A body of 10 GB, declared or in chunks, as fast as it is taken."""
+    """Send a body of 10 GB, with a length or in chunks, as fast as the server reads it."""
     number = next(_numbers)
     method = (b"POST", b"GET")[number // 2 % 2]
     head = SCRAPE.replace(b"GET", method)
@@ -77,7 +77,7 @@ async def _body(client: Client) -> None:
 
 
 async def _pipelining(client: Client) -> None:
-    """Many requests at once, again and again; every second client reads no answer."""
+    """Send batches of 50 requests; every second client reads no response."""
     reads = next(_numbers) % 2
     while True:
         await client.send((SCRAPE + b"\r\n") * 50, requests=50)
@@ -122,7 +122,7 @@ def _client_hello() -> bytes:
 
 
 async def _handshake(client: Client) -> None:
-    """Half of a first message; or all of it, and nothing after the answer."""
+    """Send half of a ClientHello, or all of it and nothing after the response."""
     hello = _client_hello()
     half = len(hello) // 2 if next(_numbers) % 2 else len(hello)
     await client.send(hello[:half], requests=1)
@@ -130,53 +130,53 @@ async def _handshake(client: Client) -> None:
 
 
 async def _storm(client: Client) -> None:
-    """Scrapes without pause; every second client has a connection for each."""
+    """Scrape without pause; every second client uses a new connection each time."""
     number = next(_numbers)
     closes = b"Connection: close\r\n" if number % 2 else b""
     packed = b"Accept-Encoding: gzip\r\n" if number // 2 % 2 else b""
     while True:
         await client.send(SCRAPE + closes + packed + b"\r\n", requests=1)
-        await _take_page(client)
+        await _read_page(client)
 
 
 async def _forms(client: Client) -> None:
-    """Scrapes that each ask for something else, which nobody can share."""
+    """Scrape with a different query each time, so that no response can be reused."""
     while True:
         names = b"name[]=tcp_established_connections&name[]=x%d" % next(_numbers)
         query = SCRAPE.replace(b"/metrics", b"/metrics?" + names)
         await client.send(query + b"Accept-Encoding: gzip\r\n\r\n", requests=1)
-        await _take_page(client)
+        await _read_page(client)
 
 
 async def _passwords(client: Client) -> None:
-    """One wrong password after another."""
+    """Send a different wrong password each time."""
     while True:
         tried = base64.b64encode(b"alice:%d" % next(_numbers))
         await client.send(SCRAPE + b"Authorization: Basic %s\r\n\r\n" % tried, requests=1)
-        await _take_page(client)
+        await _read_page(client)
 
 
-async def _take_page(client: Client) -> None:
+async def _read_page(client: Client) -> None:
     head, found, body = b"", b"", b""
     while not found:
         head, found, body = (head + await client.receive()).partition(b"\r\n\r\n")
-    _, _, told = head.lower().partition(b"content-length: ")
-    left = int(told.partition(b"\r\n")[0]) - len(body)
+    _, _, length = head.lower().partition(b"content-length: ")
+    left = int(length.partition(b"\r\n")[0]) - len(body)
     while left > 0:
         left -= len(await client.receive())
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What clients do, and how many they are."""
+    """What the clients of an attack do, and how many there are."""
 
     text: str
     behave: Behave
     clients: int
     pause_s: float = 0.01
-    """Before a client whose connection has ended makes another."""
+    """Pause of a client before it connects again."""
     web: str = ""
-    """What the exporter must have: "tls" or "passwords"."""
+    """What the exporter must have configured: "tls", "passwords" or nothing."""
 
 
 ATTACKS = {
@@ -206,7 +206,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
     attack = ATTACKS[chosen.name]
     done = asyncio.run(
-        crowd(
+        run_clients(
             chosen.port,
             attack.behave,
             clients=chosen.clients,

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Every attack in short, by fewer clients; ``python -m tests.hostile`` is the long form."""
+"""Runs each attack briefly with fewer clients; ``python -m tests.hostile`` runs longer."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.hostile.attacking import CONNECTIONS, attack, first_logins, start_exporter
 from tests.hostile.attacks import ATTACKS
-from tests.hostile.siege import CONNECTIONS, attack, besieged, newcomers
-from tests.hostile.watching import Besieged
+from tests.hostile.watching import AttackedExporter
 from tests.support import Peers, inside, new_netns, why_no_bpf
 
 SECONDS = 1.0
 CLIENTS = 307
-"""More than there are places."""
+"""More than there are connection slots."""
 
-Lay = Callable[[str], Besieged]
+ExporterFor = Callable[[str], AttackedExporter]
 
 
 @pytest.fixture(scope="module")
@@ -28,31 +28,35 @@ def peers() -> Iterator[Peers]:
 
 
 @pytest.fixture(scope="module")
-def lay(peers: Peers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lay]:
-    """An exporter that is guarded in this way, for all attacks that want it so."""
-    running: dict[str, Besieged] = {}
+def exporter_for(
+    peers: Peers, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ExporterFor]:
+    """Returns the exporter with a web configuration, shared by attacks that require it."""
+    running: dict[str, AttackedExporter] = {}
     with contextlib.ExitStack() as stack:
 
-        def lay_one(web: str) -> Besieged:
+        def exporter_with(web: str) -> AttackedExporter:
             if web not in running:
                 directory = tmp_path_factory.mktemp("web")
-                running[web] = stack.enter_context(besieged(directory, web, peers))
+                running[web] = stack.enter_context(start_exporter(directory, web, peers))
             return running[web]
 
-        yield lay_one
+        yield exporter_with
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attack(lay: Lay, peers: Peers, name: str) -> None:
-    """Each scrape is answered, memory and descriptors are bounded, and it is as before."""
+def test_attack(exporter_for: ExporterFor, peers: Peers, name: str) -> None:
+    """Scrapes succeed, memory and descriptors stay limited, and the exporter recovers."""
     shape = ATTACKS[name]
     figures = attack(
-        lay(shape.web),
+        exporter_for(shape.web),
         peers,
         name,
         seconds=SECONDS,
-        clients=None if name == "idle" else min(shape.clients, CLIENTS),  # they come slowly
-        guests=newcomers() if shape.web == "passwords" else (),
+        clients=None
+        if name == "idle"
+        else min(shape.clients, CLIENTS),  # they connect slowly
+        first_logins=first_logins() if shape.web == "passwords" else (),
     )
     assert figures.problems == []
     assert all(each.scrapes for each in (figures.watched.new, figures.watched.kept))

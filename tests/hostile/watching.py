@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Well-behaved scrapers, and what the exporter takes meanwhile."""
+"""Scrapes the exporter during an attack, and measures its memory and descriptors."""
 
 import base64
 import contextlib
@@ -12,26 +12,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from tests.hostile.crowd import ADDRESSES
+from tests.hostile.clients import ADDRESSES
 from tests.support import Exporter
 
 MIB_KIB = 1024
 PATIENCE_S = 15.0
-"""After that a scrape has failed; the exporter itself gives up after 10."""
+"""Timeout of a scrape; the exporter drops a slow client after 10 s."""
 
 ADDRESS = "127.0.0.1"
-"""Of those who scrape; the attackers are elsewhere."""
+"""Source address of scrapers; attackers have other addresses."""
 
 
-class Door(NamedTuple):
-    """What somebody who may come in has."""
+class Access(NamedTuple):
+    """How an authorized client connects: TLS, name and password."""
 
     context: ssl.SSLContext | None = None
     name: str = ""
     password: str = ""
 
     def connect(self, port: int, address: str = ADDRESS) -> http.client.HTTPConnection:
-        """A connection from this address, which is made with the first request."""
+        """Return a connection from this address; the first request connects it."""
         host, source = "127.0.0.1", (address, 0)
         if self.context is None:
             return http.client.HTTPConnection(host, port, PATIENCE_S, source)
@@ -40,23 +40,23 @@ class Door(NamedTuple):
         )
 
     def headers(self) -> dict[str, str]:
-        told = base64.b64encode(f"{self.name}:{self.password}".encode()).decode()
-        return {"Authorization": f"Basic {told}"} if self.name else {}
+        encoded = base64.b64encode(f"{self.name}:{self.password}".encode()).decode()
+        return {"Authorization": f"Basic {encoded}"} if self.name else {}
 
 
-class Besieged(Exporter):
-    """An exporter that is asked through a door."""
+class AttackedExporter(Exporter):
+    """An exporter that requires this access."""
 
-    def __init__(self, door: Door, *arguments: str) -> None:
-        self.door = door
+    def __init__(self, access: Access, *arguments: str) -> None:
+        self.access = access
         super().__init__(*arguments)
 
     def get(self, path: str) -> str:
-        with contextlib.closing(self.door.connect(self.port)) as connection:
-            return ask(connection, path, self.door)
+        with contextlib.closing(self.access.connect(self.port)) as connection:
+            return ask(connection, path, self.access)
 
     def used(self) -> "Used":
-        """What it has now."""
+        """Return its current memory and descriptors."""
         process = Path(f"/proc/{self.process.pid}")
         lines = (process / "status").read_text().splitlines()
         kib = {line.split()[0]: line.split()[1] for line in lines if "kB" in line}
@@ -67,26 +67,26 @@ class Besieged(Exporter):
         )
 
     def forget_peak(self) -> None:
-        """Have the peak of its memory begin anew: proc_pid_clear_refs(5)."""
+        """Reset the peak of its memory: proc_pid_clear_refs(5)."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
 
 class Used(NamedTuple):
-    """What a process has of the host."""
+    """Resources that a process uses."""
 
     descriptors: int
     resident_mib: float
     peak_mib: float
 
 
-def ask(connection: http.client.HTTPConnection, path: str, door: Door) -> str:
-    """One page.
+def ask(connection: http.client.HTTPConnection, path: str, access: Access) -> str:
+    """Return a page.
 
     Raises:
-        OSError: there is none, and why.
+        OSError: the request failed, or the status is not 200.
     """
     try:
-        connection.request("GET", path, headers=door.headers())
+        connection.request("GET", path, headers=access.headers())
         with connection.getresponse() as response:
             page = response.read().decode()
     except http.client.HTTPException as error:
@@ -98,43 +98,43 @@ def ask(connection: http.client.HTTPConnection, path: str, door: Door) -> str:
 
 @dataclass
 class Scraped:
-    """What came of somebody's scrapes."""
+    """Results of one scraper."""
 
     scrapes: int = 0
     slowest_s: float = 0.0
     failures: list[str] = field(default_factory=list)
     reconnected: int = 0
-    """How often a connection that was kept had been closed."""
+    """How often the server had closed a kept connection."""
 
 
 class Watcher:
-    """Scrapes once a second in each way, and sees what that takes, until the end."""
+    """Scrapes once a second in several ways, until the context ends."""
 
     def __init__(
-        self, exporter: Besieged, expected: str, newcomers: Iterable[Door]
+        self, exporter: AttackedExporter, expected: str, first_logins: Iterable[Access]
     ) -> None:
         """Watch an exporter.
 
         Args:
-            exporter: Which one.
-            expected: A line that each page has.
-            newcomers: Who log in for the first time; there may be none.
+            exporter: The exporter to scrape.
+            expected: A line that each page must have.
+            first_logins: Users that log in for the first time; may be empty.
         """
-        self.new, self.kept, self.newcomers = Scraped(), Scraped(), Scraped()
-        self.beside = Scraped()
-        """Not among those who are judged."""
+        self.new, self.kept, self.first_logins = Scraped(), Scraped(), Scraped()
+        self.attackers_network = Scraped()
+        """Results of scrapes from an attacker's address, which may fail."""
         self.descriptors = 0
-        """The most that it had."""
+        """Largest number of descriptors seen."""
         self._exporter = exporter
         self._expected = expected
-        self._doors = newcomers
+        self._first_logins = first_logins
         self._ending = threading.Event()
         self._threads = [
             threading.Thread(target=each, daemon=True)
             for each in (
-                self._scrape_anew,
-                self._scrape_on,
-                self._scrape_beside,
+                self._scrape_on_new_connections,
+                self._scrape_on_one_connection,
+                self._scrape_from_attackers_network,
                 self._log_in,
                 self._count,
             )
@@ -152,53 +152,55 @@ class Watcher:
 
     @property
     def judged(self) -> tuple[Scraped, ...]:
-        return self.new, self.kept, self.newcomers
+        return self.new, self.kept, self.first_logins
 
-    def _scrape_anew(self) -> None:
-        """On a new connection each time."""
-        while self._scrape(self.new, self._connect(), self._exporter.door):
+    def _scrape_on_new_connections(self) -> None:
+        """Scrape on a new connection each time."""
+        while self._scrape(self.new, self._connect(), self._exporter.access):
             pass
 
-    def _scrape_on(self) -> None:
-        """On one connection, as Prometheus does."""
+    def _scrape_on_one_connection(self) -> None:
+        """Scrape on one connection, as Prometheus does."""
         connection = self._connect()
-        while self._scrape(self.kept, connection, self._exporter.door, keeps=True):
+        while self._scrape(self.kept, connection, self._exporter.access, keeps=True):
             pass
         connection.close()
 
-    def _scrape_beside(self) -> None:
-        """From an address that attackers have, too, on a new connection each time."""
-        door = self._exporter.door
+    def _scrape_from_attackers_network(self) -> None:
+        """Scrape from an address of the attackers, on a new connection each time."""
+        access = self._exporter.access
         while self._scrape(
-            self.beside, door.connect(self._exporter.port, ADDRESSES[0]), door
+            self.attackers_network,
+            access.connect(self._exporter.port, ADDRESSES[0]),
+            access,
         ):
             pass
 
     def _log_in(self) -> None:
-        """With a password that was not checked before, each from where nobody else is."""
-        for number, door in enumerate(self._doors, start=1):
-            connection = door.connect(self._exporter.port, f"127.0.2.{number}")
-            if not self._scrape(self.newcomers, connection, door):
+        """Log in each user for the first time, from a network of its own."""
+        for number, access in enumerate(self._first_logins, start=1):
+            connection = access.connect(self._exporter.port, f"127.0.2.{number}")
+            if not self._scrape(self.first_logins, connection, access):
                 return
 
     def _connect(self) -> http.client.HTTPConnection:
-        return self._exporter.door.connect(self._exporter.port)
+        return self._exporter.access.connect(self._exporter.port)
 
     def _scrape(
         self,
         scraped: Scraped,
         connection: http.client.HTTPConnection,
-        door: Door,
+        access: Access,
         *,
         keeps: bool = False,
     ) -> bool:
-        """Once, and wait until the second is over; whether to go on."""
+        """Scrape once and wait for the next second; return whether to continue."""
         began_s = time.monotonic()
         scraped.scrapes += 1
         try:
-            page = self._ask(scraped, connection, door)
+            page = self._ask(scraped, connection, access)
             if self._expected not in page:
-                scraped.failures.append("a page is not what it should be")
+                scraped.failures.append("a page lacks the expected line")
         except OSError as error:
             scraped.failures.append(f"after {time.monotonic() - began_s:.2f} s: {error}")
             connection.close()
@@ -209,18 +211,18 @@ class Watcher:
         return not self._ending.wait(max(0, 1 - took_s))
 
     def _ask(
-        self, scraped: Scraped, connection: http.client.HTTPConnection, door: Door
+        self, scraped: Scraped, connection: http.client.HTTPConnection, access: Access
     ) -> str:
         was_kept = connection.sock is not None
         try:
-            return ask(connection, "/metrics", door)
+            return ask(connection, "/metrics", access)
         except ConnectionError:
             if not was_kept:
                 raise
-        # As Go does, of which Prometheus is: what has been closed is no failure.
+        # Go's HTTP client, which Prometheus uses, also retries on a closed kept connection.
         scraped.reconnected += 1
         connection.close()
-        return ask(connection, "/metrics", door)
+        return ask(connection, "/metrics", access)
 
     def _count(self) -> None:
         while not self._ending.wait(0.1):

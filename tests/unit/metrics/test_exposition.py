@@ -15,8 +15,8 @@ from tcpexporter.metrics.exposition import (
     OPENMETRICS,
     TEXT,
     Collections,
+    Exposition,
     Format,
-    Page,
 )
 
 
@@ -41,7 +41,7 @@ def make() -> tuple[Numbered, Collections]:
     return collector, Collections(registry)
 
 
-def number(page: Page) -> float:
+def number(page: Exposition) -> float:
     (line,) = (each for each in page.body(TEXT).splitlines() if each.startswith(b"number "))
     return float(line.split()[1])
 
@@ -134,12 +134,12 @@ def test_a_page_is_written_once(form: Format) -> None:
         written.extend(family.name for family in part.collect())
         return form.encode(part)
 
-    page, recording = Page(families), form._replace(encode=encode)
+    page, recording = Exposition(families), form._replace(encode=encode)
     for _ in range(100):
-        whole, packed = page.body(recording), page.packed(recording)
+        whole, compressed = page.body(recording), page.compressed(recording)
         page.body(recording, ["number"])
     assert written == ["number", "seen"]
-    assert gzip.decompress(packed) == whole
+    assert gzip.decompress(compressed) == whole
     registry = CollectorRegistry()
     registry.register(Families(families))
     assert whole == form.encode(registry)
@@ -157,7 +157,7 @@ def test_a_page_is_written_once(form: Format) -> None:
 )
 def test_names(names: list[str], lines: list[str]) -> None:
     """Names of samples select families; OpenMetrics always has its end marker."""
-    page = Page(
+    page = Exposition(
         [GaugeMetricFamily("number", "One.", 5), CounterMetricFamily("seen", "Some.", 7)]
     )
     for form in (TEXT, OPENMETRICS):

@@ -288,10 +288,10 @@ def test_refused(text: str, line: int, sentence: str) -> None:
     """The message says in one sentence where, what is wrong, and what is allowed."""
     with pytest.raises(WebConfigError) as refused:
         parsed(text)
-    told = str(refused.value)
-    assert told.startswith(f"web.yml line {line}: ")
-    assert sentence in told
-    assert "\n" not in told
+    message = str(refused.value)
+    assert message.startswith(f"web.yml line {line}: ")
+    assert sentence in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(

@@ -527,7 +527,7 @@ def test_a_client_that_does_not_read_the_page_is_dropped(
 ) -> None:
     """The limit for slow readers also works with TLS."""
     page = pages.Response(200, bytes(1 << 24))
-    monkeypatch.setattr(pages, "_exposition", lambda *_: page)
+    monkeypatch.setattr(pages, "_exposition_response", lambda *_: page)
     served = serve(TLS)
     with (
         socket.socket() as sock,
@@ -549,7 +549,7 @@ def test_a_large_page_arrives_completely(
 ) -> None:
     """A page of 5 MB needs many TLS records and writes."""
     body = os.urandom(5_000_003)
-    monkeypatch.setattr(pages, "_exposition", lambda *_: pages.Response(200, body))
+    monkeypatch.setattr(pages, "_exposition_response", lambda *_: pages.Response(200, body))
     assert serve(TLS).ask(client_context()).body == body
 
 

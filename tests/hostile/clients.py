@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Clients by the thousand, at several addresses of loopback, who come back when dropped."""
+"""Runs thousands of clients at several loopback addresses; they reconnect when dropped."""
 
 import asyncio
 import contextlib
@@ -11,23 +11,23 @@ from dataclasses import dataclass
 ADDRESSES = [f"127.0.1.{number}" for number in range(1, 9)]
 
 IP_BIND_ADDRESS_NO_PORT = 24
-"""The port is chosen when connecting, so that each address has all of them: ip(7)."""
+"""The kernel chooses the port at connect, so each address can use all ports: ip(7)."""
 
 CHUNK_BYTES = 1 << 16
 
 
 @dataclass
 class Done:
-    """What a crowd has done."""
+    """What the clients have done together."""
 
     connections: int = 0
     requests: int = 0
-    """Begun, whole or not, HTTP or not."""
+    """Requests begun, complete or not, valid HTTP or not."""
     sent_bytes: int = 0
 
 
 class Client:
-    """One connection."""
+    """A client with one connection."""
 
     def __init__(self, sock: socket.socket, done: Done) -> None:
         self._sock = sock
@@ -35,16 +35,16 @@ class Client:
         self._loop = asyncio.get_running_loop()
 
     async def send(self, data: bytes, requests: int = 0) -> None:
-        """Send all of it, however long that takes."""
+        """Send all of ``data``; this may take long."""
         self._done.requests += requests
         await self._loop.sock_sendall(self._sock, data)
         self._done.sent_bytes += len(data)
 
     async def receive(self) -> bytes:
-        """What comes next.
+        """Return the next bytes.
 
         Raises:
-            ConnectionError: nothing any more.
+            ConnectionError: the server has closed the connection.
         """
         data = await self._loop.sock_recv(self._sock, CHUNK_BYTES)
         if not data:
@@ -52,14 +52,14 @@ class Client:
         return data
 
     async def receive_for(self, seconds: float) -> None:
-        """Take what comes meanwhile."""
+        """Read for this time and discard the bytes."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while True:
                     await self.receive()
 
     async def wait_until_dropped(self) -> None:
-        """Take what comes, until the other side closes."""
+        """Read and discard bytes until the server closes the connection."""
         while True:
             await self.receive()
 
@@ -67,17 +67,17 @@ class Client:
 Behave = Callable[[Client], Awaitable[None]]
 
 
-async def crowd(
+async def run_clients(
     port: int, behave: Behave, *, clients: int, seconds: float, pause_s: float
 ) -> Done:
-    """Have so many clients behave like this, again and again.
+    """Run clients, each of which behaves like this on one connection after another.
 
     Args:
-        port: Where they connect to.
-        behave: What each does with a connection; it is closed afterwards.
-        clients: How many connections there are at most at a time.
-        seconds: How long it goes on.
-        pause_s: How long a client waits before it connects again; they come one by one
+        port: Port of the server on loopback.
+        behave: What a client does with a connection; it is closed afterwards.
+        clients: Maximum number of connections at a time.
+        seconds: Time until all clients stop.
+        pause_s: Pause of a client before it connects again. The first connects are spread
             over the same time.
     """
     done = Done()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""An exporter under attack, and what it is afterwards."""
+"""Runs an exporter under attack, and measures it before, during and after."""
 
 import contextlib
 import json
@@ -16,32 +16,32 @@ from tcpexporter.web.connection import MAX_CONNECTIONS
 from tcpexporter.web.server import ACCEPTED_AT_ONCE
 from tests import pki
 from tests.hostile.attacks import ATTACKS, Attack
-from tests.hostile.crowd import Done
-from tests.hostile.watching import Besieged, Door, Used, Watcher
+from tests.hostile.clients import Done
+from tests.hostile.watching import Access, AttackedExporter, Used, Watcher
 from tests.support import ESTABLISHED, LONG_TERM, Peers, eventually
 
 PORTS = 1_000
-"""That have series: both IP versions make the 2,000 that a page has at most by default."""
+"""Ports with series: with two IP versions, the default maximum of 2,000 series."""
 
 CONNECTIONS = 7
 
-NEWCOMERS = 60
+FIRST_LOGINS = 60
 PASSWORD = "wonderland"  # noqa: S105
 
 MOST_SCRAPE_S = 1.0
 MOST_MIB = 128.0
 MOST_GROWTH_MIB = 24.0
-"""Once: a second crowd of the same kind adds next to nothing."""
+"""Limit for one attack; a second attack of the same kind adds almost nothing."""
 MOST_DESCRIPTORS = MAX_CONNECTIONS + 4 * ACCEPTED_AT_ONCE
-"""On top of those before: who is turned away is closed two turns of the loop later."""
+"""Limit in addition to those before: evicted clients are closed two loop turns later."""
 
 SETTLED_S = 20.0
-"""Until it must be as before: a client that the attackers left is dropped after 10 s."""
+"""Time to recover: clients that an attack leaves behind are dropped after 10 s."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What came of an attack."""
+    """Results of an attack."""
 
     attack: Attack
     done: Done
@@ -50,9 +50,9 @@ class Figures:
     peak_mib: float
     after: Used
     settled_s: float
-    """How long after the attack it had its descriptors back."""
+    """Time from the end of the attack until as many descriptors were open as before."""
     is_same: bool
-    """Whether the page is that of before."""
+    """Whether the page has the same connections as before."""
 
     @property
     def slowest_s(self) -> float:
@@ -64,80 +64,80 @@ class Figures:
 
     @property
     def problems(self) -> list[str]:
-        """Why the exporter does not withstand, whatever the time."""
+        """Limits that the exporter has exceeded, except for times."""
         found = [each for scraped in self.watched.judged for each in scraped.failures]
         if not self.done.requests:
-            found.append("nobody attacked: this proves nothing")
+            found.append("no request was sent: the attack did not happen")
         if self.peak_mib > MOST_MIB:
-            found.append(f"it took {self.peak_mib:.0f} MiB")
+            found.append(f"it used {self.peak_mib:.0f} MiB")
         if self.watched.descriptors > self.before.descriptors + MOST_DESCRIPTORS:
-            found.append(f"it had {self.watched.descriptors} descriptors")
+            found.append(f"it had open {self.watched.descriptors} descriptors")
         if self.after.descriptors > self.before.descriptors:
-            found.append(f"{self.after.descriptors} descriptors are left")
+            found.append(f"{self.after.descriptors} descriptors are still open")
         if self.growth_mib > MOST_GROWTH_MIB:
             found.append(f"it has grown by {self.growth_mib:.1f} MiB")
         if not self.is_same:
-            found.append("its page is another one afterwards")
+            found.append("its page has changed")
         return found
 
     @property
     def delays(self) -> list[str]:
-        """What took too long."""
+        """Times that the exporter has exceeded."""
         if self.slowest_s < MOST_SCRAPE_S:
             return []
         return [f"a scrape took {self.slowest_s:.2f} s"]
 
 
 @contextlib.contextmanager
-def besieged(directory: Path, web: str, peers: Peers) -> Iterator[Besieged]:
-    """An exporter with as long a page as there is by default, guarded in this way."""
+def start_exporter(directory: Path, web: str, peers: Peers) -> Iterator[AttackedExporter]:
+    """Start an exporter with the longest default page and this web configuration."""
     ports = f"1-{PORTS},{peers.port}"
     arguments = ["--source", "ebpf", "--port", ports, "--duration", "1"]
-    door = Door()
+    access = Access()
     if web:
-        door = _door(web)
-        config = pki.TLS if web == "tls" else _users(door, *newcomers())
+        access = _access(web)
+        config = pki.TLS if web == "tls" else _users(access, *first_logins())
         arguments += ["--web-config", pki.write_web(directory, config)]
-    with Besieged(door, *arguments) as exporter:
+    with AttackedExporter(access, *arguments) as exporter:
         eventually(lambda: exporter.long_term(peers.port) == CONNECTIONS)
         yield exporter
 
 
-def _door(web: str) -> Door:
+def _access(web: str) -> Access:
     if web == "tls":
-        return Door(pki.client_context())
-    return Door(name="alice", password=PASSWORD)
+        return Access(pki.client_context())
+    return Access(name="alice", password=PASSWORD)
 
 
-def newcomers() -> Iterator[Door]:
-    """Users who have not been there, one after another."""
-    for number in range(NEWCOMERS):
-        yield Door(name=f"newcomer-{number}", password=PASSWORD)
+def first_logins() -> Iterator[Access]:
+    """Yield users that have not logged in yet."""
+    for number in range(FIRST_LOGINS):
+        yield Access(name=f"user-{number}", password=PASSWORD)
 
 
-def _users(*doors: Door) -> str:
-    # As costly as what `htpasswd -B` makes nowadays: 70 ms a check.
+def _users(*accesses: Access) -> str:
+    # The cost that `htpasswd -nBC 10` uses: 70 ms for a check.
     hashed = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(10)).decode()
-    lines = "".join(f"  {each.name}: {hashed}\n" for each in doors)
+    lines = "".join(f"  {each.name}: {hashed}\n" for each in accesses)
     return f"basic_auth_users:\n{lines}"
 
 
 def attack(
-    exporter: Besieged,
+    exporter: AttackedExporter,
     peers: Peers,
     name: str,
     *,
     seconds: float,
     clients: int | None = None,
-    guests: Iterable[Door] = (),
+    first_logins: Iterable[Access] = (),
 ) -> Figures:
-    """Attack for so long, by as many as the attack has unless told otherwise."""
+    """Run an attack for this time; ``clients`` overrides its number of clients."""
     shape = ATTACKS[name]
     counted = f'{ESTABLISHED}{{port="{peers.port}",tcp_version="4"}} {CONNECTIONS}.0\n'
     page = _connections(exporter)
     before = exporter.used()
     exporter.forget_peak()
-    with Watcher(exporter, counted, guests) as watched:
+    with Watcher(exporter, counted, first_logins) as watched:
         done = _unleash(exporter.port, name, clients or shape.clients, seconds)
     peak_mib = exporter.used().peak_mib
     is_same = _connections(exporter) == page
@@ -166,8 +166,8 @@ def _unleash(port: int, name: str, clients: int, seconds: float) -> Done:
     return Done(**json.loads(ended.stdout))
 
 
-def _settle(exporter: Besieged, before: Used) -> float:
-    """Wait until it has no more descriptors than before; how long that took."""
+def _settle(exporter: AttackedExporter, before: Used) -> float:
+    """Wait until no more descriptors are open than before; return the time in seconds."""
     began_s = time.monotonic()
     while exporter.used().descriptors > before.descriptors:
         if time.monotonic() > began_s + SETTLED_S:
@@ -176,6 +176,6 @@ def _settle(exporter: Besieged, before: Used) -> float:
     return time.monotonic() - began_s
 
 
-def _connections(exporter: Besieged) -> Sequence[str]:
+def _connections(exporter: AttackedExporter) -> Sequence[str]:
     page = exporter.get("/metrics")
     return [line for line in page.splitlines() if line.startswith((ESTABLISHED, LONG_TERM))]
