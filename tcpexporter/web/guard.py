@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Self
 
-from tcpexporter.config.reader import Told
+from tcpexporter.config.reader import Message
 from tcpexporter.errors import WebConfigError
 from tcpexporter.web.config import WebConfig
 from tcpexporter.web.passwords import Checker, Limiter, Users
@@ -42,7 +42,7 @@ class Web:
     old rules or under the new ones, and goes on.
     """
 
-    def __init__(self, path: str, told: Told) -> None:
+    def __init__(self, path: str, told: Message) -> None:
         """Begin with a configuration.
 
         Args:
@@ -56,7 +56,7 @@ class Web:
         self._checker = Checker()
         self._rules = self._judge(told)
 
-    def replace(self, told: Told) -> None:
+    def replace(self, told: Message) -> None:
         """Put another configuration into force, from any thread.
 
         Raises:
@@ -98,7 +98,7 @@ class Web:
         """Have no request wait for a password to be checked any more."""
         self._checker.give_up()
 
-    def _judge(self, told: Told) -> _Rules:
+    def _judge(self, told: Message) -> _Rules:
         config = WebConfig.from_json(told.accepted())
         try:
             return _Rules.of(config, self._checker)

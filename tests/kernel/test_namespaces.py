@@ -171,8 +171,8 @@ def test_a_process_that_enters_another_namespace_takes_its_path_along() -> None:
 @pytest.mark.parametrize(
     ("netns", "expected"),
     [
-        ("hidden", "/run/netns/hidden cannot be watched"),
-        ("all", "/run/netns cannot be read"),
+        ("hidden", "cannot check whether /run/netns/hidden still is"),
+        ("all", "names of namespaces in /run/netns"),
     ],
 )
 def test_names_that_only_root_may_see_are_warned_of_once(netns: str, expected: str) -> None:

@@ -103,7 +103,7 @@ def test_readiness_status_and_end_are_told(manager: Manager) -> None:
             "STATUS=counting connections by ebpf",
         ]
         before = [line for each in manager.told for line in each.splitlines()]
-        assert set(before[:-2]) <= {"STATUS=the connections from before are being read"}
+        assert set(before[:-2]) <= {"STATUS=the pre-existing connections are being read"}
         peers.connect(3)
         assert exporter.established(peers.port) == 3
         code, _ = exporter.stop()
@@ -143,7 +143,7 @@ def test_without_anybody_listening_it_runs(tmp_path: Path) -> None:
         assert exporter.get("/-/ready")
         code, log = exporter.stop()
     assert code == 0
-    assert log.count("systemd is not told anything") == 1
+    assert log.count("cannot send notifications to systemd") == 1
     with Manager(str(tmp_path / "later")) as going:
         exporter = going.start(*POLLING, watchdog=True)
         going.wait_for("READY=1")
@@ -319,7 +319,7 @@ def test_a_file_that_is_refused_changes_nothing(
         assert exporter.value("tcpexporter_duration_seconds") == 5
         _, log = exporter.stop()
     (warning,) = (line for line in log.splitlines() if "WARNING" in line)
-    assert "going on with the settings as before: " in warning
+    assert "reload of settings failed" in warning
     assert sentence in warning
 
 
@@ -383,5 +383,15 @@ def test_the_reader_that_was_killed(configured: Configured) -> None:
         assert exporter.value("tcpexporter_duration_seconds") == 3600
         code, log = exporter.stop()
     assert code == 0
-    assert log.count("no file will be read again, as the reader has ended: restart") == 1
-    assert log.count("nothing to read again, as the reader has ended: restart") == 1
+    assert (
+        log.count(
+            "no file will be read again, as the process that reads files has ended: restart"
+        )
+        == 1
+    )
+    assert (
+        log.count(
+            "nothing to read again, as the process that reads files has ended: restart"
+        )
+        == 1
+    )

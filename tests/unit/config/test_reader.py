@@ -22,11 +22,11 @@ class Parent:
     """In place of its socket: what it was sent."""
 
     def __init__(self) -> None:
-        self.sent: list[reader.Told] = []
+        self.sent: list[reader.Message] = []
         self.asks = 0
 
     def sendall(self, message: bytes) -> None:
-        self.sent.append(reader.Told(**json.loads(message[reader._LENGTH.size :])))
+        self.sent.append(reader.Message(**json.loads(message[reader._LENGTH.size :])))
 
     def recv(self, _most: int) -> bytes:
         """What it asks, if it does; when there is nothing it is gone."""
@@ -157,20 +157,20 @@ def test_when_asked_it_tells_of_everything(
     web, *told = parent.sent
     assert told == [
         web,
-        reader.Told(
+        reader.Message(
             "settings", refused=f"{conf} cannot be read: No such file or directory"
         ),
-        reader.Told("answered"),
+        reader.Message("answered"),
         web,
-        reader.Told("settings", "port 443\n"),
-        reader.Told("answered"),
+        reader.Message("settings", "port 443\n"),
+        reader.Message("answered"),
         web,
-        reader.Told(
+        reader.Message(
             "settings",
             refused=f"{conf} cannot be read: 'utf-8' codec can't decode byte 0xff in"
             " position 5: invalid start byte",
         ),
-        reader.Told("answered"),
+        reader.Message("answered"),
     ]
 
 

@@ -11,8 +11,8 @@ from typing import cast
 
 import pytest
 
-from tcpexporter.config.reader import ANSWERED, Reader, Told
-from tcpexporter.config.reload import Hangups, Reloading, Reloads
+from tcpexporter.config.reader import ANSWERED, Message, Reader
+from tcpexporter.config.reload import Reloading, Reloads, ReloadSignal
 from tcpexporter.connections.record import Records
 from tcpexporter.ebpf import reconcile
 from tcpexporter.ebpf.reconcile import Reconciler, Tables
@@ -140,7 +140,7 @@ def test_a_round_that_hangs_is_told_once_and_counted(
     assert work.task.failures() >= 3
     assert work.task.stop(10)
     assert caplog.messages[0].startswith("nothing is done: the thread work hangs")
-    assert caplog.messages[1] == "work: the thread goes on"
+    assert caplog.messages[1] == "work: the thread hangs no longer"
 
 
 def test_a_thread_that_cannot_start_is_an_error(
@@ -258,13 +258,13 @@ class StubReader:
     """Tells of one file whenever it is asked."""
 
     def __init__(self) -> None:
-        self.fileno = Hangups().fileno  # which nothing comes by
-        self.telling: list[Told] = []
+        self.fileno = ReloadSignal().fileno  # which nothing comes by
+        self.telling: list[Message] = []
 
     def ask(self) -> None:
-        self.telling = [Told("settings"), Told(ANSWERED)]
+        self.telling = [Message("settings"), Message(ANSWERED)]
 
-    def receive(self) -> Told:
+    def receive(self) -> Message:
         return self.telling.pop(0)
 
 
@@ -275,21 +275,21 @@ def test_a_reload_that_fails_is_done_again(
     """Without another SIGHUP: one that came is not lost, and the next one is heard."""
     faults, taken = [error] * 3, []
 
-    def take(told: Told) -> None:
+    def take(told: Message) -> None:
         if faults:
             raise faults.pop()
         taken.append(told)
 
-    hangups = Hangups()
+    reload_signal = ReloadSignal()
     reader = cast("Reader", StubReader())
-    reloading = Reloading(reader, hangups, Supervisor(None, None), Reloads())
+    reloading = Reloading(reader, reload_signal, Supervisor(None, None), Reloads())
     reloading.follow({"settings": take})
     for number in (1, 2):
-        hangups.keep()
+        reload_signal.raise_again()
         eventually(lambda number=number: len(taken) == number)  # type: ignore[misc]
         eventually(lambda: reloading.task.trouble() is None)
     assert reloading.task.failures() == 3
     (told,) = caplog.messages
     assert told == f"no file can be read again: {sentence}"
     reloading.close()
-    hangups.keep()
+    reload_signal.raise_again()

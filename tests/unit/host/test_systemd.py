@@ -36,4 +36,4 @@ def test_an_address_of_another_kind(caplog: pytest.LogCaptureFixture) -> None:
     supervisor = Supervisor("vsock:2:1234", None)
     supervisor.tell("READY=1")
     (warning,) = caplog.messages
-    assert warning.startswith("systemd is not told anything at vsock:2:1234: ")
+    assert warning.startswith("cannot send notifications to systemd at vsock:2:1234: ")

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from prometheus_client import CollectorRegistry
 
 from tcpexporter.config.reader import WEB_CONFIG, Reader
-from tcpexporter.config.reload import Hangups, Reloading, Reloads
+from tcpexporter.config.reload import Reloading, Reloads, ReloadSignal
 from tcpexporter.errors import SettingsError
 from tcpexporter.host.systemd import Supervisor
 from tcpexporter.web import server
@@ -78,7 +78,7 @@ class Served:
         self.web = Web(self.path, self.reader.receive())
         self.following = Reloading(
             self.reader,
-            Hangups(),
+            ReloadSignal(),
             Supervisor(None, None),
             Reloads(),
         )
@@ -633,7 +633,7 @@ def test_what_cannot_be_used_leaves_all_as_it_was(
     eventually(lambda: any(sentence in each for each in caplog.messages))
     time.sleep(5 * INTERVAL_S)
     (warning,) = (each for each in caplog.records if each.levelname == "WARNING")
-    assert "going on with the web configuration as before" in warning.message
+    assert "reload of web configuration failed" in warning.message
     assert served.ask(client_context()).status == 200
     served.write(TLS + users(alice="wonderland"))
     eventually(lambda: served.ask(client_context()).status == 401)
