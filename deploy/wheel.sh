@@ -19,6 +19,10 @@ mkdir "$scratch/tree"
 git ls-files -z >"$scratch/names"
 tar --null --files-from="$scratch/names" --mode=u=rwX,go=rX -cf "$scratch/tree.tar"
 tar -C "$scratch/tree" -xf "$scratch/tree.tar"
+# The exporter shows this commit, and does not run git for it.
+if git rev-parse -q --verify HEAD >"$scratch/revision"; then
+	cp "$scratch/revision" "$scratch/tree/tcpexporter/revision.txt"
+fi
 # Without compression: not every zlib makes the same of the same.
 "$python" -m pip wheel -q --disable-pip-version-check --no-index --no-deps \
 	--no-build-isolation --config-settings=--build-option=--compression=stored \

@@ -9,7 +9,7 @@ import sys
 from types import FrameType
 
 from tcpexporter import startup
-from tcpexporter.config.reload import Hangups
+from tcpexporter.config.reload import ReloadSignal
 from tcpexporter.errors import ServerError, SettingsError, reason
 from tcpexporter.host import daemon_threads, malloc, stderr
 from tcpexporter.host.systemd import Supervisor
@@ -29,14 +29,14 @@ def main() -> None:
         signal.signal(number, _stop)
     _open_standard_streams()
     errors = stderr.replace()
-    hangups = Hangups()
-    hangups.catch()
+    reload_signal = ReloadSignal()
+    reload_signal.catch()
     malloc.limit_arenas()
     supervisor = Supervisor.of(os.environ)
     try:
         _require_descriptors()
         startup.run(
-            startup.Process(sys.argv[1:], os.environ, supervisor, hangups, errors),
+            startup.Process(sys.argv[1:], os.environ, supervisor, reload_signal, errors),
             _set_up_logging,
         )
     except SettingsError as error:

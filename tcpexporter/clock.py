@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The clock of all ages: the host's CLOCK_BOOTTIME, as the BPF program reads it."""
+"""Reads the clock of all times: the host's CLOCK_BOOTTIME, as the BPF program does."""
 
 import time
 from pathlib import Path
 
 
 def _offset_ns(offsets: str) -> int:
-    """How far CLOCK_BOOTTIME is set ahead for us: time_namespaces(7), timens_offsets."""
+    """The offset of this time namespace: time_namespaces(7), timens_offsets."""
     for line in offsets.splitlines():
         clock, seconds, nanoseconds = line.split()
         if clock == "boottime":
@@ -25,8 +25,8 @@ _OFFSET_NS = _own_offset_ns()
 
 
 def boottime_ns() -> int:
-    """Nanoseconds since the host booted, suspend included.
+    """Nanoseconds since the host booted, including suspend.
 
-    bpf_ktime_get_boot_ns() knows no time namespaces; a container may have one.
+    A container can have a time namespace, which bpf_ktime_get_boot_ns() ignores.
     """
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - _OFFSET_NS

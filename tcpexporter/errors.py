@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Every error that tcpexporter raises on purpose."""
+"""Defines the errors that tcpexporter raises, and the sentences for others."""
 
 import contextlib
 import errno
@@ -11,12 +11,12 @@ _SHORT.maxstring = 80
 
 
 def quoted(text: str) -> str:
-    """What a user wrote, for a sentence: without its middle where it is long."""
+    """A user's text in quotes, for a message; a long text is shortened in the middle."""
     return _SHORT.repr(str(text))
 
 
 class TcpExporterError(Exception):
-    """What a user is told: one sentence that says what to do about it."""
+    """An error whose text is one sentence for the operator, with the remedy."""
 
 
 class SettingsError(TcpExporterError):
@@ -28,7 +28,7 @@ class WebConfigError(SettingsError):
 
 
 class SourceError(TcpExporterError):
-    """Connections cannot be had from a source."""
+    """A source cannot report connections."""
 
 
 class LoadError(SourceError):
@@ -40,11 +40,11 @@ class TrackerError(SourceError):
 
 
 class SocketTableError(SourceError):
-    """The kernel's socket tables cannot be read, or not understood."""
+    """The kernel's socket tables cannot be read or decoded."""
 
 
 class PinError(TcpExporterError):
-    """What an exporter left in the BPF file system cannot be used, or nothing be left."""
+    """Objects in the BPF file system cannot be adopted or pinned."""
 
 
 class StateError(TcpExporterError):
@@ -52,11 +52,11 @@ class StateError(TcpExporterError):
 
 
 class ServerError(TcpExporterError):
-    """The metrics cannot be served, or printed, where that was asked for."""
+    """The metrics cannot be served, or written."""
 
 
 class PrivilegeError(TcpExporterError):
-    """Root cannot be given up as asked."""
+    """Privileges cannot be given up."""
 
 
 class ThreadError(TcpExporterError):
@@ -64,10 +64,10 @@ class ThreadError(TcpExporterError):
 
 
 class NativeCodeError(TcpExporterError):
-    """Work of another language has failed."""
+    """Native code in a daemon thread has failed."""
 
 
-NO_MEMORY = "there is not enough memory: raise the service's limit, or what the host has"
+NO_MEMORY = "there is not enough memory: raise the service's limit, or the host's memory"
 
 _REMEDIES = {
     errno.EAGAIN: ": raise the limit of processes and threads: TasksMax= of the unit, the"
@@ -78,7 +78,7 @@ _REMEDIES = {
 
 
 def reason(error: BaseException) -> str:
-    """A sentence for an error, whatever raised it, with a remedy where one is known."""
+    """A sentence for any error, with the remedy if one is known."""
     if isinstance(error, MemoryError):
         return NO_MEMORY
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
@@ -92,10 +92,10 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def enough_memory() -> Iterator[None]:
-    """A block that may be refused memory, and can be tried again.
+    """Run a block that can be tried again if there is no memory for it.
 
     Raises:
-        SourceError: it was.
+        SourceError: there is not enough memory.
     """
     try:
         yield

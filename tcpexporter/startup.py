@@ -12,8 +12,6 @@ import logging
 import pwd
 import signal
 import socket
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +21,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from tcpexporter import version
 from tcpexporter.config import files
-from tcpexporter.config.reader import SETTINGS, WEB_CONFIG, Reader, ReaderGoneError, Told
-from tcpexporter.config.reload import Hangups, Reloading, Take
+from tcpexporter.config.reader import SETTINGS, WEB_CONFIG, Message, Reader, ReaderGoneError
+from tcpexporter.config.reload import Apply, Reloading, ReloadSignal
 from tcpexporter.config.settings import Settings, misleading, parse, reread
 from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import Direction
@@ -81,7 +79,7 @@ class Process(NamedTuple):
     """Without the program's name."""
     environ: Mapping[str, str]
     supervisor: Supervisor
-    hangups: Hangups
+    reload_signal: ReloadSignal
     errors: stderr.Stderr
 
 
@@ -126,7 +124,7 @@ def _run_once(settings: Settings, supervisor: Supervisor) -> None:
         signal.signal(number, signal.SIG_DFL)
     with contextlib.ExitStack() as resources:
         output = _open_output(settings.output, resources) if settings.output else None
-        account = _find_account(settings)
+        account = privileges.find_account(settings.user)
         counting = _open_counting(settings, resources)
         registry = make_registry(counting.collector)
         _confine(account, counting, registry, supervisor)
@@ -176,14 +174,14 @@ class _Opened(NamedTuple):
 
 
 def _open(settings: Settings, process: Process, resources: contextlib.ExitStack) -> _Opened:
-    account = _find_account(settings)
+    account = privileges.find_account(settings.user)
     reader = _open_reader(settings, account)
     if reader:
         resources.callback(reader.close)
     guard = _open_guard(settings, reader) if reader else None
     counting = _open_counting(settings, resources)
     reloads = Reloads()
-    reloading = Reloading(reader, process.hangups, process.supervisor, reloads)
+    reloading = Reloading(reader, process.reload_signal, process.supervisor, reloads)
     resources.callback(reloading.close)
 
     def tasks() -> list[Task]:
@@ -202,16 +200,12 @@ def _open_counting(settings: Settings, resources: contextlib.ExitStack) -> _Coun
     resources.callback(source.close)
     if state:
         resources.callback(state.close)
-    watch = _open_watch(settings, source)
+    watch = namespaces.open_watch(settings.netns, source.namespaces)
     if watch:
         resources.callback(watch.close)
     choose = _chooser(settings, source)
     collector = _make_collector(source, settings, choose(settings))
     return _Counting(source, watch, choose, collector)
-
-
-def _find_account(settings: Settings) -> pwd.struct_passwd | None:
-    return privileges.find_user(settings.user) if privileges.is_root() else None
 
 
 def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reader | None:
@@ -290,12 +284,6 @@ def _open_named_source(name: str, settings: Settings, state: "State | None") -> 
     return PollingSource(open_tables(name, settings.netns), settings.interval_s, state)
 
 
-def _open_watch(settings: Settings, source: Source) -> namespaces.Watch | None:
-    if settings.netns in ("self", "all"):
-        return None
-    return namespaces.Watch(settings.netns, int(source.namespaces()[0]))
-
-
 def _chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]:
     """Returns what makes the collector's choice from settings that were read again.
 
@@ -353,13 +341,10 @@ def _confine(
 
 
 def _serve(
-    listening: Sequence[socket.socket],
-    opened: _Opened,
-    settings: Settings,
-    process: Process,
+    listening: list[socket.socket], opened: _Opened, settings: Settings, process: Process
 ) -> None:
     """Answer HTTP until a signal arrives; meanwhile a thread starts the source."""
-    source, watch, _, collector = opened.counting
+    source, watch = opened.counting.source, opened.counting.watch
     starting = Starting(source.start, watch)
     app = pages.App(
         opened.registry,
@@ -368,12 +353,12 @@ def _serve(
         version=version.VERSION,
         guard=opened.guard,
     )
-    status = partial(_status, source, collector, watch)
+    status = partial(_status, opened.counting)
 
     def is_ready() -> None:
         log.info("counting connections by %s", source.name)
         process.supervisor.tell("READY=1", f"STATUS={status()}")
-        opened.reloading.follow(_takers(opened, settings, process, app))
+        opened.reloading.follow(_appliers(opened, settings, process, app))
 
     async def check() -> str | None:
         # A restart by the watchdog does not help while the named namespace is missing.
@@ -389,24 +374,23 @@ def _serve(
         starting.raise_failure()
 
 
-def _takers(
+def _appliers(
     opened: _Opened, settings: Settings, process: Process, app: pages.App
-) -> dict[str, Take]:
-    """What puts a file into force that was read again, by the kind of file."""
+) -> dict[str, Apply]:
+    """What applies a file that was read again, by the subject of the reader's message."""
     apply = _SettingsReload(settings, process, opened.counting, app).apply
-    takers: dict[str, Take] = {SETTINGS: apply}
+    appliers: dict[str, Apply] = {SETTINGS: apply}
     if guard := opened.guard:
-        takers[WEB_CONFIG] = lambda told: guard.replace(told.accepted())
-    return takers
+        appliers[WEB_CONFIG] = lambda message: guard.replace(message.accepted())
+    return appliers
 
 
-def _status(
-    source: Source, collector: ConnectionCollector, watch: namespaces.Watch | None
-) -> str:
-    if trouble := watch and watch.trouble():
+def _status(counting: _Counting) -> str:
+    if trouble := counting.watch and counting.watch.trouble():
         return trouble
-    tracked = "" if collector.tracked is None else f", {collector.tracked:,} tracked"
-    return f"counting connections by {source.name}{tracked}"
+    known = counting.collector.tracked
+    tracked = "" if known is None else f", {known:,} tracked"
+    return f"counting connections by {counting.source.name}{tracked}"
 
 
 class _SettingsReload:
@@ -420,13 +404,13 @@ class _SettingsReload:
         self._counting = counting
         self._app = app
 
-    def apply(self, told: Told) -> None:
+    def apply(self, message: Message) -> None:
         """Combine a file's new text with the flags and the environment of the start.
 
         Raises:
             SettingsError: it cannot be used; the previous settings stay in force.
         """
-        wanted = parse(self._process.argv, self._process.environ, told.accepted())
+        wanted = parse(self._process.argv, self._process.environ, message.accepted())
         done = reread(self._settings, wanted)
         self._settings = done.settings
         self._counting.collector.choose(self._counting.choose(done.settings))
@@ -439,9 +423,6 @@ class _SettingsReload:
         if done.changed:
             _warn_of(done.settings)
         root.setLevel(level)
-
-
-# --- What is printed ---
 
 
 def _warn_of(settings: Settings) -> None:
@@ -464,12 +445,7 @@ def _page_after(
     Raises:
         SourceError: the watched namespace is gone.
     """
-    for left_s in range(duration_s, 0, -1):
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\rwatching, {left_s} s left \033[K")
-        time.sleep(1)
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\033[K")
+    stderr.count_down(duration_s, "watching")
     if trouble := watch and watch.trouble():
         raise SourceError(trouble)
     return generate_latest(registry)

@@ -1,38 +1,65 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Which tcpexporter this is."""
+"""Which version of tcpexporter this is, and which commit it was built from."""
 
 import json
-import os
-import subprocess
+import re
 from importlib.metadata import distribution
 from pathlib import Path
 
 NAME = "tcpexporter"
+STAMP = Path(__file__).with_name("revision.txt")
+"""Written when a wheel is built: deploy/wheel.sh."""
+
+UNKNOWN = "unknown"
 
 
-def _revision() -> str:
-    """The commit that was installed, or that the source tree is at; else ``unknown``.
+def _find_revision() -> str:
+    """The commit that was built or installed, or that the source tree is at.
 
-    What pip installed from a repository has it in direct_url.json:
+    pip records the commit that it installed from a repository in direct_url.json:
     https://packaging.python.org/en/latest/specifications/direct-url/
     """
     origin = json.loads(distribution(NAME).read_text("direct_url.json") or "{}")
     if "vcs_info" in origin:
         return str(origin["vcs_info"]["commit_id"])
-    tree = Path(__file__).parent.parent
-    if not (tree / ".git").exists():
-        return "unknown"
-    # The tree may be another user's than root's, who runs this.
-    git = ["git", "-c", f"safe.directory={tree}", "rev-parse", "HEAD"]
-    # GIT_DIR, for one, may name another tree, and the current directory be deleted.
-    environment = {"PATH": os.environ.get("PATH", os.defpath)}
     try:
-        return subprocess.check_output(
-            git, stderr=subprocess.DEVNULL, text=True, cwd=tree, env=environment
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        if STAMP.exists():
+            return STAMP.read_text().strip()
+        return _commit_of(STAMP.parent.parent)
+    except (OSError, UnicodeDecodeError):
+        return UNKNOWN
+
+
+def _commit_of(tree: Path) -> str:
+    """The commit of a source tree's HEAD: gitrepository-layout(5).
+
+    It reads files and does not run git: this code runs as root, and the tree and what git
+    would execute for it may belong to another user.
+
+    Raises:
+        OSError: there is no repository, or the tree has no commit.
+        UnicodeDecodeError: a file of it is not text.
+    """
+    directory = tree / ".git"
+    if directory.is_file():  # of a worktree
+        directory = tree / directory.read_text().removeprefix("gitdir:").strip()
+    head = (directory / "HEAD").read_text().strip()
+    if head.startswith("ref:"):
+        head = _resolve(directory, head.removeprefix("ref:").strip())
+    return head if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", head) else UNKNOWN
+
+
+def _resolve(directory: Path, ref: str) -> str:
+    """The commit that a branch is at, from a file of its own or from packed-refs."""
+    common = directory / "commondir"
+    if common.exists():
+        directory /= common.read_text().strip()
+    branch = directory / ref
+    if branch.exists():
+        return branch.read_text().strip()
+    lines = (line.split() for line in (directory / "packed-refs").read_text().splitlines())
+    return next((line[0] for line in lines if line[1:] == [ref]), UNKNOWN)
 
 
 VERSION = distribution(NAME).version
-REVISION = _revision()
+REVISION = _find_revision()

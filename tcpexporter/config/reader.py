@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Reads the files that can change, in a child that goes on reading.
+"""Reads the configuration files in a child process, at the start and when they change.
 
-A key is readable by root alone, as a rule, and whoever serves is root no more when the
-key is replaced; it cannot open any file by then. So a child that no client can talk to
-keeps what it takes to read, and nothing else, for as long as its parent lives. It sends
-all that the web configuration and the files it names have to say whenever that has
-changed, and that and the file of settings when it is asked.
+Usually only root can read a private key, and the serving process has given root up when the
+key is replaced; it cannot open any file by then. So a child process, which no client can
+reach, keeps the privilege to read files, and no other, for as long as its parent lives. It
+sends the web configuration, with the content of the files that this names, whenever one of
+them has changed. When the parent asks, it sends that and the settings file.
 """
 
 import contextlib
@@ -31,45 +31,46 @@ if TYPE_CHECKING:  # what is not asked for takes no memory
     from tcpexporter.web.config import WebConfig
 
 INTERVAL_S = 1.0
-"""Between two looks at the files. What has changed is read when it has not for so long:
-a certificate and its key are two files, and some write them piece by piece."""
+"""Between two checks of the files. Changed files are read when nothing has changed for one
+interval: a certificate and its key are two files, and some tools write them in pieces."""
 
 GRACE_S = 0.3
-"""What the child gets to see that nobody listens any more."""
+"""How long the child may take to end after its parent has closed the socket."""
 
 WEB_CONFIG = "web configuration"
 SETTINGS = "settings"
 ANSWERED = "answered"
-"""What the child can tell about; the last one, that all is told that was asked for."""
+"""The subjects of the child's messages; the last one ends the answer to a request."""
 
 _LENGTH = struct.Struct("!I")
 _ASKING = b"?"
 
 Parse = Callable[[str, str, Callable[[str], str]], "WebConfig"]
 
-_Look = tuple[int, ...] | None
-"""What a file looks like from outside; None: not there."""
+_Stat = tuple[int, ...] | None
+"""Device, inode, size and times of a file; None: it cannot be opened."""
 
 
 class ReaderGoneError(Exception):
-    """The child has ended, so changes are not read any more."""
+    """The child process has ended, so no file is read any more."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the child says of one of its files."""
+class Message:
+    """What the child has read of one subject."""
 
     about: str
     content: object = None
-    """Of the web configuration what `WebConfig.from_json` takes, of the settings their
-    text."""
+    """Of the web configuration what `WebConfig.from_json` accepts, of the settings the text
+    of their file."""
     refused: str | None = None
+    """Why there is no content."""
 
     def accepted(self) -> Any:
         """The content.
 
         Raises:
-            SettingsError: it cannot be used, or not be read.
+            SettingsError: the file cannot be read, or its content cannot be used.
         """
         if self.refused:
             raise SettingsError(self.refused)
@@ -77,7 +78,7 @@ class Told:
 
 
 class Reader:
-    """The child, as its parent has it."""
+    """The child process, for its parent."""
 
     def __init__(
         self,
@@ -90,16 +91,16 @@ class Reader:
         """Start it.
 
         Args:
-            account: Whom it becomes, as `privileges.keep_reading` has it.
-            web_config: The path of the web configuration, which is told of at once.
-            settings: The path of the file of settings, which is told of when asked for.
-            interval_s: Between two looks at what is watched.
+            account: as in `privileges.keep_reading`.
+            web_config: the path of the web configuration, which the child sends at once.
+            settings: the path of the settings file, which the child sends when asked.
+            interval_s: between two checks of the watched files.
 
         Raises:
             SettingsError: a path is relative to a directory that was deleted.
         """
-        self._coming: int | None = None
-        """The length of what comes next, if that was received already."""
+        self._next_length: int | None = None
+        """The length of the next message, if it has been received already."""
         self._socket, theirs = socket.socketpair()
         user = account.pw_name if account else ""
         with theirs:
@@ -113,61 +114,62 @@ class Reader:
 
     @property
     def process(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self._child.pid
 
     def fileno(self) -> int:
-        """Can be read from when it has something to tell."""
+        """A descriptor that is readable when there is a message."""
         return self._socket.fileno()
 
     def ask(self) -> None:
-        """Have it read everything now, changed or not, and tell: `ANSWERED` is the last.
+        """Make the child read all files now and send them; the last message is `ANSWERED`.
 
         Raises:
-            ReaderGoneError: nothing will come any more.
+            ReaderGoneError: the child has ended.
         """
         try:
             self._socket.sendall(_ASKING)
         except OSError as error:
             raise ReaderGoneError from error
 
-    def receive(self) -> Told:
-        """Wait for what it tells next.
+    def receive(self) -> Message:
+        """Wait for the next message.
 
         Raises:
-            ReaderGoneError: nothing will come any more.
+            ReaderGoneError: the child has ended.
         """
-        if self._coming is None:
-            (self._coming,) = _LENGTH.unpack(self._take(_LENGTH.size))
-        message = self._take(self._coming)  # for which there may be no memory now
-        self._coming = None
-        return Told(**json.loads(message))
+        if self._next_length is None:
+            (self._next_length,) = _LENGTH.unpack(self._receive_bytes(_LENGTH.size))
+        # If there is no memory for it now, the length is kept for the next attempt.
+        message = self._receive_bytes(self._next_length)
+        self._next_length = None
+        return Message(**json.loads(message))
 
     def close(self) -> None:
-        """End it, which it does by itself when nobody listens, unless it hangs."""
-        # It may have ended, and this be closed by who follows it, too.
+        """End the child: it ends when the socket is closed, and is killed if it hangs."""
+        # The child may have ended, and another thread may have closed the socket.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         try:
             self._child.wait(GRACE_S)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(PermissionError):  # it may be root, and we not
+            with contextlib.suppress(PermissionError):  # it may be root while we are not
                 self._child.kill()
                 self._child.wait()
 
-    def _take(self, length: int) -> bytes:
+    def _receive_bytes(self, length: int) -> bytes:
         try:
-            taken = self._socket.recv(length, socket.MSG_WAITALL)
+            received = self._socket.recv(length, socket.MSG_WAITALL)
         except OSError as error:
             raise ReaderGoneError from error
-        if len(taken) < length:
+        if len(received) < length:
             raise ReaderGoneError
-        return taken
+        return received
 
 
 def _absolute(path: str | None) -> str:
-    """The path for a child in another directory; empty where there is none.
+    """The path for a child process in another directory; empty if there is no path.
 
     Raises:
         SettingsError: it is relative to a directory that was deleted.
@@ -182,45 +184,45 @@ def _absolute(path: str | None) -> str:
 
 
 class _Files:
-    """What has been read, and what it looked like."""
+    """Reads files, and detects whether they have changed since."""
 
     def __init__(self) -> None:
-        self.looks: dict[str, _Look] = {}
+        self.stats: dict[str, _Stat] = {}
 
     def changed(self) -> bool:
-        return self.looks != {path: _look(path) for path in self.looks}
+        return self.stats != {path: _stat(path) for path in self.stats}
 
     def read(self, path: str) -> bytes:
         """The content of a file.
 
         Raises:
-            SettingsError: it cannot be had.
+            SettingsError: it cannot be read.
         """
-        self.looks[path] = None
+        self.stats[path] = None
         try:
             with files.open_file(path, wait=False) as file:
-                self.looks[path] = _as_look(os.fstat(file.fileno()))
+                self.stats[path] = _as_stat(os.fstat(file.fileno()))
                 return files.read_all(file, only_regular=True)
         except (OSError, ValueError, SettingsError) as error:
             raise SettingsError(f"{path} cannot be read: {files.reason(error)}") from error
 
     def read_text(self, path: str) -> str:
-        """The text of a file, whatever bytes it has.
+        """The text of a file; bytes that are not UTF-8 become surrogates.
 
         Raises:
-            SettingsError: it cannot be had.
+            SettingsError: it cannot be read.
         """
         return self.read(path).decode(errors="surrogateescape")
 
 
-def _look(path: str) -> _Look:
+def _stat(path: str) -> _Stat:
     try:
-        return _as_look(Path(path).stat())
+        return _as_stat(Path(path).stat())
     except (OSError, ValueError):
         return None
 
 
-def _as_look(status: os.stat_result) -> _Look:
+def _as_stat(status: os.stat_result) -> _Stat:
     return (
         status.st_dev,
         status.st_ino,
@@ -230,11 +232,11 @@ def _as_look(status: os.stat_result) -> _Look:
     )
 
 
-def _tell(about: str, read: Callable[[], object]) -> Told:
+def _read_as(about: str, read: Callable[[], object]) -> Message:
     try:
-        return Told(about, read())
+        return Message(about, read())
     except SettingsError as error:
-        return Told(about, refused=str(error))
+        return Message(about, refused=str(error))
 
 
 def _web_config(path: str, files: _Files, parse: Parse) -> dict[str, object]:
@@ -252,7 +254,7 @@ def _settings(path: str) -> str:
 
 
 class _Watch:
-    """Tells the parent what is read, until it is gone."""
+    """Sends the parent what has changed, until the parent has ended."""
 
     def __init__(
         self,
@@ -272,13 +274,13 @@ class _Watch:
         self._asking.register(parent, select.POLLIN)
 
     def run(self) -> None:
-        """Raises EOFError when the parent is gone."""
+        """Run until the parent has ended; raises EOFError then."""
         is_asked = False
-        known: Told | None = None
+        known: Message | None = None
         while True:
             files = _Files()
             if parse := self._parse:
-                found = _tell(
+                found = _read_as(
                     WEB_CONFIG,
                     lambda: _web_config(self._web_config, files, parse),  # noqa: B023
                 )
@@ -287,16 +289,16 @@ class _Watch:
                 known = found
             if is_asked:
                 if self._settings:
-                    self._send(_tell(SETTINGS, lambda: _settings(self._settings)))
-                self._send(Told(ANSWERED))
+                    self._send(_read_as(SETTINGS, lambda: _settings(self._settings)))
+                self._send(Message(ANSWERED))
             is_asked = self._is_asked_before_change(files)
 
     def _is_asked_before_change(self, files: _Files) -> bool:
         while not files.changed():
-            if self._is_asked(self._interval_ms if files.looks else None):
+            if self._is_asked(self._interval_ms if files.stats else None):
                 return True
-        looks = None
-        while looks != (looks := {each: _look(each) for each in files.looks}):
+        stats = None
+        while stats != (stats := {each: _stat(each) for each in files.stats}):
             if self._is_asked(self._interval_ms):
                 return True
         return False
@@ -308,15 +310,15 @@ class _Watch:
             raise EOFError
         return True
 
-    def _send(self, told: Told) -> None:
-        message = json.dumps(asdict(told)).encode()
-        self._parent.sendall(_LENGTH.pack(len(message)) + message)
+    def _send(self, message: Message) -> None:
+        content = json.dumps(asdict(message)).encode()
+        self._parent.sendall(_LENGTH.pack(len(content)) + content)
 
 
 def _main(
     descriptor: str, interval_s: str, user: str, web_config: str, settings: str
 ) -> None:
-    for number in (signal.SIGINT, signal.SIGHUP):  # its parent's to answer
+    for number in (signal.SIGINT, signal.SIGHUP):  # the parent handles them
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(descriptor)) as parent:
         parse = _parser() if web_config else None
@@ -335,7 +337,7 @@ def _main(
 
 
 def _parser() -> Parse:
-    from tcpexporter.web.config_file import parse  # noqa: PLC0415  # not for the parent: 2 MiB
+    from tcpexporter.web.config_file import parse  # noqa: PLC0415  # 2 MiB, which the parent must not keep
 
     return parse
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What is read again, when its file changes or SIGHUP comes, and what came of it."""
+"""Applies configuration files again when they change or SIGHUP arrives."""
 
 import contextlib
 import logging
@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Collection, Mapping
 from types import FrameType
 
-from tcpexporter.config.reader import ANSWERED, Reader, ReaderGoneError, Told
+from tcpexporter.config.reader import ANSWERED, Message, Reader, ReaderGoneError
 from tcpexporter.errors import SettingsError, SourceError, enough_memory
 from tcpexporter.host.background import RETRY_S, Task
 from tcpexporter.host.systemd import Supervisor
@@ -18,62 +18,62 @@ from tcpexporter.metrics.reload_status import Reloads
 log = logging.getLogger(__name__)
 
 BEAT_S = 60.0
-"""Between two signs that the thread still waits for something to do."""
+"""How often the thread reports that it works while it waits for a change."""
 
 LIMIT_S = 300.0
-"""For reading everything again."""
+"""For reading and applying all files; longer means that the thread hangs."""
 
-Take = Callable[[Told], None]
-"""Puts into force what is told; raises SettingsError when it cannot be."""
+Apply = Callable[[Message], None]
+"""Puts into force what was read; raises SettingsError if that cannot be used."""
 
 
-class Hangups:
-    """SIGHUPs, which are kept until they are taken; many at once are one."""
+class ReloadSignal:
+    """Remembers that SIGHUP has arrived, until it is cleared."""
 
     def __init__(self) -> None:
-        # A pipe, as a handler may interrupt itself: it may not wait for a lock.
-        self._ours, self._handlers = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # A pipe and not a lock: a signal handler can interrupt itself, and must not wait.
+        self._read_end, self._write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def catch(self) -> None:
-        """Keep them from now on; in the main thread."""
-        signal.signal(signal.SIGHUP, self.keep)
+        """Handle SIGHUP from now on; call this in the main thread."""
+        signal.signal(signal.SIGHUP, self.raise_again)
 
     def fileno(self) -> int:
-        """Can be read from when there are any."""
-        return self._ours
+        """A descriptor that is readable if the signal has arrived."""
+        return self._read_end
 
-    def take(self) -> None:
-        """Have none left."""
-        os.read(self._ours, select.PIPE_BUF)
+    def clear(self) -> None:
+        """Forget the signals that have arrived."""
+        os.read(self._read_end, select.PIPE_BUF)
 
-    def keep(self, _number: int = 0, _frame: FrameType | None = None) -> None:
-        """Handle one."""
-        with contextlib.suppress(BlockingIOError):  # there are enough
-            os.write(self._handlers, b"\0")
+    def raise_again(self, _number: int = 0, _frame: FrameType | None = None) -> None:
+        """Remember a signal."""
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of earlier ones
+            os.write(self._write_end, b"\0")
 
 
 class Reloading:
-    """Follows the files, and SIGHUP, in a thread."""
+    """Waits in a thread for changed files and SIGHUP, and applies the files."""
 
     def __init__(
         self,
         reader: Reader | None,
-        hangups: Hangups,
+        signal_: ReloadSignal,
         supervisor: Supervisor,
         reloads: Reloads,
     ) -> None:
         """Prepare; `follow` begins.
 
         Args:
-            reader: Has what there is to know; None: there is no file.
-            hangups: When to ask it.
-            supervisor: Is told of that.
-            reloads: Where what came of it is noted.
+            reader: reads the files; None: there is no file.
+            signal_: arrives when all files are to be read again.
+            supervisor: gets a notification of that.
+            reloads: records the results.
         """
         self._reader = reader
         self._why_not = "neither --conf nor --web-config names a file"
-        self._takers: Mapping[str, Take] = {}
-        self._hangups = hangups
+        self._appliers: Mapping[str, Apply] = {}
+        self._signal = signal_
         self._supervisor = supervisor
         self._reloads = reloads
         self._closed = False
@@ -81,26 +81,26 @@ class Reloading:
             "reload", self._follow, without="no file can be read again", limit_s=LIMIT_S
         )
 
-    def follow(self, takers: Mapping[str, Take]) -> None:
-        """From now on take over what changes.
+    def follow(self, appliers: Mapping[str, Apply]) -> None:
+        """Apply changes from now on.
 
         Args:
-            takers: Who takes over what the reader tells, by what that is about.
+            appliers: puts a message of the reader into force, by its subject.
 
         Raises:
-            ThreadError: there can be no thread.
+            ThreadError: the kernel refuses another thread.
         """
-        self._takers = takers
+        self._appliers = appliers
         self.task.begin()
 
     def close(self) -> None:
-        """Say nothing of the reader's end: it is meant."""
+        """Stop; the end of the reader is not reported from now on."""
         self._closed = True
         self.task.stop(0)
 
     def _follow(self) -> None:
         waiting = select.poll()
-        waiting.register(self._hangups, select.POLLIN)
+        waiting.register(self._signal, select.POLLIN)
         if self._reader:
             waiting.register(self._reader, select.POLLIN)
         while True:
@@ -114,42 +114,47 @@ class Reloading:
                     if self._closed:
                         return
                     waiting.unregister(self._reader)  # type: ignore[arg-type]
-                    self._do_without()
+                    self._report_end_of_reader()
             if self.task.is_failing and not self.task.wait(RETRY_S) and self._reader:
-                self._hangups.keep()  # what was to be read has not been
+                self._signal.raise_again()  # the files have not been applied
 
     def _act(self, ready: Collection[int]) -> None:
-        """Do what these descriptors are ready for."""
-        if self._hangups.fileno() in ready:
-            self._hangups.take()
+        """Handle these readable descriptors."""
+        if self._signal.fileno() in ready:
+            self._signal.clear()
             with self._supervisor.reloading():
                 self._read_again()
         elif ready and self._reader:
-            self._take_next(self._reader)
+            self._apply_next(self._reader)
 
     def _read_again(self) -> None:
         if self._reader is None:
             log.info("SIGHUP: there is nothing to read again, as %s", self._why_not)
             return
         self._reader.ask()
-        while self._take_next(self._reader) != ANSWERED:
+        while self._apply_next(self._reader) != ANSWERED:
             pass
 
-    def _take_next(self, reader: Reader) -> str:
-        told = reader.receive()
-        if take := self._takers.get(told.about):
+    def _apply_next(self, reader: Reader) -> str:
+        """Apply the next message; returns its subject."""
+        message = reader.receive()
+        if apply := self._appliers.get(message.about):
             try:
                 with enough_memory():
-                    take(told)
+                    apply(message)
             except (SettingsError, SourceError) as error:
-                log.warning("going on with the %s as before: %s", told.about, error)
-                self._reloads.record(told.about, successful=False)
+                log.warning(
+                    "reload of %s failed; the previous one stays in force: %s",
+                    message.about,
+                    error,
+                )
+                self._reloads.record(message.about, successful=False)
             else:
-                self._reloads.record(told.about, successful=True)
-        return told.about
+                self._reloads.record(message.about, successful=True)
+        return message.about
 
-    def _do_without(self) -> None:
+    def _report_end_of_reader(self) -> None:
         self._reader = None
-        self._why_not = "the reader has ended: restart to have another"
+        self._why_not = "the process that reads files has ended: restart the exporter"
         self._reloads.record("reader", successful=False)
         log.warning("no file will be read again, as %s", self._why_not)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Background threads that neither end nor hang unnoticed.
+"""Runs background threads, and detects that one has failed or hangs.
 
-A `Task` is a thread that runs a loop. Whatever the loop raises is logged once, counted, and
-tried again. A loop that has not come round in time hangs. What else depends on a task asks
-for its `Task.trouble`: a source that it keeps up to date gives no numbers, and systemd's
-watchdog is not fed.
+A `Task` is a thread that runs a loop. An error in the loop is logged once and counted, and
+the loop is tried again. A round that exceeds its time limit counts as hanging. Code that
+depends on a task asks for its `Task.trouble`: then a source refuses to give numbers, and
+systemd's watchdog is not notified.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from tcpexporter.errors import ThreadError, reason
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-"""Until work that has failed is tried again, unless its interval is shorter."""
+"""Until failed work is tried again, unless its interval is shorter."""
 
 
 def start(thread: threading.Thread) -> None:
@@ -35,7 +35,7 @@ def start(thread: threading.Thread) -> None:
 
 
 class Task:
-    """A thread that does the same work again and again."""
+    """A thread that does the same work repeatedly, in rounds."""
 
     def __init__(
         self, name: str, loop: Callable[[], None], *, without: str, limit_s: float
@@ -43,11 +43,11 @@ class Task:
         """Prepare; `begin` starts the thread.
 
         Args:
-            name: Of the thread, and the value of the metric's label.
-            loop: Calls `wait` between two rounds until that returns True. It reports each
-                round by `attempt`, or by `works` and `failed`.
-            without: What the log says when a round fails, before the reason.
-            limit_s: A round that takes longer than this hangs.
+            name: of the thread, and the value of the metric's label.
+            loop: calls `wait` between two rounds until that returns True. It reports the
+                result of each round by `attempt`, or by `works` and `failed`.
+            without: what is not done when a round fails; the log has it before the reason.
+            limit_s: a round that takes longer counts as hanging.
         """
         self.name = name
         self._loop = loop
@@ -58,8 +58,8 @@ class Task:
         self._failures = 0
         self._failure: str | None = None
         self._due_s = math.inf
-        """When it must have come round, on the monotonic clock."""
-        self._hang_is_told = False
+        """When the round must have ended, in seconds on the monotonic clock."""
+        self._hang_is_logged = False
 
     def begin(self) -> None:
         """Start the thread.
@@ -71,7 +71,7 @@ class Task:
         self.beat()
 
     def stop(self, timeout_s: float) -> bool:
-        """Have the loop end; returns whether the thread has ended in that time."""
+        """Make the loop end; returns whether the thread has ended in that time."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
@@ -80,9 +80,9 @@ class Task:
     # For the loop
 
     def wait(self, interval_s: float) -> bool:
-        """Rest until the next round; returns whether the loop has to end.
+        """Wait until the next round; returns whether the loop has to end.
 
-        The rest is shorter than ``interval_s`` if that is long and the last round failed.
+        After a failed round it waits at most `RETRY_S`.
         """
         rest_s = min(interval_s, RETRY_S) if self._failure else interval_s
         self.beat(rest_s)
@@ -91,16 +91,16 @@ class Task:
         return is_over
 
     def beat(self, rest_s: float = 0) -> None:
-        """Show that the loop goes on, and may do nothing for ``rest_s`` seconds now."""
+        """Report that the thread does not hang, and now waits for ``rest_s`` seconds."""
         self._failures += self._overdue_rounds()
         self._due_s = time.monotonic() + rest_s + self._limit_s
-        if self._hang_is_told:
-            self._hang_is_told = False
-            log.info("%s: the thread goes on", self.name)
+        if self._hang_is_logged:
+            self._hang_is_logged = False
+            log.info("%s: the thread hangs no longer", self.name)
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """A round: it works unless the block raises, which ends here."""
+        """Run a block as a round: it fails if the block raises; the error ends here."""
         try:
             yield
         except Exception as error:
@@ -109,42 +109,42 @@ class Task:
             self.works()
 
     def works(self) -> None:
-        """A round did all that it has to do."""
+        """Report that a round has succeeded."""
         if self._failure:
             log.info("%s: it works again", self.name)
         self._failure = None
 
     def failed(self, error: BaseException) -> None:
-        """A round did not; it is logged if the one before did."""
+        """Report that a round has failed; it is logged if the round before succeeded."""
         self._failures += 1
         if not self._failure:
             log.warning("%s: %s", self._without, reason(error))
             log.debug("%s: the thread has failed", self.name, exc_info=error)
         self._failure = reason(error)
 
-    # For those who depend on it
+    # For code that depends on the task
 
     @property
     def is_failing(self) -> bool:
-        """Whether the last round that ended has failed."""
+        """Whether the last finished round has failed."""
         return self._failure is not None
 
     def trouble(self) -> str | None:
-        """Why its work is not done now, in a sentence; None: it is, or has not begun."""
+        """Why the work is not done now, in a sentence; None: it is, or has not begun."""
         if self._due_s == math.inf:
             return None
         if not (self._thread.is_alive() or self._stop.is_set()):
             return f"{self._without}: the thread has ended: restart the exporter"
         if self._overdue_rounds():
             sentence = f"the thread {self.name} hangs: it has done nothing in time"
-            if not self._hang_is_told:
-                self._hang_is_told = True
+            if not self._hang_is_logged:
+                self._hang_is_logged = True
                 log.warning("%s: %s", self._without, sentence)
             return sentence
         return self._failure
 
     def failures(self) -> int:
-        """How many rounds have failed; while it hangs, one more each ``limit_s``."""
+        """How many rounds have failed; a hang counts as one more each ``limit_s``."""
         self.trouble()
         return self._failures + self._overdue_rounds()
 
@@ -163,5 +163,5 @@ class Task:
 
 
 def trouble(tasks: Iterable[Task]) -> str | None:
-    """Of the first of these that has any; None: all work."""
+    """The trouble of the first task that has any; None: all work."""
     return next(filter(None, (each.trouble() for each in tasks)), None)

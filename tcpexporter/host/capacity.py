@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""How many connections a host can come to have: the rule of ``--max-connections auto``."""
+"""Estimates how many connections a host can have: ``--max-connections auto``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,21 +7,21 @@ from pathlib import Path
 LOWEST = 1024
 HIGHEST = 16_777_216
 CONNECTION_BYTES = 16 * 1024
-"""What a connection with any traffic costs a host: socket, file and some of its buffers."""
+"""Memory of a host for a connection with traffic: socket, file and some buffers."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds a host's connections."""
+    """The limits of a host's connections."""
 
     memory_bytes: int
     orphans: int
-    """net.ipv4.tcp_max_orphans: what the kernel itself derives from the host's size."""
+    """net.ipv4.tcp_max_orphans, which the kernel derives from the memory of the host."""
     open_files: int
-    """fs.file-max: all but those orphans take one each."""
+    """fs.file-max: each connection except orphans requires an open file."""
     conntrack: int | None
-    """net.netfilter.nf_conntrack_max, where connections are tracked: one entry for each,
-    of which both ends can be on this host."""
+    """net.netfilter.nf_conntrack_max; None: conntrack is not loaded. A connection has one
+    entry, and both of its ends can be on this host."""
 
 
 def read_limits(proc: Path = Path("/proc")) -> Limits:
@@ -38,7 +38,7 @@ def read_limits(proc: Path = Path("/proc")) -> Limits:
 
 
 def max_connections(limits: Limits) -> int:
-    """As many as fit into memory, no fewer than orphans, no more than the other limits."""
+    """As many as fit into memory, at least the orphans, at most the other limits."""
     wanted = max(limits.memory_bytes // CONNECTION_BYTES, limits.orphans)
     bounds = [limits.open_files + limits.orphans, HIGHEST]
     if limits.conntrack is not None:

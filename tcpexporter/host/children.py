@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Starts the child processes, which inherit nothing of the exporter's environment."""
+"""Starts child processes, which inherit no environment variable of the exporter."""
 
 import socket
 import subprocess
@@ -10,23 +10,27 @@ from typing import IO
 def start(
     module: str, channel: socket.socket, *arguments: str, output: IO[bytes] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Run a module of the exporter in another Python.
+    """Run a module of the exporter in another Python process.
 
-    It has the root directory as its own, so it works where the current one was deleted or
+    Its current directory is the root directory, so it works even if ours was deleted or
     cannot be read: paths in ``arguments`` must be absolute. It has no environment variable,
-    and of the open descriptors only the channel and the standard ones.
+    and no open descriptor except the channel and the standard streams.
 
     Args:
-        module: what to run, with a descriptor of the channel as its first argument.
-        channel: what the child shares with the exporter.
-        arguments: what follows.
-        output: where the child's standard output and error go; None: where ours do.
+        module: the module to run; its first argument is the channel's descriptor.
+        channel: the child's end of a socket pair.
+        arguments: the other arguments.
+        output: where the child's standard output and error go; None: where ours go.
+
+    Returns:
+        The running process.
 
     Raises:
         OSError: the kernel refuses another process.
     """
     return subprocess.Popen(
-        # -I: no module of the current directory or of PYTHONPATH is run as root.
+        # -I: Python must not import modules from the current directory or PYTHONPATH as
+        # root.
         [sys.executable, "-I", "-m", module, str(channel.fileno()), *arguments],
         pass_fds=[channel.fileno()],
         stdin=subprocess.DEVNULL,

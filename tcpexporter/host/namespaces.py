@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Network namespaces: which there are, what they are called, and what a name means now.
+"""Finds network namespaces, their names, and which namespace a name refers to now.
 
-The kernel tells network namespaces apart by an inode number, and gives the lowest free
-number to the next one: a number identifies a namespace only while it is held open. The
-socket tables hold those that they read (`socket_tables.tables.SocketTables`).
+The kernel identifies network namespaces by an inode number, and reuses the lowest free
+number: a number identifies a namespace only while a descriptor holds it. The socket tables
+hold the namespaces that they read (`socket_tables.tables.SocketTables`).
 """
 
 import contextlib
@@ -32,23 +32,23 @@ NS_GET_NSTYPE = 0xB703
 CLONE_NEWNET = 0x40000000
 
 CONTAINER_ID = re.compile("[0-9a-f]{64}")
-"""What Docker, containerd, CRI-O and Podman name a container's cgroup by."""
+"""Part of the names that Docker, containerd, CRI-O and Podman give to cgroups."""
 
 SHORT_ID = 12
-"""How much of it those show."""
+"""How many digits of an id their commands show."""
 
 NOT_FOR_NAMES = ("self", "other")
-"""Values of the label ``netns`` that have another meaning."""
+"""Values of the label ``netns`` that are reserved."""
 
 LIKE_INODE = re.compile("(.*:)?[0-9]{1,10}", re.DOTALL)
-"""Names that the label could have for another namespace."""
+"""Names that could also be the label of a namespace without a name."""
 
 
 def inode(path: Path = OWN) -> int:
-    """The number by which the kernel tells network namespaces apart.
+    """The inode number that identifies a network namespace.
 
     Raises:
-        SourceError: there is no such namespace, or it may not be seen.
+        SourceError: there is no such namespace, or permission is missing.
     """
     try:
         return path.stat().st_ino
@@ -58,10 +58,10 @@ def inode(path: Path = OWN) -> int:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A descriptor that holds a namespace, for the block.
+    """A descriptor that holds a namespace until the end of the block.
 
     Raises:
-        SourceError: there is no such namespace, or it may not be seen.
+        SourceError: there is no such namespace, or permission is missing.
     """
     try:
         descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK)
@@ -78,13 +78,13 @@ def _unseen(path: Path, error: OSError) -> SourceError:
 
 
 def find(name: str) -> Path:
-    """Where a namespace is that a user calls ``self``, by its name, or by a path.
+    """The path of a namespace, which a user names ``self``, by its name, or by a path.
 
     Raises:
-        SettingsError: no network namespace is there.
-        SourceError: it may not be seen.
+        SettingsError: there is no network namespace.
+        SourceError: permission is missing.
     """
-    path = _place(name)
+    path = _path_of(name)
     try:
         is_namespace = path.stat().st_dev == OWN.stat().st_dev
         with opened(path) if is_namespace else contextlib.nullcontext() as descriptor:
@@ -102,97 +102,113 @@ def find(name: str) -> Path:
     return path
 
 
-def _place(name: str) -> Path:
+def _path_of(name: str) -> Path:
     if name == "self":
         return OWN
     return Path(name) if "/" in name else NAMED / name
 
 
-class Watch:
-    """Whether what ``--netns`` names still is the namespace that is counted.
+def open_watch(name: str, held: Callable[[], Iterable[int]]) -> "Watch | None":
+    """Watch the namespace that ``--netns`` names; None: it is the own one, or all.
 
-    A confined process cannot enter another one, nor see which one /proc/PID/ns/net is.
-    It sees /proc/PID/net, where a file has another inode in each namespace: no other file
-    gets that of a namespace that is held.
+    Args:
+        name: the value of ``--netns``.
+        held: returns the inodes of the namespaces that are held, the counted one first.
+
+    Raises:
+        SourceError: the name refers to another namespace already, or to none.
+    """
+    if name in ("self", "all"):
+        return None
+    return Watch(name, int(next(iter(held()))))
+
+
+class Watch:
+    """Checks whether a name still refers to the namespace that is counted.
+
+    A confined process cannot enter another namespace, and cannot read /proc/PID/ns/net. It
+    can read the attributes of files in /proc/PID/net, whose inodes differ between
+    namespaces: while a namespace is held, no file of another one gets the same inode.
     """
 
     def __init__(self, name: str, number: int) -> None:
-        """Watch from now on; may take root.
+        """Watch from now on; this may require root.
 
         Args:
-            name: as `find` takes it.
+            name: as in `find`.
             number: the inode of the namespace that is counted, and held.
 
         Raises:
-            SourceError: the name means another namespace already, or none.
+            SourceError: the name refers to another namespace already, or to none.
         """
         self.is_replaced = False
-        """Whether the name has been found to mean another namespace."""
-        self._path = self._watched = _place(name)
+        """Whether the name was found to refer to another namespace."""
+        self._path = self._watched = _path_of(name)
         self._process: int | None = None
         self._trouble: str | None = None
         try:
             if self._path.parts[-2:] == ("ns", "net"):
-                # Of that process for ever, though another may get its number.
+                # The descriptor stays with that process, even if its id is used again.
                 self._process = os.open(self._path.parent.with_name("net"), os.O_PATH)
                 self._watched = Path("tcp")
-            self._expected = self._look()
+            self._expected = self._identity()
         except OSError as error:
             raise _unseen(self._path, error) from error
         if inode(self._path) != number:
             raise SourceError(self._replaced())
 
     def close(self) -> None:
-        """Close what it has opened."""
+        """Close the descriptor of the watched process."""
         if self._process is not None:
             os.close(self._process)
 
     def trouble(self) -> str | None:
-        """Why what is counted is not what the name means now; None: it is.
+        """Why the counted namespace is not the one that the name refers to; None: it is.
 
-        Warns when the name comes to mean none.
+        Logs a warning when the name begins to refer to none.
         """
-        trouble = self._judge()
+        trouble = self._find_trouble()
         if trouble and trouble != self._trouble and not self.is_replaced:
-            log.warning("no metrics can be had: %s", trouble)
+            log.warning("cannot collect metrics: %s", trouble)
         if self._trouble and not trouble:
-            log.info("metrics can be had again")
+            log.info("metrics can be collected again")
         self._trouble = trouble
         return trouble
 
-    def _judge(self) -> str | None:
+    def _find_trouble(self) -> str | None:
         try:
-            file_system, number = self._look()
+            file_system, number = self._identity()
         except PermissionError as error:
             _warn_once(
-                f"connections are counted, but {self._path} cannot be watched for another"
-                f" namespace of that name: {error.strerror}: let user {os.geteuid()} search"
-                " its directory"
+                f"cannot check whether {self._path} still is the namespace that is counted:"
+                f" {error.strerror}: let user {os.geteuid()} search its directory"
             )
             return None
         except OSError:
-            return self._gone()
+            return self._missing()
         if (file_system, number) == self._expected:
             return None
-        if file_system != self._expected[0]:  # a file that ip-netns(8) mounts it on
-            return self._gone()
+        if (
+            file_system != self._expected[0]
+        ):  # the file on which ip-netns(8) mounts a namespace
+            return self._missing()
         self.is_replaced = True
         return self._replaced()
 
-    def _look(self) -> tuple[int, int]:
+    def _identity(self) -> tuple[int, int]:
         status = os.stat(self._watched, dir_fd=self._process)
         return status.st_dev, status.st_ino
 
-    def _gone(self) -> str:
+    def _missing(self) -> str:
         return (
-            f"there is no network namespace {self._path} any more: make it again, or start"
-            " the exporter with another --netns"
+            f"there is no network namespace {self._path} any more: create it again, or"
+            " start the exporter with another --netns"
         )
 
     def _replaced(self) -> str:
         return (
-            f"{self._path} is another network namespace now: start the exporter again to"
-            " count its connections"
+            f"{self._path} is another network namespace now: restart the exporter to count"
+            " its connections"
         )
 
 
@@ -202,19 +218,19 @@ def _warn_once(warning: str) -> None:
 
 
 def others() -> Iterator[tuple[int, Path]]:
-    """All that a process or a name has but our own: inode, and where to open it.
+    """The inode and a path of each namespace of a process or with a name, except our own.
 
-    A namespace comes once for each process or name: some may have ended when it is opened.
-    Warns in the end if there may be more, of processes that may not be seen.
+    A namespace appears once for each process and name, as some of them may end before the
+    path is opened. At the end a warning is logged if processes are hidden from us.
     """
     sees_all = _sees_processes_of_host()
     own = inode()
-    # Not by a longer pattern, which passes over what may not be seen.
+    # A longer pattern would silently omit processes for which permission is missing.
     processes = Path("/proc").glob("[0-9]*")
     for path in (*_names(), *(each / "ns/net" for each in processes)):
         try:
             number = path.stat().st_ino
-        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        except (FileNotFoundError, ProcessLookupError):  # the process has ended
             continue
         except PermissionError:
             sees_all = False
@@ -223,16 +239,16 @@ def others() -> Iterator[tuple[int, Path]]:
             yield number, path
     if not sees_all:
         log.warning(
-            "--netns all may leave out namespaces, as there are processes that may not be"
-            " seen: start in the host's PID namespace, as root, or with CAP_SYS_ADMIN,"
+            "--netns all may leave out namespaces, because some processes are hidden:"
+            " start in the host's PID namespace, as root, or with CAP_SYS_ADMIN,"
             " CAP_SYS_PTRACE and, in the unit, ProtectProc=default"
         )
 
 
 def _sees_processes_of_host() -> bool:
-    """Whether /proc has those of the host, and not of a container alone.
+    """Whether /proc shows the processes of the host, not only those of a container.
 
-    Its first process may be hidden: hidepid in proc(5).
+    False if the first process is hidden: hidepid in proc(5).
     """
     try:
         return INIT_PID_NAMESPACE.stat().st_ino == HOST_PID_NAMESPACE
@@ -241,26 +257,26 @@ def _sees_processes_of_host() -> bool:
 
 
 def _names() -> list[Path]:
-    """What ip-netns(8) has given a name, in the order of the names."""
+    """The paths of namespaces that ip-netns(8) has named, sorted."""
     try:
         return sorted(NAMED.iterdir())
-    except FileNotFoundError:  # it makes that with the first
+    except FileNotFoundError:  # ip-netns(8) creates it with the first name
         return []
     except OSError as error:
         _warn_once(
-            f"namespaces have no names, as {NAMED} cannot be read: {error.strerror}:"
-            f" let user {os.geteuid()} read and search it"
+            f"cannot read the names of namespaces in {NAMED}: {error.strerror}: let user"
+            f" {os.geteuid()} read and search it"
         )
         return []
 
 
 def named() -> dict[int, str]:
-    """The names that ip-netns(8) gave, by inode; the first of several."""
+    """The name that ip-netns(8) has given to each inode; the first one of several."""
     found: dict[int, str] = {}
     for path in _names():
         try:
             number = path.stat().st_ino
-        except OSError:  # deleted meanwhile
+        except OSError:  # it has been deleted
             continue
         # A name is bytes; a label is text.
         found.setdefault(number, os.fsencode(path.name).decode(errors="replace"))
@@ -268,17 +284,19 @@ def named() -> dict[int, str]:
 
 
 class Names:
-    """What the namespaces of the host are called, for the label ``netns``.
+    """The names of the host's namespaces, for the label ``netns``.
 
-    Who is in a namespace can only be seen as root, so at the start. A container's name is
-    that of its namespace for as long as this is held: then another may have its number.
+    Only root can see which container uses a namespace, so that is read at the start. A
+    namespace has its container's name while it is held: later another one may get its
+    inode.
     """
 
     def __init__(self, held: Callable[[], Iterable[int]]) -> None:
-        """Look for containers.
+        """Find the containers.
 
         Args:
-            held: the inodes of the namespaces that are held since before, at any time.
+            held: returns the inodes of the namespaces that are held, and have been held
+                since before this call.
         """
         self._held = held
         self._own = inode()
@@ -288,10 +306,10 @@ class Names:
         }
 
     def read(self) -> dict[int, str]:
-        """The names there are now, by inode, and the inode of what is held without one.
+        """The label of each namespace that is held or named, by inode; no two are the same.
 
-        What is neither held nor named has none: it may have ended. No two are the same: a
-        container can have several namespaces, and its cgroup can be named like another's.
+        A namespace without a name has its inode as the label. Equal names get the inode
+        added: a container can have several namespaces, and cgroups can have equal names.
         """
         held = [int(number) for number in self._held()]
         containers = {
@@ -302,24 +320,24 @@ class Names:
         others = {**containers, **named()}
         others.pop(self._own, None)
         times = Counter((*others.values(), *NOT_FOR_NAMES))
-        told = {
+        labels = {
             number: name
             if times[name] == 1 and not LIKE_INODE.fullmatch(name)
             else f"{name}:{number}"
             for number, name in others.items()
         }
-        return {**{number: str(number) for number in held}, **told, self._own: "self"}
+        return {**{number: str(number) for number in held}, **labels, self._own: "self"}
 
 
 def _containers() -> dict[int, str]:
-    """The container that has a namespace to itself, by inode."""
+    """The container of each namespace that only one container uses, by inode."""
     found: defaultdict[int, set[str]] = defaultdict(set)
     for process in Path("/proc").glob("[0-9]*"):
         try:
             container = CONTAINER_ID.search((process / "cgroup").read_text())
             if container:
                 found[(process / "ns/net").stat().st_ino].add(container[0])
-        except OSError:  # it has ended meanwhile, or is not ours to see
+        except OSError:  # the process has ended, or permission is missing
             continue
     return {
         number: f"container:{next(iter(ids))[:SHORT_ID]}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Gives up root for good, and checks in /proc/self/status that it is gone."""
+"""Gives up root for good, and checks in /proc/self/status that no privilege is left."""
 
 import contextlib
 import logging
@@ -42,7 +42,7 @@ NAMES = (
 """The capabilities by their number, without ``CAP_``."""
 
 LONGEST_LIST = 6
-"""Of capabilities in a message; of more it has their number."""
+"""Of capabilities in a message; a longer list is replaced by their number."""
 
 # include/uapi/linux/prctl.h, securebits.h
 PR_SET_KEEPCAPS = 8
@@ -56,7 +56,7 @@ SECBIT_KEEP_CAPS = 1 << 4
 
 
 class Status(NamedTuple):
-    """What this process may do, as the kernel reports it: proc_pid_status(5).
+    """The privileges of this process, as the kernel reports them: proc_pid_status(5).
 
     A set of capabilities is a number with a bit for each.
     """
@@ -70,7 +70,7 @@ class Status(NamedTuple):
     bounding: int
     no_new_privs: bool
     seccomp: int
-    """The mode; 2: there is a filter, ours or one that the process was started with."""
+    """The mode; 2: there is a filter, ours or one from before the start."""
 
     def holds(self, *capabilities: int) -> bool:
         """Whether all of these are in effect."""
@@ -78,7 +78,10 @@ class Status(NamedTuple):
         return self.effective & wanted == wanted
 
     def is_given_up(self, account: pwd.struct_passwd | None) -> bool:
-        """Whether it is not root, and has no group of root's if root started it."""
+        """Whether no user or group id other than the account's is left.
+
+        Without an account: whether the process is not root.
+        """
         if account is None:
             return 0 not in self.uids
         ids = (account.pw_uid, account.pw_gid)
@@ -86,7 +89,7 @@ class Status(NamedTuple):
 
 
 def read_status() -> Status:
-    """What this process may do now.
+    """The privileges of this process now.
 
     Raises:
         PrivilegeError: the kernel does not report it.
@@ -109,17 +112,18 @@ def read_status() -> Status:
             int(fields[each][0], 16) for each in ("CapPrm", "CapEff", "CapBnd")
         )
         no_new_privs = fields["NoNewPrivs"] == ["1"]
-        # Not there in a kernel without seccomp.
+        # A kernel without seccomp does not have this line.
         seccomp = int(fields.get("Seccomp", ["0"])[0])
     except (KeyError, IndexError, ValueError) as error:
         raise PrivilegeError(
-            f"cannot check what this process may do: /proc/self/status has no valid {error}"
+            f"cannot check the privileges of this process: /proc/self/status has no valid"
+            f" {error}"
         ) from error
     return Status(uids, gids, groups, permitted, effective, bounding, no_new_privs, seccomp)
 
 
 def names(capabilities: int) -> str:
-    """A set of capabilities as a message has it."""
+    """A set of capabilities, for a message."""
     each = [number for number in range(64) if capabilities >> number & 1]
     if len(each) > LONGEST_LIST:
         return f"{len(each)} capabilities"
@@ -134,8 +138,17 @@ def is_root() -> bool:
     return 0 in os.getresuid()
 
 
+def find_account(name: str) -> pwd.struct_passwd | None:
+    """The account to switch to; None: this process is not root.
+
+    Raises:
+        SettingsError: as in `find_user`.
+    """
+    return find_user(name) if is_root() else None
+
+
 def find_user(name: str) -> pwd.struct_passwd:
-    """The account to become.
+    """The account of an unprivileged user.
 
     Raises:
         SettingsError: there is none of that name, or it is root's.
@@ -164,16 +177,16 @@ def may_use_bpf() -> bool:
 
 
 def keep_reading(account: pwd.struct_passwd | None) -> None:
-    """Give up everything but what reading files requires: CAP_DAC_READ_SEARCH.
+    """Give up every privilege except reading all files: CAP_DAC_READ_SEARCH.
 
-    Where that one cannot be kept, as in some containers, root stays root without a
-    capability: it can still read root's own files.
+    Where that capability cannot be kept, as in some containers, the user stays root, but
+    without capabilities: it can still read root's own files.
 
     Args:
-        account: as `drop` has it.
+        account: as in `drop`.
 
     Raises:
-        PrivilegeError: as `drop` has it.
+        PrivilegeError: as in `drop`.
     """
     kept = _bits(CAP_DAC_READ_SEARCH)
     if read_status().permitted & kept and (account is None or _can_keep_capabilities()):
@@ -185,23 +198,23 @@ def keep_reading(account: pwd.struct_passwd | None) -> None:
 def drop(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> None:
     """Give up every capability and every way back to one, as far as the kernel allows.
 
-    What stays because a capability is missing is logged, in one warning. Capabilities
-    belong to a thread: call this while there is only one.
+    One warning lists what cannot be given up because a capability is missing. Capabilities
+    belong to a thread: call this while the process has only one.
 
     Args:
-        account: whose uid and gid to take; None when not root.
-        needed: an operation that must still work afterwards, which raises
-            TcpExporterError where it does not. Where it works only with CAP_BPF, that one
-            is kept: `features.UNPRIVILEGED_MAPS`.
+        account: the user to switch to; None when not root.
+        needed: an operation that must still work afterwards; it raises TcpExporterError if
+            it does not. If it works only with CAP_BPF, that capability is kept:
+            `features.UNPRIVILEGED_MAPS`.
 
     Raises:
-        PrivilegeError: a capability, or a way back to one, would stay.
-        TcpExporterError: as ``needed`` raises it, if it does not even work before.
+        PrivilegeError: a capability, or a way back to one, would be left.
+        TcpExporterError: as ``needed`` raises it, if it does not work with all privileges.
     """
     before = read_status()
     left = _become(account, _choose_kept(account, needed))
     if account:
-        _warn_of_what_stays(account, before, left)
+        _warn_of_privileges_left(account, before, left)
 
 
 def _choose_kept(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> int:
@@ -212,7 +225,8 @@ def _choose_kept(account: pwd.struct_passwd | None, needed: Callable[[], object]
     if works_with(kept, account, needed):
         log.warning("keeping CAP_BPF, which this kernel requires for reading a BPF map")
         return kept
-    # Neither will do, for a reason that one of these two raises; or else it is this.
+    # Neither set is enough. One of these two calls raises the reason; if none does, it is
+    # the one below.
     needed()
     _become(account, 0)
     raise PrivilegeError(
@@ -225,15 +239,15 @@ def _choose_kept(account: pwd.struct_passwd | None, needed: Callable[[], object]
 def works_with(
     kept: int, account: pwd.struct_passwd | None, needed: Callable[[], object]
 ) -> bool:
-    """Whether a child that has given up all other capabilities can do what is needed.
+    """Whether a child process with these capabilities alone can do what is needed.
 
     Args:
-        kept: the set of those that it keeps.
-        account: as `drop` has it.
+        kept: the set of these capabilities.
+        account: as in `drop`.
         needed: raises TcpExporterError or OSError where it cannot be done.
 
     Raises:
-        PrivilegeError: no child can be started.
+        PrivilegeError: the kernel refuses another process.
     """
     try:
         child = os.fork()
@@ -254,13 +268,13 @@ def works_with(
 
 
 def _become(account: pwd.struct_passwd | None, kept: int) -> Status:
-    """Do what the kernel allows of all that has to be done; what came of it.
+    """Give up as much as the kernel allows; returns the privileges that are left.
 
     Raises:
-        PrivilegeError: something dangerous would stay.
+        PrivilegeError: a dangerous privilege would be left.
     """
     for step in _steps(account, kept, read_status().permitted):
-        with contextlib.suppress(OSError):  # what it has not done is found below
+        with contextlib.suppress(OSError):  # checked below
             step()
     left = read_status()
     if left.permitted & ~kept:
@@ -282,8 +296,11 @@ def _become(account: pwd.struct_passwd | None, kept: int) -> Status:
 def _steps(
     account: pwd.struct_passwd | None, kept: int, permitted: int
 ) -> Iterator[Callable[[], object]]:
-    """Only the bounding set and the ids require capabilities: capabilities(7)."""
-    yield partial(libc.capset, permitted, permitted, 0)  # in effect, whichever are not
+    """The system calls, in order.
+
+    Only those on the bounding set and the ids require capabilities: capabilities(7).
+    """
+    yield partial(libc.capset, permitted, permitted, 0)  # makes all of them effective
     yield _clear_bounding_set
     if account:
         uid, gid = account.pw_uid, account.pw_gid
@@ -296,7 +313,9 @@ def _steps(
     yield partial(libc.prctl, PR_SET_NO_NEW_PRIVS, 1)
 
 
-def _warn_of_what_stays(account: pwd.struct_passwd, before: Status, left: Status) -> None:
+def _warn_of_privileges_left(
+    account: pwd.struct_passwd, before: Status, left: Status
+) -> None:
     stays = []
     if {*left.uids} != {account.pw_uid}:
         stays.append((CAP_SETUID, f"user {_listed(left.uids)}"))
@@ -310,7 +329,7 @@ def _warn_of_what_stays(account: pwd.struct_passwd, before: Status, left: Status
     missing = _bits(*(each for each, _ in stays)) & ~before.permitted
     remedy = "outside of the seccomp filter or user namespace that refuses it"
     log.warning(
-        "not everything could be given up, what stays: %s; start it %s, or as an"
+        "some privileges could not be given up: %s; start the exporter %s, or as an"
         " unprivileged user",
         "; ".join(f"{what} ({_why(capability, missing)})" for capability, what in stays),
         f"with {names(missing)} as well" if missing else remedy,
@@ -329,7 +348,7 @@ def _listed(ids: tuple[int, ...]) -> str:
 
 
 def _can_keep_capabilities() -> bool:
-    """Whether they can outlast a change from root's uid to another: capabilities(7)."""
+    """Whether root can switch to another user and keep capabilities: capabilities(7)."""
     with contextlib.suppress(OSError):
         libc.prctl(PR_SET_KEEPCAPS, 1)
         return True
@@ -340,7 +359,7 @@ def _can_keep_capabilities() -> bool:
 
 
 def _clear_bounding_set() -> None:
-    for capability in range(64):  # of more than the kernel knows it refuses the first
+    for capability in range(64):  # the kernel refuses the first one that it does not know
         libc.prctl(PR_CAPBSET_DROP, capability)
 
 

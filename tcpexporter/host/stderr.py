@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Standard error that nobody has to read: what cannot be written at once is dropped."""
+"""Writes to standard error without waiting: what cannot be written at once is dropped."""
 
 import contextlib
 import io
@@ -7,24 +7,25 @@ import os
 import select
 import stat
 import sys
+import time
 from typing import Any
 
 DESCRIPTOR = 2
 
 
 class Stderr(io.RawIOBase):
-    """The descriptor of standard error, without ever waiting for who reads it.
+    """Standard error, without waiting for the process that reads it.
 
-    Its O_NONBLOCK is left alone: other processes share that. A pipe or a terminal is opened
-    anew instead, where that is permitted. Of a pipe that was not, another process could
-    take the room after `poll` has found it.
+    O_NONBLOCK of its descriptor is not changed, as other processes share it. A pipe or a
+    terminal is opened again instead, where that is permitted. If a pipe cannot be opened
+    again, a write can still block: another process may fill the pipe after `poll`.
     """
 
     def __init__(self) -> None:
-        """Open it anew if that can be done; a file would be written to from its start."""
+        """Open a pipe or terminal again; a file would be overwritten from its start."""
         super().__init__()
         self.dropped = 0
-        """How many times something was not written, or only the beginning of it."""
+        """How many writes were dropped, or done in part."""
         self._descriptor = DESCRIPTOR
         self._is_torn = False
         with contextlib.suppress(OSError):
@@ -38,21 +39,21 @@ class Stderr(io.RawIOBase):
         return True
 
     def fileno(self) -> int:
-        """That of standard error, so that isatty(3) is right."""
+        """The descriptor of standard error."""
         return DESCRIPTOR
 
     def isatty(self) -> bool:
-        """Whether a person may be looking."""
+        """Whether it is a terminal."""
         return os.isatty(DESCRIPTOR)
 
     def write(self, data: Any, /) -> int:
         """Write it, or drop what does not fit now; returns the length of ``data``."""
         whole = memoryview(data).cast("B")
-        # What was torn before ends with its line.
+        # A line of which only a part was written is ended first.
         left = memoryview(b"\n" + bytes(whole)) if self._is_torn else whole
         began = len(left)
         with contextlib.suppress(OSError):
-            while left and self._has_room():
+            while left and self._can_write():
                 left = left[os.write(self._descriptor, left[: select.PIPE_BUF]) :]
         if left:
             self.dropped += 1
@@ -60,15 +61,15 @@ class Stderr(io.RawIOBase):
             self._is_torn = bool(left)
         return len(whole)
 
-    def _has_room(self) -> bool:
-        """Whether a write of up to PIPE_BUF bytes is done at once: pipe(7)."""
+    def _can_write(self) -> bool:
+        """Whether a write of up to PIPE_BUF bytes does not block: pipe(7)."""
         waiting = select.poll()
         waiting.register(self._descriptor, select.POLLOUT)
         return any(events & select.POLLOUT for _, events in waiting.poll(0))
 
 
 def replace() -> Stderr:
-    """Have everything that Python writes to standard error go this way."""
+    """Make Python write to standard error through a `Stderr`, which is returned."""
     raw = Stderr()
     sys.stderr = io.TextIOWrapper(
         raw,
@@ -77,3 +78,13 @@ def replace() -> Stderr:
         write_through=True,
     )
     return raw
+
+
+def count_down(duration_s: int, label: str) -> None:
+    """Wait ``duration_s`` seconds; a terminal shows the rest of the time."""
+    for left_s in range(duration_s, 0, -1):
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{label}, {left_s} s left \033[K")
+        time.sleep(1)
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\033[K")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Tells systemd how the exporter is doing: sd_notify(3).
+"""Reports the state of the exporter to systemd: sd_notify(3).
 
-What systemd has in the environment is read and removed before anything is started, and the
-socket is connected before the process is confined: then it can send there, and to nobody
-else. One that cannot be reached any more is not told; systemd keeps its own for as long as
-it runs, even when it executes itself anew.
+The environment variables for that are read and removed before any process is started. The
+socket is connected before the process is confined, and can then send to systemd alone. A
+notification that cannot be sent is dropped: systemd keeps its socket open as long as it
+runs, even when it executes itself again.
 """
 
 import asyncio
@@ -22,27 +22,27 @@ from tcpexporter.errors import reason
 log = logging.getLogger(__name__)
 
 STATUS_S = 60.0
-"""Between two looks at how it is doing, where there is no watchdog."""
+"""Between two status reports, without a watchdog."""
 
 
 class Supervisor:
-    """systemd, if it has started the exporter and wants to know."""
+    """The connection to systemd, if that has started the exporter as Type=notify."""
 
     def __init__(self, address: str | None, watchdog_s: float | None) -> None:
         """Connect.
 
         Args:
-            address: Path of a socket, or its abstract name after an @; None: nobody wants
-                to know.
-            watchdog_s: If there is no sign of life for so long, the exporter is ended;
-                None: it is not.
+            address: the path of a socket, or its abstract name after an @; None: there is
+                no socket, and nothing is reported.
+            watchdog_s: systemd ends the exporter if it gets no notification for this time;
+                None: there is no watchdog.
         """
         self._socket = _connect(address) if address else None
         self._watchdog_s = watchdog_s
 
     @classmethod
     def of(cls, environ: MutableMapping[str, str]) -> Self:
-        """That of an environment, which has nothing about it afterwards."""
+        """Connect as the environment says; its variables for that are removed."""
         address = environ.pop("NOTIFY_SOCKET", None)
         watchdog_us = environ.pop("WATCHDOG_USEC", "")
         process = environ.pop("WATCHDOG_PID", "")
@@ -51,11 +51,11 @@ class Supervisor:
         return cls(address, int(watchdog_us) / 1e6 if is_ours and is_time else None)
 
     def fileno(self) -> int | None:
-        """The descriptor of its socket, if it has one."""
+        """The descriptor of the socket; None: there is none."""
         return self._socket.fileno() if self._socket else None
 
     def tell(self, *assignments: str) -> None:
-        """Send ``NAME=value`` lines as one message, which is lost if nobody takes it."""
+        """Send ``NAME=value`` lines as one message; it is dropped if that would block."""
         if self._socket:
             lines = (each.replace("\n", " ") for each in assignments)
             with contextlib.suppress(OSError):
@@ -63,7 +63,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def reloading(self) -> Iterator[None]:
-        """Have it know that this block reads the configuration again."""
+        """Report to systemd that the configuration is reloaded during this block."""
         now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self.tell("RELOADING=1", f"MONOTONIC_USEC={now_us}")
         try:
@@ -74,13 +74,14 @@ class Supervisor:
     async def keep(
         self, check: Callable[[], Awaitable[str | None]], status: Callable[[], str]
     ) -> None:
-        """Tell, for ever, what is checked every half of what the watchdog takes.
+        """Report the state until cancelled, twice in the time of the watchdog.
 
-        In trouble it is checked every eighth.
+        While something does not work, it is checked eight times in that time.
 
         Args:
-            check: Says what does not work; None: all does, which feeds the watchdog.
-            status: What to say then.
+            check: returns what does not work; None: everything works. Only then the
+                watchdog is notified.
+            status: returns the text to report when everything works.
         """
         if self._socket is None:
             return
@@ -93,19 +94,21 @@ class Supervisor:
             works = trouble is None
             feed = ("WATCHDOG=1",) if works and watchdog_s else ()
             self.tell(f"STATUS={trouble or status()}", *feed)
-            # In trouble sooner: what is over by then is no reason to be ended.
+            # More often in trouble: if it ends in time, systemd does not end the exporter.
             part = 2 if works else 8
             await asyncio.sleep(watchdog_s / part if watchdog_s else STATUS_S)
 
 
 def _connect(address: str) -> socket.socket | None:
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    # Whoever does not take it is not waited for.
+    # A notification must never block the exporter.
     connected.setblocking(False)
     try:
         connected.connect(f"\0{address[1:]}" if address.startswith("@") else address)
     except OSError as error:
-        log.warning("systemd is not told anything at %s: %s", address, error.strerror)
+        log.warning(
+            "cannot send notifications to systemd at %s: %s", address, error.strerror
+        )
         connected.close()
         return None
     return connected

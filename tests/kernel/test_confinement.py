@@ -61,8 +61,8 @@ def test_every_thread_is_confined(exporters: Exporters, arguments: tuple[str, ..
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_what_serving_does_not_take_is_refused(source: str) -> None:
-    """From within, as somebody would who runs code there; and it goes on serving."""
+def test_operations_that_serving_does_not_need_are_refused(source: str) -> None:
+    """Code in the process attempts them, as an attacker would; serving continues."""
     reading = "EACCES" if found(features.LANDLOCK) else DONE
     with Exporter("--source", source, command=within()) as exporter, Peers() as peers:
         outcomes = attempts(exporter)
@@ -79,7 +79,7 @@ def test_what_serving_does_not_take_is_refused(source: str) -> None:
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="x32 is of x86")
 def test_system_calls_of_another_abi_end_it() -> None:
-    """The filter's numbers mean other calls there."""
+    """With another ABI the numbers of the filter mean other system calls."""
     with Exporter("--source", "sock_diag", command=within()) as exporter:
         with pytest.raises((OSError, http.client.HTTPException)):
             exporter.get("/other-abi")
@@ -88,7 +88,7 @@ def test_system_calls_of_another_abi_end_it() -> None:
 
 
 def test_without_landlock_system_calls_are_refused() -> None:
-    """As on an old kernel: files can be read that everybody may read."""
+    """As on an old kernel: only world-readable files can be read."""
     before = "from tcpexporter.host import landlock; landlock.abi_version = lambda: 0"
     with Exporter("--source", "sock_diag", command=within(before)) as exporter:
         assert attempts(exporter) == {
@@ -117,8 +117,8 @@ def in_force(**other: float) -> dict[str, float]:
     }
 
 
-def test_the_page_says_what_confines_it(exporters: Exporters) -> None:
-    """As /proc shows it of the process."""
+def test_the_metrics_report_the_limits_in_force(exporters: Exporters) -> None:
+    """They agree with /proc."""
     kept = 0 if found(features.UNPRIVILEGED_MAPS) else 1
     exporter = exporters(*BOTH_ENDS)
     assert confined(exporter) == in_force(no_capabilities=1 - kept)
@@ -176,7 +176,7 @@ main()
         ),
     ],
 )
-def test_without_a_filter_it_says_what_is_missing(
+def test_without_a_filter_the_warning_names_the_missing_package(
     command: Callable[[], tuple[str, ...]], words: str
 ) -> None:
     """One warning with the remedy, and the metric; the rest of the confinement is there.
@@ -229,8 +229,8 @@ def within_filter(
 
 
 @pytest.mark.any_kernel
-def test_a_wall_that_the_container_refuses_is_missed_in_the_page() -> None:
-    """A filter that is already there is not taken for ours, though Seccomp is 2."""
+def test_a_limit_that_the_container_refuses_is_reported_as_0() -> None:
+    """A filter from before the start is not reported as ours, although Seccomp is 2."""
     command = within_filter([*SECCOMP_CALLS, *LANDLOCK_CALLS])
     with Exporter("--source", "sock_diag", command=command) as exporter:
         pid = exporter.process.pid
@@ -256,7 +256,7 @@ def once(*command: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.any_kernel
-def test_root_without_walls_is_refused() -> None:
+def test_root_without_landlock_and_seccomp_is_refused() -> None:
     """Root that cannot become another user, and that neither seccomp nor Landlock keeps
     from root's files, could get every privilege back: exit code 1 and one sentence.
     """
@@ -295,7 +295,7 @@ def test_root_of_a_user_namespace_has_a_page() -> None:
 
 
 @pytest.mark.any_kernel
-def test_bpf_refused_by_a_seccomp_filter_is_told_as_such() -> None:
+def test_bpf_refused_by_a_seccomp_filter_is_reported_as_such() -> None:
     """Whatever the filter answers: that the kernel had no bpf(2) would be no remedy."""
     for answer in (errno.EPERM, errno.ENOSYS):
         ended = once(*within_filter([("bpf",)], answer), "--source", "ebpf")
@@ -334,7 +334,7 @@ AS_NOBODY = (
 )
 
 
-def test_ebpf_takes_two_capabilities_and_gives_them_up() -> None:
+def test_ebpf_requires_two_capabilities_and_drops_them() -> None:
     """As systemd starts it: an unprivileged user, with CAP_BPF and CAP_PERFMON ambient."""
     kept = 0 if found(features.UNPRIVILEGED_MAPS) else 1 << CAP_BPF
     # Before Linux 5.11 maps count as locked memory: the unit has LimitMEMLOCK. Where this
@@ -370,7 +370,9 @@ def answer(exporter: Exporter, path: str, method: str = "GET") -> tuple[int, str
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
-def test_confined_it_serves(exporters: Exporters, arguments: tuple[str, ...]) -> None:
+def test_every_page_is_served_while_confined(
+    exporters: Exporters, arguments: tuple[str, ...]
+) -> None:
     """Every kind of page, what is in /proc of itself, and what listens only now."""
     exporter = exporters(*arguments)
     assert answer(exporter, "/")[0] == 200
@@ -405,7 +407,7 @@ def test_a_namespace_is_named_while_confined(exporters: Exporters) -> None:
 
 
 def test_what_is_allowed_is_known_to_libseccomp() -> None:
-    """A name that is misspelt would be skipped, and the call be refused."""
+    """A misspelt name would be skipped, and its system call refused."""
     pyseccomp = pytest.importorskip("pyseccomp")
     names = {*seccomp.ALLOWED, *(name for name, *_ in seccomp._conditional(1, 3))}
     numbers = {

@@ -75,7 +75,7 @@ def process(
 
 
 @pytest.mark.parametrize("source", ["ebpf", "sock_diag", "procfs"])
-def test_a_namespace_that_is_made_anew_is_not_counted_as_the_old_one(source: str) -> None:
+def test_a_recreated_namespace_is_not_counted_as_the_old_one(source: str) -> None:
     """503 and one warning while the name means none, the end when it means another.
 
     The new one can only be entered by a new start, which systemd makes after exit code 1.
@@ -105,8 +105,8 @@ def test_a_namespace_that_is_made_anew_is_not_counted_as_the_old_one(source: str
     assert log.splitlines()[-1].startswith(f"tcpexporter: /run/netns/{name} is another")
 
 
-def test_a_namespace_that_is_gone_is_no_reason_to_be_killed(tmp_path: Path) -> None:
-    """systemd would start it anew while there is no such namespace, and then no more."""
+def test_the_watchdog_does_not_restart_for_a_missing_namespace(tmp_path: Path) -> None:
+    """A restart would fail while the namespace is missing, and systemd would give up."""
     address = tmp_path / "notify"
     with Manager(str(address)) as manager, new_netns() as name:
         tmp_path.chmod(0o755)
@@ -171,11 +171,11 @@ def test_a_process_that_enters_another_namespace_takes_its_path_along() -> None:
 @pytest.mark.parametrize(
     ("netns", "expected"),
     [
-        ("hidden", "/run/netns/hidden cannot be watched"),
-        ("all", "/run/netns cannot be read"),
+        ("hidden", "cannot check whether /run/netns/hidden still is"),
+        ("all", "names of namespaces in /run/netns"),
     ],
 )
-def test_names_that_only_root_may_see_are_warned_of_once(netns: str, expected: str) -> None:
+def test_names_that_only_root_may_read_give_one_warning(netns: str, expected: str) -> None:
     """Where only root may search /run/netns, names and their changes are not seen."""
     script = (
         "mount -t tmpfs -o mode=0700 none /run/netns && touch /run/netns/hidden"

@@ -74,7 +74,7 @@ def bits(held: Sequence[int]) -> int:
 
 
 def assert_given_up(case: Case, outcome: Outcome, kept: int = 0) -> None:
-    """All that can be dropped is dropped, and a warning has what is not."""
+    """Everything that can be dropped is dropped; a warning lists the rest."""
     after = outcome.after
     assert outcome.refusal is None
     for name, expected in {
@@ -197,7 +197,7 @@ def test_cap_bpf_is_kept_only_if_it_helps() -> None:
 
 
 @pytest.mark.parametrize("answer", [1, 0])
-def test_what_would_be_dangerous_ends_the_start(answer: int) -> None:
+def test_a_dangerous_privilege_that_would_be_left_ends_the_start(answer: int) -> None:
     """A seccomp filter refuses the system call, or says that it is done when it is not.
 
     The kind of fault: to believe an answer rather than look at what came of it.

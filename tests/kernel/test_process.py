@@ -81,15 +81,15 @@ def assert_root_is_given_up(exporter: Exporter, *, kept: int) -> None:
 
 
 def test_the_user_can_be_chosen(exporters: Exporters) -> None:
-    """``--user`` names whom it becomes."""
+    """The exporter switches to the user that ``--user`` names."""
     assert OUTBOUND[-2:] == ("--user", "daemon")
     pid = exporters(*OUTBOUND).process.pid
     assert status(pid, pid)["Uid"] == ["1"] * 4
 
 
 @pytest.mark.any_kernel
-def test_others_of_its_user_cannot_look_into_it(exporters: Exporters) -> None:
-    """As nobody, whom daemons share: neither its memory nor what it has open."""
+def test_processes_of_its_user_cannot_read_its_memory(exporters: Exporters) -> None:
+    """Daemons share the user nobody: they can read neither its memory nor its files."""
     pid = exporters(*BOTH_ENDS).process.pid
     nobody = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
     for name in ("maps", "mem", "environ", "fdinfo/0"):
@@ -234,7 +234,7 @@ def test_a_named_source_that_does_not_work_is_refused() -> None:
 
 
 @pytest.mark.any_kernel
-def test_auto_says_why_it_polls() -> None:
+def test_auto_logs_why_it_polls() -> None:
     """One warning: which source, why not a better one, what would help."""
     with Exporter(command=AS_NOBODY) as exporter:
         assert exporter.value("tcpexporter_source_info", source="sock_diag") == 1
@@ -272,7 +272,7 @@ def test_polling_sources_give_the_same_numbers(source: str) -> None:
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("output", [">/dev/full", "| true", ">&-"])
-def test_once_says_when_it_cannot_print(output: str) -> None:
+def test_once_reports_that_it_cannot_print(output: str) -> None:
     """A full disk, a reader that is gone, no output at all: one sentence, exit code 1."""
     once = f"{' '.join(COMMAND)} --once --duration 0"
     script = f"set -o pipefail; {once} {output}"
@@ -324,8 +324,8 @@ exec /mnt/venv/bin/python -m tcpexporter "$@"
 
 
 @pytest.mark.any_kernel
-def test_what_it_is_installed_in_need_not_be_readable_to_all() -> None:
-    """Below /root, say: nothing is imported any more once root is given up."""
+def test_the_installation_may_be_readable_by_root_alone() -> None:
+    """For example below /root: nothing is imported after root is given up."""
     command = ("unshare", "--mount", "sh", "-c", UNREADABLE, sys.prefix)
     with Peers() as peers, Exporter(command=command) as exporter:
         peers.connect(3)

@@ -33,7 +33,7 @@ RUN = "from tcpexporter.__main__ import main; main()"
 
 
 class Manager:
-    """In place of systemd: takes what it is told, in order."""
+    """In place of systemd: receives notifications in order."""
 
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -95,15 +95,15 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
         yield listening
 
 
-def test_readiness_status_and_end_are_told(manager: Manager) -> None:
-    """In this order; what is counted, and how much of it, once there was a scrape."""
+def test_readiness_status_and_end_are_reported(manager: Manager) -> None:
+    """In this order; after a scrape the status has the number of tracked connections."""
     with manager.start("--source", "ebpf") as exporter, Peers() as peers:
         assert manager.wait_for("READY=1") == [
             "READY=1",
             "STATUS=counting connections by ebpf",
         ]
         before = [line for each in manager.told for line in each.splitlines()]
-        assert set(before[:-2]) <= {"STATUS=the connections from before are being read"}
+        assert set(before[:-2]) <= {"STATUS=the pre-existing connections are being read"}
         peers.connect(3)
         assert exporter.established(peers.port) == 3
         code, _ = exporter.stop()
@@ -113,7 +113,7 @@ def test_readiness_status_and_end_are_told(manager: Manager) -> None:
 
 
 def test_an_abstract_socket() -> None:
-    """As systemd has it in a container; the children do not know of it."""
+    """As systemd uses in a container; child processes do not inherit its name."""
     with Manager(f"@tcpexporter-test-{os.getpid()}") as manager:
         with manager.start(*POLLING, "--conf", "/dev/null") as exporter:
             pid = exporter.process.pid
@@ -124,8 +124,8 @@ def test_an_abstract_socket() -> None:
         manager.wait_for("STOPPING=1")
 
 
-def test_nobody_else_can_be_told(manager: Manager) -> None:
-    """From within, by whatever way to its socket, or to another one."""
+def test_no_other_socket_can_be_sent_to(manager: Manager) -> None:
+    """Code in the process cannot send to another socket by any system call."""
     with manager.start(*POLLING, run=ATTEMPT) as exporter:
         outcomes = attempts(exporter)
         refused = {each for each in outcomes if each not in READING}
@@ -135,15 +135,15 @@ def test_nobody_else_can_be_told(manager: Manager) -> None:
     manager.wait_for("STOPPING=1")
 
 
-def test_without_anybody_listening_it_runs(tmp_path: Path) -> None:
-    """One warning; a manager that goes later is no reason to end, either."""
+def test_it_runs_without_a_manager_that_listens(tmp_path: Path) -> None:
+    """One warning is logged; the exporter also survives a manager that ends later."""
     with Manager(str(tmp_path / "notify")) as gone:
         pass
     with gone.start(*POLLING) as exporter:
         assert exporter.get("/-/ready")
         code, log = exporter.stop()
     assert code == 0
-    assert log.count("systemd is not told anything") == 1
+    assert log.count("cannot send notifications to systemd") == 1
     with Manager(str(tmp_path / "later")) as going:
         exporter = going.start(*POLLING, watchdog=True)
         going.wait_for("READY=1")
@@ -155,7 +155,7 @@ def test_without_anybody_listening_it_runs(tmp_path: Path) -> None:
 
 
 def test_the_watchdog_is_fed_without_scrapes(manager: Manager) -> None:
-    """The exporter collects by itself; the status says how many are tracked."""
+    """The exporter collects without scrapes; the status has the number tracked."""
     with manager.start("--source", "ebpf", watchdog=True), Peers() as peers:
         peers.connect(3)
         for _ in range(3):
@@ -166,7 +166,7 @@ def test_the_watchdog_is_fed_without_scrapes(manager: Manager) -> None:
 
 
 def test_the_watchdog_of_another_process_is_not_fed(manager: Manager) -> None:
-    """WATCHDOG_PID says whose it is; all else is told."""
+    """WATCHDOG_PID names another process; other notifications are sent."""
     with manager.start(*POLLING, watchdog=True, for_another=True) as exporter:
         manager.wait_for("READY=1")
         exporter.stop()
@@ -175,7 +175,7 @@ def test_the_watchdog_of_another_process_is_not_fed(manager: Manager) -> None:
 
 
 def test_the_watchdog_is_not_fed_while_there_are_no_metrics(manager: Manager) -> None:
-    """As memory is refused: the status says it; and fed again when it is not any more."""
+    """While memory is refused the status says so; afterwards the watchdog is fed again."""
     with manager.start("--source", "ebpf", watchdog=True) as exporter:
         manager.wait_for("WATCHDOG=1")
         limit(exporter, "--as=1048576:")
@@ -204,7 +204,7 @@ main()
 def test_the_watchdog_is_not_fed_while_a_thread_hangs(
     manager: Manager, tmp_path: Path
 ) -> None:
-    """Even one without which there are right numbers; a metric grows meanwhile."""
+    """Even a thread that the numbers do not depend on; a metric counts meanwhile."""
     saving = ("--state", str(tmp_path / "state"))
     with manager.start(*POLLING, *saving, watchdog=True, run=STUCK) as exporter:
         manager.wait_for("STATUS=the thread state hangs")
@@ -252,7 +252,7 @@ def reloaded(exporter: Exporter) -> float | None:
 
 
 def test_duration_and_ports_change_at_once(configured: Configured) -> None:
-    """Nothing of the connections is forgotten, whatever root has given up since."""
+    """No connection is forgotten, although the process is no longer root."""
     with configured.start() as exporter, Peers() as one, Peers() as other:
         one.connect(3)
         other.connect(5)
@@ -286,7 +286,7 @@ def test_what_needs_a_restart_is_named(configured: Configured) -> None:
 
 
 def test_flags_win_over_what_is_read_again(configured: Configured) -> None:
-    """As at the start; nothing has changed then."""
+    """As at the start; then nothing changes."""
     with configured.start("--duration", "11") as exporter:
         configured.reload(exporter, "duration 7\n")
         assert exporter.value("tcpexporter_duration_seconds") == 11
@@ -306,7 +306,7 @@ def test_flags_win_over_what_is_read_again(configured: Configured) -> None:
 def test_a_file_that_is_refused_changes_nothing(
     configured: Configured, text: str | None, sentence: str
 ) -> None:
-    """The log says what and where, a metric that it was so; until it is put right."""
+    """The log has the reason and the line, a metric the failure, until it is corrected."""
     with configured.start() as exporter:
         assert reloaded(exporter) == 1
         if text is None:
@@ -319,12 +319,12 @@ def test_a_file_that_is_refused_changes_nothing(
         assert exporter.value("tcpexporter_duration_seconds") == 5
         _, log = exporter.stop()
     (warning,) = (line for line in log.splitlines() if "WARNING" in line)
-    assert "going on with the settings as before: " in warning
+    assert "reload of settings failed" in warning
     assert sentence in warning
 
 
-def test_without_a_file_it_says_so() -> None:
-    """SIGHUP does nothing then, and does not end it."""
+def test_sighup_without_a_file_is_logged() -> None:
+    """SIGHUP has no other effect, and does not end the exporter."""
     with Exporter(*POLLING) as exporter:
         exporter.process.send_signal(signal.SIGHUP)
         assert exporter.get("/metrics")
@@ -334,7 +334,7 @@ def test_without_a_file_it_says_so() -> None:
 
 
 def test_sighups_in_a_burst(configured: Configured) -> None:
-    """However many: the last state of the file counts, no scrape is lost, none ends it."""
+    """The last content of the file is in force, and every scrape is answered."""
     with configured.start() as exporter:
         for duration in range(101):
             configured.conf.write_text(f"duration {duration}\n")
@@ -348,7 +348,7 @@ def test_sighups_in_a_burst(configured: Configured) -> None:
 
 
 def test_sighup_before_it_is_ready(configured: Configured) -> None:
-    """It is kept until then, and READY=1 is not told too early."""
+    """It is remembered until then, and READY=1 is not sent too early."""
     starting = Exporter(
         *("--source", "ebpf", "--conf", str(configured.conf)),
         command=(
@@ -370,7 +370,7 @@ def test_sighup_before_it_is_ready(configured: Configured) -> None:
         assert exporter.value("tcpexporter_duration_seconds") == 11
 
 
-def test_the_reader_that_was_killed(configured: Configured) -> None:
+def test_a_killed_reader_is_reported(configured: Configured) -> None:
     """One warning with the remedy, and a metric; SIGHUP says the same, scrapes go on."""
     with configured.start() as exporter:
         pid = exporter.process.pid
@@ -383,5 +383,15 @@ def test_the_reader_that_was_killed(configured: Configured) -> None:
         assert exporter.value("tcpexporter_duration_seconds") == 3600
         code, log = exporter.stop()
     assert code == 0
-    assert log.count("no file will be read again, as the reader has ended: restart") == 1
-    assert log.count("nothing to read again, as the reader has ended: restart") == 1
+    assert (
+        log.count(
+            "no file will be read again, as the process that reads files has ended: restart"
+        )
+        == 1
+    )
+    assert (
+        log.count(
+            "nothing to read again, as the process that reads files has ended: restart"
+        )
+        == 1
+    )

@@ -33,6 +33,14 @@ def copy_tree(into: Path, *, mode: int, age_s: int, backwards: bool) -> None:
             os.utime(path, (EPOCH_S - age_s,) * 2)
     subprocess.run(["git", "init", "-q"], cwd=into, check=True)
     subprocess.run(["git", "add", "--all"], cwd=into, check=True)
+    dates = {f"GIT_{who}_DATE": f"{EPOCH_S} +0000" for who in ("AUTHOR", "COMMITTER")}
+    who = ("-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "gc.auto=0")
+    subprocess.run(
+        ["git", *who, "commit", "-q", "-m", "x"],
+        cwd=into,
+        env=os.environ | dates,
+        check=True,
+    )
 
 
 def build(tree: Path, umask: int, **environment: str) -> Path:
@@ -75,6 +83,7 @@ def test_it_has_all_that_runs_and_no_test(wheel: Path) -> None:
     """The package, the C program with its headers, and the licence; no more than these."""
     expected = {
         "tcpexporter/py.typed",
+        "tcpexporter/revision.txt",
         *(str(each.relative_to(ROOT)) for each in ROOT.glob("tcpexporter/**/*.py")),
         *(f"tcpexporter/{each.relative_to(ROOT)}" for each in ROOT.glob("bpf/**/*.[ch]")),
         *(f"tcpexporter/{each.relative_to(ROOT)}" for each in ROOT.glob("bpf/*.py")),
@@ -86,6 +95,15 @@ def test_it_has_all_that_runs_and_no_test(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as packed:
         assert set(packed.namelist()) == expected
         assert all(each.external_attr >> 16 & 0o444 == 0o444 for each in packed.infolist())
+
+
+def test_it_shows_the_commit_that_it_was_built_from(
+    trees: tuple[Path, Path], wheel: Path
+) -> None:
+    """The exporter reads it there and does not run git."""
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=trees[0])
+    with zipfile.ZipFile(wheel) as packed:
+        assert packed.read("tcpexporter/revision.txt") == head
 
 
 def test_it_asks_for_what_the_project_asks_for(wheel: Path) -> None:

@@ -32,7 +32,7 @@ from tcpexporter.metrics.collector import make_registry
 
 @contextlib.contextmanager
 def set_up_logging(settings: Settings) -> Iterator[None]:
-    """As the exporter does in its own process; afterwards all is as before."""
+    """Set up logging as the exporter does, and restore it afterwards."""
     root, asyncio = logging.getLogger(), logging.getLogger("asyncio")
     before = root.handlers, root.level, asyncio.level
     root.handlers = []
@@ -64,7 +64,7 @@ def test_a_log_line_as_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_log_line_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    """One object a line, whatever the message has in it."""
+    """One JSON object per line, for any characters in the message."""
     with set_up_logging(Settings(log_format="json")):
         log_something()
     out, err = capsys.readouterr()
@@ -83,7 +83,7 @@ def test_a_log_line_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_log_level_is_the_least_that_is_logged(
     log_format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """--log-level error leaves warnings out, debug leaves nothing out but asyncio's."""
+    """With error no warning is logged, with debug everything except asyncio's lines."""
     with set_up_logging(Settings(log_level="error", log_format=log_format)):
         log_something()
     assert capsys.readouterr().err == ""
@@ -140,7 +140,7 @@ def test_auto_takes_the_first_source_that_works(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In one warning it says why the better ones do not, and what would help."""
+    """One warning says why each preferred source does not work, with the remedy."""
     monkeypatch.setattr(startup, "_open_named_source", sources.open)
     assert startup._open_source(Settings(source="auto")).name == asked[-1]
     assert sources.asked == asked
@@ -148,7 +148,7 @@ def test_auto_takes_the_first_source_that_works(
 
 
 def test_auto_without_any_source_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error has the reason of each."""
+    """The error has the reason of each source."""
     sources = Sources(ebpf=NO_BPF, sock_diag=NO_DIAG, procfs=NO_PROC)
     monkeypatch.setattr(startup, "_open_named_source", sources.open)
     with pytest.raises(SourceError, match=r"takes root.*modprobe.*is not mounted"):
@@ -159,7 +159,7 @@ def test_auto_without_any_source_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_named_source_that_does_not_work_is_an_error(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No other is tried."""
+    """No other source is tried."""
     sources = Sources(ebpf=NO_BPF, sock_diag=NO_DIAG, procfs=NO_PROC)
     monkeypatch.setattr(startup, "_open_named_source", sources.open)
     with pytest.raises(SourceError) as raised:
@@ -170,7 +170,7 @@ def test_a_named_source_that_does_not_work_is_an_error(
 
 @pytest.mark.parametrize("name", ["sock_diag", "procfs"])
 def test_a_named_source_is_the_one_that_is_opened(name: str) -> None:
-    """The polling ones, really opened: they take no root."""
+    """The polling sources are opened for real: they require no root."""
     source = startup._open_source(Settings(source=name))
     assert source.name == name
     source.start()
@@ -220,7 +220,7 @@ def test_once_prints_what_was_chosen(
 
 
 class SlowSource(MemorySource):
-    """One whose start takes until it is told to go on, and may fail."""
+    """A source whose start waits for an event, and may fail."""
 
     def __init__(self, failure: SourceError | None = None) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ def join_start() -> None:
 
 
 def test_starting_is_awaited(stopped: threading.Event) -> None:
-    """Something is said to be awaited for until the source has started."""
+    """The reason for 503 is given until the source has started."""
     source = SlowSource()
     starting = Starting(source.start)
     told = []
@@ -271,7 +271,7 @@ def test_starting_is_awaited(stopped: threading.Event) -> None:
 
 
 def test_a_failed_start_ends_the_exporter(stopped: threading.Event) -> None:
-    """The server is stopped by a signal, then the failure comes out; never ready."""
+    """A signal stops the server, the failure is raised, and readiness is never reported."""
     source = SlowSource(NO_DIAG)
     starting = Starting(source.start)
     starting.begin(lambda: pytest.fail("it is not ready"))
@@ -302,7 +302,7 @@ def test_an_error_is_one_line_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """2 for a wrong setting, 1 for what does not work; no traceback."""
+    """2 for a wrong setting, 1 for a failure; no traceback."""
     monkeypatch.setattr(sys, "argv", ["tcpexporter", *arguments])
     monkeypatch.setattr(startup, "_open_named_source", Sources(ebpf=NO_BPF).open)
     with pytest.raises(SystemExit) as ended:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""When files are read again: each look is a step of the test, no time passes."""
+"""When files are read again: each check is a step of the test, without waiting."""
 
 import contextlib
 import json
@@ -19,17 +19,17 @@ Step = Callable[[], object]
 
 
 class Parent:
-    """In place of its socket: what it was sent."""
+    """In place of the socket to the parent: records the messages."""
 
     def __init__(self) -> None:
-        self.sent: list[reader.Told] = []
+        self.sent: list[reader.Message] = []
         self.asks = 0
 
     def sendall(self, message: bytes) -> None:
-        self.sent.append(reader.Told(**json.loads(message[reader._LENGTH.size :])))
+        self.sent.append(reader.Message(**json.loads(message[reader._LENGTH.size :])))
 
     def recv(self, _most: int) -> bytes:
-        """What it asks, if it does; when there is nothing it is gone."""
+        """A request if there is one; otherwise nothing, as if the parent had ended."""
         if not self.asks:
             return b""
         self.asks -= 1
@@ -37,7 +37,7 @@ class Parent:
 
 
 class Looks:
-    """In place of a poll: does the next step; after the last one the parent is gone."""
+    """In place of a poll: executes the next step; after the last, the parent has ended."""
 
     def __init__(self, parent: Parent, *steps: Step) -> None:
         self._parent = parent
@@ -62,7 +62,7 @@ def asks() -> None:
 def watch(
     monkeypatch: pytest.MonkeyPatch, directory: Path, *steps: Step, settings: str = ""
 ) -> tuple[list[tuple[str, str]], Parent]:
-    """What was read of a pair of files while the steps were taken, and what was sent."""
+    """The contents read of a pair of files during the steps, and the messages."""
     read_pairs = []
 
     def parse(_text: str, _path: str, read: Callable[[str], str]) -> WebConfig:
@@ -94,7 +94,7 @@ def nothing() -> None:
 def test_a_pair_is_read_when_both_are_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Not between the two, nor what is half written."""
+    """Neither between the two writes, nor while a file is incomplete."""
     cert, key = tmp_path / "cert", tmp_path / "key"
     cert.write_text("1")
     key.write_text("1")
@@ -116,7 +116,7 @@ def test_a_pair_is_read_when_both_are_there(
 def test_what_reads_the_same_is_not_sent_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A file that was only touched is nothing new."""
+    """A file that was touched but has the same content is not sent again."""
     for name in ("cert", "key"):
         (tmp_path / name).write_text("1")
     touch = lambda: os.utime(tmp_path / "key", (1, 1))  # noqa: E731
@@ -126,7 +126,7 @@ def test_what_reads_the_same_is_not_sent_again(
 
 
 def test_a_file_that_comes_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is missing is watched for."""
+    """A missing file is detected when it is created."""
     cert, key = tmp_path / "cert", tmp_path / "key"
     cert.write_text("1")
     pairs, parent = watch(
@@ -140,7 +140,7 @@ def test_a_file_that_comes_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_when_asked_it_tells_of_everything(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Changed or not, readable or not, and then that this was all, as often as asked."""
+    """Each request gets all files, changed or not, readable or not, then `ANSWERED`."""
     for name in ("cert", "key"):
         (tmp_path / name).write_text("1")
     conf = tmp_path / "conf"
@@ -157,27 +157,27 @@ def test_when_asked_it_tells_of_everything(
     web, *told = parent.sent
     assert told == [
         web,
-        reader.Told(
+        reader.Message(
             "settings", refused=f"{conf} cannot be read: No such file or directory"
         ),
-        reader.Told("answered"),
+        reader.Message("answered"),
         web,
-        reader.Told("settings", "port 443\n"),
-        reader.Told("answered"),
+        reader.Message("settings", "port 443\n"),
+        reader.Message("answered"),
         web,
-        reader.Told(
+        reader.Message(
             "settings",
             refused=f"{conf} cannot be read: 'utf-8' codec can't decode byte 0xff in"
             " position 5: invalid start byte",
         ),
-        reader.Told("answered"),
+        reader.Message("answered"),
     ]
 
 
 def test_a_pair_half_replaced_is_read_when_asked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """And again when it is whole."""
+    """It is read again when the second file has changed."""
     cert, key = tmp_path / "cert", tmp_path / "key"
     cert.write_text("1")
     key.write_text("1")
@@ -194,7 +194,7 @@ def test_a_pair_half_replaced_is_read_when_asked(
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
-    """A pipe that nobody writes to, and a file that never ends."""
+    """A pipe without a writer, and a file without an end, are refused."""
     os.mkfifo(tmp_path / "pipe")
     for path in (str(tmp_path / "pipe"), "/dev/zero"):
         with pytest.raises(SettingsError, match="it is not a regular file"):
@@ -202,7 +202,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_large(tmp_path: Path) -> None:
-    """No certificate has a mebibyte."""
+    """The limit is 1 MiB; certificates are much smaller."""
     (tmp_path / "large").write_bytes(bytes(files.LARGEST_BYTES + 1))
     with pytest.raises(SettingsError, match="is larger than"):
         reader._Files().read(str(tmp_path / "large"))

@@ -11,8 +11,8 @@ from typing import cast
 
 import pytest
 
-from tcpexporter.config.reader import ANSWERED, Reader, Told
-from tcpexporter.config.reload import Hangups, Reloading
+from tcpexporter.config.reader import ANSWERED, Message, Reader
+from tcpexporter.config.reload import Reloading, ReloadSignal
 from tcpexporter.connections.record import Records
 from tcpexporter.ebpf import reconcile
 from tcpexporter.ebpf.reconcile import Reconciler
@@ -78,7 +78,7 @@ def work() -> Iterator[Work]:
 def test_a_round_that_fails_is_told_once_counted_and_tried_again(
     work: Work, error: Exception, sentence: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever it raises: one line without a traceback; when it works again all is well."""
+    """Any error is logged in one line without a traceback, and the next success too."""
     caplog.set_level(logging.INFO)
     work.task.begin()
     work.do(3)
@@ -100,7 +100,7 @@ def test_a_round_that_fails_is_told_once_counted_and_tried_again(
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), SystemExit(), GeneratorExit()])
 def test_a_loop_that_breaks_off_is_run_again(error: BaseException) -> None:
-    """An error outside of any round, even one that ends threads without a word."""
+    """An error outside of a round is reported, even one that ends threads silently."""
     entered = []
 
     def loop() -> None:
@@ -119,7 +119,7 @@ def test_a_loop_that_breaks_off_is_run_again(error: BaseException) -> None:
 
 
 def test_a_loop_that_ends_by_itself_is_trouble() -> None:
-    """Nothing else would notice."""
+    """A thread that has ended is reported; nothing else would detect it."""
     task = Task("work", lambda: None, without="nothing is done", limit_s=60)
     task.begin()
     eventually(lambda: task.trouble() is not None)
@@ -129,7 +129,7 @@ def test_a_loop_that_ends_by_itself_is_trouble() -> None:
 def test_a_round_that_hangs_is_told_once_and_counted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The counter goes on growing for as long as it hangs, and does not shrink then."""
+    """The counter increases while the thread hangs, and does not decrease afterwards."""
     caplog.set_level(logging.INFO)
     work = Work(limit_s=0.1)
     work.task.begin()
@@ -141,13 +141,13 @@ def test_a_round_that_hangs_is_told_once_and_counted(
     assert work.task.failures() >= 3
     assert work.task.stop(10)
     assert caplog.messages[0].startswith("nothing is done: the thread work hangs")
-    assert caplog.messages[1] == "work: the thread goes on"
+    assert caplog.messages[1] == "work: the thread hangs no longer"
 
 
 def test_a_thread_that_cannot_start_is_an_error(
     work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One sentence with the remedy; and it can be tried again."""
+    """The error is one sentence with the remedy, and a second attempt can succeed."""
 
     def refuse(*_: object) -> None:
         raise NO_THREAD
@@ -162,7 +162,7 @@ def test_a_thread_that_cannot_start_is_an_error(
 
 
 class FaultyTables(FakeTables):
-    """Tables in which a look raises anything, or hangs."""
+    """Socket tables whose dump raises an error, or hangs."""
 
     def __init__(self) -> None:
         super().__init__(1, 2, 3)
@@ -179,7 +179,7 @@ class FaultyTables(FakeTables):
 
 @pytest.mark.parametrize(("error", "sentence"), FAULTS)
 def test_polling_goes_on_after_any_fault(error: Exception, sentence: str) -> None:
-    """No numbers meanwhile, instead of the last ones for ever."""
+    """The source gives no numbers meanwhile, instead of stale ones."""
     tables = FaultyTables()
     source = PollingSource(tables, interval_s=0.001)
     source.start()
@@ -195,7 +195,7 @@ def test_polling_goes_on_after_any_fault(error: Exception, sentence: str) -> Non
 
 
 def test_a_poll_that_hangs_gives_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And does not keep the exporter from ending, nor loses its tables meanwhile."""
+    """A hanging poll does not prevent the end, and its tables stay open until then."""
     monkeypatch.setattr("tcpexporter.socket_tables.polling.LIMIT_S", 0.1)
     monkeypatch.setattr("tcpexporter.socket_tables.polling.STOP_TIMEOUT_S", 0.1)
     tables = FaultyTables()
@@ -235,7 +235,7 @@ class CountingTracker:
 def test_without_comparing_numbers_are_right_until_events_are_missed(
     error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then there are none until a comparison works; and each that fails is counted."""
+    """There are no numbers until a comparison succeeds; each failure is counted."""
     tracker, tables = CountingTracker(), FaultyTables()
     tables.fault = error
     reconciler = Reconciler(cast("Tracker", tracker), tables, interval_s=0.01, cpu_share=1)
@@ -254,16 +254,16 @@ def test_without_comparing_numbers_are_right_until_events_are_missed(
 
 
 class StubReader:
-    """Tells of one file whenever it is asked."""
+    """Sends one message whenever it is asked."""
 
     def __init__(self) -> None:
-        self.fileno = Hangups().fileno  # which nothing comes by
-        self.telling: list[Told] = []
+        self.fileno = ReloadSignal().fileno  # which nothing comes by
+        self.telling: list[Message] = []
 
     def ask(self) -> None:
-        self.telling = [Told("settings"), Told(ANSWERED)]
+        self.telling = [Message("settings"), Message(ANSWERED)]
 
-    def receive(self) -> Told:
+    def receive(self) -> Message:
         return self.telling.pop(0)
 
 
@@ -271,24 +271,24 @@ class StubReader:
 def test_a_reload_that_fails_is_done_again(
     error: Exception, sentence: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without another SIGHUP: one that came is not lost, and the next one is heard."""
+    """A reload that failed is tried again without another SIGHUP."""
     faults, taken = [error] * 3, []
 
-    def take(told: Told) -> None:
+    def take(told: Message) -> None:
         if faults:
             raise faults.pop()
         taken.append(told)
 
-    hangups = Hangups()
+    reload_signal = ReloadSignal()
     reader = cast("Reader", StubReader())
-    reloading = Reloading(reader, hangups, Supervisor(None, None), Reloads())
+    reloading = Reloading(reader, reload_signal, Supervisor(None, None), Reloads())
     reloading.follow({"settings": take})
     for number in (1, 2):
-        hangups.keep()
+        reload_signal.raise_again()
         eventually(lambda number=number: len(taken) == number)  # type: ignore[misc]
         eventually(lambda: reloading.task.trouble() is None)
     assert reloading.task.failures() == 3
     (told,) = caplog.messages
     assert told == f"no file can be read again: {sentence}"
     reloading.close()
-    hangups.keep()
+    reload_signal.raise_again()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Which user the exporter may become; tests/kernel has it done."""
+"""Which user the exporter accepts; tests/kernel switches to one."""
 
 import pwd
 import re
@@ -11,14 +11,14 @@ from tcpexporter.host.privileges import find_user
 
 
 def test_a_user_is_found_by_name() -> None:
-    """The account has the uid and gid to take."""
+    """The account has the uid and gid to switch to."""
     unprivileged = next(each for each in pwd.getpwall() if each.pw_uid)
     assert find_user(unprivileged.pw_name) == unprivileged
 
 
 @pytest.mark.parametrize("name", ["no-such-user", "65534", "", "nobody ", "a\0b"])
 def test_an_unknown_user_is_refused(name: str) -> None:
-    """An invalid setting, with the name and the flag that helps; a uid is not a name."""
+    """The error names the user and the flag to set; a uid is not a name."""
     with pytest.raises(
         SettingsError, match=re.escape(f"no user {name!r}: choose one with --user")
     ):
@@ -26,7 +26,7 @@ def test_an_unknown_user_is_refused(name: str) -> None:
 
 
 def test_root_is_refused() -> None:
-    """Becoming root would give nothing up, under any of its names."""
+    """Any name of uid 0 is refused: root would keep its privileges."""
     names = [each.pw_name for each in pwd.getpwall() if each.pw_uid == 0]
     assert names
     for name in names:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A standard error that nobody reads, each time in a Python of its own."""
+"""Standard error that no process reads; each test runs another Python."""
 
 import contextlib
 import fcntl

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What of the environment of systemd is understood."""
+"""The environment variables of systemd."""
 
 import os
 
@@ -23,7 +23,7 @@ from tcpexporter.host.systemd import Supervisor
 def test_the_watchdog_is_for_one_process(
     environ: dict[str, str], watchdog_s: float | None
 ) -> None:
-    """And what is no time is none; nothing about it is left to children."""
+    """An invalid time is ignored; the variables are removed, so no child inherits them."""
     environ = {**environ, "HOME": "/"}
     supervisor = Supervisor.of(environ)
     assert supervisor._watchdog_s == watchdog_s
@@ -32,8 +32,8 @@ def test_the_watchdog_is_for_one_process(
 
 
 def test_an_address_of_another_kind(caplog: pytest.LogCaptureFixture) -> None:
-    """As that of a virtual machine's host: one warning, and nothing is told."""
+    """An address of another family (vsock) gives one warning, and nothing is sent."""
     supervisor = Supervisor("vsock:2:1234", None)
     supervisor.tell("READY=1")
     (warning,) = caplog.messages
-    assert warning.startswith("systemd is not told anything at vsock:2:1234: ")
+    assert warning.startswith("cannot send notifications to systemd at vsock:2:1234: ")

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from prometheus_client import CollectorRegistry
 
 from tcpexporter.config.reader import WEB_CONFIG, Reader
-from tcpexporter.config.reload import Hangups, Reloading
+from tcpexporter.config.reload import Reloading, ReloadSignal
 from tcpexporter.errors import SettingsError
 from tcpexporter.host.systemd import Supervisor
 from tcpexporter.metrics.reload_status import Reloads
@@ -80,7 +80,7 @@ class Served:
         self.guard = Guard(self.path, self.reader.receive().accepted())
         self.following = Reloading(
             self.reader,
-            Hangups(),
+            ReloadSignal(),
             Supervisor(None, None),
             Reloads(),
         )
@@ -645,7 +645,7 @@ def test_after_a_failed_reload_the_previous_configuration_stays(
     eventually(lambda: any(sentence in each for each in caplog.messages))
     time.sleep(5 * INTERVAL_S)
     (warning,) = (each for each in caplog.records if each.levelname == "WARNING")
-    assert "going on with the web configuration as before" in warning.message
+    assert "reload of web configuration failed" in warning.message
     assert served.ask(client_context()).status == 200
     served.write(TLS + users(alice="wonderland"))
     eventually(lambda: served.ask(client_context()).status == 401)
