@@ -158,5 +158,5 @@ def program_info(descriptor: int) -> npt.NDArray[np.uint64]:
     into = info.ctypes.data_as(ctypes.c_void_p)
     if load_libbpf().bpf_obj_get_info_by_fd(descriptor, into, ctypes.byref(size)):
         reason = os.strerror(ctypes.get_errno())
-        raise TrackerError(f"the kernel refuses to tell about the program: {reason}")
+        raise TrackerError(f"cannot read the information about the BPF program: {reason}")
     return info

@@ -96,8 +96,7 @@ class Pins:
             there = directory if directory.exists() else directory.parent
             if not _is_bpf_file_system(there):
                 log.warning(
-                    "nothing outlives this exporter: %s is no BPF file system, which %s"
-                    " makes",
+                    "nothing is pinned: %s is not in a BPF file system, which %s mounts",
                     there,
                     UNMOUNTED,
                 )
@@ -137,7 +136,7 @@ class Pins:
                     reconcile.seed(tracker, generation)
                     self.taken_over += generation.found
         if self.taken_over:
-            log.info("took over %s connections from before", self.taken_over)
+            log.info("adopted %s connections of the previous run", self.taken_over)
 
     def leave(self, descriptors: Descriptors) -> None:
         """Make this run the only generation.
@@ -351,8 +350,8 @@ def _require(path: Path, shown: dict[str, str], **expected: int) -> None:
 
 def _not_ours(path: Path) -> PinError:
     return PinError(
-        f"{path} is not what an exporter leaves: remove it with tcpexporter --unpin"
-        f" --pin {path.parents[1]}"
+        f"{path} is not an object that an exporter has pinned: remove it with"
+        f" tcpexporter --unpin --pin {path.parents[1]}"
     )
 
 

@@ -310,7 +310,7 @@ class Reconciler:
         self.task = Task(
             "reconcile",
             self._watch,
-            without="the numbers cannot be checked",
+            without="reconciliation failed",
             limit_s=LIMIT_S,
         )
 
@@ -336,7 +336,7 @@ class Reconciler:
         """
         trouble = self.task.trouble()
         if trouble and self._signs().trouble != self._compared:
-            return f"events were missed and the numbers cannot be checked: {trouble}"
+            return f"events were missed, and reconciliation failed: {trouble}"
         return None
 
     def _watch(self) -> None:

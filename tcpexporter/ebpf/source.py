@@ -73,7 +73,9 @@ class EbpfSource:
             self._tables = open_tables("auto", netns)
             undo.callback(self._tables.close)
             if only and only != self._tables.namespaces()[0]:
-                raise SourceError(f"--netns {netns} has been made anew: start again")
+                raise SourceError(
+                    f"--netns {netns} was deleted and created again: start again"
+                )
             if self._pins:
                 self._pins.take_over(self._tracker, netns=only)
                 self._pins.leave(descriptors)
@@ -141,6 +143,7 @@ class EbpfSource:
         refused = self._tracker.events()["refused"] + self._tracker.seeds_refused
         if refused and not self._refused_is_told:
             log.warning(
-                "there is no room for %s connections: raise --max-connections", refused
+                "at capacity: %s connections are not counted: raise --max-connections",
+                refused,
             )
             self._refused_is_told = True
