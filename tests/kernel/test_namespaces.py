@@ -101,7 +101,7 @@ def test_a_recreated_namespace_is_not_counted_as_the_old_one(source: str) -> Non
     assert exporter.process.returncode == 1
     warnings = [line for line in log.splitlines() if "WARNING" in line]
     assert len(warnings) == 1
-    assert "any more: make it again" in warnings[0]
+    assert "any more: create it again" in warnings[0]
     assert log.splitlines()[-1].startswith(f"tcpexporter: /run/netns/{name} is another")
 
 
