@@ -281,7 +281,7 @@ def test_a_container_without_capabilities_for_ids_has_a_page(
     assert 'tcpexporter_confined{by="unprivileged_user"} 0.0' in ended.stdout
     assert 'tcpexporter_confined{by="seccomp"} 1.0' in ended.stdout
     (warning,) = (line for line in ended.stderr.splitlines() if "user 0" in line)
-    assert "start it with CAP_SETGID, CAP_SETUID" in warning
+    assert "start the exporter with CAP_SETGID, CAP_SETUID" in warning
     if found(features.UNPRIVILEGED_MAPS):
         assert "keeping CAP_BPF" not in ended.stderr
 

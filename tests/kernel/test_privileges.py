@@ -109,7 +109,8 @@ def assert_given_up(case: Case, outcome: Outcome, kept: int = 0) -> None:
         each for each in FOR_IDS if f"{privileges.names(1 << each)} is missing" in told
     ]
     if told:
-        assert f"start it with {privileges.names(bits(sorted(missing)))} as well" in told
+        lacking = privileges.names(bits(sorted(missing)))
+        assert f"start the exporter with {lacking} as well" in told
 
 
 def test_what_can_be_dropped_is_dropped_however_it_starts() -> None:
