@@ -3,7 +3,6 @@
 
 import ctypes
 import mmap
-import os
 import threading
 import weakref
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tcpexporter.connections.record import Records
-from tcpexporter.errors import TrackerError
+from tcpexporter.ebpf.maps import refusal
 
 PROT_NONE = 0
 MAP_FIXED = 0x10
@@ -67,7 +66,7 @@ class MappedArray:
         The kernel may write to them at any time.
 
         Raises:
-            TrackerError: the kernel refuses to map them.
+            OSError: the kernel refuses to map them.
         """
         windows = -(-entries // self._window)
         there = min(windows * self._window, len(self._entries))
@@ -104,6 +103,5 @@ def _map(  # noqa: PLR0917  as mmap(2)
 ) -> int:
     mapped: int | None = _libc.mmap(address, size, protection, flags, descriptor, offset)
     if mapped is None or mapped == _FAILED:
-        reason = os.strerror(ctypes.get_errno())
-        raise TrackerError(f"the kernel refuses to map the connections: {reason}")
+        raise refusal("map the connections")
     return mapped
