@@ -13,8 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from tcpexporter.ebpf import program as programs
-from tcpexporter.ebpf import remedy
+from tcpexporter.ebpf import program, remedy
 from tcpexporter.ebpf.btf import Btf
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
 from tcpexporter.ebpf.program import TRACEPOINT
@@ -131,7 +130,7 @@ def _loading(*code: bytes) -> Probe:
     def load(types: Btf) -> Answer:
         if not types.has_tracepoint(TRACEPOINT):
             return None
-        os.close(programs.load(b"".join(code), types.function(TRACEPOINT)))
+        os.close(program.load(b"".join(code), types.function(TRACEPOINT)))
         return True
 
     return _in_types(load)

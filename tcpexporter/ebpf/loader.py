@@ -9,7 +9,6 @@ and the attachment live as long as their descriptors.
 import contextlib
 import ctypes
 import errno
-import json
 import logging
 import os
 import resource
@@ -17,25 +16,32 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from tcpexporter.ebpf import program as programs
+from tcpexporter.ebpf import program
 from tcpexporter.ebpf.btf import Btf
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, create_map, load_libbpf
+from tcpexporter.ebpf.loader_protocol import (
+    LOAD_TIMEOUT_S,
+    SEE_DEBUG,
+    Descriptors,
+    Request,
+    SilentError,
+    receive_descriptors,
+    receive_request,
+    send_descriptors,
+    send_reason,
+    send_request,
+)
 from tcpexporter.ebpf.program import TRACEPOINT
+from tcpexporter.ebpf.slot_ranges import RANGE_BITS, RANGE_SLOTS
 from tcpexporter.errors import LoadError, TcpExporterError, reason
 from tcpexporter.host import children, libc, privileges
 
 log = logging.getLogger(__name__)
 
-LOAD_TIMEOUT_S = 60
 LAST_WORDS_TIMEOUT_S = 0.5
-MESSAGE_BYTES = 65536
-LOADED = b"loaded"
-SEE_DEBUG = "--log-level debug shows what it said"
 
 VMSTAT = Path("/proc/vmstat")
 
@@ -62,10 +68,6 @@ LIMITS = (
 )
 """What an operator sets for a shell or a service, and what LLVM may reach."""
 
-RANGE_BITS = 8
-RANGE_SLOTS = 1 << RANGE_BITS
-"""A range is a number: its first slot, and how many follow in so many bits."""
-
 BPF_F_NO_PREALLOC = 1
 
 MAPS = ("slots", "connections", "free_slots", "watched", "closings", "events", "barrier")
@@ -77,42 +79,6 @@ CLONE_NEWNS = 0x00020000
 MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the child is asked to load."""
-
-    max_connections: int
-    """How many slots there are."""
-    netns: int
-    """Inode of the only network namespace to watch, 0: all."""
-    secret: tuple[int, int]
-    """As `siphash.hashes` takes it."""
-    lose_one_in: int = 0
-    """For tests: of how many events one is lost by chance, 0: none."""
-    without: tuple[str, ...] = ()
-    """For tests: names of features that are taken as not there."""
-
-
-@dataclass(frozen=True)
-class Descriptors:
-    """What keeps the program alive, and the way to its maps; named as these are."""
-
-    slots: int
-    connections: int
-    free_slots: int
-    watched: int
-    closings: int
-    events: int
-    barrier: int
-    program: int
-    link: int
-    """The attachment."""
-
-    def close(self) -> None:
-        """Detach the program and free its maps."""
-        _close(astuple(self))
 
 
 def load(request: Request) -> Descriptors:
@@ -131,11 +97,10 @@ def load(request: Request) -> Descriptors:
             ) from error
         ours.settimeout(LOAD_TIMEOUT_S)
         try:
-            # Not as arguments, which everybody on the host can read: it has a secret.
-            with contextlib.suppress(ConnectionError):  # `_receive` finds it dead
-                ours.send(json.dumps(asdict(request)).encode())
-            return _receive(ours)
-        except _SilentError as error:
+            with contextlib.suppress(ConnectionError):  # the reply says why it ended
+                send_request(ours, request)
+            return receive_descriptors(ours)
+        except SilentError as error:
             _end(child)
             if child.returncode == -signal.SIGKILL and _oom_kills() > oom_kills:
                 raise LoadError(_out_of_memory(request.max_connections)) from error
@@ -170,10 +135,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-class _SilentError(LoadError):
-    """The child has ended without a word."""
-
-
 def _cause_of_death(code: int) -> str:
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return f"the process that loads the BPF program died ({how}), {SEE_DEBUG}"
@@ -196,61 +157,19 @@ def _oom_kills() -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
-def _receive(channel: socket.socket) -> Descriptors:
-    try:
-        message, descriptors, flags, _ = socket.recv_fds(
-            channel, MESSAGE_BYTES, len(fields(Descriptors)), socket.MSG_CMSG_CLOEXEC
-        )
-    except TimeoutError:
-        raise LoadError(
-            f"the BPF program was not loaded within {LOAD_TIMEOUT_S} s"
-        ) from None
-    except ConnectionError:  # it did not even read what it is asked
-        message, descriptors, flags = b"", [], 0
-    if flags & socket.MSG_CTRUNC and len(descriptors) < len(fields(Descriptors)):
-        _close(descriptors)
-        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        raise LoadError(
-            f"the maps of the BPF program are more files than may be open, {most}: raise"
-            " LimitNOFILE in the unit, or ulimit -n"
-        )
-    return _descriptors(message, descriptors)
-
-
-def _close(descriptors: Iterable[int]) -> None:
-    for each in descriptors:
-        os.close(each)
-
-
-def _descriptors(message: bytes, received: list[int]) -> Descriptors:
-    """What the child has sent: all descriptors, or in a sentence why it has none."""
-    if message == LOADED and len(received) == len(fields(Descriptors)):
-        return Descriptors(*received)
-    _close(received)
-    sentence = message.decode(errors="replace").strip()
-    if received or message == LOADED:
-        raise LoadError(
-            f"the process that loads the BPF program sent {len(received)} descriptors,"
-            f" {SEE_DEBUG}"
-        )
-    if not sentence:
-        raise _SilentError("the process that loads the BPF program died")
-    raise LoadError(sentence)
-
-
 def _main(channel_descriptor: int) -> None:
     _be_killed_first()
     _lift_limits()
     with socket.socket(fileno=channel_descriptor) as channel:
-        request = Request(**json.loads(channel.recv(MESSAGE_BYTES)))
+        request = receive_request(channel)
         try:
             descriptors = _load_here(request)
         except TcpExporterError as error:
-            channel.send(str(error).encode())
+            send_reason(channel, str(error))
         except MemoryError:
-            channel.send(_out_of_memory(request.max_connections).encode())
+            send_reason(channel, _out_of_memory(request.max_connections))
         else:
-            socket.send_fds(channel, [LOADED], list(astuple(descriptors)))
+            send_descriptors(channel, descriptors)
     os._exit(0)  # BCC cleans up when Python exits
 
 
@@ -299,8 +218,8 @@ def _load_here(request: Request) -> Descriptors:
     except Exception as error:  # BCC raises nothing more particular
         raise LoadError(_why_not_compiled(error, request.max_connections)) from error
     _fill(maps["free_slots"], request.max_connections)
-    program = _load_program(code, types.function(TRACEPOINT))
-    return Descriptors(**maps, program=program, link=_attach(program))
+    loaded = _load_program(code, types.function(TRACEPOINT))
+    return Descriptors(**maps, program=loaded, link=_attach(loaded))
 
 
 def _why_not_compiled(error: Exception, max_connections: int) -> str:
@@ -347,7 +266,7 @@ def _fill(free_slots: int, slots: int) -> None:
 
 def _load_program(code: bytes, function: int) -> int:
     try:
-        return programs.load(code, function)
+        return program.load(code, function)
     except OSError as error:
         sys.stderr.writelines(error.__notes__)
         raise LoadError(
@@ -355,9 +274,9 @@ def _load_program(code: bytes, function: int) -> int:
         ) from error
 
 
-def _attach(program: int) -> int:
+def _attach(loaded: int) -> int:
     try:
-        return programs.attach(program)
+        return program.attach(loaded)
     except OSError as error:
         raise LoadError(
             f"the BPF program cannot be attached to {TRACEPOINT}: {error.strerror}"

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from tcpexporter.connections.record import Records
-from tcpexporter.errors import TrackerError
 from tcpexporter.host import libc
 
 PROT_NONE = 0
@@ -53,7 +52,7 @@ class MappedArray:
         The kernel may write to them at any time.
 
         Raises:
-            TrackerError: the kernel refuses to map them.
+            OSError: the kernel refuses to map them.
         """
         windows = -(-entries // self._window)
         there = min(windows * self._window, len(self._entries))
@@ -91,6 +90,5 @@ def _map(  # noqa: PLR0917  as mmap(2)
     try:
         return libc.mmap(address, size, protection, flags, descriptor, offset)
     except OSError as error:
-        raise TrackerError(
-            f"the kernel refuses to map the connections: {error.strerror}"
-        ) from error
+        sentence = f"the kernel refuses to map the connections: {error.strerror}"
+        raise OSError(error.errno, sentence) from error

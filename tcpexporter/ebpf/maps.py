@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""bpf(2) on maps: numpy in, numpy out, each error a `TrackerError`."""
+"""bpf(2) on maps: numpy in, numpy out, each error an OSError with a sentence."""
 
 import ctypes
 import errno
@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.ebpf.libbpf import load_libbpf
-from tcpexporter.errors import TrackerError
 
 BPF_NOEXIST = 1
+
+FIRST = np.uint32(0)
+"""The key of maps with one entry."""
 
 CHUNK = 4096
 """Entries that are copied out of a map by one system call."""
@@ -132,11 +134,8 @@ class Map:
         result = getattr(self._libbpf, function)(ctypes.c_int(self.descriptor), *passed)
         return bool(result == 0)
 
-    def _refusal(self, deed: str) -> TrackerError:
-        reason = os.strerror(ctypes.get_errno())
-        return TrackerError(
-            f"the kernel refuses to {deed} the map of {self._what}: {reason}"
-        )
+    def _refusal(self, deed: str) -> OSError:
+        return refusal(f"{deed} the map of {self._what}")
 
 
 def _passed(argument: Any) -> Any:
@@ -151,12 +150,29 @@ def program_info(descriptor: int) -> npt.NDArray[np.uint64]:
     """``struct bpf_prog_info``, as words; what a kernel does not know of it is 0.
 
     Raises:
-        TrackerError: the kernel refuses to tell.
+        OSError: the kernel refuses it.
     """
     info = np.zeros(64, np.uint64)
     size = ctypes.c_uint32(info.nbytes)
     into = info.ctypes.data_as(ctypes.c_void_p)
     if load_libbpf().bpf_obj_get_info_by_fd(descriptor, into, ctypes.byref(size)):
-        reason = os.strerror(ctypes.get_errno())
-        raise TrackerError(f"cannot read the information about the BPF program: {reason}")
+        raise refusal("describe the BPF program")
     return info
+
+
+def refusal(deed: str) -> OSError:
+    """Return the error of the last call of a C library; its text says what was refused."""
+    number = ctypes.get_errno()
+    return OSError(number, f"the kernel refuses to {deed}: {os.strerror(number)}")
+
+
+def possible_cpus(ranges: str) -> int:
+    """How many CPUs a per-CPU map has values for, from /sys/devices/system/cpu/possible.
+
+    The file has ranges, ``0-3,8-11``, and a map has a value for each CPU up to
+    the last (Documentation/admin-guide/cputopology.rst).
+    """
+    return sum(
+        int(last or first) - int(first) + 1
+        for first, _, last in (each.partition("-") for each in ranges.strip().split(","))
+    )

@@ -34,11 +34,12 @@ import numpy.typing as npt
 from tcpexporter.connections.record import CONNECTION, KEY, Records
 from tcpexporter.connections.snapshot import valid_connections
 from tcpexporter.ebpf import reconcile
+from tcpexporter.ebpf.connection_array import WINDOW, windows
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
-from tcpexporter.ebpf.loader import Descriptors
+from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
-from tcpexporter.ebpf.maps import Map
-from tcpexporter.ebpf.tracker import FIRST, WINDOW, Tracker, windows
+from tcpexporter.ebpf.maps import FIRST, Map
+from tcpexporter.ebpf.tracker import Tracker, map_errors
 from tcpexporter.errors import PinError
 from tcpexporter.host import libc, owned
 
@@ -232,7 +233,9 @@ class _Generation:
             connections, shown = _get(directory / CONNECTIONS, undo)
             _require(directory / CONNECTIONS, shown, value_size=record.itemsize)
             entries = _number(directory / CONNECTIONS, shown, "max_entries")
-            yield cls(MappedArray(connections, record, entries, WINDOW), entries, netns)
+            with map_errors():
+                array = MappedArray(connections, record, entries, WINDOW)
+            yield cls(array, entries, netns)
 
     def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  it always has them
         """What it knows, the newest first, of dtype `SOCKET`.
@@ -240,8 +243,9 @@ class _Generation:
         `Tracker.add` takes the first of those with the same key: an older one is there
         because its closing was missed.
         """
-        parts = map(valid_connections, windows(self._array, self._entries))
-        known = np.concatenate(list(parts))
+        with map_errors():
+            parts = map(valid_connections, windows(self._array, self._entries))
+            known = np.concatenate(list(parts))
         if self._netns:
             known = known[known["key"]["netns"] == self._netns]
         self.found = len(known)
@@ -276,7 +280,8 @@ def _offsets(dtype: np.dtype[Any], names: tuple[str, ...]) -> list[int]:
 
 def _read_layout(path: Path, descriptor: int) -> np.dtype[Any]:
     words = np.zeros(LAYOUT_WORDS, np.uint32)
-    Map(descriptor, "layouts").read(FIRST, words)
+    with map_errors():
+        Map(descriptor, "layouts").read(FIRST, words)
     return _record(path, words)
 
 

@@ -82,12 +82,14 @@ t. Open, its opening was missed, and its socket's address is that of a connectio
 So a correction can be wrong only if two looks in a row miss the same connection
 (n or p, twice), or as s. The next run then finds it as i, with a lower age. Therefore a run
 is made again, as soon as its share of CPU allows, until one has found nothing and no event
-was missed since the run before it; see `Schedule`.
+was missed since the run before it; see `schedule.Schedule`.
 """
 
 import logging
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -96,11 +98,30 @@ from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import Hashes, hashes
 from tcpexporter.connections.record import Records
 from tcpexporter.connections.source import ConnectionTables, Reconciliation
-from tcpexporter.ebpf.tracker import Known, Tracker
+from tcpexporter.ebpf.connection_array import Known
+from tcpexporter.ebpf.schedule import Schedule, Signs
+from tcpexporter.ebpf.slot_ranges import Slots
 from tcpexporter.errors import enough_memory
 from tcpexporter.host.background import Task
 
 log = logging.getLogger(__name__)
+
+
+class TrackedConnections(Protocol):
+    """The connections that the BPF program and seeding have recorded: see `Tracker`."""
+
+    restored: int
+
+    def known(self) -> Known: ...
+    def add(self, seeds: Records) -> Slots: ...
+    def recording_closings(self) -> AbstractContextManager[None]: ...
+    def release_closed(self, slots: Slots) -> int: ...
+    def release(self, slots: Slots, established_ns: npt.NDArray[np.uint64]) -> int: ...
+    def reclaim(self) -> None: ...
+    def wait_for_runs(self) -> None: ...
+    def events(self) -> dict[str, int]: ...
+    def missed_events(self) -> int: ...
+    def unrecorded_closings(self) -> int: ...
 
 
 WATCH_S = 1.0
@@ -132,17 +153,17 @@ class _Differences:
     """What only the tracker has."""
 
 
-def seed(tracker: Tracker, tables: ConnectionTables) -> None:
+def seed(tracker: TrackedConnections, tables: ConnectionTables) -> None:
     """Add the connections that are older than the tracker, which is attached already.
 
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
-    with tracker.watching():
+    with tracker.recording_closings():
         _add(tracker, _differences(tracker, tables, boottime_ns(), with_ages=True).missing)
 
 
-def reconcile(tracker: Tracker, tables: ConnectionTables) -> Corrections:
+def reconcile(tracker: TrackedConnections, tables: ConnectionTables) -> Corrections:
     """Make the tracker agree with the socket tables, in what is certain.
 
     Raises:
@@ -153,7 +174,7 @@ def reconcile(tracker: Tracker, tables: ConnectionTables) -> Corrections:
     once = _differences(tracker, tables, began_ns)
     if not len(once.missing) and not len(once.gone.slots):
         return NOTHING
-    with tracker.watching():
+    with tracker.recording_closings():
         again = _differences(tracker, tables, began_ns, with_ages=True)
         is_missing = np.isin(hashes(again.missing["key"]), hashes(once.missing["key"]))
         added = _add(tracker, again.missing[is_missing])
@@ -164,7 +185,7 @@ def reconcile(tracker: Tracker, tables: ConnectionTables) -> Corrections:
 
 
 def _differences(
-    tracker: Tracker,
+    tracker: TrackedConnections,
     tables: ConnectionTables,
     before_ns: int,
     *,
@@ -195,89 +216,10 @@ def _surplus(
     return is_surplus
 
 
-def _add(tracker: Tracker, seeds: Records) -> int:
+def _add(tracker: TrackedConnections, seeds: Records) -> int:
     """Steps 2 and 3; how many of the seeds stay."""
     slots = tracker.add(seeds)
     return len(slots) - tracker.release_closed(slots)
-
-
-@dataclass(frozen=True)
-class Signs:
-    """What the kernel and the tracker count; while nothing does, no event is reported."""
-
-    trouble: int = 0
-    """Events that were missed or refused, and what may come of that."""
-    changes: int = -1
-    """Connections that the program added or removed."""
-
-
-class Schedule:
-    """Decides when to reconcile; pure, times are given in seconds of any one clock.
-
-    A run is due when the interval has passed, when there is new trouble, and when the run
-    before it is not confirmed: it corrected something, or was the first to see its trouble.
-    A run at the interval is needless if the two runs before it found nothing, were an
-    interval apart, and nothing was counted since the first of them: case s is over by then.
-    """
-
-    def __init__(self, *, interval_s: float, now_s: float) -> None:
-        """Begin after seeding, whose outcome the first run confirms.
-
-        Args:
-            interval_s: between two runs; 0: only when events were missed.
-            now_s: when seeding ended.
-        """
-        self._interval_s = interval_s
-        self._ended_s = now_s
-        self._rest_s = 0.0
-        self._seen = Signs()
-        self._is_confirmed = False
-        self._agreed: Signs | None = None
-
-    def is_due(self, signs: Signs, now_s: float) -> bool:
-        """Whether to reconcile now, or to record that this is needless."""
-        if now_s - self._ended_s < self._rest_s:
-            return False
-        has_trouble = signs.trouble != self._seen.trouble
-        return has_trouble or not self._is_confirmed or self._is_interval_over(now_s)
-
-    def is_needless(self, signs: Signs) -> bool:
-        """Whether a run that is due would find nothing."""
-        return signs == self._agreed
-
-    def ended(
-        self,
-        signs: Signs,
-        *,
-        found_nothing: bool,
-        rest_s: float,
-        began_s: float,
-        now_s: float,
-    ) -> None:
-        """Record a run, needless or not.
-
-        Args:
-            signs: what was counted before it began.
-            found_nothing: whether tables and tracker agreed.
-            rest_s: for how long there may be no other.
-            began_s: when it began.
-            now_s: when it ended.
-        """
-        is_repeated = found_nothing and signs == self._seen
-        if is_repeated and self._is_interval_over(began_s):
-            self._agreed = signs
-        self._is_confirmed = found_nothing and signs.trouble == self._seen.trouble
-        self._seen = signs
-        self._rest_s = rest_s
-        self._ended_s = now_s
-
-    def failed(self, now_s: float) -> None:
-        """Record that a run was tried and could not be made: it is due until one is."""
-        self._ended_s = now_s
-        self._is_confirmed = False
-
-    def _is_interval_over(self, now_s: float) -> bool:
-        return 0 < self._interval_s <= now_s - self._ended_s
 
 
 class Reconciler:
@@ -285,7 +227,7 @@ class Reconciler:
 
     def __init__(
         self,
-        tracker: Tracker,
+        tracker: TrackedConnections,
         tables: ConnectionTables,
         *,
         interval_s: float,
@@ -377,7 +319,7 @@ class Reconciler:
         events = self._tracker.events()
         refused = events.pop("refused")
         trouble = (
-            missed + refused + self._tracker.forgotten_events() + self._tracker.restored
+            missed + refused + self._tracker.unrecorded_closings() + self._tracker.restored
         )
         return Signs(trouble, sum(events.values()))
 

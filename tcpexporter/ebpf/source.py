@@ -15,6 +15,7 @@ from tcpexporter.connections.record import Records
 from tcpexporter.connections.snapshot import first_seen, valid_connections
 from tcpexporter.connections.source import Report
 from tcpexporter.ebpf import loader
+from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.pins import Pins
 from tcpexporter.ebpf.reconcile import Reconciler, reconcile, seed
 from tcpexporter.ebpf.tracker import Tracker
@@ -67,7 +68,7 @@ class EbpfSource:
             self._pins = Pins.open(Path(pin)) if pin else None
             if self._pins:
                 undo.callback(self._pins.close)
-            descriptors = loader.load(loader.Request(max_connections, only, SECRET))
+            descriptors = loader.load(Request(max_connections, only, SECRET))
             undo.callback(descriptors.close)
             self._tracker = Tracker(descriptors, max_connections)
             self._tables = open_tables("auto", netns)

@@ -57,7 +57,6 @@ restores its handle, or keeps it as an orphan, so none is lost.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -65,29 +64,21 @@ import numpy.typing as npt
 
 from tcpexporter.connections.identity import Hashes, hashes
 from tcpexporter.connections.record import CONNECTION, Records
-from tcpexporter.connections.snapshot import consistent_fields
-from tcpexporter.ebpf.loader import RANGE_SLOTS, Descriptors
+from tcpexporter.ebpf.connection_array import (
+    HANDLE_SEEDED,
+    WINDOW,
+    Known,
+    known_in,
+    windows,
+)
+from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
-from tcpexporter.ebpf.maps import Map, program_info
+from tcpexporter.ebpf.maps import FIRST, Map, possible_cpus, program_info
 from tcpexporter.ebpf.slot_ranges import Slots, ranges, slots_of
 from tcpexporter.errors import TrackerError
 
-WINDOW = 8192
-"""Slots that are mapped and read at once, 512 KiB."""
-
-UNTOUCHED = 16 * RANGE_SLOTS
-"""So many slots in a row that were never used are followed by no other that was.
-
-Ranges are taken in their order, and used at once; a CPU can be late with the one that it
-has taken, so there may be a gap for an instant."""
-
 SPARE_SLOTS = 4096
 """Closed connections may keep that many slots, besides as many as there are open ones."""
-
-HANDLE_SEEDED = np.uint64(1)
-
-FIRST = np.uint32(0)
-"""The key of maps with one entry."""
 
 RECURSION_MISSES_BYTES = 208
 """Where it is in ``struct bpf_prog_info``, include/uapi/linux/bpf.h."""
@@ -96,19 +87,13 @@ EVENT_KINDS = ("inserted", "removed", "refused", "removed_seeds", "taken", "forg
 """``struct tracker_events``, in its order."""
 
 
-@dataclass(frozen=True)
-class Known:
-    """The connections of a tracker; all arrays have one element for each."""
-
-    slots: Slots
-    hashes: Hashes
-    established_ns: npt.NDArray[np.uint64]
-    netns: npt.NDArray[np.uint32]
-    is_seed: npt.NDArray[np.bool_]
-
-    def only(self, chosen: npt.NDArray[np.bool_]) -> "Known":
-        """Those for which ``chosen`` is true."""
-        return Known(*(getattr(self, each.name)[chosen] for each in fields(self)))
+@contextlib.contextmanager
+def map_errors() -> Iterator[None]:
+    """Raise each error of a map operation as a `TrackerError`."""
+    try:
+        yield
+    except OSError as error:
+        raise TrackerError(error.strerror) from error
 
 
 class Tracker:
@@ -133,9 +118,10 @@ class Tracker:
         self._watched = Map(descriptors.watched, "watchers")
         self._counters = Map(descriptors.events, "events")
         self._barrier = Map(descriptors.barrier, "maps")
-        self._array = MappedArray(
-            descriptors.connections, CONNECTION, max_connections, WINDOW
-        )
+        with map_errors():
+            self._array = MappedArray(
+                descriptors.connections, CONNECTION, max_connections, WINDOW
+            )
         self._seed_slots: Slots = np.empty(0, np.uint32)
         self._orphans: list[int] = []
         self._seeds_added = 0
@@ -160,16 +146,17 @@ class Tracker:
         Raises:
             TrackerError: the kernel refuses it.
         """
-        return windows(self._array, self._slots)
+        with map_errors():
+            yield from windows(self._array, self._slots)
 
+    @map_errors()
     def known(self) -> Known:
         """Every connection as it is now; one that changes meanwhile may be left out.
 
         Raises:
             TrackerError: the kernel refuses it.
         """
-        parts = [_known(window, at * WINDOW) for at, window in enumerate(self.read())]
-        return Known(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+        return known_in(self._array, self._slots)
 
     def seeds(self) -> int:
         """How many connections the program was not told of.
@@ -189,19 +176,21 @@ class Tracker:
         events = self._events()
         return {kind: events[kind] for kind in ("inserted", "removed", "refused")}
 
-    def forgotten_events(self) -> int:
-        """How many closings the program had no room to note while it was `watching`.
+    def unrecorded_closings(self) -> int:
+        """How many closings were not recorded, as the closings log was full.
 
         Raises:
             TrackerError: the kernel refuses it.
         """
         return self._events()["forgotten"]
 
+    @map_errors()
     def _events(self) -> dict[str, int]:
         counts = np.zeros((self._cpus, len(EVENT_KINDS)), np.uint64)
         self._counters.read(FIRST, counts)
         return dict(zip(EVENT_KINDS, counts.sum(axis=0).tolist(), strict=True))
 
+    @map_errors()
     def missed_events(self) -> int:
         """For how many events the kernel did not run the program: it was running already.
 
@@ -249,6 +238,7 @@ class Tracker:
         self.seeds_refused += len(chosen) - len(slots)
         return slots
 
+    @map_errors()
     def _put(self, slots: Slots, seeds: Records, handles: Hashes) -> bool:
         """Whether there was room for all of them; else there is none of them."""
         connections = np.zeros(len(seeds), CONNECTION)
@@ -267,6 +257,7 @@ class Tracker:
         everything["handle"][slots] = 0
         return False
 
+    @map_errors()
     def _take(self, wanted: int) -> Slots:
         """As many free slots, or all there are; ascending in long runs."""
         parts = [np.empty(0, np.uint32)]
@@ -285,7 +276,7 @@ class Tracker:
     # Taking out
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def recording_closings(self) -> Iterator[None]:
         """Have the program record what closes until the end of the block.
 
         Every run of the program that does not do so has ended when the block begins, and
@@ -295,16 +286,20 @@ class Tracker:
             TrackerError: the kernel refuses it.
         """
         self._take_closings()
-        self._watched.put(FIRST, np.uint32(True))
+        self._record_closings(True)
         try:
             self.wait_for_runs()
             yield
         finally:
-            self._watched.put(FIRST, np.uint32(False))
+            self._record_closings(False)
             self.wait_for_runs()
 
+    @map_errors()
+    def _record_closings(self, is_recording: bool) -> None:
+        self._watched.put(FIRST, np.uint32(is_recording))
+
     def release_closed(self, slots: Slots) -> int:
-        """Forget those of the seeds at ``slots`` that have closed since `watching` began.
+        """Forget the seeds at ``slots`` that have closed since `recording_closings` began.
 
         Returns:
             How many that were.
@@ -317,6 +312,7 @@ class Tracker:
         closed = slots[has_closed]
         return self.release(closed, connections["established_ns"][closed])
 
+    @map_errors()
     def _take_closings(self) -> Hashes:
         handles, _ = self._closings.items(np.uint64, np.uint32, take=True)
         return handles
@@ -347,7 +343,8 @@ class Tracker:
         connections = self._all()
         handles = connections["handle"][slots]
         try:
-            self._handles.delete_all(handles)
+            with map_errors():
+                self._handles.delete_all(handles)
             self.wait_for_runs()
         except TrackerError:  # l
             for handle, slot in zip(handles, slots, strict=True):
@@ -395,6 +392,7 @@ class Tracker:
         is_closed = connections["group"][slots] == 0
         self.release(slots[is_closed], established_ns[is_closed], if_empty=True)
 
+    @map_errors()
     def _restore(self, handle: np.uint64, slot: np.uint32) -> bool:
         """Whether the handle has its slot again; it has another one by now otherwise."""
         restored = bool(handle) and self._handles.put_new(handle, slot)
@@ -410,12 +408,14 @@ class Tracker:
         self._orphans.append(int(slot))
         self.restored += 1
 
+    @map_errors()
     def _give(self, slots: Slots) -> None:
         """Make slots free, so that the first is the next to be taken."""
         for each in reversed(ranges(slots).tolist()):
             self._free_slots.push(np.uint32(each))
         self._slots_given += len(slots)
 
+    @map_errors()
     def wait_for_runs(self) -> None:
         """Return when every run of the program has ended that is under way now.
 
@@ -435,45 +435,3 @@ class Tracker:
         for window in self.read():
             used += len(window)
         return self._array.upto(used)
-
-
-def windows(array: MappedArray, slots: int) -> Iterator[Records]:
-    """An array of that many slots in chunks, as far as it has been used.
-
-    Raises:
-        TrackerError: the kernel refuses it.
-    """
-    for first in range(0, slots, WINDOW):
-        window = array.upto(first + WINDOW)[first:]
-        yield window
-        if not window["key"]["netns"][-UNTOUCHED:].any():
-            return
-
-
-def _known(
-    window: Records, first: int
-) -> tuple[
-    Slots,
-    Hashes,
-    npt.NDArray[np.uint64],
-    npt.NDArray[np.uint32],
-    npt.NDArray[np.bool_],
-]:
-    """As `Known`: those that do not change meanwhile."""
-    at, found = consistent_fields(window, "key", "handle")
-    slots = at.astype(np.uint32) + np.uint32(first)
-    is_seed = found["handle"] & HANDLE_SEEDED != 0
-    netns = found["key"]["netns"].copy()
-    return slots, hashes(found["key"]), found["established_ns"], netns, is_seed
-
-
-def possible_cpus(ranges: str) -> int:
-    """How many CPUs a per-CPU map has values for, from /sys/devices/system/cpu/possible.
-
-    The file has ranges, ``0-3,8-11``, and a map has a value for each CPU up to
-    the last (Documentation/admin-guide/cputopology.rst).
-    """
-    return sum(
-        int(last or first) - int(first) + 1
-        for first, _, last in (each.partition("-") for each in ranges.strip().split(","))
-    )

@@ -13,9 +13,8 @@ import numpy as np
 from tcpexporter.connections.identity import SECRET
 from tcpexporter.connections.record import CONNECTION, Direction, groups
 from tcpexporter.ebpf import loader, pins
-from tcpexporter.ebpf.loader import Request
-from tcpexporter.ebpf.maps import Map
-from tcpexporter.ebpf.tracker import FIRST
+from tcpexporter.ebpf.loader_protocol import Request
+from tcpexporter.ebpf.maps import FIRST, Map
 from tcpexporter.socket_tables.diag_messages import INET_DIAG_INFO
 from tests.fuzz.choices import SEEDS
 from tests.unit.data.capture import dump, opened_sockets

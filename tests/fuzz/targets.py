@@ -26,7 +26,7 @@ from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY, SS_ESTABLISHED, SS_LISTEN
 from tcpexporter.config import settings, sources
 from tcpexporter.connections.record import GROUP_BITS, SOCKET, Records
 from tcpexporter.connections.snapshot import valid_connections
-from tcpexporter.ebpf import loader, pins
+from tcpexporter.ebpf import loader_protocol, pins
 from tcpexporter.ebpf.btf import KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, KIND_UNION, Btf
 from tcpexporter.ebpf.libbpf import load_libbpf
 from tcpexporter.errors import (
@@ -368,7 +368,7 @@ def loaded(data: bytes) -> None:
                 socket.send_fds(theirs, [message], [theirs.fileno()] * number)
             elif message:
                 theirs.send(message)
-        received = loader._receive(ours)
+        received = loader_protocol.receive_descriptors(ours)
         undo.callback(received.close)
     assert _lowest_descriptor() == lowest, "descriptors are left"
 

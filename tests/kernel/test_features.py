@@ -172,9 +172,9 @@ def test_without_btf_it_is_listed() -> None:
 RUN_WITHOUT = """
 import sys
 from functools import partial
-from tcpexporter.ebpf import loader
+from tcpexporter.ebpf import source
 from tcpexporter.__main__ import main
-loader.Request = partial(loader.Request, without=(sys.argv.pop(1),))
+source.Request = partial(source.Request, without=(sys.argv.pop(1),))
 main()
 """
 

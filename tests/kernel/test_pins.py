@@ -17,7 +17,8 @@ import pytest
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import record as connections
 from tcpexporter.connections.record import KEY, Records
-from tcpexporter.ebpf import libbpf, pins, tracker
+from tcpexporter.ebpf import libbpf, pins
+from tcpexporter.ebpf.connection_array import WINDOW
 from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.pins import CONNECTIONS, KEY_FIELDS, LAYOUT, LINK
 from tcpexporter.ebpf.source import EbpfSource
@@ -298,7 +299,7 @@ def left_by_another_version(
         records["key"][name] = found["key"][name]
     records["group"] = found["group"]
     records["established_ns"] = 11 * (1 + np.arange(len(found)))
-    mapped = MappedArray(array, other, 8191, tracker.WINDOW)
+    mapped = MappedArray(array, other, 8191, WINDOW)
     mapped.upto(len(records))[: len(records)] = records
     with monkeypatch.context() as changed:
         changed.setattr(pins, "CONNECTION", other)

@@ -189,14 +189,14 @@ def test_closings_without_a_note_are_counted_and_made_good(
     late_tracker: Tracker, reusable: Reusable, peers: Peers
 ) -> None:
     """h: no room for the note: a reason to reconcile, which finds the stale seed."""
-    with late_tracker.watching():
+    with late_tracker.recording_closings():
         handles = np.arange(loader.MAX_CLOSINGS, dtype=np.uint64)
         values = handles.astype(np.uint32)
         assert late_tracker._closings.put_all(handles, values) == len(handles)
         with Looks(reusable.close) as looks:
             found = reconcile._differences(late_tracker, looks, boottime_ns()).missing
         reconcile._add(late_tracker, found)
-    assert late_tracker.forgotten_events() == 2
+    assert late_tracker.unrecorded_closings() == 2
     assert len(at_port(late_tracker, peers.port)) == 1
     time.sleep(0.01)
     with Looks() as looks:

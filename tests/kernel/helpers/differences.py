@@ -15,10 +15,10 @@ import numpy as np
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.record import CONNECTION, PORTS, Records
+from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, WINDOW
 from tcpexporter.ebpf.libbpf import load_libbpf
 from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import Map
-from tcpexporter.ebpf.tracker import HANDLE_SEEDED, WINDOW
 from tcpexporter.socket_tables.tables import open_tables
 
 SYS_PIDFD_GETFD = 438

@@ -11,8 +11,10 @@ import numpy.typing as npt
 from tcpexporter.connections.identity import SECRET
 from tcpexporter.connections.record import CONNECTION, Direction, Records, groups
 from tcpexporter.ebpf import loader
+from tcpexporter.ebpf.connection_array import HANDLE_SEEDED
+from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.slot_ranges import Slots
-from tcpexporter.ebpf.tracker import HANDLE_SEEDED, Tracker
+from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.host import namespaces
 from tcpexporter.socket_tables.tables import open_tables
 from tests.support import Peers, reset
@@ -25,9 +27,7 @@ def attach(
     max_connections: int = SLOTS, *, lose_one_in: int = 0, without: tuple[str, ...] = ()
 ) -> Tracker:
     """A tracker of this namespace that is not seeded."""
-    request = loader.Request(
-        max_connections, namespaces.inode(), SECRET, lose_one_in, without
-    )
+    request = Request(max_connections, namespaces.inode(), SECRET, lose_one_in, without)
     return Tracker(loader.load(request), max_connections)
 
 

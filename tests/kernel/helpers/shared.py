@@ -8,7 +8,8 @@ import itertools
 import numpy as np
 
 from tcpexporter.ebpf import loader
-from tcpexporter.ebpf.tracker import EVENT_KINDS, FIRST, Tracker
+from tcpexporter.ebpf.maps import FIRST
+from tcpexporter.ebpf.tracker import EVENT_KINDS, Tracker
 from tcpexporter.socket_tables.tables import open_tables
 from tests.kernel.helpers.in_process import SLOTS, attach
 from tests.support import Exporter, inside, new_netns

@@ -22,8 +22,9 @@ from tcpexporter.connections.record import (
     groups,
     ip_versions,
 )
-from tcpexporter.ebpf.loader import RANGE_BITS, RANGE_SLOTS
-from tcpexporter.ebpf.tracker import EVENT_KINDS, HANDLE_SEEDED
+from tcpexporter.ebpf.connection_array import HANDLE_SEEDED
+from tcpexporter.ebpf.slot_ranges import RANGE_BITS, RANGE_SLOTS
+from tcpexporter.ebpf.tracker import EVENT_KINDS
 
 BPF = Path(__file__).parents[3] / "bpf"
 

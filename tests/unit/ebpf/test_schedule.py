@@ -3,7 +3,7 @@
 
 import pytest
 
-from tcpexporter.ebpf.reconcile import Schedule, Signs
+from tcpexporter.ebpf.schedule import Schedule, Signs
 
 INTERVAL_S = 61.0
 

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.ebpf.loader import RANGE_SLOTS
-from tcpexporter.ebpf.slot_ranges import ranges, slots_of
+from tcpexporter.ebpf.slot_ranges import RANGE_SLOTS, ranges, slots_of
 
 LAST = (1 << 24) - 1
 

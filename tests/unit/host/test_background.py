@@ -227,7 +227,7 @@ class CountingTracker:
     def events(self) -> Counter[str]:
         return Counter(refused=0, inserted=self.missed)
 
-    def forgotten_events(self) -> int:
+    def unrecorded_closings(self) -> int:
         return 0
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the tracker does without a kernel."""
+"""The number of values of a per-CPU map is computed from the ranges of possible CPUs."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from tcpexporter.ebpf.tracker import possible_cpus
+from tcpexporter.ebpf.maps import possible_cpus
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Reads the array of connections while the BPF program writes to it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter.connections.identity import Hashes, hashes
+from tcpexporter.connections.record import Records
+from tcpexporter.connections.snapshot import consistent_fields
+from tcpexporter.ebpf.mapped_array import MappedArray
+from tcpexporter.ebpf.slot_ranges import RANGE_SLOTS, Slots
+
+WINDOW = 8192
+"""Slots that are mapped and read at once, 512 KiB."""
+
+UNTOUCHED = 16 * RANGE_SLOTS
+"""After so many consecutive slots that were never used, no other slot was used.
+
+Ranges are allocated in ascending order and used at once. A CPU can be late to use the range
+that it has allocated, so there may be a gap for an instant."""
+
+HANDLE_SEEDED = np.uint64(1)
+"""The bit of a handle that marks a seed, as in bpf/tcp_tracker.h."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """The connections of a tracker; all arrays have one element for each connection."""
+
+    slots: Slots
+    hashes: Hashes
+    established_ns: npt.NDArray[np.uint64]
+    netns: npt.NDArray[np.uint32]
+    is_seed: npt.NDArray[np.bool_]
+
+    def only(self, chosen: npt.NDArray[np.bool_]) -> "Known":
+        """Return the connections for which ``chosen`` is true."""
+        return Known(*(getattr(self, each.name)[chosen] for each in fields(self)))
+
+
+def windows(array: MappedArray, slots: int) -> Iterator[Records]:
+    """Return the used part of an array in chunks of `WINDOW` records.
+
+    Args:
+        array: of records with the fields ``group`` and ``key``.
+        slots: the length of the array.
+
+    Raises:
+        OSError: the kernel refuses to map the array.
+    """
+    for first in range(0, slots, WINDOW):
+        window = array.upto(first + WINDOW)[first:]
+        yield window
+        if not window["key"]["netns"][-UNTOUCHED:].any():
+            return
+
+
+def known_in(array: MappedArray, slots: int) -> Known:
+    """Return all connections of an array; one that changes meanwhile may be left out.
+
+    Raises:
+        OSError: the kernel refuses to map the array.
+    """
+    parts = [_known(each, at * WINDOW) for at, each in enumerate(windows(array, slots))]
+    return Known(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
+def _known(
+    window: Records, first: int
+) -> tuple[
+    Slots,
+    Hashes,
+    npt.NDArray[np.uint64],
+    npt.NDArray[np.uint32],
+    npt.NDArray[np.bool_],
+]:
+    """The fields of `Known` for a window whose first record has the slot ``first``."""
+    at, found = consistent_fields(window, "key", "handle")
+    slots = at.astype(np.uint32) + np.uint32(first)
+    is_seed = found["handle"] & HANDLE_SEEDED != 0
+    netns = found["key"]["netns"].copy()
+    return slots, hashes(found["key"]), found["established_ns"], netns, is_seed

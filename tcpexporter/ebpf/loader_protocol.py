@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The messages between the exporter and the loader process, over one socket.
+
+The exporter sends a `Request`. The loader answers with `Descriptors`, or with one sentence
+that says why the BPF program cannot be loaded.
+"""
+
+import json
+import os
+import resource
+import socket
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, dataclass, fields
+
+from tcpexporter.errors import LoadError
+
+LOAD_TIMEOUT_S = 60
+MESSAGE_BYTES = 65536
+"""The maximum length of a message; the kernel cuts off the rest."""
+
+LOADED = b"loaded"
+"""The message that comes with the descriptors."""
+
+SEE_DEBUG = "--log-level debug shows its output"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the loader is asked to load."""
+
+    max_connections: int
+    """The number of connection slots."""
+    netns: int
+    """Inode of the only network namespace to observe, 0: all."""
+    secret: tuple[int, int]
+    """The key of `siphash.hashes`, as two numbers of 64 bits."""
+    lose_one_in: int = 0
+    """For tests: the program ignores one in so many events, at random. 0: none."""
+    without: tuple[str, ...] = ()
+    """For tests: names of features that the kernel is assumed not to have."""
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """File descriptors of the loaded program, of its attachment and of its maps.
+
+    The kernel keeps these objects for as long as a descriptor or a pin refers to them.
+    """
+
+    slots: int
+    connections: int
+    free_slots: int
+    watched: int
+    closings: int
+    events: int
+    barrier: int
+    program: int
+    link: int
+    """The attachment to the tracepoint."""
+
+    def close(self) -> None:
+        """Detach the program and free its maps, unless they are pinned."""
+        _close(astuple(self))
+
+
+class SilentError(LoadError):
+    """The loader has ended without a message."""
+
+
+def send_request(channel: socket.socket, request: Request) -> None:
+    """Send a request to the loader.
+
+    A message and not arguments, which every user of the host can read: it has a secret.
+
+    Raises:
+        ConnectionError: the loader has ended.
+    """
+    channel.send(json.dumps(asdict(request)).encode())
+
+
+def receive_request(channel: socket.socket) -> Request:
+    """Return the exporter's request."""
+    return Request(**json.loads(channel.recv(MESSAGE_BYTES)))
+
+
+def send_descriptors(channel: socket.socket, descriptors: Descriptors) -> None:
+    """Send copies of all descriptors to the exporter."""
+    socket.send_fds(channel, [LOADED], list(astuple(descriptors)))
+
+
+def send_reason(channel: socket.socket, sentence: str) -> None:
+    """Tell the exporter why nothing was loaded."""
+    channel.send(sentence.encode())
+
+
+def receive_descriptors(channel: socket.socket) -> Descriptors:
+    """Return what the loader sends, which the caller must close.
+
+    Raises:
+        SilentError: the loader has ended without a message.
+        LoadError: with the loader's sentence; or the answer is incomplete or too late.
+    """
+    try:
+        message, descriptors, flags, _ = socket.recv_fds(
+            channel, MESSAGE_BYTES, len(fields(Descriptors)), socket.MSG_CMSG_CLOEXEC
+        )
+    except TimeoutError:
+        raise LoadError(
+            f"the BPF program was not loaded within {LOAD_TIMEOUT_S} s"
+        ) from None
+    except ConnectionError:  # it ended before it read the request
+        message, descriptors, flags = b"", [], 0
+    if flags & socket.MSG_CTRUNC and len(descriptors) < len(fields(Descriptors)):
+        _close(descriptors)
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise LoadError(
+            f"the maps of the BPF program are more files than may be open, {most}: raise"
+            " LimitNOFILE in the unit, or ulimit -n"
+        )
+    return _checked(message, descriptors)
+
+
+def _checked(message: bytes, received: list[int]) -> Descriptors:
+    if message == LOADED and len(received) == len(fields(Descriptors)):
+        return Descriptors(*received)
+    _close(received)
+    sentence = message.decode(errors="replace").strip()
+    if received or message == LOADED:
+        raise LoadError(
+            f"the process that loads the BPF program sent {len(received)} descriptors,"
+            f" {SEE_DEBUG}"
+        )
+    if not sentence:
+        raise SilentError("the process that loads the BPF program died")
+    raise LoadError(sentence)
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for each in descriptors:
+        os.close(each)

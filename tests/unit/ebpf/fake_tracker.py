@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""An in-memory kernel with sockets, socket tables and a tracker, to test without root.
+
+`FakeTracker` implements `reconcile.TrackedConnections`. It is the tracker and the BPF
+program in one: its methods `opened` and `closed` do what bpf/tcp_tracker.c does for an
+event. A test decides whether an event is missed, when a socket's state is stored, and what
+happens after each step of seeding or reconciling.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter.clock import boottime_ns
+from tcpexporter.connections.identity import hashes
+from tcpexporter.connections.record import CONNECTION, KEY, Direction, Records, groups
+from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, Known
+from tcpexporter.ebpf.slot_ranges import Slots
+
+NETNS = 4026531840
+LOCAL_PORT = 443
+
+Action = Callable[[], object]
+
+
+@dataclass
+class FakeSocket:
+    """A TCP socket, which has been in state ESTABLISHED at least once."""
+
+    address: int
+    """The address of the kernel's struct, which is the handle of the connection."""
+    key: Records
+    """One record of dtype `KEY`."""
+    is_established: bool = True
+    """The state that the socket tables show."""
+
+
+class FakeTracker:
+    """Connections in memory.
+
+    ``after`` maps a step to what happens after it, once: ``known`` (the tracker was read),
+    ``handles`` (the program finds the new seeds, which no reader counts yet), ``add`` (the
+    seeds are complete), ``release`` (a release has begun and compares times next).
+    """
+
+    def __init__(self, *, slots: int = 97, max_closings: int = 101) -> None:
+        self.restored = 0
+        self.misses = False
+        """Whether the kernel skips the program from now on, which it counts."""
+        self.after: dict[str, Action] = {}
+        self.connections = np.zeros(slots, CONNECTION)
+        self._slot_of: dict[int, int] = {}
+        self._free = list(range(slots))
+        self._max_closings = max_closings
+        self._is_recording = False
+        self._closings: set[int] = set()
+        self._events: Counter[str] = Counter()
+
+    # The BPF program
+
+    def opened(self, address: int, key: Records) -> None:
+        """Handle an event: a socket enters ESTABLISHED."""
+        if self._is_missed():
+            return
+        slot = self._slot_of.get(address)
+        if slot is None:
+            if not self._free:
+                self._events["refused"] += 1
+                return
+            slot = self._slot_of[address] = self._free.pop(0)
+        self._events["removed"] += int(self.connections["group"][slot] != 0)
+        self._events["inserted"] += 1
+        self._write(slot, address, key, boottime_ns())
+
+    def closed(self, address: int, key: Records) -> None:
+        """Handle an event: a socket leaves ESTABLISHED."""
+        if self._is_missed():
+            return
+        slot = self._open_slot(address)
+        is_known = slot is not None and self.connections["key"][slot] == key[0]
+        if slot is not None:
+            self._remove(slot)
+        if is_known and not self._is_recording:
+            return
+        handle = _seed_handle(key)
+        if self._is_recording:
+            self._record_closing(handle)
+        if not is_known and (seed := self._open_slot(handle)) is not None:
+            self._remove(seed)
+
+    def _is_missed(self) -> bool:
+        self._events["missed"] += self.misses
+        return self.misses
+
+    def _record_closing(self, handle: int) -> None:
+        if len(self._closings) < self._max_closings:
+            self._closings.add(handle)
+        else:
+            self._events["unrecorded"] += 1
+
+    def _open_slot(self, handle: int) -> int | None:
+        slot = self._slot_of.get(handle)
+        return slot if slot is not None and self.connections["group"][slot] else None
+
+    def _remove(self, slot: int) -> None:
+        self.connections["group"][slot] = 0
+        self._events["removed"] += 1
+
+    def _write(self, slot: int, handle: int, key: Records, established_ns: int) -> None:
+        self.connections["handle"][slot] = handle
+        self.connections["key"][slot] = key[0]
+        self.connections["established_ns"][slot] = established_ns
+        self.connections["group"][slot] = groups(key, Direction.INBOUND)[0]
+
+    # TrackedConnections
+
+    def known(self) -> Known:
+        slots = np.flatnonzero(self.connections["group"]).astype(np.uint32)
+        found = self.connections[slots]
+        known = Known(
+            slots,
+            hashes(found["key"]),
+            found["established_ns"].copy(),
+            found["key"]["netns"].copy(),
+            found["handle"] & HANDLE_SEEDED != 0,
+        )
+        self._then("known")
+        return known
+
+    def add(self, seeds: Records) -> Slots:
+        added = []
+        for seed in seeds:
+            handle = _seed_handle(np.array([seed["key"]]))
+            slot = self._slot_of.get(handle)
+            if slot is not None:
+                if self.connections["group"][slot]:
+                    continue
+                self._forget(slot)
+            if not self._free:
+                break
+            slot = self._slot_of[handle] = self._free.pop(0)
+            self._write(slot, handle, np.array([seed["key"]]), int(seed["established_ns"]))
+            self.connections["group"][slot] = 0
+            added.append(slot)
+        self._then("handles")
+        slots = np.array(added, np.uint32)
+        self.connections["group"][slots] = groups(
+            self.connections["key"][slots], Direction.INBOUND
+        )
+        self._then("add")
+        return slots
+
+    @contextlib.contextmanager
+    def recording_closings(self) -> Iterator[None]:
+        self._closings.clear()
+        self._is_recording = True
+        try:
+            yield
+        finally:
+            self._is_recording = False
+
+    def release_closed(self, slots: Slots) -> int:
+        handles = self.connections["handle"][slots].tolist()
+        has_closed = np.array([each in self._closings for each in handles], np.bool_)
+        closed = slots[has_closed]
+        return self.release(closed, self.connections["established_ns"][closed])
+
+    def release(self, slots: Slots, established_ns: npt.NDArray[np.uint64]) -> int:
+        self._then("release")
+        released = 0
+        for slot, expected_ns in zip(slots.tolist(), established_ns.tolist(), strict=True):
+            if self.connections["established_ns"][slot] != expected_ns:
+                self.restored += 1
+                continue
+            released += int(self.connections["group"][slot] != 0)
+            self._forget(slot)
+        return released
+
+    def _forget(self, slot: int) -> None:
+        del self._slot_of[int(self.connections["handle"][slot])]
+        self.connections["group"][slot] = 0
+        self.connections["handle"][slot] = 0
+        self._free.append(slot)
+
+    def reclaim(self) -> None:
+        pass
+
+    def wait_for_runs(self) -> None:
+        pass
+
+    def events(self) -> dict[str, int]:
+        return {name: self._events[name] for name in ("inserted", "removed", "refused")}
+
+    def missed_events(self) -> int:
+        return self._events["missed"]
+
+    def unrecorded_closings(self) -> int:
+        return self._events["unrecorded"]
+
+    def _then(self, step: str) -> None:
+        if action := self.after.pop(step, None):
+            action()
+
+
+def _seed_handle(key: Records) -> int:
+    return int(hashes(key)[0] | HANDLE_SEEDED)
+
+
+class FakeKernel:
+    """Sockets, whose events go to one tracker."""
+
+    def __init__(self, tracker: FakeTracker) -> None:
+        self.tracker = tracker
+        self.sockets: list[FakeSocket] = []
+
+    def open(
+        self,
+        remote_port: int,
+        *,
+        address: int | None = None,
+        netns: int = NETNS,
+        is_missed: bool = False,
+        is_stored: bool = True,
+    ) -> FakeSocket:
+        """Establish a connection.
+
+        Args:
+            remote_port: the only part of the key that differs between sockets.
+            address: of a socket that has been closed; None: a new one.
+            netns: inode of the network namespace.
+            is_missed: whether the kernel skips the BPF program.
+            is_stored: whether the socket tables show the new state already.
+        """
+        key = np.zeros(1, KEY)
+        key["netns"], key["local_port"], key["remote_port"] = netns, LOCAL_PORT, remote_port
+        address = address or 2 * (1 + len(self.sockets))
+        opened = FakeSocket(address, key, is_stored)
+        self.sockets.append(opened)
+        with self._missing(is_missed):
+            self.tracker.opened(opened.address, key)
+        return opened
+
+    def close(
+        self, socket: FakeSocket, *, is_missed: bool = False, is_stored: bool = True
+    ) -> None:
+        """Let a connection leave ESTABLISHED."""
+        with self._missing(is_missed):
+            self.tracker.closed(socket.address, socket.key)
+        socket.is_established = not is_stored
+
+    @contextlib.contextmanager
+    def _missing(self, is_missed: bool) -> Iterator[None]:
+        self.tracker.misses = is_missed
+        yield
+        self.tracker.misses = False
+
+
+class FakeTables:
+    """The socket tables of a `FakeKernel`; after each dump the next action happens."""
+
+    def __init__(self, kernel: FakeKernel, *after: Action, hidden_from: int = 0) -> None:
+        self.dumps = 0
+        self._kernel = kernel
+        self._after = list(after)
+        self._hidden_from = hidden_from
+        """The number of the dump that shows no socket."""
+
+    def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002
+        self.dumps += 1
+        shown = [each for each in self._kernel.sockets if each.is_established]
+        if self.dumps == self._hidden_from:
+            shown = []
+        connections = np.zeros(len(shown), CONNECTION)
+        for at, each in enumerate(shown):
+            connections["key"][at] = each.key[0]
+        # Without any activity of the connection the tables do not know its age.
+        connections["established_ns"] = boottime_ns()
+        connections["group"] = groups(connections["key"], Direction.INBOUND)
+        if self._after:
+            self._after.pop(0)()
+        return connections
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        return np.array([NETNS], np.uint32)

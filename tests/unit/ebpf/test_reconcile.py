@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Each case of `ebpf.reconcile`, a to t, with a tracker and socket tables in memory.
+
+The kernel tests force the same cases with the BPF program and real sockets.
+"""
+
+import numpy as np
+import pytest
+
+from tcpexporter.clock import boottime_ns
+from tcpexporter.ebpf.reconcile import NOTHING, Corrections, reconcile, seed
+from tests.unit.ebpf.fake_tracker import (
+    Action,
+    FakeKernel,
+    FakeSocket,
+    FakeTables,
+    FakeTracker,
+)
+
+PORT = 10007
+OTHER_PORT = 10009
+OTHER_NETNS = 4026532009
+
+STEPS = ("dump", "known", "handles", "add")
+"""After which something happens: the socket-table dump; the reading of the tracker; when
+the program finds the new seeds and no reader counts them yet; when they are complete."""
+
+
+@pytest.fixture
+def tracker() -> FakeTracker:
+    return FakeTracker()
+
+
+@pytest.fixture
+def kernel(tracker: FakeTracker) -> FakeKernel:
+    return FakeKernel(tracker)
+
+
+def remote_ports(kernel: FakeKernel) -> list[int]:
+    """The remote ports of all connections that the tracker has."""
+    known = kernel.tracker.known()
+    ports = kernel.tracker.connections["key"]["remote_port"][known.slots]
+    return sorted(ports.tolist())
+
+
+def seeds(kernel: FakeKernel) -> int:
+    """The number of connections that came from the socket tables."""
+    return int(kernel.tracker.known().is_seed.sum())
+
+
+def run(kernel: FakeKernel, *after: Action, hidden_from: int = 0) -> Corrections:
+    """Reconcile once; each action happens after one socket-table dump."""
+    return reconcile(kernel.tracker, FakeTables(kernel, *after, hidden_from=hidden_from))
+
+
+def seed_with(kernel: FakeKernel, step: str, act: Action) -> None:
+    """Seed, and act once after one of `STEPS`."""
+    if step == "dump":
+        seed(kernel.tracker, FakeTables(kernel, act))
+    else:
+        kernel.tracker.after[step] = act
+        seed(kernel.tracker, FakeTables(kernel))
+        assert not kernel.tracker.after
+
+
+def test_a_preexisting_connection_becomes_a_seed(kernel: FakeKernel) -> None:
+    """a: open before the program was attached; its closing removes the seed."""
+    before_ns = boottime_ns()
+    open_before = kernel.open(PORT, is_missed=True)
+    seed(kernel.tracker, FakeTables(kernel))
+    assert remote_ports(kernel) == [PORT]
+    assert seeds(kernel) == 1
+    assert kernel.tracker.known().established_ns[0] >= before_ns
+    kernel.close(open_before)
+    assert remote_ports(kernel) == []
+
+
+def test_a_reported_connection_does_not_become_a_seed(kernel: FakeKernel) -> None:
+    """b: opened before the dump while the program was attached."""
+    kernel.open(PORT)
+    times_ns = kernel.tracker.known().established_ns
+    seed(kernel.tracker, FakeTables(kernel))
+    assert seeds(kernel) == 0
+    assert kernel.tracker.known().established_ns == times_ns
+
+
+def test_a_connection_that_opens_after_the_dump_keeps_its_time(kernel: FakeKernel) -> None:
+    """c: the tracker has the kernel's time, and the seed of the other connection."""
+    kernel.open(PORT, is_missed=True)
+    times_ns: list[int] = []
+
+    def open_another() -> None:
+        times_ns.append(boottime_ns())
+        kernel.open(OTHER_PORT)
+        times_ns.append(boottime_ns())
+
+    seed(kernel.tracker, FakeTables(kernel, open_another))
+    assert remote_ports(kernel) == [PORT, OTHER_PORT]
+    known = kernel.tracker.known()
+    (reported_ns,) = known.established_ns[~known.is_seed]
+    assert times_ns[0] <= reported_ns <= times_ns[1]
+
+
+@pytest.mark.parametrize("is_missed", [True, False], ids=["unknown", "known"])
+@pytest.mark.parametrize("step", ["dump", "known"])
+def test_a_connection_that_closes_after_the_dump_does_not_stay(
+    kernel: FakeKernel, step: str, is_missed: bool
+) -> None:
+    """d: the dump shows it, whether the program knows it or not, and it closes before 2."""
+    closing = kernel.open(PORT, is_missed=is_missed)
+    seed_with(kernel, step, lambda: kernel.close(closing))
+    assert remote_ports(kernel) == []
+
+
+def test_a_connection_that_closes_while_seeds_are_added_does_not_stay(
+    kernel: FakeKernel,
+) -> None:
+    """e: the program finds the handle of a seed that is not complete: 3 removes it."""
+    closing = kernel.open(PORT, is_missed=True)
+    seed_with(kernel, "handles", lambda: kernel.close(closing))
+    assert remote_ports(kernel) == []
+
+
+@pytest.mark.parametrize("is_same_socket", [True, False], ids=["same", "another"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_connection_that_reopens_while_seeding_has_its_own_time(
+    kernel: FakeKernel, step: str, is_same_socket: bool
+) -> None:
+    """f: the same address pair again, by the same socket or another one: counted once."""
+    old = kernel.open(PORT, is_missed=True)
+    times_ns: list[int] = []
+
+    def reopen() -> None:
+        kernel.close(old)
+        times_ns.append(boottime_ns())
+        kernel.open(PORT, address=old.address if is_same_socket else None)
+
+    seed_with(kernel, step, reopen)
+    assert remote_ports(kernel) == [PORT]
+    assert seeds(kernel) == 0
+    assert kernel.tracker.known().established_ns[0] >= times_ns[0]
+
+
+def test_a_connection_that_closes_as_a_complete_seed_does_not_stay(
+    kernel: FakeKernel,
+) -> None:
+    """g: the program finds the seed, and a connection that opens at once stays."""
+    closing = kernel.open(PORT, is_missed=True)
+
+    def close_and_open_another() -> None:
+        kernel.close(closing)
+        kernel.open(OTHER_PORT)
+
+    seed_with(kernel, "add", close_and_open_another)
+    assert remote_ports(kernel) == [OTHER_PORT]
+
+
+def test_a_missed_closing_during_seeding_is_counted_and_corrected(
+    kernel: FakeKernel,
+) -> None:
+    """h: the kernel skips the program: a stale seed, until the next reconciliation."""
+    closing = kernel.open(PORT, is_missed=True)
+    missed = kernel.tracker.missed_events()
+    seed_with(kernel, "dump", lambda: kernel.close(closing, is_missed=True))
+    assert remote_ports(kernel) == [PORT]
+    assert kernel.tracker.missed_events() == missed + 1
+    assert run(kernel) == Corrections(missed_close=1)
+    assert remote_ports(kernel) == []
+
+
+def test_a_closing_without_capacity_in_the_log_is_counted_and_corrected() -> None:
+    """h: the closings log is full: a stale seed, until the next reconciliation."""
+    kernel = FakeKernel(FakeTracker(max_closings=0))
+    closing = kernel.open(PORT, is_missed=True)
+    seed_with(kernel, "dump", lambda: kernel.close(closing))
+    assert remote_ports(kernel) == [PORT]
+    assert kernel.tracker.unrecorded_closings() == 1
+    assert run(kernel) == Corrections(missed_close=1)
+    assert remote_ports(kernel) == []
+
+
+def test_a_missed_opening_is_added(kernel: FakeKernel) -> None:
+    """i: both dumps show it and the tracker never has it."""
+    kernel.open(PORT, is_missed=True)
+    assert run(kernel) == Corrections(missed_open=1)
+    assert remote_ports(kernel) == [PORT]
+    assert seeds(kernel) == 1
+    assert run(kernel) == NOTHING
+
+
+def test_a_connection_that_closes_before_the_tracker_is_read_is_not_added(
+    kernel: FakeKernel,
+) -> None:
+    """j: only the first dump shows it."""
+    closing = kernel.open(PORT)
+    assert run(kernel, lambda: kernel.close(closing)) == NOTHING
+    assert remote_ports(kernel) == []
+
+
+def test_a_connection_that_both_dumps_show_by_chance_does_not_stay(
+    kernel: FakeKernel,
+) -> None:
+    """k: closed at each reading of the tracker, open at each dump: 3 removes its seed."""
+    current: list[FakeSocket] = [kernel.open(PORT)]
+
+    def close() -> None:
+        kernel.close(current.pop())
+
+    def reopen() -> None:
+        current.append(kernel.open(PORT))
+
+    kernel.tracker.after["known"] = reopen
+    assert run(kernel, close, close) == NOTHING
+    assert remote_ports(kernel) == []
+
+
+@pytest.mark.parametrize("is_seed", [False, True], ids=["event", "seed"])
+def test_a_missed_closing_is_removed(kernel: FakeKernel, is_seed: bool) -> None:
+    """l: neither dump shows it, whatever it is identified by; the other one stays."""
+    kernel.open(OTHER_PORT)
+    closing = kernel.open(PORT, is_missed=is_seed)
+    seed(kernel.tracker, FakeTables(kernel))
+    kernel.close(closing, is_missed=True)
+    assert remote_ports(kernel) == [PORT, OTHER_PORT]
+    assert run(kernel) == Corrections(missed_close=1)
+    assert remote_ports(kernel) == [OTHER_PORT]
+
+
+def test_the_program_corrects_a_missed_closing_when_it_sees_the_socket_again(
+    kernel: FakeKernel,
+) -> None:
+    """l: the next connection of the same socket replaces the record."""
+    stale = kernel.open(PORT)
+    kernel.close(stale, is_missed=True)
+    kernel.open(OTHER_PORT, address=stale.address)
+    assert remote_ports(kernel) == [OTHER_PORT]
+    assert kernel.tracker.events()["removed"] == 1
+    assert run(kernel) == NOTHING
+
+
+def test_a_connection_that_opens_after_the_first_dump_is_not_judged(
+    kernel: FakeKernel,
+) -> None:
+    """m: the tracker has it, the dump does not, and no second dump is necessary."""
+    tables = FakeTables(kernel, lambda: kernel.open(PORT))
+    assert reconcile(kernel.tracker, tables) == NOTHING
+    assert tables.dumps == 1
+    assert remote_ports(kernel) == [PORT]
+    assert seeds(kernel) == 0
+
+
+def test_an_opening_that_is_reported_before_it_is_stored_stays(kernel: FakeKernel) -> None:
+    """n: the first dump does not show it yet, the second one does."""
+    opening = kernel.open(PORT, is_stored=False)
+
+    def store() -> None:
+        opening.is_established = True
+
+    assert run(kernel, store) == NOTHING
+    assert remote_ports(kernel) == [PORT]
+
+
+def test_a_namespace_that_the_tables_do_not_cover_is_not_judged(kernel: FakeKernel) -> None:
+    """o: the tables do not show it, and it stays."""
+    there = kernel.open(PORT, netns=OTHER_NETNS)
+    there.is_established = False  # as far as the tables show
+    assert run(kernel) == NOTHING
+    assert remote_ports(kernel) == [PORT]
+
+
+@pytest.mark.parametrize("dump", [1, 2])
+def test_a_connection_that_one_dump_does_not_show_stays(
+    kernel: FakeKernel, dump: int
+) -> None:
+    """p: hidden from one dump by the connections next to it."""
+    kernel.open(PORT)
+    seed(kernel.tracker, FakeTables(kernel))
+    assert run(kernel, hidden_from=dump) == NOTHING
+    assert remote_ports(kernel) == [PORT]
+    assert seeds(kernel) == 0
+
+
+@pytest.mark.parametrize("is_same_socket", [True, False], ids=["same", "another"])
+def test_a_connection_that_reopens_before_its_removal_keeps_its_time(
+    kernel: FakeKernel, is_same_socket: bool
+) -> None:
+    """q: its closing was missed, and its reopening is reported just before the removal."""
+    stale = kernel.open(PORT)
+    kernel.close(stale, is_missed=True)
+    times_ns: list[int] = []
+
+    def reopen() -> None:
+        # The first release is that of step 3, which has nothing to remove.
+        kernel.tracker.after["release"] = reopen_now
+
+    def reopen_now() -> None:
+        times_ns.append(boottime_ns())
+        kernel.open(PORT, address=stale.address if is_same_socket else None)
+
+    kernel.tracker.after["release"] = reopen
+    assert run(kernel) == Corrections(missed_close=int(not is_same_socket))
+    assert kernel.tracker.restored == is_same_socket
+    assert remote_ports(kernel) == [PORT]
+    assert kernel.tracker.known().established_ns[0] >= times_ns[0]
+
+
+@pytest.mark.parametrize("is_seed", [False, True], ids=["event", "seed"])
+def test_the_older_of_two_with_one_key_is_removed(
+    kernel: FakeKernel, is_seed: bool
+) -> None:
+    """r: its closing was missed, and another socket has the same key: one is too many."""
+    stale = kernel.open(PORT, is_missed=is_seed)
+    seed(kernel.tracker, FakeTables(kernel))
+    kernel.close(stale, is_missed=True)
+    opened_ns = boottime_ns()
+    kernel.open(PORT)
+    assert remote_ports(kernel) == [PORT, PORT]
+    assert run(kernel) == Corrections(missed_close=1)
+    assert remote_ports(kernel) == [PORT]
+    assert seeds(kernel) == 0
+    assert kernel.tracker.known().established_ns[0] >= opened_ns
+
+
+def test_a_seed_is_removed_before_a_reported_connection_with_its_key(
+    kernel: FakeKernel,
+) -> None:
+    """r: even a seed that seems to be newer."""
+    kernel.open(PORT)
+    reported_ns = kernel.tracker.known().established_ns
+    kernel.tracker.add(FakeTables(kernel).established(with_ages=True))
+    assert remote_ports(kernel) == [PORT, PORT]
+    assert run(kernel) == Corrections(missed_close=1)
+    assert kernel.tracker.known().established_ns == reported_ns
+
+
+def test_a_closing_that_is_stored_late_is_corrected_by_the_next_run(
+    kernel: FakeKernel,
+) -> None:
+    """s: reported before both dumps and stored after them: added wrongly, then removed."""
+    preempted = kernel.open(PORT)
+    kernel.close(preempted, is_stored=False)
+    assert run(kernel) == Corrections(missed_open=1)
+    preempted.is_established = False
+    assert run(kernel) == Corrections(missed_close=1)
+    assert remote_ports(kernel) == []
+
+
+def test_a_missed_closing_that_is_stored_late_is_corrected_by_the_next_run(
+    kernel: FakeKernel,
+) -> None:
+    """s: tables and tracker agree at first, and differ when the state is stored."""
+    preempted = kernel.open(PORT)
+    kernel.close(preempted, is_missed=True, is_stored=False)
+    assert run(kernel) == NOTHING
+    preempted.is_established = False
+    assert run(kernel) == Corrections(missed_close=1)
+    assert remote_ports(kernel) == []
+
+
+def test_a_closing_that_is_stored_after_seeding_is_corrected(kernel: FakeKernel) -> None:
+    """s: reported before closings are recorded: a seed until the next reconciliation."""
+    preempted = kernel.open(PORT)
+    kernel.close(preempted, is_stored=False)
+    seed(kernel.tracker, FakeTables(kernel))
+    assert seeds(kernel) == 1
+    preempted.is_established = False
+    assert run(kernel) == Corrections(missed_close=1)
+    assert remote_ports(kernel) == []
+
+
+@pytest.fixture
+def under_stale_record(kernel: FakeKernel) -> FakeSocket:
+    """A socket whose opening was missed, under the record of its previous connection."""
+    stale = kernel.open(OTHER_PORT)
+    kernel.close(stale, is_missed=True)
+    opened = kernel.open(PORT, address=stale.address, is_missed=True)
+    assert remote_ports(kernel) == [OTHER_PORT]
+    return opened
+
+
+def test_a_socket_under_a_stale_record_is_corrected(
+    kernel: FakeKernel, under_stale_record: FakeSocket
+) -> None:
+    """t: one run adds the connection and removes the stale record; its closing is found."""
+    assert run(kernel) == Corrections(missed_open=1, missed_close=1)
+    assert remote_ports(kernel) == [PORT]
+    kernel.close(under_stale_record)
+    assert remote_ports(kernel) == []
+
+
+def test_a_socket_under_a_stale_record_that_closes_removes_both(
+    kernel: FakeKernel, under_stale_record: FakeSocket
+) -> None:
+    """t: it closes when it is a seed: the program sees another key in the record."""
+    seed_with(kernel, "add", lambda: kernel.close(under_stale_record))
+    assert remote_ports(kernel) == []
+    assert run(kernel) == NOTHING
+
+
+def test_a_full_tracker_refuses_and_is_corrected_later() -> None:
+    """With no free slot, an opening is refused and counted; a later run adds it."""
+    kernel = FakeKernel(FakeTracker(slots=1))
+    first = kernel.open(PORT)
+    kernel.open(OTHER_PORT)
+    assert kernel.tracker.events()["refused"] == 1
+    assert run(kernel) == NOTHING
+    kernel.tracker.release(np.zeros(1, np.uint32), kernel.tracker.known().established_ns)
+    first.is_established = False
+    assert run(kernel) == Corrections(missed_open=1)
+    assert remote_ports(kernel) == [OTHER_PORT]
