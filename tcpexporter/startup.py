@@ -233,9 +233,8 @@ def _open_guard(settings: Settings, reader: Reader) -> "Guard | None":
     try:
         return Guard(path, reader.receive().accepted())
     except ReaderGoneError as error:
-        raise WebConfigError(
-            f"{path} cannot be read: the process that reads it has failed"
-        ) from error
+        sentence = f"{path} cannot be read: the process that reads it has failed"
+        raise WebConfigError(sentence) from error
 
 
 def _open_output(path: str, resources: contextlib.ExitStack) -> "Output":
