@@ -3,7 +3,7 @@
 
 import pytest
 
-from tcpexporter.ebpf.schedule import Schedule, Signs
+from tcpexporter.ebpf.schedule import EventCounts, Schedule
 
 INTERVAL_S = 61.0
 
@@ -15,20 +15,20 @@ class Clocked:
         self.schedule = Schedule(interval_s=interval_s, now_s=0)
         self.now_s = 0.0
         self.runs: list[float] = []
-        self.needless: list[float] = []
+        self.skipped: list[float] = []
 
     def watch(
-        self, seconds: int, signs: Signs, *, finds: int = 0, rest_s: float = 0
+        self, seconds: int, counts: EventCounts, *, finds: int = 0, rest_s: float = 0
     ) -> None:
         """For so long; the first ``finds`` runs find a difference."""
         for _ in range(seconds):
             self.now_s += 1
-            if not self.schedule.is_due(signs, self.now_s):
+            if not self.schedule.is_due(counts, self.now_s):
                 continue
-            is_needless = self.schedule.is_needless(signs)
-            (self.needless if is_needless else self.runs).append(self.now_s)
-            self.schedule.ended(
-                signs,
+            can_be_skipped = self.schedule.can_be_skipped(counts)
+            (self.skipped if can_be_skipped else self.runs).append(self.now_s)
+            self.schedule.record_run(
+                counts,
                 found_nothing=finds <= 0,
                 rest_s=rest_s,
                 began_s=self.now_s,
@@ -40,17 +40,17 @@ class Clocked:
 def test_seeding_is_confirmed_at_once_and_then_at_the_interval() -> None:
     """s: a seed of a connection that was closing is found by the first run."""
     clocked = Clocked()
-    clocked.watch(100, Signs(0, 7))
+    clocked.watch(100, EventCounts(0, 7))
     assert clocked.runs == [1, 62]
 
 
 def test_runs_are_needless_after_two_an_interval_apart() -> None:
     """Nothing was counted since the first of them, which found nothing."""
     clocked = Clocked()
-    clocked.watch(200, Signs(0, 7))
+    clocked.watch(200, EventCounts(0, 7))
     assert clocked.runs == [1, 62]
-    assert clocked.needless == [123, 184]
-    clocked.watch(100, Signs(0, 8))
+    assert clocked.skipped == [123, 184]
+    clocked.watch(100, EventCounts(0, 8))
     assert clocked.runs == [1, 62, 245]
 
 
@@ -61,10 +61,10 @@ def test_agreement_right_after_a_missed_event_is_checked_again() -> None:
     runs needless.
     """
     clocked = Clocked()
-    clocked.watch(5, Signs(0, 7))
-    clocked.watch(100, Signs(3, 7))
+    clocked.watch(5, EventCounts(0, 7))
+    clocked.watch(100, EventCounts(3, 7))
     assert clocked.runs == [1, 6, 7, 68]
-    assert not clocked.needless
+    assert not clocked.skipped
 
 
 @pytest.mark.parametrize("interval_s", [0, INTERVAL_S])
@@ -73,30 +73,30 @@ def test_a_correction_is_followed_by_a_run_until_nothing_is_found(
 ) -> None:
     """A correction can be wrong, and is not left so until the interval is over."""
     clocked = Clocked(interval_s)
-    clocked.watch(7, Signs(0, 7), finds=3)
+    clocked.watch(7, EventCounts(0, 7), finds=3)
     assert clocked.runs == [1, 2, 3, 4]
 
 
 def test_without_an_interval_only_trouble_is_a_reason() -> None:
     """--reconcile-interval 0: what the program reports by itself needs no run."""
     clocked = Clocked(interval_s=0)
-    clocked.watch(100, Signs(0, 7))
-    clocked.watch(100, Signs(0, 1009))
+    clocked.watch(100, EventCounts(0, 7))
+    clocked.watch(100, EventCounts(0, 1009))
     assert clocked.runs == [1]
-    clocked.watch(100, Signs(1, 1009))
+    clocked.watch(100, EventCounts(1, 1009))
     assert clocked.runs == [1, 201, 202]
 
 
 def test_the_share_of_cpu_comes_before_every_reason() -> None:
     """No run begins before the rest is over that the last one has made necessary."""
     clocked = Clocked()
-    clocked.watch(31, Signs(0, 7), finds=31, rest_s=11)
+    clocked.watch(31, EventCounts(0, 7), finds=31, rest_s=11)
     assert clocked.runs == [1, 12, 23]
 
 
 def test_a_failure_waits_for_the_interval_or_the_next_try() -> None:
     """A run that could not be made leaves its reason: it is tried again."""
     clocked = Clocked()
-    assert clocked.schedule.is_due(Signs(0, 7), 1)
-    clocked.schedule.failed(1)
-    assert clocked.schedule.is_due(Signs(0, 7), 2)
+    assert clocked.schedule.is_due(EventCounts(0, 7), 1)
+    clocked.schedule.record_failure(1)
+    assert clocked.schedule.is_due(EventCounts(0, 7), 2)

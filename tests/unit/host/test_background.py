@@ -245,7 +245,7 @@ def test_without_comparing_numbers_are_right_until_events_are_missed(
     tracker.missed = 1
     trouble = reconciler.trouble()
     assert trouble
-    assert trouble.startswith("events were missed, and reconciliation failed: ")
+    assert trouble.startswith("events were missed and reconciliation failed: ")
     assert sentence in trouble
     monkeypatch.setattr(reconcile, "reconcile", lambda *_: reconcile.NOTHING)
     eventually(lambda: reconciler.trouble() is None)
