@@ -1,29 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Keeps the array of the TCP connections that are in state ESTABLISHED, told by
- * the tracepoint sock:inet_sock_set_state, to which it is attached with the
- * kernel's types (BPF_TRACE_RAW_TP): it reads the socket itself, with plain loads
- * that the verifier has checked. The loader defines:
+ * Maintains the array of the TCP connections that are in state ESTABLISHED. It runs at
+ * the tracepoint sock:inet_sock_set_state, to which it is attached with the kernel's
+ * types (BPF_TRACE_RAW_TP): it reads the socket with plain loads that the verifier has
+ * checked. The loader defines:
  *
- * MAX_CONNECTIONS  how many slots there are
- * MAX_CLOSINGS     how many closings are noted while userspace is comparing
- * MAP_FLAGS        of the hash maps: BPF_F_NO_PREALLOC, or 0
- * NETNS            inode of the only network namespace to watch, 0: all
+ * MAX_CONNECTIONS  number of slots
+ * MAX_CLOSINGS     capacity of the closings log
+ * MAP_FLAGS        flags of the hash maps: BPF_F_NO_PREALLOC, or 0
+ * NETNS            inode of the only network namespace to observe, 0: all
  * SECRET_0, _1     the key of the hash
- * LOSE_ONE_IN      in tests, how many events one is lost of, by chance
+ * LOSE_ONE_IN      in tests: the program ignores one in so many events, at random
  * *_OFFSET         of members of struct tcp_sock and struct net, from the kernel's BTF
  *
  * Who owns a slot, and so may write to its connection
  * ----------------------------------------------------
- * A slot is in a range on the stack `free_slots`, or in the hands of whoever popped it,
- * or the value of one entry of `slots`, which then is its owner: the program, when
- * it runs for the socket that the handle stands for. Handles of seeds stand for a
- * closing socket that the program does not know. The kernel tells of the states of
- * one socket one after another, so no two runs write to one connection.
+ * A slot is in a range on the stack `free_slots`, or owned by the run or the thread
+ * that popped that range, or the value of one entry of `slots`. In the last case the
+ * program owns it when it runs for the socket that the handle identifies. The handle of
+ * a seed identifies a closing socket that the program does not know. The kernel reports
+ * the states of one socket one after another, so no two runs write to one connection.
  *
- * The program takes slots and never gives one back: a closed connection keeps its
- * own for the next socket at that address, which the kernel's allocator is likely
- * to hand out soon. Userspace takes entries out of `slots` and gives the slots back
+ * The program allocates slots and never frees one that was used: a closed connection
+ * keeps its slot for the next socket at the same address, which the kernel's allocator
+ * is likely to reuse soon. Userspace deletes entries of `slots` and frees their slots
  * (Tracker.release in tcpexporter/ebpf/tracker.py, where the races are argued).
  */
 #include "tcp_tracker.h"
@@ -41,19 +41,22 @@ BPF_F_TABLE("array", __u32, struct connection, connections, MAX_CONNECTIONS,
 
 BPF_STACK(free_slots, __u32, MAX_CONNECTIONS);
 
-/* Whether userspace is comparing with the socket tables. */
-BPF_ARRAY(watched, __u32, 1);
+/* Whether closings are recorded: userspace is comparing with the socket tables. */
+BPF_ARRAY(recording, __u32, 1);
 
-/* What closed meanwhile, by the handle that it would have as a seed. */
+/* The closings log: the handle that each closed connection would have as a seed. */
 BPF_F_TABLE("hash", __u64, __u32, closings, MAX_CLOSINGS, MAP_FLAGS);
 
 BPF_PERCPU_ARRAY(events, struct tracker_events, 1);
 
-/* Userspace updates it to wait for all runs that may be under way. */
+/* Userspace updates it to wait until all runs that are under way have ended. */
 BPF_ARRAY_OF_MAPS(barrier, "events", 1);
 
-/* BCC makes a call of each load through a pointer that it can follow to the context. */
-static const void *unfollowed(__u64 address)
+/*
+ * Hides from BCC where a pointer comes from: BCC replaces each load through a pointer
+ * that it can trace back to the context by a helper call.
+ */
+static const void *untraced(__u64 address)
 {
 	const void *pointer;
 
@@ -66,7 +69,7 @@ static const void *unfollowed(__u64 address)
 
 static __u32 netns_of(const void *sk)
 {
-	const void *net = unfollowed(LOAD(__u64, sk, SKC_NET_OFFSET));
+	const void *net = untraced(LOAD(__u64, sk, SKC_NET_OFFSET));
 
 	return LOAD(__u32, net, NETNS_INUM_OFFSET);
 }
@@ -103,10 +106,10 @@ static void load_key(struct connection_key *key, const void *sk, __u32 netns,
 	key->remote_port = bpf_ntohs(LOAD(__u16, sk, SKC_DPORT_OFFSET));
 }
 
-/* A socket that was reset is unbound already, but has its port in one more place. */
+/* A socket that was reset is already unbound; inet_sport still has its port. */
 static __u16 port_of_closed(const void *sk)
 {
-	const void *inet = unfollowed((__u64)bpf_skc_to_tcp_sock((void *)sk));
+	const void *inet = untraced((__u64)bpf_skc_to_tcp_sock((void *)sk));
 
 	return inet ? bpf_ntohs(LOAD(__u16, inet, INET_SPORT_OFFSET)) : 0;
 }
@@ -143,7 +146,7 @@ static __u32 group_of(const struct connection_key *key, int oldstate)
 		v2 = ROTATED(v2, 32);                                                  \
 	} while (0)
 
-/* SipHash-1-3 of the key, as in tcpexporter/connections/identity.py. */
+/* Returns SipHash-1-3 of the key, as in tcpexporter/connections/identity.py. */
 static __u64 handle_of_seed(const struct connection_key *key)
 {
 	const __u64 *words = (const __u64 *)key;
@@ -170,10 +173,11 @@ static __u64 handle_of_seed(const struct connection_key *key)
 }
 
 /*
- * The connection that has this handle. An entry of a hash map that userspace deletes
- * can become another handle's while this run holds a pointer to its value, so the value
- * alone does not prove whose slot it is. The slot's own record does: userspace clears
- * the handle there before it frees the slot.
+ * Returns the connection with this handle, or NULL. When userspace deletes an entry of
+ * a hash map, the kernel can reuse its memory for another handle while this run holds a
+ * pointer to its value. So the value alone does not prove which handle owns the slot.
+ * The slot's own record does: userspace clears the handle there before it frees the
+ * slot.
  */
 static struct connection *find(__u64 handle)
 {
@@ -185,13 +189,13 @@ static struct connection *find(__u64 handle)
 
 static void push_free(__u32 range)
 {
-	/* Since Linux 6.15 a lock that is not had within 250 ms is an error. */
+	/* Since Linux 6.15 this fails if it does not get a lock within 250 ms. */
 	if (free_slots.push(&range, 0))
 		free_slots.push(&range, 0);
 }
 
-/* A slot for a socket that has none. */
-static struct connection *take(__u64 handle)
+/* Allocates a slot for a handle that has none; NULL: the tracker is full. */
+static struct connection *allocate(__u64 handle)
 {
 	__u32 range, slot;
 
@@ -214,12 +218,12 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 	struct connection *connection = find(handle);
 
 	if (!connection) {
-		connection = take(handle);
+		connection = allocate(handle);
 		if (!connection) {
 			count->refused++;
 			return;
 		}
-		count->taken++;
+		count->allocated++;
 	}
 	/* The closing of the last connection at this address was missed. */
 	if (connection->group)
@@ -254,27 +258,27 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 	struct connection_key key;
 	__u32 nothing = 0;
 	int first = 0;
-	__u32 *watching = watched.lookup(&first);
-	bool is_watching = watching && *watching;
+	__u32 *flag = recording.lookup(&first);
+	bool is_recording = flag && *flag;
 	bool has_record = connection && connection->group;
 	bool is_known;
 	__u64 handle;
 
 	load_key(&key, sk, netns, port_of_closed(sk));
 	/*
-	 * A record with another key is of the last connection at this address, and two
-	 * events were missed: its closing, and the opening of this one, which may be a
-	 * seed.
+	 * A record with another key belongs to the previous connection at this address.
+	 * Two events were missed: its closing, and the opening of this connection,
+	 * which may be a seed.
 	 */
 	is_known = has_record && is_same(&connection->key, &key);
 	if (has_record)
 		remove_from(connection, count);
-	if (is_known && !is_watching)
+	if (is_known && !is_recording)
 		return;
 	handle = handle_of_seed(&key);
-	/* Before looking for it: userspace adds it before it reads these. */
-	if (is_watching && closings.update(&handle, &nothing))
-		count->forgotten++;
+	/* Record before searching: userspace adds a seed before it reads the log. */
+	if (is_recording && closings.update(&handle, &nothing))
+		count->unrecorded++;
 	if (is_known)
 		return;
 	connection = find(handle);
@@ -286,7 +290,7 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 
 int on_state_change(struct bpf_raw_tracepoint_args *args)
 {
-	const void *sk = unfollowed(args->args[0]);
+	const void *sk = untraced(args->args[0]);
 	int oldstate = args->args[1];
 	int newstate = args->args[2];
 	struct tracker_events *count;
@@ -295,14 +299,14 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 
 	if (newstate != TCP_ESTABLISHED && oldstate != TCP_ESTABLISHED)
 		return 0;
-	/* An MPTCP connection tells of itself with another protocol number. */
+	/* The kernel reports an MPTCP connection with another protocol number. */
 	if (LOAD(__u16, sk, SK_PROTOCOL_OFFSET) != IPPROTO_TCP)
 		return 0;
 	netns = netns_of(sk);
 	if (NETNS && netns != NETNS)
 		return 0;
 #ifdef LOSE_ONE_IN
-	/* For tests: as when the kernel does not run this program. */
+	/* For tests: as if the kernel did not run this program. */
 	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0)
 		return 0;
 #endif

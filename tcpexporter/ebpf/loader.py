@@ -70,7 +70,7 @@ LIMITS = (
 
 BPF_F_NO_PREALLOC = 1
 
-MAPS = ("slots", "connections", "free_slots", "watched", "closings", "events", "barrier")
+MAPS = ("slots", "connections", "free_slots", "recording", "closings", "events", "barrier")
 
 MAX_CLOSINGS = 65536
 """What a busy host closes while its connections from before are being read."""

@@ -50,7 +50,7 @@ class Descriptors:
     slots: int
     connections: int
     free_slots: int
-    watched: int
+    recording: int
     closings: int
     events: int
     barrier: int

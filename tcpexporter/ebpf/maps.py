@@ -103,10 +103,10 @@ class Map:
             keys = keys[count.value + 1 :]
 
     def items(
-        self, key: type[np.generic], value: type[np.generic], *, take: bool = False
+        self, key: type[np.generic], value: type[np.generic], *, delete: bool = False
     ) -> tuple[Keys, Keys]:
         """All keys and their values, which are taken out in the same step if so wished."""
-        function = "bpf_map_lookup_and_delete_batch" if take else "bpf_map_lookup_batch"
+        function = "bpf_map_lookup_and_delete_batch" if delete else "bpf_map_lookup_batch"
         keys, values = np.empty(CHUNK, key), np.empty(CHUNK, value)
         found = [(keys[:0], values[:0])]
         position: ctypes.c_uint32 | None = None

@@ -12,8 +12,9 @@ the tracker has more than that, it removes the surplus: a seed before a connecti
 kernel reported, and an older connection before a newer one.
 
 Adding seeds
------------- The program is already attached. From now on it records each closing in the
-closings log. Then
+------------
+The program is already attached. From now on it records each closing in the closings log.
+Then
 
 1. a socket-table dump, and after it a reading of the tracker, show which connections only
    the tables have;

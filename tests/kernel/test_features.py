@@ -16,7 +16,7 @@ from tcpexporter.ebpf import tracker as tracker_module
 from tcpexporter.ebpf.features import FEATURES, Feature
 from tcpexporter.ebpf.loader import BPF_F_NO_PREALLOC
 from tcpexporter.host.privileges import CAP_BPF
-from tests.kernel.helpers.in_process import Looks, at_port, attach
+from tests.kernel.helpers.in_process import Dumps, at_port, attach
 from tests.kernel.test_faults import WITHOUT_BTF
 from tests.kernel.test_process import AS_NOBODY, COMMAND, refused, status, threads
 from tests.support import DEADLINE_S, Exporter, Peers, eventually
@@ -47,7 +47,7 @@ sys.exit(libbpf.bpf_map_lookup_elem(int(sys.argv[1]), number, number) != 0)
 def nobody_reads_a_map() -> bool:
     """Whether a process that has given up root by setuid(2), and no more, can do so."""
     tracker = attach(7)
-    descriptor = tracker._descriptors.watched
+    descriptor = tracker._descriptors.recording
     python = os.path.realpath(sys.executable)  # which others than root can run
     ended = subprocess.run(
         [python, "-I", "-S", "-c", READ_A_MAP, str(descriptor)],
@@ -198,7 +198,7 @@ def test_without_what_is_required_ebpf_is_refused(feature: Feature) -> None:
 
 @pytest.mark.any_kernel
 def test_a_root_that_bpf_is_refused_to_is_told_so() -> None:
-    """That of a user namespace has all capabilities, but none that bpf(2) looks at."""
+    """That of a user namespace has all capabilities, but none that bpf(2) dumps at."""
     command = ("unshare", "--user", "--map-root-user", *COMMAND)
     code, sentence = refused("--source", "ebpf", command=command)
     assert code == 1
@@ -242,8 +242,8 @@ def test_preallocated_maps_work_too() -> None:
         tracker = attach(without=(features.HASH_MAP_ALLOCATOR.name,))
         assert map_flags(tracker._descriptors.slots) == 0
         assert map_flags(tracker._descriptors.closings) == 0
-        with Looks() as looks:
-            reconcile.seed(tracker, looks)
+        with Dumps() as dumps:
+            reconcile.seed(tracker, dumps)
         peers.connect(7)
         assert len(at_port(tracker, peers.port)) == 18
         for client, server in peers.pairs[8:]:
@@ -296,8 +296,8 @@ def test_without_a_count_of_missed_events_it_still_reconciles(
         tracker_module, "program_info", lambda _descriptor: np.zeros(64, np.uint64)
     )
     tracker = attach(lose_one_in=1)
-    with Looks() as looks, Peers() as peers:
-        reconciler = reconcile.Reconciler(tracker, looks, interval_s=1, cpu_share=1)
+    with Dumps() as dumps, Peers() as peers:
+        reconciler = reconcile.Reconciler(tracker, dumps, interval_s=1, cpu_share=1)
         reconciler.start()
         peers.connect(7)
         assert tracker.missed_events() == 0

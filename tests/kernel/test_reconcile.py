@@ -15,14 +15,14 @@ from tcpexporter.ebpf.reconcile import NOTHING, Corrections, Reconciler
 from tcpexporter.ebpf.tracker import Tracker
 from tests.kernel.helpers.effort import Effort
 from tests.kernel.helpers.in_process import (
-    Looks,
+    Dumps,
     Reusable,
     at_port,
     attach,
     everything,
     forget,
     made,
-    put_told,
+    put_reported,
     seeds,
     slots_at,
 )
@@ -31,21 +31,21 @@ from tests.support import Exporter, Peers, eventually, inside, new_netns, ss_est
 
 
 def run(
-    tracker: Tracker, *after: Callable[[], object], hide_from_look: int = 0
+    tracker: Tracker, *after: Callable[[], object], hidden_from: int = 0
 ) -> Corrections:
-    """Reconcile with those things happening after the looks."""
-    with Looks(*after, hide_from_look=hide_from_look) as looks:
-        return reconcile.reconcile(tracker, looks)
+    """Reconcile with those things happening after the dumps."""
+    with Dumps(*after, hidden_from=hidden_from) as dumps:
+        return reconcile.reconcile(tracker, dumps)
 
 
 def test_agreement_takes_one_look(tracker: Tracker, peers: Peers) -> None:
     """Where tables and tracker agree, nothing is done and nothing looked at again."""
     peers.connect(5)
-    with Looks() as looks:
-        reconcile.seed(tracker, looks)
-        before = looks.taken
-        assert reconcile.reconcile(tracker, looks) == NOTHING
-        assert looks.taken == before + 1
+    with Dumps() as dumps:
+        reconcile.seed(tracker, dumps)
+        before = dumps.taken
+        assert reconcile.reconcile(tracker, dumps) == NOTHING
+        assert dumps.taken == before + 1
 
 
 def test_a_missed_opening_is_added(tracker: Tracker, peers: Peers) -> None:
@@ -75,41 +75,41 @@ def test_what_is_there_in_both_looks_by_chance_does_not_stay(
 ) -> None:
     """k: closed before each reading of the tracker, open at each look: gone at the end."""
     reusable = Reusable(peers)
-    with Looks() as looks:
+    with Dumps() as dumps:
 
         class Flickering:
             """Open while it is looked at, closed otherwise, twice."""
 
             def established(self, *, with_ages: bool) -> Records:
-                if looks.taken < 2:
+                if dumps.taken < 2:
                     if reusable.client.fileno() < 0:
                         reusable.open()
-                    look = looks.established(with_ages=with_ages)
+                    look = dumps.established(with_ages=with_ages)
                     reusable.close()
                     return look
-                return looks.established(with_ages=with_ages)
+                return dumps.established(with_ages=with_ages)
 
-            namespaces = looks.namespaces
+            namespaces = dumps.namespaces
 
         reconcile.reconcile(tracker, Flickering())
     assert len(at_port(tracker, peers.port)) == 0
 
 
-@pytest.mark.parametrize("know", [put_told, Tracker.add], ids=["event", "seed"])
+@pytest.mark.parametrize("know", [put_reported, Tracker.add], ids=["event", "seed"])
 def test_a_missed_closing_is_removed(
     tracker: Tracker, peers: Peers, know: Callable[[Tracker, Records], object]
 ) -> None:
     """l: known and not open: removed, whatever it is known by."""
     peers.connect(7)
-    with Looks() as looks:
-        reconcile.seed(tracker, looks)
+    with Dumps() as dumps:
+        reconcile.seed(tracker, dumps)
     know(tracker, made(3, local_port=peers.port))
     assert len(at_port(tracker, peers.port)) == 10
     assert run(tracker) == Corrections(missed_close=3)
     assert len(at_port(tracker, peers.port)) == 7
 
 
-@pytest.mark.parametrize("know", [put_told, Tracker.add], ids=["event", "seed"])
+@pytest.mark.parametrize("know", [put_reported, Tracker.add], ids=["event", "seed"])
 def test_of_two_with_one_key_the_older_is_removed(
     tracker: Tracker, peers: Peers, know: Callable[[Tracker, Records], object]
 ) -> None:
@@ -166,11 +166,11 @@ def test_what_opens_after_the_first_look_is_not_judged(
     tracker: Tracker, peers: Peers
 ) -> None:
     """m: known and not in the first look, as it is newer: no second look is needed."""
-    with Looks() as looks:
-        reconcile.seed(tracker, looks)
-    with Looks(lambda: peers.connect(3)) as looks:
-        assert reconcile.reconcile(tracker, looks) == NOTHING
-        assert looks.taken == 1
+    with Dumps() as dumps:
+        reconcile.seed(tracker, dumps)
+    with Dumps(lambda: peers.connect(3)) as dumps:
+        assert reconcile.reconcile(tracker, dumps) == NOTHING
+        assert dumps.taken == 1
     known = at_port(tracker, peers.port)
     assert len(known) == 3
     assert len(seeds(known)) == 0
@@ -182,10 +182,10 @@ def test_what_one_look_does_not_show_stays(
 ) -> None:
     """n, p: hidden from one look, by its neighbours or as its state is not stored yet."""
     peers.connect(5)
-    with Looks() as looks:
-        reconcile.seed(tracker, looks)
+    with Dumps() as dumps:
+        reconcile.seed(tracker, dumps)
     before = at_port(tracker, peers.port)
-    assert run(tracker, hide_from_look=look) == NOTHING
+    assert run(tracker, hidden_from=look) == NOTHING
     assert (at_port(tracker, peers.port) == before).all()
 
 
@@ -251,10 +251,10 @@ def test_lost_events_are_made_good(peers: Peers) -> None:
 
 @contextlib.contextmanager
 def reconciling(
-    tracker: Tracker, looks: Looks, *, interval_s: float, cpu_share: float = 1
+    tracker: Tracker, dumps: Dumps, *, interval_s: float, cpu_share: float = 1
 ) -> Iterator[Reconciler]:
     """The thread, which has ended afterwards whatever happened."""
-    reconciler = Reconciler(tracker, looks, interval_s=interval_s, cpu_share=cpu_share)
+    reconciler = Reconciler(tracker, dumps, interval_s=interval_s, cpu_share=cpu_share)
     reconciler.start()
     with contextlib.closing(reconciler):
         yield reconciler
@@ -262,8 +262,8 @@ def reconciling(
 
 def test_the_thread_runs_at_its_interval(tracker: Tracker, peers: Peers) -> None:
     """Without any sign of trouble, the interval alone finds what was missed."""
-    with Looks() as looks:
-        with reconciling(tracker, looks, interval_s=1) as reconciler:
+    with Dumps() as dumps:
+        with reconciling(tracker, dumps, interval_s=1) as reconciler:
             peers.connect(3)
             forget(tracker, peers.port)
             eventually(lambda: len(at_port(tracker, peers.port)) == 3)
@@ -278,8 +278,8 @@ def test_the_thread_spares_itself_when_nothing_happens(
     """After two runs without differences there is no other until something happens."""
     # The kernel also counts events of other namespaces that it misses.
     monkeypatch.setattr(tracker, "missed_events", lambda: 0)
-    with Looks() as looks:
-        with reconciling(tracker, looks, interval_s=0.1) as reconciler:
+    with Dumps() as dumps:
+        with reconciling(tracker, dumps, interval_s=0.1) as reconciler:
             eventually(lambda: reconciler.state.runs == 2)
             noted_s = reconciler.state.finished_s
             eventually(lambda: reconciler.state.finished_s > noted_s)
@@ -295,8 +295,8 @@ def test_the_thread_runs_when_there_was_no_room(
     tracker = attach(16)
     monkeypatch.setattr(tracker, "missed_events", lambda: 0)  # as above
     try:
-        with Looks() as looks:
-            with reconciling(tracker, looks, interval_s=0) as reconciler:
+        with Dumps() as dumps:
+            with reconciling(tracker, dumps, interval_s=0) as reconciler:
                 eventually(lambda: reconciler.state.runs == 1)
                 time.sleep(2.5)
                 assert reconciler.state.runs == 1  # which confirms the seeding
@@ -308,8 +308,8 @@ def test_the_thread_runs_when_there_was_no_room(
 
 def test_the_thread_keeps_to_its_share_of_cpu(tracker: Tracker) -> None:
     """After each run it rests until what it used is no more than its share."""
-    with Looks() as looks:
-        with reconciling(tracker, looks, interval_s=0.1, cpu_share=1e-6) as reconciler:
+    with Dumps() as dumps:
+        with reconciling(tracker, dumps, interval_s=0.1, cpu_share=1e-6) as reconciler:
             eventually(lambda: reconciler.state.runs == 1)
             time.sleep(2.5)
             assert reconciler.state.runs == 1
@@ -364,8 +364,8 @@ def test_ages_from_before_are_never_too_high() -> None:
         for client, server in peers.pairs:
             client.send(b"x" * 1009)
             server.recv(1009)
-        with Looks() as looks:
-            seen = looks.established(with_ages=True)
+        with Dumps() as dumps:
+            seen = dumps.established(with_ages=True)
     assert len(seen) == 202
     assert (seen["established_ns"] >= opened_ns).all()
 

@@ -13,7 +13,7 @@ from tcpexporter.ebpf import loader, reconcile
 from tcpexporter.ebpf.tracker import Tracker
 from tests.kernel.helpers.in_process import (
     SLOTS,
-    Looks,
+    Dumps,
     Reusable,
     at_port,
     attach,
@@ -27,9 +27,9 @@ from tests.support import Exporter, Peers, eventually, inside, new_netns
 
 def seed(tracker: Tracker, *after: Callable[[], object]) -> None:
     """Seed with those things happening after the look."""
-    with Looks(*after) as looks:
-        reconcile.seed(tracker, looks)
-        assert looks.taken == 1
+    with Dumps(*after) as dumps:
+        reconcile.seed(tracker, dumps)
+        assert dumps.taken == 1
 
 
 def test_connections_from_before_are_seeded(peers: Peers) -> None:
@@ -193,14 +193,14 @@ def test_closings_without_a_note_are_counted_and_made_good(
         handles = np.arange(loader.MAX_CLOSINGS, dtype=np.uint64)
         values = handles.astype(np.uint32)
         assert late_tracker._closings.put_all(handles, values) == len(handles)
-        with Looks(reusable.close) as looks:
-            found = reconcile._differences(late_tracker, looks, boottime_ns()).missing
+        with Dumps(reusable.close) as dumps:
+            found = reconcile._differences(late_tracker, dumps, boottime_ns()).missing
         reconcile._add(late_tracker, found)
     assert late_tracker.unrecorded_closings() == 2
     assert len(at_port(late_tracker, peers.port)) == 1
     time.sleep(0.01)
-    with Looks() as looks:
-        assert reconcile.reconcile(late_tracker, looks).missed_close == 2
+    with Dumps() as dumps:
+        assert reconcile.reconcile(late_tracker, dumps).missed_close == 2
     assert len(at_port(late_tracker, peers.port)) == 0
 
 
@@ -208,7 +208,7 @@ def test_nothing_is_noted_when_nobody_compares(tracker: Tracker, peers: Peers) -
     """Closings cost a note only while there is somebody to read it."""
     peers.connect(3)
     peers.close()
-    assert len(tracker._take_closings()) == 0
+    assert len(tracker._pop_closings()) == 0
 
 
 def test_more_seeds_than_fit_are_reported(tracker: Tracker) -> None:

@@ -17,7 +17,7 @@ from tcpexporter.errors import TrackerError
 from tests.kernel.helpers.effort import Effort
 from tests.kernel.helpers.in_process import (
     SLOTS,
-    Looks,
+    Dumps,
     at_port,
     attach,
     everything,
@@ -99,8 +99,8 @@ def test_without_room_connections_are_refused_and_found_later(tracker: Tracker) 
         assert len(at_port(tracker, peers.port)) == 0
         assert tracker.release(slots, np.ones(SLOTS, np.uint64)) == SLOTS
         assert_each_is_in_one_hand(tracker)
-        with Looks() as looks:
-            assert reconcile.reconcile(tracker, looks).missed_open == 14
+        with Dumps() as dumps:
+            assert reconcile.reconcile(tracker, dumps).missed_open == 14
         assert len(at_port(tracker, peers.port)) == 7
     assert_each_is_in_one_hand(tracker)
 
@@ -152,7 +152,7 @@ def test_a_handle_that_has_another_slot_by_now_gives_its_old_one_back(
     old = slots_at(tracker, peers.port)
     connections = tracker._all()
     handle, told_ns = connections["handle"][old][0], connections["established_ns"][old][0]
-    (new,) = tracker._take(1)
+    (new,) = tracker._allocate(1)
     connections["handle"][new] = handle
     real = tracker.wait_for_runs
 
@@ -229,7 +229,7 @@ def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
     (old,) = slots_at(tracker, peers.port)
     connections = tracker._all()
     handle, told_ns = connections["handle"][old], connections["established_ns"][old]
-    (new,) = tracker._take(1)
+    (new,) = tracker._allocate(1)
 
     def refuse() -> None:
         connections["handle"][new] = handle
@@ -244,8 +244,8 @@ def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
         tracker.release(np.array([old], np.uint32), np.array([told_ns]))
     monkeypatch.undo()
     assert tracker.restored == 1  # a reason to reconcile
-    with Looks() as looks:
-        assert reconcile.reconcile(tracker, looks).missed_close == 1
+    with Dumps() as dumps:
+        assert reconcile.reconcile(tracker, dumps).missed_close == 1
     assert len(at_port(tracker, peers.port)) == 1
     tracker.reclaim()
     assert_each_is_in_one_hand(tracker)
@@ -293,8 +293,8 @@ def test_a_million_cycles_lose_no_slot(
         assert told + tracker.missed_events() > sum(churned) / 2
         tracker.reclaim()
         assert_each_is_in_one_hand(tracker)
-        with Looks() as looks:
-            reconcile.reconcile(tracker, looks)
+        with Dumps() as dumps:
+            reconcile.reconcile(tracker, dumps)
         for port in PORTS:
             assert len(at_port(tracker, port)) == ss_established(port)["4"]
         assert_each_is_in_one_hand(tracker)

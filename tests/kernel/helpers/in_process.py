@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A tracker in this process, and socket tables with something between the looks."""
+"""A tracker in this process, and socket tables with something between the dumps."""
 
 import socket
 from collections.abc import Callable
@@ -31,21 +31,21 @@ def attach(
     return Tracker(loader.load(request), max_connections)
 
 
-class Looks:
+class Dumps:
     """The socket tables; after each look is taken, the next of ``after`` happens."""
 
-    def __init__(self, *after: Callable[[], object], hide_from_look: int = 0) -> None:
+    def __init__(self, *after: Callable[[], object], hidden_from: int = 0) -> None:
         self.taken = 0
         self._tables = open_tables("sock_diag", "self")
         self._after = list(after)
-        self._hide_from_look = hide_from_look
+        self._hidden_from = hidden_from
 
     def established(self, *, with_ages: bool) -> Records:
         look = self._tables.established(with_ages=with_ages)
         self.taken += 1
         if self._after:
             self._after.pop(0)()
-        return look[:0] if self.taken == self._hide_from_look else look
+        return look[:0] if self.taken == self._hidden_from else look
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
         return self._tables.namespaces()
@@ -105,9 +105,9 @@ def slots_at(tracker: Tracker, port: int) -> Slots:
     return np.flatnonzero(is_here).astype(np.uint32)
 
 
-def put_told(tracker: Tracker, connections: Records) -> None:
+def put_reported(tracker: Tracker, connections: Records) -> None:
     """Have the tracker know connections as if the program had been told of them."""
-    slots = tracker._take(len(connections))
+    slots = tracker._allocate(len(connections))
     told = connections.copy()
     # Of sockets that do not exist: even, and not in the kernel's half.
     told["handle"] = 2 * (1 + np.arange(len(told)))
@@ -150,6 +150,6 @@ def taken_slots(tracker: Tracker) -> Slots:
 
 def free_slots(tracker: Tracker) -> Slots:
     """Those that nobody has, as often as they are on the stack."""
-    slots = tracker._take(2 * tracker._slots)
-    tracker._give(slots)
+    slots = tracker._allocate(2 * tracker._slots)
+    tracker._free(slots)
     return slots

@@ -79,9 +79,9 @@ class SharedTracker:
     def fresh(self) -> Tracker:
         """A tracker to which nothing has happened yet; its maps are emptied for it."""
         tracker = Tracker(self._descriptors, SLOTS)
-        tracker._watched.put(FIRST, np.uint32(False))
-        tracker._handles.items(np.uint64, np.uint32, take=True)
-        tracker._take_closings()
+        tracker._recording.put(FIRST, np.uint32(False))
+        tracker._handles.items(np.uint64, np.uint32, delete=True)
+        tracker._pop_closings()
         tracker.wait_for_runs()
         while tracker._free_slots.pop(np.uint32) is not None:
             pass

@@ -62,8 +62,8 @@ int main(void)
     FIELD(tracker_events, removed);
     FIELD(tracker_events, refused);
     FIELD(tracker_events, removed_seeds);
-    FIELD(tracker_events, taken);
-    FIELD(tracker_events, forgotten);
+    FIELD(tracker_events, allocated);
+    FIELD(tracker_events, unrecorded);
     VALUE(GROUP_IPV6);
     VALUE(GROUP_OUTBOUND);
     VALUE(GROUPS);
