@@ -224,7 +224,7 @@ def test_what_is_given_to_another_user_is_taken_over(directory: Path) -> None:
             assert exporter.established(peers.port) == 7
             code, said = exporter.stop()
         assert code == 0
-        assert re.search("took over [0-9]+ connections from before", said)
+        assert re.search("adopted [0-9]+ connections of the previous run", said)
         assert pinned(directory) == {f"2/{name}" for name in (LINK, CONNECTIONS, LAYOUT)}
 
 
@@ -239,7 +239,7 @@ def test_another_object_is_refused(directory: Path, name: str) -> None:
     pins._pin(other, directory / "1" / name)
     os.close(other)
     sentence = refused(directory, "--once", "--source", "ebpf")
-    assert f"{directory}/1/{name} is not what an exporter leaves" in sentence
+    assert f"{directory}/1/{name} was not pinned by tcpexporter" in sentence
     assert "--unpin" in sentence
 
 
@@ -253,7 +253,7 @@ def test_a_layout_that_says_nonsense_is_refused(directory: Path) -> None:
     words[0] = pins.LAYOUT_MAGIC
     pins._write(layout, words)
     os.close(layout)
-    assert "is not what an exporter leaves" in refused(directory, "--once")
+    assert "was not pinned by tcpexporter" in refused(directory, "--once")
 
 
 def test_another_version_gives_its_times(
