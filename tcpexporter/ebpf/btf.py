@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The running kernel's types: where a member of a struct is, and whether there is one."""
+"""Looks up structs, their members and functions in the running kernel's BTF."""
 
 import ctypes
 from collections.abc import Iterator
@@ -31,18 +31,18 @@ class _Member(ctypes.Structure):
 
 
 class Btf:
-    """What libbpf has read.
+    """Types that libbpf has read.
 
-    The layouts are those of include/uapi/linux/btf.h: the members follow their
-    struct; ``info`` has their number in 16 bits and the kind above 24; ``offset``
-    is in bits, and shares its word with a size where the struct has bitfields.
+    The layouts are those of include/uapi/linux/btf.h: the members follow their struct;
+    ``info`` has their number in its low 16 bits and the kind from bit 24 on; ``offset`` is
+    in bits, and its high 8 bits are a size if the struct has bitfields.
     """
 
     def __init__(self, libbpf: ctypes.CDLL, types: ctypes.c_void_p) -> None:
-        """Look into what a function of libbpf has given, which is kept for good.
+        """Use what a function of libbpf has returned, which is never freed.
 
         Raises:
-            LoadError: it has given nothing.
+            LoadError: the function has failed.
         """
         self._libbpf = libbpf
         self._libbpf.btf__type_by_id.restype = ctypes.POINTER(_Type)
@@ -53,20 +53,22 @@ class Btf:
 
     @classmethod
     def of_kernel(cls) -> Self:
-        """Those of /sys/kernel/btf/vmlinux, in 10 ms.
+        """Read /sys/kernel/btf/vmlinux, which takes 10 ms.
 
         Raises:
-            SourceError: the kernel has none, or libbpf is not installed.
+            SourceError: the kernel has no BTF, or libbpf is not installed.
         """
         libbpf = load_libbpf()
         libbpf.btf__load_vmlinux_btf.restype = ctypes.c_void_p
         return cls(libbpf, ctypes.c_void_p(libbpf.btf__load_vmlinux_btf()))
 
     def offset(self, struct: str, member: str) -> int:
-        """Bytes from the start of ``struct`` to ``member``, be it of an anonymous one.
+        """Return how many bytes ``member`` is from the start of ``struct``.
+
+        The member may be in an anonymous struct or union of it.
 
         Raises:
-            LoadError: there is no such struct or member.
+            LoadError: the kernel has no such struct or member.
         """
         found = self._offset(self._find(struct), member)
         if found is None:
@@ -74,7 +76,7 @@ class Btf:
         return found
 
     def has(self, struct: str, member: str) -> bool:
-        """Whether ``struct`` has a member as `offset` finds it."""
+        """Return whether `offset` would find ``member`` in ``struct``."""
         return self._offset(self._find(struct), member) is not None
 
     def _offset(self, number: int, member: str) -> int | None:
@@ -82,7 +84,7 @@ class Btf:
         seen = set()
         while left:
             number, begin = left.pop()
-            if number in seen:  # no struct is in itself, but a wrong file can say so
+            if number in seen:  # no struct contains itself, except in a malformed file
                 continue
             seen.add(number)
             for name, inner, offset in self._members(number):
@@ -94,10 +96,12 @@ class Btf:
         return None
 
     def function(self, tracepoint: str) -> int:
-        """The type that a program on a tracepoint is loaded with: that of its arguments.
+        """Return the number of the type of a tracepoint's arguments.
+
+        A program of the tracepoint is loaded with this number.
 
         Raises:
-            LoadError: there is no such tracepoint.
+            LoadError: the kernel has no such tracepoint.
         """
         number = self._tracepoint(tracepoint)
         if number < 1:
@@ -105,22 +109,22 @@ class Btf:
         return number
 
     def has_tracepoint(self, tracepoint: str) -> bool:
-        """Whether there is one that `function` finds."""
+        """Return whether the kernel has this tracepoint."""
         return self._tracepoint(tracepoint) > 0
 
     def has_function(self, function: str) -> bool:
-        """Whether the kernel has a function of that name."""
+        """Return whether the kernel has a function with this name."""
         return self._find(function, KIND_FUNC) > 0
 
     def _tracepoint(self, tracepoint: str) -> int:
         return self._find(f"btf_trace_{tracepoint}", KIND_TYPEDEF)
 
     def _find(self, name: str, kind: int = KIND_STRUCT) -> int:
-        """The number of a type, below 1 where there is none of that name."""
+        """Return the number of a type; it is below 1 if no type has this name."""
         return int(self._libbpf.btf__find_by_name_kind(self._btf, name.encode(), kind))
 
     def _members(self, number: int) -> Iterator[tuple[str, int, int]]:
-        """Name, type and offset of each member; none of what is no struct or union."""
+        """Return name, type and offset of each member of a struct or union."""
         if number < 1:
             return
         found = self._libbpf.btf__type_by_id(self._btf, number)

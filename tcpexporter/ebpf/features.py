@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the kernel has of what differs between kernels: found by trying it.
+"""Detects the kernel features that tcpexporter uses, by trying them.
 
-A version would not tell: distributions take features into older kernels, and leave
-others out when they build one.
+A version number is not enough: distributions backport features to older kernels, and
+disable others in their builds.
 """
 
 import contextlib
@@ -30,38 +30,41 @@ CALL_SKC_TO_TCP_SOCK = bytes.fromhex("8500000089000000")
 RETURN_0 = bytes.fromhex("b700000000000000 9500000000000000")  # r0 = 0; exit
 
 Answer = bool | None
-"""Whether something is there; None where that cannot be told."""
+"""Whether the kernel has a feature; None if that cannot be determined."""
 
 Probe = Callable[[Btf | None], Answer]
-"""Takes the kernel's types, where it has them. Raises OSError as the kernel refuses."""
+"""A function of the kernel's types, None without BTF. It may raise OSError."""
 
 POLLS = "sock_diag is polled"
 
 
 @dataclass(frozen=True)
 class Feature:
-    """What some kernels have and others have not."""
+    """A feature that some kernels have and others do not."""
 
     name: str
-    takes: str
-    """What has it."""
-    needed: str
-    """By which source, and for what."""
+    since: str
+    """The kernel version or configuration option that provides it."""
+    used_by: str
+    """Which sources use it, and what for."""
     without: str
-    """What is done where it is not there."""
+    """What the exporter does if the kernel does not have it."""
     probe: Probe
 
     @property
     def required(self) -> bool:
-        """Whether the BPF program cannot do without."""
+        """Whether the BPF program requires it."""
         return self.without == POLLS
 
 
 class Kernel:
-    """The running kernel, which is asked for a feature when somebody wants to know."""
+    """The running kernel; it probes a feature each time that it is asked for it."""
 
     def __init__(self, without: Collection[str] = ()) -> None:
-        """Read its types; features named by ``without`` are taken as not there.
+        """Read the kernel's types.
+
+        Args:
+            without: for tests: names of features that the kernel is assumed not to have.
 
         Raises:
             SourceError: libbpf is not installed.
@@ -73,34 +76,35 @@ class Kernel:
                 self._types = Btf.of_kernel()
 
     def has(self, feature: Feature) -> Answer:
-        """Whether it has a feature."""
+        """Return whether the kernel has a feature."""
         if feature.name in self._without:
             return False
         try:
             return feature.probe(self._types)
         except OSError as error:
-            # A seccomp filter may also answer that the kernel does not have bpf(2).
+            # A seccomp filter may answer ENOSYS, as if the kernel did not have bpf(2).
             refused = error.errno in {errno.EPERM, errno.EACCES, errno.ENOSYS}
             return None if refused else False
 
     def require(self) -> Btf:
-        """See that it has what the BPF program cannot do without; gives its types.
+        """Check that the kernel has all that the BPF program requires; return its types.
 
-        All of it takes 1.5 ms.
+        This takes 1.5 ms.
 
         Raises:
-            LoadError: it has not; names what is missing, and what has that. Or it refuses
-                to tell, so it would refuse the program too.
+            LoadError: features are missing, which the message names. Or the kernel refuses
+                to be probed, so it would refuse the program too.
         """
         answers = {each: self.has(each) for each in FEATURES if each.required}
         lacking = [
-            f"no {each.name} (it takes {each.takes})"
+            f"no {each.name} (requires {each.since})"
             for each, answer in answers.items()
             if answer is False
         ]
         if lacking or self._types is None:
             raise LoadError(
-                f"this kernel has {', '.join(lacking)}: use another, or --source sock_diag"
+                f"this kernel has {', '.join(lacking)}: use another kernel, or --source"
+                " sock_diag"
             )
         if None in answers.values():
             raise LoadError(remedy.despite_capabilities(remedy.detect()))
@@ -108,22 +112,22 @@ class Kernel:
 
 
 def table(kernel: Kernel) -> str:
-    """Every feature, as a person reads it."""
+    """Return a table of all features as text."""
     answers = {True: "yes", False: "no", None: "?"}
-    rows = [("FEATURE", "THERE", "NEEDED BY", "WITHOUT IT")]
+    rows = [("FEATURE", "AVAILABLE", "USED BY", "WITHOUT IT")]
     rows += [
-        (each.name, answers[kernel.has(each)], each.needed, each.without)
+        (each.name, answers[kernel.has(each)], each.used_by, each.without)
         for each in FEATURES
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    if any(answers[None] == there for _, there, *_ in rows):
-        lines.append("? cannot be told here: it takes root, and for the most part BTF")
+    if any(answers[None] == answer for _, answer, *_ in rows):
+        lines.append("? cannot be determined: requires root, and BTF for most features")
     return "".join(f"{line}\n" for line in lines)
 
 
-def _in_types(look: Callable[[Btf], Answer]) -> Probe:
-    return lambda types: None if types is None else look(types)
+def _in_types(probe: Callable[[Btf], Answer]) -> Probe:
+    return lambda types: None if types is None else probe(types)
 
 
 def _loading(*code: bytes) -> Probe:
@@ -138,7 +142,7 @@ def _loading(*code: bytes) -> Probe:
 
 @contextlib.contextmanager
 def _map(kind: int, *, flags: int = 0) -> Iterator[int]:
-    """The descriptor of a map for one number."""
+    """Create a map with one entry of 4 bytes, and yield its descriptor."""
     key_bytes = 0 if kind == BPF_MAP_TYPE_STACK else 4
     descriptor = create_map(kind, key_bytes, 4, flags=flags)
     try:
@@ -178,7 +182,7 @@ def _reads_without_cap_bpf(_types: Btf | None) -> Answer:
 BTF = Feature(
     "BTF",
     "CONFIG_DEBUG_INFO_BTF",
-    "ebpf, to find what it reads of a socket",
+    "ebpf, to find the members of a socket",
     POLLS,
     lambda types: types is not None,
 )
@@ -187,7 +191,7 @@ BTF = Feature(
 STATES = Feature(
     f"tracepoint {TRACEPOINT}",
     "Linux 4.16",
-    "ebpf, to be told of each change of state",
+    "ebpf, to get an event for each change of state",
     POLLS,
     _in_types(lambda types: types.has_tracepoint(TRACEPOINT)),
 )
@@ -197,18 +201,18 @@ inet_sock_set_state tracepoint") (in v4.16)."""
 TYPED_PROGRAMS = Feature(
     "tp_btf programs",
     "Linux 5.5",
-    "ebpf, to read a socket where it is",
+    "ebpf, to read a socket by typed pointers",
     POLLS,
     _loading(RETURN_0),
 )
-"""The program of a tracepoint's function gets the socket as a pointer that the verifier
-knows the type of, so it may read through it: Linux kernel commit 9e15db66136a ("bpf:
+"""The program gets the socket as a pointer whose type the verifier knows, so it may read
+through it: Linux kernel commit 9e15db66136a ("bpf:
 Implement accurate raw_tp context access via BTF") (in v5.5)."""
 
 BOOT_TIME = Feature(
     "bpf_ktime_get_boot_ns",
     "Linux 5.8",
-    "ebpf, to know when a connection was established",
+    "ebpf, to get the time when a connection is established",
     POLLS,
     _loading(CALL_KTIME_GET_BOOT_NS, RETURN_0),
 )
@@ -217,7 +221,7 @@ BOOT_TIME = Feature(
 SOCKET_CAST = Feature(
     "bpf_skc_to_tcp_sock",
     "Linux 5.9",
-    "ebpf, to know the port of a socket that was reset",
+    "ebpf, to get the port of a socket that was reset",
     POLLS,
     _loading(FIRST_ARGUMENT, CALL_SKC_TO_TCP_SOCK, RETURN_0),
 )
@@ -237,7 +241,7 @@ v5.5)."""
 STACKS = Feature(
     "LOOKUP_AND_DELETE of stacks",
     "Linux 4.20",
-    "ebpf, to take free slots",
+    "ebpf, to allocate slots",
     POLLS,
     _pops_from_a_stack,
 )
@@ -256,42 +260,42 @@ BATCHES = Feature(
 HASH_MAP_ALLOCATOR = Feature(
     "allocator of hash maps",
     "Linux 6.1",
-    "ebpf, to take memory when a connection comes",
-    "it is taken at the start",
+    "ebpf, to allocate memory when a connection opens",
+    "all memory is allocated at the start",
     _in_types(lambda types: types.has("bpf_htab", "ma")),
 )
-"""It makes that safe in a tracepoint. A map for 262,144 takes 4 MiB then and not 20, before
-there is any entry. Linux kernel commit fba1a1c6c912 ("bpf: Convert hash map to
+"""It makes allocating in a tracepoint safe. An empty map for 262,144 entries takes 4 MiB
+with it, and 20 MiB without it. Linux kernel commit fba1a1c6c912 ("bpf: Convert hash map to
 bpf_mem_alloc.") (in v6.1)."""
 
 RECURSION_MISSES = Feature(
     "recursion misses",
     "Linux 6.1",
-    "ebpf, to know of events that it missed",
-    "none is missed: the program runs within itself",
+    "ebpf, to count missed events",
+    "none is missed: the program can interrupt itself",
     _in_types(lambda types: types.has_function("bpf_prog_inc_misses_counter")),
 )
-"""The kernel does not run the program while it runs on the same CPU already, and counts how
-often: Linux kernel commit 05b24ff9b2cf ("bpf: Prevent bpf program recursion for raw
-tracepoint probes") (in v6.1), which gave the function that counts its name. To make it
-happen takes a program on every system call of the host: that is left to a test."""
+"""The kernel skips the program while it is running on the same CPU, and counts how often:
+Linux kernel commit 05b24ff9b2cf ("bpf: Prevent bpf program recursion for raw
+tracepoint probes") (in v6.1), which named the function that counts. Causing it
+requires a program on every system call of the host: only a test does that."""
 
 UNPRIVILEGED_MAPS = Feature(
     "maps without CAP_BPF",
     "Linux 5.19",
-    "ebpf, to give up every capability",
+    "ebpf, to drop all capabilities",
     "CAP_BPF is kept",
     _reads_without_cap_bpf,
 )
-"""A bpf(2) call on a descriptor took it, unless that sysctl is 0, before Linux kernel
-commit c8644cd0efe7 ("bpf: refine kernel.unprivileged_bpf_disabled behaviour") (in
+"""Before it, a bpf(2) call on a descriptor required CAP_BPF, unless the sysctl is 0: Linux
+kernel commit c8644cd0efe7 ("bpf: refine kernel.unprivileged_bpf_disabled behaviour") (in
 v5.19)."""
 
 SECCOMP = Feature(
     "seccomp filters",
     "CONFIG_SECCOMP_FILTER",
-    "all, to refuse system calls that serving does not take",
-    "none is refused",
+    "all, to block system calls that serving does not require",
+    "no system call is blocked",
     lambda _types: seccomp.has_filters(),
 )
 """Linux kernel commit e2cfabdfd075 ("seccomp: add system call filtering using BPF") (in
@@ -300,21 +304,21 @@ v3.5)."""
 LANDLOCK = Feature(
     "Landlock",
     "Linux 5.13",
-    "all, to refuse files that serving does not take",
-    "what everybody may read can be read",
+    "all, to block files that serving does not require",
+    "all files that any user may read are readable",
     lambda _types: landlock.abi_version() > 0,
 )
 """Linux kernel commit 265885daf3e5 ("landlock: Add syscall implementations") (in v5.13). It
-has to be among the security modules that the kernel was booted with."""
+must be one of the security modules that the kernel was booted with."""
 
 IPV6 = Feature(
     "IPv6",
     "CONFIG_IPV6",
     "ebpf, to read IPv6 addresses",
-    "there are none",
+    "there are no IPv6 addresses",
     _in_types(lambda types: types.has("sock_common", "skc_v6_daddr")),
 )
-"""``struct sock_common`` has its addresses only then: include/net/sock.h."""
+"""Only then ``struct sock_common`` has IPv6 addresses: include/net/sock.h."""
 
 FEATURES = (
     BTF,

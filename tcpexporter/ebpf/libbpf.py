@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""libbpf, which BCC depends on: its bpf(2) calls and its BTF reader."""
+"""Calls libbpf, which BCC depends on, for bpf(2) and for reading BTF."""
 
 import ctypes
 import os
@@ -14,10 +14,10 @@ BPF_MAP_TYPE_ARRAY = 2
 
 
 def load_libbpf() -> ctypes.CDLL:
-    """The library, its functions leaving their error in `ctypes.get_errno`.
+    """Return the library, whose functions store their error for `ctypes.get_errno`.
 
     Raises:
-        SourceError: it is not installed.
+        SourceError: libbpf is not installed.
     """
     try:
         return ctypes.CDLL(SONAME, use_errno=True)
@@ -29,7 +29,7 @@ def load_libbpf() -> ctypes.CDLL:
 
 
 class _MapOptions(ctypes.Structure):
-    """``struct bpf_map_create_opts`` of libbpf, as far as it is used."""
+    """``struct bpf_map_create_opts`` of libbpf, up to the last field that is used."""
 
     _fields_ = (
         ("size", ctypes.c_size_t),
@@ -45,7 +45,7 @@ class _MapOptions(ctypes.Structure):
 def create_map(
     kind: int, key_bytes: int, value_bytes: int, *, entries: int = 1, flags: int = 0
 ) -> int:
-    """The descriptor of a new map.
+    """Create a map and return its file descriptor.
 
     Raises:
         OSError: the kernel refuses it.
@@ -57,10 +57,10 @@ def create_map(
 
 
 def call(function: str, *arguments: Any) -> int:
-    """A function that gives a negative number when the kernel refuses.
+    """Call a function of libbpf, and return its result.
 
     Raises:
-        OSError: it does.
+        OSError: the result is negative: the kernel refuses the call.
         SourceError: libbpf is not installed.
     """
     result: int = getattr(load_libbpf(), function)(*arguments)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Compiles, loads and attaches the BPF program, in a child that ends when it has done so.
+"""Compiles, loads and attaches the BPF program in a child process, the loader.
 
-BCC brings LLVM with it: 120 MB that only this module's child ever holds. The
-child hands the descriptors of what it made to its parent and exits; the maps
-and the attachment live as long as their descriptors.
+BCC uses LLVM, which takes 120 MB: only the loader loads it. The loader sends the file
+descriptors of the program and its maps to its parent, the exporter, and exits. The maps and
+the attachment exist for as long as a descriptor of them is open.
 """
 
 import contextlib
@@ -41,19 +41,20 @@ from tcpexporter.host import children, libc, privileges
 
 log = logging.getLogger(__name__)
 
-LAST_WORDS_TIMEOUT_S = 0.5
+EXIT_TIMEOUT_S = 0.5
+"""Seconds that the loader may take to exit after its answer, before it is killed."""
 
 VMSTAT = Path("/proc/vmstat")
 
 COMPILING_BYTES = 68 << 20
-"""What a memory cgroup must allow while the program is compiled, without its maps.
+"""Memory that a cgroup must allow while the program is compiled, without its maps.
 
 Measured with Linux 6.18, BCC 0.26 and LLVM 14: 63 MiB with maps for 1,009 connections,
 83 for 262,144 and 225 for 2,000,000.
 """
 
 CONNECTION_BYTES = 84
-"""What the maps take for each of --max-connections."""
+"""Memory that the maps require for each of --max-connections."""
 
 OOM_SCORE_ADJ_MAX = "1000"
 
@@ -66,14 +67,14 @@ LIMITS = (
     resource.RLIMIT_NOFILE,
     resource.RLIMIT_STACK,
 )
-"""What an operator sets for a shell or a service, and what LLVM may reach."""
+"""Resource limits that an operator may set for a service, and that LLVM may exceed."""
 
 BPF_F_NO_PREALLOC = 1
 
 MAPS = ("slots", "connections", "free_slots", "recording", "closings", "events", "barrier")
 
 MAX_CLOSINGS = 65536
-"""What a busy host closes while its connections from before are being read."""
+"""Capacity for what closes on a busy host while the socket tables are read."""
 
 CLONE_NEWNS = 0x00020000
 MS_BIND = 0x1000
@@ -82,24 +83,24 @@ MS_PRIVATE = 1 << 18
 
 
 def load(request: Request) -> Descriptors:
-    """Have a child load the program, and take over what it made.
+    """Start the loader, and return the descriptors that it sends; the caller closes them.
 
     Raises:
-        LoadError: it could not be loaded; says why and what would help.
+        LoadError: the program could not be loaded; the message has cause and remedy.
     """
     oom_kills = _oom_kills()
     with contextlib.ExitStack() as resources:
         try:
-            ours, complaints, child = _start(resources)
+            channel, output, child = _start(resources)
         except OSError as error:
             raise LoadError(
                 f"the process that loads the BPF program cannot be started: {reason(error)}"
             ) from error
-        ours.settimeout(LOAD_TIMEOUT_S)
+        channel.settimeout(LOAD_TIMEOUT_S)
         try:
             with contextlib.suppress(ConnectionError):  # the reply says why it ended
-                send_request(ours, request)
-            return receive_descriptors(ours)
+                send_request(channel, request)
+            return receive_descriptors(channel)
         except SilentError as error:
             _end(child)
             if child.returncode == -signal.SIGKILL and _oom_kills() > oom_kills:
@@ -107,29 +108,29 @@ def load(request: Request) -> Descriptors:
             raise LoadError(_cause_of_death(child.returncode)) from error
         finally:
             _end(child)
-            complaints.seek(0)
-            for line in complaints.read().decode(errors="replace").splitlines():
+            output.seek(0)
+            for line in output.read().decode(errors="replace").splitlines():
                 log.debug("loader: %s", line)
 
 
 def _start(
     resources: contextlib.ExitStack,
 ) -> tuple[socket.socket, IO[bytes], subprocess.Popen[bytes]]:
-    """The child, the channel to it, and what it complains of."""
+    """Start the loader; return the channel to it, its output file, and its process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     resources.enter_context(ours)
     with theirs:
-        # Not a file: the host may have nowhere to write one.
-        complaints = os.fdopen(os.memfd_create("complaints"), "w+b")
-        resources.enter_context(complaints)
-        child = children.start("tcpexporter.ebpf.loader", theirs, output=complaints)
-    return ours, complaints, child
+        # In memory: the host may have no directory that the exporter can write to.
+        output = os.fdopen(os.memfd_create("output"), "w+b")
+        resources.enter_context(output)
+        child = children.start("tcpexporter.ebpf.loader", theirs, output=output)
+    return ours, output, child
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """It ends by itself, unless it hangs or nobody waits for it any more."""
+    """Wait until the loader has exited, and kill it if it hangs."""
     try:
-        child.wait(LAST_WORDS_TIMEOUT_S)
+        child.wait(EXIT_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
@@ -149,7 +150,7 @@ def _out_of_memory(max_connections: int) -> str:
 
 
 def _oom_kills() -> int:
-    """How many processes the kernel has killed for memory, of every memory cgroup."""
+    """Return how many processes the kernel has killed for memory, on the whole host."""
     try:
         lines = VMSTAT.read_text().splitlines()
     except OSError:
@@ -174,24 +175,24 @@ def _main(channel_descriptor: int) -> None:
 
 
 def _be_killed_first() -> None:
-    """When memory runs out the kernel is to kill this process, not its parent."""
+    """Make the kernel kill this process and not its parent when memory runs out."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE_ADJ_MAX)
 
 
 def _lift_limits() -> None:
-    """Have none but the hard limits, which only CAP_SYS_RESOURCE may lift as well."""
+    """Raise soft limits to the hard ones, and these too where CAP_SYS_RESOURCE permits."""
     for limit in LIMITS:
         _, hard = resource.getrlimit(limit)
         for wanted in (resource.RLIM_INFINITY, hard):
-            # The first is refused without that capability, and always for descriptors.
+            # Infinity is refused without that capability, and always for descriptors.
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(limit, (wanted, wanted))
                 break
 
 
 def _load_here(request: Request) -> Descriptors:
-    # Only the child asks the kernel, and only it keeps in memory how: 0.6 MiB.
+    # Imported by the loader only: features takes 0.6 MiB of memory.
     from tcpexporter.ebpf.features import HASH_MAP_ALLOCATOR, IPV6, Kernel  # noqa: PLC0415
 
     _require_privilege()
@@ -200,7 +201,7 @@ def _load_here(request: Request) -> Descriptors:
     _hide_kernel_symbols()
     bcc = _import_bcc()
     sources = _sources()
-    # BCC takes it for a kernel's source tree, and looks into its include/.
+    # BCC expects a kernel's source tree here, of which it uses include/.
     os.environ["BCC_KERNEL_SOURCE"] = str(sources)
     try:
         bpf = bcc.BPF(
@@ -215,7 +216,7 @@ def _load_here(request: Request) -> Descriptors:
         )
         code: bytes = bpf.dump_func("on_state_change")
         maps = {name: bpf[name].map_fd for name in MAPS}
-    except Exception as error:  # BCC raises nothing more particular
+    except Exception as error:  # BCC raises no narrower class
         raise LoadError(_why_not_compiled(error, request.max_connections)) from error
     _fill(maps["free_slots"], request.max_connections)
     loaded = _load_program(code, types.function(TRACEPOINT))
@@ -237,9 +238,9 @@ def _why_not_compiled(error: Exception, max_connections: int) -> str:
 
 
 def _refusal(max_connections: int) -> int | None:
-    """The error of the kernel when the largest map is made, None if it can be made.
+    """Create the largest map; return the error number of the kernel, None if it succeeds.
 
-    Before Linux 5.11 that is EPERM for a process that may not lock so much memory.
+    Before Linux 5.11 this is EPERM for a process that may not lock so much memory.
     """
     # Only here, so that numpy is not among what has to fit into memory.
     from tcpexporter.connections.record import CONNECTION  # noqa: PLC0415
@@ -254,14 +255,14 @@ def _refusal(max_connections: int) -> int | None:
 
 
 def _fill(free_slots: int, slots: int) -> None:
-    """Make all slots free, the first on top."""
+    """Push all slots to the stack of free slots; the first slot is popped first."""
     libbpf = load_libbpf()
     for first in reversed(range(0, slots, RANGE_SLOTS)):
         following = min(RANGE_SLOTS, slots - first) - 1
         value = ctypes.byref(ctypes.c_uint32(first << RANGE_BITS | following))
         if libbpf.bpf_map_update_elem(free_slots, None, value, ctypes.c_uint64(0)):
-            reason = os.strerror(ctypes.get_errno())
-            raise LoadError(f"the map of free slots cannot be filled: {reason}")
+            why = os.strerror(ctypes.get_errno())
+            raise LoadError(f"the map of free slots cannot be filled: {why}")
 
 
 def _load_program(code: bytes, function: int) -> int:
@@ -284,25 +285,25 @@ def _attach(loaded: int) -> int:
 
 
 def _sources() -> Path:
-    """The directory of the C program: in the package, or beside it in the source tree."""
+    """Return the directory of the C program: in the package, or at the top of the tree."""
     package = Path(__file__).parents[1]
     installed = package / "bpf"
     return installed if installed.is_dir() else package.parent / "bpf"
 
 
 def _require_privilege() -> None:
-    from tcpexporter.ebpf import remedy  # noqa: PLC0415  as above
+    from tcpexporter.ebpf import remedy  # noqa: PLC0415  as for features
 
     if not privileges.may_use_bpf():
         raise LoadError(remedy.without_capabilities(remedy.detect()))
 
 
 def _hide_kernel_symbols() -> None:
-    """Spare BCC /proc/kallsyms, where this process may mount; else it only takes longer.
+    """Hide /proc/kallsyms from BCC, to save time, if this process may mount.
 
-    Before BCC compiles anything it reads all symbols, which takes the kernel longer than
-    all the rest, to learn whether there is bpf_probe_read_kernel: a program that reads
-    through pointers with a type does not call it.
+    Before it compiles, BCC reads all symbols to find out whether the kernel has
+    bpf_probe_read_kernel. That takes longer than all other steps, and our program, which
+    reads through typed pointers, does not call that function.
     """
     with contextlib.suppress(OSError):
         libc.unshare(CLONE_NEWNS)
@@ -313,11 +314,11 @@ def _hide_kernel_symbols() -> None:
 
 def _import_bcc() -> Any:
     try:
-        import bcc  # noqa: PLC0415  only the child may hold it
-    except OSError as error:  # the linker's
+        import bcc  # noqa: PLC0415  only the loader has memory for it
+    except OSError as error:  # from the dynamic linker
         raise LoadError(
             f"BCC's library cannot be loaded ({error}): install the distribution's package"
-            " of BCC again, or raise the limit of memory"
+            " of BCC again, or raise the memory limit"
         ) from error
     except ImportError as error:
         raise LoadError(
@@ -338,7 +339,7 @@ def _cflags(
     defines = {
         "MAX_CONNECTIONS": request.max_connections,
         "MAX_CLOSINGS": MAX_CLOSINGS,
-        # Memory for a map's entries is taken when they come, where that is safe.
+        # Allocate memory when an entry is added, if this kernel does that safely.
         "MAP_FLAGS": BPF_F_NO_PREALLOC if has_allocator else 0,
         "NETNS": request.netns,
         "SECRET_0": f"{request.secret[0]}ULL",
@@ -351,18 +352,18 @@ def _cflags(
 
 
 def _offsets(types: Btf, *, has_ipv6: bool) -> dict[str, int]:
-    """Where the program finds what it reads of a socket, in bytes.
+    """Return the offsets, in bytes, of the members that the program reads.
 
-    Only the running kernel's BTF knows it. Headers may be another version's.
+    They are from the running kernel's BTF; headers may be of another version.
     """
     members = ("family", "daddr", "rcv_saddr", "dport", "num", "net")
     ipv6_members = ("v6_daddr", "v6_rcv_saddr")
-    # Every socket begins with a struct sock_common, of the internet with an inet_sock.
+    # Every socket begins with a struct sock_common, an IP socket with an inet_sock.
     found = {
         f"SKC_{each.upper()}_OFFSET": types.offset("sock_common", f"skc_{each}")
         for each in members
     }
-    for each in ipv6_members:  # which a kernel without IPv6 has not, and never reads
+    for each in ipv6_members:  # a kernel without IPv6 lacks them: they are not read
         at = types.offset("sock_common", f"skc_{each}") if has_ipv6 else 0
         found[f"SKC_{each.upper()}_OFFSET"] = at
     found["SK_PROTOCOL_OFFSET"] = types.offset("sock", "sk_protocol")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""An array map of the kernel as a numpy array, mapped as far as it is used."""
+"""Maps a BPF array map into memory as a numpy array, as far as it is used."""
 
 import ctypes
 import mmap
@@ -21,15 +21,25 @@ MAP_NORESERVE = 0x4000
 class MappedArray:
     """An array map that was made with BPF_F_MMAPABLE.
 
-    The kernel enters all pages of a mapping at once (array_map_mmap in its
-    kernel/bpf/arraymap.c), and all of them count as resident. So only the room for the
-    whole is reserved, and the map comes into it window by window.
+    The kernel maps all pages at once (array_map_mmap in its kernel/bpf/arraymap.c), and
+    counts all of them as resident. So this reserves addresses for the whole array, and maps
+    one window after another into them.
     """
 
     def __init__(
         self, descriptor: int, dtype: np.dtype[Any], entries: int, window: int
     ) -> None:
-        """Reserve room for ``entries``, of which a multiple of ``window`` gets mapped."""
+        """Reserve addresses for the array.
+
+        Args:
+            descriptor: of the map, which the caller keeps open.
+            dtype: of an entry.
+            entries: the length of the array.
+            window: entries that are mapped at once.
+
+        Raises:
+            OSError: the kernel refuses to reserve the addresses.
+        """
         self._descriptor = descriptor
         self._window = window
         self._bytes = _whole_pages(entries * dtype.itemsize)
@@ -42,14 +52,14 @@ class MappedArray:
             mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE,
         )
         room = (ctypes.c_char * self._bytes).from_address(self._address)
-        # Not before the last array that looks into it is gone.
+        # When the last numpy array that refers to it has been deleted.
         weakref.finalize(room, libc.munmap, self._address, self._bytes)
         self._entries: Records = np.frombuffer(memoryview(room), dtype, entries)
 
     def upto(self, entries: int) -> Records:
-        """At least the first ``entries`` there are, up to the end of a window.
+        """Map and return at least the first ``entries``, up to the end of a window.
 
-        The kernel may write to them at any time.
+        The BPF program may write to them at any time.
 
         Raises:
             OSError: the kernel refuses to map them.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""bpf(2) on maps: numpy in, numpy out, each error an OSError with a sentence."""
+"""Reads and changes BPF maps by bpf(2), with keys and values in numpy arrays."""
 
 import ctypes
 import errno
@@ -18,22 +18,30 @@ FIRST = np.uint32(0)
 """The key of maps with one entry."""
 
 CHUNK = 4096
-"""Entries that are copied out of a map by one system call."""
+"""The most entries that one system call copies out of a map."""
 
 OUT_OF_MEMORY_S = 0.001
 OUT_OF_MEMORY_TRIES = 100
-"""A hash map that takes memory for an entry when it comes gets it a little ahead. Bulk
-updates can be faster, and wait."""
+"""A hash map without preallocated entries allocates memory in small batches in advance. A
+batch update can be faster than that: it waits and tries again."""
 
 Keys = npt.NDArray[Any]
-"""Of a map, whatever their dtype."""
+"""A one-dimensional array of keys, of the dtype that the map requires."""
 
 
 class Map:
-    """A map by its descriptor; what it is called in an error is ``what``."""
+    """A map, by its file descriptor.
+
+    Every method raises OSError if the kernel refuses the operation; ``strerror`` is a
+    sentence that names the operation and the map.
+    """
 
     def __init__(self, descriptor: int, what: str) -> None:
-        """Use a descriptor, which stays who gave it's to close.
+        """Use a descriptor, which the caller keeps open and closes.
+
+        Args:
+            descriptor: of the map.
+            what: the name of the map in errors.
 
         Raises:
             SourceError: libbpf is not installed.
@@ -43,7 +51,7 @@ class Map:
         self._libbpf = load_libbpf()
 
     def read(self, key: np.generic, into: Keys) -> None:
-        """Fill an array with the value of a key, which is there."""
+        """Fill an array with the value of a key that the map has."""
         if not self._call("bpf_map_lookup_elem", np.array([key]), into):
             raise self._refusal("read")
 
@@ -53,7 +61,7 @@ class Map:
             raise self._refusal("write to")
 
     def put_new(self, key: np.generic, value: np.generic) -> bool:
-        """Set the value of a key, unless it has one already."""
+        """Set the value of a key that the map does not have; return whether that was so."""
         added = self._update(key, value, BPF_NOEXIST)
         if not added and ctypes.get_errno() != errno.EEXIST:
             raise self._refusal("add to")
@@ -65,7 +73,7 @@ class Map:
             raise self._refusal("push to")
 
     def pop(self, dtype: type[np.generic]) -> Any:
-        """The value on top of a stack, None when there is none."""
+        """Remove and return the value on top of a stack; None if the stack is empty."""
         value = np.empty(1, dtype)
         if self._call("bpf_map_lookup_and_delete_elem", None, value):
             return value[0]
@@ -74,7 +82,7 @@ class Map:
         return None
 
     def put_all(self, keys: Keys, values: Keys) -> int:
-        """Set the values of many keys; for how many there was room, from the first on."""
+        """Set the values of many keys in order; return for how many it had capacity."""
         done = 0
         tries = OUT_OF_MEMORY_TRIES
         while done < len(keys) and tries:
@@ -91,21 +99,21 @@ class Map:
         return done
 
     def delete_all(self, keys: Keys) -> None:
-        """Take many keys out; those that are not there are passed over."""
+        """Delete many keys, and ignore those that the map does not have."""
         keys = np.ascontiguousarray(keys)
         while len(keys):
             count = ctypes.c_uint32(len(keys))
             if self._call("bpf_map_delete_batch", keys, count, None):
                 return
             if ctypes.get_errno() != errno.ENOENT:
-                raise self._refusal("take from")
-            # It stops at the first that is not there.
+                raise self._refusal("delete from")
+            # The kernel stops at the first key that the map does not have.
             keys = keys[count.value + 1 :]
 
     def items(
         self, key: type[np.generic], value: type[np.generic], *, delete: bool = False
     ) -> tuple[Keys, Keys]:
-        """All keys and their values, which are taken out in the same step if so wished."""
+        """Return all keys and their values, and delete them in the same step if asked."""
         function = "bpf_map_lookup_and_delete_batch" if delete else "bpf_map_lookup_batch"
         keys, values = np.empty(CHUNK, key), np.empty(CHUNK, value)
         found = [(keys[:0], values[:0])]
@@ -129,7 +137,7 @@ class Map:
         return self._call("bpf_map_update_elem", at, np.array([value]), number)
 
     def _call(self, function: str, *arguments: Any) -> bool:
-        """Whether a libbpf function succeeded; else ctypes.get_errno() says why."""
+        """Return whether a libbpf function succeeded; ctypes.get_errno() says why not."""
         passed = [_passed(argument) for argument in arguments]
         result = getattr(self._libbpf, function)(ctypes.c_int(self.descriptor), *passed)
         return bool(result == 0)
@@ -147,7 +155,9 @@ def _passed(argument: Any) -> Any:
 
 
 def program_info(descriptor: int) -> npt.NDArray[np.uint64]:
-    """``struct bpf_prog_info``, as words; what a kernel does not know of it is 0.
+    """Return ``struct bpf_prog_info`` of a program as 64 words of 64 bits.
+
+    Fields that the kernel does not have are 0.
 
     Raises:
         OSError: the kernel refuses it.
@@ -161,16 +171,16 @@ def program_info(descriptor: int) -> npt.NDArray[np.uint64]:
 
 
 def refusal(deed: str) -> OSError:
-    """Return the error of the last call of a C library; its text says what was refused."""
+    """Return an error for the last C call that failed, with a sentence as ``strerror``."""
     number = ctypes.get_errno()
     return OSError(number, f"the kernel refuses to {deed}: {os.strerror(number)}")
 
 
 def possible_cpus(ranges: str) -> int:
-    """How many CPUs a per-CPU map has values for, from /sys/devices/system/cpu/possible.
+    """Return the number of CPUs in ranges such as ``0-3,8-11``.
 
-    The file has ranges, ``0-3,8-11``, and a map has a value for each CPU up to
-    the last (Documentation/admin-guide/cputopology.rst).
+    A per-CPU map has one value for each CPU in /sys/devices/system/cpu/possible
+    (Documentation/admin-guide/cputopology.rst).
     """
     return sum(
         int(last or first) - int(first) + 1

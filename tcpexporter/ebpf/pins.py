@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Lets the kernel go on recording when the exporter ends, and takes over what it recorded.
+"""Pins BPF maps so that recording continues while the exporter is down, and adopts them.
 
-What a run of the exporter leaves in a directory of the BPF file system is a *generation*:
-the attachment of its program, the connections, and how these are laid out. The next run
-loads a program and maps of its own, whatever version it is of, and adds to them what
-generations before it know, as it does with the socket tables: see `reconcile.seed`.
-Only then they are removed. So there is one way from what was known to what is counted,
-and an upgrade is no special case. For a connection, against that:
+Each run of the exporter leaves a *generation* in a directory of the BPF file system: the
+attachment of its program, the array of connections, and the layout of that array. The next
+run, which may be of another version, loads its own program and maps. It adds the
+connections of previous generations to them, as it adds those of the socket tables
+(`reconcile.seed`), and only then removes these generations. So there is one way to add
+pre-existing connections, and an upgrade is no special case. For a connection, against that:
 
 a. Open all the while: the old generation has it with the kernel's time.
-b. Closes or opens while nobody runs: the old program is told, as always.
-c. Closes or opens during the takeover: both programs are told. The new one has been
-   attached first, and notes what closes; `reconcile` argues the cases.
-d. Its closing was missed by the old generation: it is taken over, the socket tables do
-   not show it, and the first reconciliation, at once, removes it.
-e. Its opening was missed: the socket tables show it, as one from before.
+b. Closes or opens while no exporter runs: the kernel reports it to the old program.
+c. Closes or opens during the adoption: the kernel reports it to both programs. The new
+   program was attached first, and records closings; `reconcile` argues the cases.
+d. The old program missed its closing: it is adopted, the socket tables do not show it, and
+   the first reconciliation, which follows at once, removes it.
+e. The old program missed its opening: it is added from the socket tables.
 
-A run that is killed at any step of the takeover leaves the old generation, or both: a
-generation is complete once its attachment is there, which comes last and goes first.
+A run that is killed at any step of the adoption leaves the old generation, or both: a
+generation is complete once it has its attachment, which is pinned last and removed first.
 """
 
 import contextlib
@@ -56,42 +56,45 @@ BPF_FS_MAGIC = 0xCAFE4A11
 
 LAYOUT_MAGIC = 0x74637078
 LAYOUT_WORDS = 16
-"""Of 32 bits: the magic number, the bytes of a record, of its key, and where in these the
-fields are, in the order of `FIELDS` and `KEY_FIELDS`; the rest is 0."""
+"""Words of 32 bits in the layout: the magic number, the size of a record, the size of its
+key, and the offsets of the fields in the order of `FIELDS` and `KEY_FIELDS`; the rest is
+0."""
 
 FIELDS = ("established_ns", "key", "group")
-"""Of `CONNECTION`, what the next run takes over."""
+"""The fields of `CONNECTION` that the next run adopts."""
 
 KEY_FIELDS = ("local_address", "remote_address", "netns", "local_port", "remote_port")
-"""Of `KEY`; the order is the layout's, and not to be changed."""
+"""The fields of `KEY`. Their order is part of the layout and must not change."""
 
 UNMOUNTED = "mount -t bpf bpf /sys/fs/bpf"
 
 
 class Pins:
-    """A directory for one exporter at a time."""
+    """A directory of the BPF file system that one exporter uses at a time."""
 
     def __init__(self, directory: Path, descriptor: int) -> None:
-        """Take one that is locked by its descriptor: see `open`."""
-        self.taken_over = 0
-        """How many connections generations before this one knew."""
+        """Use a directory that `open` has locked by this descriptor."""
+        self.adopted = 0
+        """How many connections were adopted from previous generations."""
         self._directory = directory
         self._descriptor = descriptor
 
     @classmethod
     def open(cls, directory: Path, *, to_remove: bool = False) -> Self | None:
-        """Have a directory, which is made if need be, until `close`.
-
-        None where there is no BPF file system: that is logged, as it does not keep the
-        exporter from counting.
+        """Create the directory if necessary, and lock it until `close`.
 
         Args:
-            directory: it must be ours alone.
-            to_remove: unless it is only to be emptied, by root: the unit's belongs to a
-                user who is gone when the service is.
+            directory: no other user may have access to it.
+            to_remove: whether it is only emptied. Then root may use a directory of any
+                user: that of the systemd unit belongs to a user that no longer exists
+                when the service has stopped.
+
+        Returns:
+            None if this is not in a BPF file system: a warning is logged, and the exporter
+            can count without it.
 
         Raises:
-            PinError: it belongs to somebody else, or another exporter has it.
+            PinError: another user has access to it, or another exporter has locked it.
         """
         try:
             there = directory if directory.exists() else directory.parent
@@ -117,30 +120,30 @@ class Pins:
         return cls(directory, descriptor)
 
     def close(self) -> None:
-        """Let another exporter have it; what is there stays."""
+        """Unlock the directory, and keep its content."""
         os.close(self._descriptor)
 
-    def take_over(self, tracker: Tracker, *, netns: int) -> None:
-        """Add what generations before know to a tracker, which is attached already.
+    def adopt(self, tracker: Tracker, *, netns: int) -> None:
+        """Add the connections of previous generations to a tracker.
 
         Args:
-            tracker: of this run.
-            netns: inode of the only network namespace to take, 0: all.
+            tracker: of this run; its program is already attached.
+            netns: inode of the only network namespace to adopt, 0: all.
 
         Raises:
-            PinError: an object there is not what it should be.
+            PinError: a pinned object is not of the expected kind.
             TrackerError: the kernel refuses a map operation.
         """
         for each in self._generations():
             if (each / LINK).exists():
                 with _Generation.open(each, netns) as generation:
                     reconcile.seed(tracker, generation)
-                    self.taken_over += generation.found
-        if self.taken_over:
-            log.info("adopted %s connections of the previous run", self.taken_over)
+                    self.adopted += generation.found
+        if self.adopted:
+            log.info("adopted %s connections of the previous run", self.adopted)
 
-    def leave(self, descriptors: Descriptors) -> None:
-        """Make this run the only generation.
+    def pin(self, descriptors: Descriptors) -> None:
+        """Pin this run as a generation, and remove the previous ones.
 
         Raises:
             PinError: the kernel refuses it.
@@ -161,7 +164,7 @@ class Pins:
             self._remove(each)
 
     def remove(self) -> None:
-        """Detach what generations before have attached, and forget what they know.
+        """Remove all generations, which detaches their programs, and the directory.
 
         Raises:
             PinError: the kernel refuses it.
@@ -174,9 +177,10 @@ class Pins:
             raise _not_removed(self._directory, error) from error
 
     def _remove(self, generation: Path) -> None:
-        """The attachment first: without it the rest is not taken for a generation.
+        """Remove a generation, its attachment first: without it, it is not a generation.
 
-        By descriptors alone: whoever owns the directory is not to lead root elsewhere.
+        Works relative to descriptors, so that the owner of the directory cannot redirect
+        root to another directory by a symbolic link.
         """
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
         try:
@@ -193,16 +197,16 @@ class Pins:
             raise _not_removed(generation, error) from error
 
     def _generations(self) -> list[Path]:
-        """Each in its directory, the oldest first."""
+        """Return the directories of all generations, the oldest first."""
         found = [each for each in self._directory.iterdir() if each.name.isdecimal()]
         return sorted(found, key=lambda each: int(each.name))
 
 
 def remove(directory: str) -> None:
-    """Have nothing outlive the exporter any more.
+    """Remove a directory of pins, which ends the recording, if it exists.
 
     Raises:
-        PinError: an exporter still runs, or the kernel refuses it.
+        PinError: an exporter still uses it, or the kernel refuses to remove it.
     """
     path = Path(directory)
     pins = Pins.open(path, to_remove=True) if path.exists() else None
@@ -212,7 +216,7 @@ def remove(directory: str) -> None:
 
 
 class _Generation:
-    """What an exporter before this one left, to be looked at as the socket tables are."""
+    """The connections of a previous run, read like the socket tables."""
 
     def __init__(self, array: MappedArray, entries: int, netns: int) -> None:
         self.found = 0
@@ -237,11 +241,11 @@ class _Generation:
                 array = MappedArray(connections, record, entries, WINDOW)
             yield cls(array, entries, netns)
 
-    def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  it always has them
-        """What it knows, the newest first, of dtype `SOCKET`.
+    def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  all have ages
+        """Return its connections, the newest first, of dtype `SOCKET`.
 
-        `Tracker.add` takes the first of those with the same key: an older one is there
-        because its closing was missed.
+        `Tracker.add` adds the first of several with the same key: the closing of an older
+        one was missed.
         """
         with map_errors():
             parts = map(valid_connections, windows(self._array, self._entries))
@@ -252,12 +256,12 @@ class _Generation:
         return known[np.argsort(known["established_ns"])[::-1]]
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
-        """None: what it does not know may be there all the same."""
+        """Return none: a connection that it does not have may exist all the same."""
         return np.empty(0, np.uint32)
 
 
 def _make_layout() -> int:
-    """The descriptor of a map that says how `CONNECTION` is laid out."""
+    """Create a map that describes the layout of `CONNECTION`; return its descriptor."""
     words = np.zeros(LAYOUT_WORDS, np.uint32)
     said = [LAYOUT_MAGIC, CONNECTION.itemsize, KEY.itemsize, *_offsets(CONNECTION, FIELDS)]
     said += _offsets(KEY, KEY_FIELDS)
@@ -286,14 +290,14 @@ def _read_layout(path: Path, descriptor: int) -> np.dtype[Any]:
 
 
 def _record(path: Path, words: npt.NDArray[np.uint32]) -> np.dtype[Any]:
-    """The part of a record that is taken over, wherever that version had it.
+    """Return a dtype with the adopted fields, at the offsets of the version that pinned it.
 
     Raises:
-        PinError: it is no layout, or one that has fields outside of the record.
+        PinError: this is not a layout, or it has fields outside of the record.
     """
     magic, record_bytes, key_bytes, *offsets = words.tolist()
-    # In C it has numbers of 64 bits, so its size is a multiple of that; the kernel has each
-    # element at one in any case: array_map_alloc in its kernel/bpf/arraymap.c.
+    # The C struct has members of 64 bits, so its size is a multiple of 8 bytes, and so is
+    # the kernel's distance of elements: array_map_alloc in its kernel/bpf/arraymap.c.
     if magic != LAYOUT_MAGIC or record_bytes % 8:
         raise _not_ours(path)
     try:
@@ -310,20 +314,20 @@ def _laid_out(
     itemsize: int,
     **instead: np.dtype[Any],
 ) -> np.dtype[Any]:
-    """Some fields of a dtype, as another version has them."""
+    """Return a dtype with some fields of another dtype at other offsets."""
     formats = [instead.get(name, dtype[name]) for name in names]
-    places = offsets[: len(names)]
-    # numpy sees to that too, but in numbers of 32 bits, and then reads anywhere.
-    ends = (at + each.itemsize for at, each in zip(places, formats, strict=True))
+    own_offsets = offsets[: len(names)]
+    # numpy checks this too, but with 32-bit numbers: it would read out of bounds.
+    ends = (at + each.itemsize for at, each in zip(own_offsets, formats, strict=True))
     if max(ends) > itemsize:
         raise ValueError(itemsize)
     return np.dtype(
-        {"names": names, "formats": formats, "offsets": places, "itemsize": itemsize}
+        {"names": names, "formats": formats, "offsets": own_offsets, "itemsize": itemsize}
     )
 
 
 def _get(path: Path, undo: contextlib.ExitStack) -> tuple[int, dict[str, str]]:
-    """A pinned object, and what the kernel shows of it: bpf_map_show_fdinfo."""
+    """Return a descriptor of a pinned object and its fdinfo: bpf_map_show_fdinfo."""
     try:
         owned.require_own(path, path.stat(), PinError)
         descriptor = call("bpf_obj_get", os.fsencode(path))
@@ -347,7 +351,7 @@ def _number(path: Path, shown: dict[str, str], name: str) -> int:
 
 
 def _require(path: Path, shown: dict[str, str], **expected: int) -> None:
-    """See that it is an array, and as expected."""
+    """Check that a map is an array with the expected properties."""
     expected |= {"map_type": BPF_MAP_TYPE_ARRAY, "key_size": 4}
     if any(shown.get(name) != str(value) for name, value in expected.items()):
         raise _not_ours(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""bpf(2) on programs of the tracepoint that tells of sockets' states."""
+"""Loads and attaches programs of the tracepoint that reports states of sockets."""
 
 import ctypes
 
@@ -41,21 +41,26 @@ class _LoadOptions(ctypes.Structure):
 
 
 def load(code: bytes, function: int) -> int:
-    """Load what BCC has compiled: it does not know programs of this type itself.
+    """Load a program that BCC has compiled; BCC itself cannot load this type of program.
 
-    Gives the program's descriptor. ``function`` is as `Btf.function` gives it.
+    Args:
+        code: the instructions.
+        function: the type number that `Btf.function` returns.
+
+    Returns:
+        The program's file descriptor.
 
     Raises:
-        OSError: the kernel refuses it; a note has what its verifier said.
+        OSError: the kernel refuses the program; a note has the output of the verifier.
     """
-    said = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
+    verifier_log = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
     options = _LoadOptions(
         size=ctypes.sizeof(_LoadOptions),
         expected_attach_type=BPF_TRACE_RAW_TP,
         attach_btf_id=function,
         log_level=1,
-        log_size=len(said),
-        log_buf=ctypes.addressof(said),
+        log_size=len(verifier_log),
+        log_buf=ctypes.addressof(verifier_log),
     )
     try:
         return call(
@@ -68,16 +73,17 @@ def load(code: bytes, function: int) -> int:
             ctypes.byref(options),
         )
     except OSError as refusal:
-        refusal.add_note(said.value.decode(errors="replace"))
+        refusal.add_note(verifier_log.value.decode(errors="replace"))
         raise
 
 
 def attach(program: int) -> int:
     """Attach a program to the tracepoint that it was loaded for.
 
-    Gives a descriptor, which is the attachment.
+    Returns:
+        A file descriptor; the program is attached for as long as it or a pin exists.
 
     Raises:
-        OSError: the kernel refuses it.
+        OSError: the kernel refuses the attachment.
     """
     return call("bpf_raw_tracepoint_open", None, program)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Says what would help where bpf(2) is refused, from what this process can see of why."""
+"""Suggests what to do if bpf(2) is refused, for the user and container of this process."""
 
 import os
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ ADD_CAPABILITIES = {
     "Podman": "start the container with --cap-add BPF --cap-add PERFMON",
     "container": "add CAP_BPF and CAP_PERFMON to the container",
 }
-"""By what the process runs in, as `Place.container` has it."""
+"""The remedy for each container engine, as `Context.container` names it."""
 
 BECOME_ROOT = {
     "": "start it as a systemd service with AmbientCapabilities=CAP_BPF CAP_PERFMON",
-    "Kubernetes": "set runAsUser: 0, which it gives up after the start",
-    "Docker": "start the container with --user 0, which it gives up after the start",
-    "Podman": "start the container with --user 0, which it gives up after the start",
-    "container": "start it as the container's root, which it gives up after the start",
+    "Kubernetes": "set runAsUser: 0, which it drops after the start",
+    "Docker": "start the container with --user 0, which it drops after the start",
+    "Podman": "start the container with --user 0, which it drops after the start",
+    "container": "start it as the container's root, which it drops after the start",
 }
 
 ALLOW_BPF = {
@@ -36,11 +36,11 @@ ALLOW_BPF = {
 }
 
 WHOLE_UID_MAP = ["0", "0", "4294967295"]
-"""What user_namespaces(7) has for the first user namespace, where bpf(2) can be used."""
+"""The uid_map of the initial user namespace, the only one that may use bpf(2)."""
 
 
-class Place(NamedTuple):
-    """What a process runs in."""
+class Context(NamedTuple):
+    """The privileges and the container of a process."""
 
     status: Status
     container: str = ""
@@ -48,8 +48,8 @@ class Place(NamedTuple):
     is_in_user_namespace: bool = False
 
 
-def detect(root: Path = Path("/")) -> Place:
-    """What this process runs in, by what container engines leave there.
+def detect(root: Path = Path("/")) -> Context:
+    """Detect the context of this process from files that container engines create.
 
     Raises:
         PrivilegeError: /proc/self/status cannot be read.
@@ -58,7 +58,7 @@ def detect(root: Path = Path("/")) -> Place:
         mapped = (root / "proc/self/uid_map").read_text().split()
     except OSError:
         mapped = WHOLE_UID_MAP
-    return Place(privileges.read_status(), _container(root), mapped != WHOLE_UID_MAP)
+    return Context(privileges.read_status(), _container(root), mapped != WHOLE_UID_MAP)
 
 
 def _container(root: Path) -> str:
@@ -74,26 +74,26 @@ def _container(root: Path) -> str:
     return found[0] if found else "container" if "container" in os.environ else ""
 
 
-def without_capabilities(place: Place) -> str:
-    """What to do where CAP_BPF or CAP_PERFMON is not in effect, in a sentence."""
-    if place.is_in_user_namespace:
+def without_capabilities(context: Context) -> str:
+    """Return a sentence for a process without effective CAP_BPF and CAP_PERFMON."""
+    if context.is_in_user_namespace:
         return _in_user_namespace()
-    status = place.status
+    status = context.status
     both = 1 << CAP_BPF | 1 << CAP_PERFMON
     missing = privileges.names(both & ~status.effective)
     removed = both & ~status.bounding
     is_root = status.uids[1] == 0
     required = "CAP_BPF and CAP_PERFMON" if is_root else "root, or CAP_BPF and CAP_PERFMON"
-    remedies = [*_capabilities_again(place, removed, is_root=is_root)]
+    remedies = [*_capabilities_again(context, removed, is_root=is_root)]
     if not is_root:
-        remedies.append(_root_again(place, can_use_sudo=not removed))
+        remedies.append(_root_again(context, can_use_sudo=not removed))
     remedy = ", and ".join(remedies)
     return f"BPF requires {required}, but {missing} is not in effect: {remedy}, {OR_POLL}"
 
 
-def _capabilities_again(place: Place, removed: int, *, is_root: bool) -> Iterator[str]:
-    if place.container and (removed or is_root):
-        yield ADD_CAPABILITIES[place.container]
+def _capabilities_again(context: Context, removed: int, *, is_root: bool) -> Iterator[str]:
+    if context.container and (removed or is_root):
+        yield ADD_CAPABILITIES[context.container]
     elif removed:
         yield (
             f"add {privileges.names(removed)} to the bounding set that it is started with"
@@ -103,30 +103,30 @@ def _capabilities_again(place: Place, removed: int, *, is_root: bool) -> Iterato
         yield "start it with both in effect"
 
 
-def _root_again(place: Place, *, can_use_sudo: bool) -> str:
+def _root_again(context: Context, *, can_use_sudo: bool) -> str:
     ways = []
-    if can_use_sudo and not place.status.no_new_privs:
+    if can_use_sudo and not context.status.no_new_privs:
         ways.append("start it with sudo")
-    ways.append(BECOME_ROOT[place.container])
+    ways.append(BECOME_ROOT[context.container])
     return ", or ".join(ways)
 
 
-def despite_capabilities(place: Place) -> str:
-    """What to do where bpf(2) is refused to a process that has them, in a sentence."""
-    if place.is_in_user_namespace:
+def despite_capabilities(context: Context) -> str:
+    """Return a sentence for a process with both capabilities that may not use bpf(2)."""
+    if context.is_in_user_namespace:
         return _in_user_namespace()
-    if place.status.seccomp:
-        why = f"allow it in the seccomp filter ({ALLOW_BPF[place.container]})"
+    if context.status.seccomp:
+        why = f"allow it in the seccomp filter ({ALLOW_BPF[context.container]})"
     else:
         why = (
             "look in the kernel's log for the security module (SELinux, AppArmor) that"
-            " refuses it, and whether the kernel has CONFIG_BPF_SYSCALL"
+            " refuses it, and check that the kernel has CONFIG_BPF_SYSCALL"
         )
     return f"the kernel refuses bpf(2) in spite of our privilege: {why}, {OR_POLL}"
 
 
 def _in_user_namespace() -> str:
     return (
-        "the kernel refuses bpf(2) in a user namespace, whatever its capabilities: start it"
-        f" outside of that (not in a rootless container), {OR_POLL}"
+        "the kernel refuses bpf(2) in a user namespace, whatever its capabilities: start"
+        f" the exporter outside of it (not in a rootless container), {OR_POLL}"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The source that the kernel tells: the tracker, kept right by the socket tables."""
+"""The source ``ebpf``: the tracker, corrected by comparing it with the socket tables."""
 
 import contextlib
 import logging
@@ -24,14 +24,14 @@ from tcpexporter.host import namespaces
 from tcpexporter.host.background import Task
 from tcpexporter.socket_tables.tables import open_tables
 
-if TYPE_CHECKING:  # what is not asked for takes no memory
+if TYPE_CHECKING:  # only --state requires it in memory
     from tcpexporter.socket_tables.saved_ages import State
 
 log = logging.getLogger(__name__)
 
 
 class EbpfSource:
-    """Connections with the timestamps that the kernel gave them."""
+    """Connections with the times at which the kernel established them."""
 
     name = "ebpf"
 
@@ -45,24 +45,24 @@ class EbpfSource:
         pin: str | None = None,
         state: "State | None" = None,
     ) -> None:
-        """Load and attach the program; takes root, or CAP_BPF and CAP_PERFMON.
+        """Load and attach the program; requires root, or CAP_BPF and CAP_PERFMON.
 
         Args:
-            netns: as `namespaces.find` takes it, or ``all`` for every one of the host.
-            max_connections: how many the tracker holds.
-            reconcile_interval_s: as `Reconciler` has it.
-            reconcile_cpu_share: likewise.
-            pin: a directory by which what the kernel records outlives this process.
-            state: where ages are taken from, and saved if nothing is pinned.
+            netns: a network namespace for `namespaces.find`, or ``all``.
+            max_connections: the number of slots of the tracker.
+            reconcile_interval_s: ``interval_s`` of `Reconciler`.
+            reconcile_cpu_share: ``cpu_share`` of `Reconciler`.
+            pin: a bpffs directory to pin the maps in and to adopt pinned maps from.
+            state: ages to restore, and to save unless maps are pinned.
 
         Raises:
-            PinError: what is there cannot be used.
-            SettingsError: ``netns`` is not there.
-            SourceError: that does not work; says why and what would help.
+            PinError: the pin directory or its content cannot be used.
+            SettingsError: the namespace does not exist.
+            SourceError: the source cannot be used; the message has cause and remedy.
         """
         self._max_connections = max_connections
         self._state = state
-        self._refused_is_told = False
+        self._has_warned = False
         only = 0 if netns == "all" else namespaces.inode(namespaces.find(netns))
         with contextlib.ExitStack() as undo:
             self._pins = Pins.open(Path(pin)) if pin else None
@@ -78,8 +78,8 @@ class EbpfSource:
                     f"--netns {netns} was deleted and created again: start again"
                 )
             if self._pins:
-                self._pins.take_over(self._tracker, netns=only)
-                self._pins.leave(descriptors)
+                self._pins.adopt(self._tracker, netns=only)
+                self._pins.pin(descriptors)
             undo.pop_all()
         self._reconciler = Reconciler(
             self._tracker,
@@ -93,9 +93,9 @@ class EbpfSource:
 
     def start(self) -> None:
         seed(self._tracker, self._state.aged(self._tables) if self._state else self._tables)
-        if self._pins and self._pins.taken_over:
+        if self._pins and self._pins.adopted:
             reconcile(self._tracker, self._tables)
-        self._tell_refused()
+        self._warn_at_capacity()
         self._reconciler.start()
         if self._state and not self._pins:
             self._state.begin(self._with_cookies)
@@ -119,7 +119,7 @@ class EbpfSource:
         return self._tables.namespaces()
 
     def report(self) -> Report:
-        self._tell_refused()
+        self._warn_at_capacity()
         return Report(
             max_connections=self._max_connections,
             kernel_events=self._tracker.events(),
@@ -131,20 +131,21 @@ class EbpfSource:
         )
 
     def _with_cookies(self) -> Records:
-        """What the socket tables show, with the tracker's times.
+        """Return the socket tables' connections with cookies and the tracker's times.
 
-        The tables are looked at first. If an address pair closes after that and opens anew,
-        the time of the new connection meets the cookie of the one before, which is gone for
-        good; the other way round a new one would have an age that it has not.
+        The tables are read first. If an address pair closes after that and opens anew, the
+        time of the new connection is joined with the cookie of the old one, which no later
+        connection has. In the other order a new connection could get the age of the old
+        one.
         """
         shown = self._tables.established(with_ages=False)
         return first_seen(shown, map(valid_connections, self._tracker.read()))
 
-    def _tell_refused(self) -> None:
+    def _warn_at_capacity(self) -> None:
         refused = self._tracker.events()["refused"] + self._tracker.seeds_refused
-        if refused and not self._refused_is_told:
+        if refused and not self._has_warned:
             log.warning(
                 "at capacity: %s connections are not counted: raise --max-connections",
                 refused,
             )
-            self._refused_is_told = True
+            self._has_warned = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What differs between kernels is found as it is, and done without where it is not."""
+"""Features of this kernel are detected, and the exporter works without them."""
 
 import os
 import subprocess
@@ -45,10 +45,10 @@ sys.exit(libbpf.bpf_map_lookup_elem(int(sys.argv[1]), number, number) != 0)
 
 
 def nobody_reads_a_map() -> bool:
-    """Whether a process that has given up root by setuid(2), and no more, can do so."""
+    """Return whether a process that was root before setuid(2) can read a map."""
     tracker = attach(7)
     descriptor = tracker._descriptors.recording
-    python = os.path.realpath(sys.executable)  # which others than root can run
+    python = os.path.realpath(sys.executable)  # which users other than root can run
     ended = subprocess.run(
         [python, "-I", "-S", "-c", READ_A_MAP, str(descriptor)],
         check=False,
@@ -61,13 +61,13 @@ def nobody_reads_a_map() -> bool:
 
 
 def landlock_is_booted() -> bool:
-    """Whether it is among the security modules that securityfs lists."""
+    """Return whether securityfs lists it as a security module."""
     mount = "mount -t securityfs none /sys/kernel/security; cat /sys/kernel/security/lsm"
     listed = subprocess.check_output(["unshare", "--mount", "sh", "-c", mount], text=True)
     return "landlock" in listed.split(",")
 
 
-LOOKS: dict[Feature, Callable[[], bool]] = {
+CHECKS: dict[Feature, Callable[[], bool]] = {
     features.BTF: Path("/sys/kernel/btf/vmlinux").exists,
     features.STATES: symbol("__bpf_trace_inet_sock_set_state"),
     features.TYPED_PROGRAMS: symbol("btf_ctx_access"),
@@ -83,11 +83,11 @@ LOOKS: dict[Feature, Callable[[], bool]] = {
     features.LANDLOCK: landlock_is_booted,
     features.IPV6: Path("/proc/sys/net/ipv6").exists,
 }
-"""Another way to find out."""
+"""Another way to detect each feature."""
 
 
 def listed(*command: str) -> tuple[dict[str, str], subprocess.CompletedProcess[str]]:
-    """What ``--features`` says is there, by name; and how it ended."""
+    """Return the answers of ``--features`` by name, and the process that has ended."""
     ended = subprocess.run(
         [*command, "--features"],
         check=False,
@@ -96,13 +96,13 @@ def listed(*command: str) -> tuple[dict[str, str], subprocess.CompletedProcess[s
         timeout=DEADLINE_S,
     )
     header, *lines = ended.stdout.splitlines()
-    there = slice(header.index("THERE"), header.index("NEEDED BY"))
+    there = slice(header.index("AVAILABLE"), header.index("USED BY"))
     names = {line[: there.start].strip(): line[there].strip() for line in lines}
     return {each.name: names[each.name] for each in FEATURES}, ended
 
 
 @cache
-def told_to_root() -> dict[str, str]:
+def listed_for_root() -> dict[str, str]:
     there, ended = listed(*COMMAND)
     assert ended.returncode == 0
     assert ended.stderr == ""
@@ -110,19 +110,19 @@ def told_to_root() -> dict[str, str]:
 
 
 def found(feature: Feature) -> bool:
-    """Whether this kernel has it, as ``--features`` says."""
-    return {"yes": True, "no": False}[told_to_root()[feature.name]]
+    """Return whether ``--features`` says that this kernel has it."""
+    return {"yes": True, "no": False}[listed_for_root()[feature.name]]
 
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda each: each.name)
-def test_a_feature_is_found_where_it_is(feature: Feature) -> None:
-    """It says what another look at this kernel says, whatever its version."""
-    assert found(feature) is LOOKS[feature]()
+def test_a_feature_is_detected(feature: Feature) -> None:
+    """``--features`` agrees with another way to detect the feature, on every version."""
+    assert found(feature) is CHECKS[feature]()
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="page faults are traced on x86")
-def test_recursion_is_prevented_where_that_is_counted() -> None:
-    """A program that is made to run within itself does so, or the kernel counts a miss."""
+def test_recursion_is_prevented_by_kernels_that_count_it() -> None:
+    """A program that interrupts itself runs twice, or the kernel counts a miss."""
     ended = subprocess.run(
         [sys.executable, "-m", "tests.kernel.helpers.recursive_program"],
         check=True,
@@ -139,7 +139,7 @@ def test_recursion_is_prevented_where_that_is_counted() -> None:
 
 @pytest.mark.any_kernel
 def test_features_are_listed_before_anything_is_opened() -> None:
-    """A port that is in use, or a user there is not, does not matter."""
+    """A port in use and a user that does not exist do not matter."""
     with Peers() as peers:
         occupied = ("--listen", f"127.0.0.1:{peers.port}", "--user", "no-such-user")
         _, ended = listed(*COMMAND, *occupied)
@@ -147,8 +147,8 @@ def test_features_are_listed_before_anything_is_opened() -> None:
 
 
 @pytest.mark.any_kernel
-def test_without_root_it_says_what_it_cannot_tell() -> None:
-    """No traceback and no wrong no: programs take root; the kernel's types do not."""
+def test_without_root_unknown_features_are_marked() -> None:
+    """No traceback and no wrong "no": loading programs requires root; BTF does not."""
     there, ended = listed(*AS_NOBODY)
     assert ended.returncode == 0
     assert ended.stderr == ""
@@ -156,12 +156,12 @@ def test_without_root_it_says_what_it_cannot_tell() -> None:
     assert there[features.STACKS.name] == "?"
     assert there[features.BTF.name] == "yes"
     assert "no" not in {there[each.name] for each in REQUIRED}
-    assert ended.stdout.splitlines()[-1].startswith("? cannot be told here: it takes root")
+    assert ended.stdout.splitlines()[-1].startswith("? cannot be determined: requires root")
 
 
 @pytest.mark.any_kernel
-def test_without_btf_it_is_listed() -> None:
-    """What is found in the kernel's types cannot be told then."""
+def test_features_are_listed_without_btf() -> None:
+    """Features that are looked up in the kernel's types are unknown then."""
     there, ended = listed(*WITHOUT_BTF)
     assert ended.returncode == 0
     assert there[features.BTF.name] == "no"
@@ -180,25 +180,25 @@ main()
 
 
 def without(feature: Feature) -> tuple[str, ...]:
-    """A command that runs the exporter as on a kernel that has not that feature."""
+    """Return a command that runs the exporter as on a kernel without the feature."""
     return (sys.executable, "-c", RUN_WITHOUT, feature.name)
 
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("feature", REQUIRED, ids=lambda each: each.name)
-def test_without_what_is_required_ebpf_is_refused(feature: Feature) -> None:
-    """Exit code 1 and one sentence: what is missing, what has it, what works."""
+def test_without_a_required_feature_ebpf_is_refused(feature: Feature) -> None:
+    """Exit code 1 and one sentence: what is missing, its origin, and what works."""
     code, sentence = refused("--source", "ebpf", command=without(feature))
     assert code == 1
     assert sentence == (
-        f"tcpexporter: this kernel has no {feature.name} (it takes {feature.takes}):"
-        " use another, or --source sock_diag"
+        f"tcpexporter: this kernel has no {feature.name} (requires {feature.since}):"
+        " use another kernel, or --source sock_diag"
     )
 
 
 @pytest.mark.any_kernel
-def test_a_root_that_bpf_is_refused_to_is_told_so() -> None:
-    """That of a user namespace has all capabilities, but none that bpf(2) dumps at."""
+def test_root_without_bpf_permission_gets_a_clear_error() -> None:
+    """Root of a user namespace has all capabilities there, and none that bpf(2) checks."""
     command = ("unshare", "--user", "--map-root-user", *COMMAND)
     code, sentence = refused("--source", "ebpf", command=command)
     assert code == 1
@@ -207,8 +207,8 @@ def test_a_root_that_bpf_is_refused_to_is_told_so() -> None:
 
 
 @pytest.mark.any_kernel
-def test_without_what_is_required_auto_polls() -> None:
-    """It counts by sock_diag, and says in its warning what is missing."""
+def test_without_a_required_feature_auto_polls() -> None:
+    """The exporter counts with sock_diag, and its warning names the missing feature."""
     with Exporter(command=without(features.BATCHES)) as exporter, Peers() as peers:
         peers.connect(7)
         eventually(lambda: exporter.established(peers.port) == 7)
@@ -220,13 +220,13 @@ def test_without_what_is_required_auto_polls() -> None:
 
 
 def map_flags(descriptor: int) -> int:
-    """As the kernel tells them: bpf_map_show_fdinfo in its kernel/bpf/syscall.c."""
+    """Return the flags of a map: bpf_map_show_fdinfo in the kernel's syscall.c."""
     lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
     (flags,) = (line.split()[1] for line in lines if line.startswith("map_flags:"))
     return int(flags, 16)
 
 
-def test_memory_for_entries_is_taken_late_where_that_is_safe() -> None:
+def test_memory_for_entries_is_allocated_late_if_that_is_safe() -> None:
     """Hash maps are preallocated unless they have their own allocator."""
     expected = BPF_F_NO_PREALLOC if found(features.HASH_MAP_ALLOCATOR) else 0
     tracker = attach()
@@ -236,7 +236,7 @@ def test_memory_for_entries_is_taken_late_where_that_is_safe() -> None:
 
 
 def test_preallocated_maps_work_too() -> None:
-    """Connections come and go, and those from before are found, with all memory taken."""
+    """With preallocated maps openings, closings and pre-existing connections are seen."""
     with Peers() as peers:
         peers.connect(11)
         tracker = attach(without=(features.HASH_MAP_ALLOCATOR.name,))
@@ -255,7 +255,7 @@ def test_preallocated_maps_work_too() -> None:
 
 
 def test_a_kernel_without_ipv6_has_ipv4() -> None:
-    """The program is loaded with no place for IPv6 addresses, and counts IPv4."""
+    """The program is loaded without offsets of IPv6 addresses, and counts IPv4."""
     tracker = attach(without=(features.IPV6.name,))
     with Peers() as peers:
         peers.connect(7)
@@ -263,7 +263,7 @@ def test_a_kernel_without_ipv6_has_ipv4() -> None:
     tracker.close()
 
 
-MAP_READING_TAKES_CAP_BPF = """
+MAP_READING_REQUIRES_CAP_BPF = """
 from tcpexporter.host import privileges
 from tcpexporter.__main__ import main
 privileges.works_with = lambda kept, *_: bool(kept)
@@ -271,9 +271,9 @@ main()
 """
 
 
-def test_cap_bpf_alone_is_kept_where_reading_a_map_takes_it() -> None:
-    """Of all capabilities that one is in effect, it cannot be passed on, and it is said."""
-    command = (sys.executable, "-c", MAP_READING_TAKES_CAP_BPF)
+def test_only_cap_bpf_is_kept_if_reading_a_map_requires_it() -> None:
+    """No other capability is in effect, a child cannot inherit it, and the log says so."""
+    command = (sys.executable, "-c", MAP_READING_REQUIRES_CAP_BPF)
     with Exporter("--source", "ebpf", command=command) as exporter, Peers() as peers:
         for thread in threads(exporter.process.pid):
             shown = status(exporter.process.pid, thread)
@@ -291,7 +291,7 @@ def test_cap_bpf_alone_is_kept_where_reading_a_map_takes_it() -> None:
 def test_without_a_count_of_missed_events_it_still_reconciles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An old kernel's bpf_prog_info has 0 there: an interval is what corrects."""
+    """An old kernel's bpf_prog_info has 0: the reconciliation interval corrects misses."""
     monkeypatch.setattr(
         tracker_module, "program_info", lambda _descriptor: np.zeros(64, np.uint64)
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What is made of a kernel's answers; tests/kernel asks a real one."""
+"""The answers of a kernel to probes are interpreted; tests/kernel probes a real one."""
 
 import errno
 import os
@@ -23,68 +23,70 @@ def feature(name: str, probe: features.Probe, without: str = POLLS) -> Feature:
     return Feature(name, "Linux 9.7", "ebpf, to be tried", without, probe)
 
 
-THERE = feature("there", lambda _types: True)
+PRESENT = feature("present", lambda _types: True)
 LACKING = feature("lacking", refusing(errno.EINVAL))
 FORBIDDEN = feature("forbidden", refusing(errno.EPERM))
-SPARED = feature("spared", lambda _types: False, "it works slowly")
+OPTIONAL = feature("optional", lambda _types: False, "it works slowly")
 
 
 def kernel(*without: str) -> Kernel:
-    """One without BTF, so that nothing here takes libbpf."""
+    """A kernel without BTF, so that these tests do not require libbpf."""
     return Kernel((BTF.name, *without))
 
 
 @pytest.mark.parametrize(
-    ("asked", "answer"), [(THERE, True), (LACKING, False), (FORBIDDEN, None)]
+    ("asked", "answer"), [(PRESENT, True), (LACKING, False), (FORBIDDEN, None)]
 )
-def test_a_refusal_is_an_answer(asked: Feature, answer: features.Answer) -> None:
-    """What the kernel does not know is not there; what it forbids cannot be told."""
+def test_a_kernel_error_is_an_answer(asked: Feature, answer: features.Answer) -> None:
+    """An unknown operation means no; a forbidden one means that nobody can tell."""
     assert kernel().has(asked) is answer
 
 
 def test_an_answer_can_be_forced() -> None:
-    """A feature that is named is not even probed."""
-    assert kernel(THERE.name).has(THERE) is False
+    """A feature that a test names as missing is not even probed."""
+    assert kernel(PRESENT.name).has(PRESENT) is False
     assert kernel(FORBIDDEN.name).has(FORBIDDEN) is False
 
 
-def test_without_btf_what_is_found_in_it_cannot_be_told() -> None:
-    """That is not the same as not being there, and nothing is said about it."""
+def test_without_btf_features_found_in_it_are_unknown() -> None:
+    """Unknown is not the same as missing."""
     assert kernel().has(BTF) is False
     assert kernel().has(features.STATES) is None
     assert kernel().has(features.HASH_MAP_ALLOCATOR) is None
 
 
-def test_what_is_lacking_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that is required and not there, with what has it; and one remedy."""
-    monkeypatch.setattr(features, "FEATURES", (BTF, THERE, LACKING, FORBIDDEN, SPARED))
+def test_missing_features_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names all missing required features, their origin, and one remedy."""
+    monkeypatch.setattr(features, "FEATURES", (BTF, PRESENT, LACKING, FORBIDDEN, OPTIONAL))
     with pytest.raises(LoadError) as raised:
         kernel().require()
     assert str(raised.value) == (
-        "this kernel has no BTF (it takes CONFIG_DEBUG_INFO_BTF), no lacking (it takes"
-        " Linux 9.7): use another, or --source sock_diag"
+        "this kernel has no BTF (requires CONFIG_DEBUG_INFO_BTF), no lacking (requires"
+        " Linux 9.7): use another kernel, or --source sock_diag"
     )
 
 
 def test_a_feature_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Name, whether it is there, who needs it, what is done without it; in columns."""
-    monkeypatch.setattr(features, "FEATURES", (THERE, LACKING, FORBIDDEN, SPARED))
+    """The columns are name, availability, use, and what happens without it."""
+    monkeypatch.setattr(features, "FEATURES", (PRESENT, LACKING, FORBIDDEN, OPTIONAL))
     assert table(kernel()).splitlines() == [
-        "FEATURE    THERE  NEEDED BY          WITHOUT IT",
-        "there      yes    ebpf, to be tried  sock_diag is polled",
-        "lacking    no     ebpf, to be tried  sock_diag is polled",
-        "forbidden  ?      ebpf, to be tried  sock_diag is polled",
-        "spared     no     ebpf, to be tried  it works slowly",
-        "? cannot be told here: it takes root, and for the most part BTF",
+        "FEATURE    AVAILABLE  USED BY            WITHOUT IT",
+        "present    yes        ebpf, to be tried  sock_diag is polled",
+        "lacking    no         ebpf, to be tried  sock_diag is polled",
+        "forbidden  ?          ebpf, to be tried  sock_diag is polled",
+        "optional   no         ebpf, to be tried  it works slowly",
+        "? cannot be determined: requires root, and BTF for most features",
     ]
 
 
-def test_what_can_be_told_needs_no_explanation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last line is there for question marks only."""
-    monkeypatch.setattr(features, "FEATURES", (THERE, SPARED))
+def test_without_question_marks_there_is_no_explanation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without any question mark there is a header and one line for each feature."""
+    monkeypatch.setattr(features, "FEATURES", (PRESENT, OPTIONAL))
     assert len(table(kernel()).splitlines()) == 3
 
 
-def test_names_are_told_apart() -> None:
+def test_names_of_features_are_unique() -> None:
     """A test that forces one feature forces no other."""
     assert len({each.name for each in FEATURES}) == len(FEATURES)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What is advised where bpf(2) is refused: only what can help in that environment."""
+"""What is advised where bpf(2) is refused: only what can help in that context."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 
 from tcpexporter.ebpf.remedy import (
     WHOLE_UID_MAP,
-    Place,
+    Context,
     despite_capabilities,
     detect,
     without_capabilities,
@@ -32,60 +32,82 @@ def status(
 
 
 @pytest.mark.parametrize(
-    ("place", "advised", "not_advised"),
+    ("context", "advised", "not_advised"),
     [
         (
-            Place(status(1000)),
+            Context(status(1000)),
             ("requires root, or", "sudo", "AmbientCapab"),
             ("--cap-add",),
         ),
-        (Place(status(1000, no_new_privs=True)), ("AmbientCapabilities",), ("sudo",)),
-        (Place(status(1000, bounding=0)), ("CapabilityBoundingSet",), ("sudo",)),
-        (Place(status(bounding=0)), ("CapabilityBoundingSet",), ("sudo", "Ambient")),
-        (Place(status(bounding=0), "Docker"), ("--cap-add BPF",), ("sudo", "--user")),
-        (Place(status(1000, bounding=0), "Podman"), ("--cap-add", "--user 0"), ("sudo",)),
-        (Place(status(1000), "Docker"), ("sudo", "--user 0"), ("--cap-add",)),
-        (Place(status(bounding=0), "Kubernetes"), ("capabilities.add",), ("runAsUser",)),
+        (Context(status(1000, no_new_privs=True)), ("AmbientCapabilities",), ("sudo",)),
+        (Context(status(1000, bounding=0)), ("CapabilityBoundingSet",), ("sudo",)),
+        (Context(status(bounding=0)), ("CapabilityBoundingSet",), ("sudo", "Ambient")),
+        (Context(status(bounding=0), "Docker"), ("--cap-add BPF",), ("sudo", "--user")),
         (
-            Place(status(1000, bounding=0), "Kubernetes"),
+            Context(status(1000, bounding=0), "Podman"),
+            ("--cap-add", "--user 0"),
+            ("sudo",),
+        ),
+        (Context(status(1000), "Docker"), ("sudo", "--user 0"), ("--cap-add",)),
+        (
+            Context(status(bounding=0), "Kubernetes"),
+            ("capabilities.add",),
+            ("runAsUser",),
+        ),
+        (
+            Context(status(1000, bounding=0), "Kubernetes"),
             ("capabilities.add", "runAsUser: 0"),
             ("sudo",),
         ),
-        (Place(status(bounding=0), "container"), ("to the container",), ("--cap-add",)),
-        (Place(status()), ("start it with both in effect",), ("sudo",)),
-        (Place(status(1000, bounding=0), "Docker", True), ("user namespace",), ("--cap",)),
         (
-            Place(status(bounding=1 << CAP_BPF, effective=1 << CAP_BPF)),
+            Context(status(bounding=0), "container"),
+            ("to the container",),
+            ("--cap-add",),
+        ),
+        (Context(status()), ("start it with both in effect",), ("sudo",)),
+        (
+            Context(status(1000, bounding=0), "Docker", True),
+            ("user namespace",),
+            ("--cap",),
+        ),
+        (
+            Context(status(bounding=1 << CAP_BPF, effective=1 << CAP_BPF)),
             ("but CAP_PERFMON is not", "add CAP_PERFMON to the bounding set"),
             (),
         ),
     ],
 )
 def test_without_capabilities(
-    place: Place, advised: tuple[str, ...], not_advised: tuple[str, ...]
+    context: Context, advised: tuple[str, ...], not_advised: tuple[str, ...]
 ) -> None:
     """By the user, the bounding set, no_new_privs, and the container.
 
     The kind of fault: advice that cannot help, as sudo where its root would lack the same.
     """
-    sentence = without_capabilities(place)
+    sentence = without_capabilities(context)
     assert all(each in sentence for each in (*advised, "--source sock_diag")), sentence
     assert not any(each in sentence for each in not_advised), sentence
 
 
 @pytest.mark.parametrize(
-    ("place", "advised"),
+    ("context", "advised"),
     [
-        (Place(status(effective=BOTH, seccomp=2)), "SystemCallFilter=bpf"),
-        (Place(status(effective=BOTH, seccomp=2), "Docker"), "--security-opt seccomp="),
-        (Place(status(effective=BOTH, seccomp=2), "Kubernetes"), "seccompProfile"),
-        (Place(status(effective=BOTH)), "security module"),
-        (Place(status(effective=ALL, seccomp=2), "Podman", True), "rootless container"),
+        (Context(status(effective=BOTH, seccomp=2)), "SystemCallFilter=bpf"),
+        (
+            Context(status(effective=BOTH, seccomp=2), "Docker"),
+            "--security-opt seccomp=",
+        ),
+        (Context(status(effective=BOTH, seccomp=2), "Kubernetes"), "seccompProfile"),
+        (Context(status(effective=BOTH)), "security module"),
+        (
+            Context(status(effective=ALL, seccomp=2), "Podman", True),
+            "rootless container",
+        ),
     ],
 )
-def test_despite_capabilities(place: Place, advised: str) -> None:
+def test_despite_capabilities(context: Context, advised: str) -> None:
     """By whether there is a seccomp filter or a user namespace, and the container."""
-    sentence = despite_capabilities(place)
+    sentence = despite_capabilities(context)
     assert advised in sentence
     assert "--source sock_diag" in sentence
 
