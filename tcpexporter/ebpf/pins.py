@@ -67,7 +67,7 @@ FIELDS = ("established_ns", "key", "group")
 KEY_FIELDS = ("local_address", "remote_address", "netns", "local_port", "remote_port")
 """The fields of `KEY`. Their order is part of the layout and must not change."""
 
-UNMOUNTED = "mount -t bpf bpf /sys/fs/bpf"
+MOUNT_COMMAND = "mount -t bpf bpf /sys/fs/bpf"
 
 
 class Pins:
@@ -98,13 +98,13 @@ class Pins:
             PinError: another user has access to it, or another exporter has locked it.
         """
         try:
-            there = directory if directory.exists() else directory.parent
-            if not _is_bpf_file_system(there):
+            existing = directory if directory.exists() else directory.parent
+            if not _is_bpf_file_system(existing):
                 log.warning(
-                    "recording ends with this exporter: %s is not a BPF file system;"
-                    " mount one: %s",
-                    there,
-                    UNMOUNTED,
+                    "nothing is pinned, so recording stops when the exporter ends: %s is"
+                    " not a BPF file system; mount one with: %s",
+                    existing,
+                    MOUNT_COMMAND,
                 )
                 return None
             directory.mkdir(mode=0o700, exist_ok=True)
