@@ -67,7 +67,7 @@ FIELDS = ("established_ns", "key", "group")
 KEY_FIELDS = ("local_address", "remote_address", "netns", "local_port", "remote_port")
 """The fields of `KEY`. Their order is part of the layout and must not change."""
 
-MOUNT_COMMAND = "mount -t bpf bpf /sys/fs/bpf"
+UNMOUNTED = "mount -t bpf bpf /sys/fs/bpf"
 
 
 class Pins:
@@ -98,13 +98,12 @@ class Pins:
             PinError: another user has access to it, or another exporter has locked it.
         """
         try:
-            existing = directory if directory.exists() else directory.parent
-            if not _is_bpf_file_system(existing):
+            there = directory if directory.exists() else directory.parent
+            if not _is_bpf_file_system(there):
                 log.warning(
-                    "nothing is pinned, so recording stops when the exporter ends: %s is"
-                    " not a BPF file system; mount one with: %s",
-                    existing,
-                    MOUNT_COMMAND,
+                    "nothing is pinned: %s is not in a BPF file system, which %s mounts",
+                    there,
+                    UNMOUNTED,
                 )
                 return None
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -405,8 +404,8 @@ def _require_own(path: Path, status: os.stat_result) -> None:
 
 def _not_ours(path: Path) -> PinError:
     return PinError(
-        f"{path} was not pinned by tcpexporter: remove it with tcpexporter --unpin"
-        f" --pin {path.parents[1]}"
+        f"{path} is not an object that an exporter has pinned: remove it with"
+        f" tcpexporter --unpin --pin {path.parents[1]}"
     )
 
 

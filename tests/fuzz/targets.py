@@ -297,7 +297,7 @@ def pinned(data: bytes) -> None:
     """The words of a layout, and records of that."""
     choices = Choices(data)
     words = np.frombuffer(choices.exactly(4 * pins.LAYOUT_WORDS), np.uint32)
-    with refused(PinError, saying="was not pinned by tcpexporter"):
+    with refused(PinError, saying="is not an object that an exporter has pinned"):
         record = pins._record(PLACE_OF_PIN, words)
         if record.itemsize <= MOST_RECORD_BYTES:
             content = choices.rest()
@@ -310,9 +310,9 @@ def pinned(data: bytes) -> None:
 def fdinfo(data: bytes) -> None:
     """What the kernel shows of a pinned object."""
     shown = pins._shown(data)
-    with refused(PinError, saying="was not pinned by tcpexporter"):
+    with refused(PinError, saying="is not an object that an exporter has pinned"):
         pins._require(PLACE_OF_PIN, shown, value_size=64, max_entries=1)
-    with refused(PinError, saying="was not pinned by tcpexporter"):
+    with refused(PinError, saying="is not an object that an exporter has pinned"):
         pins._number(PLACE_OF_PIN, shown, "max_entries")
 
 

@@ -236,7 +236,7 @@ def test_memory_for_entries_is_allocated_late_if_that_is_safe() -> None:
 
 
 def test_preallocated_maps_work_too() -> None:
-    """Connections open and close, and pre-existing ones are found, without allocator."""
+    """With preallocated maps openings, closings and pre-existing connections are seen."""
     with Peers() as peers:
         peers.connect(11)
         tracker = attach(without=(features.HASH_MAP_ALLOCATOR.name,))

@@ -239,7 +239,7 @@ def test_another_object_is_refused(directory: Path, name: str) -> None:
     pins._pin(other, directory / "1" / name)
     os.close(other)
     sentence = refused(directory, "--once", "--source", "ebpf")
-    assert f"{directory}/1/{name} was not pinned by tcpexporter" in sentence
+    assert f"{directory}/1/{name} is not an object that an exporter has pinned" in sentence
     assert "--unpin" in sentence
 
 
@@ -253,7 +253,7 @@ def test_a_layout_without_sense_is_refused(directory: Path) -> None:
     words[0] = pins.LAYOUT_MAGIC
     pins._write(layout, words)
     os.close(layout)
-    assert "was not pinned by tcpexporter" in refused(directory, "--once")
+    assert "is not an object that an exporter has pinned" in refused(directory, "--once")
 
 
 def test_times_of_another_version_are_adopted(
