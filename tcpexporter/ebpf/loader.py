@@ -181,11 +181,11 @@ def _be_killed_first() -> None:
 
 
 def _lift_limits() -> None:
-    """Raise soft limits to the hard ones, and these too where CAP_SYS_RESOURCE permits."""
+    """Remove all limits, or raise them to the hard limits without CAP_SYS_RESOURCE."""
     for limit in LIMITS:
         _, hard = resource.getrlimit(limit)
         for wanted in (resource.RLIM_INFINITY, hard):
-            # Infinity is refused without that capability, and always for descriptors.
+            # Infinity is refused without that capability, and always for open files.
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(limit, (wanted, wanted))
                 break

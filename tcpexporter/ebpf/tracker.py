@@ -260,7 +260,7 @@ class Tracker:
         everything[slots] = connections
         done = self._handles.put_all(handles, slots)
         if done == len(slots):
-            # After the program can find them: it would miss closings otherwise.
+            # Readers may count a seed only when the program finds it and sees its closing.
             everything["group"][slots] = seeds["group"]
             return True
         self._handles.delete_all(handles[:done])

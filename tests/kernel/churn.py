@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A soak: connections come and go faster than the kernel tells of all of them.
+"""A soak test: connections open and close so fast that the kernel misses events.
 
     python -m tests.kernel.churn [--changes NUMBER] [--least SECONDS] [--most SECONDS]
 
-The kernel does not run a BPF program in an interrupt of the same program. That is
-made frequent: packets are steered over two CPUs, so that each is interrupted for
-those of the other whatever it does. When it is quiet again, and the exporter has
-reconciled once more, it must say what ss(8) says, and it must not have grown.
+The kernel skips a BPF program in an interrupt of the same program. The test makes that
+frequent: it steers packets over two CPUs, so that each CPU is interrupted by packets of the
+other. When no connection opens or closes any more, and the exporter has reconciled once
+more, its counts must equal those of ss(8), and its memory must not have grown.
 """
 
 import argparse
@@ -32,52 +32,52 @@ from tests.kernel.helpers.worker import Worker
 from tests.support import Exporter, inside, new_netns
 
 PORTS = (10007, 10009, 10037, 10039)
-"""Of the processes that churn, on two CPUs by turns."""
+"""The ports of the processes that churn; their CPUs alternate."""
 
 MOST_SOCKETS = len(PORTS) * MOST_DESCRIPTORS
 
 CONNECTIONS = 499
-"""That a process makes before it is asked for more."""
+"""Connections that a process makes for each request."""
 
 LONG_S = 500
-"""In less time than that memory that is used for the first time looks like growth."""
+"""In a shorter run, memory that is used for the first time looks like growth."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What came of it."""
+    """The result of a soak."""
 
     changes: int
-    """How often a socket became established, or ceased to be."""
+    """How often a socket entered or left ESTABLISHED."""
     seconds: float
     has_missed: bool
-    """Whether the kernel did not tell of events."""
+    """Whether events were missed."""
     missed: int | None
-    """How many, None where it does not count them."""
+    """How many; None if this kernel does not count them."""
     corrected_open: int
     corrected_close: int
     wrong_at_first: int
-    """By how many connections the counts were wrong when it became quiet."""
+    """By how many connections the counts were wrong at all quiet points, before a run."""
     wrong: int
-    """And at the end, after no more than one reconciliation."""
+    """And at the end, after at most one reconciliation."""
     quiet_points: int
-    """How often it became quiet and was compared, the end included."""
+    """How often the processes stopped and the counts were compared, the end included."""
     differences: Sequence[str]
-    """What was wrong after a reconciliation at one of these points, and why."""
+    """For each quiet point, what was wrong after a reconciliation, and why."""
     scrapes: int
     complaints: Sequence[str]
-    """What no scrape may show."""
+    """Scrapes that failed or had impossible values."""
     memory: Memory
     """At the last scrape."""
     growth: Growth
-    """Of what is not mapped from a file or the kernel."""
+    """Growth of memory that is not mapped from a file or the kernel."""
 
     @property
     def problems(self) -> list[str]:
-        """Why the exporter is not to be trusted, or this soak."""
+        """Why the exporter, or this soak, failed."""
         problems = [*self.complaints, *self.differences]
         if not self.has_missed:
-            problems.append("no event was missed: this proves nothing")
+            problems.append("no event was missed: the soak shows nothing")
         if self.wrong:
             problems.append(f"{self.wrong} connections are wrong after reconciling")
         if self.seconds >= LONG_S and self.growth.is_more_than_noise:
@@ -106,12 +106,12 @@ class Figures:
 
 
 class Watcher(threading.Thread):
-    """Scrapes all the time, and complains of what no page may show."""
+    """Scrapes without pause, and records failures and impossible values."""
 
     def __init__(self, exporter: Exporter) -> None:
         super().__init__(daemon=True)
         self.page = Page(exporter)
-        """The last one."""
+        """The last exposition."""
         self.scrapes = 0
         self.complaints: list[str] = []
         self.memory: list[Memory] = []
@@ -125,7 +125,7 @@ class Watcher(threading.Thread):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Scrape nothing during the block."""
+        """Do not scrape during the block."""
         self._is_idle.clear()
         self._may_scrape.clear()
         self._is_idle.wait()
@@ -156,20 +156,20 @@ class Watcher(threading.Thread):
         for family in page.families:
             for sample in family.samples:
                 if sample.value < 0 or not math.isfinite(sample.value):
-                    yield f"no number of anything: {sample}"
+                    yield f"impossible value: {sample}"
                 if family.type == "counter":
                     yield from self._backwards(sample)
         # A socket whose closing was missed is counted until it is corrected.
         most = MOST_SOCKETS + (math.inf if page.missed is None else page.missed)
         for series, number in page.counts().items():
             if number > most:
-                yield f"more than there can be: {number} at {series}"
+                yield f"more connections than exist: {number} at {series}"
 
     def _backwards(self, sample: Sample) -> Iterator[str]:
         series = sample.name, str(sorted(sample.labels.items()))
         before = self._counters.get(series, 0)
         if sample.value < before:
-            yield f"less than {before} before: {sample}"
+            yield f"counter decreased from {before}: {sample}"
         self._counters[series] = sample.value
 
 
@@ -182,14 +182,14 @@ def churn(
     quiet_s: float = math.inf,
     steer: bool = True,
 ) -> Figures:
-    """Churn in this namespace.
+    """Open and close connections in a namespace while an exporter is scraped.
 
     Args:
         netns: the name of the namespace.
-        changes: how many there are at least, and until events were missed.
-        most_s: after that it ends anyway.
-        least_s: before that it does not end.
-        quiet_s: after so long the processes stop, and everything is compared.
+        changes: the minimum number of changes; more if no event was missed by then.
+        most_s: the maximum duration.
+        least_s: the minimum duration.
+        quiet_s: seconds between two quiet points.
         steer: whether packets are steered over two CPUs.
     """
     cpus = sorted(os.sched_getaffinity(0))[:2]
@@ -235,18 +235,18 @@ def churn(
 
 @dataclass(frozen=True)
 class Point:
-    """What a comparison showed when nothing opened or closed."""
+    """The comparison at one quiet point."""
 
     page: Page
     wrong_at_first: int
     wrong: int
-    """After no more than one reconciliation."""
+    """After at most one reconciliation."""
     difference: str
-    """What is wrong then, and what is known of these connections; empty: nothing."""
+    """What is wrong then, with details of these connections; empty: nothing."""
 
 
 def compare(exporter: Exporter) -> Point:
-    """Compare the counts with those of ss(8), once more when they were reconciled."""
+    """Compare the counts with those of ss(8); if wrong, again after a reconciliation."""
     page, true = oracle.look(exporter)
     wrong_at_first = _wrong(page, true)
     if wrong_at_first:
@@ -264,7 +264,7 @@ def compare(exporter: Exporter) -> Point:
 
 
 def _make_busy(workers: Sequence[Worker], is_enough: Callable[[int], bool]) -> int:
-    """Have the processes churn until that is enough; how many changes they made."""
+    """Let the processes churn until that is enough; return how many changes they made."""
     done = 0
     with selectors.DefaultSelector() as busy:
         for worker in workers:

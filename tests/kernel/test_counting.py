@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What is counted, and when: the command, real BPF and real sockets against ss(8)."""
+"""Counts of real sockets by the command equal those of ss(8)."""
 
 import contextlib
 import ctypes
@@ -34,8 +34,8 @@ from tests.support import (
 NAMED_PORTS = ("--port", "4001-4210,8443", "--max-series", "101")
 
 
-def test_ipv4_and_ipv6_are_counted_apart(exporters: Exporters) -> None:
-    """Connections count under the IP version on the wire, at both metrics."""
+def test_ipv4_and_ipv6_are_counted_separately(exporters: Exporters) -> None:
+    """Both metrics have connections under the IP version on the wire."""
     exporter = exporters(*ALWAYS_LONG_TERM)
     with Peers() as four, Peers("::1", unused_port()) as six:
         four.connect(7)
@@ -48,7 +48,7 @@ def test_ipv4_and_ipv6_are_counted_apart(exporters: Exporters) -> None:
 
 
 def test_an_ipv4_client_of_a_dual_stack_socket_is_ipv4(exporters: Exporters) -> None:
-    """``::ffff:a.b.c.d`` is version 4, beside real IPv6 clients of the same port."""
+    """``::ffff:a.b.c.d`` is version 4; IPv6 clients of the same port are version 6."""
     exporter = exporters(*ALWAYS_LONG_TERM)
     with Peers("::") as both:
         both.connect(11, "127.0.0.1")
@@ -58,8 +58,8 @@ def test_an_ipv4_client_of_a_dual_stack_socket_is_ipv4(exporters: Exporters) -> 
         assert ss_established(both.port) == {"4": 11, "6": 3}
 
 
-def test_outbound_connections_are_counted_when_asked_for(exporters: Exporters) -> None:
-    """Each loopback connection has two ends: inbound by default, outbound, or both."""
+def test_direction_selects_inbound_outbound_or_both(exporters: Exporters) -> None:
+    """A loopback connection has an inbound and an outbound end; inbound is the default."""
     inbound, outbound = exporters(*ALWAYS_LONG_TERM), exporters(*OUTBOUND)
     both = exporters(*BOTH_ENDS)
     with Peers() as peers:
@@ -73,7 +73,7 @@ def test_outbound_connections_are_counted_when_asked_for(exporters: Exporters) -
 
 
 def connect_from(port: int, peers: Peers) -> int:
-    """Connect once, from that port."""
+    """Connect once from a port, and return the port."""
     client = socket.create_connection(
         peers.listener.getsockname(), source_address=("127.0.0.1", port)
     )
@@ -82,7 +82,7 @@ def connect_from(port: int, peers: Peers) -> int:
 
 
 def test_a_connection_becomes_long_term_at_its_duration(exporters: Exporters) -> None:
-    """It is established at once, and long-term from ``duration`` on, not before."""
+    """It is established at once, and becomes long-term after ``duration``, not before."""
     exporter = exporters(*AFTER_A_SECOND)
     with Peers() as peers:
         opened_s = time.monotonic()
@@ -93,8 +93,8 @@ def test_a_connection_becomes_long_term_at_its_duration(exporters: Exporters) ->
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
-def test_half_close_by_either_end_counts_no_more(exporters: Exporters, end: int) -> None:
-    """A connection leaves with the first FIN, sent (FIN_WAIT1) or received (CLOSE_WAIT)."""
+def test_a_half_closed_connection_is_not_counted(exporters: Exporters, end: int) -> None:
+    """The first FIN ends the counting at both ends: FIN_WAIT1 and CLOSE_WAIT."""
     exporter = exporters(*BOTH_ENDS)
     with Peers() as peers:
         peers.connect(5)
@@ -108,7 +108,7 @@ def test_half_close_by_either_end_counts_no_more(exporters: Exporters, end: int)
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
-def test_a_reset_connection_counts_no_more(exporters: Exporters, end: int) -> None:
+def test_a_reset_connection_is_not_counted(exporters: Exporters, end: int) -> None:
     """RST takes both ends from ESTABLISHED to CLOSE."""
     exporter = exporters(*ALWAYS_LONG_TERM)
     with Peers() as peers:
@@ -117,7 +117,7 @@ def test_a_reset_connection_counts_no_more(exporters: Exporters, end: int) -> No
         assert exporter.established(peers.port) == 4
 
 
-def test_disconnecting_counts_no_more(exporters: Exporters) -> None:
+def test_a_disconnected_socket_is_not_counted(exporters: Exporters) -> None:
     """connect(AF_UNSPEC) takes a socket from ESTABLISHED to CLOSE."""
     exporter = exporters(*BOTH_ENDS)
     with Peers() as peers:
@@ -130,13 +130,13 @@ def test_disconnecting_counts_no_more(exporters: Exporters) -> None:
 
 
 def disconnect(connected: socket.socket) -> None:
-    """connect(2) with AF_UNSPEC, which Python's socket has no address for."""
+    """Call connect(2) with AF_UNSPEC, an address that Python's socket does not support."""
     unspecified = ctypes.create_string_buffer(16)
     assert ctypes.CDLL(None).connect(connected.fileno(), unspecified, 16) == 0
 
 
 def test_a_listener_without_connections_has_a_zero() -> None:
-    """``== 0`` can be alerted on from the first scrape on, for what the socket accepts."""
+    """An alert on ``== 0`` works from the first scrape, for IP versions of the listener."""
     with Peers() as four, Peers("::") as both, Peers("::1") as six, Exporter() as exporter:
         samples = exporter.samples()
         shown = {
@@ -152,8 +152,8 @@ def test_a_listener_without_connections_has_a_zero() -> None:
         }
 
 
-def test_a_port_once_seen_keeps_its_series(exporters: Exporters) -> None:
-    """A service that is gone, listener and all, is 0 and not absent."""
+def test_a_port_keeps_its_series_without_listener(exporters: Exporters) -> None:
+    """A service that has ended is 0 and not absent."""
     exporter = exporters(*ALWAYS_LONG_TERM)
     with Peers() as peers:
         peers.connect(3)
@@ -162,7 +162,7 @@ def test_a_port_once_seen_keeps_its_series(exporters: Exporters) -> None:
 
 
 def test_a_named_port_has_a_zero_without_listener(exporters: Exporters) -> None:
-    """``--port`` shows its ports from the first scrape on, and no other."""
+    """``--port`` shows its ports from the first scrape, and no other."""
     exporter = exporters(*NAMED_PORTS)
     with Peers() as other:
         other.connect(1)
@@ -173,7 +173,7 @@ def test_a_named_port_has_a_zero_without_listener(exporters: Exporters) -> None:
 
 @pytest.mark.any_kernel
 def test_without_tcpv6_only_ipv4_is_shown() -> None:
-    """``--tcpv6=false`` leaves IPv6 out, listeners too."""
+    """``--tcpv6=false`` excludes IPv6 connections and listeners."""
     with Exporter("--tcpv6=false") as exporter, Peers("::") as both:
         both.connect(3, "127.0.0.1")
         both.connect(5, "::1")
@@ -182,8 +182,8 @@ def test_without_tcpv6_only_ipv4_is_shown() -> None:
 
 
 @pytest.mark.any_kernel
-def test_simple_is_one_number() -> None:
-    """``--simple`` has one series without labels, the sum."""
+def test_simple_shows_one_number() -> None:
+    """``--simple`` shows the sum as one series without labels."""
     with (
         Exporter("--simple", *ALWAYS_LONG_TERM) as exporter,
         Peers() as a,
@@ -196,14 +196,14 @@ def test_simple_is_one_number() -> None:
 
 
 def test_the_exporters_own_port_is_never_counted(exporters: Exporters) -> None:
-    """Neither its listener nor the connections of those who scrape it."""
+    """Neither its listener nor the connections of its clients are counted."""
     exporter = exporters(*ALWAYS_LONG_TERM)
     with socket.create_connection(("127.0.0.1", exporter.port)):
         assert exporter.established(exporter.port) is None
 
 
-def test_another_namespace_is_counted_only_when_asked_for(exporters: Exporters) -> None:
-    """``--netns self`` is as /proc/net/tcp; ``all`` is the host."""
+def test_other_namespaces_are_counted_only_with_netns_all(exporters: Exporters) -> None:
+    """``--netns self`` counts what /proc/net/tcp shows; ``all`` counts the whole host."""
     own, every = exporters(*ALWAYS_LONG_TERM), exporters(*EVERY_NAMESPACE)
     with new_netns() as elsewhere:
         with inside(elsewhere):
@@ -219,7 +219,7 @@ def test_another_namespace_is_counted_only_when_asked_for(exporters: Exporters) 
 
 
 def shown(exporter: Exporter, name: str) -> dict[tuple[str, str], float]:
-    """One scrape of a metric: values by port and IP version."""
+    """Scrape once, and return the values of a metric by port and IP version."""
     return {
         (dict(labels)["port"], dict(labels)["tcp_version"]): value
         for (metric, labels), value in exporter.samples().items()
@@ -228,7 +228,7 @@ def shown(exporter: Exporter, name: str) -> dict[tuple[str, str], float]:
 
 
 def ss_at_ports(ports: set[int]) -> Counter[str]:
-    """How many connections ss(8) shows at some local ports, by IP version."""
+    """Return how many connections ss(8) shows at some local ports, by IP version."""
     lines = subprocess.check_output(
         ["ss", "-Htn", "state", "established"], text=True
     ).splitlines()
@@ -241,7 +241,7 @@ def ss_at_ports(ports: set[int]) -> Counter[str]:
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("source", ["ebpf", "sock_diag"])
 def test_folding_ports_loses_no_connection(source: str) -> None:
-    """Of 211 listeners 101 are shown, the largest; the sums are those of ss(8)."""
+    """The 101 largest of 211 listeners are shown; the sums equal those of ss(8)."""
     arguments = ("--source", source, "--max-series", "101", *ALWAYS_LONG_TERM)
     with contextlib.ExitStack() as opened, Exporter(*arguments) as exporter:
         every = [
@@ -270,7 +270,7 @@ def test_folding_ports_loses_no_connection(source: str) -> None:
 
 @pytest.mark.any_kernel
 def test_a_named_port_is_not_folded(exporters: Exporters) -> None:
-    """``--port`` shows each of its ports, more than ``--max-series`` and all at 0."""
+    """``--port`` shows all its ports, even more than ``--max-series``."""
     exporter = exporters(*NAMED_PORTS)
     page = shown(exporter, ESTABLISHED)
     assert set(page.values()) == {0}
@@ -279,7 +279,7 @@ def test_a_named_port_is_not_folded(exporters: Exporters) -> None:
 
 
 def test_kernel_events_are_counted(exporters: Exporters) -> None:
-    """Inserted and removed are the state changes of both ends of each connection."""
+    """Each connection adds two to inserted when it opens, and to removed when it closes."""
     exporter = exporters(*BOTH_ENDS)
     with Peers() as peers:
 
@@ -296,14 +296,14 @@ def test_kernel_events_are_counted(exporters: Exporters) -> None:
             client.close()
             server.close()
         after = events()
-        # Each scrape is a connection too: its ends come, and those of the one before go.
+        # Each scrape is a connection too: it opens, and that of the previous scrape closes.
         assert after["inserted"] - before["inserted"] - 2 * 13 in range(1, 3)
         assert after["removed"] - before["removed"] - 2 * 5 in range(1, 3)
         assert after["refused"] == before["refused"] == 0
 
 
-def test_an_address_pair_in_use_again_has_its_own_age(exporters: Exporters) -> None:
-    """The second connection between the same two addresses and ports counts anew."""
+def test_a_reused_address_pair_has_its_own_age(exporters: Exporters) -> None:
+    """The second connection with the same addresses and ports starts with age 0."""
     exporter = exporters(*AFTER_A_SECOND)
     with Peers() as peers:
         for _ in range(2):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the kernel records while no exporter runs, and the next one takes over."""
+"""The kernel records while no exporter runs, and the next exporter adopts the records."""
 
 import contextlib
 import os
@@ -39,7 +39,7 @@ def run_by_events(directory: Path, *arguments: str) -> Exporter:
 
 @contextlib.contextmanager
 def source(directory: Path, *, max_connections: int = 8191) -> Iterator[EbpfSource]:
-    """As the exporter opens it, in this process."""
+    """Open the source in this process, as the exporter does."""
     opened = EbpfSource(
         netns="self",
         max_connections=max_connections,
@@ -52,7 +52,7 @@ def source(directory: Path, *, max_connections: int = 8191) -> Iterator[EbpfSour
 
 
 def known(opened: EbpfSource, port: int) -> Records:
-    """What it knows of the connections to a port, seen from there."""
+    """Return the connections of a local port that the source has."""
     everything = np.concatenate([chunk.copy() for chunk in opened.read()])
     there = everything[everything["group"] != 0]
     found: Records = there[there["key"]["local_port"] == port]
@@ -60,12 +60,12 @@ def known(opened: EbpfSource, port: int) -> Records:
 
 
 class Timed:
-    """Connections, and between which moments each of them was established."""
+    """Connections, and two times between which each of them was established."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
         self.moments: dict[int, tuple[int, int]] = {}
-        """By the client's port."""
+        """The two times for each port of a client."""
 
     def open(self, count: int) -> None:
         for _ in range(count):
@@ -75,7 +75,7 @@ class Timed:
             self.moments[client.getsockname()[1]] = before_ns, boottime_ns()
 
     def close(self, count: int) -> None:
-        """The oldest of them."""
+        """Close the oldest connections."""
         for client, server in self._peers.pairs[:count]:
             del self.moments[client.getsockname()[1]]
             client.close()
@@ -83,7 +83,7 @@ class Timed:
         del self._peers.pairs[:count]
 
     def assert_known(self, found: Records) -> None:
-        """That is all of them, and each with its time."""
+        """Check that these are all connections, each with its time."""
         assert sorted(found["key"]["remote_port"].tolist()) == sorted(self.moments)
         for each in found:
             before_ns, after_ns = self.moments[int(each["key"]["remote_port"])]
@@ -92,7 +92,7 @@ class Timed:
 
 
 def test_a_killed_exporter_loses_no_age(directory: Path) -> None:
-    """A thousand connections, kill -9, opens and closes with nobody there, a new start."""
+    """SIGKILL with 1,009 connections; others open and close before the next start."""
     with Peers() as peers:
         timed = Timed(peers)
         with run_by_events(directory) as exporter:
@@ -110,8 +110,8 @@ def test_a_killed_exporter_loses_no_age(directory: Path) -> None:
 
 
 @pytest.mark.any_kernel
-def test_what_was_from_before_keeps_its_age_too(directory: Path) -> None:
-    """Through three runs, of which none was told that they opened."""
+def test_preexisting_connections_keep_their_ages(directory: Path) -> None:
+    """Three runs show the same ages, although none of them saw the openings."""
     with Peers() as peers:
         peers.connect(7)
         seen = []
@@ -125,7 +125,7 @@ def test_what_was_from_before_keeps_its_age_too(directory: Path) -> None:
 
 
 def test_only_the_last_run_is_recorded(directory: Path) -> None:
-    """Each start leaves one generation, and no program of those before it."""
+    """Each start leaves one generation, and no program of previous runs."""
     before = set(bpf_programs_by_id())
     for number in (1, 2, 3):
         with run_by_events(directory) as exporter:
@@ -138,7 +138,7 @@ def test_only_the_last_run_is_recorded(directory: Path) -> None:
 
 @pytest.mark.any_kernel
 def test_unpin_leaves_nothing(directory: Path) -> None:
-    """No file, no directory, no program; a second time there is nothing to do."""
+    """No file, no directory and no program; a second time it does nothing."""
     before = set(bpf_programs_by_id())
     with run_by_events(directory):
         pass
@@ -149,8 +149,8 @@ def test_unpin_leaves_nothing(directory: Path) -> None:
 
 
 @pytest.mark.any_kernel
-def test_root_unpins_what_another_user_left(directory: Path, tmp_path: Path) -> None:
-    """As the unit's; and does nothing elsewhere, wherever that user's links lead."""
+def test_root_unpins_the_directory_of_another_user(directory: Path, tmp_path: Path) -> None:
+    """Such as that of the unit; and removes nothing that a symbolic link points to."""
     with run_by_events(directory):
         pass
     for each in (directory, *directory.rglob("*")):
@@ -166,8 +166,8 @@ def test_root_unpins_what_another_user_left(directory: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.any_kernel
-def test_what_is_not_ours_is_not_unpinned(directory: Path) -> None:
-    """One sentence says what is in the way."""
+def test_a_foreign_file_is_not_unpinned(directory: Path) -> None:
+    """One sentence says that the directory is not empty."""
     (directory / "other").mkdir(parents=True)
     sentence = refused(directory, "--unpin")
     assert sentence == f"tcpexporter: {directory} cannot be removed: Directory not empty"
@@ -175,7 +175,7 @@ def test_what_is_not_ours_is_not_unpinned(directory: Path) -> None:
 
 
 def refused(directory: Path, *arguments: str) -> str:
-    """What an exporter says that cannot start there."""
+    """Return the error of an exporter that cannot use the directory."""
     ended = subprocess.run(
         [*COMMAND, "--pin", str(directory), *arguments],
         check=False,
@@ -189,7 +189,7 @@ def refused(directory: Path, *arguments: str) -> str:
 
 @pytest.mark.any_kernel
 def test_of_two_exporters_the_second_is_refused(directory: Path) -> None:
-    """It does not poll instead, and the first goes on; nor is that unpinned."""
+    """The second does not poll instead or unpin, and the first continues."""
     with run_by_events(directory) as exporter, Peers() as peers:
         for arguments in (("--once", "--source", "auto"), ("--unpin",)):
             assert "is in use by another exporter" in refused(directory, *arguments)
@@ -198,8 +198,8 @@ def test_of_two_exporters_the_second_is_refused(directory: Path) -> None:
 
 
 @pytest.mark.any_kernel
-def test_a_stranger_s_directory_is_refused(directory: Path) -> None:
-    """Others could have put there what they like."""
+def test_a_directory_of_other_users_is_refused(directory: Path) -> None:
+    """Other users could have pinned any object there."""
     directory.mkdir(mode=0o700)
     directory.chmod(0o755)
     assert "is not ours alone" in refused(directory, "--once", "--source", "ebpf")
@@ -210,8 +210,8 @@ def test_a_stranger_s_directory_is_refused(directory: Path) -> None:
 
 
 @pytest.mark.any_kernel
-def test_what_is_given_to_another_user_is_taken_over(directory: Path) -> None:
-    """As the unit does with what its last user left; this one has CAP_BPF, and no more."""
+def test_pins_that_were_given_to_another_user_are_adopted(directory: Path) -> None:
+    """The unit does that when its user changes; the new user only has CAP_BPF."""
     with Peers() as peers:
         peers.connect(7)
         with run_by_events(directory):
@@ -231,7 +231,7 @@ def test_what_is_given_to_another_user_is_taken_over(directory: Path) -> None:
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("name", [LINK, LAYOUT, CONNECTIONS])
 def test_another_object_is_refused(directory: Path, name: str) -> None:
-    """A map of another size, or one that says nothing sensible, is not read."""
+    """A map of another size, or with senseless content, is not read."""
     with run_by_events(directory):
         pass
     other = libbpf.create_map(libbpf.BPF_MAP_TYPE_ARRAY, 4, 8)
@@ -244,8 +244,8 @@ def test_another_object_is_refused(directory: Path, name: str) -> None:
 
 
 @pytest.mark.any_kernel
-def test_a_layout_that_says_nonsense_is_refused(directory: Path) -> None:
-    """As one that has fields outside of the record."""
+def test_a_layout_without_sense_is_refused(directory: Path) -> None:
+    """For example one with fields outside of the record."""
     with run_by_events(directory):
         pass
     layout = libbpf.call("bpf_obj_get", os.fsencode(directory / "1" / LAYOUT))
@@ -256,10 +256,10 @@ def test_a_layout_that_says_nonsense_is_refused(directory: Path) -> None:
     assert "is not an object that an exporter has pinned" in refused(directory, "--once")
 
 
-def test_another_version_gives_its_times(
+def test_times_of_another_version_are_adopted(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One whose records have the fields in other places, and more of them."""
+    """Its records have the fields at other offsets, and more fields."""
     other = np.dtype(
         [
             ("more", "u4", 3),
@@ -275,22 +275,20 @@ def test_another_version_gives_its_times(
         timed.open(11)
         with source(directory) as opened:
             opened.start()
-            left_by_another_version(
-                directory, known(opened, peers.port), other, monkeypatch
-            )
+            pin_as_another_version(directory, known(opened, peers.port), other, monkeypatch)
         with source(directory) as opened:
             opened.start()
             found = known(opened, peers.port)
         assert sorted(found["established_ns"].tolist()) == [11 * (n + 1) for n in range(11)]
 
 
-def left_by_another_version(
+def pin_as_another_version(
     directory: Path,
     found: Records,
     other: np.dtype[np.void],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Put in place of a generation what that version would have, with times of its own."""
+    """Replace a generation by that of another version, with other times."""
     array = libbpf.create_map(
         libbpf.BPF_MAP_TYPE_ARRAY, 4, other.itemsize, entries=8191, flags=1 << 10
     )

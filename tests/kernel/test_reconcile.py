@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Reconciling with real BPF and sockets, each case of `ebpf.reconcile` forced."""
+"""Each case of `ebpf.reconcile` is forced with the BPF program and real sockets."""
 
 import contextlib
 import time
@@ -33,13 +33,13 @@ from tests.support import Exporter, Peers, eventually, inside, new_netns, ss_est
 def run(
     tracker: Tracker, *after: Callable[[], object], hidden_from: int = 0
 ) -> Corrections:
-    """Reconcile with those things happening after the dumps."""
+    """Reconcile; each action happens after one dump."""
     with Dumps(*after, hidden_from=hidden_from) as dumps:
         return reconcile.reconcile(tracker, dumps)
 
 
-def test_agreement_takes_one_look(tracker: Tracker, peers: Peers) -> None:
-    """Where tables and tracker agree, nothing is done and nothing looked at again."""
+def test_one_dump_suffices_if_nothing_differs(tracker: Tracker, peers: Peers) -> None:
+    """If tables and tracker agree, nothing is corrected, and there is no second dump."""
     peers.connect(5)
     with Dumps() as dumps:
         reconcile.seed(tracker, dumps)
@@ -49,7 +49,7 @@ def test_agreement_takes_one_look(tracker: Tracker, peers: Peers) -> None:
 
 
 def test_a_missed_opening_is_added(tracker: Tracker, peers: Peers) -> None:
-    """i: open and unknown: added, with the direction and no more age than it has."""
+    """i: added with the right direction, and not older than it is."""
     opened_ns = boottime_ns()
     peers.connect(5)
     forget(tracker, peers.port)
@@ -61,32 +61,32 @@ def test_a_missed_opening_is_added(tracker: Tracker, peers: Peers) -> None:
     assert (directions(known["group"]) == Direction.INBOUND).all()
 
 
-def test_what_closes_after_the_first_look_is_not_added(
+def test_a_connection_that_closes_after_the_first_dump_is_not_added(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """j: in the first look, closed before the tracker is read: not missing."""
+    """j: in the first dump, and closed before the tracker is read: not added."""
     reusable = Reusable(peers)
     assert run(tracker, reusable.close) == NOTHING
     assert len(at_port(tracker, peers.port)) == 0
 
 
-def test_what_is_there_in_both_looks_by_chance_does_not_stay(
+def test_a_connection_that_both_dumps_show_by_chance_does_not_stay(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """k: closed before each reading of the tracker, open at each look: gone at the end."""
+    """k: closed at each reading of the tracker, open at each dump: not in the tracker."""
     reusable = Reusable(peers)
     with Dumps() as dumps:
 
         class Flickering:
-            """Open while it is looked at, closed otherwise, twice."""
+            """Opens the connection for the dump and closes it after the dump, twice."""
 
             def established(self, *, with_ages: bool) -> Records:
                 if dumps.taken < 2:
                     if reusable.client.fileno() < 0:
                         reusable.open()
-                    look = dumps.established(with_ages=with_ages)
+                    dump = dumps.established(with_ages=with_ages)
                     reusable.close()
-                    return look
+                    return dump
                 return dumps.established(with_ages=with_ages)
 
             namespaces = dumps.namespaces
@@ -99,7 +99,7 @@ def test_what_is_there_in_both_looks_by_chance_does_not_stay(
 def test_a_missed_closing_is_removed(
     tracker: Tracker, peers: Peers, know: Callable[[Tracker, Records], object]
 ) -> None:
-    """l: known and not open: removed, whatever it is known by."""
+    """l: in the tracker and not open: removed, whatever it is identified by."""
     peers.connect(7)
     with Dumps() as dumps:
         reconcile.seed(tracker, dumps)
@@ -110,10 +110,10 @@ def test_a_missed_closing_is_removed(
 
 
 @pytest.mark.parametrize("know", [put_reported, Tracker.add], ids=["event", "seed"])
-def test_of_two_with_one_key_the_older_is_removed(
+def test_the_older_of_two_with_one_key_is_removed(
     tracker: Tracker, peers: Peers, know: Callable[[Tracker, Records], object]
 ) -> None:
-    """r: its closing was missed, its reopening not: the kernel's newer word stays."""
+    """r: its closing was missed and its reopening reported: the reported one stays."""
     peers.connect(3)
     fresh = at_port(tracker, peers.port)
     stale = fresh.copy()
@@ -126,23 +126,23 @@ def test_of_two_with_one_key_the_older_is_removed(
     assert len(seeds(known)) == 0
 
 
-def test_a_seed_that_the_kernel_told_of_is_removed(tracker: Tracker, peers: Peers) -> None:
-    """r: even one that seems to be newer, as the kernel's own time is the true one."""
+def test_a_seed_of_a_reported_connection_is_removed(tracker: Tracker, peers: Peers) -> None:
+    """r: even a seed that seems to be newer, because the kernel's time is exact."""
     peers.connect(3)
-    told = at_port(tracker, peers.port)
-    doubles = told.copy()
+    reported = at_port(tracker, peers.port)
+    doubles = reported.copy()
     doubles["established_ns"] += 1
     tracker.add(doubles)
     time.sleep(0.01)
     assert run(tracker) == Corrections(missed_close=3)
     known = at_port(tracker, peers.port)
-    assert sorted(known["established_ns"]) == sorted(told["established_ns"])
+    assert sorted(known["established_ns"]) == sorted(reported["established_ns"])
 
 
-def test_an_address_that_is_used_again_says_that_a_closing_was_missed(
+def test_the_next_connection_of_a_socket_shows_that_a_closing_was_missed(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """l: the program finds a connection of the socket that it is told of: a stale one."""
+    """l: the program finds a stale record of the socket that opens."""
     peers.connect(1)
     before = tracker.events()
     slots = slots_at(tracker, peers.port)
@@ -150,22 +150,22 @@ def test_an_address_that_is_used_again_says_that_a_closing_was_missed(
         client.close()
         server.close()
     everyone = tracker._all()
-    # As if it had missed that these two were closed.
+    # As if the program had missed both closings.
     everyone["group"][slots] = peers.port
     assert len(at_port(tracker, peers.port)) == 1
     for _ in range(97):
         peers.connect(1)
     known = at_port(tracker, peers.port)
     if len(known) == 98:
-        pytest.fail("no socket has come to be where the closed one was")
+        pytest.fail("no new socket has the address of a closed one")
     assert len(known) == 97
     assert tracker.events()["removed"] == before["removed"] + 2 + 1
 
 
-def test_what_opens_after_the_first_look_is_not_judged(
+def test_a_connection_that_opens_after_the_first_dump_is_not_judged(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """m: known and not in the first look, as it is newer: no second look is needed."""
+    """m: in the tracker and not in the first dump: newer, so there is no second dump."""
     with Dumps() as dumps:
         reconcile.seed(tracker, dumps)
     with Dumps(lambda: peers.connect(3)) as dumps:
@@ -176,30 +176,30 @@ def test_what_opens_after_the_first_look_is_not_judged(
     assert len(seeds(known)) == 0
 
 
-@pytest.mark.parametrize("look", [1, 2])
-def test_what_one_look_does_not_show_stays(
-    tracker: Tracker, peers: Peers, look: int
+@pytest.mark.parametrize("dump", [1, 2])
+def test_a_connection_that_one_dump_does_not_show_stays(
+    tracker: Tracker, peers: Peers, dump: int
 ) -> None:
-    """n, p: hidden from one look, by its neighbours or as its state is not stored yet."""
+    """n, p: hidden by the connections next to it, or its state is not stored yet."""
     peers.connect(5)
     with Dumps() as dumps:
         reconcile.seed(tracker, dumps)
     before = at_port(tracker, peers.port)
-    assert run(tracker, hidden_from=look) == NOTHING
+    assert run(tracker, hidden_from=dump) == NOTHING
     assert (at_port(tracker, peers.port) == before).all()
 
 
 def test_a_namespace_that_is_not_covered_is_not_judged(tracker: Tracker) -> None:
-    """o: the tables do not speak of it, so it is left as it is."""
+    """o: the tables do not cover it, so its connections stay."""
     tracker.add(made(5, netns=1))
     assert run(tracker).missed_close == 0
     assert len(seeds(everything(tracker))) == 5
 
 
-def test_what_is_reopened_while_it_is_removed_keeps_its_time(
+def test_a_connection_that_reopens_before_its_removal_keeps_its_time(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """q: its closing was missed, its reopening told of just before it is removed."""
+    """q: its closing was missed, and its reopening reported just before the removal."""
     reusable = Reusable(peers)
     fresh = at_port(tracker, peers.port)
     stale_ns = np.ones(1, np.uint64)
@@ -212,15 +212,15 @@ def test_what_is_reopened_while_it_is_removed_keeps_its_time(
     assert len(at_port(tracker, peers.port)) == 0
 
 
-def test_a_socket_under_a_record_of_another_connection_takes_both_along(
+def test_a_socket_under_a_stale_record_that_closes_removes_both(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """t: two missed events at one socket address: its closing removes record and seed."""
+    """t: two events of one socket address were missed: its closing removes both."""
     peers.connect(1)
     slots = slots_at(tracker, peers.port)
     (true,) = tracker._all()[slots].copy()
-    # As if the program had missed that the last connection at this address was closed, and
-    # that this one was opened.
+    # As if the program had missed the closing of the previous connection at this address
+    # and the opening of this one.
     tracker._all()["key"]["remote_port"][slots] ^= 1
     seed = np.array([true])
     tracker.add(seed)
@@ -231,8 +231,8 @@ def test_a_socket_under_a_record_of_another_connection_takes_both_along(
     assert run(tracker) == NOTHING
 
 
-def test_lost_events_are_made_good(peers: Peers) -> None:
-    """With one in three events lost on purpose, one run makes every count right."""
+def test_missed_events_are_corrected(peers: Peers) -> None:
+    """The program ignores one in three events; one run corrects all counts."""
     tracker = attach(4096, lose_one_in=3)
     try:
         peers.connect(211)
@@ -253,7 +253,7 @@ def test_lost_events_are_made_good(peers: Peers) -> None:
 def reconciling(
     tracker: Tracker, dumps: Dumps, *, interval_s: float, cpu_share: float = 1
 ) -> Iterator[Reconciler]:
-    """The thread, which has ended afterwards whatever happened."""
+    """Run the thread during the block."""
     reconciler = Reconciler(tracker, dumps, interval_s=interval_s, cpu_share=cpu_share)
     reconciler.start()
     with contextlib.closing(reconciler):
@@ -261,7 +261,7 @@ def reconciling(
 
 
 def test_the_thread_runs_at_its_interval(tracker: Tracker, peers: Peers) -> None:
-    """Without any sign of trouble, the interval alone finds what was missed."""
+    """Without any counted miss, the run at the interval finds what was missed."""
     with Dumps() as dumps:
         with reconciling(tracker, dumps, interval_s=1) as reconciler:
             peers.connect(3)
@@ -306,8 +306,8 @@ def test_the_thread_runs_when_there_was_no_room(
         tracker.close()
 
 
-def test_the_thread_keeps_to_its_share_of_cpu(tracker: Tracker) -> None:
-    """After each run it rests until what it used is no more than its share."""
+def test_the_thread_does_not_exceed_its_share_of_cpu(tracker: Tracker) -> None:
+    """After each run it rests until its average is below the share."""
     with Dumps() as dumps:
         with reconciling(tracker, dumps, interval_s=0.1, cpu_share=1e-6) as reconciler:
             eventually(lambda: reconciler.state.runs == 1)
@@ -316,8 +316,8 @@ def test_the_thread_keeps_to_its_share_of_cpu(tracker: Tracker) -> None:
             assert reconciler.state.interval_s > 100
 
 
-def test_a_full_map_refuses_says_so_and_recovers(effort: Effort) -> None:
-    """5,003 connections and room for 100: it stays up, says so, and is right after."""
+def test_a_full_tracker_warns_and_recovers(effort: Effort) -> None:
+    """5,003 connections, 100 slots: it warns once, and is right when most have closed."""
     connections = effort.of(5003)
     arguments = ("--max-connections", "100", "--reconcile-interval", "1")
     with (
@@ -343,12 +343,12 @@ def test_a_full_map_refuses_says_so_and_recovers(effort: Effort) -> None:
         eventually(lambda: exporter.established(peers.port) == 31)
         assert ss_established(peers.port) == {"4": 31}
         _, complaints = exporter.stop()
-    told = [line for line in complaints.splitlines() if "--max-connections" in line]
-    assert len(told) == 1
+    warnings = [line for line in complaints.splitlines() if "--max-connections" in line]
+    assert len(warnings) == 1
 
 
-def test_an_idle_connection_from_before_has_its_age() -> None:
-    """One that has been idle counts as long-term at once, not only after ``duration``."""
+def test_an_idle_preexisting_connection_has_its_age() -> None:
+    """It counts as long-term at once, and not only after ``duration``."""
     with Peers() as peers:
         peers.connect(3)
         time.sleep(2.1)
@@ -356,8 +356,8 @@ def test_an_idle_connection_from_before_has_its_age() -> None:
             assert exporter.long_term(peers.port) == 3
 
 
-def test_ages_from_before_are_never_too_high() -> None:
-    """A busy connection and a fresh one are no older than they are."""
+def test_ages_of_preexisting_connections_are_never_too_high() -> None:
+    """The tables show no active connection as older than it is."""
     with Peers() as peers:
         opened_ns = boottime_ns()
         peers.connect(101)
@@ -372,7 +372,7 @@ def test_ages_from_before_are_never_too_high() -> None:
 
 @pytest.mark.any_kernel
 def test_another_namespace_can_be_named() -> None:
-    """``--netns NAME`` and ``--netns PATH`` watch that one alone, and keep it right."""
+    """``--netns NAME`` and ``--netns PATH`` count only that namespace."""
     with new_netns() as elsewhere:
         with inside(elsewhere):
             older = Peers()
@@ -385,8 +385,8 @@ def test_another_namespace_can_be_named() -> None:
         older.close()
 
 
-def test_namespaces_have_names_that_a_person_can_read(exporters: Exporters) -> None:
-    """``--netns all``: ours is ``self``, a named one has its name."""
+def test_namespaces_are_shown_by_name(exporters: Exporters) -> None:
+    """``--netns all``: the exporter's own is ``self``, a named one has its name."""
     exporter = exporters(*EVERY_NAMESPACE)
     with new_netns() as elsewhere:
         with inside(elsewhere):
@@ -399,8 +399,8 @@ def test_namespaces_have_names_that_a_person_can_read(exporters: Exporters) -> N
 
 
 @pytest.mark.any_kernel
-def test_the_metrics_say_what_was_reconciled() -> None:
-    """Everything that reconciling did is on the page."""
+def test_reconciliation_has_metrics() -> None:
+    """All metrics of reconciliation are in the exposition."""
     with Peers() as peers:
         peers.connect(7)
         at_any_cost = ("--reconcile-interval", "1", "--reconcile-cpu", "100")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Seeding with real BPF and sockets, each interleaving of `reconcile.seed` forced."""
+"""Each case of `reconcile.seed` is forced with the BPF program and real sockets."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -26,14 +26,14 @@ from tests.support import Exporter, Peers, eventually, inside, new_netns
 
 
 def seed(tracker: Tracker, *after: Callable[[], object]) -> None:
-    """Seed with those things happening after the look."""
+    """Seed; each action happens after the dump."""
     with Dumps(*after) as dumps:
         reconcile.seed(tracker, dumps)
         assert dumps.taken == 1
 
 
-def test_connections_from_before_are_seeded(peers: Peers) -> None:
-    """a: what was open before the program was attached, no older than it is."""
+def test_preexisting_connections_are_seeded(peers: Peers) -> None:
+    """a: open before the program was attached: added, and not older than it is."""
     opened_ns = boottime_ns()
     peers.connect(5)
     tracker = attach()
@@ -50,8 +50,8 @@ def test_connections_from_before_are_seeded(peers: Peers) -> None:
         tracker.close()
 
 
-def test_what_the_kernel_told_is_not_seeded(tracker: Tracker, peers: Peers) -> None:
-    """b: opened while attached, before the first look: once, with the kernel's time."""
+def test_reported_connections_do_not_become_seeds(tracker: Tracker, peers: Peers) -> None:
+    """b: opened while attached, before the dump: counted once, with the kernel's time."""
     peers.connect(5)
     opened_ns = boottime_ns()
     seed(tracker)
@@ -61,10 +61,10 @@ def test_what_the_kernel_told_is_not_seeded(tracker: Tracker, peers: Peers) -> N
     assert len(seeds(known)) == 0
 
 
-def test_what_opens_after_the_look_keeps_its_time(
+def test_a_connection_that_opens_after_the_dump_keeps_its_time(
     late_tracker: Tracker, reusable: Reusable, peers: Peers
 ) -> None:
-    """c: opened after the look: once, with the kernel's time, beside the seed."""
+    """c: counted once, with the kernel's time, next to the seed."""
     del reusable
     times_ns = []
 
@@ -77,14 +77,14 @@ def test_what_opens_after_the_look_keeps_its_time(
     known = at_port(late_tracker, peers.port)
     assert len(known) == 4
     assert len(seeds(known)) == 1
-    told_ns = known["established_ns"][known["handle"] & 1 == 0]
-    assert (told_ns >= times_ns[0]).all()
-    assert (told_ns <= times_ns[1]).all()
+    reported_ns = known["established_ns"][known["handle"] & 1 == 0]
+    assert (reported_ns >= times_ns[0]).all()
+    assert (reported_ns <= times_ns[1]).all()
 
 
 @pytest.fixture
 def reusable(tracker: Tracker, peers: Peers) -> Iterator[Reusable]:
-    """A connection that is closed before the tracker is anybody else's."""
+    """A connection that is closed before another test gets the tracker."""
     del tracker
     made = Reusable(peers)
     yield made
@@ -93,7 +93,7 @@ def reusable(tracker: Tracker, peers: Peers) -> Iterator[Reusable]:
 
 @pytest.fixture
 def late_tracker(tracker: Tracker, reusable: Reusable, peers: Peers) -> Tracker:
-    """One that knows nothing of the connection, as if attached when it was there."""
+    """A tracker without the connection, as if attached after it had opened."""
     forget(tracker, peers.port)
     forget(tracker, reusable.client.getsockname()[1])
     assert len(everything(tracker)) == 0
@@ -101,15 +101,15 @@ def late_tracker(tracker: Tracker, reusable: Reusable, peers: Peers) -> Tracker:
 
 
 Step = str
-STEPS = ("look", "known", "slots", "seeds")
-"""After which something happens: the look at the tables, that at the tracker, when the
-program finds the new seeds but nobody else does yet, and when they are there."""
+STEPS = ("dump", "known", "slots", "seeds")
+"""After which something happens: the socket-table dump; the reading of the tracker; when
+the program finds the new seeds and no reader counts them yet; when they are complete."""
 
 
 def seed_with(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch, step: Step, act: Callable[[], object]
 ) -> None:
-    """Seed with something happening once, after one of `STEPS`."""
+    """Seed, and act once after one of `STEPS`."""
     acted: list[bool] = []
 
     def act_once() -> None:
@@ -127,7 +127,7 @@ def seed_with(
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    if step == "look":
+    if step == "dump":
         seed(tracker, act_once)
     else:
         wrapped_there = {
@@ -141,28 +141,28 @@ def seed_with(
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_what_closes_while_it_becomes_a_seed_does_not_stay(
+def test_a_connection_that_closes_while_seeding_does_not_stay(
     late_tracker: Tracker,
     reusable: Reusable,
     peers: Peers,
     monkeypatch: pytest.MonkeyPatch,
     step: Step,
 ) -> None:
-    """d, e, g: closed after any of the steps, it is gone in the end."""
+    """d, e, g: closed after any of the steps, it is not in the tracker at the end."""
     seed_with(late_tracker, monkeypatch, step, reusable.close)
     assert len(at_port(late_tracker, peers.port)) == 0
     assert late_tracker.seeds() == len(seeds(everything(late_tracker)))
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_what_is_reopened_while_it_becomes_a_seed_has_its_own_time(
+def test_a_connection_that_reopens_while_seeding_has_its_own_time(
     late_tracker: Tracker,
     reusable: Reusable,
     peers: Peers,
     monkeypatch: pytest.MonkeyPatch,
     step: Step,
 ) -> None:
-    """f: closed and opened anew after any of the steps: once, with the kernel's time."""
+    """f: closed and opened anew after any step: counted once, with the kernel's time."""
     times_ns = []
 
     def reopen() -> None:
@@ -176,19 +176,19 @@ def test_what_is_reopened_while_it_becomes_a_seed_has_its_own_time(
     assert len(seeds(known)) == 0
 
 
-def test_what_the_kernel_told_and_the_look_saw_may_close(
+def test_a_reported_connection_may_close_after_the_dump(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """d: known by its socket, in the look, closed before the tracker is read: no seed."""
+    """d: reported, in the dump, and closed before the tracker is read: no seed."""
     reusable = Reusable(peers)
     seed(tracker, reusable.close)
     assert len(at_port(tracker, peers.port)) == 0
 
 
-def test_closings_without_a_note_are_counted_and_made_good(
+def test_unrecorded_closings_are_counted_and_corrected(
     late_tracker: Tracker, reusable: Reusable, peers: Peers
 ) -> None:
-    """h: no room for the note: a reason to reconcile, which finds the stale seed."""
+    """h: the closings log is full: a reason to reconcile, which removes the stale seed."""
     with late_tracker.recording_closings():
         handles = np.arange(loader.MAX_CLOSINGS, dtype=np.uint64)
         values = handles.astype(np.uint32)
@@ -204,22 +204,24 @@ def test_closings_without_a_note_are_counted_and_made_good(
     assert len(at_port(late_tracker, peers.port)) == 0
 
 
-def test_nothing_is_noted_when_nobody_compares(tracker: Tracker, peers: Peers) -> None:
-    """Closings cost a note only while there is somebody to read it."""
+def test_closings_are_only_recorded_during_a_comparison(
+    tracker: Tracker, peers: Peers
+) -> None:
+    """Otherwise the closings log stays empty."""
     peers.connect(3)
     peers.close()
     assert len(tracker._pop_closings()) == 0
 
 
-def test_more_seeds_than_fit_are_reported(tracker: Tracker) -> None:
-    """What finds no room is counted, what fits is kept."""
+def test_seeds_beyond_capacity_are_counted(tracker: Tracker) -> None:
+    """Seeds without a free slot are counted as refused; the others are added."""
     assert len(tracker.add(made(1031))) == SLOTS
     assert tracker.seeds_refused == 1031 - SLOTS
     assert len(seeds(everything(tracker))) == tracker.seeds() == SLOTS
 
 
 def test_the_program_finds_a_seed_by_its_key(peers: Peers) -> None:
-    """Both sides compute the same hash: of IPv4, of IPv6, of an IPv4 client of ::."""
+    """C and Python compute the same hash: of IPv4, IPv6 and an IPv4 client of ``::``."""
     with Peers("::") as both:
         peers.connect(3)
         both.connect(5, "::1")
@@ -237,7 +239,7 @@ def test_the_program_finds_a_seed_by_its_key(peers: Peers) -> None:
 
 
 def test_a_key_is_not_added_twice(tracker: Tracker) -> None:
-    """Two sockets of one key on two devices cannot be told apart: they are one seed."""
+    """Sockets with the same key on two devices cannot be distinguished: one seed."""
     twice = np.concatenate((made(5), made(3)))
     assert len(tracker.add(twice)) == 5
     assert len(tracker.add(twice)) == 0
@@ -248,7 +250,7 @@ def test_a_key_is_not_added_twice(tracker: Tracker) -> None:
 def test_a_seed_can_be_added_again_when_it_has_closed(
     late_tracker: Tracker, reusable: Reusable, peers: Peers
 ) -> None:
-    """Its closing was told, its reopening missed: it has another slot or the same."""
+    """Its closing was reported and its reopening missed: it becomes a seed again."""
     seed(late_tracker)
     reusable.close()
     assert len(at_port(late_tracker, peers.port)) == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Slots: whatever the program and userspace do, each is in one hand, and none is lost."""
+"""Each slot has one owner, and none is lost, whatever the program and userspace do."""
 
 import contextlib
 import os
@@ -32,49 +32,49 @@ from tests.support import Peers, ss_established
 PORTS = (10007, 10009)
 CYCLES = 1_000_003
 CHURNED = 10_009
-"""So many of them at least are of real connections."""
+"""The minimum of these that are real connections."""
 
 SEEDS = 211
 
 
 @pytest.fixture
 def own_tracker(netns: str) -> Iterator[Tracker]:
-    """One that nobody else has had, in a namespace that nobody else has."""
+    """A tracker of this test alone, in a namespace of this test alone."""
     del netns
     attached = attach()
     yield attached
     attached.close()
 
 
-def assert_each_is_in_one_hand(tracker: Tracker) -> None:
-    """Free, or the value of one handle; all of them, and none of them twice."""
+def assert_each_has_one_owner(tracker: Tracker) -> None:
+    """Each slot is free, or the value of one handle, and never both."""
     everywhere = np.concatenate((free_slots(tracker), taken_slots(tracker)))
     assert sorted(everywhere.tolist()) == list(range(SLOTS))
 
 
 def test_at_first_all_are_free(own_tracker: Tracker) -> None:
-    """As many as there is room for, the lowest first."""
+    """All slots are on the stack, the lowest first."""
     assert free_slots(own_tracker).tolist() == list(range(SLOTS))
-    assert_each_is_in_one_hand(own_tracker)
+    assert_each_has_one_owner(own_tracker)
 
 
 def test_a_closed_connection_keeps_its_slot_for_the_next(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """The kernel uses a socket's address again: 2,018 sockets take far fewer slots."""
+    """The kernel reuses addresses of sockets: 2,018 sockets need far fewer slots."""
     for _ in range(1009):
         peers.connect(1)
         for each in peers.pairs.pop():
             each.close()
     assert len(taken_slots(tracker)) < 503
     assert len(everything(tracker)) == 0
-    assert_each_is_in_one_hand(tracker)
+    assert_each_has_one_owner(tracker)
 
 
 def test_spare_slots_are_reclaimed(
     tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of closed connections become free, those of open ones stay where they are."""
+    """Slots of closed connections are freed, and open connections keep theirs."""
     peers.connect(211)
     for client, server in peers.pairs[:199]:
         client.close()
@@ -84,13 +84,13 @@ def test_spare_slots_are_reclaimed(
     assert len(taken_slots(tracker)) >= 2 * 199
     monkeypatch.setattr(tracker_module, "SPARE_SLOTS", 0)
     tracker.reclaim()
-    assert len(taken_slots(tracker)) < 2 * 12 + 53  # and what else is open or closing
+    assert len(taken_slots(tracker)) < 2 * 12 + 53  # and some for other connections
     assert (at_port(tracker, peers.port) == before).all()
-    assert_each_is_in_one_hand(tracker)
+    assert_each_has_one_owner(tracker)
 
 
-def test_without_room_connections_are_refused_and_found_later(tracker: Tracker) -> None:
-    """All slots are taken: openings are counted as refused, and no slot is lost."""
+def test_at_capacity_connections_are_refused_and_added_later(tracker: Tracker) -> None:
+    """With all slots in use, openings are counted as refused, and no slot is lost."""
     slots = tracker.add(made(SLOTS))
     assert len(slots) == SLOTS
     with Peers() as peers:
@@ -98,23 +98,23 @@ def test_without_room_connections_are_refused_and_found_later(tracker: Tracker) 
         assert tracker.events()["refused"] == 14
         assert len(at_port(tracker, peers.port)) == 0
         assert tracker.release(slots, np.ones(SLOTS, np.uint64)) == SLOTS
-        assert_each_is_in_one_hand(tracker)
+        assert_each_has_one_owner(tracker)
         with Dumps() as dumps:
             assert reconcile.reconcile(tracker, dumps).missed_open == 14
         assert len(at_port(tracker, peers.port)) == 7
-    assert_each_is_in_one_hand(tracker)
+    assert_each_has_one_owner(tracker)
 
 
 @pytest.mark.parametrize("step", ["delete_all", "wait_for_runs"])
 @pytest.mark.parametrize("ends", ["open", "closed", "reopened"])
-def test_what_happens_while_a_slot_is_released(
+def test_a_socket_that_is_used_during_a_release_keeps_its_connection(
     tracker: Tracker,
     peers: Peers,
     monkeypatch: pytest.MonkeyPatch,
     step: str,
     ends: str,
 ) -> None:
-    """h, and g as far as it can be forced: the socket's address is used after step 1."""
+    """h, and g as far as a test can force it: the socket's address is used after 1."""
     peers.connect(1)
     stale = slots_at(tracker, peers.port)
     for each in peers.pairs.pop():
@@ -141,38 +141,41 @@ def test_what_happens_while_a_slot_is_released(
     expected = 0 if ends == "closed" else 23
     assert len(at_port(tracker, peers.port)) == expected
     assert ss_established(peers.port)["4"] == expected
-    assert_each_is_in_one_hand(tracker)
+    assert_each_has_one_owner(tracker)
 
 
-def test_a_handle_that_has_another_slot_by_now_gives_its_old_one_back(
+def test_the_old_slot_of_a_handle_with_a_new_slot_is_freed(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """j: what was to be restored is not, as its socket is known elsewhere."""
+    """j: 4 does not restore the old slot, because the handle has another one."""
     peers.connect(1)
     old = slots_at(tracker, peers.port)
     connections = tracker._all()
-    handle, told_ns = connections["handle"][old][0], connections["established_ns"][old][0]
+    handle, reported_ns = (
+        connections["handle"][old][0],
+        connections["established_ns"][old][0],
+    )
     (new,) = tracker._allocate(1)
     connections["handle"][new] = handle
     real = tracker.wait_for_runs
 
     def reopened() -> None:
         real()
-        # As the program does it when it finds no handle.
+        # Like the program when it finds no handle.
         assert tracker._handles.put_new(handle, new)
 
     tracker.wait_for_runs = reopened  # type: ignore[method-assign]
-    assert tracker.release(old, np.array([told_ns - 1])) == 1
+    assert tracker.release(old, np.array([reported_ns - 1])) == 1
     assert tracker.restored == 0
-    assert_each_is_in_one_hand(tracker)
+    assert_each_has_one_owner(tracker)
 
 
-def test_a_connection_that_opens_while_it_is_read_is_not_taken_for_an_empty_slot(
+def test_a_slot_whose_connection_is_just_opening_is_not_freed(
     tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """g: the program has stored the new time and not yet ``group`` when both are read.
 
-    A wrong number: the slot of an open connection was freed, and nothing showed it.
+    The fault: the slot of an open connection was freed, and nothing showed it.
     """
     peers.connect(1)
     slots = slots_at(tracker, peers.port)
@@ -190,17 +193,17 @@ def test_a_connection_that_opens_while_it_is_read_is_not_taken_for_an_empty_slot
     monkeypatch.undo()
     assert len(at_port(tracker, peers.port)) == 1
     assert tracker.restored == 1
-    assert_each_is_in_one_hand(tracker)
+    assert_each_has_one_owner(tracker)
     for each in peers.pairs.pop():
         each.close()
     assert len(at_port(tracker, peers.port)) == 0
 
 
 @pytest.mark.parametrize("close", [True, False], ids=["closing", "opening"])
-def test_an_entry_that_became_another_handles_changes_no_other_connection(
+def test_a_run_that_reads_an_entry_of_another_handle_changes_nothing(
     tracker: Tracker, peers: Peers, close: bool
 ) -> None:
-    """k: a run reads the slot of another handle: that connection stays as it is."""
+    """k: a run reads the slot of another handle, whose connection does not change."""
     peers.connect(2)
     (first, second), other = peers.pairs
     slots = {
@@ -216,7 +219,7 @@ def test_an_entry_that_became_another_handles_changes_no_other_connection(
         tracker._all()["group"][mine] = 0
     first.close()
     second.close()
-    if not close:  # some socket has the address again, and the handle with it
+    if not close:  # some socket gets the address, and so the handle
         peers.connect(97)
     assert tracker._all()[others] == before
 
@@ -224,31 +227,31 @@ def test_an_entry_that_became_another_handles_changes_no_other_connection(
 def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
     tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """l: the kernel refuses the release, and the handle has another slot by then."""
+    """l: the kernel refuses the release, and the handle already has another slot."""
     peers.connect(1)
     (old,) = slots_at(tracker, peers.port)
     connections = tracker._all()
-    handle, told_ns = connections["handle"][old], connections["established_ns"][old]
+    handle, reported_ns = connections["handle"][old], connections["established_ns"][old]
     (new,) = tracker._allocate(1)
 
     def refuse() -> None:
         connections["handle"][new] = handle
         connections["key"][new] = connections["key"][old]
-        connections["established_ns"][new] = told_ns + 1
+        connections["established_ns"][new] = reported_ns + 1
         connections["group"][new] = connections["group"][old]
-        assert tracker._handles.put_new(handle, new)  # as the program does it
+        assert tracker._handles.put_new(handle, new)  # like the program
         raise TrackerError("refused")
 
     monkeypatch.setattr(tracker, "wait_for_runs", refuse)
     with pytest.raises(TrackerError):
-        tracker.release(np.array([old], np.uint32), np.array([told_ns]))
+        tracker.release(np.array([old], np.uint32), np.array([reported_ns]))
     monkeypatch.undo()
-    assert tracker.restored == 1  # a reason to reconcile
+    assert tracker.restored == 1  # which is a reason to reconcile
     with Dumps() as dumps:
         assert reconcile.reconcile(tracker, dumps).missed_close == 1
     assert len(at_port(tracker, peers.port)) == 1
     tracker.reclaim()
-    assert_each_is_in_one_hand(tracker)
+    assert_each_has_one_owner(tracker)
     for each in peers.pairs.pop():
         each.close()
     assert len(at_port(tracker, peers.port)) == 0
@@ -258,7 +261,7 @@ def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
 def test_a_million_cycles_lose_no_slot(
     own_tracker: Tracker, monkeypatch: pytest.MonkeyPatch, effort: Effort
 ) -> None:
-    """Connections come and go on all CPUs, seeds come and go, slots are reclaimed."""
+    """Connections open and close on all CPUs, seeds too, and slots are reclaimed."""
     tracker = own_tracker
     monkeypatch.setattr(tracker_module, "SPARE_SLOTS", 0)
     cpus = sorted(os.sched_getaffinity(0))
@@ -278,7 +281,7 @@ def test_a_million_cycles_lose_no_slot(
         for thread in threads:
             thread.start()
         try:
-            seeded = come_and_go(tracker, lambda: sum(churned), effort)
+            seeded = add_and_release(tracker, lambda: sum(churned), effort)
         finally:
             stop.set()
             for thread in threads:
@@ -286,18 +289,18 @@ def test_a_million_cycles_lose_no_slot(
         events = tracker.events()
         assert seeded + sum(churned) >= effort.of(CYCLES)
         assert sum(churned) >= effort.of(CHURNED)
-        # Since Linux 7 a task can be preempted in a tracepoint, and the kernel does not run
-        # the program for the one that takes its place, even with one CPU. And where this
-        # process waits long for a CPU, nobody reclaims slots.
-        told = events["inserted"] + events["refused"]
-        assert told + tracker.missed_events() > sum(churned) / 2
+        # Since Linux 7 a task can be preempted in a tracepoint, and the kernel skips the
+        # program for the next task on that CPU, even with one CPU. And while this process
+        # waits for a CPU, no slots are reclaimed.
+        reported = events["inserted"] + events["refused"]
+        assert reported + tracker.missed_events() > sum(churned) / 2
         tracker.reclaim()
-        assert_each_is_in_one_hand(tracker)
+        assert_each_has_one_owner(tracker)
         with Dumps() as dumps:
             reconcile.reconcile(tracker, dumps)
         for port in PORTS:
             assert len(at_port(tracker, port)) == ss_established(port)["4"]
-        assert_each_is_in_one_hand(tracker)
+        assert_each_has_one_owner(tracker)
 
 
 def keep_busy(worker: Worker, stop: threading.Event, churned: list[int], at: int) -> None:
@@ -306,16 +309,16 @@ def keep_busy(worker: Worker, stop: threading.Event, churned: list[int], at: int
         churned[at] += worker.answer()
 
 
-def come_and_go(tracker: Tracker, churned: Callable[[], int], effort: Effort) -> int:
-    """Add seeds, some of which are released as if they had changed; how many there were."""
-    chosen = random.Random(1009)  # noqa: S311  # it is to be repeated
+def add_and_release(tracker: Tracker, churned: Callable[[], int], effort: Effort) -> int:
+    """Add and release seeds, some of them as if they had changed; return how many."""
+    chosen = random.Random(1009)  # noqa: S311  # repeatable
     seeded = 0
     cycles, least_churned = effort.of(CYCLES), effort.of(CHURNED)
     while seeded + churned() < cycles or churned() < least_churned:
         slots = tracker.add(made(SEEDS))
         seeded += len(slots)
         expected_ns = np.ones(len(slots), np.uint64)
-        # These have another time: they stay, and are released with the rest.
+        # The first seeds have another time: they stay, and are released below.
         expected_ns[: chosen.randrange(7)] = 2
         tracker.release(slots, expected_ns)
         stayed = slots[expected_ns == 2]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A process that opens and closes connections as fast as it can, on one CPU."""
+"""A process that opens and closes connections as fast as possible, on one CPU."""
 
 import itertools
 import os
@@ -13,13 +13,13 @@ from tests.kernel.helpers.worker import serve
 from tests.support import reset
 
 HELD = 41
-"""Connections that stay open, the oldest of which is closed for each new one."""
+"""Connections that stay open; each new one closes the oldest."""
 
 MOST_DESCRIPTORS = 127
-"""No more sockets than that can be open in such a process."""
+"""The maximum number of open files, and so of sockets, in such a process."""
 
 AT_ONE_ADDRESS = 101
-"""Connections to one address before the next: they are in TIME_WAIT for a minute."""
+"""Connections to one address before the next: closed ones stay in TIME_WAIT."""
 
 BACKLOG = 127
 
@@ -35,14 +35,14 @@ class Churn:
         self._addresses = itertools.cycle(
             f"127.{x}.{y}.1" for x in range(1, 251) for y in range(1, 251)
         )
-        self._random = random.Random(port)  # noqa: S311  # it is to be repeated
+        self._random = random.Random(port)  # noqa: S311  # repeatable
         self._held: deque[tuple[socket.socket, socket.socket]] = deque()
 
     def act(self, connections: int) -> int:
         """Open that many connections, and close others.
 
         Returns:
-            How many sockets became established, plus how many ceased to be.
+            How many sockets entered ESTABLISHED, plus how many left it.
         """
         changes = 0
         for number in range(connections):
@@ -60,7 +60,7 @@ class Churn:
         return 2
 
     def _close(self, client: socket.socket, server: socket.socket) -> int:
-        """Either end first, with FIN, with RST, or with RST for what was not read."""
+        """Close by FIN, by RST, or by RST because of unread data; a random end is first."""
         first, second = self._random.choice([(client, server), (server, client)])
         way = self._random.choice(["FIN", "RST", "unread"])
         if way == "unread":

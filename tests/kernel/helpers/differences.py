@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What a running exporter's maps and the socket tables say of the connections of one port.
+"""Shows the connections of one port in the maps of a running exporter and in the tables.
 
-A soak prints it when a count is wrong: which connection differs, in which direction, and
-what its record, its slot, its handle and the socket tables say of it.
+A soak prints this when a count is wrong: each connection with its record, slot and handle,
+and the connections of the socket tables.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ SYS_PIDFD_GETFD = 438
 
 MAP_NAME = slice(24, 40)
 MAP_MAX_ENTRIES = slice(16, 20)
-"""Where they are in ``struct bpf_map_info``, include/uapi/linux/bpf.h."""
+"""Their bytes in ``struct bpf_map_info``, include/uapi/linux/bpf.h."""
 
 
 def explain(process: int, port: int) -> str:
-    """A line for each connection of a local port that the maps or the tables have."""
+    """Return one line for each connection of a local port in the maps or the tables."""
     with contextlib.closing(open_tables("sock_diag", "self")) as tables:
         shown = tables.established(with_ages=True)
     with _maps(process) as maps:
@@ -74,7 +74,7 @@ def _key(record: Records) -> str:
 
 @contextlib.contextmanager
 def _maps(process: int) -> Iterator[dict[str, tuple[int, int]]]:
-    """Descriptors of the maps that a process holds and their sizes, by their names."""
+    """Yield descriptors and sizes of the maps that a process has open, by name."""
     libc = ctypes.CDLL(None, use_errno=True)
     with contextlib.ExitStack() as undo:
         pidfd = os.pidfd_open(process)

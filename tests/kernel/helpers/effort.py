@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""How much of a heavy test is done, where all of it would take too long."""
+"""The share of a heavy test to run, if the whole test would take too long."""
 
 import itertools
 import math
@@ -13,12 +13,12 @@ class Effort:
     share: float
 
     def of(self, number: int) -> int:
-        """That share of them, or a little more so that it is a prime number."""
+        """Return the share of a number, rounded up to a prime number."""
         least = max(2, math.ceil(number * self.share))
         return next(filter(_is_prime, itertools.count(least)))
 
     def times(self, number: int) -> int:
-        """That share of a few, and at least one."""
+        """Return the share of a small number, at least 1."""
         return max(1, round(number * self.share))
 
 

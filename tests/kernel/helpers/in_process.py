@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A tracker in this process, and socket tables with something between the dumps."""
+"""A tracker in this process, and socket tables with actions between their dumps."""
 
 import socket
 from collections.abc import Callable
@@ -20,19 +20,19 @@ from tcpexporter.socket_tables.tables import open_tables
 from tests.support import Peers, reset
 
 SLOTS = 1021
-"""For so many connections is a tracker of which nothing else is said."""
+"""The default number of slots of a tracker."""
 
 
 def attach(
     max_connections: int = SLOTS, *, lose_one_in: int = 0, without: tuple[str, ...] = ()
 ) -> Tracker:
-    """A tracker of this namespace that is not seeded."""
+    """Load the program for this namespace, and return a tracker that is not seeded."""
     request = Request(max_connections, namespaces.inode(), SECRET, lose_one_in, without)
     return Tracker(loader.load(request), max_connections)
 
 
 class Dumps:
-    """The socket tables; after each look is taken, the next of ``after`` happens."""
+    """The socket tables; after each dump the next action of ``after`` happens."""
 
     def __init__(self, *after: Callable[[], object], hidden_from: int = 0) -> None:
         self.taken = 0
@@ -41,11 +41,11 @@ class Dumps:
         self._hidden_from = hidden_from
 
     def established(self, *, with_ages: bool) -> Records:
-        look = self._tables.established(with_ages=with_ages)
+        dump = self._tables.established(with_ages=with_ages)
         self.taken += 1
         if self._after:
             self._after.pop(0)()
-        return look[:0] if self.taken == self._hidden_from else look
+        return dump[:0] if self.taken == self._hidden_from else dump
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
         return self._tables.namespaces()
@@ -58,27 +58,27 @@ class Dumps:
 
 
 def everything(tracker: Tracker) -> Records:
-    """All connections that the tracker has, from events and seeds."""
+    """Return all connections that the tracker has, reported ones and seeds."""
     known = np.concatenate([chunk.copy() for chunk in tracker.read()])
     there: Records = known[known["group"] != 0]
     return there
 
 
 def at_port(tracker: Tracker, port: int) -> Records:
-    """Those of a local port."""
+    """Return the connections of a local port."""
     known = everything(tracker)
     here: Records = known[known["key"]["local_port"] == port]
     return here
 
 
 def seeds(known: Records) -> Records:
-    """Those that came from the socket tables."""
+    """Return those that came from the socket tables."""
     found: Records = known[known["handle"] & HANDLE_SEEDED != 0]
     return found
 
 
 def made(number: int, **key: object) -> Records:
-    """Connections from as many remote ports that nobody has opened."""
+    """Return records of connections, each with another remote port, that do not exist."""
     connections = np.zeros(number, CONNECTION)
     connections["key"]["local_port"] = 1
     connections["key"]["remote_port"] = np.arange(number)
@@ -91,7 +91,7 @@ def made(number: int, **key: object) -> Records:
 
 
 def forget(tracker: Tracker, port: int) -> None:
-    """Make the tracker miss that the connections of a port were opened."""
+    """Make the tracker as if it had missed the openings at a local port."""
     known = tracker.known()
     stale = np.isin(known.slots, slots_at(tracker, port))
     forgotten = known.only(stale)
@@ -99,26 +99,26 @@ def forget(tracker: Tracker, port: int) -> None:
 
 
 def slots_at(tracker: Tracker, port: int) -> Slots:
-    """Where the connections of a local port are."""
+    """Return the slots of the connections of a local port."""
     known = tracker._all()
     is_here = (known["group"] != 0) & (known["key"]["local_port"] == port)
     return np.flatnonzero(is_here).astype(np.uint32)
 
 
 def put_reported(tracker: Tracker, connections: Records) -> None:
-    """Have the tracker know connections as if the program had been told of them."""
+    """Add connections to the tracker as if the kernel had reported them."""
     slots = tracker._allocate(len(connections))
-    told = connections.copy()
-    # Of sockets that do not exist: even, and not in the kernel's half.
-    told["handle"] = 2 * (1 + np.arange(len(told)))
+    reported = connections.copy()
+    # Handles that no socket has: even, and not addresses of the kernel.
+    reported["handle"] = 2 * (1 + np.arange(len(reported)))
     everything = tracker._array.upto(int(slots.max()) + 1)
-    everything[slots] = told
-    for handle, slot in zip(told["handle"], slots, strict=True):
+    everything[slots] = reported
+    for handle, slot in zip(reported["handle"], slots, strict=True):
         assert tracker._handles.put_new(handle, slot)
 
 
 class Reusable:
-    """A connection whose address pair can be used again at once."""
+    """A connection that can be closed and opened again with the same address pair."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
@@ -143,13 +143,13 @@ class Reusable:
 
 
 def taken_slots(tracker: Tracker) -> Slots:
-    """The slot of each handle, as often as there is one."""
+    """Return the slot of each handle."""
     _, slots = tracker._handles.items(np.uint64, np.uint32)
     return slots
 
 
 def free_slots(tracker: Tracker) -> Slots:
-    """Those that nobody has, as often as they are on the stack."""
+    """Return all slots on the stack of free slots."""
     slots = tracker._allocate(2 * tracker._slots)
     tracker._free(slots)
     return slots

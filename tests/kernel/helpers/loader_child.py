@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The child that loads the BPF program, and what may happen to it."""
+"""Finds and kills the loader, the child process that loads the BPF program."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ from tests.support import DEADLINE_S
 
 
 def wait_for_loader(parent: int) -> int:
-    """The process id of the child that loads, as soon as the parent has it."""
+    """Wait until a process has a loader, and return the loader's process id."""
     children = Path(f"/proc/{parent}/task/{parent}/children")
     until = time.monotonic() + DEADLINE_S
     while time.monotonic() < until:
-        # Not there yet, or the child is gone again.
+        # It has not started, or it has ended.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for child in map(int, children.read_text().split()):
                 if (
@@ -26,20 +26,20 @@ def wait_for_loader(parent: int) -> int:
                 ):
                     return child
         time.sleep(0.001)
-    raise AssertionError("it has no loader")
+    raise AssertionError("the process has no loader")
 
 
 def kill_loader(parent: int, after_s: float) -> None:
-    """Kill the child that loads when it has been there for so long."""
+    """Kill the loader of a process after so many seconds."""
     child = wait_for_loader(parent)
     time.sleep(after_s)
-    with contextlib.suppress(ProcessLookupError):  # it has done its work meanwhile
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
         os.kill(child, signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def loader_is_killed(after_s: float) -> Iterator[None]:
-    """In this block the child of this process is killed, when it has been there so long."""
+    """Kill the loader of this process during the block, after so many seconds."""
     killer = threading.Thread(target=kill_loader, args=(os.getpid(), after_s))
     killer.start()
     try:

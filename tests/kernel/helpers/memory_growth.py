@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The memory of a process over time, and whether it grows."""
+"""Measures the memory of a process over time, and judges whether it grows."""
 
 import re
 import statistics
@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Self
 
 BLOCKS = 10
-"""Into so many parts each third of the time is divided."""
+"""The number of parts of each third of the time."""
 
 LEAST_MIB = 0.25
-"""Less than this is not growth: glibc takes memory in steps of 128 KiB."""
+"""A smaller difference is not growth: glibc allocates in steps of 128 KiB."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What is resident, from /proc/PID/status: proc(5)."""
+    """Resident memory of a process, from /proc/PID/status: proc(5)."""
 
     own_mib: float
-    """Of Python's objects and what malloc keeps (RssAnon)."""
+    """Python's objects and memory that malloc keeps (RssAnon)."""
     mapped_mib: float
-    """Of files, and of the windows of BPF maps (RssFile and RssShmem)."""
+    """Mapped files and BPF maps (RssFile and RssShmem)."""
 
 
 def memory_of(process: int) -> Memory:
-    """That of a process now."""
+    """Return the resident memory of a process."""
     status = Path(f"/proc/{process}/status").read_text()
     kib = {name: int(value) for name, value in re.findall(r"(Rss\w+):\s+(\d+) kB", status)}
     return Memory(kib["RssAnon"] / 1024, (kib["RssFile"] + kib["RssShmem"]) / 1024)
@@ -34,19 +34,19 @@ def memory_of(process: int) -> Memory:
 
 @dataclass(frozen=True)
 class Growth:
-    """How the last third of a time differs from the middle third.
+    """The difference between the last and the middle third of a run.
 
-    The first third is left out: memory that is used for the first time is no growth.
+    The first third is ignored: memory that is used for the first time is not growth.
     """
 
     grown_mib: float
-    """Of the medians of the two thirds."""
+    """The difference of the medians of the two thirds."""
     noise_mib: float
     """The largest difference of the medians of the parts of the middle third."""
 
     @classmethod
     def of(cls, mib: Sequence[float]) -> Self:
-        """Of values at equal distances in time."""
+        """Compute the growth from values at equal intervals."""
         third = max(len(mib) // 3, BLOCKS)
         middle, last = mib[-2 * third : -third] or mib, mib[-third:]
         size = max(len(middle) // BLOCKS, 1)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Has a BPF program run within itself, if the kernel lets it.
+"""Makes a BPF program interrupt itself, if the kernel permits that.
 
-Prints how often it did, and how often the kernel counts that it did not let it. The
-program is at the tracepoints of system calls and of page faults, and in each system call
-of this process causes a page fault. It compiles as ours does, by BCC.
+Prints how often that happened, and how often the kernel has counted that it prevented it.
+The program runs at the tracepoints of system calls and page faults, and causes a page fault
+in each system call of this process. BCC compiles it, like ours.
 """
 
 import os

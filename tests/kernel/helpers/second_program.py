@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Another BPF program at the tracepoint that ours is at, and what it sees.
+"""Another BPF program at the tracepoint of ours, to compare what both see.
 
-It is compiled, loaded and attached as BCC's own tools are, in a process of its own. It
-counts what enters ESTABLISHED, for each namespace and local port, in a map of its own.
+It is compiled, loaded and attached like BCC's own tools, in its own process. It counts the
+sockets that enter ESTABLISHED, by namespace and local port, in its own map.
 """
 
 import os
@@ -38,7 +38,7 @@ RAW_TRACEPOINT_PROBE(inet_sock_set_state)
 
 
 class Counter:
-    """The program, from the beginning of a block to its end."""
+    """Runs the program during a block."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -50,7 +50,7 @@ class Counter:
         self.established(port=0)
 
     def established(self, port: int) -> int:
-        """How many sockets at a local port have entered that state since the beginning."""
+        """Return how many sockets at a local port have entered ESTABLISHED so far."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(f"{port}\n")
@@ -70,7 +70,7 @@ class Counter:
 
 
 def main() -> None:
-    """Answer each line, which has a port, with its number, until there are no more."""
+    """Read ports from standard input, and answer each with its number of sockets."""
     import bcc  # noqa: PLC0415  only this process holds it
 
     from tcpexporter.ebpf.btf import Btf  # noqa: PLC0415

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What tests use one after another, so that each need not start its own."""
+"""Exporters and trackers that tests share, to save the time of starting them."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ from tests.support import Exporter, inside, new_netns
 ALWAYS_LONG_TERM = ("--duration", "0")
 AFTER_A_SECOND = ("--duration", "1")
 EVERY_NAMESPACE = (*ALWAYS_LONG_TERM, "--netns", "all")
-# All outbound connections that there have been leave a series each.
+# Every outbound connection leaves a series.
 _MANY = (*ALWAYS_LONG_TERM, "--source", "ebpf", "--max-series", "65535")
 BOTH_ENDS = (*_MANY, "--direction", "all")
 OUTBOUND = (*_MANY, "--direction", "outbound", "--user", "daemon")
@@ -27,9 +27,9 @@ _ports = itertools.count(10103)
 
 
 def unused_port() -> int:
-    """One that nothing has had before, so no exporter that is shared has a series of it.
+    """Return a port that no test has used, so that no shared exporter has a series of it.
 
-    It is below those that the kernel chooses from.
+    It is below the range from which the kernel chooses.
     """
     return next(_ports)
 
@@ -37,16 +37,16 @@ def unused_port() -> int:
 class Exporters:
     """Exporters in one network namespace, one for each set of arguments.
 
-    Whoever uses one opens connections of its own, says nothing of others, and closes
-    them. All stay until the last test has been run, so none may do much by itself. One
-    that has ended or hangs is replaced: it has failed one test, and no more.
+    A test opens its own connections, ignores others, and closes them. All exporters run
+    until the last test has ended, so none may use much CPU by itself. An exporter that has
+    ended or hangs is replaced, so that it only fails one test.
     """
 
     def __init__(self) -> None:
         self._running: dict[tuple[str, ...], Exporter] = {}
 
     def __call__(self, *arguments: str) -> Exporter:
-        """That with these arguments, called from within the namespace."""
+        """Return the exporter with these arguments; called from within the namespace."""
         running = self._running.pop(arguments, None)
         if running is not None and not running.is_ready():
             running.__exit__()
@@ -55,7 +55,7 @@ class Exporters:
         return self._running[arguments]
 
     def close(self) -> None:
-        """End all of them, and fail if they have anything to complain of."""
+        """End all exporters, and fail if one ends with an error or a traceback."""
         complaints = []
         for arguments, running in self._running.items():
             with running:
@@ -66,7 +66,7 @@ class Exporters:
 
 
 class SharedTracker:
-    """A namespace with a program and its maps, which each test finds as when loaded."""
+    """A namespace with a loaded program, whose maps are reset for each test."""
 
     def __init__(self) -> None:
         self._undo = contextlib.ExitStack()
@@ -77,7 +77,7 @@ class SharedTracker:
         self._descriptors = loaded._descriptors
 
     def fresh(self) -> Tracker:
-        """A tracker to which nothing has happened yet; its maps are emptied for it."""
+        """Return a tracker with empty maps, as if just loaded."""
         tracker = Tracker(self._descriptors, SLOTS)
         tracker._recording.put(FIRST, np.uint32(False))
         tracker._handles.items(np.uint64, np.uint32, delete=True)
@@ -95,7 +95,7 @@ class SharedTracker:
         return tracker
 
     def is_quiet(self) -> bool:
-        """Whether no connection is established in its namespace."""
+        """Return whether no connection is established in its namespace."""
         with inside(self.netns):
             tables = open_tables("sock_diag", "self")
             with contextlib.closing(tables):
@@ -106,7 +106,7 @@ class SharedTracker:
 
 
 class Trackers:
-    """The tracker that tests share, until one of them fails or leaves something open."""
+    """The shared tracker, until a test fails or leaves a connection open."""
 
     def __init__(self) -> None:
         self._shared: SharedTracker | None = None
@@ -118,7 +118,7 @@ class Trackers:
         return self._shared
 
     def discard(self) -> None:
-        """Have the next test find another one."""
+        """Give the next test another tracker."""
         if self._shared is not None:
             self._shared.close()
         self._shared = None

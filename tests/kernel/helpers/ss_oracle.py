@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What ss(8) says and what the exporter says, in a form that can be compared.
+"""Compares the counts of an exporter with the connections that ss(8) prints.
 
-What the exporter must say is read from what ss prints, by nothing of the product.
+The output of ss is parsed here, without any code of the product.
 """
 
 import http.client
@@ -18,17 +18,17 @@ from tests.support import ESTABLISHED, Exporter
 
 PATIENCE_S = 61.0
 RECONCILED_S = 60 + 41.0
-"""The interval, which is the longest without a reason to reconcile, and what that takes."""
+"""The longest time until a reconciliation has ended: the interval, and its duration."""
 
 
 OWN_PORT = 62003
-"""From which pages are asked for, so that this port's series is left out: the kernel may
-miss the events of these connections, too. The kernel chooses it for nothing else."""
+"""The local port of scrapes, whose series is ignored: events of these connections may be
+missed, too. The kernel assigns this port to no other connection."""
 
 _own_addresses = (
     f"127.{x}.{y}.2" for x, y in itertools.cycle(itertools.product(range(1, 251), repeat=2))
 )
-"""A new one for each page: the last connection's pair of addresses is in TIME_WAIT."""
+"""A new address for each scrape: the previous address pair is in TIME_WAIT."""
 
 Ends = Counter[tuple[str, str]]
 """Connections by their local and their remote end, as ss prints them."""
@@ -41,7 +41,7 @@ Counts = Counter[Series]
 
 
 def set_inside(netns: str, path: str, value: str) -> None:
-    """Set what /proc/sys or /sys has of a network namespace."""
+    """Write to a file in /proc/sys or /sys of a network namespace."""
     subprocess.run(
         ["ip", "netns", "exec", netns, "tee", path],
         input=value,
@@ -52,14 +52,14 @@ def set_inside(netns: str, path: str, value: str) -> None:
 
 
 def established() -> Ends:
-    """The established connections of this namespace."""
+    """Return the established connections of this namespace."""
     shown = subprocess.check_output(["ss", "-Htn", "state", "established"], text=True)
     rows = (line.split() for line in shown.splitlines())
     return Counter((local, remote) for _, _, local, remote, *_ in rows)
 
 
 def count(ends: Ends) -> Counts:
-    """Connections by the IP version on the wire: ::ffff:a.b.c.d is IPv4."""
+    """Count by local port and IP version on the wire: ::ffff:a.b.c.d is IPv4."""
     counts: Counts = Counter()
     for (local, _), number in ends.items():
         address, _, port = local.rpartition(":")
@@ -73,7 +73,7 @@ def at_ports(counts: Counts, ports: Collection[int]) -> Counts:
 
 
 def difference(shown: Counts, true: Counts) -> dict[Series, tuple[int, int]]:
-    """Where they differ: how many there are and how many there should be."""
+    """Return for each series that differs its shown and its true count."""
     return {
         series: (shown[series], true[series])
         for series in sorted(shown | true)
@@ -82,7 +82,7 @@ def difference(shown: Counts, true: Counts) -> dict[Series, tuple[int, int]]:
 
 
 class Page:
-    """One scrape."""
+    """The exposition of one scrape."""
 
     def __init__(self, exporter: Exporter) -> None:
         connection = http.client.HTTPConnection(
@@ -109,12 +109,12 @@ class Page:
         )
 
     def value(self, name: str, **labels: str) -> float | None:
-        """One value, None where there is no such series."""
+        """Return one value; None if the series does not exist."""
         found = (each.value for each in self.samples(name) if each.labels == labels)
         return next(found, None)
 
     def counts(self, name: str = ESTABLISHED) -> Counts:
-        """The connections, but those that pages come through."""
+        """Return the counts, without the connections of scrapes."""
         counts: Counts = Counter()
         for sample in self.samples(name):
             counts[int(sample.labels["port"]), sample.labels["tcp_version"]] += int(
@@ -125,37 +125,37 @@ class Page:
 
     @property
     def missed(self) -> float | None:
-        """Events that the kernel did not tell of; None: it does not count them."""
+        """The number of missed events; None if the kernel does not count them."""
         return self.value("tcpexporter_missed_events_total")
 
     @property
     def trouble(self) -> float | None:
-        """What may have made it wrong: events that were missed, or that had no room."""
+        """The number of missed and refused events, which can make counts wrong."""
         refused = self.value("tcpexporter_kernel_events_total", action="refused")
         if self.missed is None or refused is None:
             return None
         return self.missed + refused
 
     def corrected(self, kind: str) -> float:
-        """Connections that were ``missed_open`` or ``missed_close``."""
+        """Return how many ``missed_open`` or ``missed_close`` were corrected."""
         return self.value("tcpexporter_corrections_total", kind=kind) or 0
 
     @property
     def has_missed(self) -> bool:
-        """Whether events were missed, as can be told where they are not counted, too."""
+        """Whether events were missed, also on kernels that do not count them."""
         if self.missed is None:
             return self.corrected("missed_open") + self.corrected("missed_close") > 0
         return self.missed > 0
 
     def is_reconciled_since(self, moment_s: float) -> bool:
-        """Whether a comparison with the socket tables both began and ended since then."""
+        """Return whether a reconciliation both began and ended after this moment."""
         ended_s = self.value("tcpexporter_last_reconcile_timestamp_seconds") or 0
         took_s = self.value("tcpexporter_reconcile_duration_seconds") or 0
         return ended_s - took_s > moment_s
 
 
 def look(exporter: Exporter) -> tuple[Page, Counts]:
-    """A page, and the counts that were true all the while it was made."""
+    """Scrape; return the page, and the counts that were true during the whole scrape."""
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until:
         before = established()
@@ -164,7 +164,7 @@ def look(exporter: Exporter) -> tuple[Page, Counts]:
         if _of_others(before, exporter) == _of_others(after, exporter):
             return page, count(_of_others(after, exporter))
         time.sleep(0.1)
-    raise AssertionError("connections go on opening and closing")
+    raise AssertionError("connections continue to open and close")
 
 
 def _of_others(ends: Ends, exporter: Exporter) -> Ends:
@@ -179,10 +179,10 @@ def _of_others(ends: Ends, exporter: Exporter) -> Ends:
 
 
 def look_reconciled(exporter: Exporter) -> tuple[Page, Counts]:
-    """As `look`, when a reconciliation has begun and ended since now.
+    """Scrape like `look`, after a reconciliation that begins after this call.
 
-    It must be quiet already. Events of other namespaces do not matter: the kernel may run
-    the program for them, and miss some, without end.
+    No connection of this namespace may open or close. Those of other namespaces do not
+    matter: the kernel may run the program for them, and miss events, all the time.
     """
     moment_s = time.time()
     until = time.monotonic() + RECONCILED_S
@@ -191,4 +191,4 @@ def look_reconciled(exporter: Exporter) -> tuple[Page, Counts]:
         if page.is_reconciled_since(moment_s):
             return page, true
         time.sleep(0.1)
-    raise AssertionError("it does not reconcile")
+    raise AssertionError("the exporter does not reconcile")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Processes of a test that do as they are asked: a line of JSON for a line of JSON."""
+"""Processes of a test that answer each request, a line of JSON, with a line of JSON."""
 
 import json
 import select
@@ -14,7 +14,7 @@ PATIENCE_S = 61
 
 
 class Worker:
-    """A module that calls `serve`, as a process in the namespace of who starts it."""
+    """Runs a module that calls `serve`, as a process in the caller's namespace."""
 
     def __init__(self, module: str, *arguments: int) -> None:
         self.process = subprocess.Popen(
@@ -28,27 +28,27 @@ class Worker:
         assert self.process.stdout
         self._requests = self.process.stdin
         self.answers = self.process.stdout
-        self.answer()  # that it is ready
+        self.answer()  # it is ready
 
     def ask(self, **request: Any) -> None:
         self._requests.write(json.dumps(request) + "\n")
         self._requests.flush()
 
     def answer(self) -> Any:
-        """What it says to what it was asked; each request has one."""
-        assert select.select([self.answers], [], [], PATIENCE_S)[0], "it does not answer"
+        """Return the answer to the oldest request without an answer."""
+        assert select.select([self.answers], [], [], PATIENCE_S)[0], "no answer"
         line = self.answers.readline()
-        assert line, "it has ended"
+        assert line, "the worker has ended"
         return json.loads(line)
 
     def kill(self) -> None:
-        """End it; the kernel closes what it had open."""
+        """Kill the process; the kernel closes its sockets."""
         self.process.kill()
         self.process.communicate()
 
 
 def serve(act: Callable[..., object]) -> None:
-    """Answer every request with what ``act`` makes of it, until there are no more."""
+    """Answer every request with the result of ``act``, until standard input ends."""
     _say("ready")
     for line in sys.stdin:
         _say(act(**json.loads(line)))

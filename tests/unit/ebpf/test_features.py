@@ -38,7 +38,7 @@ def kernel(*without: str) -> Kernel:
     ("asked", "answer"), [(PRESENT, True), (LACKING, False), (FORBIDDEN, None)]
 )
 def test_a_kernel_error_is_an_answer(asked: Feature, answer: features.Answer) -> None:
-    """An unknown operation means no; a forbidden one means that nobody can tell."""
+    """An unknown operation means no; a forbidden one means unknown."""
     assert kernel().has(asked) is answer
 
 

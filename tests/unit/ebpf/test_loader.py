@@ -24,12 +24,12 @@ from tests.unit.ebpf.test_loader_protocol import open_descriptors
         (None, "^BCC cannot compile the BPF program \\(no\\), .* its output$"),
     ],
 )
-def test_the_limit_that_keeps_the_largest_map_from_being_made_is_named(
+def test_the_limit_that_refuses_the_largest_map_is_named(
     number: int | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """BCC blames compilation; the errno of the same map says what it was.
+    """BCC only reports a failed compilation; creating the same map again shows the errno.
 
-    Of locked memory before Linux 5.11, of a memory cgroup since.
+    The limit is that of locked memory before Linux 5.11, and that of the cgroup since.
     """
 
     def create_map(_kind: int, _key: int, _value: int, *, entries: int) -> int:
@@ -54,7 +54,7 @@ def test_the_limit_that_keeps_the_largest_map_from_being_made_is_named(
 def test_how_a_silent_loader_ended_is_reported(
     ending: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A child process that ends without a message: its signal or exit code."""
+    """The error has the signal or exit code of a loader that sends no message."""
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{ending}\n")
     python.chmod(0o755)
@@ -66,7 +66,7 @@ def test_how_a_silent_loader_ended_is_reported(
 def test_a_loader_killed_for_memory_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL while the kernel's counter of such kills grows, with the memory it needs."""
+    """SIGKILL and an increased oom_kill counter: the error has the memory needed."""
     vmstat, python = tmp_path / "vmstat", tmp_path / "python"
     vmstat.write_text("pgfault 7\noom_kill 2\n")
     python.write_text(f"#!/bin/sh\necho oom_kill 3 >{vmstat}\nkill -9 $$\n")
@@ -82,7 +82,7 @@ def test_a_loader_killed_for_memory_is_reported(
 def test_a_loader_that_cannot_be_started_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a sentence, and without a descriptor that stays open."""
+    """The error is one sentence, and no descriptor stays open."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
     before = open_descriptors()
     with pytest.raises(LoadError, match="cannot be started: No such file"):

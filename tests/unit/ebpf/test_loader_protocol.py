@@ -20,7 +20,7 @@ ALL = len(fields(Descriptors))
 
 
 def receive(message: bytes, descriptors: int) -> Descriptors:
-    """What the parent makes of a message with that many descriptors."""
+    """Send a message with so many descriptors, and return what the exporter receives."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         socket.send_fds(theirs, [message], [theirs.fileno()] * descriptors)
@@ -32,8 +32,8 @@ def open_descriptors() -> set[str]:
     return set(os.listdir("/proc/self/fd"))  # noqa: PTH208  only the names
 
 
-def test_all_descriptors_are_taken() -> None:
-    """In the order of their names, and closed with them."""
+def test_a_complete_answer_is_accepted() -> None:
+    """The descriptors get their names, and `close` closes all of them."""
     before = open_descriptors()
     received = receive(LOADED, ALL)
     assert len(set(astuple(received))) == ALL
@@ -45,7 +45,7 @@ def test_all_descriptors_are_taken() -> None:
     ("message", "descriptors", "sentence"),
     [
         (LOADED, ALL - 1, f"sent {ALL - 1} descriptors"),
-        (LOADED, ALL + 1, None),  # what there is no room for the kernel closes
+        (LOADED, ALL + 1, None),  # the kernel closes the last one
         (LOADED, 1, "sent 1 descriptors"),
         (LOADED, 0, "sent 0 descriptors"),
         (b"load", ALL, f"sent {ALL} descriptors"),
@@ -57,10 +57,10 @@ def test_all_descriptors_are_taken() -> None:
         (b"x" * (MESSAGE_BYTES + 7), 0, "x" * MESSAGE_BYTES),
     ],
 )
-def test_what_is_wrong_is_told_of(
+def test_a_wrong_answer_is_an_error(
     message: bytes, descriptors: int, sentence: str | None
 ) -> None:
-    """In a sentence, and no descriptor is left open."""
+    """The error is one sentence, and no descriptor stays open."""
     before = open_descriptors()
     if sentence is None:
         receive(message, descriptors).close()
@@ -71,7 +71,7 @@ def test_what_is_wrong_is_told_of(
 
 
 def test_too_few_descriptors_are_reported() -> None:
-    """The kernel drops those of a message that the process may not open."""
+    """The kernel drops descriptors that exceed the limit of open files."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ours, theirs:

@@ -21,12 +21,12 @@ from tcpexporter.ebpf.maps import possible_cpus
         ("0,2-4,7,10-12\n", 8),
     ],
 )
-def test_cpus_are_those_of_all_ranges(ranges: str, expected: int) -> None:
-    """A per-CPU map has a value for each possible CPU, none for the numbers between."""
+def test_cpus_of_all_ranges_are_counted(ranges: str, expected: int) -> None:
+    """A per-CPU map has a value for each possible CPU, and none for gaps."""
     assert possible_cpus(ranges) == expected
 
 
-def test_this_machine_has_as_many_cpus_as_it_says() -> None:
-    """The kernel's own file is understood; there may be more CPUs than are in use."""
+def test_the_kernels_own_file_is_understood() -> None:
+    """It has at least as many CPUs as are in use."""
     possible = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
     assert possible >= (os.cpu_count() or 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Pinned objects that say what none of ours would: refused, or harmless."""
+"""Pinned objects with unexpected content are refused or harmless."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ OURS = [
 
 
 def record(**words: int) -> np.dtype[np.void]:
-    """Of our layout with some words changed, each named by its place: w3."""
+    """Return the dtype of our layout with some words changed; ``w3`` is the word 3."""
     said = np.zeros(LAYOUT_WORDS, np.uint32)
     said[: len(OURS)] = OURS
     for name, word in words.items():
@@ -28,8 +28,8 @@ def record(**words: int) -> np.dtype[np.void]:
     return pins._record(PATH, said)
 
 
-def test_our_own_layout_is_taken() -> None:
-    """With each field where it is."""
+def test_our_own_layout_is_accepted() -> None:
+    """Each field has its own offset."""
     found = record()
     assert found.itemsize == CONNECTION.itemsize
     assert [found.fields[each][1] for each in FIELDS] == OURS[3:6]  # type: ignore[index]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What is advised where bpf(2) is refused: only what can help in that context."""
+"""If bpf(2) is refused, the error only advises what can help in that context."""
 
 from pathlib import Path
 
@@ -80,9 +80,9 @@ def status(
 def test_without_capabilities(
     context: Context, advised: tuple[str, ...], not_advised: tuple[str, ...]
 ) -> None:
-    """By the user, the bounding set, no_new_privs, and the container.
+    """The advice depends on the user, the bounding set, no_new_privs and the container.
 
-    The kind of fault: advice that cannot help, as sudo where its root would lack the same.
+    The fault: advice that cannot help, such as sudo if root lacks the same capabilities.
     """
     sentence = without_capabilities(context)
     assert all(each in sentence for each in (*advised, "--source sock_diag")), sentence
@@ -106,7 +106,7 @@ def test_without_capabilities(
     ],
 )
 def test_despite_capabilities(context: Context, advised: str) -> None:
-    """By whether there is a seccomp filter or a user namespace, and the container."""
+    """The advice depends on the seccomp filter, the user namespace and the container."""
     sentence = despite_capabilities(context)
     assert advised in sentence
     assert "--source sock_diag" in sentence
@@ -122,10 +122,10 @@ def test_despite_capabilities(context: Context, advised: str) -> None:
         ("etc/passwd", ""),
     ],
 )
-def test_a_container_is_detected_by_what_its_engine_leaves(
+def test_a_container_is_detected_by_files_of_its_engine(
     mark: str, container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file or a directory; and /proc has whether it is a user namespace."""
+    """They are files or directories; /proc/self/uid_map shows a user namespace."""
     for name in ("KUBERNETES_SERVICE_HOST", "container"):
         monkeypatch.delenv(name, raising=False)
     for made in (mark, "proc/self/uid_map"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""When to reconcile: the schedule alone, without a kernel."""
+"""The schedule says when a run is due, without a kernel."""
 
 import pytest
 
@@ -9,7 +9,7 @@ INTERVAL_S = 61.0
 
 
 class Clocked:
-    """A schedule that is asked every second, and what it said."""
+    """Asks a schedule every second, and records the runs."""
 
     def __init__(self, interval_s: float = INTERVAL_S) -> None:
         self.schedule = Schedule(interval_s=interval_s, now_s=0)
@@ -20,7 +20,7 @@ class Clocked:
     def watch(
         self, seconds: int, counts: EventCounts, *, finds: int = 0, rest_s: float = 0
     ) -> None:
-        """For so long; the first ``finds`` runs find a difference."""
+        """Ask for so many seconds; the first ``finds`` runs find a difference."""
         for _ in range(seconds):
             self.now_s += 1
             if not self.schedule.is_due(counts, self.now_s):
@@ -44,8 +44,8 @@ def test_seeding_is_confirmed_at_once_and_then_at_the_interval() -> None:
     assert clocked.runs == [1, 62]
 
 
-def test_runs_are_needless_after_two_an_interval_apart() -> None:
-    """Nothing was counted since the first of them, which found nothing."""
+def test_runs_are_skipped_after_two_an_interval_apart() -> None:
+    """Both found nothing, and nothing was counted since the first of them."""
     clocked = Clocked()
     clocked.watch(200, EventCounts(0, 7))
     assert clocked.runs == [1, 62]
@@ -57,8 +57,8 @@ def test_runs_are_needless_after_two_an_interval_apart() -> None:
 def test_agreement_right_after_a_missed_event_is_checked_again() -> None:
     """s: the state of the missed event may not have been stored when tables were read.
 
-    A number that stayed wrong for ever on a quiet host: one agreement made all further
-    runs needless.
+    The fault: after one agreement all runs were skipped, so on a quiet host a wrong count
+    stayed for ever.
     """
     clocked = Clocked()
     clocked.watch(5, EventCounts(0, 7))
@@ -71,14 +71,14 @@ def test_agreement_right_after_a_missed_event_is_checked_again() -> None:
 def test_a_correction_is_followed_by_a_run_until_nothing_is_found(
     interval_s: float,
 ) -> None:
-    """A correction can be wrong, and is not left so until the interval is over."""
+    """A correction can be wrong, so the next run does not wait for the interval."""
     clocked = Clocked(interval_s)
     clocked.watch(7, EventCounts(0, 7), finds=3)
     assert clocked.runs == [1, 2, 3, 4]
 
 
-def test_without_an_interval_only_trouble_is_a_reason() -> None:
-    """--reconcile-interval 0: what the program reports by itself needs no run."""
+def test_without_an_interval_only_missed_events_are_a_reason() -> None:
+    """--reconcile-interval 0: events that the program has handled require no run."""
     clocked = Clocked(interval_s=0)
     clocked.watch(100, EventCounts(0, 7))
     clocked.watch(100, EventCounts(0, 1009))
@@ -87,15 +87,15 @@ def test_without_an_interval_only_trouble_is_a_reason() -> None:
     assert clocked.runs == [1, 201, 202]
 
 
-def test_the_share_of_cpu_comes_before_every_reason() -> None:
-    """No run begins before the rest is over that the last one has made necessary."""
+def test_no_reason_overrides_the_share_of_cpu() -> None:
+    """No run begins before the rest after the previous one is over."""
     clocked = Clocked()
     clocked.watch(31, EventCounts(0, 7), finds=31, rest_s=11)
     assert clocked.runs == [1, 12, 23]
 
 
-def test_a_failure_waits_for_the_interval_or_the_next_try() -> None:
-    """A run that could not be made leaves its reason: it is tried again."""
+def test_a_failed_run_stays_due() -> None:
+    """It is tried again at the next check."""
     clocked = Clocked()
     assert clocked.schedule.is_due(EventCounts(0, 7), 1)
     clocked.schedule.record_failure(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Free slots as ranges, and ranges as slots."""
+"""Slots are encoded as ranges, and decoded again."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ LAST = (1 << 24) - 1
 @given(
     st.lists(st.integers(0, 3 * RANGE_SLOTS) | st.integers(LAST - 99, LAST), unique=True)
 )
-def test_ranges_have_just_the_slots_they_were_made_from(slots: list[int]) -> None:
-    """None is lost, none comes twice, in whatever order they are."""
+def test_ranges_decode_to_the_same_slots(slots: list[int]) -> None:
+    """No slot is lost or duplicated, and the order stays."""
     found = [
         slot
         for each in ranges(np.array(slots, np.uint32)).tolist()
@@ -25,8 +25,8 @@ def test_ranges_have_just_the_slots_they_were_made_from(slots: list[int]) -> Non
 
 
 @pytest.mark.parametrize("slots", [1, 255, 256, 257, 1031])
-def test_all_slots_are_few_ranges(slots: int) -> None:
-    """A range holds 256; the last one has the rest."""
+def test_consecutive_slots_share_ranges(slots: int) -> None:
+    """A range has 256 slots, and the last one has the rest."""
     found = ranges(np.arange(slots, dtype=np.uint32))
     assert len(found) == -(-slots // RANGE_SLOTS)
     assert [len(slots_of(each)) for each in found.tolist()] == [
