@@ -272,7 +272,7 @@ def test_the_thread_runs_at_its_interval(tracker: Tracker, peers: Peers) -> None
         assert abs(reconciler.state.finished_s - time.time()) < 60
 
 
-def test_the_thread_spares_itself_when_nothing_happens(
+def test_runs_are_skipped_while_nothing_happens(
     tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After two runs without differences there is no other until something happens."""
@@ -288,7 +288,7 @@ def test_the_thread_spares_itself_when_nothing_happens(
             eventually(lambda: reconciler.state.runs == 3)
 
 
-def test_the_thread_runs_when_there_was_no_room(
+def test_the_thread_runs_when_the_tracker_was_full(
     peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refusals are a reason to run at once, without any interval."""
