@@ -235,7 +235,8 @@ def test_heads(start: Start, head: str, status: int) -> None:
     """
     with dial(start(make_app(Flaky()))) as sock:
         sock.sendall(f"GET /metrics {head}\r\n".encode())
-        sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the response to a long head can be first
+            sock.shutdown(socket.SHUT_WR)
         assert read_all(sock).startswith(f"HTTP/1.1 {status} ".encode())
 
 
