@@ -518,7 +518,7 @@ def test_openssl_objects_are_freed_without_the_garbage_collector(serve: Serve) -
 def server_side_objects() -> int:
     return sum(
         # Another thread can be creating one, which has no attributes yet.
-        isinstance(each, ssl.SSLObject) and vars(each) and each.server_side
+        isinstance(each, ssl.SSLObject) and bool(vars(each)) and each.server_side
         for each in gc.get_objects()
     )
 
