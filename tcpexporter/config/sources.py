@@ -38,7 +38,7 @@ class Setting:
     attribute: str | None = None
     """Its field in `Settings`, if that has another name."""
     from_go: bool = False
-    """Whether the Go program has it: then its variables need no prefix."""
+    """Whether the Go program has this setting: then its variables need no prefix."""
 
     @property
     def field(self) -> str:

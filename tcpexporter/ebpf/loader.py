@@ -307,7 +307,7 @@ def _hide_kernel_symbols() -> None:
     """
     with contextlib.suppress(OSError):
         libc.unshare(CLONE_NEWNS)
-        # Only where it is sure that nobody else sees what is mounted here.
+        # Only if no other process can see what is mounted here.
         libc.mount(None, b"/", MS_REC | MS_PRIVATE)
         libc.mount(b"/dev/null", b"/proc/kallsyms", MS_BIND)
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Maps a BPF array map into memory as a numpy array, as far as it is used."""
 
+import contextlib
 import ctypes
 import mmap
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -45,12 +47,9 @@ class MappedArray:
         self._bytes = _whole_pages(entries * dtype.itemsize)
         self._mapped = 0
         self._growing = threading.Lock()
-        self._address = _map(
-            None,
-            self._bytes,
-            PROT_NONE,
-            mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE,
-        )
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        with _refusals():
+            self._address = libc.mmap(None, self._bytes, PROT_NONE, flags)
         room = (ctypes.c_char * self._bytes).from_address(self._address)
         # When the last numpy array that refers to it has been deleted.
         weakref.finalize(room, libc.munmap, self._address, self._bytes)
@@ -75,30 +74,26 @@ class MappedArray:
     def _map_from(self, first: int, last: int) -> None:
         start = first * self._entries.itemsize
         size = _whole_pages(last * self._entries.itemsize) - start
-        _map(
-            self._address + start,
-            size,
-            mmap.PROT_READ | mmap.PROT_WRITE,
-            mmap.MAP_SHARED | MAP_FIXED,
-            self._descriptor,
-            start,
-        )
+        with _refusals():
+            libc.mmap(
+                self._address + start,
+                size,
+                mmap.PROT_READ | mmap.PROT_WRITE,
+                mmap.MAP_SHARED | MAP_FIXED,
+                self._descriptor,
+                start,
+            )
 
 
 def _whole_pages(size: int) -> int:
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _map(  # noqa: PLR0917  as mmap(2)
-    address: int | None,
-    size: int,
-    protection: int,
-    flags: int,
-    descriptor: int = -1,
-    offset: int = 0,
-) -> int:
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Raise each OSError of the block with a sentence as ``strerror``."""
     try:
-        return libc.mmap(address, size, protection, flags, descriptor, offset)
+        yield
     except OSError as error:
         sentence = f"the kernel refuses to map the connections: {error.strerror}"
         raise OSError(error.errno, sentence) from error

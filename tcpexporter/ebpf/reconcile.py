@@ -319,7 +319,7 @@ class Reconciler:
         if schedule.can_be_skipped(counts):
             self.state = replace(self.state, finished_s=time.time())
         else:
-            corrections, rest_s = self._run()
+            corrections, rest_s = self._run(counts)
             found_nothing = corrections == NOTHING
         schedule.record_run(
             counts,
@@ -339,13 +339,16 @@ class Reconciler:
         )
         return EventCounts(missed, sum(events.values()))
 
-    def _run(self) -> tuple[Corrections, float]:
-        """Reconcile once; return the corrections, and how many seconds to rest."""
+    def _run(self, counts: EventCounts) -> tuple[Corrections, float]:
+        """Reconcile once; return the corrections, and how many seconds to rest.
+
+        Args:
+            counts: what was counted before the run.
+        """
         began_s = time.monotonic()
         began_cpu_s = time.thread_time()
-        missed = self._event_counts().missed
         corrections = reconcile(self._tracker, self._tables)
-        self._missed_before_run = missed
+        self._missed_before_run = counts.missed
         rest_s = (time.thread_time() - began_cpu_s) / self._cpu_share
         self.state = replace(
             self.state,

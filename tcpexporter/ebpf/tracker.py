@@ -48,8 +48,9 @@ k. A run has found the entry of a handle and not yet read its value; 1 deletes t
    other handle. The program compares its handle with the one in the slot's record, which is
    another or 0, and treats its own as not found: h.
 l. The kernel refuses 1 or 2: all handles are restored and nothing is released. A slot whose
-   handle cannot be restored, or has another slot by now, has no handle any more: it is an
-   orphan, which `reclaim` frees when it has no open connection.
+   handle has another slot by now has no handle any more: it is an orphan, which `reclaim`
+   frees when it has no open connection. So is a slot whose handle the kernel refuses to
+   restore, here or in 4.
 
 So a slot is freed only by the thread that has deleted its only handle, once no run of the
 program can write to it, and it never has two owners. And `release` either frees a slot,
@@ -128,7 +129,7 @@ class Tracker:
                 descriptors.connections, CONNECTION, max_connections, WINDOW
             )
         self._seed_slots: Slots = np.empty(0, np.uint32)
-        self._orphans: list[int] = []
+        self._orphans: set[int] = set()
         self._seeds_added = 0
         self._seeds_closed = 0
         self._closed = 0
@@ -358,7 +359,8 @@ class Tracker:
             self.wait_for_runs()
         except TrackerError:  # l
             for handle, slot in zip(handles, slots, strict=True):
-                self._restore_or_orphan(handle, slot)
+                if not self._restore(handle, slot):
+                    self._orphan(slot)
             raise
         has_changed = connections["established_ns"][slots] != established_ns
         if if_empty:
@@ -373,8 +375,7 @@ class Tracker:
         self._closed += int(was_open.sum())
         self._seeds_closed += int((was_open & was_seed).sum())
         self._seed_slots = np.setdiff1d(self._seed_slots, released, assume_unique=True)
-        if self._orphans:
-            self._orphans = sorted({*self._orphans} - {*released.tolist()})
+        self._orphans.difference_update(released.tolist())
         self._free(released)
         return int(was_open.sum())
 
@@ -385,7 +386,7 @@ class Tracker:
             TrackerError: the kernel refuses a map operation.
         """
         if self._orphans:
-            self._release_empty(np.array(self._orphans, np.uint32))
+            self._release_empty(np.array(sorted(self._orphans), np.uint32))
         events = self._events()
         kept = events["allocated"] + self._slots_allocated - self._slots_freed
         opened = events["inserted"] + self._seeds_added
@@ -402,20 +403,20 @@ class Tracker:
         is_closed = connections["group"][slots] == 0
         self.release(slots[is_closed], established_ns[is_closed], if_empty=True)
 
-    @map_errors()
     def _restore(self, handle: np.uint64, slot: np.uint32) -> bool:
-        """Return whether the handle has its slot again, and not another one by now."""
-        restored = bool(handle) and self._handles.put_new(handle, slot)
+        """Return whether the slot stays in use; False: its handle has another slot."""
+        try:
+            restored = bool(handle) and self._handles.put_new(handle, slot)
+        except OSError:
+            self._orphan(slot)
+            return True
         self.restored += restored
         return restored
 
-    def _restore_or_orphan(self, handle: np.uint64, slot: np.uint32) -> None:
-        with contextlib.suppress(TrackerError):
-            if self._restore(handle, slot):
-                return
+    def _orphan(self, slot: np.uint32) -> None:
         # A later release of this slot must not delete the entry of the handle.
         self._all()["handle"][slot] = 0
-        self._orphans.append(int(slot))
+        self._orphans.add(int(slot))
         self.restored += 1
 
     @map_errors()

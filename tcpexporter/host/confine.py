@@ -29,7 +29,7 @@ def confine(
     needed: Callable[[], object],
     connected: int | None = None,
 ) -> dict[str, bool]:
-    """Give up root for good, then everything else that serving does not need.
+    """Give up root permanently, then everything else that serving does not need.
 
     The limits belong to a thread, and to those that it starts later: call this while the
     process has only one thread.
@@ -51,7 +51,8 @@ def confine(
     # Otherwise the C library would look up this file for each line of the log.
     os.environ.setdefault("TZ", ":/etc/localtime")
     time.tzset()
-    code = seccomp.make_filter(connected)  # while root, who can read the files it requires
+    # Before root is given up: only root may be able to read what this imports.
+    code = seccomp.make_filter(connected)
     privileges.drop(account, needed)
     files = landlock.restrict_files()
     system_calls = bool(code) and seccomp.load_filter(code)

@@ -188,9 +188,8 @@ class Watch:
             return self._missing()
         if (file_system, number) == self._expected:
             return None
-        if (
-            file_system != self._expected[0]
-        ):  # the file on which ip-netns(8) mounts a namespace
+        # Then it is the file on which ip-netns(8) mounts a namespace.
+        if file_system != self._expected[0]:
             return self._missing()
         self.is_replaced = True
         return self._replaced()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Gives up root for good, and checks in /proc/self/status that no privilege is left."""
+"""Gives up root permanently, and checks in /proc/self/status that no privilege is left."""
 
 import contextlib
 import logging

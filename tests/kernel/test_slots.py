@@ -2,6 +2,7 @@
 """Each slot has one owner, and none is lost, whatever the program and userspace do."""
 
 import contextlib
+import errno
 import os
 import random
 import threading
@@ -255,6 +256,31 @@ def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
     for each in peers.pairs.pop():
         each.close()
     assert len(at_port(tracker, peers.port)) == 0
+
+
+def test_a_slot_that_is_refused_twice_is_freed_once(
+    tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """l: the kernel refuses the release of an orphan, too; then its slot is free once."""
+    peers.connect(1)
+    slots = slots_at(tracker, peers.port)
+    told_ns = tracker._all()["established_ns"][slots].copy()
+
+    def refuse(*_: object) -> bool:
+        raise OSError(errno.EBUSY, "refused")
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(tracker._handles, "put_new", refuse)
+        # Step 4: the connection has another time, so its handle is to be restored.
+        assert tracker.release(slots, told_ns - 1) == 0
+        assert tracker._orphans == {*slots.tolist()}
+    with monkeypatch.context() as refusing:
+        refusing.setattr(tracker._barrier, "put", refuse)
+        with pytest.raises(TrackerError):
+            tracker.release(slots, told_ns)
+    assert len(at_port(tracker, peers.port)) == 1
+    assert tracker.release(slots, told_ns) == 1
+    assert_each_has_one_owner(tracker)
 
 
 @pytest.mark.timeout(600)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tcpexporter.ebpf import program as programs
+from tcpexporter.ebpf import program
 from tcpexporter.ebpf.btf import Btf
 from tcpexporter.ebpf.features import FEATURES, RETURN_0, UNPRIVILEGED_MAPS, Kernel
 from tcpexporter.host import privileges
@@ -239,6 +239,6 @@ def may_read_kernel() -> bool:
     """Whether the kernel takes a program that reads its memory at any address."""
     code = READ_KERNEL + RETURN_0
     with contextlib.suppress(OSError):
-        os.close(programs.load(code, Btf.of_kernel().function(programs.TRACEPOINT)))
+        os.close(program.load(code, Btf.of_kernel().function(program.TRACEPOINT)))
         return True
     return False
