@@ -7,8 +7,14 @@
  *
  * MAX_CONNECTIONS  number of slots
  * MAX_CLOSINGS     capacity of the closings log
+ * MAX_SERIES       number of series numbers
  * MAP_FLAGS        flags of the hash maps: BPF_F_NO_PREALLOC, or 0
  * NETNS            inode of the only network namespace to observe, 0: all
+ * OUTBOUND_PORT    which port is part of the series of an outbound connection: 0: none,
+ *                  LOCAL_PORT or REMOTE_PORT
+ * FAILED           whether outbound attempts that fail are counted
+ * BUCKETS          number of lifetime buckets; undefined: none are counted
+ * BOUNDS           the upper bounds of all buckets but the last, in units of time
  * SECRET_0, _1     the key of the hash
  * LOSE_ONE_IN      in tests: the program ignores one in so many events, at random
  * *_OFFSET         of members of struct tcp_sock and struct net, from the kernel's BTF
@@ -32,6 +38,10 @@
 #define IPPROTO_TCP 6
 #define TCP_ESTABLISHED 1
 #define TCP_SYN_SENT 2
+#define TCP_CLOSE 7
+
+#define LOCAL_PORT 1
+#define REMOTE_PORT 2
 
 /* The slot of each handle. */
 BPF_F_TABLE("hash", __u64, __u32, slots, MAX_CONNECTIONS, MAP_FLAGS);
@@ -40,6 +50,14 @@ BPF_F_TABLE("array", __u32, struct connection, connections, MAX_CONNECTIONS,
 	    BPF_F_MMAPABLE);
 
 BPF_STACK(free_slots, __u32, MAX_CONNECTIONS);
+
+/* The number of each series. */
+BPF_F_TABLE("hash", struct series_key, __u32, series_numbers, MAX_SERIES, MAP_FLAGS);
+
+BPF_F_TABLE("array", __u32, struct ledger_entry, ledger, SERIES_FIRST + MAX_SERIES,
+	    BPF_F_MMAPABLE);
+
+BPF_STACK(free_series, __u32, MAX_SERIES);
 
 /* Whether closings are recorded: userspace is comparing with the socket tables. */
 BPF_ARRAY(recording, __u32, 1);
@@ -112,18 +130,6 @@ static __u16 port_of_closed(const void *sk)
 	const void *inet = untraced((__u64)bpf_skc_to_tcp_sock((void *)sk));
 
 	return inet ? bpf_ntohs(LOAD(__u16, inet, INET_SPORT_OFFSET)) : 0;
-}
-
-static __u32 group_of(const struct connection_key *key, int oldstate)
-{
-	const __u32 *words = (const __u32 *)key->local_address;
-	__u32 group = key->local_port;
-
-	if (words[0] || words[1] || words[2] != bpf_htonl(0xffff))
-		group |= GROUP_IPV6;
-	if (oldstate == TCP_SYN_SENT)
-		group |= GROUP_OUTBOUND;
-	return group;
 }
 
 #define ROTATED(x, bits) ((x) << (bits) | (x) >> (64 - (bits)))
@@ -211,11 +217,141 @@ static struct connection *allocate(__u64 handle)
 	return connections.lookup(&slot);
 }
 
+static struct series_key series_of(const struct connection_key *key, bool is_outbound,
+				   __u16 outbound_port)
+{
+	const __u32 *words = (const __u32 *)key->remote_address;
+	bool is_ipv4 = !words[0] && !words[1] && words[2] == bpf_htonl(0xffff);
+	struct series_key series = {
+	    .ip_version = is_ipv4 ? 4 : 6,
+	    .port = is_outbound ? outbound_port : key->local_port,
+	    .netns = NETNS ? 0 : key->netns,
+	};
+
+	if (is_outbound)
+		series.flags = SERIES_OUTBOUND |
+			       (OUTBOUND_PORT == REMOTE_PORT ? SERIES_REMOTE_PORT : 0);
+	return series;
+}
+
+static __u16 outbound_port_of(const struct connection_key *key)
+{
+	if (OUTBOUND_PORT == REMOTE_PORT)
+		return key->remote_port;
+	return OUTBOUND_PORT == LOCAL_PORT ? key->local_port : 0;
+}
+
+static bool is_series(const struct series_key *one, const struct series_key *other)
+{
+	return *(const __u64 *)one == *(const __u64 *)other;
+}
+
+/*
+ * Returns the number of a series, or 0. As in `find`, the value can be that of another
+ * series whose entry uses the memory of a deleted one.
+ */
+static __u32 number_of(struct series_key *series)
+{
+	__u32 *found = series_numbers.lookup(series);
+	__u32 number = found ? *found : 0;
+	struct ledger_entry *entry = ledger.lookup(&number);
+
+	return entry && is_series(&entry->series, series) ? number : 0;
+}
+
+static void push_free_series(__u32 range)
+{
+	/* As for slots. */
+	if (free_series.push(&range, 0))
+		free_series.push(&range, 0);
+}
+
+/* Allocates a number for a series that has none. Returns 0 if none is free. */
+static __u32 allocate_number(struct series_key *series)
+{
+	struct ledger_entry *entry;
+	__u32 range, number;
+
+	if (free_series.pop(&range))
+		return 0;
+	number = range >> RANGE_BITS;
+	if (range & RANGE_MASK)
+		push_free_series(range + (1 << RANGE_BITS) - 1);
+	entry = ledger.lookup(&number);
+	if (!entry)
+		return 0;
+	/* Before the number can be found. */
+	STORE(__u64, entry->series, *(const __u64 *)series);
+	if (!series_numbers.insert(series, &number))
+		return number;
+	/* Another CPU was faster, or the kernel has no memory. */
+	STORE(__u64, entry->series, 0);
+	push_free_series(number << RANGE_BITS);
+	return number_of(series);
+}
+
+/* Returns the number in which a series is counted, never 0. */
+static __u32 counted_in(struct series_key *series)
+{
+	__u32 number = number_of(series);
+
+	if (!number)
+		number = allocate_number(series);
+	if (!number)
+		number = 1 + (series->ip_version == 6) +
+			 2 * (series->flags & SERIES_OUTBOUND);
+	return number;
+}
+
+#define ADD(member, number) __sync_fetch_and_add(&(member), number)
+
+static void record_opened(__u32 number)
+{
+	struct ledger_entry *entry = ledger.lookup(&number);
+
+	if (entry)
+		ADD(entry->opened, 1);
+}
+
+static void record_closed(__u64 series_and_time)
+{
+	__u32 number = series_and_time & SERIES_MASK;
+	struct ledger_entry *entry = ledger.lookup(&number);
+
+	if (!entry)
+		return;
+	ADD(entry->closed, 1);
+#ifdef BUCKETS
+	static const __u64 bounds[] = {BOUNDS};
+	__u64 lifetime =
+	    (bpf_ktime_get_boot_ns() >> TIME_SHIFT) - (series_and_time >> SERIES_BITS);
+	__u32 bucket = 0;
+
+#pragma unroll
+	for (int i = 0; i < BUCKETS - 1; i++)
+		bucket += lifetime > bounds[i];
+	ADD(entry->lifetimes_sum, lifetime);
+	if (bucket < BUCKETS)
+		ADD(entry->lifetimes[bucket], 1);
+#endif
+}
+
+static void remove_from(struct connection *connection, struct tracker_events *count)
+{
+	__u64 series_and_time = connection->series_and_time;
+
+	STORE(__u64, connection->series_and_time, 0);
+	record_closed(series_and_time);
+	count->removed++;
+}
+
 static void opened(const void *sk, __u32 netns, int oldstate,
 		   struct tracker_events *count)
 {
 	__u64 handle = (__u64)sk;
 	struct connection *connection = find(handle);
+	struct series_key series;
+	__u32 number;
 
 	if (!connection) {
 		connection = allocate(handle);
@@ -226,13 +362,17 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 		count->allocated++;
 	}
 	/* The closing of the last connection at this address was missed. */
-	if (connection->group)
-		count->removed++;
-	STORE(__u32, connection->group, 0);
+	if (connection->series_and_time)
+		remove_from(connection, count);
 	connection->handle = handle;
 	load_key(&connection->key, sk, netns, LOAD(__u16, sk, SKC_NUM_OFFSET));
-	STORE(__u64, connection->established_ns, bpf_ktime_get_boot_ns());
-	STORE(__u32, connection->group, group_of(&connection->key, oldstate));
+	connection->is_outbound = oldstate == TCP_SYN_SENT;
+	series = series_of(&connection->key, oldstate == TCP_SYN_SENT,
+			   outbound_port_of(&connection->key));
+	number = counted_in(&series);
+	STORE(__u64, connection->series_and_time,
+	      bpf_ktime_get_boot_ns() >> TIME_SHIFT << SERIES_BITS | number);
+	record_opened(number);
 	count->inserted++;
 }
 
@@ -246,12 +386,6 @@ static bool is_same(const struct connection_key *one,
 	       words[2] == others[2] && words[3] == others[3] && words[4] == others[4];
 }
 
-static void remove_from(struct connection *connection, struct tracker_events *count)
-{
-	STORE(__u32, connection->group, 0);
-	count->removed++;
-}
-
 static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 {
 	struct connection *connection = find((__u64)sk);
@@ -260,7 +394,7 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 	int first = 0;
 	__u32 *flag = recording.lookup(&first);
 	bool is_recording = flag && *flag;
-	bool has_record = connection && connection->group;
+	bool has_record = connection && connection->series_and_time;
 	bool is_known;
 	__u64 handle;
 
@@ -282,10 +416,27 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 	if (is_known)
 		return;
 	connection = find(handle);
-	if (!connection || !connection->group)
+	if (!connection || !connection->series_and_time)
 		return;
 	remove_from(connection, count);
 	count->removed_seeds++;
+}
+
+/* Counts an outbound attempt; the local port of one that failed is never in a series.
+ */
+static void failed(const void *sk, __u32 netns)
+{
+	struct connection_key key;
+	struct series_key series;
+	struct ledger_entry *entry;
+	__u32 number;
+
+	load_key(&key, sk, netns, port_of_closed(sk));
+	series = series_of(&key, 1, OUTBOUND_PORT == REMOTE_PORT ? key.remote_port : 0);
+	number = counted_in(&series);
+	entry = ledger.lookup(&number);
+	if (entry)
+		ADD(entry->failed, 1);
 }
 
 int on_state_change(struct bpf_raw_tracepoint_args *args)
@@ -295,9 +446,11 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 	int newstate = args->args[2];
 	struct tracker_events *count;
 	int first = 0;
+	bool has_failed;
 	__u32 netns;
 
-	if (newstate != TCP_ESTABLISHED && oldstate != TCP_ESTABLISHED)
+	has_failed = FAILED && oldstate == TCP_SYN_SENT && newstate == TCP_CLOSE;
+	if (newstate != TCP_ESTABLISHED && oldstate != TCP_ESTABLISHED && !has_failed)
 		return 0;
 	/* The kernel reports an MPTCP connection with another protocol number. */
 	if (LOAD(__u16, sk, SK_PROTOCOL_OFFSET) != IPPROTO_TCP)
@@ -313,7 +466,9 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 	count = events.lookup(&first);
 	if (!count)
 		return 0;
-	if (newstate == TCP_ESTABLISHED)
+	if (has_failed)
+		failed(sk, netns);
+	else if (newstate == TCP_ESTABLISHED)
 		opened(sk, netns, oldstate, count);
 	else
 		closed(sk, netns, count);

@@ -16,27 +16,61 @@ struct connection_key {
 	__u16 remote_port;
 };
 
-#define GROUP_IPV6 0x10000 /* on the wire: not an IPv4 client of :: */
-#define GROUP_OUTBOUND 0x20000
-#define GROUPS 0x40000
+/*
+ * What is counted separately. A part that the settings do not require is 0. It has no
+ * padding, because it is a key of a hash map. `ip_version` is never 0.
+ */
+struct series_key {
+	__u8 ip_version; /* 4 or 6, on the wire: 4 for an IPv4 client of :: */
+	__u8 flags;	 /* SERIES_ bits */
+	__u16 port;	 /* host byte order */
+	__u32 netns;	 /* inode of the network namespace */
+};
+
+#define SERIES_OUTBOUND 1
+#define SERIES_REMOTE_PORT 2 /* `port` is the remote port */
+#define SERIES_FOLDED 4	     /* for connections that have no series of their own */
+
+/*
+ * A number for each series. Number 0 is none. The numbers below SERIES_FIRST are those
+ * of the folded series: 1 + (IPv6) + 2 * (outbound).
+ */
+#define SERIES_BITS 18
+#define SERIES_MASK 0x3ffff
+#define SERIES_FIRST 5
+
+/* Times are CLOCK_BOOTTIME in units of 2^13 ns (8.2 us): 46 bits are 18 years. */
+#define TIME_SHIFT 13
 
 /*
  * A slot for a connection, one cache line. Userspace maps the array of slots and reads
- * it at any time. So the program writes `group` last when a connection opens, and
- * writes nothing else when it closes.
+ * it at any time. All that a count requires is in one word, so one store opens a
+ * connection and one store closes it.
  */
 struct connection {
-	__u64 established_ns; /* CLOCK_BOOTTIME */
-	__u64 handle;	      /* identifies the owner of this slot, 0: none */
+	__u64 series_and_time; /* time << SERIES_BITS | number; 0: no connection */
+	__u64 handle;	       /* identifies the owner of this slot, 0: none */
 	struct connection_key key;
-	__u32 group; /* local port and GROUP_ bits, 0: no connection */
-	__u32 pad;   /* zero */
+	__u32 is_outbound; /* 0 or 1 */
+	__u32 pad;	   /* zero */
+};
+
+/* What has happened in a series. Both ends of a loopback connection are connections. */
+struct ledger_entry {
+	struct series_key series; /* all zero: the number is free */
+	__u64 opened;
+	__u64 closed;
+	__u64 failed; /* outbound attempts that ended before ESTABLISHED */
+#ifdef BUCKETS
+	__u64 lifetimes_sum;	  /* of the closed connections, in units of time */
+	__u64 lifetimes[BUCKETS]; /* how many fell between two bounds */
+#endif
 };
 
 /* Set in the handle of a seed; the handle of a socket is its address, which is even. */
 #define HANDLE_SEEDED 1
 
-/* A range of free slots: the first slot, above the number of slots that follow it. */
+/* A range of free slots or series numbers: the first, above how many follow it. */
 #define RANGE_BITS 8
 #define RANGE_MASK 0xff
 

@@ -35,7 +35,7 @@ from tcpexporter.ebpf.loader_protocol import (
     send_request,
 )
 from tcpexporter.ebpf.program import TRACEPOINT
-from tcpexporter.ebpf.slot_ranges import RANGE_BITS, RANGE_SLOTS
+from tcpexporter.ebpf.slot_ranges import RANGE_BITS, RANGE_SLOTS, SERIES_FIRST
 from tcpexporter.errors import LoadError, TcpExporterError, reason
 from tcpexporter.host import children, libc, privileges
 
@@ -71,7 +71,18 @@ LIMITS = (
 
 BPF_F_NO_PREALLOC = 1
 
-MAPS = ("slots", "connections", "free_slots", "recording", "closings", "events", "barrier")
+MAPS = (
+    "slots",
+    "connections",
+    "free_slots",
+    "series_numbers",
+    "ledger",
+    "free_series",
+    "recording",
+    "closings",
+    "events",
+    "barrier",
+)
 
 MAX_CLOSINGS = 65536
 """Capacity for what closes on a busy host while the socket tables are read."""
@@ -218,7 +229,8 @@ def _load_here(request: Request) -> Descriptors:
         maps = {name: bpf[name].map_fd for name in MAPS}
     except Exception as error:  # BCC raises no narrower class
         raise LoadError(_why_not_compiled(error, request.max_connections)) from error
-    _fill(maps["free_slots"], request.max_connections)
+    _fill(maps["free_slots"], range(request.max_connections))
+    _fill(maps["free_series"], range(SERIES_FIRST, SERIES_FIRST + request.max_series))
     loaded = _load_program(code, types.function(TRACEPOINT))
     return Descriptors(**maps, program=loaded, link=_attach(loaded))
 
@@ -254,15 +266,17 @@ def _refusal(max_connections: int) -> int | None:
     return None
 
 
-def _fill(free_slots: int, slots: int) -> None:
-    """Push all slots to the stack of free slots; the first slot is popped first."""
+def _fill(stack: int, numbers: range) -> None:
+    """Push numbers to a stack of free ones; the first number is popped first."""
     libbpf = load_libbpf()
-    for first in reversed(range(0, slots, RANGE_SLOTS)):
-        following = min(RANGE_SLOTS, slots - first) - 1
+    aligned = range(numbers.start // RANGE_SLOTS * RANGE_SLOTS, numbers.stop, RANGE_SLOTS)
+    for at in reversed(aligned):
+        first = max(at, numbers.start)
+        following = min(at + RANGE_SLOTS, numbers.stop) - first - 1
         value = ctypes.byref(ctypes.c_uint32(first << RANGE_BITS | following))
-        if libbpf.bpf_map_update_elem(free_slots, None, value, ctypes.c_uint64(0)):
+        if libbpf.bpf_map_update_elem(stack, None, value, ctypes.c_uint64(0)):
             why = os.strerror(ctypes.get_errno())
-            raise LoadError(f"the map of free slots cannot be filled: {why}")
+            raise LoadError(f"a map of free numbers cannot be filled: {why}")
 
 
 def _load_program(code: bytes, function: int) -> int:
@@ -339,13 +353,19 @@ def _cflags(
     defines = {
         "MAX_CONNECTIONS": request.max_connections,
         "MAX_CLOSINGS": MAX_CLOSINGS,
+        "MAX_SERIES": request.max_series,
         # Allocate memory when an entry is added, if this kernel does that safely.
         "MAP_FLAGS": BPF_F_NO_PREALLOC if has_allocator else 0,
         "NETNS": request.netns,
+        "OUTBOUND_PORT": request.outbound_port,
+        "FAILED": int(request.counts_failed),
         "SECRET_0": f"{request.secret[0]}ULL",
         "SECRET_1": f"{request.secret[1]}ULL",
         **_offsets(types, has_ipv6=has_ipv6),
     }
+    if request.lifetime_bounds:
+        defines["BUCKETS"] = len(request.lifetime_bounds) + 1
+        defines["BOUNDS"] = ",".join(map(str, request.lifetime_bounds))
     if request.lose_one_in:
         defines["LOSE_ONE_IN"] = request.lose_one_in
     return [f"-I{sources}"] + [f"-D{name}={value}" for name, value in defines.items()]

@@ -21,6 +21,8 @@ MESSAGE_BYTES = 65536
 LOADED = b"loaded"
 """The message that comes with the descriptors."""
 
+MAX_SERIES = 65536
+
 SEE_DEBUG = "--log-level debug shows its output"
 
 
@@ -34,6 +36,14 @@ class Request:
     """Inode of the only network namespace to observe, 0: all."""
     secret: tuple[int, int]
     """The key of `siphash.hashes`, as two numbers of 64 bits."""
+    max_series: int = MAX_SERIES
+    """The number of series numbers."""
+    outbound_port: int = 0
+    """Which port is part of the series of an outbound connection: an `OutboundPort`."""
+    counts_failed: bool = False
+    """Whether outbound attempts that fail are counted."""
+    lifetime_bounds: tuple[int, ...] = ()
+    """The upper bounds of lifetime buckets, in units of 2^13 ns; empty: none are counted."""
     lose_one_in: int = 0
     """For tests: the program ignores one in so many events, at random. 0: none."""
     without: tuple[str, ...] = ()
@@ -50,6 +60,9 @@ class Descriptors:
     slots: int
     connections: int
     free_slots: int
+    series_numbers: int
+    ledger: int
+    free_series: int
     recording: int
     closings: int
     events: int

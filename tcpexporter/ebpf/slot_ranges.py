@@ -20,6 +20,9 @@ RANGE_BITS = 8
 RANGE_SLOTS = 1 << RANGE_BITS
 """The maximum length of a range."""
 
+SERIES_FIRST = 5
+"""The first series number that is free at first, as in bpf/tcp_tracker.h."""
+
 Slots: TypeAlias = "npt.NDArray[np.uint32]"
 """A one-dimensional array of slot numbers."""
 
