@@ -289,11 +289,8 @@ def _chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]
     Only their ports and duration can differ from ``settings``.
     """
     own_netns = namespaces.inode()
-    every_netns = settings.netns == "all"
-    listens_there = settings.netns in ("self", "all") or own_netns in source.namespaces()
-    own_listener = (
-        (own_netns, settings.listen_port) if listens_there and not settings.once else None
-    )
+    listens_there = own_netns in source.namespaces() and not settings.once
+    own_listener = (own_netns, settings.listen_port) if listens_there else None
 
     def choose(chosen: Settings) -> Choice:
         selection = select(
@@ -301,7 +298,7 @@ def _chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]
             tcpv6=settings.tcpv6,
             directions=DIRECTIONS[settings.direction],
             own_listener=own_listener,
-            by_netns=every_netns,
+            by_netns=settings.netns == "all",
         )
         return Choice(
             selection, named(chosen.ports, own_netns, selection), chosen.duration_s
@@ -313,11 +310,12 @@ def _chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]
 def _make_collector(
     source: Source, settings: Settings, choice: Choice
 ) -> ConnectionCollector:
+    by_netns = choice.selection.by_netns
     return ConnectionCollector(
         source,
         choice,
         max_series=settings.max_series,
-        names=namespaces.Names(source.namespaces).read if settings.netns == "all" else None,
+        names=namespaces.Names(source.namespaces).read if by_netns else None,
         simple=settings.simple,
     )
 

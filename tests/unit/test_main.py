@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -25,7 +26,7 @@ from tcpexporter.connections.record import (
 )
 from tcpexporter.connections.source import MemorySource, Source
 from tcpexporter.errors import LoadError, SocketTableError, SourceError
-from tcpexporter.host import stdout
+from tcpexporter.host import namespaces, stdout
 from tcpexporter.host.starting import Starting
 from tcpexporter.metrics.collector import make_registry
 
@@ -186,6 +187,13 @@ def connections(port: int, number: int, direction: Direction) -> Records:
     return made
 
 
+class SourceHere(MemorySource):
+    """A source that holds the exporter's namespace, as real ones do by default."""
+
+    def namespaces(self) -> npt.NDArray[np.uint32]:
+        return np.array([namespaces.inode()], np.uint32)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -203,7 +211,7 @@ def test_once_prints_what_was_chosen(
     settings: Settings, expected: dict[str, int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A page on standard output, of the ports and directions in the settings."""
-    source = MemorySource(
+    source = SourceHere(
         [connections(443, 3, Direction.INBOUND), connections(40001, 5, Direction.OUTBOUND)]
     )
     choice = startup._chooser(settings, source)(settings)
