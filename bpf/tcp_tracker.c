@@ -10,9 +10,9 @@
  * MAX_SERIES       number of series numbers
  * MAP_FLAGS        flags of the hash maps: BPF_F_NO_PREALLOC, or 0
  * NETNS            inode of the only network namespace to observe, 0: all
- * OUTBOUND_PORT    which port is part of the series of an outbound connection: 0: none,
- *                  LOCAL_PORT or REMOTE_PORT
- * FAILED           whether outbound attempts that fail are counted
+ * OUTBOUND_PORT    which port is part of the series of an outbound connection:
+ *                  LOCAL_PORT, REMOTE_PORT, or 0: none, and failed attempts are not
+ *                  counted
  * BUCKETS          number of lifetime buckets; undefined: none are counted
  * BOUNDS           the upper bounds of all buckets but the last, in units of time
  * SECRET_0, _1     the key of the hash
@@ -55,6 +55,10 @@ BPF_STACK(free_slots, __u32, MAX_CONNECTIONS);
 BPF_F_TABLE("hash", struct series_key, __u32, series_numbers, MAX_SERIES, MAP_FLAGS);
 
 BPF_F_TABLE("array", __u32, struct ledger_entry, ledger, SERIES_FIRST + MAX_SERIES,
+	    BPF_F_MMAPABLE);
+
+/* Of the same layout, written by userspace: it corrects the ledger after missed events. */
+BPF_F_TABLE("array", __u32, struct ledger_entry, corrections, SERIES_FIRST + MAX_SERIES,
 	    BPF_F_MMAPABLE);
 
 BPF_STACK(free_series, __u32, MAX_SERIES);
@@ -449,7 +453,7 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 	bool has_failed;
 	__u32 netns;
 
-	has_failed = FAILED && oldstate == TCP_SYN_SENT && newstate == TCP_CLOSE;
+	has_failed = OUTBOUND_PORT && oldstate == TCP_SYN_SENT && newstate == TCP_CLOSE;
 	if (newstate != TCP_ESTABLISHED && oldstate != TCP_ESTABLISHED && !has_failed)
 		return 0;
 	/* The kernel reports an MPTCP connection with another protocol number. */

@@ -24,7 +24,7 @@ from tcpexporter.config import files
 from tcpexporter.config.reader import SETTINGS, WEB_CONFIG, Message, Reader, ReaderGoneError
 from tcpexporter.config.reload import Apply, Reloading, ReloadSignal
 from tcpexporter.config.settings import Settings, misleading, parse, reread
-from tcpexporter.connections.counting import named, select
+from tcpexporter.connections.counting import kernel_parts, named, select
 from tcpexporter.connections.record import Direction
 from tcpexporter.connections.source import Source
 from tcpexporter.ebpf import pins
@@ -270,9 +270,16 @@ def _open_source(settings: Settings, state: "State | None" = None) -> Source:
 
 
 def _open_named_source(name: str, settings: Settings, state: "State | None") -> Source:
+    parts = kernel_parts(
+        DIRECTIONS[settings.direction],
+        settings.series_labels,
+        by_netns=settings.netns == "all",
+    )
     if name == "ebpf":
         return EbpfSource(
             netns=settings.netns,
+            parts=parts,
+            lifetime_bounds_s=settings.bounds_s,
             max_connections=settings.max_connections
             or capacity.max_connections(capacity.read_limits()),
             reconcile_interval_s=settings.reconcile_interval_s,
@@ -280,7 +287,13 @@ def _open_named_source(name: str, settings: Settings, state: "State | None") -> 
             pin=settings.pin,
             state=state,
         )
-    return PollingSource(open_tables(name, settings.netns), settings.interval_s, state)
+    return PollingSource(
+        open_tables(name, settings.netns),
+        settings.interval_s,
+        state,
+        parts=parts,
+        lifetime_bounds_s=settings.bounds_s,
+    )
 
 
 def _chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]:
@@ -298,6 +311,7 @@ def _chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]
             tcpv6=settings.tcpv6,
             directions=DIRECTIONS[settings.direction],
             own_listener=own_listener,
+            labels=settings.series_labels,
             by_netns=settings.netns == "all",
         )
         return Choice(
@@ -316,7 +330,7 @@ def _make_collector(
         choice,
         max_series=settings.max_series,
         names=namespaces.Names(source.namespaces).read if by_netns else None,
-        simple=settings.simple,
+        bounds_s=settings.bounds_s,
     )
 
 

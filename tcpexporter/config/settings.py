@@ -11,11 +11,13 @@ from typing import Any
 from tcpexporter.config import files, sources
 from tcpexporter.config.sources import Groups, Setting, Text
 from tcpexporter.config.values import (
+    BUCKETS,
     CONF,
     CONNECTIONS,
     DIRECTORY,
     DURATION,
     INTERVAL,
+    LABEL_SET,
     LISTEN,
     NETNS,
     PATH,
@@ -47,6 +49,11 @@ class Settings:
     """inbound, outbound or all."""
     netns: str = "self"
     """self, all, or the name or path of a network namespace."""
+    labels: tuple[str, ...] | None = None
+    """Of a series; None: port and tcp_version, and netns if all namespaces are counted."""
+    histograms: bool = False
+    buckets: tuple[float, ...] = (1.0, 6.0, 60.0, 600.0, 3600.0, 21600.0, 86400.0, 604800.0)
+    """Upper bounds of the histograms in seconds; the duration is added to them."""
     max_series: int = 2000
     """Of one metric; beyond it the smallest are added up as port other."""
     source: str = "auto"
@@ -72,6 +79,21 @@ class Settings:
     output: str | None = None
     """The file to which ``once`` writes; None: standard output."""
     features: bool = False
+
+    @property
+    def series_labels(self) -> tuple[str, ...]:
+        """The labels of a series."""
+        if self.simple:
+            return ()
+        if self.labels is not None:
+            return self.labels
+        return ("port", "tcp_version", *(("netns",) if self.netns == "all" else ()))
+
+    @property
+    def bounds_s(self) -> tuple[float, ...]:
+        """The bounds of the histograms, ascending; empty: there are none."""
+        bounds = {*self.buckets, *([float(self.duration_s)] if self.duration_s else [])}
+        return tuple(sorted(bounds)) if self.histograms else ()
 
 
 GROUPS: Groups = {
@@ -166,11 +188,31 @@ GROUPS: Groups = {
             " exporters",
         ),
         Setting(
+            "labels",
+            "auto",
+            LABEL_SET,
+            "what is counted separately; auto is port,tcp_version, and netns with --netns"
+            " all; none is the same as --simple",
+        ),
+        Setting(
+            "histograms",
+            "false",
+            SWITCH,
+            "export histograms of the ages of open connections and of the lifetimes of"
+            " closed ones",
+        ),
+        Setting(
+            "buckets",
+            "1,6,1m,10m,1h,6h,24h,168h",
+            BUCKETS,
+            "upper bounds of the histograms; --duration is always one of them",
+        ),
+        Setting(
             "max-series",
             "2000",
             SERIES,
-            "maximum number of series of a metric, one per port and IP version; beyond it"
-            " the smallest are added up as port other, except ports that --port names",
+            "maximum number of series of a metric; beyond it the smallest are added up as"
+            " port other, except ports that --port names",
         ),
         Setting(
             "once",
@@ -278,15 +320,26 @@ def _refuse_contradictions(settings: Settings) -> None:
         raise SettingsError(f"{' and '.join(actions)} exclude each other: choose one")
     if settings.output and not settings.once:
         raise SettingsError("output requires once: add --once, or leave out --output")
+    if "netns" in (settings.labels or ()) and settings.netns != "all":
+        raise SettingsError(
+            "labels has netns, but only one network namespace is counted: add --netns all,"
+            " or leave it out"
+        )
 
 
 def misleading(settings: Settings) -> Iterator[str]:
     """A sentence for each setting that has no effect, or can only give 0."""
-    if settings.direction == "outbound" and settings.ports:
+    has_remote_port = "remote_port" in settings.series_labels
+    if settings.direction == "outbound" and settings.ports and not has_remote_port:
         yield (
             "port names local ports, and that of an outbound connection is one that the"
-            " kernel chooses: to count connections to a server's port, leave out --port"
-            " (--simple gives one number), or count inbound ones on the server"
+            " kernel chooses: to count connections to a server's port, add --labels"
+            " remote_port, or count inbound ones on the server"
+        )
+    if has_remote_port and settings.direction == "inbound":
+        yield (
+            "labels has remote_port, which is that of outbound connections, and these are"
+            " not counted: add --direction outbound or --direction all"
         )
     if settings.listen_port in settings.ports and _serves_where_it_counts(settings):
         yield (
@@ -316,7 +369,9 @@ def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
     if settings.once:
         yield "once", ("listen", "web-config")
     if settings.simple:
-        yield "simple", ("max-series",)
+        yield "simple", ("max-series", "labels")
+    if not settings.histograms:
+        yield "no --histograms", ("buckets",)
     if settings.source == "ebpf":
         yield "source ebpf", ("interval",)
     if _polls(settings):

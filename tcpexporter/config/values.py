@@ -6,6 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
+MOST_BUCKETS = 24
+TEN_YEARS_S = 10 * 365 * 86400
+
+LABELS = ("port", "tcp_version", "direction", "netns", "remote_port")
+"""The labels that a series can have, in the order of an exposition."""
+
 LONGEST_DURATION_S = (2**63 - 1) // 10**9
 """In nanoseconds it fits into a signed 64-bit number."""
 
@@ -91,6 +97,22 @@ def _reconcile(text: str) -> float:
     return seconds
 
 
+def _buckets(text: str) -> tuple[float, ...]:
+    bounds = sorted({_seconds(each) for each in text.split(",")})
+    if len(bounds) > MOST_BUCKETS or not 0.001 <= bounds[0] <= bounds[-1] <= TEN_YEARS_S:
+        raise ValueError(text)
+    return tuple(bounds)
+
+
+def _labels(text: str) -> tuple[str, ...] | None:
+    if text == "auto":
+        return None
+    chosen = [] if text == "none" else text.split(",")
+    if not {*chosen} <= {*LABELS} or len({*chosen}) < len(chosen):
+        raise ValueError(text)
+    return tuple(each for each in LABELS if each in chosen)
+
+
 def _percent(text: str) -> float:
     percent = float(text)
     if not re.fullmatch(r"[0-9.]+", text) or not 0.1 <= percent <= 100:
@@ -159,6 +181,14 @@ NETNS = Kind(
 )
 CONNECTIONS = Kind("NUMBER", "auto, or a whole number from 1 to 16777216", _connections)
 SERIES = Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
+LABEL_SET = Kind(
+    "LABELS", f"auto, none, or some of {', '.join(LABELS)}, separated by commas", _labels
+)
+BUCKETS = Kind(
+    "TIMES",
+    f"at most {MOST_BUCKETS} times from 0.001 seconds to 10 years, as in 1,1m30s,24h",
+    _buckets,
+)
 USER = Kind("USER", "the name of a user", _word)
 DIRECTORY = Kind(
     "DIR",

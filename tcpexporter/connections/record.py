@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 class Direction(enum.IntEnum):
-    """Which end opened a connection. The values are those of the bit in ``group``."""
+    """Which end opened a connection. The values are those of ``is_outbound``."""
 
     INBOUND = 0
     OUTBOUND = 1
@@ -32,18 +32,18 @@ Addresses are bytes in network order, IPv4 as ::ffff:a.b.c.d. Ports are in host 
 
 CONNECTION = np.dtype(
     [
-        ("established_ns", "u8"),
+        ("series_and_time", "u8"),
         ("handle", "u8"),
         ("key", KEY),
-        ("group", "u4"),
+        ("is_outbound", "u4"),
         ("pad", "u4"),
     ]
 )
 """``struct connection``: a slot of the tracker, which the BPF program writes to.
 
-``established_ns`` is on CLOCK_BOOTTIME. ``handle`` identifies the slot to the BPF program
-(see `ebpf.tracker`). ``group`` is as `groups` returns it; 0 means that the slot has no
-connection.
+``series_and_time`` has the number of the connection's series and the time at which it was
+established; 0: the slot has no connection. ``handle`` identifies the slot to the BPF
+program (see `ebpf.tracker`). ``is_outbound`` is a `Direction`.
 """
 
 SOCKET = np.dtype(
@@ -51,21 +51,24 @@ SOCKET = np.dtype(
         ("established_ns", "u8"),
         ("cookie", "u8"),
         ("key", KEY),
-        ("group", "u4"),
+        ("is_outbound", "u4"),
         ("pad", "u4"),
     ]
 )
 """A connection as the socket tables report it.
 
-``established_ns``, ``key`` and ``group`` are as in `CONNECTION`. ``cookie`` is the number
-that the kernel gives to a socket and to no other one until the host boots again
-(sock_gen_cookie in the kernel's net/core/sock_diag.c); 0 if it is unknown.
+``established_ns`` is on CLOCK_BOOTTIME. ``key`` and ``is_outbound`` are as in `CONNECTION`.
+``cookie`` is the number that the kernel gives to a socket and to no other one until the
+host boots again (sock_gen_cookie in the kernel's net/core/sock_diag.c); 0 if it is unknown.
 """
 
-GROUP_IPV6 = 1 << 16
-DIRECTION_BIT = 17
-GROUP_BITS = 18
-"""Bits of ``group``: 16 for the local port, 1 for the IP version, 1 for the direction."""
+SERIES_BITS = 18
+"""Bits of a series number, the lower part of ``series_and_time``."""
+
+SERIES_MASK = (1 << SERIES_BITS) - 1
+
+TIME_SHIFT = 13
+"""The upper part of ``series_and_time`` is a time in units of 2^13 ns."""
 
 LISTENER = np.dtype([("netns", "u4"), ("port", "u2"), ("ip_version", "u1")])
 """A listening port and an IP version, 4 or 6, that its socket accepts."""
@@ -73,7 +76,11 @@ LISTENER = np.dtype([("netns", "u4"), ("port", "u2"), ("ip_version", "u1")])
 Records: TypeAlias = npt.NDArray[np.void]
 """A one-dimensional array of one of the dtypes above."""
 
-Groups: TypeAlias = npt.NDArray[np.uint32]
+Words: TypeAlias = npt.NDArray[np.uint64]
+"""A one-dimensional array of ``series_and_time``."""
+
+Numbers: TypeAlias = npt.NDArray[np.uint32]
+"""A one-dimensional array of series numbers."""
 
 PORTS = 65536
 """The number of port numbers."""
@@ -96,19 +103,12 @@ def ip_versions(keys: Records) -> npt.NDArray[np.uint8]:
     return np.where(is_mapped, np.uint8(4), np.uint8(6))
 
 
-def groups(keys: Records, directions: npt.NDArray[np.integer] | Direction) -> Groups:
-    """Returns the local port, IP version and direction of connections, as ``group``.
-
-    Args:
-        keys: of dtype `KEY`. No local port is 0, so no ``group`` is 0.
-        directions: a `Direction` for each key, or one for all.
-    """
-    group = keys["local_port"].astype(np.uint32)
-    group |= np.where(ip_versions(keys) == 6, np.uint32(GROUP_IPV6), np.uint32(0))
-    group |= np.asarray(directions, np.uint32) << np.uint32(DIRECTION_BIT)
-    return group
+def words(numbers: Numbers, established_ns: npt.NDArray[np.uint64]) -> Words:
+    """Return ``series_and_time`` for series numbers and times in ns of CLOCK_BOOTTIME."""
+    time = established_ns.astype(np.uint64) >> np.uint64(TIME_SHIFT)
+    return time << np.uint64(SERIES_BITS) | numbers
 
 
-def directions(group: Groups) -> npt.NDArray[np.uint32]:
-    """Returns the `Direction` of each ``group``."""
-    return group >> np.uint32(DIRECTION_BIT) & np.uint32(1)
+def times_ns(series_and_time: Words) -> npt.NDArray[np.uint64]:
+    """Return the times of ``series_and_time`` in ns, each up to 8,191 ns too early."""
+    return series_and_time >> np.uint64(SERIES_BITS) << np.uint64(TIME_SHIFT)

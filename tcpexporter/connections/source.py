@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Protocols of what reports connections, and a source in memory for tests."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.record import LISTENER, Records
+from tcpexporter.connections.memory_ledger import MemoryLedger
+from tcpexporter.connections.record import LISTENER, Records, Words
+from tcpexporter.connections.series import Ledger, OutboundPort, Parts
 
 if TYPE_CHECKING:  # this package imports nothing of the host at run time
     from tcpexporter.host.background import Task
+
+
+INBOUND = Parts(OutboundPort.NONE, by_netns=False)
+"""What is counted separately by default."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,12 @@ class Report:
     """The maximum number of connections that can be tracked."""
     kernel_events: Mapping[str, int] = field(default_factory=dict)
     """How often the BPF program took each action since it was loaded."""
+    uncertain_connections: int | None = None
+    """An upper bound of the difference between the numbers and the kernel's."""
+    kernel_series: int | None = None
+    """Series numbers in use."""
+    max_kernel_series: int | None = None
+    """The maximum number of series numbers."""
     missed_events: int | None = None
     """Events for which the kernel skipped the BPF program."""
     seeded_connections: int | None = None
@@ -96,8 +108,8 @@ class Source(Protocol):
         """Ends the threads and closes all descriptors."""
         ...
 
-    def read(self) -> Iterator[Records]:
-        """Reads every established connection, in chunks of dtype `CONNECTION` or `SOCKET`.
+    def read(self) -> Iterator[Words]:
+        """Return ``series_and_time`` of every established connection, in chunks.
 
         A chunk is valid until the next one is requested. So memory does not grow with the
         number of connections.
@@ -105,6 +117,20 @@ class Source(Protocol):
         Raises:
             SourceError: the connections cannot be read now.
         """
+        ...
+
+    def ledger(self) -> Ledger:
+        """Return what has happened in each series.
+
+        It has every series of the chunks that `read` has returned before.
+
+        Raises:
+            SourceError: it cannot be read now.
+        """
+        ...
+
+    def forget(self, netns: Iterable[int]) -> None:
+        """Forget the counters of namespaces that are gone; any thread may call this."""
         ...
 
     def listeners(self) -> Records:
@@ -142,9 +168,14 @@ class MemorySource:
         listeners: Records | None = None,
         report: Report | None = None,
         name: str = "memory",
+        parts: Parts = INBOUND,
+        bounds_s: Sequence[float] = (),
     ) -> None:
+        """Have these connections, of dtype `SOCKET`."""
         self.name = name
         self.chunks = list(chunks)
+        self.counted = MemoryLedger(parts, bounds_s)
+        """What has happened; a test may change it."""
         self._listeners = np.empty(0, LISTENER) if listeners is None else listeners
         self._report = report or Report()
 
@@ -157,8 +188,14 @@ class MemorySource:
     def close(self) -> None:
         pass
 
-    def read(self) -> Iterator[Records]:
-        yield from self.chunks
+    def read(self) -> Iterator[Words]:
+        yield from map(self.counted.count, self.chunks)
+
+    def ledger(self) -> Ledger:
+        return self.counted.snapshot()
+
+    def forget(self, netns: Iterable[int]) -> None:
+        self.counted.forget(netns)
 
     def listeners(self) -> Records:
         return self._listeners

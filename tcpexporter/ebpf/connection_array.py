@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.identity import Hashes, hashes
-from tcpexporter.connections.record import Records
+from tcpexporter.connections.record import Records, Words, times_ns
 from tcpexporter.connections.snapshot import consistent_fields
+from tcpexporter.ebpf.free_numbers import Slots
 from tcpexporter.ebpf.mapped_array import MappedArray
-from tcpexporter.ebpf.slot_ranges import RANGE_SLOTS, Slots
+from tcpexporter.ebpf.ranges import RANGE_SLOTS
 
 WINDOW = 8192
 """Slots that are mapped and read at once, 512 KiB."""
@@ -32,9 +33,15 @@ class Known:
 
     slots: Slots
     hashes: Hashes
-    established_ns: npt.NDArray[np.uint64]
+    words: Words
+    """``series_and_time``, which identifies a connection in its slot."""
     netns: npt.NDArray[np.uint32]
     is_seed: npt.NDArray[np.bool_]
+
+    @property
+    def established_ns(self) -> npt.NDArray[np.uint64]:
+        """The times of the connections."""
+        return times_ns(self.words)
 
     def only(self, chosen: npt.NDArray[np.bool_]) -> "Known":
         """Return the connections for which ``chosen`` is true."""
@@ -45,7 +52,7 @@ def windows(array: MappedArray, slots: int) -> Iterator[Records]:
     """Return the used part of an array in chunks of `WINDOW` records.
 
     Args:
-        array: of records with the fields ``group`` and ``key``.
+        array: of records with the field ``key``.
         slots: the length of the array.
 
     Raises:
@@ -73,7 +80,7 @@ def _known(
 ) -> tuple[
     Slots,
     Hashes,
-    npt.NDArray[np.uint64],
+    Words,
     npt.NDArray[np.uint32],
     npt.NDArray[np.bool_],
 ]:
@@ -82,4 +89,4 @@ def _known(
     slots = at.astype(np.uint32) + np.uint32(first)
     is_seed = found["handle"] & HANDLE_SEEDED != 0
     netns = found["key"]["netns"].copy()
-    return slots, hashes(found["key"]), found["established_ns"], netns, is_seed
+    return slots, hashes(found["key"]), found["series_and_time"], netns, is_seed

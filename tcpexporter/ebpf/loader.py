@@ -35,7 +35,7 @@ from tcpexporter.ebpf.loader_protocol import (
     send_request,
 )
 from tcpexporter.ebpf.program import TRACEPOINT
-from tcpexporter.ebpf.slot_ranges import RANGE_BITS, RANGE_SLOTS, SERIES_FIRST
+from tcpexporter.ebpf.ranges import RANGE_BITS, RANGE_SLOTS, SERIES_FIRST
 from tcpexporter.errors import LoadError, TcpExporterError, reason
 from tcpexporter.host import children, libc, privileges
 
@@ -77,6 +77,7 @@ MAPS = (
     "free_slots",
     "series_numbers",
     "ledger",
+    "corrections",
     "free_series",
     "recording",
     "closings",
@@ -358,7 +359,6 @@ def _cflags(
         "MAP_FLAGS": BPF_F_NO_PREALLOC if has_allocator else 0,
         "NETNS": request.netns,
         "OUTBOUND_PORT": request.outbound_port,
-        "FAILED": int(request.counts_failed),
         "SECRET_0": f"{request.secret[0]}ULL",
         "SECRET_1": f"{request.secret[1]}ULL",
         **_offsets(types, has_ipv6=has_ipv6),

@@ -40,10 +40,8 @@ class Request:
     """The number of series numbers."""
     outbound_port: int = 0
     """Which port is part of the series of an outbound connection: an `OutboundPort`."""
-    counts_failed: bool = False
-    """Whether outbound attempts that fail are counted."""
     lifetime_bounds: tuple[int, ...] = ()
-    """The upper bounds of lifetime buckets, in units of 2^13 ns; empty: none are counted."""
+    """The upper bounds of lifetime buckets, in units of 2^13 ns; empty: no histogram."""
     lose_one_in: int = 0
     """For tests: the program ignores one in so many events, at random. 0: none."""
     without: tuple[str, ...] = ()
@@ -62,6 +60,7 @@ class Descriptors:
     free_slots: int
     series_numbers: int
     ledger: int
+    corrections: int
     free_series: int
     recording: int
     closings: int
@@ -93,7 +92,8 @@ def send_request(channel: socket.socket, request: Request) -> None:
 
 def receive_request(channel: socket.socket) -> Request:
     """Return the exporter's request."""
-    return Request(**json.loads(channel.recv(MESSAGE_BYTES)))
+    fields = json.loads(channel.recv(MESSAGE_BYTES))
+    return Request(**fields)
 
 
 def send_descriptors(channel: socket.socket, descriptors: Descriptors) -> None:

@@ -55,6 +55,13 @@ class Map:
         if not self._call("bpf_map_lookup_elem", np.array([key]), into):
             raise self._refusal("read")
 
+    def look_up(self, key: np.generic, into: Keys) -> bool:
+        """Fill an array with the value of a key; return whether the map has the key."""
+        found = self._call("bpf_map_lookup_elem", np.array([key]), into)
+        if not found and ctypes.get_errno() != errno.ENOENT:
+            raise self._refusal("read")
+        return found
+
     def put(self, key: np.generic, value: np.generic) -> None:
         """Set the value of a key."""
         if not self._update(key, value, 0):

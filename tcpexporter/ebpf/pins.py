@@ -2,9 +2,9 @@
 """Pins BPF maps so that recording continues while the exporter is down, and adopts them.
 
 Each run of the exporter leaves a *generation* in a directory of the BPF file system: the
-attachment of its program, the array of connections, and the layout of that array. The next
-run, which may be of another version, loads its own program and maps. It adds the
-connections of previous generations to them, as it adds those of the socket tables
+attachment of its program, the array of connections, the ledger, and a description of their
+layout. The next run, which may be of another version, loads its own program and maps. It
+adds the connections of previous generations to them, as it adds those of the socket tables
 (`reconcile.seed`), and only then removes these generations. So there is one way to add
 pre-existing connections, and an upgrade is no special case. For a connection, against that:
 
@@ -16,6 +16,12 @@ d. The old program missed its closing: it is adopted, the socket tables do not s
    the first reconciliation, which follows at once, removes it.
 e. The old program missed its opening: it is added from the socket tables.
 
+The counters of the ledger continue. Both programs count what happens during the adoption,
+so the new run subtracts what its own program has counted by then (`SeriesNumbers.adopt`).
+The two ledgers are not read at one moment: an event in between is counted by one of them at
+most. If the settings count other series than the previous run, or other buckets, counters
+begin at 0.
+
 A run that is killed at any step of the adoption leaves the old generation, or both: a
 generation is complete once it has its attachment, which is pinned last and removed first.
 """
@@ -24,22 +30,25 @@ import contextlib
 import ctypes
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.record import CONNECTION, KEY, Records
+from tcpexporter.connections.record import Records
+from tcpexporter.connections.series import Ledger, entry_dtype
 from tcpexporter.connections.snapshot import valid_connections
-from tcpexporter.ebpf import reconcile
+from tcpexporter.ebpf import pinned_layout, reconcile
 from tcpexporter.ebpf.connection_array import WINDOW, windows
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
-from tcpexporter.ebpf.loader_protocol import Descriptors
+from tcpexporter.ebpf.loader_protocol import Descriptors, Request
 from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import FIRST, Map
-from tcpexporter.ebpf.tracker import Tracker, map_errors
+from tcpexporter.ebpf.pinned_layout import Layout
+from tcpexporter.ebpf.series_numbers import ledger_of, map_errors
+from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import PinError
 from tcpexporter.host import libc, owned
 
@@ -50,21 +59,11 @@ DEFAULT = "/sys/fs/bpf/tcpexporter"
 LINK = "link"
 CONNECTIONS = "connections"
 LAYOUT = "layout"
+LEDGER = "ledger"
+CORRECTIONS = "corrections"
 
 BPF_FS_MAGIC = 0xCAFE4A11
 """``f_type`` of statfs(2): include/uapi/linux/magic.h."""
-
-LAYOUT_MAGIC = 0x74637078
-LAYOUT_WORDS = 16
-"""Words of 32 bits in the layout: the magic number, the size of a record, the size of its
-key, and the offsets of the fields in the order of `FIELDS` and `KEY_FIELDS`; the rest is
-0."""
-
-FIELDS = ("established_ns", "key", "group")
-"""The fields of `CONNECTION` that the next run adopts."""
-
-KEY_FIELDS = ("local_address", "remote_address", "netns", "local_port", "remote_port")
-"""The fields of `KEY`. Their order is part of the layout and must not change."""
 
 UNMOUNTED = "mount -t bpf bpf /sys/fs/bpf"
 
@@ -123,27 +122,37 @@ class Pins:
         """Unlock the directory, and keep its content."""
         os.close(self._descriptor)
 
-    def adopt(self, tracker: Tracker, *, netns: int) -> None:
-        """Add the connections of previous generations to a tracker.
+    def adopt(self, tracker: Tracker, counted: Request) -> None:
+        """Add the connections of previous generations to a tracker, and their counters.
 
         Args:
             tracker: of this run; its program is already attached.
-            netns: inode of the only network namespace to adopt, 0: all.
+            counted: what that program counts.
 
         Raises:
             PinError: a pinned object is not of the expected kind.
             TrackerError: the kernel refuses a map operation.
         """
-        for each in self._generations():
-            if (each / LINK).exists():
-                with _Generation.open(each, netns) as generation:
-                    reconcile.seed(tracker, generation)
-                    self.adopted += generation.found
+        complete = [each for each in self._generations() if (each / LINK).exists()]
+        for each in complete:
+            with _Generation.open(each, counted) as generation:
+                reconcile.seed(tracker, generation)
+                self.adopted += generation.found
+                # The newest includes what the previous ones have counted.
+                ledger = generation.ledger() if each == complete[-1] else None
+                if ledger:
+                    tracker.series.adopt(ledger)
+                elif each == complete[-1]:
+                    log.info("the settings count other series: counters begin at 0")
         if self.adopted:
             log.info("adopted %s connections of the previous run", self.adopted)
 
-    def pin(self, descriptors: Descriptors) -> None:
+    def pin(self, descriptors: Descriptors, counted: Request) -> None:
         """Pin this run as a generation, and remove the previous ones.
+
+        Args:
+            descriptors: of this run's program and maps.
+            counted: what that program counts.
 
         Raises:
             PinError: the kernel refuses it.
@@ -153,10 +162,12 @@ class Pins:
         generation = self._directory / str(number)
         try:
             generation.mkdir(mode=0o700)
-            layout = _make_layout()
+            layout = _make_layout(counted)
             _pin(layout, generation / LAYOUT)
             os.close(layout)
             _pin(descriptors.connections, generation / CONNECTIONS)
+            _pin(descriptors.ledger, generation / LEDGER)
+            _pin(descriptors.corrections, generation / CORRECTIONS)
             _pin(descriptors.link, generation / LINK)
         except OSError as error:
             raise PinError(f"{generation} cannot be filled: {error.strerror}") from error
@@ -218,28 +229,38 @@ def remove(directory: str) -> None:
 class _Generation:
     """The connections of a previous run, read like the socket tables."""
 
-    def __init__(self, array: MappedArray, entries: int, netns: int) -> None:
+    def __init__(
+        self,
+        array: MappedArray,
+        entries: int,
+        netns: int,
+        ledger: Callable[[], Ledger | None],
+    ) -> None:
         self.found = 0
+        self.ledger = ledger
+        """Returns what has happened in each series; None: other series were counted."""
         self._array = array
         self._entries = entries
         self._netns = netns
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, directory: Path, netns: int) -> Iterator[Self]:
+    def open(cls, directory: Path, counted: Request) -> Iterator[Self]:
         with contextlib.ExitStack() as undo:
             _, shown = _get(directory / LINK, undo)
             if "link_type" not in shown:
                 raise _not_ours(directory / LINK)
-            layout, shown = _get(directory / LAYOUT, undo)
-            _require(directory / LAYOUT, shown, value_size=4 * LAYOUT_WORDS, max_entries=1)
-            record = _read_layout(directory / LAYOUT, layout)
+            record, is_continued = _read_layout(directory, counted, undo)
             connections, shown = _get(directory / CONNECTIONS, undo)
             _require(directory / CONNECTIONS, shown, value_size=record.itemsize)
             entries = _number(directory / CONNECTIONS, shown, "max_entries")
             with map_errors():
                 array = MappedArray(connections, record, entries, WINDOW)
-            yield cls(array, entries, netns)
+
+            def read_ledger() -> Ledger | None:
+                return _read_ledger(directory, counted, undo) if is_continued else None
+
+            yield cls(array, entries, counted.netns, read_ledger)
 
     def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  all have ages
         """Return its connections, the newest first, of dtype `SOCKET`.
@@ -260,70 +281,46 @@ class _Generation:
         return np.empty(0, np.uint32)
 
 
-def _make_layout() -> int:
-    """Create a map that describes the layout of `CONNECTION`; return its descriptor."""
-    words = np.zeros(LAYOUT_WORDS, np.uint32)
-    said = [LAYOUT_MAGIC, CONNECTION.itemsize, KEY.itemsize, *_offsets(CONNECTION, FIELDS)]
-    said += _offsets(KEY, KEY_FIELDS)
-    words[: len(said)] = said
+def _make_layout(counted: Request) -> int:
+    """Create a map that describes the layout of the others; return its descriptor."""
+    words = pinned_layout.make(counted)
     descriptor = create_map(BPF_MAP_TYPE_ARRAY, 4, words.nbytes)
-    _write(descriptor, words)
+    key = ctypes.byref(ctypes.c_uint32(0))
+    value = words.ctypes.data_as(ctypes.c_void_p)
+    call("bpf_map_update_elem", descriptor, key, value, ctypes.c_uint64(0))
     return descriptor
 
 
-def _write(layout: int, words: npt.NDArray[np.uint32]) -> None:
-    key = ctypes.byref(ctypes.c_uint32(0))
-    value = words.ctypes.data_as(ctypes.c_void_p)
-    call("bpf_map_update_elem", layout, key, value, ctypes.c_uint64(0))
-
-
-def _offsets(dtype: np.dtype[Any], names: tuple[str, ...]) -> list[int]:
-    fields: Mapping[str, tuple[Any, ...]] = dtype.fields or {}
-    return [fields[name][1] for name in names]
-
-
-def _read_layout(path: Path, descriptor: int) -> np.dtype[Any]:
-    words = np.zeros(LAYOUT_WORDS, np.uint32)
+def _read_layout(directory: Path, counted: Request, undo: contextlib.ExitStack) -> Layout:
+    path = directory / LAYOUT
+    descriptor, shown = _get(path, undo)
+    _require(path, shown, value_size=4 * pinned_layout.WORDS, max_entries=1)
+    words = np.zeros(pinned_layout.WORDS, np.uint32)
     with map_errors():
         Map(descriptor, "layouts").read(FIRST, words)
-    return _record(path, words)
-
-
-def _record(path: Path, words: npt.NDArray[np.uint32]) -> np.dtype[Any]:
-    """Return a dtype with the adopted fields, at the offsets of the version that pinned it.
-
-    Raises:
-        PinError: this is not a layout, or it has fields outside of the record.
-    """
-    magic, record_bytes, key_bytes, *offsets = words.tolist()
-    # The C struct has members of 64 bits, so its size is a multiple of 8 bytes, and so is
-    # the kernel's distance of elements: array_map_alloc in its kernel/bpf/arraymap.c.
-    if magic != LAYOUT_MAGIC or record_bytes % 8:
-        raise _not_ours(path)
     try:
-        key = _laid_out(KEY, KEY_FIELDS, offsets[len(FIELDS) :], key_bytes)
-        return _laid_out(CONNECTION, FIELDS, offsets, record_bytes, key=key)
+        return pinned_layout.read(words, counted)
     except ValueError:
         raise _not_ours(path) from None
 
 
-def _laid_out(
-    dtype: np.dtype[Any],
-    names: tuple[str, ...],
-    offsets: list[int],
-    itemsize: int,
-    **instead: np.dtype[Any],
-) -> np.dtype[Any]:
-    """Return a dtype with some fields of another dtype at other offsets."""
-    formats = [instead.get(name, dtype[name]) for name in names]
-    own_offsets = offsets[: len(names)]
-    # numpy checks this too, but with 32-bit numbers: it would read out of bounds.
-    ends = (at + each.itemsize for at, each in zip(own_offsets, formats, strict=True))
-    if max(ends) > itemsize:
-        raise ValueError(itemsize)
-    return np.dtype(
-        {"names": names, "formats": formats, "offsets": own_offsets, "itemsize": itemsize}
-    )
+def _read_ledger(
+    directory: Path, counted: Request, undo: contextlib.ExitStack
+) -> Ledger | None:
+    bounds = counted.lifetime_bounds
+    entry = entry_dtype(len(bounds) + 1 if bounds else 0)
+    arrays = []
+    for name in (LEDGER, CORRECTIONS):
+        path = directory / name
+        descriptor, shown = _get(path, undo)
+        _require(path, shown, value_size=entry.itemsize)
+        entries = _number(path, shown, "max_entries")
+        with map_errors():
+            arrays.append(MappedArray(descriptor, entry, entries, entries).upto(entries))
+    ledger, corrections = arrays
+    if len(ledger) != len(corrections):
+        raise _not_ours(directory / CORRECTIONS)
+    return ledger_of(ledger, corrections)
 
 
 def _get(path: Path, undo: contextlib.ExitStack) -> tuple[int, dict[str, str]]:

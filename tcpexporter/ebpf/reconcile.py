@@ -99,11 +99,11 @@ import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import Hashes, hashes
-from tcpexporter.connections.record import Records
+from tcpexporter.connections.record import Records, Words
 from tcpexporter.connections.source import ConnectionTables, Reconciliation
 from tcpexporter.ebpf.connection_array import Known
+from tcpexporter.ebpf.free_numbers import Slots
 from tcpexporter.ebpf.schedule import EventCounts, Schedule
-from tcpexporter.ebpf.slot_ranges import Slots
 from tcpexporter.errors import enough_memory
 from tcpexporter.host.background import Task
 
@@ -117,12 +117,13 @@ class TrackedConnections(Protocol):
     """
 
     restored: int
+    seeds_refused: int
 
     def known(self) -> Known: ...
-    def add(self, seeds: Records) -> Slots: ...
+    def add(self, seeds: Records, *, pre_existing: bool = False) -> Slots: ...
     def recording_closings(self) -> AbstractContextManager[None]: ...
-    def release_closed(self, slots: Slots) -> int: ...
-    def release(self, slots: Slots, established_ns: npt.NDArray[np.uint64]) -> int: ...
+    def release_closed(self, slots: Slots, *, pre_existing: bool = False) -> int: ...
+    def release(self, slots: Slots, words: Words) -> int: ...
     def reclaim(self) -> None: ...
     def wait_for_runs(self) -> None: ...
     def events(self) -> dict[str, int]: ...
@@ -150,6 +151,8 @@ class Corrections:
     """Added, because their opening was missed."""
     missed_close: int = 0
     """Removed, because their closing was missed."""
+    refused: int = 0
+    """Not added, because the tracker is full."""
 
 
 NOTHING = Corrections()
@@ -170,7 +173,8 @@ def seed(tracker: TrackedConnections, tables: ConnectionTables) -> None:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
     with tracker.recording_closings():
-        _add(tracker, _differences(tracker, tables, boottime_ns(), with_ages=True).missing)
+        missing = _differences(tracker, tables, boottime_ns(), with_ages=True).missing
+        _add(tracker, missing, pre_existing=True)
 
 
 def reconcile(tracker: TrackedConnections, tables: ConnectionTables) -> Corrections:
@@ -184,14 +188,15 @@ def reconcile(tracker: TrackedConnections, tables: ConnectionTables) -> Correcti
     first = _differences(tracker, tables, began_ns)
     if not len(first.missing) and not len(first.gone.slots):
         return NOTHING
+    refused = tracker.seeds_refused
     with tracker.recording_closings():
         second = _differences(tracker, tables, began_ns, with_ages=True)
         is_missing = np.isin(hashes(second.missing["key"]), hashes(first.missing["key"]))
         added = _add(tracker, second.missing[is_missing])
     gone = first.gone.only(np.isin(first.gone.slots, second.gone.slots))
     # A new connection in the same slot has another time, and stays.
-    removed = tracker.release(gone.slots, gone.established_ns)
-    return Corrections(missed_open=added, missed_close=removed)
+    removed = tracker.release(gone.slots, gone.words)
+    return Corrections(added, removed, tracker.seeds_refused - refused)
 
 
 def _differences(
@@ -232,10 +237,10 @@ def _surplus(
     return is_surplus
 
 
-def _add(tracker: TrackedConnections, seeds: Records) -> int:
+def _add(tracker: TrackedConnections, seeds: Records, *, pre_existing: bool = False) -> int:
     """Do steps 2 and 3; return how many of the seeds stay."""
-    slots = tracker.add(seeds)
-    return len(slots) - tracker.release_closed(slots)
+    slots = tracker.add(seeds, pre_existing=pre_existing)
+    return len(slots) - tracker.release_closed(slots, pre_existing=pre_existing)
 
 
 class Reconciler:
@@ -265,6 +270,10 @@ class Reconciler:
         self._cpu_share = cpu_share
         self._missed_before_run = EventCounts().missed
         """`EventCounts.missed` at the start of the last run that succeeded."""
+        self._missed_when_exact = 0
+        """`EventCounts.missed` at the start of the last run that found nothing."""
+        self._last: Corrections | None = None
+        """What the last run did; None: there was no run since the start."""
         self.task = Task(
             "reconcile",
             self._watch,
@@ -297,6 +306,19 @@ class Reconciler:
             return f"events were missed and reconciliation failed: {trouble}"
         return None
 
+    def uncertain(self) -> int:
+        """Return an upper bound of the difference between the tracker and the kernel.
+
+        It is the number of events that were missed, refused or not recorded since the last
+        run that found nothing, and of corrections since then that no run has confirmed.
+
+        Raises:
+            TrackerError: the kernel refuses to report missed events.
+        """
+        missed = self._event_counts().missed - self._missed_when_exact
+        last = self._last or Corrections(refused=self._tracker.seeds_refused)
+        return missed + last.missed_open + last.missed_close + last.refused
+
     def _watch(self) -> None:
         schedule = Schedule(interval_s=self._interval_s, now_s=time.monotonic())
         while not self.task.wait(WATCH_S):
@@ -320,7 +342,7 @@ class Reconciler:
             self.state = replace(self.state, finished_s=time.time())
         else:
             corrections, rest_s = self._run(counts)
-            found_nothing = corrections == NOTHING
+            found_nothing = not (corrections.missed_open or corrections.missed_close)
         schedule.record_run(
             counts,
             found_nothing=found_nothing,
@@ -349,6 +371,9 @@ class Reconciler:
         began_cpu_s = time.thread_time()
         corrections = reconcile(self._tracker, self._tables)
         self._missed_before_run = counts.missed
+        self._last = corrections
+        if corrections == NOTHING:
+            self._missed_when_exact = counts.missed
         rest_s = (time.thread_time() - began_cpu_s) / self._cpu_share
         self.state = replace(
             self.state,

@@ -3,7 +3,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.identity import SECRET
-from tcpexporter.connections.record import Records
+from tcpexporter.connections.record import TIME_SHIFT, Records, Words
+from tcpexporter.connections.series import Ledger, Parts
 from tcpexporter.connections.snapshot import first_seen, valid_connections
 from tcpexporter.connections.source import Report
 from tcpexporter.ebpf import loader
 from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.pins import Pins
 from tcpexporter.ebpf.reconcile import Reconciler, reconcile, seed
+from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SourceError
 from tcpexporter.host import namespaces
@@ -39,6 +41,8 @@ class EbpfSource:
         self,
         *,
         netns: str,
+        parts: Parts,
+        lifetime_bounds_s: Sequence[float] = (),
         max_connections: int,
         reconcile_interval_s: float,
         reconcile_cpu_share: float,
@@ -49,6 +53,9 @@ class EbpfSource:
 
         Args:
             netns: a network namespace for `namespaces.find`, or ``all``.
+            parts: what is counted separately.
+            lifetime_bounds_s: the upper bounds of lifetime buckets, ascending, but for the
+                last bucket; empty: lifetimes are not counted.
             max_connections: the number of slots of the tracker.
             reconcile_interval_s: ``interval_s`` of `Reconciler`.
             reconcile_cpu_share: ``cpu_share`` of `Reconciler`.
@@ -68,9 +75,21 @@ class EbpfSource:
             self._pins = Pins.open(Path(pin)) if pin else None
             if self._pins:
                 undo.callback(self._pins.close)
-            descriptors = loader.load(Request(max_connections, only, SECRET))
+            counted = Request(
+                max_connections,
+                only,
+                SECRET,
+                outbound_port=parts.outbound_port,
+                lifetime_bounds=tuple(
+                    round(each * 1e9) >> TIME_SHIFT for each in lifetime_bounds_s
+                ),
+            )
+            descriptors = loader.load(counted)
             undo.callback(descriptors.close)
-            self._tracker = Tracker(descriptors, max_connections)
+            self._series = SeriesNumbers(
+                descriptors, counted.max_series, counted.lifetime_bounds
+            )
+            self._tracker = Tracker(descriptors, max_connections, parts, self._series)
             self._tables = open_tables("auto", netns)
             undo.callback(self._tables.close)
             if only and only != self._tables.namespaces()[0]:
@@ -78,8 +97,8 @@ class EbpfSource:
                     f"--netns {netns} was deleted and created again: start again"
                 )
             if self._pins:
-                self._pins.adopt(self._tracker, netns=only)
-                self._pins.pin(descriptors)
+                self._pins.adopt(self._tracker, counted)
+                self._pins.pin(descriptors, counted)
             undo.pop_all()
         self._reconciler = Reconciler(
             self._tracker,
@@ -92,9 +111,11 @@ class EbpfSource:
         return [self._reconciler.task, *(self._state.tasks() if self._state else ())]
 
     def start(self) -> None:
-        seed(self._tracker, self._state.aged(self._tables) if self._state else self._tables)
         if self._pins and self._pins.adopted:
             reconcile(self._tracker, self._tables)
+        else:
+            tables = self._state.aged(self._tables) if self._state else self._tables
+            seed(self._tracker, tables)
         self._warn_at_capacity()
         self._reconciler.start()
         if self._state and not self._pins:
@@ -107,10 +128,16 @@ class EbpfSource:
         if self._pins:
             self._pins.close()
 
-    def read(self) -> Iterator[Records]:
+    def read(self) -> Iterator[Words]:
         if trouble := self._reconciler.trouble():
             raise SourceError(trouble)
-        return self._tracker.read()
+        return self._tracker.words()
+
+    def ledger(self) -> Ledger:
+        return self._series.ledger()
+
+    def forget(self, netns: Iterable[int]) -> None:
+        self._series.forget(netns)
 
     def listeners(self) -> Records:
         return self._tables.listeners()
@@ -124,6 +151,9 @@ class EbpfSource:
             max_connections=self._max_connections,
             kernel_events=self._tracker.events(),
             missed_events=self._tracker.missed_events(),
+            uncertain_connections=self._reconciler.uncertain(),
+            kernel_series=self._series.in_use(),
+            max_kernel_series=self._series.max_series,
             seeded_connections=self._tracker.seeds(),
             refused_seeds=self._tracker.seeds_refused,
             reconciliation=self._reconciler.state,

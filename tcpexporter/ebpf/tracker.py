@@ -7,16 +7,14 @@ thread only; any thread may call the methods that read.
 
 Reading at any time
 -------------------
-A slot has a connection if ``group`` is not 0. A reader reads ``group`` before
-``established_ns``; the program writes ``group`` last when a connection opens, and writes
-nothing else when it closes. On a CPU that keeps stores in order (all x86), a connection is
-counted like this:
+A slot has a connection if ``series_and_time`` is not 0. The program stores that word last
+when a connection opens, and stores 0 when it closes. A reader that counts reads this word
+only, once. So a connection is counted like this, on any CPU:
 
-a. Open all the while: counted once, with its own time. It stays in its slot.
-b. Closes after ``group`` was read: counted, with its own time; it was open.
-c. As b, and another opens in its slot before ``established_ns`` is read: counted under the
-   group of the first, with the time of the second, so as one that has just opened.
-d. Opens after ``group`` was read: not counted. It was not open.
+a. Open all the while: counted once, in its series, with its own time. It keeps its slot.
+b. Closes after its word was read: counted. It was open.
+c. As b, and another opens in its slot: that one is not counted. It was not open.
+d. Opens after the word of its slot was read: not counted. It was not open.
 
 Freeing slots
 -------------
@@ -28,13 +26,10 @@ connections are still those that it was asked to release, and frees their slots;
 restores the handles of the others. For a handle, against those steps:
 
 e. Nothing happens to its socket: released.
-f. The socket at that address opens or closes before 1: an opening writes another time, so 4
+f. The socket at that address opens or closes before 1: an opening stores another word, so 4
    restores the handle; a closing is no reason to keep it.
 g. A run found the slot before 1 and writes to it after 1: the run has ended when 3 checks,
-   so as f. That is why 3 must not come before 2: two connections would share the slot. The
-   run can be between its store of the new time and its store of ``group`` when
-   `_release_empty` reads them: the slot looks empty, and its time does not change any more.
-   So for a slot that was chosen because it was empty, 3 also compares ``group``.
+   so as f. That is why 3 must not come before 2: two connections would share the slot.
 h. The socket opens after 1: the program finds no handle and allocates another slot. The old
    slot is freed.
 i. As g, an opening, and that connection closes between 1 and 4: the program finds no
@@ -62,10 +57,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import Hashes, hashes
-from tcpexporter.connections.record import CONNECTION, Records
+from tcpexporter.connections.record import (
+    CONNECTION,
+    SERIES_MASK,
+    Numbers,
+    Records,
+    Words,
+    words,
+)
+from tcpexporter.connections.series import Parts, series_of
 from tcpexporter.ebpf.connection_array import (
     HANDLE_SEEDED,
     WINDOW,
@@ -73,10 +76,11 @@ from tcpexporter.ebpf.connection_array import (
     known_in,
     windows,
 )
+from tcpexporter.ebpf.free_numbers import FreeNumbers, Slots
 from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import FIRST, Map, possible_cpus, program_info
-from tcpexporter.ebpf.slot_ranges import Slots, ranges, slots_of
+from tcpexporter.ebpf.series_numbers import SeriesNumbers, map_errors
 from tcpexporter.errors import TrackerError
 
 SPARE_SLOTS = 4096
@@ -89,24 +93,23 @@ EVENT_KINDS = ("inserted", "removed", "refused", "removed_seeds", "allocated", "
 """The fields of ``struct tracker_events``, in their order."""
 
 
-@contextlib.contextmanager
-def map_errors() -> Iterator[None]:
-    """Raise each OSError of the block, which only calls `maps`, as a `TrackerError`."""
-    try:
-        yield
-    except OSError as error:
-        raise TrackerError(error.strerror) from error
-
-
 class Tracker:
     """The connections that the BPF program reports, and seeds from the socket tables."""
 
-    def __init__(self, descriptors: Descriptors, max_connections: int) -> None:
+    def __init__(
+        self,
+        descriptors: Descriptors,
+        max_connections: int,
+        parts: Parts,
+        series: SeriesNumbers,
+    ) -> None:
         """Use a loaded program and its maps, which `close` closes.
 
         Args:
             descriptors: of the program and its maps.
             max_connections: the number of slots that the maps were made for.
+            parts: what the program counts separately.
+            series: the series numbers of the program.
 
         Raises:
             TrackerError: the kernel refuses to map the array of connections.
@@ -116,10 +119,12 @@ class Tracker:
         self.restored = 0
         """How many connections kept their slots because they had changed (i) or the kernel
         refused to release them (l). The program may have missed their closings."""
+        self.series = series
+        self._parts = parts
         self._descriptors = descriptors
         self._slots = max_connections
         self._handles = Map(descriptors.slots, "slots")
-        self._free_slots = Map(descriptors.free_slots, "free slots")
+        self._free_slots = FreeNumbers(descriptors.free_slots, "free slots")
         self._closings = Map(descriptors.closings, "closings")
         self._recording = Map(descriptors.recording, "recording")
         self._counters = Map(descriptors.events, "events")
@@ -146,14 +151,22 @@ class Tracker:
     def read(self) -> Iterator[Records]:
         """Return all slots that were ever used, in chunks of dtype `CONNECTION`.
 
-        The chunks are the kernel's memory: read ``group``, then the rest. A connection that
-        stays open is read exactly once; one that opens or closes meanwhile, at most once.
+        The chunks are the kernel's memory. A connection that stays open is read exactly
+        once; one that opens or closes meanwhile, at most once.
 
         Raises:
             TrackerError: the kernel refuses to map the array.
         """
         with map_errors():
             yield from windows(self._array, self._slots)
+
+    def words(self) -> Iterator[Words]:
+        """Return ``series_and_time`` of all slots that `read` returns, in chunks.
+
+        Raises:
+            TrackerError: the kernel refuses to map the array.
+        """
+        return (window["series_and_time"] for window in self.read())
 
     @map_errors()
     def known(self) -> Known:
@@ -219,11 +232,15 @@ class Tracker:
 
     # Adding
 
-    def add(self, seeds: Records) -> Slots:
+    def add(self, seeds: Records, *, pre_existing: bool = False) -> Slots:
         """Add connections of dtype `SOCKET` from the socket tables.
 
         Connections with the same key cannot be distinguished: one of them becomes a seed,
         unless a seed with that key exists.
+
+        Args:
+            seeds: the connections.
+            pre_existing: whether the ledger has them as such; otherwise, as opened.
 
         Returns:
             The slots of the new seeds, which may be fewer for lack of free slots.
@@ -238,33 +255,44 @@ class Tracker:
         is_new[first] = True
         is_new &= ~np.isin(handles, self._all()["handle"][self._seed_slots])
         chosen = np.flatnonzero(is_new)
+        numbers = self.series.numbers(series_of(seeds, self._parts))
         slots = self._allocate(len(chosen))
         for at in range(0, len(slots), WINDOW):
             of = chosen[at : at + WINDOW][: len(slots) - at]
-            if not self._write_seeds(slots[at : at + WINDOW], seeds[of], handles[of]):
+            new = np.zeros(len(of), CONNECTION)
+            new["series_and_time"] = words(numbers[of], seeds["established_ns"][of])
+            new["handle"] = handles[of]
+            for field in ("key", "is_outbound"):
+                new[field] = seeds[field][of]
+            if not self._write_seeds(slots[at : at + WINDOW], new):
                 self._free(slots[at:])
                 slots = slots[:at]
                 break
+        self._record_added(numbers[chosen[: len(slots)]], 1, pre_existing=pre_existing)
         self._seed_slots = np.concatenate((self._seed_slots, slots))
         self._seeds_added += len(slots)
         self.seeds_refused += len(chosen) - len(slots)
         return slots
 
+    def _record_added(self, numbers: Numbers, change: int, *, pre_existing: bool) -> None:
+        if pre_existing:
+            self.series.record_pre_existing(numbers, change)
+        else:
+            self.series.record_opened(numbers, change)
+
     @map_errors()
-    def _write_seeds(self, slots: Slots, seeds: Records, handles: Hashes) -> bool:
+    def _write_seeds(self, slots: Slots, seeds: Records) -> bool:
         """Write all seeds and return True; or none, if the map cannot hold all of them."""
-        connections = np.zeros(len(seeds), CONNECTION)
-        connections["established_ns"] = seeds["established_ns"]
-        connections["key"] = seeds["key"]
-        connections["handle"] = handles
+        series_and_time = seeds["series_and_time"].copy()
+        seeds["series_and_time"] = 0
         everything = self._array.upto(int(slots.max()) + 1)
-        everything[slots] = connections
-        done = self._handles.put_all(handles, slots)
+        everything[slots] = seeds
+        done = self._handles.put_all(seeds["handle"].copy(), slots)
         if done == len(slots):
             # Readers may count a seed only when the program finds it and sees its closing.
-            everything["group"][slots] = seeds["group"]
+            everything["series_and_time"][slots] = series_and_time
             return True
-        self._handles.delete_all(handles[:done])
+        self._handles.delete_all(seeds["handle"][:done])
         self.wait_for_runs()  # as in `release`: a run may have found one of the slots
         everything["handle"][slots] = 0
         return False
@@ -274,8 +302,7 @@ class Tracker:
         """Return so many free slots, or all that there are, in long ascending sequences."""
         parts = [np.empty(0, np.uint32)]
         missing = wanted
-        while missing > 0 and (popped := self._free_slots.pop(np.uint32)) is not None:
-            slots = slots_of(int(popped))
+        while missing > 0 and (slots := self._free_slots.pop()) is not None:
             # So that `windows` does not stop here before the slots are used.
             self._array.upto(int(slots[-1]) + 1)["key"]["netns"][slots] = 1
             parts.append(slots)
@@ -310,11 +337,16 @@ class Tracker:
     def _set_recording(self, is_recording: bool) -> None:
         self._recording.put(FIRST, np.uint32(is_recording))
 
-    def release_closed(self, slots: Slots) -> int:
+    def release_closed(self, slots: Slots, *, pre_existing: bool = False) -> int:
         """Release the seeds at ``slots`` whose closing was recorded, and clear the log.
 
+        Args:
+            slots: that `add` has returned.
+            pre_existing: as it was for `add`.
+
         Returns:
-            How many of them were still open in the array.
+            How many of them were still open in the array. These had closed before they were
+            added, so they are removed from the ledger.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -322,35 +354,37 @@ class Tracker:
         connections = self._all()
         has_closed = np.isin(connections["handle"][slots], self._pop_closings())
         closed = slots[has_closed]
-        return self.release(closed, connections["established_ns"][closed])
+        removed = self._release(closed, connections["series_and_time"][closed])
+        self._record_added(_numbers(removed), -1, pre_existing=pre_existing)
+        return len(removed)
 
     @map_errors()
     def _pop_closings(self) -> Hashes:
         handles, _ = self._closings.items(np.uint64, np.uint32, delete=True)
         return handles
 
-    def release(
-        self,
-        slots: Slots,
-        established_ns: npt.NDArray[np.uint64],
-        *,
-        if_empty: bool = False,
-    ) -> int:
+    def release(self, slots: Slots, words: Words) -> int:
         """Remove connections and free their slots, as the module's docstring argues.
 
         Args:
             slots: the slots of the connections, without duplicates.
-            established_ns: the expected time of each; a connection with another time stays.
-            if_empty: whether a slot with an open connection stays, too.
+            words: the expected ``series_and_time`` of each; a slot with another one stays,
+                unless it is empty.
 
         Returns:
-            How many of the removed connections were open.
+            How many of the removed connections were open. The ledger has them as closed.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
+        removed = self._release(slots, words)
+        self.series.record_closed(removed, boottime_ns())
+        return len(removed)
+
+    def _release(self, slots: Slots, words: Words) -> Words:
+        """Do that; return ``series_and_time`` of those that were open."""
         if not len(slots):
-            return 0
+            return words
         connections = self._all()
         handles = connections["handle"][slots]
         try:
@@ -362,25 +396,25 @@ class Tracker:
                 if not self._restore(handle, slot):
                     self._orphan(slot)
             raise
-        has_changed = connections["established_ns"][slots] != established_ns
-        if if_empty:
-            has_changed |= connections["group"][slots] != 0
+        now = connections["series_and_time"][slots]
+        has_changed = (now != words) & (now != 0)
         for at in np.flatnonzero(has_changed):
             has_changed[at] = self._restore(handles[at], slots[at])
         released = np.sort(slots[~has_changed])
-        was_open = connections["group"][released] != 0
+        found: Words = connections["series_and_time"][released]
+        was_open = found != 0
         was_seed = connections["handle"][released] & HANDLE_SEEDED != 0
-        connections["group"][released] = 0
+        connections["series_and_time"][released] = 0
         connections["handle"][released] = 0
         self._closed += int(was_open.sum())
         self._seeds_closed += int((was_open & was_seed).sum())
         self._seed_slots = np.setdiff1d(self._seed_slots, released, assume_unique=True)
         self._orphans.difference_update(released.tolist())
         self._free(released)
-        return int(was_open.sum())
+        return found[was_open]
 
     def reclaim(self) -> None:
-        """Free the slots of closed connections if these keep too many; free orphans.
+        """Free orphans, and slots and series numbers if closed connections keep too many.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -394,14 +428,12 @@ class Tracker:
         spare = min(still_open + SPARE_SLOTS, (self._slots - still_open) // 2)
         if kept - still_open > spare:
             self._release_empty(np.flatnonzero(self._all()["handle"]).astype(np.uint32))
+        self.series.reclaim(self.words, self.wait_for_runs)
 
     def _release_empty(self, slots: Slots) -> None:
         """Release those of ``slots`` that have no open connection."""
-        connections = self._all()
-        established_ns = connections["established_ns"][slots]
-        # In this order: a connection that opens in between has another time, and stays.
-        is_closed = connections["group"][slots] == 0
-        self.release(slots[is_closed], established_ns[is_closed], if_empty=True)
+        empty = slots[self._all()["series_and_time"][slots] == 0]
+        self._release(empty, np.zeros(len(empty), np.uint64))
 
     def _restore(self, handle: np.uint64, slot: np.uint32) -> bool:
         """Return whether the slot stays in use; False: its handle has another slot."""
@@ -422,8 +454,7 @@ class Tracker:
     @map_errors()
     def _free(self, slots: Slots) -> None:
         """Free slots; the first is the next to be allocated."""
-        for each in reversed(ranges(slots).tolist()):
-            self._free_slots.push(np.uint32(each))
+        self._free_slots.push(slots)
         self._slots_freed += len(slots)
 
     @map_errors()
@@ -446,3 +477,7 @@ class Tracker:
         for window in self.read():
             used += len(window)
         return self._array.upto(used)
+
+
+def _numbers(series_and_time: Words) -> Numbers:
+    return (series_and_time & np.uint64(SERIES_MASK)).astype(np.uint32)

@@ -3,29 +3,33 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
+    GaugeHistogramMetricFamily,
     GaugeMetricFamily,
+    HistogramMetricFamily,
     InfoMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from tcpexporter import clock
 from tcpexporter.connections.counting import (
-    SERIES,
+    Counters,
     Counts,
     Selection,
-    Series,
     count,
     fold,
+    is_still_selected,
     listened,
 )
+from tcpexporter.connections.record import TIME_SHIFT, Direction
+from tcpexporter.connections.series import SERIES, Series
 from tcpexporter.connections.source import Reconciliation, Report, Source
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.exporter_status import (
@@ -35,11 +39,7 @@ from tcpexporter.metrics.exporter_status import (
     counter_by_label,
 )
 from tcpexporter.metrics.reload_status import Reloads
-
-PORT_LABELS = ("port", "tcp_version")
-
-Labels: TypeAlias = tuple[str, ...]
-"""Values of `PORT_LABELS`, then of the label netns if series are per namespace."""
+from tcpexporter.metrics.series_labels import Labels, label_values
 
 FORGET_NS = 300_000_000_000
 """Time after which a namespace without name, connection and listener has no series."""
@@ -65,7 +65,7 @@ class ConnectionCollector(Collector):
         *,
         max_series: int,
         names: Callable[[], Mapping[int, str]] | None = None,
-        simple: bool = False,
+        bounds_s: Sequence[float] = (),
         boottime_ns: Callable[[], int] = clock.boottime_ns,
     ) -> None:
         """Count the connections of a source.
@@ -73,11 +73,11 @@ class ConnectionCollector(Collector):
         Args:
             source: Source of the connections.
             choice: Which connections to count, until `choose` replaces it.
-            max_series: Maximum number of ports with series of their own; if there are more,
-                the smallest series are folded into one.
+            max_series: Maximum number of series that are not folded.
             names: Returns the names of namespaces by inode; None if series are not per
                 namespace.
-            simple: Whether to publish one number without labels.
+            bounds_s: Bounds of the histograms of lifetimes and ages, ascending; empty:
+                there are none.
             boottime_ns: Returns the time on the clock of ``established_ns``, in ns.
         """
         self.tracked: int | None = None
@@ -86,10 +86,11 @@ class ConnectionCollector(Collector):
         self._choice = self._published_by = choice
         self._max_series = max_series
         self._names = names
-        self._simple = simple
+        self._bounds_s = tuple(bounds_s)
         self._boottime_ns = boottime_ns
         self._published = choice.named
         self._gone_ns: dict[int, int] = {}
+        self._forgotten: set[int] = set()
         self._names_before: Mapping[int, str] = {}
 
     def choose(self, choice: Choice) -> None:
@@ -108,29 +109,21 @@ class ConnectionCollector(Collector):
         started_s = time.perf_counter()
         now_ns = self._boottime_ns()
         choice = self._choice
-        since_ns = now_ns - choice.duration_s * 1_000_000_000
         names = self._names() if self._names else None
         # The report is read before the connections: an exposition that shows the end
         # of a reconciliation must also show its corrections.
         report = self._source.report()
-        counts = count(self._source.read(), choice.selection, since_ns)
+        ages_s = sorted({*self._bounds_s, choice.duration_s})
+        counts = count(
+            self._source.read(),
+            self._source.ledger,
+            choice.selection,
+            [now_ns - round(each * 1e9) for each in ages_s],
+            now_ns=now_ns if self._bounds_s else None,
+        )
         self.tracked = counts.total
-        folded, labels = 0, list[Labels]()
-        if not self._simple:
-            counts, folded = self._publish(counts, choice, now_ns, names)
-            labels = _labels(counts.series, names)
-        yield self._connections(
-            "netstat_tcp_longterm_connections_total",
-            "TCP connections established for at least tcpexporter_duration_seconds.",
-            labels,
-            counts.long_term,
-        )
-        yield self._connections(
-            "tcp_established_connections",
-            "TCP connections that are established, of any age.",
-            labels,
-            counts.established,
-        )
+        counts, folded = self._publish(counts, choice, now_ns, names)
+        yield from self._connection_families(counts, choice, ages_s, names or {})
         yield GaugeMetricFamily(
             "tcpexporter_duration_seconds",
             "Minimum age of a long-term TCP connection (--duration).",
@@ -140,6 +133,12 @@ class ConnectionCollector(Collector):
             "tcpexporter_folded_series",
             'Series summed up in port="other" because there are more than --max-series.',
             folded,
+        )
+        yield GaugeMetricFamily(
+            "tcpexporter_pre_existing_connections",
+            "Connections that were open when counting began: the sum of opened - closed is"
+            " that of established minus this.",
+            int(counts.values.pre_existing.sum()),
         )
         yield from self._source_families(report, counts.total)
         yield GaugeMetricFamily(
@@ -159,22 +158,42 @@ class ConnectionCollector(Collector):
 
         They include the series that were published before.
         """
-        listening = listened(self._source.listeners(), choice.selection)
+        selection = choice.selection
+        listening = (
+            listened(self._source.listeners(), selection)
+            if selection.labels
+            else choice.named
+        )
         if choice is not self._published_by:
-            self._published = listened(self._published.view(SERIES), choice.selection)
+            still = is_still_selected(self._published, selection)
+            self._published = self._published[still]
             self._published_by = choice
         if names is not None:
+            present = counts.series[counts.values.established != 0]
             self._forget_renamed(names)
-            self._forget_gone({*names, *_namespaces(counts.series, listening)}, now_ns)
+            self._forget_gone({*names, *_namespaces(present, listening)}, now_ns)
+            counts = self._without_forgotten(counts)
         page, folded = fold(
             counts,
             listening=listening,
             named=choice.named,
             published=self._published,
             max_series=self._max_series,
+            selection=selection,
         )
         self._published = page.series
         return page, folded
+
+    def _without_forgotten(self, counts: Counts) -> Counts:
+        """Leave out series of forgotten namespaces that have no connection.
+
+        The source forgets their counters a little later.
+        """
+        is_stale = np.isin(counts.series.view(SERIES)["netns"], [*self._forgotten])
+        is_stale &= counts.values.established == 0
+        self._forgotten &= {*_namespaces(counts.series[is_stale])}
+        kept = np.flatnonzero(~is_stale)
+        return Counts(counts.series[kept], counts.values.only(kept), counts.total)
 
     def _forget_renamed(self, names: Mapping[int, str]) -> None:
         """Forget the series of namespaces whose name has changed or is gone.
@@ -190,6 +209,9 @@ class ConnectionCollector(Collector):
         self._forget_series(renamed)
 
     def _forget_series(self, netns: Sequence[int]) -> None:
+        if netns:
+            self._forgotten |= {*netns}
+            self._source.forget(netns)
         is_forgotten = np.isin(self._published.view(SERIES)["netns"], netns)
         self._published = self._published[~is_forgotten]
 
@@ -202,20 +224,102 @@ class ConnectionCollector(Collector):
         ]
         self._forget_series(expired)
 
-    def _connections(
+    def _connection_families(
         self,
-        name: str,
-        text: str,
-        labels: Sequence[Labels],
-        numbers: npt.NDArray[np.int64],
-    ) -> GaugeMetricFamily:
-        if self._simple:
-            return GaugeMetricFamily(name, text, int(numbers.sum()))
-        names = (*PORT_LABELS, "netns") if self._names else PORT_LABELS
-        family = GaugeMetricFamily(name, text, labels=names)
-        for values, number in zip(labels, numbers.tolist(), strict=True):
-            family.add_metric(values, number)
+        counts: Counts,
+        choice: Choice,
+        ages_s: Sequence[float],
+        names: Mapping[int, str],
+    ) -> Iterator[Metric]:
+        values = counts.values
+        labels = choice.selection.labels
+        rows = label_values(counts.series, labels, names)
+        long_term = values.ages[:, ages_s.index(choice.duration_s)]
+        yield _filled(
+            GaugeMetricFamily(
+                "netstat_tcp_longterm_connections_total",
+                "TCP connections established for at least tcpexporter_duration_seconds.",
+                labels=labels,
+            ),
+            rows,
+            long_term,
+        )
+        yield _filled(
+            GaugeMetricFamily(
+                "tcp_established_connections",
+                "TCP connections that are established, of any age.",
+                labels=labels,
+            ),
+            rows,
+            values.established,
+        )
+        yield _filled(
+            CounterMetricFamily(
+                "tcp_connections_opened",
+                "TCP connections that were established since counting began.",
+                labels=labels,
+            ),
+            rows,
+            values.opened,
+        )
+        yield _filled(
+            CounterMetricFamily(
+                "tcp_connections_closed",
+                "TCP connections that left the state ESTABLISHED since counting began.",
+                labels=labels,
+            ),
+            rows,
+            values.closed,
+        )
+        if Direction.OUTBOUND in choice.selection.directions:
+            yield _filled(
+                CounterMetricFamily(
+                    "tcp_connections_failed",
+                    "Outbound TCP connection attempts that ended before ESTABLISHED.",
+                    labels=labels,
+                ),
+                rows,
+                values.failed,
+            )
+        if self._bounds_s:
+            chosen = [ages_s.index(each) for each in self._bounds_s]
+            yield self._lifetimes(counts, labels, rows)
+            yield self._ages(counts, labels, rows, values.ages[:, chosen])
+
+    def _lifetimes(
+        self, counts: Counts, labels: Sequence[str], rows: Sequence[Labels]
+    ) -> Metric:
+        family = HistogramMetricFamily(
+            "tcp_connection_duration_seconds",
+            "How long closed TCP connections were established; long-lived ones appear here"
+            " only when they close.",
+            labels=labels,
+        )
+        values = counts.values
+        cumulative = values.lifetimes.cumsum(axis=1)
+        for row, each, total in zip(rows, cumulative, values.lifetimes_sum, strict=True):
+            family.add_metric(row, self._buckets(each), _seconds(total))
         return family
+
+    def _ages(
+        self, counts: Counts, labels: Sequence[str], rows: Sequence[Labels], older: Counters
+    ) -> Metric:
+        family = GaugeHistogramMetricFamily(
+            "tcp_established_connection_age_seconds",
+            "For how long the open TCP connections have been established.",
+            labels=labels,
+        )
+        values = counts.values
+        cumulative = np.column_stack(
+            (values.established[:, np.newaxis] - older, values.established)
+        )
+        for row, each, total in zip(rows, cumulative, values.ages_sum, strict=True):
+            family.add_metric(row, self._buckets(each), _seconds(total))
+        return family
+
+    def _buckets(self, cumulative: Counters) -> list[tuple[str, float]]:
+        bounds = [*map(floatToGoString, self._bounds_s), "+Inf"]
+        return list(zip(bounds, cumulative.tolist(), strict=True))
 
     def _source_families(self, report: Report, total: int) -> Iterator[Metric]:
         yield InfoMetricFamily(
@@ -254,6 +358,25 @@ class ConnectionCollector(Collector):
                 "action",
                 report.kernel_events,
             )
+        if report.uncertain_connections is not None:
+            yield GaugeMetricFamily(
+                "tcpexporter_uncertain_connections",
+                "Upper bound of the difference between these numbers and the kernel's, from"
+                " events missed since the last comparison that found none; 0: exact.",
+                report.uncertain_connections,
+            )
+        if report.kernel_series is not None:
+            yield GaugeMetricFamily(
+                "tcpexporter_kernel_series",
+                "Combinations of labels that the BPF program counts separately.",
+                report.kernel_series,
+            )
+        if report.max_kernel_series is not None:
+            yield GaugeMetricFamily(
+                "tcpexporter_max_kernel_series",
+                "Maximum number of them; the connections of others are counted together.",
+                report.max_kernel_series,
+            )
         if report.missed_events is not None:
             yield CounterMetricFamily(
                 "tcpexporter_missed_events",
@@ -275,20 +398,18 @@ def _namespaces(*series: Series) -> Iterator[int]:
     yield from np.unique(np.concatenate(series).view(SERIES)["netns"]).tolist()
 
 
-def _labels(series: Series, names: Mapping[int, str] | None) -> list[Labels]:
-    """Return the label values of each series, with its namespace if there are ``names``."""
-    rows = series.view(SERIES).tolist()
-    ports: list[Labels] = [
-        (str(port or "other"), str(ip_version)) for ip_version, port, _ in rows
-    ]
-    if names is None:
-        return ports
-    namespaces = [_netns(netns, port, names) for _, port, netns in rows]
-    return [(*labels, netns) for labels, netns in zip(ports, namespaces, strict=True)]
+def _filled(
+    family: GaugeMetricFamily | CounterMetricFamily,
+    rows: Sequence[Labels],
+    numbers: Counters,
+) -> Metric:
+    for values, number in zip(rows, numbers.tolist(), strict=True):
+        family.add_metric(values, number)
+    return family
 
 
-def _netns(netns: int, port: int, names: Mapping[int, str]) -> str:
-    return names.get(netns, str(netns)) if netns or port else "other"
+def _seconds(units: np.int64) -> float:
+    return float(int(units) << TIME_SHIFT) / 1e9
 
 
 def _reconciliation_families(done: Reconciliation) -> Iterator[Metric]:

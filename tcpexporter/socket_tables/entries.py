@@ -15,7 +15,6 @@ from tcpexporter.connections.record import (
     SOCKET,
     Direction,
     Records,
-    groups,
     ip_versions,
 )
 
@@ -57,14 +56,12 @@ def connections(chunks: Iterable[Records]) -> tuple[Records, bool]:
         found.append(_established(entries[entries["state"] == TCP_ESTABLISHED]))
     joined = concatenate(found, SOCKET)
     is_inbound = has_listener[joined["key"]["local_port"]]
-    joined["group"] = groups(
-        joined["key"], np.where(is_inbound, Direction.INBOUND, Direction.OUTBOUND)
-    )
+    joined["is_outbound"] = np.where(is_inbound, Direction.INBOUND, Direction.OUTBOUND)
     return joined, bool(has_listener.any())
 
 
 def _established(entries: Records) -> Records:
-    """Entries as dtype `SOCKET`, with ``group`` still 0."""
+    """Entries as dtype `SOCKET`, with ``is_outbound`` still 0."""
     found = np.zeros(len(entries), SOCKET)
     found["key"] = entries["key"]
     found["cookie"] = entries["cookie"]

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """A source that polls the socket tables, for hosts without BPF."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.record import SOCKET, Records
+from tcpexporter.clock import boottime_ns
+from tcpexporter.connections.identity import hashes
+from tcpexporter.connections.memory_ledger import MemoryLedger
+from tcpexporter.connections.record import SOCKET, Records, Words
+from tcpexporter.connections.series import Ledger, Parts
 from tcpexporter.connections.snapshot import first_seen
 from tcpexporter.connections.source import Report
 from tcpexporter.errors import SourceError
@@ -28,7 +32,13 @@ class PollingSource:
     """The connections of the last poll, with the times when a poll first found them."""
 
     def __init__(
-        self, tables: SocketTables, interval_s: float, state: "State | None" = None
+        self,
+        tables: SocketTables,
+        interval_s: float,
+        state: "State | None" = None,
+        *,
+        parts: Parts,
+        lifetime_bounds_s: Sequence[float] = (),
     ) -> None:
         """Prepare to poll; `start` begins.
 
@@ -36,12 +46,17 @@ class PollingSource:
             tables: the socket tables, which `close` closes.
             interval_s: time between two polls.
             state: where ages are restored from and saved to; None: nowhere.
+            parts: what is counted separately.
+            lifetime_bounds_s: as for `MemoryLedger`.
         """
         self.name = tables.name
         self._tables = tables
         self._state = state
         self._interval_s = interval_s
         self._last: Records = np.empty(0, SOCKET)
+        self._counted = MemoryLedger(parts, lifetime_bounds_s)
+        self._words = self._counted.count(self._last)
+        self._ledger = self._counted.snapshot()
         self._task = Task(
             "poll",
             self._poll_repeatedly,
@@ -61,19 +76,28 @@ class PollingSource:
         """
         tables = self._state.aged(self._tables) if self._state else self._tables
         self._last = tables.established(with_ages=True)
+        self._words = self._counted.count(self._last)
+        self._counted.record_pre_existing(self._words)
+        self._ledger = self._counted.snapshot()
         self._task.begin()
         if self._state:
-            self._state.begin(lambda: next(self.read()))
+            self._state.begin(lambda: self._last)
 
     def close(self) -> None:
         """Ends the thread, and closes the tables unless a poll hangs."""
         if self._task.stop(STOP_TIMEOUT_S):
             self._tables.close()
 
-    def read(self) -> Iterator[Records]:
+    def read(self) -> Iterator[Words]:
         if trouble := self._task.trouble():
             raise SourceError(trouble)
-        yield self._last
+        yield self._words
+
+    def ledger(self) -> Ledger:
+        return self._ledger
+
+    def forget(self, netns: Iterable[int]) -> None:
+        self._counted.forget(netns)
 
     def listeners(self) -> Records:
         return self._tables.listeners()
@@ -87,5 +111,22 @@ class PollingSource:
     def _poll_repeatedly(self) -> None:
         while not self._task.wait(self._interval_s):
             with self._task.attempt():
-                now = self._tables.established(with_ages=False)
-                self._last = first_seen(now, [self._last])
+                self._poll()
+
+    def _poll(self) -> None:
+        """Read the connections, and record what has changed since the last poll.
+
+        A connection that opens and closes between two polls is not seen. One that closes
+        and opens again between them looks as if it had stayed open.
+        """
+        now_ns = boottime_ns()
+        now = first_seen(self._tables.established(with_ages=False), [self._last])
+        found, before = hashes(now["key"]), hashes(self._last["key"])
+        closed = self._words[~np.isin(before, found)]
+        self._counted.record_closed(closed, now_ns)
+        self._counted.drop_forgotten(self._words)
+        words = self._counted.count(now)
+        self._counted.record_opened(words[~np.isin(found, before)])
+        # In this order: the ledger has every series that `read` has returned.
+        self._ledger, self._words = self._counted.snapshot(), words
+        self._last = now

@@ -48,7 +48,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.identity import hashes
-from tcpexporter.connections.record import Direction, Records, directions, groups
+from tcpexporter.connections.record import Direction, Records
 from tcpexporter.connections.source import ConnectionTables
 from tcpexporter.errors import SourceError, StateError, enough_memory
 from tcpexporter.host import owned
@@ -346,7 +346,7 @@ class _RestoredTables:
         found["established_ns"][at] = np.minimum(
             found["established_ns"][at], saved["established_ns"]
         )
-        found["group"][at] = groups(found["key"][at], saved["direction"])
+        found["is_outbound"][at] = saved["direction"]
         if len(at):
             log.info("restored the ages of %s connections", len(at))
         return found
@@ -367,7 +367,7 @@ def _rows(connections: Records, secret: tuple[int, int]) -> Records:
     rows["cookie"] = identified["cookie"]
     rows["hash"] = hashes(identified["key"], secret)
     rows["established_ns"] = identified["established_ns"]
-    rows["direction"] = directions(identified["group"])
+    rows["direction"] = identified["is_outbound"]
     return rows
 
 

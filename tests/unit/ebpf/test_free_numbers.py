@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.ebpf.slot_ranges import RANGE_SLOTS, ranges, slots_of
+from tcpexporter.ebpf.free_numbers import RANGE_SLOTS, numbers_of, ranges
 
 LAST = (1 << 24) - 1
 
@@ -19,7 +19,7 @@ def test_ranges_decode_to_the_same_slots(slots: list[int]) -> None:
     found = [
         slot
         for each in ranges(np.array(slots, np.uint32)).tolist()
-        for slot in slots_of(each).tolist()
+        for slot in numbers_of(each).tolist()
     ]
     assert found == slots
 
@@ -29,6 +29,6 @@ def test_consecutive_slots_share_ranges(slots: int) -> None:
     """A range has 256 slots, and the last one has the rest."""
     found = ranges(np.arange(slots, dtype=np.uint32))
     assert len(found) == -(-slots // RANGE_SLOTS)
-    assert [len(slots_of(each)) for each in found.tolist()] == [
+    assert [len(numbers_of(each)) for each in found.tolist()] == [
         min(RANGE_SLOTS, slots - first) for first in range(0, slots, RANGE_SLOTS)
     ]

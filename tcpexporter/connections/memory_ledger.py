@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Numbers series and keeps their ledger in memory, for sources without a BPF program."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter.connections.record import (
+    SERIES_BITS,
+    SERIES_MASK,
+    TIME_SHIFT,
+    Numbers,
+    Records,
+    Words,
+    words,
+)
+from tcpexporter.connections.series import (
+    SERIES,
+    SERIES_FIRST,
+    Ledger,
+    Parts,
+    Series,
+    folded_number,
+    folded_series,
+    series_of,
+)
+
+MAX_SERIES = (1 << SERIES_BITS) - SERIES_FIRST
+"""How many series can be counted separately."""
+
+
+class MemoryLedger:
+    """The series of connections, by number, and what has happened in each of them.
+
+    A number is an index of the arrays. It is valid until the next call of `count`.
+    """
+
+    def __init__(self, parts: Parts, bounds_s: Sequence[float] = ()) -> None:
+        """Begin with no connection.
+
+        Args:
+            parts: what is counted separately.
+            bounds_s: the upper bounds of lifetime buckets, ascending, but for the last
+                bucket; empty: lifetimes are not counted.
+        """
+        self._parts = parts
+        self._bounds = np.array([round(each * 1e9) >> TIME_SHIFT for each in bounds_s])
+        self._series = folded_series()
+        buckets = len(bounds_s) + 1 if bounds_s else 0
+        self._rows = np.zeros((SERIES_FIRST, 4 + buckets), np.int64)
+        """Opened, closed, pre-existing, the sum of lifetimes, and lifetimes by bucket."""
+        self._forgotten: set[int] = set()
+
+    def forget(self, netns: Iterable[int]) -> None:
+        """Forget series of these namespaces when the next connections are counted."""
+        self._forgotten |= {*netns}
+
+    def count(self, connections: Records) -> Words:
+        """Return ``series_and_time`` of connections of dtype `SOCKET`."""
+        numbers = self._numbers(series_of(connections, self._parts))
+        return words(numbers, connections["established_ns"])
+
+    def record_pre_existing(self, open_now: Words) -> None:
+        """Record connections that were there before the first ones were read."""
+        np.add.at(self._rows[:, 2], _numbers_of(open_now), 1)
+
+    def record_opened(self, opened: Words) -> None:
+        """Record connections that were opened."""
+        np.add.at(self._rows[:, 0], _numbers_of(opened), 1)
+
+    def record_closed(self, closed: Words, now_ns: int) -> None:
+        """Record connections that had closed by a time on CLOCK_BOOTTIME."""
+        numbers = _numbers_of(closed)
+        np.add.at(self._rows[:, 1], numbers, 1)
+        if len(self._bounds):
+            established = (closed >> np.uint64(SERIES_BITS)).astype(np.int64)
+            lifetimes = np.maximum((now_ns >> TIME_SHIFT) - established, 0)
+            np.add.at(self._rows[:, 3], numbers, lifetimes)
+            buckets = np.searchsorted(self._bounds, lifetimes)
+            np.add.at(self._rows[:, 4:], (numbers, buckets), 1)
+
+    def snapshot(self) -> Ledger:
+        """Return a copy of the ledger."""
+        rows = self._rows.copy()
+        failed = np.zeros(len(rows), np.int64)
+        return Ledger(
+            series=self._series.copy(),
+            opened=rows[:, 0],
+            closed=rows[:, 1],
+            failed=failed,
+            pre_existing=rows[:, 2],
+            lifetimes_sum=rows[:, 3],
+            lifetimes=rows[:, 4:],
+        )
+
+    def drop_forgotten(self, open_now: Words) -> None:
+        """Remove the series that are to be forgotten and have no connection.
+
+        Args:
+            open_now: the present connections. The numbers in them are not valid any more.
+        """
+        if not self._forgotten:
+            return
+        has_connection = np.zeros(len(self._series), np.bool_)
+        has_connection[_numbers_of(open_now)] = True
+        netns = self._series.view(SERIES)["netns"]
+        is_kept = has_connection | ~np.isin(netns, [*self._forgotten])
+        is_kept[:SERIES_FIRST] = True
+        self._forgotten.clear()
+        self._series, self._rows = self._series[is_kept], self._rows[is_kept]
+
+    def _numbers(self, series: Series) -> Numbers:
+        """Return the number of each series, and allocate those that are missing."""
+        ordered = np.sort(series)
+        distinct = ordered[np.diff(ordered, prepend=np.uint64(0)) != 0]
+        new = np.setdiff1d(distinct, self._series, assume_unique=True)
+        new = new[: MAX_SERIES + SERIES_FIRST - len(self._series)]
+        self._series = np.concatenate((self._series, new))
+        added = np.zeros((len(new), self._rows.shape[1]), np.int64)
+        self._rows = np.concatenate((self._rows, added))
+        order = np.argsort(self._series, kind="stable")
+        known = self._series[order]
+        at = np.minimum(np.searchsorted(known, distinct), len(known) - 1)
+        number = np.where(known[at] == distinct, order[at], folded_number(distinct))
+        found: Numbers = number[np.searchsorted(distinct, series)].astype(np.uint32)
+        return found
+
+
+def _numbers_of(series_and_time: Words) -> npt.NDArray[np.int64]:
+    return (series_and_time & np.uint64(SERIES_MASK)).astype(np.int64)

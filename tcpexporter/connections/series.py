@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The series that connections are counted in, and what has happened in each of them."""
+
+import enum
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter.connections.record import Numbers, Records, ip_versions
+
+SERIES = np.dtype([("ip_version", "u1"), ("flags", "u1"), ("port", "u2"), ("netns", "u4")])
+"""``struct series_key``: what is counted separately.
+
+A field is 0 if its part is not counted separately; in the kernel ``ip_version`` is never 0.
+``flags`` has the bits below. ``netns`` is the inode of the network namespace.
+"""
+
+OUTBOUND = 1
+"""The connections are outbound."""
+REMOTE_PORT = 2
+"""``port`` is the remote port."""
+FOLDED = 4
+"""The series has the connections that have no series of their own; ``port`` is 0."""
+
+Series: TypeAlias = npt.NDArray[np.uint64]
+"""An array of `SERIES`, each viewed as one number of 64 bits."""
+
+SERIES_FIRST = 5
+"""The lowest number that a series can get. The lower ones are those of `FOLDED_SERIES`."""
+
+
+class OutboundPort(enum.IntEnum):
+    """Which port is part of the series of an outbound connection."""
+
+    NONE = 0
+    LOCAL = 1
+    REMOTE = 2
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the settings require to be counted separately."""
+
+    outbound_port: OutboundPort
+    by_netns: bool
+    """Whether more than one network namespace is observed."""
+
+
+def series_of(connections: Records, parts: Parts) -> Series:
+    """Return the series of each connection, as the BPF program determines it.
+
+    Args:
+        connections: of a dtype with the fields ``key`` and ``is_outbound``.
+        parts: what is counted separately.
+    """
+    key = connections["key"]
+    is_outbound = connections["is_outbound"] != 0
+    series = np.zeros(len(connections), SERIES)
+    series["ip_version"] = ip_versions(key)
+    flags, port = OUTBOUND, key["local_port"]
+    if parts.outbound_port == OutboundPort.REMOTE:
+        flags |= REMOTE_PORT
+        port = np.where(is_outbound, key["remote_port"], port)
+    elif parts.outbound_port == OutboundPort.NONE:
+        port = np.where(is_outbound, np.uint16(0), port)
+    series["flags"] = np.where(is_outbound, np.uint8(flags), np.uint8(0))
+    series["port"] = port
+    if parts.by_netns:
+        series["netns"] = key["netns"]
+    return series.view(np.uint64)
+
+
+def folded_series() -> Series:
+    """Return the series of the numbers 0 to SERIES_FIRST - 1; number 0 has none."""
+    series = np.zeros(SERIES_FIRST, SERIES)
+    series["ip_version"] = 0, 4, 6, 4, 6
+    series["flags"] = 0, FOLDED, FOLDED, FOLDED | OUTBOUND, FOLDED | OUTBOUND
+    return series.view(np.uint64)
+
+
+def folded_number(series: Series) -> Numbers:
+    """Return the number that counts each series if no number is free."""
+    fields = series.view(SERIES)
+    is_outbound = (fields["flags"] & OUTBOUND).astype(np.uint32)
+    return np.where(fields["ip_version"] == 6, np.uint32(2), np.uint32(1)) + 2 * is_outbound
+
+
+def entry_dtype(buckets: int) -> "np.dtype[np.void]":
+    """Return the dtype of ``struct ledger_entry`` with this number of lifetime buckets.
+
+    ``series`` is 0 if the number is free. ``lifetimes_sum`` is in units of time, as in
+    ``series_and_time``; ``lifetimes`` are not cumulative. These two are there only if
+    ``buckets`` is not 0.
+    """
+    fields = [("series", "u8"), ("opened", "u8"), ("closed", "u8"), ("failed", "u8")]
+    if not buckets:
+        return np.dtype(fields)
+    return np.dtype([*fields, ("lifetimes_sum", "u8"), ("lifetimes", "u8", (buckets,))])
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What has happened in each series; all arrays have one row for each series number."""
+
+    series: Series
+    """0: the number is free."""
+    opened: npt.NDArray[np.int64]
+    """Connections that were established."""
+    closed: npt.NDArray[np.int64]
+    """Connections that have left the state ESTABLISHED."""
+    failed: npt.NDArray[np.int64]
+    """Outbound attempts that ended before ESTABLISHED."""
+    pre_existing: npt.NDArray[np.int64]
+    """Connections that were open at the start, so they are not among ``opened``."""
+    lifetimes_sum: npt.NDArray[np.int64]
+    """Of the closed connections, in units of 2^13 ns; all 0 without lifetimes."""
+    lifetimes: npt.NDArray[np.int64]
+    """Closed connections by lifetime, not cumulative; of shape (numbers, buckets)."""

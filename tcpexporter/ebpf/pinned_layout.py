@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Describes pinned maps, so that the next run, of any version, can read them."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter.connections.record import CONNECTION, KEY, SERIES_BITS, TIME_SHIFT
+from tcpexporter.connections.series import entry_dtype
+from tcpexporter.ebpf.loader_protocol import Request
+
+WORDS = 16
+"""Words of 32 bits in a layout: the magic number, the size of a record, the size of its
+key, and the offsets of the fields in the order of `FIELDS` and `KEY_FIELDS`. With `MAGIC`
+also: `WORD_FORMAT`, the size of an entry of the ledger, and `checksum`. The rest is 0."""
+
+MAGIC = 0x74637079
+OLD_MAGIC = 0x74637078
+"""Of layouts of version 0.2 and before, which have no ledger."""
+
+FIELDS = ("series_and_time", "key", "is_outbound")
+"""The fields of `CONNECTION` that the next run adopts."""
+
+OLD_FIELDS = ("established_ns", "key", "group")
+OLD_FORMATS = {"established_ns": "u8", "group": "u4"}
+"""Those of a layout with `OLD_MAGIC`."""
+
+KEY_FIELDS = ("local_address", "remote_address", "netns", "local_port", "remote_port")
+"""The fields of `KEY`. Their order is part of the layout and must not change."""
+
+WORD_FORMAT = SERIES_BITS << 8 | TIME_SHIFT
+"""How ``series_and_time`` is divided."""
+
+_FORMAT_AT = 3 + len(FIELDS) + len(KEY_FIELDS)
+
+
+class Layout(NamedTuple):
+    """What a previous run has pinned."""
+
+    record: np.dtype[Any]
+    """Of a connection: the adopted fields, at the offsets of the version that pinned it."""
+    is_continued: bool
+    """Whether it counted the same series, so that its ledger can be adopted."""
+
+
+def make(counted: Request) -> npt.NDArray[np.uint32]:
+    """Return the layout of this version for a program that counts this."""
+    words = np.zeros(WORDS, np.uint32)
+    said = [MAGIC, CONNECTION.itemsize, KEY.itemsize, *_offsets(CONNECTION, FIELDS)]
+    said += _offsets(KEY, KEY_FIELDS)
+    said += [WORD_FORMAT, _entry(counted).itemsize, checksum(counted)]
+    words[: len(said)] = said
+    return words
+
+
+def read(words: npt.NDArray[np.uint32], counted: Request) -> Layout:
+    """Return what a layout says.
+
+    Args:
+        words: the layout.
+        counted: what the program of this run counts.
+
+    Raises:
+        ValueError: this is not a layout, or it has fields outside of the record.
+    """
+    magic, record_bytes, key_bytes, *offsets = words.tolist()
+    # The C struct has members of 64 bits, so its size is a multiple of 8 bytes, and so is
+    # the kernel's distance of elements: array_map_alloc in its kernel/bpf/arraymap.c.
+    if magic not in (MAGIC, OLD_MAGIC) or record_bytes % 8:
+        raise ValueError(magic)
+    key_formats = {name: KEY[name] for name in KEY_FIELDS}
+    key = _laid_out(key_formats, offsets[len(FIELDS) :], key_bytes)
+    if magic == OLD_MAGIC:
+        formats = {name: OLD_FORMATS.get(name, key) for name in OLD_FIELDS}
+        return Layout(_laid_out(formats, offsets, record_bytes), is_continued=False)
+    found = words[_FORMAT_AT:]
+    if found[0] != WORD_FORMAT:
+        raise ValueError(int(found[0]))
+    formats = {name: key if name == "key" else CONNECTION[name] for name in FIELDS}
+    expected = [_entry(counted).itemsize, checksum(counted)]
+    return Layout(
+        _laid_out(formats, offsets, record_bytes),
+        is_continued=found[1:3].tolist() == expected,
+    )
+
+
+def checksum(counted: Request) -> int:
+    """Return a number that is equal for programs that count the same series."""
+    parts = (counted.netns, int(counted.outbound_port), counted.lifetime_bounds)
+    return zlib.crc32(repr(parts).encode())
+
+
+def _entry(counted: Request) -> np.dtype[Any]:
+    bounds = counted.lifetime_bounds
+    return entry_dtype(len(bounds) + 1 if bounds else 0)
+
+
+def _offsets(dtype: np.dtype[Any], names: tuple[str, ...]) -> list[int]:
+    fields: Mapping[str, tuple[Any, ...]] = dtype.fields or {}
+    return [fields[name][1] for name in names]
+
+
+def _laid_out(
+    formats: Mapping[str, Any], offsets: list[int], itemsize: int
+) -> np.dtype[Any]:
+    """Return a dtype with these fields, in order, at these offsets."""
+    own_offsets = offsets[: len(formats)]
+    # numpy checks this too, but with 32-bit numbers: it would read out of bounds.
+    sizes = (np.dtype(each).itemsize for each in formats.values())
+    if max(at + size for at, size in zip(own_offsets, sizes, strict=True)) > itemsize:
+        raise ValueError(itemsize)
+    return np.dtype(
+        {
+            "names": list(formats),
+            "formats": list(formats.values()),
+            "offsets": own_offsets,
+            "itemsize": itemsize,
+        }
+    )

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Constants of bpf/tcp_tracker.h for the loader process, which does not import numpy."""
+
+RANGE_BITS = 8
+"""Bits of a range of free numbers that hold its length minus one."""
+
+RANGE_SLOTS = 1 << RANGE_BITS
+"""The maximum length of a range."""
+
+SERIES_FIRST = 5
+"""The lowest series number that is free at first."""

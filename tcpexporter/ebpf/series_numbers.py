@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Allocates and frees series numbers, and reads the ledger that the BPF program writes.
+
+The program and this module allocate numbers; only this module frees them. A number is on
+the stack of free numbers, or owned by the run or the thread that popped it, or the number
+of one series: the ledger has that series at this number. Methods that change anything must
+be called by one thread only; any thread may call `ledger`.
+
+Freeing numbers
+---------------
+`SeriesNumbers.free` (1) deletes the series from the map, so that no run of the program that
+begins from now on finds its number; (2) waits until all runs that began before have ended;
+(3) frees the number if no connection has it; and (4) restores the others. For a series,
+against those steps:
+
+a. No connection is opened: freed.
+b. A run found the number before 1 and stores a connection with it after 1: the run has
+   ended when 3 looks, so the number is in use, and 4 restores it.
+c. A connection opens after 1: the program finds no number and allocates another. The old
+   one is freed, and its counters are added to those of the new one.
+d. As b, and c happens before 4: the series has two numbers. The map has the new one; the
+   ledger has the series at both, so both are counted. The old number is freed when no
+   connection has it any more.
+e. A run has found the entry of a series and not yet read its value; 1 deletes the entry,
+   and the kernel uses its memory for another series. The run reads the number of the other
+   series. The program compares its series with the one in the ledger, and treats its own as
+   not found: c.
+f. Two runs, or a run and this module, allocate a number for the same series: the map takes
+   the first. The other pushes its number back and uses the first.
+g. The kernel refuses 1 or 2: all are restored and nothing is freed.
+
+Counters of a series that is freed are forgotten. This is done only when few numbers are
+free, or when a network namespace has gone; it does not change the sums
+opened - closed - open + pre-existing, because that is 0 for a series without connection.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter.connections.record import (
+    SERIES_BITS,
+    SERIES_MASK,
+    TIME_SHIFT,
+    Numbers,
+    Words,
+)
+from tcpexporter.connections.series import (
+    SERIES,
+    SERIES_FIRST,
+    Ledger,
+    Series,
+    entry_dtype,
+    folded_number,
+    folded_series,
+)
+from tcpexporter.ebpf.free_numbers import FreeNumbers
+from tcpexporter.ebpf.loader_protocol import Descriptors
+from tcpexporter.ebpf.mapped_array import MappedArray
+from tcpexporter.ebpf.maps import Map
+from tcpexporter.errors import TrackerError
+
+WINDOW = 8192
+"""Numbers whose entries are mapped at once. A multiple of each page size in bytes."""
+
+UNTOUCHED = 2048
+"""After so many consecutive numbers that are free, no number was ever used.
+
+Numbers are allocated in ascending order, from ranges of 256."""
+
+FULL_SHARE = 0.75
+"""From this share of numbers in use on, those without connections are freed."""
+
+
+@contextlib.contextmanager
+def map_errors() -> Iterator[None]:
+    """Raise each OSError of the block, which only calls `maps`, as a `TrackerError`."""
+    try:
+        yield
+    except OSError as error:
+        raise TrackerError(error.strerror) from error
+
+
+class SeriesNumbers:
+    """The numbers of all series, and their ledger.
+
+    The ledger is the sum of what the program has counted and of corrections that this
+    module makes: connections that the program did not see opening or closing.
+    """
+
+    def __init__(
+        self, descriptors: Descriptors, max_series: int, bounds: Sequence[int] = ()
+    ) -> None:
+        """Use the maps of a loaded program.
+
+        Args:
+            descriptors: of its maps.
+            max_series: how many numbers there are, besides those of folded series.
+            bounds: the bounds of lifetime buckets, as in `loader_protocol.Request`.
+
+        Raises:
+            TrackerError: the kernel refuses to map the ledger.
+        """
+        self.max_series = max_series
+        self._bounds = np.array(bounds, np.uint64)
+        self._numbers = Map(descriptors.series_numbers, "series numbers")
+        self._free = FreeNumbers(descriptors.free_series, "free series numbers")
+        self._size = SERIES_FIRST + max_series
+        self._forgotten: set[int] = set()
+        self._used = 0
+        entry = entry_dtype(len(bounds) + 1 if bounds else 0)
+        with map_errors():
+            self._ledger = MappedArray(descriptors.ledger, entry, self._size, WINDOW)
+            self._corrections = MappedArray(
+                descriptors.corrections, entry, self._size, WINDOW
+            )
+            self._ledger.upto(SERIES_FIRST)["series"][:SERIES_FIRST] = folded_series()
+
+    def forget(self, netns: Iterable[int]) -> None:
+        """Free the numbers of these namespaces later; any thread may call this."""
+        self._forgotten |= {*netns}
+
+    def in_use(self) -> int:
+        """Return how many numbers are in use.
+
+        Raises:
+            TrackerError: the kernel refuses to map the ledger.
+        """
+        return int(np.count_nonzero(self._entries()["series"][SERIES_FIRST:]))
+
+    @map_errors()
+    def ledger(self) -> Ledger:
+        """Return what has happened in each series since the program was loaded or adopted.
+
+        Raises:
+            TrackerError: the kernel refuses to map the ledger.
+        """
+        entries = self._entries()
+        series = entries["series"].copy()
+        used = int(np.flatnonzero(series)[-1]) + 1
+        return ledger_of(entries[:used], self._corrections.upto(used)[:used])
+
+    def _entries(self) -> "npt.NDArray[np.void]":
+        """Return all entries that were ever used."""
+        while self._used < self._size:
+            entries = self._ledger.upto(max(self._used, 1))
+            if len(entries) == self._used and not entries["series"][-UNTOUCHED:].any():
+                return entries
+            self._used = len(entries) if len(entries) > self._used else self._used + 1
+        return self._ledger.upto(self._used)
+
+    # Allocating
+
+    @map_errors()
+    def numbers(self, series: Series) -> Numbers:
+        """Return the number of each series, and allocate those that are missing.
+
+        Raises:
+            TrackerError: the kernel refuses a map operation.
+        """
+        distinct = np.sort(series)
+        distinct = distinct[np.flatnonzero(np.diff(distinct, prepend=np.uint64(0)))]
+        known = self._entries()["series"].copy()
+        order = np.argsort(known, kind="stable")
+        at = np.minimum(np.searchsorted(known[order], distinct), len(known) - 1)
+        numbers = order[at].astype(np.uint32)
+        for missing in np.flatnonzero(known[numbers] != distinct):
+            numbers[missing] = self._allocate(distinct[missing])
+        found: Numbers = numbers[np.searchsorted(distinct, series)]
+        return found
+
+    def _allocate(self, series: np.uint64) -> np.uint32:
+        popped = self._free.pop()
+        if popped is None:
+            folded: np.uint32 = folded_number(series.reshape(1))[0]
+            return folded
+        number = popped[0]
+        self._free.push(popped[1:])
+        entry = self._ledger.upto(int(number) + 1)[number : number + 1]
+        entry["series"] = series
+        if self._numbers.put_new(series, number):
+            return number
+        entry["series"] = 0  # f
+        self._free.push(popped[:1])
+        return self._number_of(series)
+
+    def _number_of(self, series: np.uint64) -> np.uint32:
+        """Return the number that the map has for a series; 0: none."""
+        value = np.zeros(1, np.uint32)
+        self._numbers.look_up(series, value)
+        found: np.uint32 = value[0]
+        return found
+
+    # Corrections
+
+    def record_pre_existing(self, numbers: Numbers, change: int) -> None:
+        """Add connections that the program did not see opening, because they were there."""
+        self._add("series", numbers, change)
+
+    def record_opened(self, numbers: Numbers, change: int) -> None:
+        """Add connections whose opening was missed."""
+        self._add("opened", numbers, change)
+
+    def record_closed(self, words: Words, now_ns: int) -> None:
+        """Add connections whose closing was missed; their lifetimes are upper bounds."""
+        numbers = (words & np.uint64(SERIES_MASK)).astype(np.uint32)
+        self._add("closed", numbers, 1)
+        if len(self._bounds):
+            times = words >> np.uint64(SERIES_BITS)
+            lifetimes = np.uint64(now_ns >> TIME_SHIFT) - times
+            corrections = self._corrections.upto(self._used)
+            np.add.at(corrections["lifetimes_sum"], numbers, lifetimes)
+            buckets = np.searchsorted(self._bounds, lifetimes)
+            np.add.at(corrections["lifetimes"], (numbers, buckets), np.uint64(1))
+
+    def adopt(self, old: Ledger) -> None:
+        """Continue the counters of the previous run, whose connections were added before.
+
+        Both programs have counted what happened since this one was attached. So what it has
+        counted is subtracted from what the old one has: no event counts twice. For each
+        series, pre-existing connections become those of the old run, and opened and closed
+        are raised, by the same number, until neither is lower than in the old run.
+
+        Args:
+            old: read before this call, and after the connections were added.
+
+        Raises:
+            TrackerError: the kernel refuses a map operation.
+        """
+        is_used = (old.opened | old.closed | old.failed | old.pre_existing) != 0
+        series, place = np.unique(old.series[is_used], return_inverse=True)
+        numbers = self.numbers(series)
+        before = self.ledger()
+
+        def missing(name: str) -> npt.NDArray[np.int64]:
+            rows = getattr(old, name)[is_used]
+            total = np.zeros((len(series), *rows.shape[1:]), np.int64)
+            if rows.size:
+                np.add.at(total, place, rows)
+            difference: npt.NDArray[np.int64] = total - getattr(before, name)[numbers]
+            return difference
+
+        pre_existing, lifetimes = missing("pre_existing"), missing("lifetimes")
+        opened = np.maximum(missing("opened"), missing("closed") - pre_existing)
+        closed = opened + pre_existing
+        if lifetimes.size:
+            lifetimes[:, 0] += closed - lifetimes.sum(axis=1)
+        self._add("series", numbers, pre_existing)
+        self._add("opened", numbers, opened)
+        self._add("closed", numbers, closed)
+        self._add("failed", numbers, np.maximum(missing("failed"), 0))
+        if lifetimes.size:
+            self._add("lifetimes_sum", numbers, missing("lifetimes_sum"))
+            self._add("lifetimes", numbers, lifetimes)
+
+    @map_errors()
+    def _add(
+        self, field: str, numbers: Numbers, change: "npt.NDArray[np.int64] | int"
+    ) -> None:
+        """Correct a field of some numbers, which may have repetitions."""
+        self._entries()
+        corrections = self._corrections.upto(self._used)
+        # It wraps around below 0, and the sum of program and correction wraps back.
+        np.add.at(corrections[field], numbers, np.asarray(change, np.int64).view(np.uint64))
+
+    # Freeing
+
+    def reclaim(
+        self,
+        connections: Callable[[], Iterator[Words]],
+        wait_for_runs: Callable[[], None],
+    ) -> None:
+        """Free numbers without connections: forgotten ones, or all if few are free.
+
+        Args:
+            connections: returns ``series_and_time`` of all slots.
+            wait_for_runs: waits until every run of the program that is under way has ended.
+
+        Raises:
+            TrackerError: the kernel refuses a map operation.
+        """
+        series = self._entries()["series"].copy()
+        is_wanted = np.isin(series.view(SERIES)["netns"], [*self._forgotten])
+        if self.in_use() > FULL_SHARE * self.max_series:
+            is_wanted[:] = True
+        is_wanted &= (series != 0) & ~self._is_referred_to(connections)
+        is_wanted[:SERIES_FIRST] = False
+        self._forgotten.clear()
+        if is_wanted.any():
+            self.free(
+                np.flatnonzero(is_wanted).astype(np.uint32), connections, wait_for_runs
+            )
+
+    def free(
+        self,
+        numbers: Numbers,
+        connections: Callable[[], Iterator[Words]],
+        wait_for_runs: Callable[[], None],
+    ) -> None:
+        """Free numbers, as the module's docstring argues.
+
+        Raises:
+            TrackerError: the kernel refuses a map operation.
+        """
+        entries = self._entries()
+        series = entries["series"][numbers]
+        try:
+            with map_errors():
+                is_own = np.array(
+                    [
+                        self._number_of(each) == number
+                        for each, number in zip(series, numbers, strict=True)
+                    ]
+                )
+                self._numbers.delete_all(series[is_own])
+            wait_for_runs()
+        except TrackerError:  # g
+            self._restore(numbers, series)
+            raise
+        is_referred_to = self._is_referred_to(connections)[numbers]
+        self._restore(numbers[is_referred_to], series[is_referred_to])
+        freed, of = numbers[~is_referred_to], series[~is_referred_to]
+        corrections = self._corrections.upto(self._used)
+        with map_errors():
+            for number, each in zip(freed, of, strict=True):
+                if successor := self._number_of(each):  # c
+                    _move(entries[number : number + 1], corrections, number, successor)
+            zero = np.zeros(1, entries.dtype)
+            entries[freed] = zero
+            corrections[freed] = zero
+            self._free.push(np.sort(freed))
+
+    def _restore(self, numbers: Numbers, series: Series) -> None:
+        with map_errors():
+            for each, number in zip(series, numbers, strict=True):
+                self._numbers.put_new(each, number)
+
+    def _is_referred_to(
+        self, connections: Callable[[], Iterator[Words]]
+    ) -> npt.NDArray[np.bool_]:
+        """Return for each number whether a connection has it."""
+        found = np.zeros(1 << SERIES_BITS, np.bool_)
+        for words in connections():
+            found[words & np.uint64(SERIES_MASK)] = True
+        return found[: len(self._entries())]
+
+
+def _move(
+    entry: "npt.NDArray[np.void]",
+    corrections: "npt.NDArray[np.void]",
+    number: np.uint32,
+    successor: np.uint32,
+) -> None:
+    """Add the counters of a number that is freed to those of another one."""
+    for name in entry.dtype.names or ():
+        moved = corrections[name][number]
+        if name != "series":
+            moved = moved + entry[name][0]
+        corrections[name][successor] += moved
+
+
+def ledger_of(
+    entries: "npt.NDArray[np.void]", corrections: "npt.NDArray[np.void]"
+) -> Ledger:
+    """Return the sums of what the program has counted and of its corrections.
+
+    Args:
+        entries: of `entry_dtype`.
+        corrections: of the same dtype, in which ``series`` is the number of pre-existing
+            connections.
+    """
+
+    def total(name: str) -> npt.NDArray[np.int64]:
+        return (entries[name] + corrections[name]).view(np.int64)
+
+    size = len(entries)
+    has_lifetimes = "lifetimes" in (entries.dtype.names or ())
+    return Ledger(
+        series=entries["series"].copy(),
+        opened=total("opened"),
+        closed=total("closed"),
+        failed=total("failed"),
+        pre_existing=corrections["series"].astype(np.int64),
+        lifetimes_sum=total("lifetimes_sum") if has_lifetimes else np.zeros(size, np.int64),
+        lifetimes=total("lifetimes") if has_lifetimes else np.zeros((size, 0), np.int64),
+    )
