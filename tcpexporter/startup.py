@@ -14,25 +14,20 @@ import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tcpexporter import version
+from tcpexporter.collecting import Counting, open_counting
 from tcpexporter.config import files
 from tcpexporter.config.reader import SETTINGS, WEB_CONFIG, Message, Reader, ReaderGoneError
 from tcpexporter.config.reload import Apply, Reloading, ReloadSignal
 from tcpexporter.config.settings import Settings, misleading, parse, reread
-from tcpexporter.connections.counting import kernel_parts, named, select
-from tcpexporter.connections.record import Direction
-from tcpexporter.connections.source import Source
 from tcpexporter.ebpf import pins
-from tcpexporter.ebpf.source import EbpfSource
 from tcpexporter.errors import ServerError, SourceError, WebConfigError
 from tcpexporter.host import (
     background,
-    capacity,
     confine,
     namespaces,
     privileges,
@@ -43,33 +38,19 @@ from tcpexporter.host.background import Task
 from tcpexporter.host.starting import Starting
 from tcpexporter.host.systemd import Supervisor
 from tcpexporter.metrics.collector import (
-    Choice,
-    ConnectionCollector,
     make_registry,
     make_serving_registry,
 )
 from tcpexporter.metrics.exporter_status import ConfinementCollector
 from tcpexporter.metrics.reload_status import Reloads
-from tcpexporter.socket_tables.polling import PollingSource
-from tcpexporter.socket_tables.tables import open_tables
 from tcpexporter.web import pages, server
 from tcpexporter.web.listen import listen
 
 if TYPE_CHECKING:  # imported only when it is used: see the functions that do
     from tcpexporter.metrics.output import Output
-    from tcpexporter.socket_tables.saved_ages import State
     from tcpexporter.web.guard import Guard
 
 log = logging.getLogger("tcpexporter")
-
-SOURCES = ("ebpf", "sock_diag", "procfs")
-"""In the order in which ``--source auto`` tries them."""
-
-DIRECTIONS = {
-    "inbound": (Direction.INBOUND,),
-    "outbound": (Direction.OUTBOUND,),
-    "all": (Direction.INBOUND, Direction.OUTBOUND),
-}
 
 
 class Process(NamedTuple):
@@ -125,7 +106,7 @@ def _run_once(settings: Settings, supervisor: Supervisor) -> None:
     with contextlib.ExitStack() as resources:
         output = _open_output(settings.output, resources) if settings.output else None
         account = privileges.find_account(settings.user)
-        counting = _open_counting(settings, resources)
+        counting = open_counting(settings, resources)
         registry = make_registry(counting.collector)
         _confine(account, counting, registry, supervisor)
         counting.source.start()
@@ -150,23 +131,12 @@ def _listen(settings: Settings, resources: contextlib.ExitStack) -> list[socket.
 # --- Open ---
 
 
-class _Counting(NamedTuple):
-    """What counts connections."""
-
-    source: Source
-    watch: namespaces.Watch | None
-    """Of the namespace that --netns names; None: it names none."""
-    choose: Callable[[Settings], Choice]
-    """Makes the collector's choice from settings that may have been read again."""
-    collector: ConnectionCollector
-
-
 class _Opened(NamedTuple):
     """What serving needs, opened while the process may be root."""
 
     account: pwd.struct_passwd | None
     """The user to switch to; None: the process is not root."""
-    counting: _Counting
+    counting: Counting
     registry: CollectorRegistry
     guard: "Guard | None"
     reloading: Reloading
@@ -179,7 +149,7 @@ def _open(settings: Settings, process: Process, resources: contextlib.ExitStack)
     if reader:
         resources.callback(reader.close)
     guard = _open_guard(settings, reader) if reader else None
-    counting = _open_counting(settings, resources)
+    counting = open_counting(settings, resources)
     reloads = Reloads()
     reloading = Reloading(reader, process.reload_signal, process.supervisor, reloads)
     resources.callback(reloading.close)
@@ -192,20 +162,6 @@ def _open(settings: Settings, process: Process, resources: contextlib.ExitStack)
         counting.collector, reloads, tasks=tasks, dropped=lambda: process.errors.dropped
     )
     return _Opened(account, counting, registry, guard, reloading, tasks)
-
-
-def _open_counting(settings: Settings, resources: contextlib.ExitStack) -> _Counting:
-    state = _open_state(settings.state) if settings.state else None
-    source = _open_source(settings, state)
-    resources.callback(source.close)
-    if state:
-        resources.callback(state.close)
-    watch = namespaces.open_watch(settings.netns, source.namespaces)
-    if watch:
-        resources.callback(watch.close)
-    choose = _chooser(settings, source)
-    collector = _make_collector(source, settings, choose(settings))
-    return _Counting(source, watch, choose, collector)
 
 
 def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reader | None:
@@ -246,100 +202,12 @@ def _open_output(path: str, resources: contextlib.ExitStack) -> "Output":
     return output
 
 
-def _open_state(path: str) -> "State | None":
-    # Imported only when it is used: it takes 0.3 MiB.
-    from tcpexporter.socket_tables.saved_ages import State  # noqa: PLC0415
-
-    return State.open(Path(path))
-
-
-def _open_source(settings: Settings, state: "State | None" = None) -> Source:
-    if settings.source != "auto":
-        return _open_named_source(settings.source, settings, state)
-    reasons = []
-    for name in SOURCES:
-        try:
-            source = _open_named_source(name, settings, state)
-        except SourceError as error:
-            reasons.append(f"{name} does not work: {error}")
-            continue
-        if reasons:
-            log.warning("polling %s, because %s", name, "; ".join(reasons))
-        return source
-    raise SourceError("; ".join(reasons))
-
-
-def _open_named_source(name: str, settings: Settings, state: "State | None") -> Source:
-    parts = kernel_parts(
-        DIRECTIONS[settings.direction],
-        settings.series_labels,
-        by_netns=settings.netns == "all",
-    )
-    if name == "ebpf":
-        return EbpfSource(
-            netns=settings.netns,
-            parts=parts,
-            lifetime_bounds_s=settings.bounds_s,
-            max_connections=settings.max_connections
-            or capacity.max_connections(capacity.read_limits()),
-            reconcile_interval_s=settings.reconcile_interval_s,
-            reconcile_cpu_share=settings.reconcile_cpu_percent / 100,
-            pin=settings.pin,
-            state=state,
-        )
-    return PollingSource(
-        open_tables(name, settings.netns),
-        settings.interval_s,
-        state,
-        parts=parts,
-        lifetime_bounds_s=settings.bounds_s,
-    )
-
-
-def _chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]:
-    """Returns what makes the collector's choice from settings that were read again.
-
-    Only their ports and duration can differ from ``settings``.
-    """
-    own_netns = namespaces.inode()
-    listens_there = own_netns in source.namespaces() and not settings.once
-    own_listener = (own_netns, settings.listen_port) if listens_there else None
-
-    def choose(chosen: Settings) -> Choice:
-        selection = select(
-            chosen.ports,
-            tcpv6=settings.tcpv6,
-            directions=DIRECTIONS[settings.direction],
-            own_listener=own_listener,
-            labels=settings.series_labels,
-            by_netns=settings.netns == "all",
-        )
-        return Choice(
-            selection, named(chosen.ports, own_netns, selection), chosen.duration_s
-        )
-
-    return choose
-
-
-def _make_collector(
-    source: Source, settings: Settings, choice: Choice
-) -> ConnectionCollector:
-    by_netns = choice.selection.by_netns
-    return ConnectionCollector(
-        source,
-        choice,
-        max_series=settings.max_series,
-        names=namespaces.Names(source.namespaces).read if by_netns else None,
-        bounds_s=settings.bounds_s,
-    )
-
-
 # --- Confine ---
 
 
 def _confine(
     account: pwd.struct_passwd | None,
-    counting: _Counting,
+    counting: Counting,
     registry: CollectorRegistry,
     supervisor: Supervisor,
 ) -> None:
@@ -396,7 +264,7 @@ def _appliers(
     return appliers
 
 
-def _status(counting: _Counting) -> str:
+def _status(counting: Counting) -> str:
     if trouble := counting.watch and counting.watch.trouble():
         return trouble
     known = counting.collector.tracked
@@ -408,7 +276,7 @@ class _SettingsReload:
     """Puts settings into force that were read again."""
 
     def __init__(
-        self, settings: Settings, process: Process, counting: _Counting, app: pages.App
+        self, settings: Settings, process: Process, counting: Counting, app: pages.App
     ) -> None:
         self._settings = settings
         self._process = process

@@ -99,6 +99,10 @@ class Counts:
     total: int
     """All connections that were read, selected or not."""
 
+    def only(self, chosen: npt.NDArray[np.intp]) -> "Counts":
+        """Return the chosen series."""
+        return Counts(self.series[chosen], self.values.only(chosen), self.total)
+
 
 def select(
     ports: Sequence[int],

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Reads and changes BPF maps by bpf(2), with keys and values in numpy arrays."""
 
+import contextlib
 import ctypes
 import errno
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.ebpf.libbpf import load_libbpf
+from tcpexporter.errors import TrackerError
 
 BPF_NOEXIST = 1
 
@@ -27,6 +30,15 @@ batch update can be faster than that: it waits and tries again."""
 
 Keys = npt.NDArray[Any]
 """A one-dimensional array of keys, of the dtype that the map requires."""
+
+
+@contextlib.contextmanager
+def map_errors() -> Iterator[None]:
+    """Raise each OSError of the block, which only uses maps, as a `TrackerError`."""
+    try:
+        yield
+    except OSError as error:
+        raise TrackerError(error.strerror) from error
 
 
 class Map:

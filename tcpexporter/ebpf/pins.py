@@ -45,9 +45,9 @@ from tcpexporter.ebpf.connection_array import WINDOW, windows
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
 from tcpexporter.ebpf.loader_protocol import Descriptors, Request
 from tcpexporter.ebpf.mapped_array import MappedArray
-from tcpexporter.ebpf.maps import FIRST, Map
+from tcpexporter.ebpf.maps import FIRST, Map, map_errors
 from tcpexporter.ebpf.pinned_layout import Layout
-from tcpexporter.ebpf.series_numbers import ledger_of, map_errors
+from tcpexporter.ebpf.series_numbers import ledger_of
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import PinError
 from tcpexporter.host import libc, owned

@@ -34,7 +34,6 @@ free, or when a network namespace has gone; it does not change the sums
 opened - closed - open + pre-existing, because that is 0 for a series without connection.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -59,7 +58,7 @@ from tcpexporter.connections.series import (
 from tcpexporter.ebpf.free_numbers import FreeNumbers
 from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
-from tcpexporter.ebpf.maps import Map
+from tcpexporter.ebpf.maps import Map, map_errors
 from tcpexporter.errors import TrackerError
 
 WINDOW = 8192
@@ -72,15 +71,6 @@ Numbers are allocated in ascending order, from ranges of 256."""
 
 FULL_SHARE = 0.75
 """From this share of numbers in use on, those without connections are freed."""
-
-
-@contextlib.contextmanager
-def map_errors() -> Iterator[None]:
-    """Raise each OSError of the block, which only calls `maps`, as a `TrackerError`."""
-    try:
-        yield
-    except OSError as error:
-        raise TrackerError(error.strerror) from error
 
 
 class SeriesNumbers:
@@ -176,7 +166,7 @@ class SeriesNumbers:
         if popped is None:
             folded: np.uint32 = folded_number(series.reshape(1))[0]
             return folded
-        number = popped[0]
+        number: np.uint32 = popped[0]
         self._free.push(popped[1:])
         entry = self._ledger.upto(int(number) + 1)[number : number + 1]
         entry["series"] = series
@@ -344,7 +334,8 @@ class SeriesNumbers:
         found = np.zeros(1 << SERIES_BITS, np.bool_)
         for words in connections():
             found[words & np.uint64(SERIES_MASK)] = True
-        return found[: len(self._entries())]
+        referred: npt.NDArray[np.bool_] = found[: len(self._entries())]
+        return referred
 
 
 def _move(
@@ -373,7 +364,8 @@ def ledger_of(
     """
 
     def total(name: str) -> npt.NDArray[np.int64]:
-        return (entries[name] + corrections[name]).view(np.int64)
+        both: npt.NDArray[np.int64] = (entries[name] + corrections[name]).view(np.int64)
+        return both
 
     size = len(entries)
     has_lifetimes = "lifetimes" in (entries.dtype.names or ())

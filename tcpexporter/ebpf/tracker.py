@@ -54,7 +54,6 @@ restores its handle, or keeps it as an orphan, so no slot is lost.
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -76,24 +75,19 @@ from tcpexporter.ebpf.connection_array import (
     known_in,
     windows,
 )
+from tcpexporter.ebpf.event_counters import EventCounters
 from tcpexporter.ebpf.free_numbers import FreeNumbers, Slots
 from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
-from tcpexporter.ebpf.maps import FIRST, Map, possible_cpus, program_info
-from tcpexporter.ebpf.series_numbers import SeriesNumbers, map_errors
+from tcpexporter.ebpf.maps import FIRST, Map, map_errors
+from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.errors import TrackerError
 
 SPARE_SLOTS = 4096
 """Closed connections may keep one slot for each open connection, and so many more."""
 
-RECURSION_MISSES_BYTES = 208
-"""Offset of ``recursion_misses`` in ``struct bpf_prog_info``, include/uapi/linux/bpf.h."""
 
-EVENT_KINDS = ("inserted", "removed", "refused", "removed_seeds", "allocated", "unrecorded")
-"""The fields of ``struct tracker_events``, in their order."""
-
-
-class Tracker:
+class Tracker(EventCounters):
     """The connections that the BPF program reports, and seeds from the socket tables."""
 
     def __init__(
@@ -114,6 +108,7 @@ class Tracker:
         Raises:
             TrackerError: the kernel refuses to map the array of connections.
         """
+        super().__init__(descriptors)
         self.seeds_refused = 0
         """How many seeds found no free slot, counted at each attempt to add them."""
         self.restored = 0
@@ -127,7 +122,6 @@ class Tracker:
         self._free_slots = FreeNumbers(descriptors.free_slots, "free slots")
         self._closings = Map(descriptors.closings, "closings")
         self._recording = Map(descriptors.recording, "recording")
-        self._counters = Map(descriptors.events, "events")
         self._barrier = Map(descriptors.barrier, "barrier")
         with map_errors():
             self._array = MappedArray(
@@ -140,7 +134,6 @@ class Tracker:
         self._closed = 0
         self._slots_allocated = 0
         self._slots_freed = 0
-        self._cpus = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
 
     def close(self) -> None:
         """Detach the program and free its maps, unless they are pinned."""
@@ -183,52 +176,8 @@ class Tracker:
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        closed = self._seeds_closed + self._events()["removed_seeds"]
+        closed = self._seeds_closed + self.all_events()["removed_seeds"]
         return self._seeds_added - closed
-
-    def events(self) -> dict[str, int]:
-        """Return what the program has done since it was loaded, on all CPUs.
-
-        Returns:
-            Numbers of connections, with the keys ``inserted``, ``removed`` and ``refused``.
-
-        Raises:
-            TrackerError: the kernel refuses a map operation.
-        """
-        events = self._events()
-        return {kind: events[kind] for kind in ("inserted", "removed", "refused")}
-
-    def unrecorded_closings(self) -> int:
-        """Return how many closings were not recorded, because the closings log was full.
-
-        Raises:
-            TrackerError: the kernel refuses a map operation.
-        """
-        return self._events()["unrecorded"]
-
-    @map_errors()
-    def _events(self) -> dict[str, int]:
-        counts = np.zeros((self._cpus, len(EVENT_KINDS)), np.uint64)
-        self._counters.read(FIRST, counts)
-        return dict(zip(EVENT_KINDS, counts.sum(axis=0).tolist(), strict=True))
-
-    @map_errors()
-    def missed_events(self) -> int:
-        """Return for how many events the kernel skipped the program, as it was running.
-
-        A kernel with `features.RECURSION_MISSES` skips the program while it is running on
-        the same CPU, and counts that. On other kernels the program can interrupt itself,
-        and no event is missed.
-
-        Since Linux 7 this does not require an interrupt: a task can be preempted in a
-        tracepoint ("tracing: Guard __DECLARE_TRACE() use of __DO_TRACE_CALL() with
-        SRCU-fast"). Then events of the next task on that CPU are missed, as tried on 7.3.
-
-        Raises:
-            TrackerError: the kernel refuses a map operation.
-        """
-        info = program_info(self._descriptors.program)
-        return int(info[RECURSION_MISSES_BYTES // info.itemsize])
 
     # Adding
 
@@ -411,7 +360,8 @@ class Tracker:
         self._seed_slots = np.setdiff1d(self._seed_slots, released, assume_unique=True)
         self._orphans.difference_update(released.tolist())
         self._free(released)
-        return found[was_open]
+        removed: Words = found[was_open]
+        return removed
 
     def reclaim(self) -> None:
         """Free orphans, and slots and series numbers if closed connections keep too many.
@@ -421,7 +371,7 @@ class Tracker:
         """
         if self._orphans:
             self._release_empty(np.array(sorted(self._orphans), np.uint32))
-        events = self._events()
+        events = self.all_events()
         kept = events["allocated"] + self._slots_allocated - self._slots_freed
         opened = events["inserted"] + self._seeds_added
         still_open = opened - events["removed"] - self._closed

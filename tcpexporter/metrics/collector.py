@@ -12,7 +12,6 @@ from prometheus_client.core import (
     GaugeHistogramMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
-    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
@@ -29,17 +28,17 @@ from tcpexporter.connections.counting import (
     listened,
 )
 from tcpexporter.connections.record import TIME_SHIFT, Direction
-from tcpexporter.connections.series import SERIES, Series
-from tcpexporter.connections.source import Reconciliation, Report, Source
+from tcpexporter.connections.series import OUTBOUND, SERIES, Series
+from tcpexporter.connections.source import Source
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.exporter_status import (
     BackgroundCollector,
     BuildCollector,
     ReloadCollector,
-    counter_by_label,
 )
 from tcpexporter.metrics.reload_status import Reloads
 from tcpexporter.metrics.series_labels import Labels, label_values
+from tcpexporter.metrics.source_families import source_families
 
 FORGET_NS = 300_000_000_000
 """Time after which a namespace without name, connection and listener has no series."""
@@ -140,7 +139,7 @@ class ConnectionCollector(Collector):
             " that of established minus this.",
             int(counts.values.pre_existing.sum()),
         )
-        yield from self._source_families(report, counts.total)
+        yield from source_families(self._source.name, report, counts.total)
         yield GaugeMetricFamily(
             "tcpexporter_collect_duration_seconds",
             "Time needed to read and count the connections for this scrape.",
@@ -193,7 +192,7 @@ class ConnectionCollector(Collector):
         is_stale &= counts.values.established == 0
         self._forgotten &= {*_namespaces(counts.series[is_stale])}
         kept = np.flatnonzero(~is_stale)
-        return Counts(counts.series[kept], counts.values.only(kept), counts.total)
+        return counts.only(kept)
 
     def _forget_renamed(self, names: Mapping[int, str]) -> None:
         """Forget the series of namespaces whose name has changed or is gone.
@@ -231,56 +230,51 @@ class ConnectionCollector(Collector):
         ages_s: Sequence[float],
         names: Mapping[int, str],
     ) -> Iterator[Metric]:
-        values = counts.values
         labels = choice.selection.labels
-        rows = label_values(counts.series, labels, names)
-        long_term = values.ages[:, ages_s.index(choice.duration_s)]
-        yield _filled(
-            GaugeMetricFamily(
-                "netstat_tcp_longterm_connections_total",
-                "TCP connections established for at least tcpexporter_duration_seconds.",
-                labels=labels,
-            ),
-            rows,
-            long_term,
-        )
-        yield _filled(
-            GaugeMetricFamily(
-                "tcp_established_connections",
-                "TCP connections that are established, of any age.",
-                labels=labels,
-            ),
-            rows,
-            values.established,
-        )
-        yield _filled(
-            CounterMetricFamily(
-                "tcp_connections_opened",
-                "TCP connections that were established since counting began.",
-                labels=labels,
-            ),
-            rows,
-            values.opened,
-        )
-        yield _filled(
-            CounterMetricFamily(
-                "tcp_connections_closed",
-                "TCP connections that left the state ESTABLISHED since counting began.",
-                labels=labels,
-            ),
-            rows,
-            values.closed,
+        failed = counts.values.failed != 0
+        opened = (
+            counts.values.established | counts.values.opened | counts.values.pre_existing
         )
         if Direction.OUTBOUND in choice.selection.directions:
+            is_outbound = counts.series.view(SERIES)["flags"] & OUTBOUND != 0
+            attempts = counts.only(np.flatnonzero(failed | is_outbound))
             yield _filled(
                 CounterMetricFamily(
                     "tcp_connections_failed",
                     "Outbound TCP connection attempts that ended before ESTABLISHED.",
                     labels=labels,
                 ),
-                rows,
-                values.failed,
+                label_values(attempts.series, labels, names),
+                attempts.values.failed,
             )
+        # A series in which every attempt has failed has no connections.
+        counts = counts.only(np.flatnonzero(~failed | (opened != 0)))
+        values = counts.values
+        rows = label_values(counts.series, labels, names)
+        gauges = {
+            "netstat_tcp_longterm_connections_total": (
+                "TCP connections established for at least tcpexporter_duration_seconds.",
+                values.ages[:, ages_s.index(choice.duration_s)],
+            ),
+            "tcp_established_connections": (
+                "TCP connections that are established, of any age.",
+                values.established,
+            ),
+        }
+        for name, (text, numbers) in gauges.items():
+            yield _filled(GaugeMetricFamily(name, text, labels=labels), rows, numbers)
+        counters = {
+            "tcp_connections_opened": (
+                "TCP connections that were established since counting began.",
+                values.opened,
+            ),
+            "tcp_connections_closed": (
+                "TCP connections that left the state ESTABLISHED since counting began.",
+                values.closed,
+            ),
+        }
+        for name, (text, numbers) in counters.items():
+            yield _filled(CounterMetricFamily(name, text, labels=labels), rows, numbers)
         if self._bounds_s:
             chosen = [ages_s.index(each) for each in self._bounds_s]
             yield self._lifetimes(counts, labels, rows)
@@ -321,77 +315,6 @@ class ConnectionCollector(Collector):
         bounds = [*map(floatToGoString, self._bounds_s), "+Inf"]
         return list(zip(bounds, cumulative.tolist(), strict=True))
 
-    def _source_families(self, report: Report, total: int) -> Iterator[Metric]:
-        yield InfoMetricFamily(
-            "tcpexporter_source",
-            "Source that the connections are read from (--source).",
-            {"source": self._source.name},
-        )
-        yield GaugeMetricFamily(
-            "tcpexporter_tracked_connections",
-            "TCP connections that are tracked, of every port, direction and IP version.",
-            total,
-        )
-        if report.max_connections is not None:
-            yield GaugeMetricFamily(
-                "tcpexporter_max_connections",
-                "Maximum number of TCP connections that can be tracked.",
-                report.max_connections,
-            )
-        if report.seeded_connections is not None:
-            yield GaugeMetricFamily(
-                "tcpexporter_seeded_connections",
-                "Tracked connections that were established before the exporter started;"
-                " their age is a lower bound unless it was restored.",
-                report.seeded_connections,
-            )
-        if report.refused_seeds is not None:
-            yield CounterMetricFamily(
-                "tcpexporter_refused_seeds",
-                "Connections in the socket tables that did not fit into the BPF map.",
-                report.refused_seeds,
-            )
-        if report.kernel_events:
-            yield counter_by_label(
-                "tcpexporter_kernel_events",
-                "Connections that the BPF program inserted, removed or refused (map full).",
-                "action",
-                report.kernel_events,
-            )
-        if report.uncertain_connections is not None:
-            yield GaugeMetricFamily(
-                "tcpexporter_uncertain_connections",
-                "Upper bound of the difference between these numbers and the kernel's, from"
-                " events missed since the last comparison that found none; 0: exact.",
-                report.uncertain_connections,
-            )
-        if report.kernel_series is not None:
-            yield GaugeMetricFamily(
-                "tcpexporter_kernel_series",
-                "Combinations of labels that the BPF program counts separately.",
-                report.kernel_series,
-            )
-        if report.max_kernel_series is not None:
-            yield GaugeMetricFamily(
-                "tcpexporter_max_kernel_series",
-                "Maximum number of them; the connections of others are counted together.",
-                report.max_kernel_series,
-            )
-        if report.missed_events is not None:
-            yield CounterMetricFamily(
-                "tcpexporter_missed_events",
-                "Socket state changes for which the kernel skipped the BPF program.",
-                report.missed_events,
-            )
-        if report.reconciliation is not None:
-            yield from _reconciliation_families(report.reconciliation)
-        if report.state_saved_s is not None:
-            yield GaugeMetricFamily(
-                "tcpexporter_state_saved_timestamp_seconds",
-                "Time when connection ages were last saved (--state); 0 before that.",
-                report.state_saved_s,
-            )
-
 
 def _namespaces(*series: Series) -> Iterator[int]:
     """Yield the inodes of the namespaces of series, each once."""
@@ -410,35 +333,6 @@ def _filled(
 
 def _seconds(units: np.int64) -> float:
     return float(int(units) << TIME_SHIFT) / 1e9
-
-
-def _reconciliation_families(done: Reconciliation) -> Iterator[Metric]:
-    yield CounterMetricFamily(
-        "tcpexporter_reconciliations",
-        "Comparisons of the tracked connections with the kernel's socket tables.",
-        done.runs,
-    )
-    yield counter_by_label(
-        "tcpexporter_corrections",
-        "Connections added or removed by reconciliation after a missed event.",
-        "kind",
-        {"missed_open": done.missed_open, "missed_close": done.missed_close},
-    )
-    yield GaugeMetricFamily(
-        "tcpexporter_reconcile_duration_seconds",
-        "Duration of the last reconciliation.",
-        done.duration_s,
-    )
-    yield GaugeMetricFamily(
-        "tcpexporter_reconcile_interval_seconds",
-        "Time between reconciliations if no event is missed; 0 if they run only after one.",
-        done.interval_s,
-    )
-    yield GaugeMetricFamily(
-        "tcpexporter_last_reconcile_timestamp_seconds",
-        "Time when the last reconciliation ended or was found unnecessary; 0 before that.",
-        done.finished_s,
-    )
 
 
 def make_registry(collector: ConnectionCollector) -> CollectorRegistry:

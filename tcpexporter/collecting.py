@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Opens the source of connections, and makes the collector that counts them."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tcpexporter.config.settings import Settings
+from tcpexporter.connections.counting import kernel_parts, named, select
+from tcpexporter.connections.record import Direction
+from tcpexporter.connections.source import Source
+from tcpexporter.ebpf.source import EbpfSource
+from tcpexporter.errors import SourceError
+from tcpexporter.host import capacity, namespaces
+from tcpexporter.metrics.collector import Choice, ConnectionCollector
+from tcpexporter.socket_tables.polling import PollingSource
+from tcpexporter.socket_tables.tables import open_tables
+
+if TYPE_CHECKING:  # imported only when it is used
+    from tcpexporter.socket_tables.saved_ages import State
+
+log = logging.getLogger("tcpexporter")
+
+SOURCES = ("ebpf", "sock_diag", "procfs")
+"""In the order in which ``--source auto`` tries them."""
+
+DIRECTIONS = {
+    "inbound": (Direction.INBOUND,),
+    "outbound": (Direction.OUTBOUND,),
+    "all": (Direction.INBOUND, Direction.OUTBOUND),
+}
+
+
+class Counting(NamedTuple):
+    """What counts connections."""
+
+    source: Source
+    watch: namespaces.Watch | None
+    """Of the namespace that --netns names; None: it names none."""
+    choose: Callable[[Settings], Choice]
+    """Makes the collector's choice from settings that may have been read again."""
+    collector: ConnectionCollector
+
+
+def open_counting(settings: Settings, resources: contextlib.ExitStack) -> Counting:
+    """Open the source of connections, and make the collector that counts them.
+
+    Args:
+        settings: of this run.
+        resources: closes what is opened.
+
+    Raises:
+        TcpExporterError: something does not work.
+    """
+    state = _open_state(settings.state) if settings.state else None
+    source = open_source(settings, state)
+    resources.callback(source.close)
+    if state:
+        resources.callback(state.close)
+    watch = namespaces.open_watch(settings.netns, source.namespaces)
+    if watch:
+        resources.callback(watch.close)
+    choose = chooser(settings, source)
+    collector = make_collector(source, settings, choose(settings))
+    return Counting(source, watch, choose, collector)
+
+
+def _open_state(path: str) -> "State | None":
+    # Imported only when it is used: it takes 0.3 MiB.
+    from tcpexporter.socket_tables.saved_ages import State  # noqa: PLC0415
+
+    return State.open(Path(path))
+
+
+def open_source(settings: Settings, state: "State | None" = None) -> Source:
+    """Open the source that --source selects.
+
+    Args:
+        settings: of this run.
+        state: ages to restore and to save; None: they are neither.
+
+    Raises:
+        SourceError: it, or with ``auto`` every source, does not work.
+    """
+    if settings.source != "auto":
+        return _open_named_source(settings.source, settings, state)
+    reasons = []
+    for name in SOURCES:
+        try:
+            source = _open_named_source(name, settings, state)
+        except SourceError as error:
+            reasons.append(f"{name} does not work: {error}")
+            continue
+        if reasons:
+            log.warning("polling %s, because %s", name, "; ".join(reasons))
+        return source
+    raise SourceError("; ".join(reasons))
+
+
+def _open_named_source(name: str, settings: Settings, state: "State | None") -> Source:
+    parts = kernel_parts(
+        DIRECTIONS[settings.direction],
+        settings.series_labels,
+        by_netns=settings.netns == "all",
+    )
+    if name == "ebpf":
+        return EbpfSource(
+            netns=settings.netns,
+            parts=parts,
+            lifetime_bounds_s=settings.bounds_s,
+            max_connections=settings.max_connections
+            or capacity.max_connections(capacity.read_limits()),
+            reconcile_interval_s=settings.reconcile_interval_s,
+            reconcile_cpu_share=settings.reconcile_cpu_percent / 100,
+            pin=settings.pin,
+            state=state,
+        )
+    return PollingSource(
+        open_tables(name, settings.netns),
+        settings.interval_s,
+        state,
+        parts=parts,
+        lifetime_bounds_s=settings.bounds_s,
+    )
+
+
+def chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]:
+    """Returns what makes the collector's choice from settings that were read again.
+
+    Only their ports and duration can differ from ``settings``.
+    """
+    own_netns = namespaces.inode()
+    listens_there = own_netns in source.namespaces() and not settings.once
+    own_listener = (own_netns, settings.listen_port) if listens_there else None
+
+    def choose(chosen: Settings) -> Choice:
+        selection = select(
+            chosen.ports,
+            tcpv6=settings.tcpv6,
+            directions=DIRECTIONS[settings.direction],
+            own_listener=own_listener,
+            labels=settings.series_labels,
+            by_netns=settings.netns == "all",
+        )
+        return Choice(
+            selection, named(chosen.ports, own_netns, selection), chosen.duration_s
+        )
+
+    return choose
+
+
+def make_collector(
+    source: Source, settings: Settings, choice: Choice
+) -> ConnectionCollector:
+    """Make the collector of a source, with these settings and its first choice."""
+    by_netns = choice.selection.by_netns
+    return ConnectionCollector(
+        source,
+        choice,
+        max_series=settings.max_series,
+        names=namespaces.Names(source.namespaces).read if by_netns else None,
+        bounds_s=settings.bounds_s,
+    )

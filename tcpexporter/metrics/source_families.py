@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Metric families of the state of a source: its capacity, events and corrections."""
+
+from collections.abc import Iterator
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+
+from tcpexporter.connections.source import Reconciliation, Report
+from tcpexporter.metrics.exporter_status import counter_by_label
+
+
+def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
+    """Yield the metric families of a source.
+
+    Args:
+        name: of the source.
+        report: its state.
+        total: the number of connections that it has.
+    """
+    yield InfoMetricFamily(
+        "tcpexporter_source",
+        "Source that the connections are read from (--source).",
+        {"source": name},
+    )
+    yield GaugeMetricFamily(
+        "tcpexporter_tracked_connections",
+        "TCP connections that are tracked, of every port, direction and IP version.",
+        total,
+    )
+    if report.max_connections is not None:
+        yield GaugeMetricFamily(
+            "tcpexporter_max_connections",
+            "Maximum number of TCP connections that can be tracked.",
+            report.max_connections,
+        )
+    if report.seeded_connections is not None:
+        yield GaugeMetricFamily(
+            "tcpexporter_seeded_connections",
+            "Tracked connections that were established before the exporter started;"
+            " their age is a lower bound unless it was restored.",
+            report.seeded_connections,
+        )
+    if report.refused_seeds is not None:
+        yield CounterMetricFamily(
+            "tcpexporter_refused_seeds",
+            "Connections in the socket tables that did not fit into the BPF map.",
+            report.refused_seeds,
+        )
+    if report.kernel_events:
+        yield counter_by_label(
+            "tcpexporter_kernel_events",
+            "Connections that the BPF program inserted, removed or refused (map full).",
+            "action",
+            report.kernel_events,
+        )
+    if report.uncertain_connections is not None:
+        yield GaugeMetricFamily(
+            "tcpexporter_uncertain_connections",
+            "Upper bound of the difference between these numbers and the kernel's, from"
+            " events missed since the last comparison that found none; 0: exact.",
+            report.uncertain_connections,
+        )
+    if report.kernel_series is not None:
+        yield GaugeMetricFamily(
+            "tcpexporter_kernel_series",
+            "Combinations of labels that the BPF program counts separately.",
+            report.kernel_series,
+        )
+    if report.max_kernel_series is not None:
+        yield GaugeMetricFamily(
+            "tcpexporter_max_kernel_series",
+            "Maximum number of them; the connections of others are counted together.",
+            report.max_kernel_series,
+        )
+    if report.missed_events is not None:
+        yield CounterMetricFamily(
+            "tcpexporter_missed_events",
+            "Socket state changes for which the kernel skipped the BPF program.",
+            report.missed_events,
+        )
+    if report.reconciliation is not None:
+        yield from _reconciliation_families(report.reconciliation)
+    if report.state_saved_s is not None:
+        yield GaugeMetricFamily(
+            "tcpexporter_state_saved_timestamp_seconds",
+            "Time when connection ages were last saved (--state); 0 before that.",
+            report.state_saved_s,
+        )
+
+
+def _reconciliation_families(done: Reconciliation) -> Iterator[Metric]:
+    yield CounterMetricFamily(
+        "tcpexporter_reconciliations",
+        "Comparisons of the tracked connections with the kernel's socket tables.",
+        done.runs,
+    )
+    yield counter_by_label(
+        "tcpexporter_corrections",
+        "Connections added or removed by reconciliation after a missed event.",
+        "kind",
+        {"missed_open": done.missed_open, "missed_close": done.missed_close},
+    )
+    yield GaugeMetricFamily(
+        "tcpexporter_reconcile_duration_seconds",
+        "Duration of the last reconciliation.",
+        done.duration_s,
+    )
+    yield GaugeMetricFamily(
+        "tcpexporter_reconcile_interval_seconds",
+        "Time between reconciliations if no event is missed; 0 if they run only after one.",
+        done.interval_s,
+    )
+    yield GaugeMetricFamily(
+        "tcpexporter_last_reconcile_timestamp_seconds",
+        "Time when the last reconciliation ended or was found unnecessary; 0 before that.",
+        done.finished_s,
+    )
