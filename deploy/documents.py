@@ -49,7 +49,7 @@ class Described(NamedTuple):
     variables: Sequence[str]
     metavar: str
     default: str
-    takes: str
+    allowed: str
     help: str
 
 
@@ -64,7 +64,7 @@ def described() -> Iterator[tuple[str, Sequence[Described]]]:
                     each.variables,
                     each.kind.metavar,
                     each.default,
-                    each.kind.takes,
+                    each.kind.allowed,
                     each.help,
                 )
                 for each in group
@@ -92,7 +92,7 @@ def _settings_table(group: Sequence[Described]) -> tables.Table:
                 ", ".join(map(_code, each.variables)),
                 _code(each.default) if each.default else "",
                 _cell(each.help),
-                _cell(each.takes),
+                _cell(each.allowed),
             ]
             for each in group
         ),
@@ -204,7 +204,7 @@ def _man_group(title: str, group: Sequence[Described]) -> Iterator[str]:
         yield ".TP"
         yield ", ".join(rf"\fB{_roff(flag)}\fR{value}" for flag in each.flags)
         yield _roff(f"{each.help[:1].upper()}{each.help[1:]}.")
-        yield _roff(f"Value: {each.takes}. Default: {each.default or 'none'}.")
+        yield _roff(f"Value: {each.allowed}. Default: {each.default or 'none'}.")
 
 
 def _roff(text: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Applies configuration files again when they change or SIGHUP arrives."""
+"""Reads and applies configuration files again when they change or SIGHUP arrives."""
 
 import contextlib
 import logging
@@ -18,20 +18,21 @@ from tcpexporter.metrics.reload_status import Reloads
 log = logging.getLogger(__name__)
 
 BEAT_S = 60.0
-"""How often the thread reports that it works while it waits for a change."""
+"""Seconds after which a waiting thread reports that it does not hang."""
 
 LIMIT_S = 300.0
-"""For reading and applying all files; longer means that the thread hangs."""
+"""Seconds for reading and applying all files; after that the thread counts as hanging."""
 
 Apply = Callable[[Message], None]
-"""Puts into force what was read; raises SettingsError if that cannot be used."""
+"""Applies a message of the reader; raises SettingsError if its content cannot be used."""
 
 
 class ReloadSignal:
     """Remembers that SIGHUP has arrived, until it is cleared."""
 
     def __init__(self) -> None:
-        # A pipe and not a lock: a signal handler can interrupt itself, and must not wait.
+        # A pipe instead of a lock: a signal handler can interrupt itself, and must not
+        # wait.
         self._read_end, self._write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def catch(self) -> None:
@@ -39,7 +40,7 @@ class ReloadSignal:
         signal.signal(signal.SIGHUP, self.raise_again)
 
     def fileno(self) -> int:
-        """A descriptor that is readable if the signal has arrived."""
+        """Return a descriptor that is readable after the signal has arrived."""
         return self._read_end
 
     def clear(self) -> None:
@@ -47,8 +48,8 @@ class ReloadSignal:
         os.read(self._read_end, select.PIPE_BUF)
 
     def raise_again(self, _number: int = 0, _frame: FrameType | None = None) -> None:
-        """Remember a signal."""
-        with contextlib.suppress(BlockingIOError):  # the pipe is full of earlier ones
+        """Remember that a signal has arrived."""
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of earlier signals
             os.write(self._write_end, b"\0")
 
 
@@ -62,13 +63,13 @@ class Reloading:
         supervisor: Supervisor,
         reloads: Reloads,
     ) -> None:
-        """Prepare; `follow` begins.
+        """Prepare; `follow` starts the thread.
 
         Args:
-            reader: reads the files; None: there is no file.
-            signal_: arrives when all files are to be read again.
-            supervisor: gets a notification of that.
-            reloads: records the results.
+            reader: the process that reads the files; None: there is no file.
+            signal_: the signal that asks for all files to be read again.
+            supervisor: systemd, which is notified of each reload.
+            reloads: the record of the results.
         """
         self._reader = reader
         self._why_not = "neither --conf nor --web-config names a file"
@@ -85,7 +86,7 @@ class Reloading:
         """Apply changes from now on.
 
         Args:
-            appliers: puts a message of the reader into force, by its subject.
+            appliers: the function that applies a message, for each subject of messages.
 
         Raises:
             ThreadError: the kernel refuses another thread.
@@ -94,7 +95,7 @@ class Reloading:
         self.task.begin()
 
     def close(self) -> None:
-        """Stop; the end of the reader is not reported from now on."""
+        """Stop the thread; do not log the end of the reader from now on."""
         self._closed = True
         self.task.stop(0)
 
@@ -116,7 +117,7 @@ class Reloading:
                     waiting.unregister(self._reader)  # type: ignore[arg-type]
                     self._report_end_of_reader()
             if self.task.is_failing and not self.task.wait(RETRY_S) and self._reader:
-                self._signal.raise_again()  # the files have not been applied
+                self._signal.raise_again()  # the files have not been applied yet
 
     def _act(self, ready: Collection[int]) -> None:
         """Handle these readable descriptors."""
@@ -136,7 +137,7 @@ class Reloading:
             pass
 
     def _apply_next(self, reader: Reader) -> str:
-        """Apply the next message; returns its subject."""
+        """Apply the next message, and return its subject."""
         message = reader.receive()
         if apply := self._appliers.get(message.about):
             try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The settings: what there is to choose, and what a user chose."""
+"""Defines all settings, and combines their values from flags, environment and file."""
 
 import itertools
 from collections import ChainMap
@@ -37,7 +37,7 @@ class Settings:
     simple: bool = False
     tcpv6: bool = True
     ports: tuple[int, ...] = ()
-    """Local ports to watch, ascending; empty: all."""
+    """Local ports to count, ascending; empty: all."""
     listen_address: str | None = None
     """IP address or host name; None: every address, IPv4 and IPv6."""
     listen_port: int = 9690
@@ -48,17 +48,17 @@ class Settings:
     netns: str = "self"
     """self, all, or the name or path of a network namespace."""
     max_series: int = 2000
-    """Of one metric; beyond it the smallest are added up as port other."""
+    """Maximum number of series of a metric; the smallest of more are added up as other."""
     source: str = "auto"
     """auto, ebpf, sock_diag or procfs."""
     interval_s: float = 1.0
-    """Between two reads of the socket tables by sock_diag or procfs."""
+    """Seconds between two reads of the socket tables by sock_diag or procfs."""
     max_connections: int | None = 262144
-    """None: as many as the host can have: see `host.capacity`."""
+    """Maximum number of tracked connections; None: estimated by `host.capacity`."""
     reconcile_interval_s: float = 60.0
-    """Between two comparisons with the socket tables; 0: only after missed events."""
+    """Seconds between two reconciliations; 0: only after missed events."""
     reconcile_cpu_percent: float = 2.0
-    """Maximum CPU time of these comparisons, on average, of one core."""
+    """Maximum average CPU time of reconciliation, as a share of one core."""
     pin: str | None = None
     """A directory of the BPF file system; None: nothing is pinned."""
     unpin: bool = False
@@ -80,7 +80,7 @@ GROUPS: Groups = {
             "simple",
             "false",
             SWITCH,
-            "export one gauge without labels instead of one per port and IP version",
+            "export one number without labels instead of one per port and IP version",
             from_go=True,
         ),
         Setting("tcpv6", "true", SWITCH, "count IPv6 connections too", from_go=True),
@@ -96,7 +96,7 @@ GROUPS: Groups = {
             "duration",
             "6",
             DURATION,
-            "how long a connection must have been established to count as long-term",
+            "minimum age of a long-term connection",
             attribute="duration_s",
             from_go=True,
         ),
@@ -233,18 +233,18 @@ SETTINGS = tuple(itertools.chain.from_iterable(GROUPS.values()))
 def parse(
     argv: Sequence[str], environ: Mapping[str, str], file: str | None = None
 ) -> Settings:
-    """The values that have precedence: flags, environment, file, defaults.
+    """Return the settings; flags win over environment, environment over file.
 
-    Prints and exits with 0 for ``--help`` and ``--version``.
+    For ``--help`` and ``--version`` it prints the text and exits with 0.
 
     Args:
-        argv: without the program's name.
-        environ: may have variables for some settings.
-        file: the text of the file that ``--conf`` names; None: it is read.
+        argv: the arguments, without the program's name.
+        environ: the environment variables.
+        file: the text of the file that ``--conf`` names; None: read the file.
 
     Raises:
-        SettingsError: a name is unknown, a value is not accepted or the file cannot be
-            read; says which, where it was written and what is accepted.
+        SettingsError: a name is unknown, a value is invalid, or the file cannot be read.
+            The message says which setting, where it was given, and what is allowed.
     """
     parser = sources.make_parser(GROUPS)
     flags, unknown = sources.read_flags(parser, GROUPS, argv)
@@ -281,7 +281,7 @@ def _refuse_contradictions(settings: Settings) -> None:
 
 
 def misleading(settings: Settings) -> Iterator[str]:
-    """A sentence for each setting that has no effect, or can only give 0."""
+    """Yield a warning for each setting that has no effect, or counts nothing."""
     if settings.direction == "outbound" and settings.ports:
         yield (
             "port names local ports, and that of an outbound connection is one that the"
@@ -312,7 +312,7 @@ def _polls(settings: Settings) -> bool:
 
 
 def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
-    """Pairs of a setting, and those that have no effect because of it."""
+    """Yield a setting in force, and the settings that have no effect because of it."""
     if settings.once:
         yield "once", ("listen", "web-config")
     if settings.simple:
@@ -327,7 +327,7 @@ def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
 
 
 def _is_chosen(name: str, settings: Settings) -> bool:
-    """Whether a setting is not at its default."""
+    """Return whether the value of a setting differs from its default."""
     (setting,) = (each for each in SETTINGS if each.name == name)
     return _value_in(settings, setting) != _value_in(Settings(), setting)
 
@@ -343,9 +343,9 @@ class Reread:
     """The result of reading the settings again while the exporter runs."""
 
     settings: Settings
-    """Those in force from then on."""
+    """The settings that are in force after it."""
     changed: tuple[str, ...]
-    """The values that have changed, such as ``duration is 30``."""
+    """The changed values, such as ``duration is 30``."""
     waiting: tuple[str, ...]
     """The names of settings whose new values require a restart."""
 
@@ -358,7 +358,7 @@ class Reread:
 
 
 def reread(before: Settings, after: Settings) -> Reread:
-    """Combine new settings with those in force: only three can change without a restart."""
+    """Combine new settings with those in force; only three change without a restart."""
     names = [
         each.name for each in SETTINGS if _value_in(before, each) != _value_in(after, each)
     ]
@@ -378,7 +378,7 @@ def reread(before: Settings, after: Settings) -> Reread:
 
 
 def _shown_ports(ports: Sequence[int]) -> str:
-    """As a user would write them."""
+    """Return ports as a user writes them, with ranges: ``443, 8000-8100``."""
     in_a_row = itertools.groupby(enumerate(ports), lambda each: each[1] - each[0])
     ranges = [[port for _, port in row] for _, row in in_a_row]
     return (

@@ -302,8 +302,9 @@ def test_bpf_refused_by_a_seccomp_filter_is_reported_as_such() -> None:
     for answer in (errno.EPERM, errno.ENOSYS):
         ended = once(*within_filter([("bpf",)], answer), "--source", "ebpf")
         assert ended.returncode == 1
-        assert "refuses bpf(2) in spite of our privilege: allow it in the seccomp" in (
-            ended.stderr
+        assert (
+            "refuses bpf(2) although we have the capabilities: allow it in the seccomp"
+            in (ended.stderr)
         )
 
 

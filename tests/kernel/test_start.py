@@ -151,7 +151,7 @@ def test_too_little_memory_for_the_loader_is_reported() -> None:
         assert exporter.value("tcpexporter_source_info", source="sock_diag") == 1
         code, complaints = exporter.stop()
     assert code == 0
-    assert "out of memory while compiling; needs about 68 MiB" in complaints
+    assert "out of memory while compiling; the exporter requires about 68 MiB" in complaints
     assert "Traceback" not in complaints
 
 

@@ -298,7 +298,7 @@ def test_flags_win_over_what_is_read_again(configured: Configured) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("duration 5\nport https\n", "conf line 2: port takes "),
+        ("duration 5\nport https\n", "conf line 2: port must be "),
         ("durations 5\n", "conf line 1: 'durations' is not a setting"),
         (None, "conf cannot be read: No such file or directory"),
     ],

@@ -135,13 +135,13 @@ def test_a_round_that_hangs_is_told_once_and_counted(
     work.task.begin()
     work.goes_on.clear()
     eventually(lambda: work.task.failures() >= 3)
-    assert work.task.trouble() == "the thread work hangs: it has done nothing in time"
+    assert work.task.trouble() == "the thread work hangs: it has exceeded its time limit"
     work.goes_on.set()
     eventually(lambda: work.task.trouble() is None)
     assert work.task.failures() >= 3
     assert work.task.stop(10)
     assert caplog.messages[0].startswith("nothing is done: the thread work hangs")
-    assert caplog.messages[1] == "work: the thread hangs no longer"
+    assert caplog.messages[1] == "work: the thread no longer hangs"
 
 
 def test_a_thread_that_cannot_start_is_an_error(
