@@ -39,11 +39,14 @@ TREE_BEGIN = "<!-- tree: written by make documents -->"
 TREE_END = "<!-- end of tree -->"
 
 OF_EVERY_PROCESS = ("process_", "python_info")
-"""How the metrics begin that prometheus_client adds: the page names them in its text."""
+"""Beginnings of the names of metrics that prometheus_client adds.
+
+The text of docs/metrics.md names these metrics, so the table does not have them.
+"""
 
 
 class Described(NamedTuple):
-    """A setting, as ``--help`` describes it."""
+    """A setting and its description in ``--help``."""
 
     flags: Sequence[str]
     variables: Sequence[str]
@@ -54,7 +57,7 @@ class Described(NamedTuple):
 
 
 def described() -> Iterator[tuple[str, Sequence[Described]]]:
-    """Each group of ``--help``: its title and its settings."""
+    """Yield each group of ``--help``: its title and its settings."""
     for title, group in settings.GROUPS.items():
         yield (
             title,
@@ -76,7 +79,7 @@ def described() -> Iterator[tuple[str, Sequence[Described]]]:
 
 
 def settings_tables() -> str:
-    """A heading and a table for each group of settings."""
+    """Return a heading and a table for each group of settings."""
     return "\n\n".join(
         f"### {title[:1].upper()}{title[1:]}\n\n{tables.markdown(_settings_table(group))}"
         for title, group in described()
@@ -111,7 +114,7 @@ def _cell(text: str) -> str:
 
 
 def metrics_table() -> str:
-    """A table of every metric that a page can have."""
+    """Return a table of every metric that ``/metrics`` can have."""
     rows = [
         [_code(_name(each)), each.type, ", ".join(map(_code, _labels(each))), _help(each)]
         for each in registry().collect()
@@ -121,7 +124,7 @@ def metrics_table() -> str:
 
 
 def registry() -> CollectorRegistry:
-    """A registry whose page has every metric, as of a source that reports everything."""
+    """Return a registry with every metric: its source reports every value."""
     source = MemorySource(
         listeners=np.array([(0, 443, 4)], LISTENER),
         report=Report(
@@ -161,7 +164,7 @@ def _help(family: Metric) -> str:
 
 
 def tree_table() -> str:
-    """A table of every module with a docstring: its path and what it is for."""
+    """Return a table of every module with a docstring: its path and its first line."""
     package = ROOT / "tcpexporter"
     rows = [
         [_code(str(path.relative_to(ROOT))), _cell(summary)]
@@ -172,7 +175,7 @@ def tree_table() -> str:
 
 
 def _summary(path: Path) -> str:
-    """The first paragraph of a module's docstring; empty if it has none."""
+    """Return the first paragraph of a module's docstring; empty if there is none."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     return " ".join(text.split("\n\n")[0].split())
 
@@ -181,7 +184,7 @@ def _summary(path: Path) -> str:
 
 
 def man_page() -> str:
-    """The man page, in the macros of man(7)."""
+    """Return the man page, in the macros of man(7)."""
     template = (ROOT / "deploy" / "man" / "template.8").read_text()
     options = "\n".join(line for each in described() for line in _man_group(*each))
     variables = ", ".join(
@@ -208,7 +211,7 @@ def _man_group(title: str, group: Sequence[Described]) -> Iterator[str]:
 
 
 def _roff(text: str) -> str:
-    """The text as input of roff: hyphens are copied as such, and no line is a request."""
+    """Return the text for roff: hyphens stay hyphens, and no line is a roff request."""
     escaped = text.replace("\\", r"\e").replace("-", r"\-")
     return re.sub(r"(?m)^([.'])", r"\\&\1", escaped)
 
@@ -234,11 +237,11 @@ DOCUMENTS: dict[Path, Callable[[str], str]] = {
     ROOT / "CONTRIBUTING.md": _with_tree,
     ROOT / "deploy" / "man" / "tcpexporter.8": lambda _: man_page(),
 }
-"""What makes a document's new text from its present one."""
+"""For each document, the function that makes its new text from its old text."""
 
 
 def main() -> None:
-    """Write each of them anew."""
+    """Write each generated document again."""
     for path, new in DOCUMENTS.items():
         path.write_text(new(path.read_text() if path.exists() else ""))
 

@@ -111,7 +111,7 @@ GROUPS: Groups = {
             "netns",
             "self",
             NETNS,
-            "network namespace to count: the exporter's own, every one, or a named one",
+            "network namespace to count: the exporter's own, all, or one by its name",
         ),
     ),
     "Source": (
@@ -139,14 +139,14 @@ GROUPS: Groups = {
             "reconcile-interval",
             "60",
             RECONCILE,
-            "how often the BPF program's records are compared with the socket tables",
+            "time between two reconciliations: comparisons with the socket tables",
             attribute="reconcile_interval_s",
         ),
         Setting(
             "reconcile-cpu",
             "2",
             PERCENT,
-            "maximum CPU time of these comparisons, on average, in percent of one core",
+            "maximum average CPU time of reconciliation, in percent of one core",
             attribute="reconcile_cpu_percent",
         ),
     ),
@@ -212,7 +212,7 @@ GROUPS: Groups = {
             "unpin",
             "false",
             SWITCH,
-            "stop recording, remove what is pinned in that directory, then exit",
+            "stop recording, delete the objects in the directory of --pin, then exit",
         ),
         Setting(
             "state",
@@ -284,19 +284,19 @@ def misleading(settings: Settings) -> Iterator[str]:
     """Yield a warning for each setting that has no effect, or counts nothing."""
     if settings.direction == "outbound" and settings.ports:
         yield (
-            "port names local ports, and that of an outbound connection is one that the"
-            " kernel chooses: to count connections to a server's port, leave out --port"
-            " (--simple gives one number), or count inbound ones on the server"
+            "--port selects local ports, but the kernel chooses the local port of an"
+            " outbound connection: leave out --port, or count inbound connections on the"
+            " server"
         )
     if settings.listen_port in settings.ports and _serves_where_it_counts(settings):
         yield (
-            f"port names {settings.listen_port}, which is the exporter's own and is not"
-            " counted: choose another one with --listen"
+            f"--port selects {settings.listen_port}, the exporter's own port, which is not"
+            " counted: choose another port with --listen"
         )
     if settings.once and 0 < settings.duration_s < settings.interval_s and _polls(settings):
         yield (
-            "interval is longer than duration, so the socket tables are read only once, and"
-            " connections that close meanwhile are counted: choose a shorter --interval"
+            "--interval is longer than --duration, so the socket tables are read only once,"
+            " and closed connections are counted: choose a shorter --interval"
         )
     for reason, names in _idle(settings):
         if idle := [name for name in names if _is_chosen(name, settings)]:
@@ -323,7 +323,7 @@ def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
         of_ebpf = ("max-connections", "reconcile-interval", "reconcile-cpu", "pin")
         yield f"source {settings.source}", of_ebpf
     if settings.source == "procfs":
-        yield "source procfs, which does not tell sockets apart", ("state",)
+        yield "source procfs, which cannot identify sockets", ("state",)
 
 
 def _is_chosen(name: str, settings: Settings) -> bool:

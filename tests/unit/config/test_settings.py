@@ -869,12 +869,12 @@ def test_output_goes_with_once(write_file: WriteFile) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ("--direction outbound --port 15432", "port names local ports, "),
-        ("--port 443,9690", "port names 9690, which is the exporter's own "),
-        ("--port 7 --listen [::1]:7", "port names 7, which is the exporter's own "),
+        ("--direction outbound --port 15432", "--port selects local ports, "),
+        ("--port 443,9690", "--port selects 9690, the exporter's own port, "),
+        ("--port 7 --listen [::1]:7", "--port selects 7, the exporter's own port, "),
         (
             "--once --source procfs --duration 3 --interval 5",
-            "interval is longer than duration, ",
+            "--interval is longer than --duration, ",
         ),
         ("--once --listen 7 --web-config x", "listen, web-config has no effect with once"),
         ("--simple --max-series 7", "max-series has no effect with simple"),
@@ -890,7 +890,7 @@ def test_output_goes_with_once(write_file: WriteFile) -> None:
         ("--source procfs --pin x", "pin has no effect with source procfs"),
         (
             "--source procfs --state x",
-            "state has no effect with source procfs, which does not tell sockets apart",
+            "state has no effect with source procfs, which cannot identify sockets",
         ),
     ],
 )
