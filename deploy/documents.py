@@ -171,7 +171,7 @@ def tree_table() -> str:
         for path in sorted(package.rglob("*.py"), key=lambda each: (each.parent, each))
         if (summary := _summary(path))
     ]
-    return tables.markdown([["module", "what it is for"], *rows])
+    return tables.markdown([["module", "purpose"], *rows])
 
 
 def _summary(path: Path) -> str:

@@ -68,8 +68,8 @@ def _require_descriptors() -> None:
         return
     if hard < LEAST_DESCRIPTORS:
         raise ServerError(
-            f"only {hard} files may be open, at least {LEAST_DESCRIPTORS} are needed: raise"
-            " LimitNOFILE in the unit, or ulimit -n"
+            f"the limit of open files is {hard}, and at least {LEAST_DESCRIPTORS} are"
+            " required: raise LimitNOFILE in the unit, or ulimit -n"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -422,7 +422,7 @@ class _SettingsReload:
         # The lower of the old and the new log level: the line is logged if either allows
         # it.
         root.setLevel(min(root.level, level))
-        log.info("the settings have been read again: %s", done)
+        log.info("settings reloaded: %s", done)
         if done.changed:
             _warn_of(done.settings)
         root.setLevel(level)

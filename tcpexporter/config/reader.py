@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # imported only when it is used, to save memory
 INTERVAL_S = 1.0
 """Seconds between two checks of the files.
 
-Changed files are read when no file has changed for one interval: a certificate and its key
+Changed files are read when no file has changed for one interval. A certificate and its key
 are two files, and some tools write a file in several steps.
 """
 
@@ -182,8 +182,8 @@ def _absolute(path: str | None) -> str:
         return str(Path(path).absolute()) if path else ""
     except OSError as error:
         raise SettingsError(
-            f"{path} cannot be found from the current directory ({error.strerror}): name it"
-            " by a path from the root directory"
+            f"{path} cannot be found from the current directory ({error.strerror}): use an"
+            " absolute path"
         ) from error
 
 

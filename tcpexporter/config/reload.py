@@ -79,7 +79,10 @@ class Reloading:
         self._reloads = reloads
         self._closed = False
         self.task = Task(
-            "reload", self._follow, without="no file can be read again", limit_s=LIMIT_S
+            "reload",
+            self._follow,
+            without="changes of configuration files are ignored",
+            limit_s=LIMIT_S,
         )
 
     def follow(self, appliers: Mapping[str, Apply]) -> None:
@@ -130,7 +133,7 @@ class Reloading:
 
     def _read_again(self) -> None:
         if self._reader is None:
-            log.info("SIGHUP: there is nothing to read again, as %s", self._why_not)
+            log.info("SIGHUP has no effect: %s", self._why_not)
             return
         self._reader.ask()
         while self._apply_next(self._reader) != ANSWERED:
@@ -158,4 +161,4 @@ class Reloading:
         self._reader = None
         self._why_not = "the process that reads files has ended: restart the exporter"
         self._reloads.record("reader", successful=False)
-        log.warning("no file will be read again, as %s", self._why_not)
+        log.warning("configuration files are not read again: %s", self._why_not)

@@ -350,10 +350,13 @@ class Reread:
     """The names of settings whose new values require a restart."""
 
     def __str__(self) -> str:
-        restart = [f"restart for {', '.join(self.waiting)}"] if self.waiting else []
+        restart = (
+            [f"restart required for {', '.join(self.waiting)}"] if self.waiting else []
+        )
         changed = [", ".join(self.changed)] if self.changed else []
         return (
-            "; ".join(changed + restart) or "nothing that flags and environment let change"
+            "; ".join(changed + restart)
+            or "no change, or flags and environment variables override it"
         )
 
 

@@ -41,10 +41,9 @@ CONNECTION = np.dtype(
 )
 """``struct connection``: a slot of the tracker, which the BPF program writes to.
 
-``established_ns`` is on CLOCK_BOOTTIME. ``handle`` is the number by which the BPF program
-finds the slot: the address of the socket, or the hash of the key of a seed
-(bpf/tcp_tracker.c). ``group`` is the result of `groups`; 0 means that the slot has no
-connection.
+``established_ns`` is on CLOCK_BOOTTIME. The BPF program finds the slot by its ``handle``:
+the address of the socket, or the hash of the key of a seed (bpf/tcp_tracker.c). ``group``
+is the result of `groups`; 0 means that the slot has no connection.
 """
 
 SOCKET = np.dtype(

@@ -60,8 +60,9 @@ LAYOUT_MAGIC = 0x74637078
 LAYOUT_WORDS = 16
 """Number of 32-bit words in the layout.
 
-They are the magic number, the size of a record, the size of its key, and the offsets of the
-fields in the order of `FIELDS` and `KEY_FIELDS`. The remaining words are 0.
+The first words are the magic number, the size of a record, and the size of its key. The
+offsets of the fields follow, in the order of `FIELDS` and `KEY_FIELDS`. The remaining words
+are 0.
 """
 
 FIELDS = ("established_ns", "key", "group")
@@ -90,8 +91,8 @@ class Pins:
         Args:
             directory: the path of the directory. No other user may have access to it.
             to_remove: whether the caller only removes its content. Then root may use a
-                directory of any user: the systemd unit's directory belongs to a user that
-                no longer exists when the service has stopped.
+                directory of any user. The directory of the systemd unit belongs to a user
+                that exists only while the service runs.
 
         Returns:
             None if the directory is not in a BPF file system. Then a warning is logged, and
@@ -104,7 +105,7 @@ class Pins:
             there = directory if directory.exists() else directory.parent
             if not _is_bpf_file_system(there):
                 log.warning(
-                    "nothing is pinned: %s is not in a BPF file system, which %s mounts",
+                    "nothing is pinned: %s is not in a BPF file system; to mount one: %s",
                     there,
                     UNMOUNTED,
                 )

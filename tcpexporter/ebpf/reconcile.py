@@ -8,8 +8,8 @@ meanwhile, so a single difference does not prove that the tracker is wrong.
 If the BPF program has seen a connection open, the tracker identifies it by its socket. A
 connection from the tables is a *seed*: the tracker identifies it by its key alone, because
 the tables do not show the socket's address. The tables show how many connections have the
-same key. If the tracker has more of them, the surplus is removed: a seed before a
-connection that the kernel reported, and an older connection before a newer one.
+same key. If the tracker has more of them, the surplus is removed. Seeds are removed before
+connections that the kernel reported, and older connections before newer ones.
 
 Adding seeds
 ------------
@@ -25,7 +25,7 @@ These are the cases for a connection:
 
 a. Open before the program was attached, and still open after 3: a seed from 2 on. Only the
    program removes it, when it closes.
-b. Opened before the dump of 1 while the program was attached: the kernel reports an opening
+b. Opened before the dump of 1 while the program was attached. The kernel reports an opening
    before it stores the new state, and the tracker is read after the tables. So the tracker
    has the connection too, and it does not become a seed.
 c. Opened after that dump: the tracker has it with the kernel's time. No step changes a
@@ -38,8 +38,8 @@ f. As d or e, and the same address pair opens again at any time: the tracker has
    connection by its socket; 3 removes the seed, which is the old connection.
 g. Closed after 2: the program finds and removes the seed, and records the closing too. If
    another connection has the slot when 3 runs, its time differs, and 3 keeps it.
-h. As d, but the kernel skipped the program, or the closings log was full: the kernel or the
-   program counts that, and a reconciliation follows, with case l or r.
+h. As d, but the kernel skipped the program, or the closings log was full. The kernel or the
+   program counts that. A reconciliation follows, with case l or r.
 
 The kernel reports a change just before it stores the new state. A softirq does both without
 being preempted. Step 1 and `reconcile` begin when every softirq that was running has ended

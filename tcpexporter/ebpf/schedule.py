@@ -20,12 +20,13 @@ class EventCounts:
 class Schedule:
     """Decides when to reconcile; the caller passes all times, in seconds of one clock.
 
-    A run is due in three cases: the interval has passed; more events were missed; or the
-    previous run corrected something or was the first after a missed event.
+    A run is due in each of these cases: the interval has passed; more events were missed;
+    the previous run corrected something; the previous run was the first after a missed
+    event.
 
-    A run at the interval can be skipped after two runs that found nothing, at least one
-    interval apart, if nothing was counted since the first of them. By then, case s of
-    `reconcile` is over.
+    A run at the interval can be skipped after two runs, at least one interval apart, that
+    found nothing. The counts must not have changed since the first of them. By then, case s
+    of `reconcile` is over.
     """
 
     def __init__(self, *, interval_s: float, now_s: float) -> None:

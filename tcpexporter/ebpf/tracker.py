@@ -15,7 +15,7 @@ cases for a connection:
 a. Stays open: counted once, with its own time. It stays in its slot.
 b. Closes after ``group`` was read: counted, with its own time. It was open.
 c. As b, and another connection opens in the slot before ``established_ns`` is read: counted
-   once, under the group of the first and with the time of the second, as a new connection.
+   once, as a new connection: with the group of the first and the time of the second.
 d. Opens after ``group`` was read: not counted. It was not open.
 
 Freeing slots
@@ -36,12 +36,12 @@ f. The socket at that address opens or closes before 1: an opening writes anothe
    restores the handle. After a closing, the slot is freed.
 g. A run found the slot before 1 and writes to it after 1: the run has ended when 3 checks,
    so this is case f. Therefore 2 must come before 3: otherwise two connections would share
-   the slot. When `_release_empty` reads the slot, the run can be between its store of the
-   new time and its store of ``group``: the slot looks empty, and its time does not change
-   again. So if a slot was chosen because it was empty, 3 also checks ``group``.
+   the slot. `_release_empty` can read the slot between the run's stores of the new time and
+   of ``group``. Then the slot looks empty, and its time does not change again. So if a slot
+   was chosen because it was empty, 3 also checks ``group``.
 h. The socket opens after 1: the program allocates another slot, and the old one is freed.
-i. As g, and the connection that the run opened closes between 1 and 4: the program finds no
-   handle, and 4 restores a connection whose closing was missed. `restored` counts these
+i. As g, and the connection that the run opened closes between 1 and 4. The program finds no
+   handle, so the closing is missed, and 4 restores the connection. `restored` counts these
    connections, and a reconciliation follows.
 j. As i, and the socket opens again before 4: then it has another slot, and its handle
    exists again. So 4 cannot restore the old slot, and frees it.

@@ -113,7 +113,7 @@ class Task:
     def works(self) -> None:
         """Report that a round has succeeded."""
         if self._failure:
-            log.info("%s: it works again", self.name)
+            log.info("%s: the thread works again", self.name)
         self._failure = None
 
     def failed(self, error: BaseException) -> None:

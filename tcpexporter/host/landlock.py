@@ -33,8 +33,9 @@ LANDLOCK_SCOPE_SIGNAL = 1 << 1
 RULESET = struct.Struct("=QQQ")
 """struct landlock_ruleset_attr: three sets of operations.
 
-Operations on files, and operations on the network, which are refused unless a rule allows
-them; and operations on other processes, which reach only processes of the same ruleset.
+The first two are operations on files and on the network: they are refused unless a rule
+allows them. The third are operations on other processes: they reach only processes of the
+same ruleset.
 """
 PATH_BENEATH = struct.Struct("=Qi")
 """struct landlock_path_beneath_attr: the allowed operations, and a directory."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Restricts which system calls this process can make: seccomp(2).
 
-A refused system call fails with EPERM. The filter does not kill the process: a later
-version of Python or of the C library may try a system call that it does not depend on. No
+A refused system call fails with EPERM. The filter does not kill the process. A later
+version of Python or of the C library may try a system call and continue if it fails. No
 refusal is logged: an attacker's code could fill the log.
 """
 

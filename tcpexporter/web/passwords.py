@@ -10,7 +10,8 @@ lately. If too many checks wait, one check of the network with most waiting chec
 refused. So a client that tries many passwords delays the first login of clients in other
 networks by one check for each network that it uses. It does not delay their later logins. A
 correct password is unknown before its check. So a user in the attacker's network may be
-refused and must try again; so may any user when more networks wait than checks may wait.
+refused and must try again. If more networks wait than checks may wait, this can happen to
+any user.
 """
 
 import asyncio

@@ -33,7 +33,7 @@ _VERSIONS = {
 # Our words for OpenSSL's reasons; the key None is for errors without a reason.
 _REASONS = {
     None: "one of them is not PEM, or has the wrong type",
-    "KEY_VALUES_MISMATCH": "they do not belong together",
+    "KEY_VALUES_MISMATCH": "the key does not match the certificate",
     "NO_CERTIFICATE_OR_CRL_FOUND": "it contains no certificate",
 }
 

@@ -81,7 +81,8 @@ def test_too_few_descriptors_are_refused_in_a_sentence(tmp_path: Path) -> None:
     ended = run(f"ulimit -n 16; {ONCE}", tmp_path)
     assert ended.returncode == 1
     assert ended.stderr == (
-        "tcpexporter: only 16 files may be open, at least 64 are needed: raise LimitNOFILE"
+        "tcpexporter: the limit of open files is 16, and at least 64 are required: raise"
+        " LimitNOFILE"
         " in the unit, or ulimit -n\n"
     )
 

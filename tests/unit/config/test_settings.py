@@ -938,11 +938,23 @@ def test_text_in_place_of_the_file(tmp_path: Path) -> None:
     [
         ("port 443", "port 80,443,8000-8100,8102", "port is 80,443,8000-8100,8102"),
         ("port 443", "", "port is -1"),
-        ("duration 1m", "duration 60", "nothing that flags and environment let change"),
+        (
+            "duration 1m",
+            "duration 60",
+            "no change, or flags and environment variables override it",
+        ),
         ("", "duration 1m\nlog-level debug", "duration is 60, log-level is debug"),
-        ("listen 9690", "listen 127.0.0.1:9690", "restart for listen"),
-        ("", "listen 1\nuser x\nduration 1", "duration is 1; restart for listen, user"),
-        ("reconcile-interval 5", "interval 2", "restart for interval, reconcile-interval"),
+        ("listen 9690", "listen 127.0.0.1:9690", "restart required for listen"),
+        (
+            "",
+            "listen 1\nuser x\nduration 1",
+            "duration is 1; restart required for listen, user",
+        ),
+        (
+            "reconcile-interval 5",
+            "interval 2",
+            "restart required for interval, reconcile-interval",
+        ),
     ],
 )
 def test_reread(before: str, after: str, said: str) -> None:

@@ -95,7 +95,7 @@ def test_a_round_that_fails_is_told_once_counted_and_tried_again(
     assert work.task.failures() >= 6
     first, second = caplog.messages
     assert first == f"nothing is done: {trouble}"
-    assert second == "work: it works again"
+    assert second == "work: the thread works again"
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), SystemExit(), GeneratorExit()])
