@@ -162,15 +162,15 @@ GROUPS: Groups = {
             "web-config",
             "",
             PATH,
-            "file with TLS, passwords and limits, in the format of other Prometheus"
+            "file with TLS, passwords and limits, in the file format of the Prometheus"
             " exporters",
         ),
         Setting(
             "max-series",
             "2000",
             SERIES,
-            "maximum number of series of a metric, one per port and IP version; beyond it"
-            " the smallest are added up as port other, except ports that --port names",
+            "maximum number of series of a metric, one per port and IP version; of more,"
+            " the smallest are added up as port other, except ports that --port selects",
         ),
         Setting(
             "once",

@@ -60,7 +60,7 @@ def restrict_files() -> bool:
     abi = abi_version()
     if not abi:
         # Not a warning: on many kernels an operator cannot enable it.
-        log.debug("Landlock disabled: this kernel, or what it runs in, does not support it")
+        log.debug("Landlock disabled: this kernel or container does not support it")
         return False
     try:
         _load_ruleset(RULESET.pack(*_refused(abi)))

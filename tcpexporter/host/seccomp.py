@@ -180,7 +180,7 @@ def make_filter(connected: int | None) -> bytes:
     if platform.machine() not in MACHINES:
         return _disabled(f"there is no list of system calls for {platform.machine()}")
     if not has_filters():
-        return _disabled("the kernel, or what it runs in, does not support filters")
+        return _disabled("this kernel or container does not support filters")
     ours, theirs = os.pipe()
     try:
         child = os.fork()  # the library uses 1 MiB of memory, in the child only

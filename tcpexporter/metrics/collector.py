@@ -81,7 +81,7 @@ class ConnectionCollector(Collector):
             boottime_ns: a function that returns CLOCK_BOOTTIME, in ns.
         """
         self.tracked: int | None = None
-        """Number of tracked connections at the last scrape; None before the first one."""
+        """Number of tracked connections at the last scrape; None: no scrape yet."""
         self._source = source
         self._choice = self._published_by = choice
         self._max_series = max_series

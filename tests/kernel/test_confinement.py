@@ -239,7 +239,7 @@ def test_a_limit_that_the_container_refuses_is_reported_as_0() -> None:
         code, complaints = exporter.stop()
     assert code == 0
     (warning,) = (line for line in complaints.splitlines() if "WARNING" in line)
-    assert "seccomp disabled: the kernel, or what it runs in, does not support" in warning
+    assert "seccomp disabled: this kernel or container does not support" in warning
 
 
 def once(*command: str) -> "subprocess.CompletedProcess[str]":

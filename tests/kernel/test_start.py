@@ -82,8 +82,7 @@ def test_too_few_descriptors_are_refused_in_a_sentence(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert ended.stderr == (
         "tcpexporter: the limit of open files is 16, and at least 64 are required: raise"
-        " LimitNOFILE"
-        " in the unit, or ulimit -n\n"
+        " LimitNOFILE in the unit, or ulimit -n\n"
     )
 
 

@@ -289,6 +289,6 @@ def test_a_reload_that_fails_is_done_again(
         eventually(lambda: reloading.task.trouble() is None)
     assert reloading.task.failures() == 3
     (told,) = caplog.messages
-    assert told == f"no file can be read again: {sentence}"
+    assert told == f"changes of configuration files are ignored: {sentence}"
     reloading.close()
     reload_signal.raise_again()
