@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * The layout of the maps, for the BPF program and userspace. These structs have a
- * mirror in tcpexporter/connections/record.py; tests/unit/connections/test_record.py
- * compares the two.
+ * The layout of the maps. tcpexporter/connections/record.py defines the same structs
+ * for userspace; tests/unit/connections/test_record.py compares the two.
  */
 #ifndef TCP_TRACKER_H
 #define TCP_TRACKER_H
@@ -16,38 +15,39 @@ struct connection_key {
 	__u16 remote_port;
 };
 
-#define GROUP_IPV6 0x10000 /* on the wire: not an IPv4 client of :: */
+#define GROUP_IPV6 0x10000 /* IPv6 on the wire; not set for an IPv4 client of :: */
 #define GROUP_OUTBOUND 0x20000
 #define GROUPS 0x40000
 
 /*
- * A slot for a connection, one cache line. Userspace maps the array of slots and reads
+ * A slot for a connection: one cache line. Userspace maps the array of slots and reads
  * it at any time. So the program writes `group` last when a connection opens, and
- * writes nothing else when it closes.
+ * writes only `group` when it closes.
  */
 struct connection {
 	__u64 established_ns; /* CLOCK_BOOTTIME */
-	__u64 handle;	      /* identifies the owner of this slot, 0: none */
+	__u64 handle;	      /* the socket's address, or the hash of a seed; 0: none */
 	struct connection_key key;
-	__u32 group; /* local port and GROUP_ bits, 0: no connection */
+	__u32 group; /* local port and GROUP_ bits; 0: no connection */
 	__u32 pad;   /* zero */
 };
 
 /* Set in the handle of a seed; the handle of a socket is its address, which is even. */
 #define HANDLE_SEEDED 1
 
-/* A range of free slots: the first slot, above the number of slots that follow it. */
+/* A range of free slots: its low RANGE_BITS bits are its length minus 1; above them is
+ * the first slot. */
 #define RANGE_BITS 8
 #define RANGE_MASK 0xff
 
-/* What the program has done, counted on each CPU. */
+/* Counts of what the program has done; each CPU has its own. */
 struct tracker_events {
 	__u64 inserted;
 	__u64 removed;
-	__u64 refused;	     /* openings, because no slot was free */
-	__u64 removed_seeds; /* part of `removed` */
+	__u64 refused;	     /* connections for which no slot was free */
+	__u64 removed_seeds; /* seeds; `removed` includes them */
 	__u64 allocated;     /* slots */
-	__u64 unrecorded;    /* closings, because the closings log was full */
+	__u64 unrecorded;    /* closings that did not fit into the closings log */
 };
 
 #endif

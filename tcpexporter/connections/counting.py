@@ -21,24 +21,24 @@ from tcpexporter.connections.record import (
 SERIES = np.dtype([("ip_version", "u2"), ("port", "u2"), ("netns", "u4")])
 """A series: an IP version and a local port in a network namespace.
 
-``netns`` is 0 if namespaces are not counted separately. ``port`` is 0, which no socket has,
-in the series that other series of a namespace are folded into. In the one for all other
-namespaces ``netns`` is 0, too.
+``netns`` is 0 if namespaces are not counted separately. ``port`` is 0 in a series that
+other series of its namespace are folded into: no socket has port 0. Both are 0 in the
+series for all other namespaces.
 """
 
 Series = npt.NDArray[np.uint64]
-"""A sorted array of `SERIES`, each viewed as one number of 64 bits."""
+"""A sorted array of series; each element is a `SERIES` viewed as a 64-bit number."""
 
 Kinds: TypeAlias = npt.NDArray[np.uint64]
-"""What is counted separately, as one number.
+"""A kind of connection as one number: connections of one kind are counted together.
 
-It has the ``group`` of a connection, a bit for long-term, and, above `NETNS_SHIFT`, the
-namespace if namespaces are counted separately.
+The number has the ``group`` of a connection and a bit for long-term. If namespaces are
+counted separately, the bits from `NETNS_SHIFT` on are the namespace.
 """
 
 IS_LONG_TERM = 1 << GROUP_BITS
 ONE = np.int32(1)
-"""It has the dtype of the counters: np.add.at is forty times as fast with equal dtypes."""
+"""1 in the dtype of the counters: np.add.at is forty times as fast with equal dtypes."""
 
 NO_CONNECTION = [0, IS_LONG_TERM]
 """The kinds of a slot that has no connection."""
@@ -46,14 +46,14 @@ NO_CONNECTION = [0, IS_LONG_TERM]
 NETNS_SHIFT = 32
 
 PIECE = 16384
-"""How many connections are counted at once: they fit into the cache of a CPU."""
+"""Number of connections that are counted at once: they fit into the cache of a CPU."""
 
 _Piece: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which connections and listeners are counted."""
+    """The selection of connections and listeners to count."""
 
     ports: npt.NDArray[np.bool_]
     """For each of the 65536 ports, whether it is selected."""
@@ -62,7 +62,7 @@ class Selection:
     own_listener: tuple[int, int] | None
     """Namespace and port of the exporter's own listener, which is never selected.
 
-    None if it has no listener, or if the only namespace that is counted is another one.
+    None if the exporter has no listener, or if its namespace is not counted.
     """
     by_netns: bool
     """Whether namespaces are counted separately."""
@@ -70,7 +70,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many connections are established now."""
+    """The numbers of connections that are established now."""
 
     series: Series
     established: npt.NDArray[np.int64]
@@ -89,7 +89,7 @@ def select(
     own_listener: tuple[int, int] | None,
     by_netns: bool = False,
 ) -> Selection:
-    """Returns the selection for these settings; an empty ``ports`` selects all ports."""
+    """Return the selection for these settings; an empty ``ports`` selects all ports."""
     mask = np.zeros(PORTS, np.bool_)
     mask[list(ports) if ports else slice(None)] = True
     versions = (4, 6) if tcpv6 else (4,)
@@ -99,14 +99,14 @@ def select(
 def count(
     chunks: Iterable[Records], selection: Selection, long_term_since_ns: int
 ) -> Counts:
-    """Counts the selected connections of all chunks.
+    """Count the selected connections of all chunks.
 
     Args:
         chunks: of dtype `CONNECTION` or `SOCKET`. Each chunk is used only until the next
             one is requested.
         selection: which connections are counted.
-        long_term_since_ns: a time on CLOCK_BOOTTIME. A connection that was established
-            then or before is long-term. If it is negative, none is.
+        long_term_since_ns: a time on CLOCK_BOOTTIME. A connection that was established then
+            or before is long-term. If the time is negative, no connection is long-term.
     """
     tally = _tally_by_netns if selection.by_netns else _tally
     kinds, numbers = tally(_kinds(chunks, long_term_since_ns))
@@ -130,7 +130,7 @@ def count(
 
 
 def _kinds(chunks: Iterable[Records], long_term_since_ns: int) -> Iterator[_Piece]:
-    """Yields the kind and the namespace of each slot; a slot may have no connection.
+    """Yield the kind and the namespace of each slot; a slot may have no connection.
 
     The kernel may write to the slots meanwhile: `tcpexporter.ebpf.tracker` argues why
     ``group`` is read before ``established_ns``.
@@ -147,18 +147,18 @@ def _kinds(chunks: Iterable[Records], long_term_since_ns: int) -> Iterator[_Piec
 
 
 def _tally(pieces: Iterator[_Piece]) -> tuple[Kinds, npt.NDArray[np.int64]]:
-    """Returns the kinds that occur, without namespaces, and how often each occurs.
+    """Return the kinds that occur, without namespaces, and how often each occurs.
 
-    It neither sorts nor loops over connections in Python. A connection takes 7 ns, however
-    many ports there are.
+    It neither sorts connections nor loops over them in Python. It takes 7 ns per
+    connection, whatever the number of ports.
     """
     bins = np.zeros(2 * IS_LONG_TERM, np.int32)
     bins[NO_CONNECTION] = 1
     last_of = np.empty(2 * IS_LONG_TERM, np.int32)
     found = [np.empty(0, np.int64)]
     for kinds, _ in pieces:
-        # Only bins of kinds that occur are read in the end. The others are never touched,
-        # so the kernel allocates no memory for them.
+        # Only the bins of kinds that occur are written and read. So the kernel allocates no
+        # memory for the other bins.
         new = kinds[bins[kinds] == 0]
         number = np.arange(len(new), dtype=np.int32)
         last_of[new] = number
@@ -169,7 +169,7 @@ def _tally(pieces: Iterator[_Piece]) -> tuple[Kinds, npt.NDArray[np.int64]]:
 
 
 def _tally_by_netns(pieces: Iterator[_Piece]) -> tuple[Kinds, npt.NDArray[np.int64]]:
-    """As `_tally`, with the namespace in each kind."""
+    """Return the kinds that occur, with namespaces, and how often each occurs."""
     found = [(np.empty(0, np.uint64), np.empty(0, np.int64))]
     for kinds, netns in pieces:
         is_there = kinds & (IS_LONG_TERM - 1) != 0
@@ -182,7 +182,7 @@ def _tally_by_netns(pieces: Iterator[_Piece]) -> tuple[Kinds, npt.NDArray[np.int
 
 
 def listened(listeners: Records, selection: Selection) -> Series:
-    """Returns the selected series of ``listeners``, of dtype `LISTENER`."""
+    """Return the selected series of ``listeners``, of dtype `LISTENER`."""
     series = _series(
         listeners["netns"], listeners["port"], listeners["ip_version"], selection
     )
@@ -190,7 +190,7 @@ def listened(listeners: Records, selection: Selection) -> Series:
 
 
 def named(ports: Sequence[int], netns: int, selection: Selection) -> Series:
-    """Returns the selected series of ``ports`` in one namespace."""
+    """Return the selected series of ``ports`` in one namespace."""
     listeners = np.zeros(len(ports) * 2, LISTENER)
     listeners["netns"] = netns
     listeners["port"] = np.repeat(np.array(ports, np.uint16), 2)
@@ -201,11 +201,11 @@ def named(ports: Sequence[int], netns: int, selection: Selection) -> Series:
 def fold(
     counts: Counts, *, listening: Series, named: Series, published: Series, max_series: int
 ) -> tuple[Counts, int]:
-    """Limits the number of series in an exposition.
+    """Limit the number of series in an exposition.
 
-    The connections of a series that is left out are added to a series with port 0. There is
-    one for each IP version and namespace, so the sums do not change. If there are more than
-    ``max_series`` of these, the rest are added to the series with port 0 for all other
+    The connections of a series that is left out are added to a series with port 0. Each
+    namespace and IP version has such a series, so the sums do not change. If there are more
+    than ``max_series`` such series, the rest are added to the series for all other
     namespaces.
 
     Args:
@@ -213,8 +213,8 @@ def fold(
         listening: the series that have a listener now.
         named: the series that are never left out.
         published: the series of the previous exposition, including those with port 0. A
-            series with a port that is not in use any more stays, at 0, while there is
-            capacity. A series with port 0 always stays.
+            series whose port is no longer in use stays, at 0, while ``max_series`` allows.
+            A series with port 0 always stays.
         max_series: the maximum number of series with a port, unless more are named.
 
     Returns:
@@ -236,7 +236,7 @@ def fold(
 def _kept(
     counts: Counts, listening: Series, named: Series, published: Series, max_series: int
 ) -> Series:
-    """Returns the series that keep their port: those with the most connections.
+    """Return the series that keep their port: those with the most connections.
 
     A listener counts as one connection, and is preferred among series of equal size.
     """
@@ -244,7 +244,8 @@ def _kept(
     rank = np.zeros(len(series), np.int64)
     rank[np.searchsorted(series, counts.series)] = 4 * counts.established
     rank[np.searchsorted(series, listening)] += 4 + 2
-    # This decides only between equals, so that series do not alternate between scrapes.
+    # Among series of equal size, those of the previous exposition are preferred. So series
+    # do not alternate between scrapes.
     rank[np.searchsorted(series, published)] += 1
     rank[np.searchsorted(series, named)] = np.iinfo(np.int64).max
     order = np.argsort(-rank, kind="stable")
@@ -252,7 +253,7 @@ def _kept(
 
 
 def _others(folded: Series, published: Series, max_series: int) -> Series:
-    """Returns the series with port 0: published ones, and those that ``folded`` needs."""
+    """Return the series with port 0: the published ones, and those for ``folded``."""
     taken = np.setdiff1d(_without("port", folded), published)
     others = np.concatenate((published, taken))
     is_shared = others.view(SERIES)["netns"] == 0
@@ -262,10 +263,10 @@ def _others(folded: Series, published: Series, max_series: int) -> Series:
 
 
 def _found(series: Series, exposed: Series) -> Series:
-    """Returns the series of ``exposed`` that each of ``series`` is counted in.
+    """Return the series of ``exposed`` that each of ``series`` is counted in.
 
-    It is the series itself, or the one with port 0 in its namespace, or the one with port 0
-    for all other namespaces.
+    That is the series itself if it is exposed, otherwise the series with port 0 in its
+    namespace, otherwise the series for all other namespaces.
     """
     found = series
     for field in ("port", "netns"):
@@ -274,7 +275,7 @@ def _found(series: Series, exposed: Series) -> Series:
 
 
 def _without(field: str, series: Series) -> Series:
-    """Returns ``series`` with a field set to 0."""
+    """Return ``series`` with a field set to 0."""
     blank = series.copy()
     blank.view(SERIES)[field] = 0
     return blank
@@ -286,7 +287,7 @@ def _series(
     ip_version: npt.NDArray[np.uint8],
     selection: Selection,
 ) -> Series:
-    """Returns the series of each port, 0 if it is not selected."""
+    """Return the series of each port; 0 for a port that is not selected."""
     series = np.zeros(len(port), SERIES)
     series["ip_version"] = ip_version
     series["port"] = port
@@ -302,7 +303,7 @@ def _series(
 def _sums(
     place: npt.NDArray[np.intp], numbers: npt.NDArray[np.int64 | np.bool_], size: int
 ) -> npt.NDArray[np.int64]:
-    """Returns, for each place below ``size``, the sum of the numbers that belong there."""
+    """Return an array of ``size`` sums: at each index, the sum of the numbers for it."""
     sums = np.zeros(size, np.int64)
     np.add.at(sums, place, numbers)
     return sums

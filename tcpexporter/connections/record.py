@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 class Direction(enum.IntEnum):
-    """Which end opened a connection. The values are those of the bit in ``group``."""
+    """The end that opened a connection. The values are those of the bit in ``group``."""
 
     INBOUND = 0
     OUTBOUND = 1
@@ -24,7 +24,7 @@ KEY = np.dtype(
         ("remote_port", "u2"),
     ]
 )
-"""``struct connection_key``: what identifies a connection.
+"""``struct connection_key``: the fields that identify a connection.
 
 Addresses are bytes in network order, IPv4 as ::ffff:a.b.c.d. Ports are in host order.
 ``netns`` is the inode of the network namespace.
@@ -41,9 +41,9 @@ CONNECTION = np.dtype(
 )
 """``struct connection``: a slot of the tracker, which the BPF program writes to.
 
-``established_ns`` is on CLOCK_BOOTTIME. ``handle`` identifies the slot to the BPF program
-(see `ebpf.tracker`). ``group`` is as `groups` returns it; 0 means that the slot has no
-connection.
+``established_ns`` is on CLOCK_BOOTTIME. The BPF program finds the slot by its ``handle``:
+the address of the socket, or the hash of the key of a seed (bpf/tcp_tracker.c). ``group``
+is the result of `groups`; 0 means that the slot has no connection.
 """
 
 SOCKET = np.dtype(
@@ -57,9 +57,9 @@ SOCKET = np.dtype(
 )
 """A connection as the socket tables report it.
 
-``established_ns``, ``key`` and ``group`` are as in `CONNECTION`. ``cookie`` is the number
-that the kernel gives to a socket and to no other one until the host boots again
-(sock_gen_cookie in the kernel's net/core/sock_diag.c); 0 if it is unknown.
+``established_ns``, ``key`` and ``group`` are as in `CONNECTION`. ``cookie`` is the socket's
+number, or 0 if it is unknown. The kernel gives a number to one socket only until the host
+boots again (sock_gen_cookie in the kernel's net/core/sock_diag.c).
 """
 
 GROUP_IPV6 = 1 << 16
@@ -76,28 +76,28 @@ Records: TypeAlias = npt.NDArray[np.void]
 Groups: TypeAlias = npt.NDArray[np.uint32]
 
 PORTS = 65536
-"""The number of port numbers."""
+"""Number of possible ports, including 0."""
 
 IPV4_PREFIX = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
 """The first 12 bytes of ::ffff:a.b.c.d."""
 
 
 def ip_versions(keys: Records) -> npt.NDArray[np.uint8]:
-    """Returns the IP version on the wire, 4 or 6, of each key.
+    """Return the IP version on the wire, 4 or 6, of each key.
 
-    A connection of an IPv4 client to a dual-stack socket has v4-mapped addresses: it is 4.
+    An IPv4 client of a dual-stack socket has v4-mapped addresses: the result is 4.
 
     Args:
         keys: of dtype `KEY`.
     """
-    # Comparing words takes three comparisons a key instead of twelve.
+    # Words instead of bytes: three comparisons per key instead of twelve.
     prefix = keys["local_address"].view(np.uint32)[:, :3]
     is_mapped = (prefix == IPV4_PREFIX.view(np.uint32)).all(axis=1)
     return np.where(is_mapped, np.uint8(4), np.uint8(6))
 
 
 def groups(keys: Records, directions: npt.NDArray[np.integer] | Direction) -> Groups:
-    """Returns the local port, IP version and direction of connections, as ``group``.
+    """Return the local port, IP version and direction of connections, as ``group``.
 
     Args:
         keys: of dtype `KEY`. No local port is 0, so no ``group`` is 0.
@@ -110,5 +110,5 @@ def groups(keys: Records, directions: npt.NDArray[np.integer] | Direction) -> Gr
 
 
 def directions(group: Groups) -> npt.NDArray[np.uint32]:
-    """Returns the `Direction` of each ``group``."""
+    """Return the `Direction` of each ``group``."""
     return group >> np.uint32(DIRECTION_BIT) & np.uint32(1)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Copies connections that the kernel may be writing to, and joins them with earlier ones.
 
-A connection exists in a slot if ``group`` is not 0. The BPF program writes ``group`` last
-when a connection opens, and only ``group`` when it closes. Each connection has its own
-``established_ns``. So if both fields are the same before and after the other fields were
-read, the other fields belong to the same connection.
+A slot has a connection if its ``group`` is not 0. The BPF program writes ``group`` last
+when a connection opens, and writes only ``group`` when it closes. No two connections of a
+slot have the same ``established_ns``. So read both fields, then the other fields, then both
+fields again. If both are unchanged, the other fields belong to the same connection.
 """
 
 from collections.abc import Iterable
@@ -21,15 +21,15 @@ from tcpexporter.connections.record import KEY, SOCKET, Records, directions, gro
 def consistent_fields(
     window: Records, *names: str
 ) -> tuple[npt.NDArray[np.intp], dict[str, npt.NDArray[Any]]]:
-    """Copies fields of the connections that do not change while they are copied.
+    """Copy fields of the connections that do not change while they are copied.
 
     Args:
         window: slots that the kernel may write to at any time.
         names: the fields to copy besides ``group`` and ``established_ns``.
 
     Returns:
-        The index in ``window`` of each such connection; and the copies of the fields, by
-        name, with one element for each index.
+        The indices in ``window`` of these connections; and the copied fields by name, each
+        an array with one element per index.
     """
     group = window["group"].copy()
     established_ns = window["established_ns"].copy()
@@ -45,15 +45,16 @@ def consistent_fields(
 
 
 def valid_connections(window: Records) -> Records:
-    """Copies the connections that do not change and that a socket can have.
+    """Copy the connections that do not change while they are copied, and correct them.
 
-    A connection without a local port is left out. The IP version and the port in ``group``
-    are computed again from the key, and ``established_ns`` is at most the present time. So
-    wrong records of another version of the exporter do no harm.
+    The records may come from another version of the exporter, so they are checked. A
+    connection without a local port is left out. The IP version and the port in ``group``
+    are computed again from the key. An ``established_ns`` in the future becomes the
+    present time.
 
     Args:
-        window: as in `consistent_fields`. Its dtype has at least the fields ``key``,
-            ``group`` and ``established_ns``, in any layout.
+        window: slots that the kernel may write to at any time. The dtype has at least the
+            fields ``key``, ``group`` and ``established_ns``, in any layout.
 
     Returns:
         The connections, of dtype `SOCKET`, with ``cookie`` 0.
@@ -69,15 +70,15 @@ def valid_connections(window: Records) -> Records:
 
 
 def first_seen(now: Records, before: Iterable[Records]) -> Records:
-    """Gives connections the time and direction that they had in earlier records.
+    """Set the time and direction of connections to those in earlier records.
 
-    The direction is kept because a service that stops listening keeps its connections,
-    and they stay inbound.
+    The direction is kept too: a service that stops listening keeps its connections, and
+    they stay inbound.
 
     Args:
         now: the connections, of dtype `SOCKET`; changed in place.
-        before: earlier records, of dtype `SOCKET`, in chunks. Of several records with the
-            same key the one with the latest ``established_ns`` is used.
+        before: earlier records, of dtype `SOCKET`, in chunks. If several records have the
+            same key, the one with the latest ``established_ns`` is used.
 
     Returns:
         ``now``.

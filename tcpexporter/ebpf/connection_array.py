@@ -14,13 +14,14 @@ from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.slot_ranges import RANGE_SLOTS, Slots
 
 WINDOW = 8192
-"""Slots that are mapped and read at once, 512 KiB."""
+"""Number of slots that are mapped and read at once: 512 KiB."""
 
 UNTOUCHED = 16 * RANGE_SLOTS
-"""After so many consecutive slots that were never used, no other slot was used.
+"""Reading ends after so many consecutive slots that were never used.
 
-Ranges are allocated in ascending order and used at once. A CPU can be late to use the range
-that it has allocated, so there may be a gap for an instant."""
+Ranges of slots are allocated in ascending order and used at once. But a CPU can be late to
+use the range that it has allocated, so there may be a short gap for an instant.
+"""
 
 HANDLE_SEEDED = np.uint64(1)
 """The bit of a handle that marks a seed, as in bpf/tcp_tracker.h."""
@@ -42,10 +43,10 @@ class Known:
 
 
 def windows(array: MappedArray, slots: int) -> Iterator[Records]:
-    """Return the used part of an array in chunks of `WINDOW` records.
+    """Yield the used part of an array, in chunks of `WINDOW` records.
 
     Args:
-        array: of records with the fields ``group`` and ``key``.
+        array: an array of records that have the fields ``group`` and ``key``.
         slots: the length of the array.
 
     Raises:
@@ -59,7 +60,7 @@ def windows(array: MappedArray, slots: int) -> Iterator[Records]:
 
 
 def known_in(array: MappedArray, slots: int) -> Known:
-    """Return all connections of an array; one that changes meanwhile may be left out.
+    """Return all connections of an array; connections that change meanwhile may be missing.
 
     Raises:
         OSError: the kernel refuses to map the array.
@@ -77,7 +78,7 @@ def _known(
     npt.NDArray[np.uint32],
     npt.NDArray[np.bool_],
 ]:
-    """The fields of `Known` for a window whose first record has the slot ``first``."""
+    """Return the fields of `Known` for a window that begins at the slot ``first``."""
     at, found = consistent_fields(window, "key", "handle")
     slots = at.astype(np.uint32) + np.uint32(first)
     is_seed = found["handle"] & HANDLE_SEEDED != 0

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Pins BPF maps so that recording continues while the exporter is down, and adopts them.
+"""Pins BPF maps, so that recording continues while the exporter is down, and adopts them.
 
-Each run of the exporter leaves a *generation* in a directory of the BPF file system: the
-attachment of its program, the array of connections, and the layout of that array. The next
-run, which may be of another version, loads its own program and maps. It adds the
-connections of previous generations to them, as it adds those of the socket tables
-(`reconcile.seed`), and only then removes these generations. So there is one way to add
-pre-existing connections, and an upgrade is no special case. For a connection, against that:
+Each run of the exporter leaves a *generation* in a directory of the BPF file system. A
+generation is the attachment of the program, the array of connections, and the layout of
+that array. The next run, which may be of another version, loads its own program and maps.
+It adds the connections of previous generations to them, as it adds those of the socket
+tables (`reconcile.seed`). Only then it removes the previous generations. So there is one
+way to add pre-existing connections, and an upgrade is no special case. These are the cases
+for a connection:
 
-a. Open all the while: the old generation has it with the kernel's time.
+a. Stays open: the old generation has it with the kernel's time.
 b. Closes or opens while no exporter runs: the kernel reports it to the old program.
 c. Closes or opens during the adoption: the kernel reports it to both programs. The new
-   program was attached first, and records closings; `reconcile` argues the cases.
-d. The old program missed its closing: it is adopted, the socket tables do not show it, and
-   the first reconciliation, which follows at once, removes it.
+   program was attached first, and records closings; see the cases in `reconcile`.
+d. The old program missed its closing: it is adopted, but the socket tables do not show it.
+   The first reconciliation follows at once and removes it.
 e. The old program missed its opening: it is added from the socket tables.
 
-A run that is killed at any step of the adoption leaves the old generation, or both: a
-generation is complete once it has its attachment, which is pinned last and removed first.
+If a run is killed during the adoption, the old generation remains, or both generations
+remain. A generation is complete when it has its attachment, which is pinned last and
+removed first.
 """
 
 import contextlib
@@ -56,9 +58,12 @@ BPF_FS_MAGIC = 0xCAFE4A11
 
 LAYOUT_MAGIC = 0x74637078
 LAYOUT_WORDS = 16
-"""Words of 32 bits in the layout: the magic number, the size of a record, the size of its
-key, and the offsets of the fields in the order of `FIELDS` and `KEY_FIELDS`; the rest is
-0."""
+"""Number of 32-bit words in the layout.
+
+The first words are the magic number, the size of a record, and the size of its key. The
+offsets of the fields follow, in the order of `FIELDS` and `KEY_FIELDS`. The remaining words
+are 0.
+"""
 
 FIELDS = ("established_ns", "key", "group")
 """The fields of `CONNECTION` that the next run adopts."""
@@ -70,12 +75,12 @@ UNMOUNTED = "mount -t bpf bpf /sys/fs/bpf"
 
 
 class Pins:
-    """A directory of the BPF file system that one exporter uses at a time."""
+    """A directory of the BPF file system, which only one exporter uses at a time."""
 
     def __init__(self, directory: Path, descriptor: int) -> None:
-        """Use a directory that `open` has locked by this descriptor."""
+        """Use a directory and its descriptor, by which `open` has locked it."""
         self.adopted = 0
-        """How many connections were adopted from previous generations."""
+        """Number of connections that were adopted from previous generations."""
         self._directory = directory
         self._descriptor = descriptor
 
@@ -84,14 +89,14 @@ class Pins:
         """Create the directory if necessary, and lock it until `close`.
 
         Args:
-            directory: no other user may have access to it.
-            to_remove: whether it is only emptied. Then root may use a directory of any
-                user: that of the systemd unit belongs to a user that no longer exists
-                when the service has stopped.
+            directory: the path of the directory. No other user may have access to it.
+            to_remove: whether the caller only removes its content. Then root may use a
+                directory of any user. The directory of the systemd unit belongs to a user
+                that exists only while the service runs.
 
         Returns:
-            None if this is not in a BPF file system: a warning is logged, and the exporter
-            can count without it.
+            None if the directory is not in a BPF file system. Then a warning is logged, and
+            the exporter counts without it.
 
         Raises:
             PinError: another user has access to it, or another exporter has locked it.
@@ -100,7 +105,7 @@ class Pins:
             there = directory if directory.exists() else directory.parent
             if not _is_bpf_file_system(there):
                 log.warning(
-                    "nothing is pinned: %s is not in a BPF file system, which %s mounts",
+                    "nothing is pinned: %s is not in a BPF file system; to mount one: %s",
                     there,
                     UNMOUNTED,
                 )
@@ -120,15 +125,15 @@ class Pins:
         return cls(directory, descriptor)
 
     def close(self) -> None:
-        """Unlock the directory, and keep its content."""
+        """Unlock the directory; its content stays."""
         os.close(self._descriptor)
 
     def adopt(self, tracker: Tracker, *, netns: int) -> None:
         """Add the connections of previous generations to a tracker.
 
         Args:
-            tracker: of this run; its program is already attached.
-            netns: inode of the only network namespace to adopt, 0: all.
+            tracker: the tracker of this run; its program is already attached.
+            netns: inode of the only network namespace to adopt; 0: all.
 
         Raises:
             PinError: a pinned object is not of the expected kind.
@@ -143,10 +148,10 @@ class Pins:
             log.info("adopted %s connections of the previous run", self.adopted)
 
     def pin(self, descriptors: Descriptors) -> None:
-        """Pin this run as a generation, and remove the previous ones.
+        """Pin the objects of this run as a generation, and remove the previous generations.
 
         Raises:
-            PinError: the kernel refuses it.
+            PinError: the kernel refuses to pin or remove an object.
         """
         before = self._generations()
         number = 1 + max((int(each.name) for each in before), default=0)
@@ -164,10 +169,10 @@ class Pins:
             self._remove(each)
 
     def remove(self) -> None:
-        """Remove all generations, which detaches their programs, and the directory.
+        """Remove the directory and all generations, which detaches their programs.
 
         Raises:
-            PinError: the kernel refuses it.
+            PinError: the kernel refuses to remove an object.
         """
         for each in self._generations():
             self._remove(each)
@@ -177,9 +182,9 @@ class Pins:
             raise _not_removed(self._directory, error) from error
 
     def _remove(self, generation: Path) -> None:
-        """Remove a generation, its attachment first: without it, it is not a generation.
+        """Remove a generation; its attachment first, so that it is no longer complete.
 
-        Works relative to descriptors, so that the owner of the directory cannot redirect
+        The paths are relative to descriptors. So the owner of the directory cannot redirect
         root to another directory by a symbolic link.
         """
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -203,7 +208,7 @@ class Pins:
 
 
 def remove(directory: str) -> None:
-    """Remove a directory of pins, which ends the recording, if it exists.
+    """Remove a directory of pins if it exists, which ends the recording.
 
     Raises:
         PinError: an exporter still uses it, or the kernel refuses to remove it.
@@ -216,7 +221,7 @@ def remove(directory: str) -> None:
 
 
 class _Generation:
-    """The connections of a previous run, read like the socket tables."""
+    """The connections of a previous run, with the interface of socket tables."""
 
     def __init__(self, array: MappedArray, entries: int, netns: int) -> None:
         self.found = 0
@@ -242,10 +247,10 @@ class _Generation:
             yield cls(array, entries, netns)
 
     def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  all have ages
-        """Return its connections, the newest first, of dtype `SOCKET`.
+        """Return the connections, the newest first, of dtype `SOCKET`.
 
-        `Tracker.add` adds the first of several with the same key: the closing of an older
-        one was missed.
+        `Tracker.add` adds only the first of several connections with the same key. That is
+        the newest: the program missed the closings of the older ones.
         """
         with map_errors():
             parts = map(valid_connections, windows(self._array, self._entries))
@@ -256,7 +261,7 @@ class _Generation:
         return known[np.argsort(known["established_ns"])[::-1]]
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
-        """Return none: a connection that it does not have may exist all the same."""
+        """Return no namespace: a generation may lack connections of any namespace."""
         return np.empty(0, np.uint32)
 
 
@@ -293,11 +298,12 @@ def _record(path: Path, words: npt.NDArray[np.uint32]) -> np.dtype[Any]:
     """Return a dtype with the adopted fields, at the offsets of the version that pinned it.
 
     Raises:
-        PinError: this is not a layout, or it has fields outside of the record.
+        PinError: these words are not a layout, or a field is outside of the record.
     """
     magic, record_bytes, key_bytes, *offsets = words.tolist()
-    # The C struct has members of 64 bits, so its size is a multiple of 8 bytes, and so is
-    # the kernel's distance of elements: array_map_alloc in its kernel/bpf/arraymap.c.
+    # The C struct has members of 64 bits, so its size is a multiple of 8 bytes. The kernel
+    # rounds the distance of elements up to such a multiple: array_map_alloc in its
+    # kernel/bpf/arraymap.c.
     if magic != LAYOUT_MAGIC or record_bytes % 8:
         raise _not_ours(path)
     try:
@@ -317,7 +323,8 @@ def _laid_out(
     """Return a dtype with some fields of another dtype at other offsets."""
     formats = [instead.get(name, dtype[name]) for name in names]
     own_offsets = offsets[: len(names)]
-    # numpy checks this too, but with 32-bit numbers: it would read out of bounds.
+    # numpy's own check uses 32-bit numbers, which can overflow: it would read out of
+    # bounds.
     ends = (at + each.itemsize for at, each in zip(own_offsets, formats, strict=True))
     if max(ends) > itemsize:
         raise ValueError(itemsize)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Encodes free slots as ranges, which are the entries of the kernel's stack of free slots.
+"""Encodes free slots as ranges: the entries of the BPF program's stack of free slots.
 
-A range is a number: its first slot above `RANGE_BITS`, and below that its length minus one.
-So a million free slots are 4,096 numbers, each of which takes one system call to push.
+A range is a number. Its low `RANGE_BITS` bits are the length minus one; the bits above are
+the first slot. So a million free slots are 4,096 numbers. Pushing a number requires one
+system call.
 
-The loader process imports this module: numpy is imported by the functions that it does not
-call, so that its memory limit need not include numpy.
+The loader process imports this module, and its memory limit does not include numpy. So only
+functions that the loader does not call import numpy.
 """
 
 from typing import TYPE_CHECKING, TypeAlias
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 RANGE_BITS = 8
-"""Bits of a range that hold its length minus one."""
+"""Number of bits of a range for its length minus one."""
 
 RANGE_SLOTS = 1 << RANGE_BITS
 """The maximum length of a range."""

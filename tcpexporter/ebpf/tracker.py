@@ -1,60 +1,62 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Reads the connections that the BPF program records, adds seeds to them and frees slots.
 
-The BPF program and this module write to the same array, each to the connections whose slots
-it owns (bpf/tcp_tracker.c defines that). Methods that change anything must be called by one
-thread only; any thread may call the methods that read.
+The BPF program and this module write to the same array. Each writes only to the slots that
+it owns, as bpf/tcp_tracker.c defines. Only one thread may call the methods that change
+anything. Any thread may call the methods that read.
 
-Reading at any time
--------------------
+Reading while the program writes
+--------------------------------
 A slot has a connection if ``group`` is not 0. A reader reads ``group`` before
-``established_ns``; the program writes ``group`` last when a connection opens, and writes
-nothing else when it closes. On a CPU that keeps stores in order (all x86), a connection is
-counted like this:
+``established_ns``. The program writes ``group`` last when a connection opens, and writes
+only ``group`` when it closes. On a CPU that keeps stores in order (all x86), these are the
+cases for a connection:
 
-a. Open all the while: counted once, with its own time. It stays in its slot.
-b. Closes after ``group`` was read: counted, with its own time; it was open.
-c. As b, and another opens in its slot before ``established_ns`` is read: counted under the
-   group of the first, with the time of the second, so as one that has just opened.
+a. Stays open: counted once, with its own time. It stays in its slot.
+b. Closes after ``group`` was read: counted, with its own time. It was open.
+c. As b, and another connection opens in the slot before ``established_ns`` is read: counted
+   once, as a new connection: with the group of the first and the time of the second.
 d. Opens after ``group`` was read: not counted. It was not open.
 
 Freeing slots
 -------------
 The program keeps the slot of a closed connection for the next socket at the same address.
-`Tracker.release` frees such a slot, or that of a connection whose closing was missed. It
-(1) deletes the handles, so that no run of the program that begins from now on finds the
-slots; (2) waits until all runs that began before have ended; (3) checks whether the
-connections are still those that it was asked to release, and frees their slots; and (4)
-restores the handles of the others. For a handle, against those steps:
+`Tracker.release` frees such a slot, or the slot of a connection whose closing was missed.
+It has four steps:
 
-e. Nothing happens to its socket: released.
+1. delete the handles, so that runs of the program that begin later do not find the slots;
+2. wait until all runs that began before have ended;
+3. check whether the slots still have the connections to release; if so, free them;
+4. restore the handles of the other slots.
+
+These are the cases for a handle:
+
+e. The socket does not change: the slot is freed.
 f. The socket at that address opens or closes before 1: an opening writes another time, so 4
-   restores the handle; a closing is no reason to keep it.
+   restores the handle. After a closing, the slot is freed.
 g. A run found the slot before 1 and writes to it after 1: the run has ended when 3 checks,
-   so as f. That is why 3 must not come before 2: two connections would share the slot. The
-   run can be between its store of the new time and its store of ``group`` when
-   `_release_empty` reads them: the slot looks empty, and its time does not change any more.
-   So for a slot that was chosen because it was empty, 3 also compares ``group``.
-h. The socket opens after 1: the program finds no handle and allocates another slot. The old
-   slot is freed.
-i. As g, an opening, and that connection closes between 1 and 4: the program finds no
-   handle, and 4 restores a connection whose closing was missed. `restored` counts these
-   connections, and is a reason to reconcile.
-j. As i, and the socket opens once more before 4: by then it has another slot and its handle
-   exists again, so 4 cannot restore the old slot and frees it.
+   so this is case f. Therefore 2 must come before 3: otherwise two connections would share
+   the slot. `_release_empty` can read the slot between the run's stores of the new time and
+   of ``group``. Then the slot looks empty, and its time does not change again. So if a slot
+   was chosen because it was empty, 3 also checks ``group``.
+h. The socket opens after 1: the program allocates another slot, and the old one is freed.
+i. As g, and the connection that the run opened closes between 1 and 4. The program finds no
+   handle, so the closing is missed, and 4 restores the connection. `restored` counts these
+   connections, and a reconciliation follows.
+j. As i, and the socket opens again before 4: then it has another slot, and its handle
+   exists again. So 4 cannot restore the old slot, and frees it.
+k. A run has found the entry of a handle, but has not read its value yet. Step 1 deletes the
+   entry, and the kernel uses its memory for another handle at once. Then the run reads the
+   slot of the other handle. The program compares its handle with the handle in the record
+   of the slot. They differ, so the program treats its handle as not found: case h.
+l. The kernel refuses 1 or 2: all handles are restored, and no slot is freed. If a handle
+   has another slot by now, its old slot has no handle: the slot is an *orphan*. `reclaim`
+   frees an orphan when it has no open connection. A slot is also an orphan if the kernel
+   refuses to restore its handle, here or in 4.
 
-k. A run has found the entry of a handle and not yet read its value; 1 deletes the entry,
-   and the kernel uses its memory for another handle at once. The run reads the slot of the
-   other handle. The program compares its handle with the one in the slot's record, which is
-   another or 0, and treats its own as not found: h.
-l. The kernel refuses 1 or 2: all handles are restored and nothing is released. A slot whose
-   handle has another slot by now has no handle any more: it is an orphan, which `reclaim`
-   frees when it has no open connection. So is a slot whose handle the kernel refuses to
-   restore, here or in 4.
-
-So a slot is freed only by the thread that has deleted its only handle, once no run of the
-program can write to it, and it never has two owners. And `release` either frees a slot,
-restores its handle, or keeps it as an orphan, so no slot is lost.
+So only the thread that has deleted the only handle of a slot frees it, when no run of the
+program can write to it. A slot never has two owners. `release` frees a slot, restores its
+handle, or keeps it as an orphan, so no slot is lost.
 """
 
 import contextlib
@@ -80,7 +82,7 @@ from tcpexporter.ebpf.slot_ranges import Slots, ranges, slots_of
 from tcpexporter.errors import TrackerError
 
 SPARE_SLOTS = 4096
-"""Closed connections may keep one slot for each open connection, and so many more."""
+"""Closed connections may keep this number of slots, plus one per open connection."""
 
 RECURSION_MISSES_BYTES = 208
 """Offset of ``recursion_misses`` in ``struct bpf_prog_info``, include/uapi/linux/bpf.h."""
@@ -91,7 +93,7 @@ EVENT_KINDS = ("inserted", "removed", "refused", "removed_seeds", "allocated", "
 
 @contextlib.contextmanager
 def map_errors() -> Iterator[None]:
-    """Raise each OSError of the block, which only calls `maps`, as a `TrackerError`."""
+    """Raise each OSError of the block as a `TrackerError`; the block only calls `maps`."""
     try:
         yield
     except OSError as error:
@@ -102,20 +104,20 @@ class Tracker:
     """The connections that the BPF program reports, and seeds from the socket tables."""
 
     def __init__(self, descriptors: Descriptors, max_connections: int) -> None:
-        """Use a loaded program and its maps, which `close` closes.
+        """Use a loaded program and its maps; `close` closes them.
 
         Args:
-            descriptors: of the program and its maps.
-            max_connections: the number of slots that the maps were made for.
+            descriptors: the descriptors of the program and its maps.
+            max_connections: the number of slots of the maps.
 
         Raises:
             TrackerError: the kernel refuses to map the array of connections.
         """
         self.seeds_refused = 0
-        """How many seeds found no free slot, counted at each attempt to add them."""
+        """Number of seeds that found no free slot; each attempt to add a seed counts."""
         self.restored = 0
-        """How many connections kept their slots because they had changed (i) or the kernel
-        refused to release them (l). The program may have missed their closings."""
+        """Number of connections that kept their slots: cases i and l. The program may have
+        missed their closings."""
         self._descriptors = descriptors
         self._slots = max_connections
         self._handles = Map(descriptors.slots, "slots")
@@ -144,10 +146,10 @@ class Tracker:
     # Reading
 
     def read(self) -> Iterator[Records]:
-        """Return all slots that were ever used, in chunks of dtype `CONNECTION`.
+        """Yield all slots that were ever used, in chunks of dtype `CONNECTION`.
 
-        The chunks are the kernel's memory: read ``group``, then the rest. A connection that
-        stays open is read exactly once; one that opens or closes meanwhile, at most once.
+        The program may write to the chunks: read ``group`` before the other fields. A
+        connection that stays open is in one slot, any other connection in at most one.
 
         Raises:
             TrackerError: the kernel refuses to map the array.
@@ -157,7 +159,7 @@ class Tracker:
 
     @map_errors()
     def known(self) -> Known:
-        """Return all connections; one that changes meanwhile may be left out.
+        """Return all connections; connections that change meanwhile may be missing.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -174,10 +176,10 @@ class Tracker:
         return self._seeds_added - closed
 
     def events(self) -> dict[str, int]:
-        """Return what the program has done since it was loaded, on all CPUs.
+        """Return how many connections the program has inserted, removed and refused.
 
         Returns:
-            Numbers of connections, with the keys ``inserted``, ``removed`` and ``refused``.
+            The numbers on all CPUs, with the keys ``inserted``, ``removed``, ``refused``.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -186,7 +188,7 @@ class Tracker:
         return {kind: events[kind] for kind in ("inserted", "removed", "refused")}
 
     def unrecorded_closings(self) -> int:
-        """Return how many closings were not recorded, because the closings log was full.
+        """Return how many closings the full closings log has not recorded.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -201,15 +203,15 @@ class Tracker:
 
     @map_errors()
     def missed_events(self) -> int:
-        """Return for how many events the kernel skipped the program, as it was running.
+        """Return the number of events for which the kernel skipped the program.
 
         A kernel with `features.RECURSION_MISSES` skips the program while it is running on
         the same CPU, and counts that. On other kernels the program can interrupt itself,
         and no event is missed.
 
-        Since Linux 7 this does not require an interrupt: a task can be preempted in a
+        Since Linux 7, a skip does not require an interrupt: a task can be preempted in a
         tracepoint ("tracing: Guard __DECLARE_TRACE() use of __DO_TRACE_CALL() with
-        SRCU-fast"). Then events of the next task on that CPU are missed, as tried on 7.3.
+        SRCU-fast"). Then events of the next task on that CPU are missed (tested on 7.3).
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -222,11 +224,11 @@ class Tracker:
     def add(self, seeds: Records) -> Slots:
         """Add connections of dtype `SOCKET` from the socket tables.
 
-        Connections with the same key cannot be distinguished: one of them becomes a seed,
-        unless a seed with that key exists.
+        Connections with the same key cannot be distinguished. The first of them becomes a
+        seed, unless a seed with that key exists.
 
         Returns:
-            The slots of the new seeds, which may be fewer for lack of free slots.
+            The slots of the new seeds. There may be fewer seeds for lack of free slots.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -252,7 +254,7 @@ class Tracker:
 
     @map_errors()
     def _write_seeds(self, slots: Slots, seeds: Records, handles: Hashes) -> bool:
-        """Write all seeds and return True; or none, if the map cannot hold all of them."""
+        """Write all seeds and return True; write none if not all fit into the map."""
         connections = np.zeros(len(seeds), CONNECTION)
         connections["established_ns"] = seeds["established_ns"]
         connections["key"] = seeds["key"]
@@ -261,7 +263,7 @@ class Tracker:
         everything[slots] = connections
         done = self._handles.put_all(handles, slots)
         if done == len(slots):
-            # Readers may count a seed only when the program finds it and sees its closing.
+            # Readers may count a seed only when the program can find it.
             everything["group"][slots] = seeds["group"]
             return True
         self._handles.delete_all(handles[:done])
@@ -271,12 +273,12 @@ class Tracker:
 
     @map_errors()
     def _allocate(self, wanted: int) -> Slots:
-        """Return so many free slots, or all that there are, in long ascending sequences."""
+        """Return ``wanted`` free slots, or all free slots if there are fewer."""
         parts = [np.empty(0, np.uint32)]
         missing = wanted
         while missing > 0 and (popped := self._free_slots.pop(np.uint32)) is not None:
             slots = slots_of(int(popped))
-            # So that `windows` does not stop here before the slots are used.
+            # A key in each slot: otherwise `windows` would stop at this gap.
             self._array.upto(int(slots[-1]) + 1)["key"]["netns"][slots] = 1
             parts.append(slots)
             missing -= len(slots)
@@ -291,8 +293,8 @@ class Tracker:
     def recording_closings(self) -> Iterator[None]:
         """Let the program record all closings in the closings log during the block.
 
-        Runs of the program that do not record have ended when the block begins, and runs
-        that record have ended when the block has.
+        When the block begins, every run that does not record has ended. After the block,
+        every run that records has ended.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -336,12 +338,12 @@ class Tracker:
         *,
         if_empty: bool = False,
     ) -> int:
-        """Remove connections and free their slots, as the module's docstring argues.
+        """Remove connections and free their slots, in the steps that the module describes.
 
         Args:
             slots: the slots of the connections, without duplicates.
-            established_ns: the expected time of each; a connection with another time stays.
-            if_empty: whether a slot with an open connection stays, too.
+            established_ns: the expected times; a connection with another time is kept.
+            if_empty: whether to keep open connections too.
 
         Returns:
             How many of the removed connections were open.
@@ -380,7 +382,7 @@ class Tracker:
         return int(was_open.sum())
 
     def reclaim(self) -> None:
-        """Free the slots of closed connections if these keep too many; free orphans.
+        """Free the slots of closed connections if there are too many; free orphans.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -396,15 +398,15 @@ class Tracker:
             self._release_empty(np.flatnonzero(self._all()["handle"]).astype(np.uint32))
 
     def _release_empty(self, slots: Slots) -> None:
-        """Release those of ``slots`` that have no open connection."""
+        """Free those of ``slots`` that have no open connection."""
         connections = self._all()
         established_ns = connections["established_ns"][slots]
-        # In this order: a connection that opens in between has another time, and stays.
+        # In this order: a connection that opens in between has another time, and is kept.
         is_closed = connections["group"][slots] == 0
         self.release(slots[is_closed], established_ns[is_closed], if_empty=True)
 
     def _restore(self, handle: np.uint64, slot: np.uint32) -> bool:
-        """Return whether the slot stays in use; False: its handle has another slot."""
+        """Restore the handle of a slot; return False if the slot must be freed."""
         try:
             restored = bool(handle) and self._handles.put_new(handle, slot)
         except OSError:
@@ -421,19 +423,19 @@ class Tracker:
 
     @map_errors()
     def _free(self, slots: Slots) -> None:
-        """Free slots; the first is the next to be allocated."""
+        """Free slots; the first of them is allocated next."""
         for each in reversed(ranges(slots).tolist()):
             self._free_slots.push(np.uint32(each))
         self._slots_freed += len(slots)
 
     @map_errors()
     def wait_for_runs(self) -> None:
-        """Wait until every run of the program that is under way now has ended.
+        """Wait until every run of the program that has begun has ended.
 
-        The kernel waits for that after each change to a map of maps, by synchronize_rcu():
+        After each change to a map of maps, the kernel waits for that by synchronize_rcu():
         Linux kernel commit 1ae80cf31938 ("bpf: wait for running BPF programs when updating
-        map-in-map") (in v4.20). So every softirq that is under way now has ended, too, and
-        has stored the state of the socket that it reported or missed.
+        map-in-map") (in v4.20). So every softirq that has begun has ended too, and has
+        stored the state of the socket that it reported or missed.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -441,7 +443,7 @@ class Tracker:
         self._barrier.put(FIRST, np.uint32(self._descriptors.events))
 
     def _all(self) -> Records:
-        """Return all slots that were ever used, as one array: the rest is not mapped."""
+        """Return all slots that were ever used as one array; only these are mapped."""
         used = 0
         for window in self.read():
             used += len(window)

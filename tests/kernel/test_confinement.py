@@ -239,7 +239,7 @@ def test_a_limit_that_the_container_refuses_is_reported_as_0() -> None:
         code, complaints = exporter.stop()
     assert code == 0
     (warning,) = (line for line in complaints.splitlines() if "WARNING" in line)
-    assert "seccomp disabled: the kernel, or what it runs in, does not support" in warning
+    assert "seccomp disabled: this kernel or container does not support" in warning
 
 
 def once(*command: str) -> "subprocess.CompletedProcess[str]":
@@ -302,8 +302,9 @@ def test_bpf_refused_by_a_seccomp_filter_is_reported_as_such() -> None:
     for answer in (errno.EPERM, errno.ENOSYS):
         ended = once(*within_filter([("bpf",)], answer), "--source", "ebpf")
         assert ended.returncode == 1
-        assert "refuses bpf(2) in spite of our privilege: allow it in the seccomp" in (
-            ended.stderr
+        assert (
+            "refuses bpf(2) although we have the capabilities: allow it in the seccomp"
+            in (ended.stderr)
         )
 
 

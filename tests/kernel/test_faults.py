@@ -279,7 +279,7 @@ def test_without_more_memory_there_are_no_metrics(source: str) -> None:
     assert code == 0
     assert "Traceback" not in log
     assert log.count("cannot collect metrics: there is not enough memory") == 1
-    spells = log.count("reconcile: it works again") + 1
+    spells = log.count("reconcile: the thread works again") + 1
     assert log.count("reconciliation failed: ") <= spells
 
 
@@ -474,7 +474,7 @@ def test_the_log_goes_on_when_there_is_room(tmp_path: Path) -> None:
         seen = f"/proc/{exporter.process.pid}/root{log}"
         assert Path(seen).read_text() == ""
         Path(f"/proc/{exporter.process.pid}/root{tmp_path}/fill").unlink()
-        eventually(lambda: has_said(exporter, seen, "nothing to read again"))
+        eventually(lambda: has_said(exporter, seen, "SIGHUP has no effect"))
         for line in Path(seen).read_text().splitlines():
             assert " INFO " in line, line
 
@@ -504,7 +504,7 @@ def test_a_log_that_nobody_reads_does_not_block_it(source: str, tmp_path: Path) 
         drain(reader)
         exporter.process.send_signal(signal.SIGHUP)
         shown = ""
-        while "nothing to read again" not in shown:
+        while "SIGHUP has no effect" not in shown:
             select.select([reader], [], [], DEADLINE_S)
             shown += drain(reader)
         fill(reader)

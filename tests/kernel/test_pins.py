@@ -202,10 +202,14 @@ def test_a_directory_of_other_users_is_refused(directory: Path) -> None:
     """Other users could have pinned any object there."""
     directory.mkdir(mode=0o700)
     directory.chmod(0o755)
-    assert "is not ours alone" in refused(directory, "--once", "--source", "ebpf")
+    assert "is accessible to other users" in refused(
+        directory, "--once", "--source", "ebpf"
+    )
     directory.chmod(0o700)
     os.chown(directory, 65534, 65534)
-    assert "is not ours alone" in refused(directory, "--once", "--source", "ebpf")
+    assert "is accessible to other users" in refused(
+        directory, "--once", "--source", "ebpf"
+    )
     os.chown(directory, 0, 0)
 
 

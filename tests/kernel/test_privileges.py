@@ -97,7 +97,7 @@ def assert_given_up(case: Case, outcome: Outcome, kept: int = 0) -> None:
     expected_words = {
         "user 0 (CAP_SETUID is missing)": is_kept_uid,
         "group 0, 27 (CAP_SETGID is missing)": is_kept_gid,
-        "in the bounding set, useless by no_new_privs (CAP_SETPCAP is missing)": (
+        "in the bounding set, harmless with no_new_privs (CAP_SETPCAP is missing)": (
             is_root and has_bounding
         ),
     }

@@ -81,8 +81,8 @@ def test_too_few_descriptors_are_refused_in_a_sentence(tmp_path: Path) -> None:
     ended = run(f"ulimit -n 16; {ONCE}", tmp_path)
     assert ended.returncode == 1
     assert ended.stderr == (
-        "tcpexporter: only 16 files may be open, at least 64 are needed: raise LimitNOFILE"
-        " in the unit, or ulimit -n\n"
+        "tcpexporter: the limit of open files is 16, and at least 64 are required: raise"
+        " LimitNOFILE in the unit, or ulimit -n\n"
     )
 
 
@@ -151,7 +151,7 @@ def test_too_little_memory_for_the_loader_is_reported() -> None:
         assert exporter.value("tcpexporter_source_info", source="sock_diag") == 1
         code, complaints = exporter.stop()
     assert code == 0
-    assert "out of memory while compiling; needs about 68 MiB" in complaints
+    assert "out of memory while compiling; the exporter requires about 68 MiB" in complaints
     assert "Traceback" not in complaints
 
 

@@ -266,8 +266,8 @@ def test_duration_and_ports_change_at_once(configured: Configured) -> None:
         assert exporter.long_term(other.port) == 5
         code, log = exporter.stop()
     assert code == 0
-    assert f"read again: port is {one.port}, duration is 0\n" in log
-    assert "read again: port is -1\n" in log
+    assert f"reloaded: port is {one.port}, duration is 0\n" in log
+    assert "reloaded: port is -1\n" in log
 
 
 def test_what_needs_a_restart_is_named(configured: Configured) -> None:
@@ -280,9 +280,9 @@ def test_what_needs_a_restart_is_named(configured: Configured) -> None:
         configured.reload(exporter, "log-level info\n")
         assert "max_series</th><td>2000<" in exporter.get("/")
         _, log = exporter.stop()
-    assert "read again: duration is 7; restart for simple, max-series\n" in log
-    assert "read again: log-level is error\n" in log
-    assert "read again: duration is 6, log-level is info\n" in log
+    assert "reloaded: duration is 7; restart required for simple, max-series\n" in log
+    assert "reloaded: log-level is error\n" in log
+    assert "reloaded: duration is 6, log-level is info\n" in log
 
 
 def test_flags_win_over_what_is_read_again(configured: Configured) -> None:
@@ -292,13 +292,13 @@ def test_flags_win_over_what_is_read_again(configured: Configured) -> None:
         assert exporter.value("tcpexporter_duration_seconds") == 11
         assert reloaded(exporter) == 1
         _, log = exporter.stop()
-    assert "read again: nothing that flags and environment let change\n" in log
+    assert "reloaded: no change, or flags and environment variables override it\n" in log
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("duration 5\nport https\n", "conf line 2: port takes "),
+        ("duration 5\nport https\n", "conf line 2: port must be "),
         ("durations 5\n", "conf line 1: 'durations' is not a setting"),
         (None, "conf cannot be read: No such file or directory"),
     ],
@@ -330,7 +330,7 @@ def test_sighup_without_a_file_is_logged() -> None:
         assert exporter.get("/metrics")
         code, log = exporter.stop()
     assert code == 0
-    assert "there is nothing to read again" in log
+    assert "SIGHUP has no effect" in log
 
 
 def test_sighups_in_a_burst(configured: Configured) -> None:
@@ -384,14 +384,10 @@ def test_a_killed_reader_is_reported(configured: Configured) -> None:
         code, log = exporter.stop()
     assert code == 0
     assert (
-        log.count(
-            "no file will be read again, as the process that reads files has ended: restart"
-        )
+        log.count("configuration files are not read again: the process that reads files")
         == 1
     )
     assert (
-        log.count(
-            "nothing to read again, as the process that reads files has ended: restart"
-        )
+        log.count("SIGHUP has no effect: the process that reads files has ended: restart")
         == 1
     )

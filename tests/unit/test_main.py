@@ -295,7 +295,7 @@ def test_a_failed_start_ends_the_exporter(stopped: threading.Event) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "complaint"),
     [
-        (["--port", "http"], 2, "tcpexporter: flag --port: port takes "),
+        (["--port", "http"], 2, "tcpexporter: flag --port: port must be "),
         (
             ["--once", "--source", "ebpf", "--user", "nobody"],
             1,

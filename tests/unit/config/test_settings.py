@@ -52,7 +52,7 @@ REFUSED = [
         for value in ("", "yes", "on", "TrUe", "2")
     ],
     *[
-        ("port", value, "-1 for all, or ports from 1 to 65535")
+        ("port", value, "-1 for all ports, or ports from 1 to 65535")
         for value in (
             *(
                 "",
@@ -86,7 +86,7 @@ REFUSED = [
         )
     ],
     *[
-        ("interval", value, "0.1 to 3600 seconds")
+        ("interval", value, "a number of seconds from 0.1 to 3600")
         for value in ("", "0", "0.09", "3600.1", "2h", "-1", "nan", "inf", "1e0", "fast")
     ],
     *[
@@ -100,7 +100,7 @@ REFUSED = [
     *[("direction", value, "inbound, outbound or all") for value in ("", "in", "ALL")],
     *[("netns", value, "self, all, a name") for value in ("", "two words", "a:b")],
     *[
-        ("reconcile-interval", value, "0 for never, or seconds up to 86400")
+        ("reconcile-interval", value, "0 (only after missed events), seconds up to 86400")
         for value in ("", "-1", "86401", "25h", "often")
     ],
     *[
@@ -515,8 +515,8 @@ def test_max_series(number: int) -> None:
 # What is refused, and what the refusal says.
 
 
-@pytest.mark.parametrize(("name", "text", "takes"), REFUSED)
-def test_refused_value(write_file: WriteFile, name: str, text: str, takes: str) -> None:
+@pytest.mark.parametrize(("name", "text", "allowed"), REFUSED)
+def test_refused_value(write_file: WriteFile, name: str, text: str, allowed: str) -> None:
     """A refusal says which setting, where its value is from, what it takes and has not."""
     variable = f"TCPEXPORTER_{in_environment(name)}"
     conf = write_file(f"# first\n{name}={text}\n")
@@ -525,7 +525,7 @@ def test_refused_value(write_file: WriteFile, name: str, text: str, takes: str) 
         f"environment variable {variable}": refusal([], {variable: text}),
         f"{conf} line 2": refusal([f"--conf={conf}"]),
     }.items():
-        assert message.startswith(f"{origin}: {name} takes {takes}")
+        assert message.startswith(f"{origin}: {name} must be {allowed}")
         assert message.endswith(f", not {quoted(text)}")
 
 
@@ -546,7 +546,7 @@ def test_a_path_has_no_null_character(write_file: WriteFile, name: str) -> None:
     """No file can have that name, and Python would not even ask the kernel."""
     conf = write_file(f"{name} /a\0b\n")
     assert refusal([f"--conf={conf}"]).startswith(
-        f"{conf} line 1: {name} takes the path of"
+        f"{conf} line 1: {name} must be the path of"
     )
 
 
@@ -573,7 +573,9 @@ def test_a_million_digits_are_refused_in_a_sentence(
 def test_refused_go_variable(name: str) -> None:
     """A refusal names the variable that was set, not the one that was not."""
     message = refusal([], {in_environment(name): "nonsense"})
-    assert message.startswith(f"environment variable {in_environment(name)}: {name} takes ")
+    assert message.startswith(
+        f"environment variable {in_environment(name)}: {name} must be "
+    )
 
 
 @pytest.mark.parametrize(
@@ -669,7 +671,7 @@ def test_a_port_that_is_none_is_refused_as_ever() -> None:
     """Only the value that Kubernetes gives is ignored."""
     for value in ("tcp", "http://10.0.0.7:9690", "443/tcp"):
         assert refusal([], {"TCPEXPORTER_PORT": value}).startswith(
-            "environment variable TCPEXPORTER_PORT: port takes "
+            "environment variable TCPEXPORTER_PORT: port must be "
         )
 
 
@@ -713,7 +715,7 @@ def test_unknown_name_in_file_with_flag_alike(write_file: WriteFile) -> None:
 def test_missing_value_in_file(write_file: WriteFile, name: str) -> None:
     """A name that is no switch does not stand alone in the file."""
     conf = write_file(name)
-    assert refusal(["--conf", conf]).startswith(f"{conf} line 1: {name} takes ")
+    assert refusal(["--conf", conf]).startswith(f"{conf} line 1: {name} must be ")
 
 
 @pytest.mark.parametrize(
@@ -766,11 +768,11 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     names = {name for name, _, _ in SAMPLES} | {"conf", "output"}
     for name in names | {"help", "version"}:
         assert f"--{name}" in text
-    assert text.count("; takes ") == text.count(" (default: ") == len(names)
+    assert text.count(". Value: ") == text.count(" (default: ") == len(names)
     assert "[env var: " not in text
     assert "TCPEXPORTER_PORT" in text
     assert "port=443" in text
-    assert "for simple, tcpv6, port, duration, listen, conf without the prefix too" in text
+    assert "variables of simple, tcpv6, port, duration, listen, conf are also read" in text
 
 
 @pytest.mark.parametrize("flag", ["-h", "-help", "--help"])
@@ -867,12 +869,12 @@ def test_output_goes_with_once(write_file: WriteFile) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ("--direction outbound --port 15432", "port names local ports, "),
-        ("--port 443,9690", "port names 9690, which is the exporter's own "),
-        ("--port 7 --listen [::1]:7", "port names 7, which is the exporter's own "),
+        ("--direction outbound --port 15432", "--port selects local ports, "),
+        ("--port 443,9690", "--port selects 9690, the exporter's own port, "),
+        ("--port 7 --listen [::1]:7", "--port selects 7, the exporter's own port, "),
         (
             "--once --source procfs --duration 3 --interval 5",
-            "interval is longer than duration, ",
+            "--interval is longer than --duration, ",
         ),
         ("--once --listen 7 --web-config x", "listen, web-config has no effect with once"),
         ("--simple --max-series 7", "max-series has no effect with simple"),
@@ -888,7 +890,7 @@ def test_output_goes_with_once(write_file: WriteFile) -> None:
         ("--source procfs --pin x", "pin has no effect with source procfs"),
         (
             "--source procfs --state x",
-            "state has no effect with source procfs, which does not tell sockets apart",
+            "state has no effect with source procfs, which cannot identify sockets",
         ),
     ],
 )
@@ -927,7 +929,7 @@ def test_text_in_place_of_the_file(tmp_path: Path) -> None:
     """The file is not looked at; lines are spoken of as if they were its own."""
     path = tmp_path / "absent"
     assert parse(["--conf", str(path)], {}, "port 443").ports == (443,)
-    with pytest.raises(SettingsError, match=f"{path} line 2: port takes"):
+    with pytest.raises(SettingsError, match=f"{path} line 2: port must be"):
         parse(["--conf", str(path)], {}, "simple\nport x\n")
 
 
@@ -936,11 +938,23 @@ def test_text_in_place_of_the_file(tmp_path: Path) -> None:
     [
         ("port 443", "port 80,443,8000-8100,8102", "port is 80,443,8000-8100,8102"),
         ("port 443", "", "port is -1"),
-        ("duration 1m", "duration 60", "nothing that flags and environment let change"),
+        (
+            "duration 1m",
+            "duration 60",
+            "no change, or flags and environment variables override it",
+        ),
         ("", "duration 1m\nlog-level debug", "duration is 60, log-level is debug"),
-        ("listen 9690", "listen 127.0.0.1:9690", "restart for listen"),
-        ("", "listen 1\nuser x\nduration 1", "duration is 1; restart for listen, user"),
-        ("reconcile-interval 5", "interval 2", "restart for interval, reconcile-interval"),
+        ("listen 9690", "listen 127.0.0.1:9690", "restart required for listen"),
+        (
+            "",
+            "listen 1\nuser x\nduration 1",
+            "duration is 1; restart required for listen, user",
+        ),
+        (
+            "reconcile-interval 5",
+            "interval 2",
+            "restart required for interval, reconcile-interval",
+        ),
     ],
 )
 def test_reread(before: str, after: str, said: str) -> None:

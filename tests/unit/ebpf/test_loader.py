@@ -20,7 +20,10 @@ from tests.unit.ebpf.test_loader_protocol import open_descriptors
     ("number", "said"),
     [
         (errno.EPERM, "BCC cannot .* 64 KiB are allowed: LimitMEMLOCK"),
-        (errno.ENOMEM, "^out of memory while compiling; needs about 68 MiB"),
+        (
+            errno.ENOMEM,
+            "^out of memory while compiling; the exporter requires about 68 MiB",
+        ),
         (None, "^BCC cannot compile the BPF program \\(no\\), .* its output$"),
     ],
 )
@@ -74,7 +77,7 @@ def test_a_loader_killed_for_memory_is_reported(
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(loader, "VMSTAT", vmstat)
     with pytest.raises(
-        LoadError, match="out of memory while compiling; needs about 89 MiB"
+        LoadError, match="out of memory while compiling; the exporter requires about 89 MiB"
     ):
         loader.load(Request(262144, 0, (0, 0)))
 

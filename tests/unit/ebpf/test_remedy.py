@@ -64,7 +64,7 @@ def status(
             ("to the container",),
             ("--cap-add",),
         ),
-        (Context(status()), ("start it with both in effect",), ("sudo",)),
+        (Context(status()), ("start the exporter with both in effect",), ("sudo",)),
         (
             Context(status(1000, bounding=0), "Docker", True),
             ("user namespace",),
@@ -72,7 +72,7 @@ def status(
         ),
         (
             Context(status(bounding=1 << CAP_BPF, effective=1 << CAP_BPF)),
-            ("but CAP_PERFMON is not", "add CAP_PERFMON to the bounding set"),
+            ("but CAP_PERFMON is not", "add CAP_PERFMON to the exporter's bounding set"),
             (),
         ),
     ],

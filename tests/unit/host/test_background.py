@@ -95,7 +95,7 @@ def test_a_round_that_fails_is_told_once_counted_and_tried_again(
     assert work.task.failures() >= 6
     first, second = caplog.messages
     assert first == f"nothing is done: {trouble}"
-    assert second == "work: it works again"
+    assert second == "work: the thread works again"
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), SystemExit(), GeneratorExit()])
@@ -135,13 +135,13 @@ def test_a_round_that_hangs_is_told_once_and_counted(
     work.task.begin()
     work.goes_on.clear()
     eventually(lambda: work.task.failures() >= 3)
-    assert work.task.trouble() == "the thread work hangs: it has done nothing in time"
+    assert work.task.trouble() == "the thread work hangs: it has exceeded its time limit"
     work.goes_on.set()
     eventually(lambda: work.task.trouble() is None)
     assert work.task.failures() >= 3
     assert work.task.stop(10)
     assert caplog.messages[0].startswith("nothing is done: the thread work hangs")
-    assert caplog.messages[1] == "work: the thread hangs no longer"
+    assert caplog.messages[1] == "work: the thread no longer hangs"
 
 
 def test_a_thread_that_cannot_start_is_an_error(
@@ -289,6 +289,6 @@ def test_a_reload_that_fails_is_done_again(
         eventually(lambda: reloading.task.trouble() is None)
     assert reloading.task.failures() == 3
     (told,) = caplog.messages
-    assert told == f"no file can be read again: {sentence}"
+    assert told == f"changes of configuration files are ignored: {sentence}"
     reloading.close()
     reload_signal.raise_again()

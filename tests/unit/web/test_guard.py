@@ -727,7 +727,7 @@ def test_no_scrape_fails_during_reloads(
     [
         (f"{TLS}x: 1", "web.yml line 4: the file has no 'x'"),
         (TLS.replace("server.key", "ca.pem"), "cannot load the certificate and key: one"),
-        (TLS.replace("server.crt", "ca.pem"), "they do not belong together"),
+        (TLS.replace("server.crt", "ca.pem"), "the key does not match the certificate"),
         (TLS.replace("server.crt", "nowhere"), "nowhere cannot be read: No such file"),
         (TLS.replace("server.crt", "."), "cannot be read: Is a directory"),
         (
