@@ -64,7 +64,7 @@ def read_terminal(controller: int, last: str | None = None) -> str:
         try:
             shown += os.read(controller, 4096)
         except OSError:  # EIO: pty(7), the other side is closed
-            assert last is None, f"{last!r} never appears on the terminal: {shown!r}"
+            assert last is None, f"{last!r} does not appear on the terminal: {shown!r}"
             break
     return shown.decode()
 
@@ -164,7 +164,7 @@ def test_settings_come_from_flag_environment_and_file(tmp_path: Path) -> None:
 
 
 def test_a_wrong_line_in_the_file_is_refused(tmp_path: Path) -> None:
-    """Exit code 2, and one line with the place of the error and the allowed values."""
+    """Exit code 2, and one line with the file, the line number and the valid values."""
     conf = tmp_path / "tcpexporter.conf"
     conf.write_text("simple\nport https\n")
     ended = run(COMMAND, "--conf", str(conf))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""``--once --output``: a file for node_exporter's textfile collector, and a real one."""
+"""Tests ``--once --output``, with a real node_exporter that reads the file."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from tests.e2e.test_command import INHERITED, count, objections, run
 from tests.support import DEADLINE_S, LONG_TERM, Peers, eventually, free_port
 
 MANY_PORTS = "1-1009"
-"""The exposition of these ports is larger than a page of memory."""
+"""Ports whose exposition is larger than a page of memory."""
 
 
 @pytest.fixture
@@ -74,10 +74,10 @@ def fetch(url: str) -> str:
 
 
 def test_node_exporter_serves_what_was_written(textfiles: Path) -> None:
-    """It serves all metrics without an error, after each of two runs with other settings.
+    """It reports no error after each of two runs with different settings.
 
-    The kind of fault: a process metric, which node_exporter has too, or a help text that
-    changes, makes node_exporter report an error at each scrape.
+    The kind of fault: node_exporter reports an error at each scrape, because a metric of
+    ours is one of its own, or because a help text changes.
     """
     with Peers() as peers, node_exporter(textfiles) as url:
         peers.connect(7)
@@ -97,7 +97,7 @@ def test_node_exporter_serves_what_was_written(textfiles: Path) -> None:
 
 
 def test_without_root_it_writes_to_its_own_directory(tmp_path: Path) -> None:
-    """It writes as the owner of a directory; in another one it is an error."""
+    """The owner of a directory can write there; in another directory it is an error."""
     nobody = 65534
     as_nobody = ("setpriv", f"--reuid={nobody}", f"--regid={nobody}", "--clear-groups")
     # The tests and the parents of the directory may be readable by root only.
