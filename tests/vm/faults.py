@@ -20,7 +20,7 @@ from tcpexporter.ebpf import program
 from tcpexporter.ebpf.btf import Btf
 from tcpexporter.ebpf.features import FEATURES, RETURN_0, UNPRIVILEGED_MAPS, Kernel
 from tcpexporter.host import privileges
-from tests.kernel.test_process import assert_root_is_given_up
+from tests.kernel.test_process import assert_root_is_dropped
 from tests.support import (
     DEADLINE_S,
     Exporter,
@@ -206,7 +206,7 @@ def test_unprivileged_bpf_can_be_disabled(
     UNPRIVILEGED_BPF.write_text(str(value))
     is_kept = value != 0 and not Kernel().has(UNPRIVILEGED_MAPS)
     with Exporter("--source", "ebpf") as another:
-        assert_root_is_given_up(another, kept=is_kept << privileges.CAP_BPF)
+        assert_root_is_dropped(another, kept=is_kept << privileges.CAP_BPF)
         assert_counts(another, peers)
     assert_counts(exporter, peers)
 
