@@ -12,16 +12,16 @@ help: ## Print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: run
-# exec: a signal to make reaches the exporter and not a shell.
-run: setup ## Set up, then run the exporter; ARGS="--port 443" passes flags on
+# exec: a signal to make must reach the exporter instead of a shell.
+run: setup ## Set up, then run the exporter; ARGS="--port 443" are its flags
 	@exec $(bin)/tcpexporter $(ARGS)
 
 .PHONY: setup
-setup: ## Install what the exporter needs; leaves .venv/bin/tcpexporter
+setup: ## Install what the exporter requires, and .venv/bin/tcpexporter
 	@deploy/setup.sh run
 
 .PHONY: test
-# setup.sh unpacks Prometheus and node_exporter there if the system has none.
+# If the system has no Prometheus or node_exporter, setup.sh unpacks them there.
 test bench: export PATH := $(CURDIR)/.cache/prometheus/usr/bin:$(CURDIR)/.cache/prometheus-node-exporter/usr/bin:$(PATH):/usr/sbin:/sbin
 test: lint ## Set up, then lint and run all tests; the kernel tests require root
 	$(bin)/python -m pytest
@@ -67,7 +67,7 @@ soak: setup-test ## Open and close connections for ten minutes; check the counts
 	$(bin)/python -m tests.kernel.churn
 
 .PHONY: fuzz
-fuzz: ## Try a million bad inputs for each parser, in an hour; TARGET=procfs RUNS=10000
+fuzz: ## Try a million bad inputs for each parser, in an hour; TARGET=procfs for one parser
 	@deploy/setup.sh fuzz
 	$(bin)/python -m tests.fuzz $(TARGET) --runs $(or $(RUNS),1000000)
 
@@ -82,7 +82,7 @@ vm-test: vagrant-validate ## Run the kernel tests under Debian's kernels in emul
 	setpriv --pdeathsig TERM $(bin)/python -m tests.vm $(if $(KERNEL),--kernel $(KERNEL))
 
 .PHONY: vm-shell
-vm-shell: setup-vm ## Open a shell in such a guest: KERNEL=6.12
+vm-shell: setup-vm ## Open a shell in a guest of vm-test: KERNEL=6.12
 	$(bin)/python -m tests.vm --shell $(if $(KERNEL),--kernel $(KERNEL))
 
 .PHONY: vagrant-validate
@@ -109,11 +109,11 @@ lock: ## Lock the newest and the lowest versions that pyproject.toml allows, wit
 audit: ## Ask the package index for known vulnerabilities of the locked packages
 	@deploy/setup.sh release
 	@$(bin)/pip-audit --strict --disable-pip $(patsubst %,-r %,$(filter-out %/lowest.txt,$(wildcard deploy/lock/*.txt))) || { \
-		echo "audit: there are known vulnerabilities, or the index did not answer: see above" >&2; \
+		echo "audit: the message above names vulnerabilities, or says that the index did not answer" >&2; \
 		exit 1; }
 
 .PHONY: sbom
-# The time of the last commit: the same commit gives the same bytes.
+# SOURCE_DATE_EPOCH is the time of the last commit, so the same commit gives the same bytes.
 sbom wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 sbom: setup-test ## Write a bill of materials of the running exporter: dist/tcpexporter.cdx.json
 	@mkdir -p dist

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Maintains the array of the TCP connections that are in state ESTABLISHED. It runs at
- * the tracepoint sock:inet_sock_set_state, to which it is attached with the kernel's
- * types (BPF_TRACE_RAW_TP): it reads the socket with plain loads that the verifier has
- * checked. The loader defines:
+ * Maintains an array of the TCP connections in state ESTABLISHED. The kernel runs the
+ * program at the tracepoint sock:inet_sock_set_state. It is attached as
+ * BPF_TRACE_RAW_TP with the kernel's types, so it reads the socket with plain loads
+ * that the verifier checks. The loader defines these macros:
  *
- * MAX_CONNECTIONS  number of slots
+ * MAX_CONNECTIONS  number of slots; a slot holds one connection
  * MAX_CLOSINGS     capacity of the closings log
  * MAX_SERIES       number of series numbers
  * MAP_FLAGS        flags of the hash maps: BPF_F_NO_PREALLOC, or 0
@@ -17,20 +17,26 @@
  * BOUNDS           the upper bounds of all buckets but the last, in units of time
  * SECRET_0, _1     the key of the hash
  * LOSE_ONE_IN      in tests: the program ignores one in so many events, at random
- * *_OFFSET         of members of struct tcp_sock and struct net, from the kernel's BTF
+ * *_OFFSET         offsets of members of struct tcp_sock and struct net, from BTF
  *
- * Who owns a slot, and so may write to its connection
- * ----------------------------------------------------
- * A slot is in a range on the stack `free_slots`, or owned by the run or the thread
- * that popped that range, or the value of one entry of `slots`. In the last case the
- * program owns it when it runs for the socket that the handle identifies. The handle of
- * a seed identifies a closing socket that the program does not know. The kernel reports
- * the states of one socket one after another, so no two runs write to one connection.
+ * Terms: a *handle* identifies the connection of a slot. It is the address of the
+ * socket. If the connection comes from the socket tables, it is a *seed*, and its
+ * handle is the hash of its key (addresses, ports, network namespace).
  *
- * The program allocates slots and never frees one that was used: a closed connection
- * keeps its slot for the next socket at the same address, which the kernel's allocator
- * is likely to reuse soon. Userspace deletes entries of `slots` and frees their slots
- * (Tracker.release in tcpexporter/ebpf/tracker.py, where the races are argued).
+ * The owner of a slot, which alone may write to its connection
+ * ------------------------------------------------------------
+ * A slot is in one of three states. A free slot is in a range on the stack
+ * `free_slots`. If a run of the program or a thread of userspace has popped the range,
+ * the run or the thread owns the slot. Otherwise the slot is the value of one entry of
+ * `slots`: then the run for the socket with that handle owns it. For a seed, that is
+ * the run for a closing socket whose key has that hash. The kernel reports the states
+ * of a socket one after another, so two runs never write to the same connection.
+ *
+ * The program allocates slots, and never frees a slot that was used. A closed
+ * connection keeps its slot for the next socket at the same address: the kernel's
+ * allocator is likely to reuse that address soon. Userspace deletes entries of `slots`
+ * and frees their slots: see Tracker.release in tcpexporter/ebpf/tracker.py, which
+ * explains the races.
  */
 #include "tcp_tracker.h"
 
@@ -66,17 +72,17 @@ BPF_STACK(free_series, __u32, MAX_SERIES);
 /* Whether closings are recorded: userspace is comparing with the socket tables. */
 BPF_ARRAY(recording, __u32, 1);
 
-/* The closings log: the handle that each closed connection would have as a seed. */
+/* The closings log: for each closed connection, the handle of a seed with its key. */
 BPF_F_TABLE("hash", __u64, __u32, closings, MAX_CLOSINGS, MAP_FLAGS);
 
 BPF_PERCPU_ARRAY(events, struct tracker_events, 1);
 
-/* Userspace updates it to wait until all runs that are under way have ended. */
+/* Userspace updates this map to wait until all runs that have begun have ended. */
 BPF_ARRAY_OF_MAPS(barrier, "events", 1);
 
 /*
- * Hides from BCC where a pointer comes from: BCC replaces each load through a pointer
- * that it can trace back to the context by a helper call.
+ * Hides the origin of a pointer from BCC. If BCC can trace a pointer back to the
+ * context, it replaces each load through the pointer by a helper call.
  */
 static const void *untraced(__u64 address)
 {
@@ -128,7 +134,7 @@ static void load_key(struct connection_key *key, const void *sk, __u32 netns,
 	key->remote_port = bpf_ntohs(LOAD(__u16, sk, SKC_DPORT_OFFSET));
 }
 
-/* A socket that was reset is already unbound; inet_sport still has its port. */
+/* Returns the local port. A socket that was reset is unbound, but keeps inet_sport. */
 static __u16 port_of_closed(const void *sk)
 {
 	const void *inet = untraced((__u64)bpf_skc_to_tcp_sock((void *)sk));
@@ -184,10 +190,10 @@ static __u64 handle_of_seed(const struct connection_key *key)
 
 /*
  * Returns the connection with this handle, or NULL. When userspace deletes an entry of
- * a hash map, the kernel can reuse its memory for another handle while this run holds a
- * pointer to its value. So the value alone does not prove which handle owns the slot.
- * The slot's own record does: userspace clears the handle there before it frees the
- * slot.
+ * a hash map, the kernel can reuse the memory of the entry for another handle, while
+ * this run has a pointer to the value. So the value may be the slot of another handle.
+ * Therefore the handle in the record of the slot is compared: userspace clears it
+ * before it frees the slot.
  */
 static struct connection *find(__u64 handle)
 {
@@ -199,12 +205,13 @@ static struct connection *find(__u64 handle)
 
 static void push_free(__u32 range)
 {
-	/* Since Linux 6.15 this fails if it does not get a lock within 250 ms. */
+	/* Since Linux 6.15 a push fails if it waits for its lock for 250 ms: try twice.
+	 */
 	if (free_slots.push(&range, 0))
 		free_slots.push(&range, 0);
 }
 
-/* Allocates a slot for a handle that has none; NULL: the tracker is full. */
+/* Allocates a slot for a handle without a slot; returns NULL if no slot is free. */
 static struct connection *allocate(__u64 handle)
 {
 	__u32 range, slot;
@@ -405,8 +412,8 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 	load_key(&key, sk, netns, port_of_closed(sk));
 	/*
 	 * A record with another key belongs to the previous connection at this address.
-	 * Two events were missed: its closing, and the opening of this connection,
-	 * which may be a seed.
+	 * Its closing was missed, and so was the opening of this connection. Then this
+	 * connection may be a seed.
 	 */
 	is_known = has_record && is_same(&connection->key, &key);
 	if (has_record)
@@ -414,7 +421,10 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 	if (is_known && !is_recording)
 		return;
 	handle = handle_of_seed(&key);
-	/* Record before searching: userspace adds a seed before it reads the log. */
+	/*
+	 * Record the closing before the search for a seed. Userspace adds a seed before
+	 * it reads the log, so either the search or userspace finds the seed.
+	 */
 	if (is_recording && closings.update(&handle, &nothing))
 		count->unrecorded++;
 	if (is_known)
@@ -456,14 +466,14 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 	has_failed = OUTBOUND_PORT && oldstate == TCP_SYN_SENT && newstate == TCP_CLOSE;
 	if (newstate != TCP_ESTABLISHED && oldstate != TCP_ESTABLISHED && !has_failed)
 		return 0;
-	/* The kernel reports an MPTCP connection with another protocol number. */
+	/* MPTCP's own socket has another protocol number, and is not counted. */
 	if (LOAD(__u16, sk, SK_PROTOCOL_OFFSET) != IPPROTO_TCP)
 		return 0;
 	netns = netns_of(sk);
 	if (NETNS && netns != NETNS)
 		return 0;
 #ifdef LOSE_ONE_IN
-	/* For tests: as if the kernel did not run this program. */
+	/* For tests: ignore the event, as if the kernel had skipped this program. */
 	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0)
 		return 0;
 #endif

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * The layout of the maps, for the BPF program and userspace. These structs have a
- * mirror in tcpexporter/connections/record.py; tests/unit/connections/test_record.py
- * compares the two.
+ * The layout of the maps. tcpexporter/connections/record.py defines the same structs
+ * for userspace; tests/unit/connections/test_record.py compares the two.
  */
 #ifndef TCP_TRACKER_H
 #define TCP_TRACKER_H
@@ -74,14 +73,14 @@ struct ledger_entry {
 #define RANGE_BITS 8
 #define RANGE_MASK 0xff
 
-/* What the program has done, counted on each CPU. */
+/* Counts of what the program has done; each CPU has its own. */
 struct tracker_events {
 	__u64 inserted;
 	__u64 removed;
-	__u64 refused;	     /* openings, because no slot was free */
-	__u64 removed_seeds; /* part of `removed` */
+	__u64 refused;	     /* connections for which no slot was free */
+	__u64 removed_seeds; /* seeds; `removed` includes them */
 	__u64 allocated;     /* slots */
-	__u64 unrecorded;    /* closings, because the closings log was full */
+	__u64 unrecorded;    /* closings that did not fit into the closings log */
 };
 
 #endif

@@ -39,22 +39,25 @@ TREE_BEGIN = "<!-- tree: written by make documents -->"
 TREE_END = "<!-- end of tree -->"
 
 OF_EVERY_PROCESS = ("process_", "python_info")
-"""How the metrics begin that prometheus_client adds: the page names them in its text."""
+"""Beginnings of the names of metrics that prometheus_client adds.
+
+The text of docs/metrics.md names these metrics, so the table does not have them.
+"""
 
 
 class Described(NamedTuple):
-    """A setting, as ``--help`` describes it."""
+    """A setting and its description in ``--help``."""
 
     flags: Sequence[str]
     variables: Sequence[str]
     metavar: str
     default: str
-    takes: str
+    allowed: str
     help: str
 
 
 def described() -> Iterator[tuple[str, Sequence[Described]]]:
-    """Each group of ``--help``: its title and its settings."""
+    """Yield each group of ``--help``: its title and its settings."""
     for title, group in settings.GROUPS.items():
         yield (
             title,
@@ -64,7 +67,7 @@ def described() -> Iterator[tuple[str, Sequence[Described]]]:
                     each.variables,
                     each.kind.metavar,
                     each.default,
-                    each.kind.takes,
+                    each.kind.allowed,
                     each.help,
                 )
                 for each in group
@@ -76,7 +79,7 @@ def described() -> Iterator[tuple[str, Sequence[Described]]]:
 
 
 def settings_tables() -> str:
-    """A heading and a table for each group of settings."""
+    """Return a heading and a table for each group of settings."""
     return "\n\n".join(
         f"### {title[:1].upper()}{title[1:]}\n\n{tables.markdown(_settings_table(group))}"
         for title, group in described()
@@ -92,7 +95,7 @@ def _settings_table(group: Sequence[Described]) -> tables.Table:
                 ", ".join(map(_code, each.variables)),
                 _code(each.default) if each.default else "",
                 _cell(each.help),
-                _cell(each.takes),
+                _cell(each.allowed),
             ]
             for each in group
         ),
@@ -111,7 +114,7 @@ def _cell(text: str) -> str:
 
 
 def metrics_table() -> str:
-    """A table of every metric that a page can have."""
+    """Return a table of every metric that ``/metrics`` can have."""
     rows = [
         [_code(_name(each)), each.type, ", ".join(map(_code, _labels(each))), _help(each)]
         for each in registry().collect()
@@ -121,7 +124,7 @@ def metrics_table() -> str:
 
 
 def registry() -> CollectorRegistry:
-    """A registry whose page has every metric, as of a source that reports everything."""
+    """Return a registry with every metric: its source reports every value."""
     source = MemorySource(
         listeners=np.array([(0, 443, 4)], LISTENER),
         report=Report(
@@ -161,18 +164,18 @@ def _help(family: Metric) -> str:
 
 
 def tree_table() -> str:
-    """A table of every module with a docstring: its path and what it is for."""
+    """Return a table of every module with a docstring: its path and its first line."""
     package = ROOT / "tcpexporter"
     rows = [
         [_code(str(path.relative_to(ROOT))), _cell(summary)]
         for path in sorted(package.rglob("*.py"), key=lambda each: (each.parent, each))
         if (summary := _summary(path))
     ]
-    return tables.markdown([["module", "what it is for"], *rows])
+    return tables.markdown([["module", "purpose"], *rows])
 
 
 def _summary(path: Path) -> str:
-    """The first paragraph of a module's docstring; empty if it has none."""
+    """Return the first paragraph of a module's docstring; empty if there is none."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     return " ".join(text.split("\n\n")[0].split())
 
@@ -181,7 +184,7 @@ def _summary(path: Path) -> str:
 
 
 def man_page() -> str:
-    """The man page, in the macros of man(7)."""
+    """Return the man page, in the macros of man(7)."""
     template = (ROOT / "deploy" / "man" / "template.8").read_text()
     options = "\n".join(line for each in described() for line in _man_group(*each))
     variables = ", ".join(
@@ -204,11 +207,11 @@ def _man_group(title: str, group: Sequence[Described]) -> Iterator[str]:
         yield ".TP"
         yield ", ".join(rf"\fB{_roff(flag)}\fR{value}" for flag in each.flags)
         yield _roff(f"{each.help[:1].upper()}{each.help[1:]}.")
-        yield _roff(f"Value: {each.takes}. Default: {each.default or 'none'}.")
+        yield _roff(f"Value: {each.allowed}. Default: {each.default or 'none'}.")
 
 
 def _roff(text: str) -> str:
-    """The text as input of roff: hyphens are copied as such, and no line is a request."""
+    """Return the text for roff: hyphens stay hyphens, and no line is a roff request."""
     escaped = text.replace("\\", r"\e").replace("-", r"\-")
     return re.sub(r"(?m)^([.'])", r"\\&\1", escaped)
 
@@ -234,11 +237,11 @@ DOCUMENTS: dict[Path, Callable[[str], str]] = {
     ROOT / "CONTRIBUTING.md": _with_tree,
     ROOT / "deploy" / "man" / "tcpexporter.8": lambda _: man_page(),
 }
-"""What makes a document's new text from its present one."""
+"""For each document, the function that makes its new text from its old text."""
 
 
 def main() -> None:
-    """Write each of them anew."""
+    """Write each generated document again."""
     for path, new in DOCUMENTS.items():
         path.write_text(new(path.read_text() if path.exists() else ""))
 

@@ -2,8 +2,8 @@
 """Writes a bill of materials of the running exporter, in the format of CycloneDX 1.6.
 
 Versions and hashes come from the lock file, licences and dependencies from the packages
-that are installed here. The packages of the distribution have no version here: it differs
-between hosts. The same tree gives the same bytes.
+that are installed here. The bill has no versions of the distribution's packages, because
+these differ between hosts. The same tree gives the same bytes.
 """
 
 import os

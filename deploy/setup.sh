@@ -3,31 +3,32 @@
 #
 # Prepares this machine and this tree; the Makefile calls it with one of:
 #
-#   run          install what the exporter requires: BCC, and the exporter in .venv
-#   guest        the same, and what the kernel tests require
-#   test         the same, and what lint and the other tests require
+#   run          install BCC and other requirements, and the exporter in .venv
+#   guest        the same as "run", and the requirements of the kernel tests
+#   test         the same as "guest", and the requirements of lint and the other tests
 #   lowest       install the lowest versions that pyproject.toml allows, into .cache/lowest
 #   fuzz         the same as "test", and the fuzzer
 #   bench        the same as "test", and the programs that the benchmarks compare
-#   vm           the same as "test", and what boots other kernels
-#   release      the same as "test", and what writes the locks and asks for vulnerabilities
+#   vm           the same as "test", and the programs that boot other kernels
+#   release      the same as "test", and the tools for lock files and audits
 #   lock         the same as "release"; then write deploy/lock
 #   require X... install the packages of these commands or services: make prometheus.service
 #
-# What is installed already is not installed again: that requires neither root nor network.
+# It does not install a package again. If every package is installed, it requires neither root
+# nor a network.
 #
 # Every file from the package index has a hash in deploy/lock.
 set -eu
 
 cd "$(dirname "$0")/.."
 
-# Not the first python3 on PATH: only the distribution's own can import its package of BCC.
+# Not the first python3 on PATH: only the distribution's Python can import its BCC package.
 python=/usr/bin/python3
-# Packages that would start a service if they were installed are unpacked here.
+# Packages whose installation would start a service are only unpacked, in this directory.
 unpacked=.cache
 # Where Python packages are installed.
 venv=.venv
-# ip is in sbin, which is not on every user's PATH.
+# The command ip is in sbin, which is not on every user's PATH.
 PATH=$PATH:/usr/sbin:/sbin
 PATH=$PATH:$PWD/$unpacked/prometheus/usr/bin:$PWD/$unpacked/prometheus-node-exporter/usr/bin
 
@@ -121,8 +122,8 @@ require() {
 	# shellcheck disable=SC2086  # one word for each need
 	packages=$(packages_for $needs | sort -u)
 	[ "$system" != other ] ||
-		fail "no packages are known for this system, install by hand: $(one_line "$packages")"
-	is_root || fail "install these, or use sudo: $(one_line "$packages")"
+		fail "unknown system, install these packages by hand: $(one_line "$packages")"
+	is_root || fail "install these packages, or use sudo: $(one_line "$packages")"
 	# shellcheck disable=SC2086  # one word for each package
 	"install_on_$system" $packages
 	needs=$(lacking "$@")
@@ -146,7 +147,7 @@ is_there() {
 	seccomp) ldconfig -p | grep -q 'libseccomp\.so\.2' ;;
 	libc) [ -e /usr/include/stdlib.h ] ;;
 	*.service) [ -e "/lib/systemd/system/$1" ] ;;
-	# The name of the command in Debian, and elsewhere.
+	# The command has this name in Debian, and the other name elsewhere.
 	prometheus-node-exporter) has_command "$1" || has_command node_exporter ;;
 	# Only a statically linked busybox works in an initramfs.
 	busybox) has_command "$1" && ! ldd "$(command -v "$1")" >/dev/null 2>&1 ;;
@@ -166,7 +167,7 @@ from importlib.util import find_spec
 sys.exit(find_spec(sys.argv[1]) is None)' "$1"
 }
 
-# debian, fedora (both with their derivatives) or other.
+# Prints debian or fedora, also for their derivatives, or other.
 system_family() (
 	ID=other
 	# shellcheck source=/dev/null
@@ -229,8 +230,8 @@ apt_get() {
 
 lists_are_fresh=no
 
-# A new machine has no package lists, or old ones with packages that no longer exist. If some
-# lists cannot be fetched, for example another vendor's, the others may suffice.
+# A new machine has no package lists, or old lists with packages that no longer exist. If some
+# lists cannot be fetched, the packages may be in the other lists.
 refresh_lists() {
 	[ "$lists_are_fresh" = no ] || return 0
 	apt_get update || say "some package lists cannot be fetched; continuing with the others"
@@ -270,7 +271,7 @@ fetch_commands() {
 }
 
 unpack() {
-	# As root: the user _apt may not write here.
+	# Download as root: the user _apt may not write to this directory.
 	apt_get -o APT::Sandbox::User=root download "$1" &&
 		dpkg -x "$1"_*.deb . &&
 		rm "$1"_*.deb
@@ -278,7 +279,7 @@ unpack() {
 
 # --- Python packages, in .venv or .cache/lowest ---
 
-# The files of deploy/lock that a purpose requires.
+# Prints the names of the files in deploy/lock that a purpose requires.
 locks_of() {
 	case $1 in
 	lowest) echo lowest ;;
@@ -287,8 +288,8 @@ locks_of() {
 	esac
 }
 
-# The extras of pyproject.toml that a purpose requires. deploy/lock has a file of the same
-# name for each, with its packages.
+# Prints the extras of pyproject.toml that a purpose requires. For each extra, deploy/lock has
+# a file of the same name with its packages.
 extras_of() {
 	case $1 in
 	run) ;;
@@ -300,7 +301,7 @@ extras_of() {
 	esac
 }
 
-# The purposes for which an installation for this one suffices.
+# Prints the purposes whose packages are all installed after an installation for this purpose.
 held_by() {
 	case $1 in
 	run | lowest) echo "$1" ;;
@@ -309,7 +310,7 @@ held_by() {
 	esac
 }
 
-# Installs what a purpose requires, unless a stamp says that this is done.
+# Installs the packages that a purpose requires, unless the stamp file says that this is done.
 fill_venv() {
 	stamp=$venv/installed
 	state=$(state)
@@ -322,15 +323,15 @@ fill_venv() {
 	# shellcheck disable=SC2046  # two words for each file
 	pip_install --require-hashes --only-binary=:all: \
 		$(printf -- '-r deploy/lock/%s.txt ' $(locks_of "$1"))
-	# Only the exporter is built here, by the setuptools among these packages.
+	# Only the exporter is built here, with the setuptools that was just installed.
 	pip_install --no-index --no-deps --no-build-isolation -e .
 	# shellcheck disable=SC2046  # one line for each purpose
 	printf "$state %s\n" $(held_by "$1") >>"$stamp"
 	sort -u -o "$stamp" "$stamp"
 }
 
-# A checksum of everything that .venv was made from, including its path, because it does not
-# work after it is moved. File times are no use after a git checkout.
+# Prints a checksum of all inputs of .venv. The path is an input, because .venv does not work
+# after it is moved. File times are not used, because git checkout changes them.
 state() {
 	{
 		cat pyproject.toml deploy/lock/*.txt deploy/setup.sh
@@ -343,8 +344,8 @@ pip_install() {
 	"$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"
 }
 
-# Locks the newest versions that pyproject.toml allows, the same for every purpose, Python and
-# machine. Versions that work with the oldest Python work with newer ones too.
+# Locks the newest versions that pyproject.toml allows. They are the same for every purpose,
+# Python and machine, and are chosen for the oldest Python: they work with newer ones too.
 write_locks() {
 	scratch=$(mktemp -d)
 	trap 'rm -rf "$scratch"' EXIT
@@ -352,7 +353,7 @@ write_locks() {
 import tomllib
 with open("pyproject.toml", "rb") as project:
     print(*tomllib.load(project)["build-system"]["requires"], sep="\n")' >"$scratch/build.in"
-	resolve --all-extras >"$scratch/everything" # which these must be of one mind with
+	resolve --all-extras >"$scratch/everything" # all lock files use these versions
 	write_lock run --constraints "$scratch/everything"
 	for extra in test lint package fuzz bench release; do
 		# shellcheck disable=SC2046  # two words for each package
@@ -365,14 +366,14 @@ with open("pyproject.toml", "rb") as project:
 
 write_lock() {
 	{
-		echo "# What setup.sh installs for \"$1\", and what the tests have passed with."
+		echo "# The packages that setup.sh installs for \"$1\", as tested."
 		echo "# Written by \`make lock\`; the ranges are in pyproject.toml."
 		shift
 		resolve "$@"
 	} >"$scratch/$1.txt"
 }
 
-# Without pip: .venv has the pip of its Python.
+# pip is not locked: .venv uses the pip of its Python.
 resolve() {
 	.venv/bin/uv pip compile -q --universal --python-version 3.11 --fork-strategy fewest \
 		--generate-hashes --no-emit-package pip --no-header --no-annotate "$@" \

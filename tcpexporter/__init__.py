@@ -3,6 +3,6 @@
 
 import os
 
-# numpy's linear algebra is not used here. Its threads would cost memory, and
-# would keep the capabilities that the thread which starts them gives up.
+# tcpexporter does not use numpy's linear algebra. Its threads would use memory. They would
+# also keep capabilities: the exporter drops capabilities only in the main thread.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -19,11 +19,11 @@ log = logging.getLogger("tcpexporter")
 LAST_STANDARD_STREAM = 2
 
 LEAST_DESCRIPTORS = 64
-"""Enough to start and to serve a few clients; start-up alone needs 24."""
+"""File descriptors that start-up and a few clients require; start-up alone requires 24."""
 
 
 def main() -> None:
-    """Run until a signal arrives; exits with 0, 1 for a failure, 2 for a wrong setting."""
+    """Run until a signal arrives; exit with 0, 1 (failure) or 2 (invalid setting)."""
     _restore_default_signals()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
@@ -48,10 +48,10 @@ def main() -> None:
 
 
 def _restore_default_signals() -> None:
-    """Undo what the parent process has blocked or ignored.
+    """Handle SIGCHLD and SIGTERM, even if the parent process ignored or blocked them.
 
-    Where SIGCHLD is ignored the kernel does not report how a child process ended, and a
-    blocked SIGTERM would not end the exporter.
+    If SIGCHLD is ignored, the kernel does not report how a child process ended. If SIGTERM
+    is blocked, it does not end the exporter.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -68,8 +68,8 @@ def _require_descriptors() -> None:
         return
     if hard < LEAST_DESCRIPTORS:
         raise ServerError(
-            f"only {hard} files may be open, at least {LEAST_DESCRIPTORS} are needed: raise"
-            " LimitNOFILE in the unit, or ulimit -n"
+            f"the limit of open files is {hard}, and at least {LEAST_DESCRIPTORS} are"
+            " required: raise LimitNOFILE in the unit, or ulimit -n"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -77,7 +77,8 @@ def _require_descriptors() -> None:
 def _open_standard_streams() -> None:
     """Open /dev/null as each standard stream that the parent process has closed.
 
-    Otherwise a socket or map could get descriptor 1 or 2, and output would go there.
+    Otherwise a socket or a BPF map could get descriptor 1 or 2, and Python would write its
+    output to that object.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= LAST_STANDARD_STREAM:
         os.set_inheritable(descriptor, True)
@@ -96,12 +97,12 @@ def _report_failure(error: Exception, code: int, supervisor: Supervisor) -> int:
 
 
 def _set_up_logging(level: str, log_format: str) -> None:
-    # A full disk is no reason to write more.
+    # If the disk is full, logging must not print a traceback for each lost line.
     logging.raiseExceptions = False
     handler = logging.StreamHandler()
     fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
     if log_format == "json":
-        # Imported only when it is used: it takes 0.2 MiB.
+        # Imported only when it is used: it uses 0.2 MiB of memory.
         from pythonjsonlogger.json import JsonFormatter  # noqa: PLC0415
 
         handler.setFormatter(JsonFormatter(fields))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Reads the clock of all times: the host's CLOCK_BOOTTIME, as the BPF program does."""
+"""Reads the host's CLOCK_BOOTTIME, the clock of every time that the exporter keeps."""
 
 import time
 from pathlib import Path
 
 
 def _offset_ns(offsets: str) -> int:
-    """The offset of this time namespace: time_namespaces(7), timens_offsets."""
+    """Return this namespace's offset of CLOCK_BOOTTIME, in ns: time_namespaces(7)."""
     for line in offsets.splitlines():
         clock, seconds, nanoseconds = line.split()
         if clock == "boottime":
@@ -25,8 +25,9 @@ _OFFSET_NS = _own_offset_ns()
 
 
 def boottime_ns() -> int:
-    """Nanoseconds since the host booted, including suspend.
+    """Return the nanoseconds since the host booted, including suspend.
 
-    A container can have a time namespace, which bpf_ktime_get_boot_ns() ignores.
+    A container can have a time namespace with an offset. The BPF program's clock,
+    bpf_ktime_get_boot_ns(), ignores that offset, so this function subtracts it.
     """
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - _OFFSET_NS

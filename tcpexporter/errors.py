@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Defines the errors that tcpexporter raises, and the sentences for others."""
+"""Defines the errors that tcpexporter raises, and the messages for other errors."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ _SHORT.maxstring = 80
 
 
 def quoted(text: str) -> str:
-    """A user's text in quotes, for a message; a long text is shortened in the middle."""
+    """Return a text in quotes for a message; the middle of a long text is left out."""
     return _SHORT.repr(str(text))
 
 
@@ -78,7 +78,7 @@ _REMEDIES = {
 
 
 def reason(error: BaseException) -> str:
-    """A sentence for any error, with the remedy if one is known."""
+    """Return one sentence that describes any error, with the remedy if one is known."""
     if isinstance(error, MemoryError):
         return NO_MEMORY
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
@@ -92,10 +92,10 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def enough_memory() -> Iterator[None]:
-    """Run a block that can be tried again if there is no memory for it.
+    """Raise SourceError if the block runs out of memory: the caller can try it again.
 
     Raises:
-        SourceError: there is not enough memory.
+        SourceError: there was not enough memory.
     """
     try:
         yield

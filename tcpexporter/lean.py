@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Imports a part of a package whose ``__init__`` would import all of it."""
+"""Imports a submodule without running its package's ``__init__``, to save memory."""
 
 import contextlib
 import sys
@@ -10,10 +10,17 @@ from types import ModuleType
 
 @contextlib.contextmanager
 def part_of(package: str) -> Iterator[ModuleType]:
-    """Until the end of the block, importing a module of ``package`` imports that alone.
+    """Let the block import modules of ``package`` without running its ``__init__``.
 
-    Gives the package, in which its modules find nothing but each other. Whoever imports
-    it afterwards gets it whole, as always; so does the block if it is imported already.
+    Inside the block, the package has no attributes except the modules that the block
+    imports. After the block, a normal import of the package imports all of it. If the
+    package was imported before, the block uses it unchanged.
+
+    Yields:
+        The package.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
     """
     if package in sys.modules:
         yield sys.modules[package]

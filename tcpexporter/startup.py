@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Wires the modules together, in phases: listen, open, confine, serve.
 
-The order is the security argument. Everything that requires root (a low port, the BPF
-program, socket tables of other namespaces, files that only root can read) is opened before
-`_confine` gives root up, and no client is answered before that: `_serve` comes last.
+The order makes the exporter secure. Everything that requires root is opened first: a port
+below 1024, the BPF program, socket tables of other namespaces, files that only root can
+read. Then `_confine` gives up root. The exporter answers no client before that: `_serve` is
+last.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ from tcpexporter.metrics.reload_status import Reloads
 from tcpexporter.web import pages, server
 from tcpexporter.web.listen import listen
 
-if TYPE_CHECKING:  # imported only when it is used: see the functions that do
+if TYPE_CHECKING:  # the functions that use these modules import them, to save memory
     from tcpexporter.metrics.output import Output
     from tcpexporter.web.guard import Guard
 
@@ -54,10 +55,10 @@ log = logging.getLogger("tcpexporter")
 
 
 class Process(NamedTuple):
-    """What this process was started with, and set up before its settings were read."""
+    """What `main` prepares before the settings are read."""
 
     argv: Sequence[str]
-    """Without the program's name."""
+    """The arguments, without the program's name."""
     environ: Mapping[str, str]
     supervisor: Supervisor
     reload_signal: ReloadSignal
@@ -65,15 +66,15 @@ class Process(NamedTuple):
 
 
 def run(process: Process, set_up_logging: Callable[[str, str], None]) -> None:
-    """Do what the settings ask for.
+    """Serve the metrics, or run the command that the settings select.
 
     Args:
-        process: see there.
+        process: the arguments, the environment, and objects from before start-up.
         set_up_logging: called with the values of --log-level and --log-format.
 
     Raises:
-        SettingsError: a setting is wrong.
-        TcpExporterError: something does not work.
+        SettingsError: a setting is invalid.
+        TcpExporterError: a part of the exporter cannot start, or has failed.
     """
     settings = parse(process.argv, process.environ)
     set_up_logging(settings.log_level, settings.log_format)
@@ -100,7 +101,8 @@ def _run(settings: Settings, process: Process) -> None:
 
 def _run_once(settings: Settings, supervisor: Supervisor) -> None:
     """Write the metrics once; nothing listens, so no client is served."""
-    # Without handlers of ours: these would end the exporter with 0, as if it had written.
+    # The default signal handlers: those of `_run` would exit with 0, as if the metrics had
+    # been written.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     with contextlib.ExitStack() as resources:
@@ -121,7 +123,7 @@ def _run_once(settings: Settings, supervisor: Supervisor) -> None:
 
 
 def _listen(settings: Settings, resources: contextlib.ExitStack) -> list[socket.socket]:
-    """The sockets that clients connect to; the kernel queues the clients until `_serve`."""
+    """Return the listening sockets; the kernel queues clients until `_serve`."""
     listening = listen(settings.listen_address, settings.listen_port)
     for each in listening:
         resources.enter_context(each)
@@ -132,7 +134,7 @@ def _listen(settings: Settings, resources: contextlib.ExitStack) -> list[socket.
 
 
 class _Opened(NamedTuple):
-    """What serving needs, opened while the process may be root."""
+    """Objects that serving requires, opened while the process may be root."""
 
     account: pwd.struct_passwd | None
     """The user to switch to; None: the process is not root."""
@@ -157,7 +159,7 @@ def _open(settings: Settings, process: Process, resources: contextlib.ExitStack)
     def tasks() -> list[Task]:
         return [*counting.source.tasks(), reloading.task]
 
-    # This reads the start time of the process in /proc/stat, which Landlock will refuse.
+    # prometheus_client reads /proc/stat here. Landlock will refuse that after `_confine`.
     registry = make_serving_registry(
         counting.collector, reloads, tasks=tasks, dropped=lambda: process.errors.dropped
     )
@@ -183,7 +185,7 @@ def _open_guard(settings: Settings, reader: Reader) -> "Guard | None":
     path = settings.web_config
     if not path:
         return None
-    # Imported only when it is used: it takes 3 MiB.
+    # Imported only when it is used: it uses 3 MiB of memory.
     from tcpexporter.web.guard import Guard  # noqa: PLC0415
 
     try:
@@ -194,7 +196,7 @@ def _open_guard(settings: Settings, reader: Reader) -> "Guard | None":
 
 
 def _open_output(path: str, resources: contextlib.ExitStack) -> "Output":
-    # Imported only when it is used: it takes memory.
+    # Imported only when it is used, to save memory.
     from tcpexporter.metrics.output import Output  # noqa: PLC0415
 
     output = Output(path)
@@ -211,7 +213,7 @@ def _confine(
     registry: CollectorRegistry,
     supervisor: Supervisor,
 ) -> None:
-    """Give up every privilege; the metrics report what is in force."""
+    """Give up every privilege; add a metric that shows which limits are in force."""
     confined = confine.confine(account, counting.source.report, supervisor.fileno())
     registry.register(ConfinementCollector(confined))
 
@@ -222,7 +224,7 @@ def _confine(
 def _serve(
     listening: list[socket.socket], opened: _Opened, settings: Settings, process: Process
 ) -> None:
-    """Answer HTTP until a signal arrives; meanwhile a thread starts the source."""
+    """Answer HTTP requests until a signal arrives. A thread starts the source meanwhile."""
     source, watch = opened.counting.source, opened.counting.watch
     starting = Starting(source.start, watch)
     app = pages.App(
@@ -240,7 +242,8 @@ def _serve(
         opened.reloading.follow(_appliers(opened, settings, process, app))
 
     async def check() -> str | None:
-        # A restart by the watchdog does not help while the named namespace is missing.
+        # While the namespace is missing, the watchdog must not restart the exporter: the
+        # new start would fail too.
         if starting.awaited() and watch and watch.trouble():
             return None
         return await app.check() or background.trouble(opened.tasks())
@@ -256,7 +259,7 @@ def _serve(
 def _appliers(
     opened: _Opened, settings: Settings, process: Process, app: pages.App
 ) -> dict[str, Apply]:
-    """What applies a file that was read again, by the subject of the reader's message."""
+    """Return the function that applies each kind of message from the reader."""
     apply = _SettingsReload(settings, process, opened.counting, app).apply
     appliers: dict[str, Apply] = {SETTINGS: apply}
     if guard := opened.guard:
@@ -273,7 +276,7 @@ def _status(counting: Counting) -> str:
 
 
 class _SettingsReload:
-    """Puts settings into force that were read again."""
+    """Applies the settings file when it has been read again."""
 
     def __init__(
         self, settings: Settings, process: Process, counting: Counting, app: pages.App
@@ -287,7 +290,7 @@ class _SettingsReload:
         """Combine a file's new text with the flags and the environment of the start.
 
         Raises:
-            SettingsError: it cannot be used; the previous settings stay in force.
+            SettingsError: the text cannot be used; the previous settings stay in force.
         """
         wanted = parse(self._process.argv, self._process.environ, message.accepted())
         done = reread(self._settings, wanted)
@@ -296,9 +299,10 @@ class _SettingsReload:
         self._app.show_settings(dataclasses.asdict(done.settings))
         root = logging.getLogger()
         level = logging.getLevelName(done.settings.log_level.upper())
-        # The lower of both levels, so that the line is logged if either allows it.
+        # The lower of the old and the new log level: the line is logged if either allows
+        # it.
         root.setLevel(min(root.level, level))
-        log.info("the settings have been read again: %s", done)
+        log.info("settings reloaded: %s", done)
         if done.changed:
             _warn_of(done.settings)
         root.setLevel(level)
@@ -310,7 +314,7 @@ def _warn_of(settings: Settings) -> None:
 
 
 def _print_features() -> None:
-    # Imported only when it is used: it takes 0.6 MiB.
+    # Imported only when it is used: it uses 0.6 MiB of memory.
     from tcpexporter.ebpf.features import Kernel, table  # noqa: PLC0415
 
     stdout.write(table(Kernel()).encode())
@@ -319,10 +323,10 @@ def _print_features() -> None:
 def _page_after(
     duration_s: int, registry: CollectorRegistry, watch: namespaces.Watch | None
 ) -> bytes:
-    """The exposition after connections have been watched for ``duration_s`` seconds.
+    """Watch connections for ``duration_s`` seconds, then return the exposition.
 
     Raises:
-        SourceError: the watched namespace is gone.
+        SourceError: the namespace of --netns was deleted.
     """
     stderr.count_down(duration_s, "watching")
     if trouble := watch and watch.trouble():

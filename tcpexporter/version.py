@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Which version of tcpexporter this is, and which commit it was built from."""
+"""Finds the version of tcpexporter and the commit that it was built from."""
 
 import json
 import re
@@ -8,13 +8,13 @@ from pathlib import Path
 
 NAME = "tcpexporter"
 STAMP = Path(__file__).with_name("revision.txt")
-"""Written when a wheel is built: deploy/wheel.sh."""
+"""A file with the commit, which deploy/wheel.sh writes when it builds a wheel."""
 
 UNKNOWN = "unknown"
 
 
 def _find_revision() -> str:
-    """The commit that was built or installed, or that the source tree is at.
+    """Return the commit of the wheel, of the installed repository, or of the source tree.
 
     pip records the commit that it installed from a repository in direct_url.json:
     https://packaging.python.org/en/latest/specifications/direct-url/
@@ -31,17 +31,17 @@ def _find_revision() -> str:
 
 
 def _commit_of(tree: Path) -> str:
-    """The commit of a source tree's HEAD: gitrepository-layout(5).
+    """Return the commit of a source tree's HEAD: gitrepository-layout(5).
 
-    It reads files and does not run git: this code runs as root, and the tree and what git
-    would execute for it may belong to another user.
+    It reads files instead of running git. This code runs as root, and git can execute
+    commands from the tree's configuration, which may belong to another user.
 
     Raises:
-        OSError: there is no repository, or the tree has no commit.
-        UnicodeDecodeError: a file of it is not text.
+        OSError: the tree is not a git repository, or has no commit.
+        UnicodeDecodeError: a file of the repository is not UTF-8.
     """
     directory = tree / ".git"
-    if directory.is_file():  # of a worktree
+    if directory.is_file():  # in a worktree, .git is a file with the path of the directory
         directory = tree / directory.read_text().removeprefix("gitdir:").strip()
     head = (directory / "HEAD").read_text().strip()
     if head.startswith("ref:"):
@@ -50,7 +50,7 @@ def _commit_of(tree: Path) -> str:
 
 
 def _resolve(directory: Path, ref: str) -> str:
-    """The commit that a branch is at, from a file of its own or from packed-refs."""
+    """Return the commit of a branch, from the branch's own file or from packed-refs."""
     common = directory / "commondir"
     if common.exists():
         directory /= common.read_text().strip()

@@ -1,12 +1,12 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-3.0-only
 #
-# Installs the exporter as a service, and a Prometheus that scrapes it, on the machine where it
-# runs: as root, with the tree in /tcpexporter. Vagrant runs this, and so does `make vm-test`
+# Installs the exporter as a service, and a Prometheus that scrapes it, on this machine. It
+# requires root, and the tree in /tcpexporter. Vagrant runs this script; `make vm-test` runs it
 # in its guests.
 #
-# What is installed already is not installed again: a second run requires no network. Without a
-# running systemd, as in an image that is being built, it installs services but starts none.
+# It does not install a package again, so a second run requires no network. If systemd does not
+# run, as while an image is built, the script installs the services but does not start them.
 set -eu
 
 cd /tcpexporter
@@ -16,9 +16,9 @@ prometheus=http://localhost:9090
 command=/usr/local/bin/tcpexporter
 
 main() {
-	[ "$(id -u)" -eq 0 ] || fail "this takes root"
+	[ "$(id -u)" -eq 0 ] || fail "this script requires root"
 	deploy/setup.sh run
-	# make, for `make test`: the boxes do not have it.
+	# `make test` requires make, which the boxes do not have.
 	deploy/setup.sh require make prometheus.service
 	install_exporter
 	install_prometheus
@@ -26,7 +26,7 @@ main() {
 	if [ -d /run/systemd/system ]; then
 		start
 	else
-		say "installed; the services start when the machine does"
+		say "installed; the services start when the machine boots"
 	fi
 }
 
@@ -40,8 +40,8 @@ fail() {
 }
 
 install_exporter() {
-	# Not a link: SELinux in Fedora allows systemd to execute files in /usr/local/bin, but not
-	# files in directories without a label.
+	# A script instead of a link: SELinux in Fedora allows systemd to execute files in
+	# /usr/local/bin, but not files in directories without a label.
 	printf '#!/bin/sh\nexec /tcpexporter/.venv/bin/tcpexporter "$@"\n' >$command
 	chmod 755 $command
 	put deploy/systemd/tcpexporter.service /etc/systemd/system
@@ -52,7 +52,7 @@ install_prometheus() {
 	put deploy/prometheus/tcpexporter.rules.yml /etc/prometheus
 }
 
-# Copies a file into a directory and makes it readable by all, which the tree may not be.
+# Copies a file into a directory, and makes the copy readable by every user.
 put() {
 	install -C -m 644 "$1" "$2"
 }
@@ -71,12 +71,12 @@ is_ready() {
 	fetch $exporter/-/ready
 }
 
-# Instead of `up{job="tcpexporter"} == 1`, which may still be from before the restart.
+# Asks for the health of targets: `up{job="tcpexporter"}` may be from before the restart.
 is_scraped() {
 	fetch $prometheus/api/v1/targets | grep -q '"health":"up"'
 }
 
-# Not every system has curl or wget.
+# Prints the content of a URL. It uses Python: not every system has curl or wget.
 fetch() {
 	/usr/bin/python3 -I -c '
 import sys
@@ -100,7 +100,7 @@ wait_until() {
 give_up() {
 	systemctl status --no-pager --full --lines=20 tcpexporter prometheus >&2 || :
 	$2 >&2 || :
-	fail "waited in vain until $1: what the services say is above"
+	fail "timeout while waiting until $1: the output of the services is above"
 }
 
 main "$@"

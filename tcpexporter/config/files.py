@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Opens and reads configuration files, up to a limit of size."""
+"""Opens and reads configuration files of limited size."""
 
 import contextlib
 import os
@@ -10,11 +10,11 @@ from typing import BinaryIO
 from tcpexporter.errors import SettingsError
 
 LARGEST_BYTES = 1 << 20
-"""Of a file; a bundle of all public certificate authorities has a quarter of that."""
+"""Maximum size of a file. A bundle of all public certificate authorities has 256 KiB."""
 
 
 def expanded(path: str) -> Path:
-    """The path with the home directory in place of a tilde."""
+    """Return the path; a tilde at its start is replaced by the home directory."""
     with contextlib.suppress(RuntimeError):  # there is no such user
         return Path(path).expanduser()
     return Path(path)
@@ -24,26 +24,26 @@ def open_file(path: str | Path, *, wait: bool) -> BinaryIO:
     """Open a file for reading.
 
     Args:
-        path: of the file.
-        wait: whether to wait for a process that writes to it, if it is a pipe.
+        path: the path of the file.
+        wait: if the file is a pipe, whether to wait for a process that writes to it.
 
     Raises:
-        OSError: it cannot be opened.
-        ValueError: no file can have this path.
+        OSError: the file cannot be opened.
+        ValueError: the path contains a NUL byte.
     """
     return os.fdopen(os.open(path, os.O_RDONLY | (0 if wait else os.O_NONBLOCK)), "rb")
 
 
 def read_all(file: BinaryIO, *, only_regular: bool) -> bytes:
-    """The content of an open file.
+    """Return the content of an open file.
 
     Args:
         file: from `open_file`.
         only_regular: whether to refuse pipes and devices.
 
     Raises:
-        SettingsError: it is too large, or not a regular file.
-        OSError: it cannot be read.
+        SettingsError: the file is too large, or is not a regular file.
+        OSError: the file cannot be read.
     """
     if only_regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         raise SettingsError("it is not a regular file")
@@ -54,7 +54,7 @@ def read_all(file: BinaryIO, *, only_regular: bool) -> bytes:
 
 
 def reason(error: OSError | ValueError | SettingsError) -> str:
-    """Why a file cannot be read, with the remedy if permission is missing."""
+    """Return why a file cannot be read; if permission is missing, also the remedy."""
     if isinstance(error, PermissionError):
         return f"{error.strerror}: let user {os.geteuid()} read it, or start as root"
     return str(error.strerror if isinstance(error, OSError) else error)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Reads the configuration files in a child process, at the start and when they change.
 
-Usually only root can read a private key, and the serving process has given root up when the
-key is replaced; it cannot open any file by then. So a child process, which no client can
-reach, keeps the privilege to read files, and no other, for as long as its parent lives. It
-sends the web configuration, with the content of the files that this names, whenever one of
-them has changed. When the parent asks, it sends that and the settings file.
+Usually only root can read a private key. When the key is replaced, the serving process is
+no longer root and cannot open any file. So a child process keeps one privilege, to read
+files, until its parent ends. No client can reach the child. It sends the web configuration,
+with the content of the files that the configuration names, whenever one of these files has
+changed. When the parent asks, it sends the web configuration and the settings file.
 """
 
 import contextlib
@@ -27,15 +27,18 @@ from tcpexporter.config import files
 from tcpexporter.errors import SettingsError, TcpExporterError
 from tcpexporter.host import children, privileges
 
-if TYPE_CHECKING:  # what is not asked for takes no memory
+if TYPE_CHECKING:  # imported only when it is used, to save memory
     from tcpexporter.web.config import WebConfig
 
 INTERVAL_S = 1.0
-"""Between two checks of the files. Changed files are read when nothing has changed for one
-interval: a certificate and its key are two files, and some tools write them in pieces."""
+"""Seconds between two checks of the files.
+
+Changed files are read when no file has changed for one interval. A certificate and its key
+are two files, and some tools write a file in several steps.
+"""
 
 GRACE_S = 0.3
-"""How long the child may take to end after its parent has closed the socket."""
+"""Seconds in which the child must end after its parent has closed the socket."""
 
 WEB_CONFIG = "web configuration"
 SETTINGS = "settings"
@@ -48,7 +51,7 @@ _ASKING = b"?"
 Parse = Callable[[str, str, Callable[[str], str]], "WebConfig"]
 
 _Stat = tuple[int, ...] | None
-"""Device, inode, size and times of a file; None: it cannot be opened."""
+"""Device, inode, size and times of a file; None: the file cannot be opened."""
 
 
 class ReaderGoneError(Exception):
@@ -57,20 +60,20 @@ class ReaderGoneError(Exception):
 
 @dataclass(frozen=True)
 class Message:
-    """What the child has read of one subject."""
+    """The child's result of reading one subject: content, or an error."""
 
     about: str
     content: object = None
-    """Of the web configuration what `WebConfig.from_json` accepts, of the settings the text
-    of their file."""
+    """The content: for the web configuration, the argument of `WebConfig.from_json`; for
+    the settings, the text of their file."""
     refused: str | None = None
-    """Why there is no content."""
+    """The reason why there is no content; None: there is content."""
 
     def accepted(self) -> Any:
-        """The content.
+        """Return the content.
 
         Raises:
-            SettingsError: the file cannot be read, or its content cannot be used.
+            SettingsError: a file cannot be read, or its content cannot be used.
         """
         if self.refused:
             raise SettingsError(self.refused)
@@ -78,7 +81,7 @@ class Message:
 
 
 class Reader:
-    """The child process, for its parent."""
+    """The parent's handle of the child process that reads files."""
 
     def __init__(
         self,
@@ -88,19 +91,19 @@ class Reader:
         settings: str | None = None,
         interval_s: float = INTERVAL_S,
     ) -> None:
-        """Start it.
+        """Start the child process.
 
         Args:
             account: as in `privileges.keep_reading`.
             web_config: the path of the web configuration, which the child sends at once.
             settings: the path of the settings file, which the child sends when asked.
-            interval_s: between two checks of the watched files.
+            interval_s: seconds between two checks of the watched files.
 
         Raises:
-            SettingsError: a path is relative to a directory that was deleted.
+            SettingsError: a path is relative, and the current directory was deleted.
         """
         self._next_length: int | None = None
-        """The length of the next message, if it has been received already."""
+        """The length of the next message, in bytes; None: it has not been received yet."""
         self._socket, theirs = socket.socketpair()
         user = account.pw_name if account else ""
         with theirs:
@@ -118,7 +121,7 @@ class Reader:
         return self._child.pid
 
     def fileno(self) -> int:
-        """A descriptor that is readable when there is a message."""
+        """Return a descriptor that becomes readable when a message arrives."""
         return self._socket.fileno()
 
     def ask(self) -> None:
@@ -140,13 +143,14 @@ class Reader:
         """
         if self._next_length is None:
             (self._next_length,) = _LENGTH.unpack(self._receive_bytes(_LENGTH.size))
-        # If there is no memory for it now, the length is kept for the next attempt.
+        # If there is no memory for the message now, the length is kept for the next
+        # attempt.
         message = self._receive_bytes(self._next_length)
         self._next_length = None
         return Message(**json.loads(message))
 
     def close(self) -> None:
-        """End the child: it ends when the socket is closed, and is killed if it hangs."""
+        """Close the socket, so that the child ends; kill the child if it hangs."""
         # The child may have ended, and another thread may have closed the socket.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -154,7 +158,7 @@ class Reader:
         try:
             self._child.wait(GRACE_S)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(PermissionError):  # it may be root while we are not
+            with contextlib.suppress(PermissionError):  # only the child may be root
                 self._child.kill()
                 self._child.wait()
 
@@ -169,22 +173,22 @@ class Reader:
 
 
 def _absolute(path: str | None) -> str:
-    """The path for a child process in another directory; empty if there is no path.
+    """Return the absolute path, for a child in another directory; empty for None.
 
     Raises:
-        SettingsError: it is relative to a directory that was deleted.
+        SettingsError: the path is relative, and the current directory was deleted.
     """
     try:
         return str(Path(path).absolute()) if path else ""
     except OSError as error:
         raise SettingsError(
-            f"{path} cannot be found from the current directory ({error.strerror}): name it"
-            " by a path from the root directory"
+            f"{path} cannot be found from the current directory ({error.strerror}): use an"
+            " absolute path"
         ) from error
 
 
 class _Files:
-    """Reads files, and detects whether they have changed since."""
+    """Reads files, and detects whether they have changed since they were read."""
 
     def __init__(self) -> None:
         self.stats: dict[str, _Stat] = {}
@@ -193,10 +197,10 @@ class _Files:
         return self.stats != {path: _stat(path) for path in self.stats}
 
     def read(self, path: str) -> bytes:
-        """The content of a file.
+        """Return the content of a file.
 
         Raises:
-            SettingsError: it cannot be read.
+            SettingsError: the file cannot be read.
         """
         self.stats[path] = None
         try:
@@ -207,10 +211,10 @@ class _Files:
             raise SettingsError(f"{path} cannot be read: {files.reason(error)}") from error
 
     def read_text(self, path: str) -> str:
-        """The text of a file; bytes that are not UTF-8 become surrogates.
+        """Return the text of a file; bytes that are not UTF-8 become surrogates.
 
         Raises:
-            SettingsError: it cannot be read.
+            SettingsError: the file cannot be read.
         """
         return self.read(path).decode(errors="surrogateescape")
 
@@ -254,7 +258,7 @@ def _settings(path: str) -> str:
 
 
 class _Watch:
-    """Sends the parent what has changed, until the parent has ended."""
+    """Sends changed files to the parent, until the parent has ended."""
 
     def __init__(
         self,
@@ -274,7 +278,7 @@ class _Watch:
         self._asking.register(parent, select.POLLIN)
 
     def run(self) -> None:
-        """Run until the parent has ended; raises EOFError then."""
+        """Run until the parent has ended; then raise EOFError."""
         is_asked = False
         known: Message | None = None
         while True:
@@ -318,7 +322,7 @@ class _Watch:
 def _main(
     descriptor: str, interval_s: str, user: str, web_config: str, settings: str
 ) -> None:
-    for number in (signal.SIGINT, signal.SIGHUP):  # the parent handles them
+    for number in (signal.SIGINT, signal.SIGHUP):  # only the parent handles these
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(descriptor)) as parent:
         parse = _parser() if web_config else None
@@ -337,7 +341,7 @@ def _main(
 
 
 def _parser() -> Parse:
-    from tcpexporter.web.config_file import parse  # noqa: PLC0415  # 2 MiB, which the parent must not keep
+    from tcpexporter.web.config_file import parse  # noqa: PLC0415  # it uses 2 MiB, in the child only
 
     return parse
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Applies configuration files again when they change or SIGHUP arrives."""
+"""Reads and applies configuration files again when they change or SIGHUP arrives."""
 
 import contextlib
 import logging
@@ -18,20 +18,21 @@ from tcpexporter.metrics.reload_status import Reloads
 log = logging.getLogger(__name__)
 
 BEAT_S = 60.0
-"""How often the thread reports that it works while it waits for a change."""
+"""Seconds after which a waiting thread reports that it does not hang."""
 
 LIMIT_S = 300.0
-"""For reading and applying all files; longer means that the thread hangs."""
+"""Seconds for reading and applying all files; after that the thread counts as hanging."""
 
 Apply = Callable[[Message], None]
-"""Puts into force what was read; raises SettingsError if that cannot be used."""
+"""Applies a message of the reader; raises SettingsError if its content cannot be used."""
 
 
 class ReloadSignal:
     """Remembers that SIGHUP has arrived, until it is cleared."""
 
     def __init__(self) -> None:
-        # A pipe and not a lock: a signal handler can interrupt itself, and must not wait.
+        # A pipe instead of a lock: a signal handler can interrupt itself, and must not
+        # wait.
         self._read_end, self._write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def catch(self) -> None:
@@ -39,7 +40,7 @@ class ReloadSignal:
         signal.signal(signal.SIGHUP, self.raise_again)
 
     def fileno(self) -> int:
-        """A descriptor that is readable if the signal has arrived."""
+        """Return a descriptor that is readable after the signal has arrived."""
         return self._read_end
 
     def clear(self) -> None:
@@ -47,8 +48,8 @@ class ReloadSignal:
         os.read(self._read_end, select.PIPE_BUF)
 
     def raise_again(self, _number: int = 0, _frame: FrameType | None = None) -> None:
-        """Remember a signal."""
-        with contextlib.suppress(BlockingIOError):  # the pipe is full of earlier ones
+        """Remember that a signal has arrived."""
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of earlier signals
             os.write(self._write_end, b"\0")
 
 
@@ -62,13 +63,13 @@ class Reloading:
         supervisor: Supervisor,
         reloads: Reloads,
     ) -> None:
-        """Prepare; `follow` begins.
+        """Prepare; `follow` starts the thread.
 
         Args:
-            reader: reads the files; None: there is no file.
-            signal_: arrives when all files are to be read again.
-            supervisor: gets a notification of that.
-            reloads: records the results.
+            reader: the process that reads the files; None: there is no file.
+            signal_: the signal that asks for all files to be read again.
+            supervisor: systemd, which is notified of each reload.
+            reloads: the record of the results.
         """
         self._reader = reader
         self._why_not = "neither --conf nor --web-config names a file"
@@ -78,14 +79,17 @@ class Reloading:
         self._reloads = reloads
         self._closed = False
         self.task = Task(
-            "reload", self._follow, without="no file can be read again", limit_s=LIMIT_S
+            "reload",
+            self._follow,
+            without="changes of configuration files are ignored",
+            limit_s=LIMIT_S,
         )
 
     def follow(self, appliers: Mapping[str, Apply]) -> None:
         """Apply changes from now on.
 
         Args:
-            appliers: puts a message of the reader into force, by its subject.
+            appliers: the function that applies a message, for each subject of messages.
 
         Raises:
             ThreadError: the kernel refuses another thread.
@@ -94,7 +98,7 @@ class Reloading:
         self.task.begin()
 
     def close(self) -> None:
-        """Stop; the end of the reader is not reported from now on."""
+        """Stop the thread; do not log the end of the reader from now on."""
         self._closed = True
         self.task.stop(0)
 
@@ -116,7 +120,7 @@ class Reloading:
                     waiting.unregister(self._reader)  # type: ignore[arg-type]
                     self._report_end_of_reader()
             if self.task.is_failing and not self.task.wait(RETRY_S) and self._reader:
-                self._signal.raise_again()  # the files have not been applied
+                self._signal.raise_again()  # the files have not been applied yet
 
     def _act(self, ready: Collection[int]) -> None:
         """Handle these readable descriptors."""
@@ -129,14 +133,14 @@ class Reloading:
 
     def _read_again(self) -> None:
         if self._reader is None:
-            log.info("SIGHUP: there is nothing to read again, as %s", self._why_not)
+            log.info("SIGHUP has no effect: %s", self._why_not)
             return
         self._reader.ask()
         while self._apply_next(self._reader) != ANSWERED:
             pass
 
     def _apply_next(self, reader: Reader) -> str:
-        """Apply the next message; returns its subject."""
+        """Apply the next message, and return its subject."""
         message = reader.receive()
         if apply := self._appliers.get(message.about):
             try:
@@ -157,4 +161,4 @@ class Reloading:
         self._reader = None
         self._why_not = "the process that reads files has ended: restart the exporter"
         self._reloads.record("reader", successful=False)
-        log.warning("no file will be read again, as %s", self._why_not)
+        log.warning("configuration files are not read again: %s", self._why_not)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The settings: what there is to choose, and what a user chose."""
+"""Defines all settings, and combines their values from flags, environment and file."""
 
 import itertools
 from collections import ChainMap
@@ -39,7 +39,7 @@ class Settings:
     simple: bool = False
     tcpv6: bool = True
     ports: tuple[int, ...] = ()
-    """Local ports to watch, ascending; empty: all."""
+    """Local ports to count, ascending; empty: all."""
     listen_address: str | None = None
     """IP address or host name; None: every address, IPv4 and IPv6."""
     listen_port: int = 9690
@@ -55,17 +55,17 @@ class Settings:
     buckets: tuple[float, ...] = (1.0, 6.0, 60.0, 600.0, 3600.0, 21600.0, 86400.0, 604800.0)
     """Upper bounds of the histograms in seconds; the duration is added to them."""
     max_series: int = 2000
-    """Of one metric; beyond it the smallest are added up as port other."""
+    """Maximum number of series of a metric; the smallest of more are added up as other."""
     source: str = "auto"
     """auto, ebpf, sock_diag or procfs."""
     interval_s: float = 1.0
-    """Between two reads of the socket tables by sock_diag or procfs."""
+    """Seconds between two reads of the socket tables by sock_diag or procfs."""
     max_connections: int | None = 262144
-    """None: as many as the host can have: see `host.capacity`."""
+    """Maximum number of tracked connections; None: estimated by `host.capacity`."""
     reconcile_interval_s: float = 60.0
-    """Between two comparisons with the socket tables; 0: only after missed events."""
+    """Seconds between two reconciliations; 0: only after missed events."""
     reconcile_cpu_percent: float = 2.0
-    """Maximum CPU time of these comparisons, on average, of one core."""
+    """Maximum average CPU time of reconciliation, as a share of one core."""
     pin: str | None = None
     """A directory of the BPF file system; None: nothing is pinned."""
     unpin: bool = False
@@ -102,7 +102,7 @@ GROUPS: Groups = {
             "simple",
             "false",
             SWITCH,
-            "export one gauge without labels instead of one per port and IP version",
+            "export one number without labels instead of one per port and IP version",
             from_go=True,
         ),
         Setting("tcpv6", "true", SWITCH, "count IPv6 connections too", from_go=True),
@@ -118,7 +118,7 @@ GROUPS: Groups = {
             "duration",
             "6",
             DURATION,
-            "how long a connection must have been established to count as long-term",
+            "minimum age of a long-term connection",
             attribute="duration_s",
             from_go=True,
         ),
@@ -133,7 +133,7 @@ GROUPS: Groups = {
             "netns",
             "self",
             NETNS,
-            "network namespace to count: the exporter's own, every one, or a named one",
+            "network namespace to count: the exporter's own, all, or one by its name",
         ),
     ),
     "Source": (
@@ -161,14 +161,14 @@ GROUPS: Groups = {
             "reconcile-interval",
             "60",
             RECONCILE,
-            "how often the BPF program's records are compared with the socket tables",
+            "time between two reconciliations: comparisons with the socket tables",
             attribute="reconcile_interval_s",
         ),
         Setting(
             "reconcile-cpu",
             "2",
             PERCENT,
-            "maximum CPU time of these comparisons, on average, in percent of one core",
+            "maximum average CPU time of reconciliation, in percent of one core",
             attribute="reconcile_cpu_percent",
         ),
     ),
@@ -184,7 +184,7 @@ GROUPS: Groups = {
             "web-config",
             "",
             PATH,
-            "file with TLS, passwords and limits, in the format of other Prometheus"
+            "file with TLS, passwords and limits, in the file format of the Prometheus"
             " exporters",
         ),
         Setting(
@@ -254,7 +254,7 @@ GROUPS: Groups = {
             "unpin",
             "false",
             SWITCH,
-            "stop recording, remove what is pinned in that directory, then exit",
+            "stop recording, delete the objects in the directory of --pin, then exit",
         ),
         Setting(
             "state",
@@ -275,18 +275,18 @@ SETTINGS = tuple(itertools.chain.from_iterable(GROUPS.values()))
 def parse(
     argv: Sequence[str], environ: Mapping[str, str], file: str | None = None
 ) -> Settings:
-    """The values that have precedence: flags, environment, file, defaults.
+    """Return the settings; flags win over environment, environment over file.
 
-    Prints and exits with 0 for ``--help`` and ``--version``.
+    For ``--help`` and ``--version`` it prints the text and exits with 0.
 
     Args:
-        argv: without the program's name.
-        environ: may have variables for some settings.
-        file: the text of the file that ``--conf`` names; None: it is read.
+        argv: the arguments, without the program's name.
+        environ: the environment variables.
+        file: the text of the file that ``--conf`` names; None: read the file.
 
     Raises:
-        SettingsError: a name is unknown, a value is not accepted or the file cannot be
-            read; says which, where it was written and what is accepted.
+        SettingsError: a name is unknown, a value is invalid, or the file cannot be read.
+            The message says which setting, where it was given, and what is allowed.
     """
     parser = sources.make_parser(GROUPS)
     flags, unknown = sources.read_flags(parser, GROUPS, argv)
@@ -343,13 +343,13 @@ def misleading(settings: Settings) -> Iterator[str]:
         )
     if settings.listen_port in settings.ports and _serves_where_it_counts(settings):
         yield (
-            f"port names {settings.listen_port}, which is the exporter's own and is not"
-            " counted: choose another one with --listen"
+            f"--port selects {settings.listen_port}, the exporter's own port, which is not"
+            " counted: choose another port with --listen"
         )
     if settings.once and 0 < settings.duration_s < settings.interval_s and _polls(settings):
         yield (
-            "interval is longer than duration, so the socket tables are read only once, and"
-            " connections that close meanwhile are counted: choose a shorter --interval"
+            "--interval is longer than --duration, so the socket tables are read only once,"
+            " and closed connections are counted: choose a shorter --interval"
         )
     for reason, names in _idle(settings):
         if idle := [name for name in names if _is_chosen(name, settings)]:
@@ -365,7 +365,7 @@ def _polls(settings: Settings) -> bool:
 
 
 def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
-    """Pairs of a setting, and those that have no effect because of it."""
+    """Yield a setting in force, and the settings that have no effect because of it."""
     if settings.once:
         yield "once", ("listen", "web-config")
     if settings.simple:
@@ -378,11 +378,11 @@ def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
         of_ebpf = ("max-connections", "reconcile-interval", "reconcile-cpu", "pin")
         yield f"source {settings.source}", of_ebpf
     if settings.source == "procfs":
-        yield "source procfs, which does not tell sockets apart", ("state",)
+        yield "source procfs, which cannot identify sockets", ("state",)
 
 
 def _is_chosen(name: str, settings: Settings) -> bool:
-    """Whether a setting is not at its default."""
+    """Return whether the value of a setting differs from its default."""
     (setting,) = (each for each in SETTINGS if each.name == name)
     return _value_in(settings, setting) != _value_in(Settings(), setting)
 
@@ -398,22 +398,25 @@ class Reread:
     """The result of reading the settings again while the exporter runs."""
 
     settings: Settings
-    """Those in force from then on."""
+    """The settings that are in force after it."""
     changed: tuple[str, ...]
-    """The values that have changed, such as ``duration is 30``."""
+    """The changed values, such as ``duration is 30``."""
     waiting: tuple[str, ...]
     """The names of settings whose new values require a restart."""
 
     def __str__(self) -> str:
-        restart = [f"restart for {', '.join(self.waiting)}"] if self.waiting else []
+        restart = (
+            [f"restart required for {', '.join(self.waiting)}"] if self.waiting else []
+        )
         changed = [", ".join(self.changed)] if self.changed else []
         return (
-            "; ".join(changed + restart) or "nothing that flags and environment let change"
+            "; ".join(changed + restart)
+            or "no change, or flags and environment variables override it"
         )
 
 
 def reread(before: Settings, after: Settings) -> Reread:
-    """Combine new settings with those in force: only three can change without a restart."""
+    """Combine new settings with those in force; only three change without a restart."""
     names = [
         each.name for each in SETTINGS if _value_in(before, each) != _value_in(after, each)
     ]
@@ -433,7 +436,7 @@ def reread(before: Settings, after: Settings) -> Reread:
 
 
 def _shown_ports(ports: Sequence[int]) -> str:
-    """As a user would write them."""
+    """Return ports as a user writes them, with ranges: ``443, 8000-8100``."""
     in_a_row = itertools.groupby(enumerate(ports), lambda each: each[1] - each[0])
     ranges = [[port for _, port in row] for _, row in in_a_row]
     return (

@@ -14,11 +14,11 @@ from tcpexporter.errors import SettingsError, quoted
 from tcpexporter.version import VERSION
 
 PREFIX = "TCPEXPORTER_"
-"""Of environment variables."""
+"""The beginning of the names of environment variables."""
 
 
 class Text(NamedTuple):
-    """The text of a value, and where it was written."""
+    """The text of a value, and the place where it was given."""
 
     text: str
     origin: str
@@ -26,19 +26,19 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its names, its default and what it accepts."""
+    """One setting: its names, its default and its accepted values."""
 
     name: str
     default: str
-    """As a user would write it."""
+    """The default, as a user would write it."""
     kind: Kind
     help: str
     _: KW_ONLY
     alias: str | None = None
     attribute: str | None = None
-    """Its field in `Settings`, if that has another name."""
+    """The name of its field in `Settings`, if that differs from ``name``."""
     from_go: bool = False
-    """Whether the Go program has this setting: then its variables need no prefix."""
+    """Whether tcp_established_exporter has it: then a variable needs no prefix."""
 
     @property
     def field(self) -> str:
@@ -54,27 +54,27 @@ class Setting:
 
     @property
     def variables(self) -> list[str]:
-        """The environment variables that set it, in the order of precedence."""
+        """The environment variables of the setting; the first that is set wins."""
         names = [name.replace("-", "_").upper() for name in self.names]
         return [PREFIX + name for name in names] + (names if self.from_go else [])
 
     def value(self, text: Text) -> object:
-        """What the text means.
+        """Return the value that a text stands for.
 
         Raises:
-            SettingsError: the setting does not accept it.
+            SettingsError: the setting does not accept the text.
         """
         try:
             return self.kind.parse(text.text)
         except (LookupError, ValueError):
             raise SettingsError(
-                f"{text.origin}: {self.name} takes {self.kind.takes},"
+                f"{text.origin}: {self.name} must be {self.kind.allowed},"
                 f" not {quoted(text.text)}"
             ) from None
 
 
 Groups = Mapping[str, Sequence[Setting]]
-"""Settings by the title of their group in --help."""
+"""All settings, by the title of their group in --help."""
 
 
 # --- Flags ---
@@ -83,20 +83,20 @@ Groups = Mapping[str, Sequence[Setting]]
 def read_flags(
     parser: argparse.ArgumentParser, groups: Groups, argv: Sequence[str]
 ) -> tuple[dict[str, Text], list[str]]:
-    """The texts of the flags by the name of the setting, and the unknown arguments.
+    """Return the value of each given flag, by setting, and the unknown arguments.
 
-    Prints and exits with 0 for ``--help`` and ``--version``.
+    For ``--help`` and ``--version`` it prints the text and exits with 0.
 
     Args:
-        parser: from `make_parser`.
-        groups: of all settings.
-        argv: without the program's name.
+        parser: the parser that `make_parser` returned.
+        groups: all settings.
+        argv: the arguments, without the program's name.
 
     Raises:
         SettingsError: a flag has no value.
     """
     parsed, unknown = parser.parse_known_args(_normalized(argv, groups))
-    # Before Python 3.13 argparse removes a value that is --, as if it ended the flags.
+    # Before Python 3.13 argparse removes the value "--", because "--" can end the flags.
     return {
         name: Text("--" if text == [] else text, f"flag --{name}")
         for name, text in vars(parsed).items()
@@ -104,11 +104,11 @@ def read_flags(
 
 
 def _normalized(argv: Sequence[str], groups: Groups) -> list[str]:
-    """Flags in the one form that argparse handles correctly: ``--name``, ``--name=value``.
+    """Return the flags with two dashes: ``--name`` or ``--name=value``.
 
-    Go also accepts one dash. If such flags were registered, argparse would accept
-    abbreviations of them in spite of ``allow_abbrev``. A switch with an optional value
-    would use the next argument as its value.
+    tcp_established_exporter also accepts one dash. If flags with one dash were registered
+    in argparse, it would accept their abbreviations in spite of ``allow_abbrev``. And a
+    switch would use the next argument as its value.
     """
     switches = {
         flag for each in _each(groups) if each.kind is SWITCH for flag in each.flags
@@ -121,11 +121,11 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises an error instead of printing it and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}; --help says what there is")
+        raise SettingsError(f"{message}; --help lists all settings")
 
 
 def make_parser(groups: Groups) -> argparse.ArgumentParser:
-    """The parser of flags, which also writes the help."""
+    """Return the parser of flags, which also writes the help."""
     parser = _Parser(
         prog="tcpexporter",
         usage="%(prog)s [FLAG ...]",
@@ -142,7 +142,7 @@ def make_parser(groups: Groups) -> argparse.ArgumentParser:
                 *each.flags,
                 dest=each.name,
                 metavar=each.kind.metavar,
-                help=f"{each.help}; takes {each.kind.takes}"
+                help=f"{each.help}. Value: {each.kind.allowed}"
                 f" (default: {each.default or 'none'})",
             )
     return parser
@@ -151,10 +151,12 @@ def make_parser(groups: Groups) -> argparse.ArgumentParser:
 def _epilog(groups: Groups) -> str:
     from_go = ", ".join(each.name for each in _each(groups) if each.from_go)
     return (
-        "A setting can also be a line of the file that --conf names (port 443, port=443, or"
-        " simple alone; a line that begins with # is a comment) or an environment variable"
-        f" ({PREFIX}PORT; for {from_go} without the prefix too). Flags have precedence over"
-        " environment variables, and these over the file."
+        "Each setting can also be given as a line of the file that --conf names: port 443"
+        " or port=443. A switch needs no value: simple. Lines that begin with # are"
+        " comments."
+        f" Each setting can also be given as an environment variable: {PREFIX}PORT=443. The"
+        f" variables of {from_go} are also read without the prefix. Flags win over"
+        " environment variables, and environment variables over the file."
     )
 
 
@@ -162,20 +164,20 @@ def _epilog(groups: Groups) -> str:
 
 
 def read_environment(groups: Groups, environ: Mapping[str, str]) -> dict[str, Text]:
-    """The texts of environment variables, by the name of the setting."""
+    """Return the value of each environment variable, by setting."""
     return {
         setting.name: Text(environ[name], f"environment variable {name}")
         for setting in _each(groups)
-        for name in reversed(setting.variables)  # the last one that is entered stays
+        for name in reversed(setting.variables)  # the last one that is set stays
         if name in environ and not _is_of_kubernetes(name, environ[name])
     }
 
 
 def refuse_unknown_variables(groups: Groups, environ: Mapping[str, str]) -> None:
-    """Refuse a variable with our prefix that is no setting.
+    """Refuse environment variables that have our prefix but are not a setting.
 
     Raises:
-        SettingsError: there is one.
+        SettingsError: there is such a variable.
     """
     known = {name for setting in _each(groups) for name in setting.variables}
     for name, value in environ.items():
@@ -197,7 +199,7 @@ _PORT_OF_A_SERVICE = re.compile(r"TCPEXPORTER(_[A-Z0-9_]+)?_PORT=(tcp|udp|sctp):
 
 
 def _is_of_kubernetes(name: str, value: str) -> bool:
-    """Whether Kubernetes sets it for a Service whose name is or begins with tcpexporter.
+    """Return whether Kubernetes sets this variable for a Service named tcpexporter.
 
     It sets these variables in each pod of the namespace:
     https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
@@ -211,10 +213,10 @@ def _is_of_kubernetes(name: str, value: str) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a settings file.
+    """Return the text of a settings file.
 
     Raises:
-        SettingsError: it cannot be read.
+        SettingsError: the file cannot be read.
     """
     try:
         with files.open_file(path, wait=True) as file:
@@ -228,17 +230,17 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(groups: Groups, text: str, path: Path) -> dict[str, Text]:
-    """The texts in a settings file, by the name of the setting.
+    """Return the value of each line of a settings file, by setting.
 
     A line is ``name value`` or ``name=value``; ``name`` alone turns a switch on.
 
     Args:
-        groups: of all settings.
-        text: of the file.
-        path: of the file, for messages.
+        groups: all settings.
+        text: the text of the file.
+        path: the path of the file, for messages.
 
     Raises:
-        SettingsError: a line has an unknown name, or one that an earlier line has.
+        SettingsError: a line has an unknown name, or the name of an earlier line.
     """
     known = {each.name: each for each in _each(groups) if each.kind is not CONF}
     found: dict[str, Text] = {}
@@ -268,7 +270,7 @@ def _read_line(line: str, origin: str, known: Mapping[str, Setting]) -> tuple[st
 
 
 def defaults(groups: Groups) -> dict[str, Text]:
-    """The texts of the defaults, by the name of the setting."""
+    """Return the default of each setting, by setting."""
     return {each.name: Text(each.default, "the default") for each in _each(groups)}
 
 

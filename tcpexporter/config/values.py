@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Parses the values of settings, and says what each kind of setting takes."""
+"""Parses the values of settings; describes which values each kind of setting accepts."""
 
 import re
 from collections.abc import Callable
@@ -13,12 +13,12 @@ LABELS = ("port", "tcp_version", "direction", "netns", "remote_port")
 """The labels that a series can have, in the order of an exposition."""
 
 LONGEST_DURATION_S = (2**63 - 1) // 10**9
-"""In nanoseconds it fits into a signed 64-bit number."""
+"""The longest duration: in nanoseconds it fits into a signed 64-bit number."""
 
 
 def _whole(lowest: int, highest: int) -> Callable[[str], int]:
     def whole(text: str) -> int:
-        # int() also takes spaces, underscores and the digits of other scripts.
+        # int() would also accept spaces, underscores and the digits of other scripts.
         if not re.fullmatch("[0-9]+", text) or not lowest <= int(text) <= highest:
             raise ValueError(text)
         return int(text)
@@ -45,7 +45,7 @@ def _ports(text: str) -> tuple[int, ...]:
     if text == "-1":
         return ()
     ports: list[int] = []
-    # In ascending order, so that a port that is named often is handled once.
+    # In ascending order and without duplicates.
     for each in sorted(map(_port_range, text.split(",")), key=lambda each: each.start):
         ports.extend(range(max(each.start, ports[-1] + 1 if ports else 0), each.stop))
     return tuple(ports)
@@ -134,31 +134,31 @@ def _path(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value."""
+    """A kind of value: how to describe it and how to parse it."""
 
     metavar: str
-    """What --help writes in place of a value."""
-    takes: str
-    """The accepted values, for a sentence."""
+    """The placeholder of the value in --help."""
+    allowed: str
+    """The accepted values, as the end of a sentence with "must be"."""
     parse: Callable[[str], object]
-    """Converts a text; raises LookupError or ValueError if it is not accepted."""
+    """Parses a text; raises LookupError or ValueError if the text is not accepted."""
 
 
 def one_of(*words: str) -> Kind:
-    """A kind that accepts these words."""
+    """Return the kind that accepts these words."""
     *others, last = words
-    takes = f"{', '.join(others)} or {last}"
-    return Kind("WORD", takes, {word: word for word in words}.__getitem__)
+    allowed = f"{', '.join(others)} or {last}"
+    return Kind("WORD", allowed, {word: word for word in words}.__getitem__)
 
 
 _BOOLEANS = dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True) | dict.fromkeys(
     ("0", "f", "F", "FALSE", "false", "False"), False
 )
-"""The words of Go's strconv.ParseBool."""
+"""The words that Go's strconv.ParseBool accepts."""
 
 SWITCH = Kind("[=BOOL]", "true or false", _BOOLEANS.__getitem__)
 PORTS = Kind(
-    "PORTS", "-1 for all, or ports from 1 to 65535 as in 443 or 443,8000-8100", _ports
+    "PORTS", "-1 for all ports, or ports from 1 to 65535 as in 443 or 443,8000-8100", _ports
 )
 LISTEN = Kind(
     "[HOST:]PORT",
@@ -172,12 +172,18 @@ DURATION = Kind(
     _duration,
 )
 INTERVAL = Kind(
-    "TIME", "0.1 to 3600 seconds as in 0.5, or minutes and seconds as in 1m30s", _interval
+    "TIME",
+    "a number of seconds from 0.1 to 3600, or minutes and seconds as in 1m30s",
+    _interval,
 )
-RECONCILE = Kind("TIME", "0 for never, or seconds up to 86400, or as in 5m", _reconcile)
+RECONCILE = Kind(
+    "TIME",
+    "0 (only after missed events), seconds up to 86400, or minutes as in 5m",
+    _reconcile,
+)
 PERCENT = Kind("PERCENT", "a number from 0.1 to 100", _percent)
 NETNS = Kind(
-    "NETNS", "self, all, a name that ip netns shows, or a path with a slash", _word
+    "NETNS", "self, all, a name that ip netns shows, or a path that contains a slash", _word
 )
 CONNECTIONS = Kind("NUMBER", "auto, or a whole number from 1 to 16777216", _connections)
 SERIES = Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
@@ -192,8 +198,8 @@ BUCKETS = Kind(
 USER = Kind("USER", "the name of a user", _word)
 DIRECTORY = Kind(
     "DIR",
-    "the path of a directory of the BPF file system, as /sys/fs/bpf/tcpexporter",
+    "the path of a directory in the BPF file system, as in /sys/fs/bpf/tcpexporter",
     _path,
 )
 PATH = Kind("PATH", "the path of a file", _path)
-CONF = Kind("PATH", "the path of a file of settings", _path)
+CONF = Kind("PATH", "the path of a settings file", _path)

@@ -31,13 +31,13 @@ from tcpexporter.connections.series import (
 Counters = npt.NDArray[np.int64]
 
 ONE = np.int32(1)
-"""It has the dtype of the counters: np.add.at is forty times as fast with equal dtypes."""
+"""1 in the dtype of the counters: np.add.at is forty times as fast with equal dtypes."""
 
 NUMBERS = 1 << SERIES_BITS
 """How many series numbers a connection can have; number 0 is that of no connection."""
 
 PIECE = 16384
-"""How many connections are counted at once: they fit into the cache of a CPU."""
+"""Number of connections that are counted at once: they fit into the cache of a CPU."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Selection:
     own_listener: tuple[int, int] | None
     """Namespace and port of the exporter's own listener, which is never selected.
 
-    None if it has no listener, or if the only namespace that is counted is another one.
+    None if the exporter has no listener, or if its namespace is not counted.
     """
     labels: Sequence[str]
     """The labels of a series, in the order of an exposition."""
@@ -367,7 +367,8 @@ def _kept(
     rank = np.zeros(len(series), np.int64)
     rank[np.searchsorted(series, counted)] = 4 * counts.values.established[is_own]
     rank[np.searchsorted(series, listening)] += 4 + 2
-    # This decides only between equals, so that series do not alternate between scrapes.
+    # Among series of equal size, those of the previous exposition are preferred. So series
+    # do not alternate between scrapes.
     rank[np.searchsorted(series, published)] += 1
     rank[np.searchsorted(series, named)] = np.iinfo(np.int64).max
     order = np.argsort(-rank, kind="stable")

@@ -21,14 +21,14 @@ SECRET = (int.from_bytes(os.urandom(8)), int.from_bytes(os.urandom(8)))
 
 WORDS = KEY.itemsize // 8
 PIECE = 8192
-"""How many keys are hashed at once: all intermediate arrays fit into the cache of a CPU."""
+"""Number of keys that are hashed at once: all arrays fit into the cache of a CPU."""
 
 _INITIAL = (0x736F6D6570736575, 0x646F72616E646F6D, 0x6C7967656E657261, 0x7465646279746573)
 _LENGTH = np.uint64(KEY.itemsize << 56)
 
 
 def hashes(keys: Records, secret: tuple[int, int] = SECRET) -> Hashes:
-    """Returns the hash of each key. The BPF program computes the same hash.
+    """Return the hash of each key, as the BPF program computes it.
 
     Args:
         keys: of dtype `KEY`.

@@ -24,7 +24,7 @@ KEY = np.dtype(
         ("remote_port", "u2"),
     ]
 )
-"""``struct connection_key``: what identifies a connection.
+"""``struct connection_key``: the fields that identify a connection.
 
 Addresses are bytes in network order, IPv4 as ::ffff:a.b.c.d. Ports are in host order.
 ``netns`` is the inode of the network namespace.
@@ -83,21 +83,21 @@ Numbers: TypeAlias = npt.NDArray[np.uint32]
 """A one-dimensional array of series numbers."""
 
 PORTS = 65536
-"""The number of port numbers."""
+"""Number of possible ports, including 0."""
 
 IPV4_PREFIX = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
 """The first 12 bytes of ::ffff:a.b.c.d."""
 
 
 def ip_versions(keys: Records) -> npt.NDArray[np.uint8]:
-    """Returns the IP version on the wire, 4 or 6, of each key.
+    """Return the IP version on the wire, 4 or 6, of each key.
 
-    A connection of an IPv4 client to a dual-stack socket has v4-mapped addresses: it is 4.
+    An IPv4 client of a dual-stack socket has v4-mapped addresses: the result is 4.
 
     Args:
         keys: of dtype `KEY`.
     """
-    # Comparing words takes three comparisons a key instead of twelve.
+    # Words instead of bytes: three comparisons per key instead of twelve.
     prefix = keys["local_address"].view(np.uint32)[:, :3]
     is_mapped = (prefix == IPV4_PREFIX.view(np.uint32)).all(axis=1)
     return np.where(is_mapped, np.uint8(4), np.uint8(6))

@@ -32,8 +32,8 @@ def consistent_fields(
         names: the fields to copy besides ``series_and_time``.
 
     Returns:
-        The index in ``window`` of each such connection; and the copies of the fields, by
-        name, with one element for each index.
+        The indices in ``window`` of these connections; and the copied fields by name, each
+        an array with one element per index.
     """
     return _consistent(window, ("series_and_time",), names)
 
@@ -92,13 +92,13 @@ def valid_connections(window: Records) -> Records:
 def first_seen(now: Records, before: Iterable[Records]) -> Records:
     """Give connections the time and direction that they had in earlier records.
 
-    The direction is kept because a service that stops listening keeps its connections,
-    and they stay inbound.
+    The direction is kept too: a service that stops listening keeps its connections, and
+    they stay inbound.
 
     Args:
         now: the connections, of dtype `SOCKET`; changed in place.
-        before: earlier records, of dtype `SOCKET`, in chunks. Of several records with the
-            same key the one with the latest ``established_ns`` is used.
+        before: earlier records, of dtype `SOCKET`, in chunks. If several records have the
+            same key, the one with the latest ``established_ns`` is used.
 
     Returns:
         ``now``.

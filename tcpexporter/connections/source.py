@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Protocols of what reports connections, and a source in memory for tests."""
+"""The protocols of sources and tables of connections, and a source in memory for tests."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from tcpexporter.connections.memory_ledger import MemoryLedger
 from tcpexporter.connections.record import LISTENER, Records, Words
 from tcpexporter.connections.series import Ledger, OutboundPort, Parts
 
-if TYPE_CHECKING:  # this package imports nothing of the host at run time
+if TYPE_CHECKING:  # this package does not import tcpexporter.host at run time
     from tcpexporter.host.background import Task
 
 
@@ -30,11 +30,11 @@ class Reconciliation:
     missed_close: int = 0
     """Connections that were removed because the event of their closing was missed."""
     duration_s: float = 0.0
-    """How long the last run took."""
+    """Duration of the last run, in seconds."""
     finished_s: float = 0.0
-    """When the last run ended, in Unix time; 0: none has ended."""
+    """When the last run ended, in Unix time; 0: no run has ended yet."""
     interval_s: float = 0.0
-    """Time from the last run to the next, unless a missed event causes an earlier one."""
+    """Seconds from the last run to the next; a missed event causes an earlier run."""
 
 
 @dataclass(frozen=True)
@@ -52,28 +52,28 @@ class Report:
     max_kernel_series: int | None = None
     """The maximum number of series numbers."""
     missed_events: int | None = None
-    """Events for which the kernel skipped the BPF program."""
+    """Number of events for which the kernel skipped the BPF program."""
     seeded_connections: int | None = None
-    """Tracked connections that come from the socket tables instead of an event."""
+    """Number of tracked connections that come from the socket tables, not from an event."""
     refused_seeds: int | None = None
-    """How often a full tracker did not add a connection from the socket tables."""
+    """Number of connections in the socket tables that did not fit into the tracker."""
     reconciliation: Reconciliation | None = None
     state_saved_s: float | None = None
     """When ages were last saved to a file, in Unix time; 0: not yet."""
 
 
 class ConnectionTables(Protocol):
-    """Tables of connections, which the tracker is filled from or compared with.
+    """Tables of connections that are added to the tracker or compared with it.
 
     They are the kernel's socket tables, or the maps that a previous run has pinned.
     """
 
     def established(self, *, with_ages: bool) -> Records:
-        """Reads the established connections, of dtype `SOCKET`.
+        """Read the established connections, of dtype `SOCKET`.
 
         Args:
-            with_ages: whether ``established_ns`` takes the age of a connection into
-                account, if the tables have it.
+            with_ages: whether to subtract the age of each connection from
+                ``established_ns``, if the tables have ages.
 
         Raises:
             SourceError: the tables cannot be read.
@@ -81,18 +81,18 @@ class ConnectionTables(Protocol):
         ...
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
-        """Returns the inodes of the network namespaces that the tables cover."""
+        """Return the inodes of the network namespaces that the tables cover."""
         ...
 
 
 class Source(Protocol):
-    """Where the connections come from."""
+    """A source: it reports established connections and listening ports."""
 
     name: str
-    """The value of ``--source`` that selects it."""
+    """The value of ``--source`` that selects this source."""
 
     def start(self) -> None:
-        """Reads the pre-existing connections and starts the threads.
+        """Read the pre-existing connections and starts the threads.
 
         Raises:
             SourceError: the connections cannot be read.
@@ -101,18 +101,18 @@ class Source(Protocol):
         ...
 
     def tasks(self) -> "Sequence[Task]":
-        """Returns the threads that must keep running."""
+        """Return the background tasks, whose threads must keep running."""
         ...
 
     def close(self) -> None:
-        """Ends the threads and closes all descriptors."""
+        """End the threads and closes all descriptors."""
         ...
 
     def read(self) -> Iterator[Words]:
         """Return ``series_and_time`` of every established connection, in chunks.
 
-        A chunk is valid until the next one is requested. So memory does not grow with the
-        number of connections.
+        A chunk is valid until the next one is requested. So the memory in use does not
+        depend on the number of connections.
 
         Raises:
             SourceError: the connections cannot be read now.
@@ -134,32 +134,32 @@ class Source(Protocol):
         ...
 
     def listeners(self) -> Records:
-        """Reads the listening ports, of dtype `LISTENER`.
+        """Read the listening ports, of dtype `LISTENER`.
 
         Raises:
-            SourceError: they cannot be read now.
+            SourceError: the listening ports cannot be read now.
         """
         ...
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
-        """Returns the inodes of the network namespaces that it holds open.
+        """Return the inodes of the network namespaces that the source holds open.
 
-        No other namespace can have one of these inodes meanwhile. The first is that of
-        --netns, or that of the exporter. Any thread may call this.
+        While a namespace is held open, no other namespace can have its inode. The first
+        one is the namespace of --netns, or that of the exporter. Any thread may call this.
         """
         ...
 
     def report(self) -> Report:
-        """Returns the state of the source.
+        """Return the state of the source.
 
         Raises:
-            SourceError: the kernel refuses to read it.
+            SourceError: the kernel refuses to report a value.
         """
         ...
 
 
 class MemorySource:
-    """A source that returns what a test has given to it."""
+    """A source that returns the connections that a test has given to it."""
 
     def __init__(
         self,

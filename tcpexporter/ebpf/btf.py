@@ -31,18 +31,19 @@ class _Member(ctypes.Structure):
 
 
 class Btf:
-    """Types that libbpf has read.
+    """The types of BTF that libbpf has read.
 
-    The layouts are those of include/uapi/linux/btf.h: the members follow their struct;
-    ``info`` has their number in its low 16 bits and the kind from bit 24 on; ``offset`` is
-    in bits, and its high 8 bits are a size if the struct has bitfields.
+    The layouts are those of include/uapi/linux/btf.h. The members follow their struct. The
+    low 16 bits of ``info`` are the number of members; the kind begins at bit 24. The unit
+    of ``offset`` is bits. If the struct has bitfields, the high 8 bits of ``offset`` are a
+    size.
     """
 
     def __init__(self, libbpf: ctypes.CDLL, types: ctypes.c_void_p) -> None:
-        """Use what a function of libbpf has returned, which is never freed.
+        """Use the types that a function of libbpf has returned; they are never freed.
 
         Raises:
-            LoadError: the function has failed.
+            LoadError: the function of libbpf has failed.
         """
         self._libbpf = libbpf
         self._libbpf.btf__type_by_id.restype = ctypes.POINTER(_Type)
@@ -65,7 +66,7 @@ class Btf:
     def offset(self, struct: str, member: str) -> int:
         """Return how many bytes ``member`` is from the start of ``struct``.
 
-        The member may be in an anonymous struct or union of it.
+        The member may be in an anonymous struct or union inside ``struct``.
 
         Raises:
             LoadError: the kernel has no such struct or member.
@@ -84,7 +85,7 @@ class Btf:
         seen = set()
         while left:
             number, begin = left.pop()
-            if number in seen:  # no struct contains itself, except in a malformed file
+            if number in seen:  # only in malformed BTF a struct contains itself
                 continue
             seen.add(number)
             for name, inner, offset in self._members(number):
@@ -98,7 +99,7 @@ class Btf:
     def function(self, tracepoint: str) -> int:
         """Return the number of the type of a tracepoint's arguments.
 
-        A program of the tracepoint is loaded with this number.
+        bpf(2) requires this number to load a program for the tracepoint.
 
         Raises:
             LoadError: the kernel has no such tracepoint.
@@ -124,7 +125,7 @@ class Btf:
         return int(self._libbpf.btf__find_by_name_kind(self._btf, name.encode(), kind))
 
     def _members(self, number: int) -> Iterator[tuple[str, int, int]]:
-        """Return name, type and offset of each member of a struct or union."""
+        """Yield the name, type and offset of each member of a struct or union."""
         if number < 1:
             return
         found = self._libbpf.btf__type_by_id(self._btf, number)

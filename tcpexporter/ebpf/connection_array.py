@@ -15,13 +15,14 @@ from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.ranges import RANGE_SLOTS
 
 WINDOW = 8192
-"""Slots that are mapped and read at once, 512 KiB."""
+"""Number of slots that are mapped and read at once: 512 KiB."""
 
 UNTOUCHED = 16 * RANGE_SLOTS
-"""After so many consecutive slots that were never used, no other slot was used.
+"""Reading ends after so many consecutive slots that were never used.
 
-Ranges are allocated in ascending order and used at once. A CPU can be late to use the range
-that it has allocated, so there may be a gap for an instant."""
+Ranges of slots are allocated in ascending order and used at once. But a CPU can be late to
+use the range that it has allocated, so there may be a short gap for an instant.
+"""
 
 HANDLE_SEEDED = np.uint64(1)
 """The bit of a handle that marks a seed, as in bpf/tcp_tracker.h."""
@@ -49,7 +50,7 @@ class Known:
 
 
 def windows(array: MappedArray, slots: int) -> Iterator[Records]:
-    """Return the used part of an array in chunks of `WINDOW` records.
+    """Yield the used part of an array, in chunks of `WINDOW` records.
 
     Args:
         array: of records with the field ``key``.
@@ -66,7 +67,7 @@ def windows(array: MappedArray, slots: int) -> Iterator[Records]:
 
 
 def known_in(array: MappedArray, slots: int) -> Known:
-    """Return all connections of an array; one that changes meanwhile may be left out.
+    """Return all connections of an array; connections that change meanwhile may be missing.
 
     Raises:
         OSError: the kernel refuses to map the array.
@@ -84,7 +85,7 @@ def _known(
     npt.NDArray[np.uint32],
     npt.NDArray[np.bool_],
 ]:
-    """The fields of `Known` for a window whose first record has the slot ``first``."""
+    """Return the fields of `Known` for a window that begins at the slot ``first``."""
     at, found = consistent_fields(window, "key", "handle")
     slots = at.astype(np.uint32) + np.uint32(first)
     is_seed = found["handle"] & HANDLE_SEEDED != 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Detects the kernel features that tcpexporter uses, by trying them.
 
-A version number is not enough: distributions backport features to older kernels, and
-disable others in their builds.
+A version number does not show them: distributions backport features to older kernels, and
+disable features in their builds.
 """
 
 import contextlib
@@ -33,38 +33,39 @@ Answer = bool | None
 """Whether the kernel has a feature; None if that cannot be determined."""
 
 Probe = Callable[[Btf | None], Answer]
-"""A function of the kernel's types, None without BTF. It may raise OSError."""
+"""A function that probes a feature. Its argument is the kernel's types; None without BTF.
+It may raise OSError. """
 
 POLLS = "sock_diag is polled"
 
 
 @dataclass(frozen=True)
 class Feature:
-    """A feature that some kernels have and others do not."""
+    """A kernel feature that tcpexporter uses and that some kernels lack."""
 
     name: str
     since: str
     """The kernel version or configuration option that provides it."""
     used_by: str
-    """Which sources use it, and what for."""
+    """The sources that use it, and their purpose."""
     without: str
-    """What the exporter does if the kernel does not have it."""
+    """The effect on the exporter if the kernel does not have the feature."""
     probe: Probe
 
     @property
     def required(self) -> bool:
-        """Whether the BPF program requires it."""
+        """Whether the BPF program requires the feature."""
         return self.without == POLLS
 
 
 class Kernel:
-    """The running kernel; it probes a feature each time that it is asked for it."""
+    """The running kernel; each call of `has` probes the feature again."""
 
     def __init__(self, without: Collection[str] = ()) -> None:
         """Read the kernel's types.
 
         Args:
-            without: for tests: names of features that the kernel is assumed not to have.
+            without: for tests: the names of features to treat as missing.
 
         Raises:
             SourceError: libbpf is not installed.
@@ -82,18 +83,18 @@ class Kernel:
         try:
             return feature.probe(self._types)
         except OSError as error:
-            # A seccomp filter may answer ENOSYS, as if the kernel did not have bpf(2).
+            # ENOSYS may come from a seccomp filter, in a kernel that has bpf(2).
             refused = error.errno in {errno.EPERM, errno.EACCES, errno.ENOSYS}
             return None if refused else False
 
     def require(self) -> Btf:
-        """Check that the kernel has all that the BPF program requires; return its types.
+        """Check that the kernel has every required feature, and return its types.
 
         This takes 1.5 ms.
 
         Raises:
-            LoadError: features are missing, which the message names. Or the kernel refuses
-                to be probed, so it would refuse the program too.
+            LoadError: features are missing, and the message names them. Or the kernel
+                refuses the probes, so it would refuse the BPF program too.
         """
         answers = {each: self.has(each) for each in FEATURES if each.required}
         lacking = [
@@ -112,7 +113,7 @@ class Kernel:
 
 
 def table(kernel: Kernel) -> str:
-    """Return a table of all features as text."""
+    """Return a table of all features and their state, as text."""
     answers = {True: "yes", False: "no", None: "?"}
     rows = [("FEATURE", "AVAILABLE", "USED BY", "WITHOUT IT")]
     rows += [
@@ -205,9 +206,9 @@ TYPED_PROGRAMS = Feature(
     POLLS,
     _loading(RETURN_0),
 )
-"""The program gets the socket as a pointer whose type the verifier knows, so it may read
-through it: Linux kernel commit 9e15db66136a ("bpf:
-Implement accurate raw_tp context access via BTF") (in v5.5)."""
+"""The program gets a pointer to the socket. The verifier knows the pointer's type, so the
+program may read through it: Linux kernel commit 9e15db66136a ("bpf: Implement accurate
+raw_tp context access via BTF") (in v5.5)."""
 
 BOOT_TIME = Feature(
     "bpf_ktime_get_boot_ns",
@@ -264,21 +265,22 @@ HASH_MAP_ALLOCATOR = Feature(
     "all memory is allocated at the start",
     _in_types(lambda types: types.has("bpf_htab", "ma")),
 )
-"""It makes allocating in a tracepoint safe. An empty map for 262,144 entries takes 4 MiB
-with it, and 20 MiB without it. Linux kernel commit fba1a1c6c912 ("bpf: Convert hash map to
-bpf_mem_alloc.") (in v6.1)."""
+"""This allocator makes it safe to allocate memory in a tracepoint. An empty map for 262,144
+entries uses 4 MiB with it, and 20 MiB without it. Linux kernel commit fba1a1c6c912 ("bpf:
+Convert hash map to bpf_mem_alloc.") (in v6.1)."""
 
 RECURSION_MISSES = Feature(
     "recursion misses",
     "Linux 6.1",
     "ebpf, to count missed events",
-    "none is missed: the program can interrupt itself",
+    "no event is missed: the program can interrupt itself",
     _in_types(lambda types: types.has_function("bpf_prog_inc_misses_counter")),
 )
-"""The kernel skips the program while it is running on the same CPU, and counts how often:
-Linux kernel commit 05b24ff9b2cf ("bpf: Prevent bpf program recursion for raw
-tracepoint probes") (in v6.1), which named the function that counts. Causing it
-requires a program on every system call of the host: only a test does that."""
+"""The kernel skips the program while the program runs on the same CPU, and counts these
+misses: Linux kernel commit 05b24ff9b2cf ("bpf: Prevent bpf program recursion for raw
+tracepoint probes") (in v6.1). The probe looks for the function that counts, which that
+commit named. It does not cause a miss: that would require a program on every system call of
+the host."""
 
 UNPRIVILEGED_MAPS = Feature(
     "maps without CAP_BPF",
@@ -287,15 +289,15 @@ UNPRIVILEGED_MAPS = Feature(
     "CAP_BPF is kept",
     _reads_without_cap_bpf,
 )
-"""Before it, a bpf(2) call on a descriptor required CAP_BPF, unless the sysctl is 0: Linux
-kernel commit c8644cd0efe7 ("bpf: refine kernel.unprivileged_bpf_disabled behaviour") (in
-v5.19)."""
+"""In kernels without it, a bpf(2) call on a descriptor requires CAP_BPF, unless the sysctl
+kernel.unprivileged_bpf_disabled is 0. Linux kernel commit c8644cd0efe7 ("bpf: refine
+kernel.unprivileged_bpf_disabled behaviour") (in v5.19)."""
 
 SECCOMP = Feature(
     "seccomp filters",
     "CONFIG_SECCOMP_FILTER",
-    "all, to block system calls that serving does not require",
-    "no system call is blocked",
+    "all, to refuse system calls that serving does not make",
+    "no system call is refused",
     lambda _types: seccomp.has_filters(),
 )
 """Linux kernel commit e2cfabdfd075 ("seccomp: add system call filtering using BPF") (in
@@ -304,7 +306,7 @@ v3.5)."""
 LANDLOCK = Feature(
     "Landlock",
     "Linux 5.13",
-    "all, to block files that serving does not require",
+    "all, to refuse access to files that serving does not read",
     "all files that any user may read are readable",
     lambda _types: landlock.abi_version() > 0,
 )
@@ -315,10 +317,10 @@ IPV6 = Feature(
     "IPv6",
     "CONFIG_IPV6",
     "ebpf, to read IPv6 addresses",
-    "there are no IPv6 addresses",
+    "the kernel has no IPv6 addresses to read",
     _in_types(lambda types: types.has("sock_common", "skc_v6_daddr")),
 )
-"""Only then ``struct sock_common`` has IPv6 addresses: include/net/sock.h."""
+"""``struct sock_common`` has IPv6 addresses only with CONFIG_IPV6: include/net/sock.h."""
 
 FEATURES = (
     BTF,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Calls libbpf, which BCC depends on, for bpf(2) and for reading BTF."""
+"""Calls libbpf, for bpf(2) and for reading BTF. BCC depends on libbpf too."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ BPF_MAP_TYPE_ARRAY = 2
 
 
 def load_libbpf() -> ctypes.CDLL:
-    """Return the library, whose functions store their error for `ctypes.get_errno`.
+    """Return the library; its functions store their error for `ctypes.get_errno`.
 
     Raises:
         SourceError: libbpf is not installed.
@@ -48,7 +48,7 @@ def create_map(
     """Create a map and return its file descriptor.
 
     Raises:
-        OSError: the kernel refuses it.
+        OSError: the kernel refuses the map.
         SourceError: libbpf is not installed.
     """
     options = _MapOptions(size=ctypes.sizeof(_MapOptions), map_flags=flags)
@@ -60,7 +60,7 @@ def call(function: str, *arguments: Any) -> int:
     """Call a function of libbpf, and return its result.
 
     Raises:
-        OSError: the result is negative: the kernel refuses the call.
+        OSError: the kernel refuses the call: the result is negative.
         SourceError: libbpf is not installed.
     """
     result: int = getattr(load_libbpf(), function)(*arguments)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Compiles, loads and attaches the BPF program in a child process, the loader.
 
-BCC uses LLVM, which takes 120 MB: only the loader loads it. The loader sends the file
-descriptors of the program and its maps to its parent, the exporter, and exits. The maps and
-the attachment exist for as long as a descriptor of them is open.
+BCC uses LLVM, which uses 120 MB of memory, so only the loader imports BCC. The loader sends
+the file descriptors of the program and its maps to its parent, the exporter, and exits. The
+maps and the attachment exist as long as a descriptor of them is open.
 """
 
 import contextlib
@@ -42,19 +42,19 @@ from tcpexporter.host import children, libc, privileges
 log = logging.getLogger(__name__)
 
 EXIT_TIMEOUT_S = 0.5
-"""Seconds that the loader may take to exit after its answer, before it is killed."""
+"""Seconds after its answer in which the loader must exit; then it is killed."""
 
 VMSTAT = Path("/proc/vmstat")
 
 COMPILING_BYTES = 68 << 20
-"""Memory that a cgroup must allow while the program is compiled, without its maps.
+"""Memory that compiling the program requires of the cgroup's limit, without the maps.
 
 Measured with Linux 6.18, BCC 0.26 and LLVM 14: 63 MiB with maps for 1,009 connections,
 83 for 262,144 and 225 for 2,000,000.
 """
 
 CONNECTION_BYTES = 84
-"""Memory that the maps require for each of --max-connections."""
+"""Memory that the maps require for each of --max-connections, in bytes."""
 
 OOM_SCORE_ADJ_MAX = "1000"
 
@@ -67,7 +67,7 @@ LIMITS = (
     resource.RLIMIT_NOFILE,
     resource.RLIMIT_STACK,
 )
-"""Resource limits that an operator may set for a service, and that LLVM may exceed."""
+"""Resource limits that an operator may set for the service, and that LLVM may exceed."""
 
 BPF_F_NO_PREALLOC = 1
 
@@ -86,7 +86,7 @@ MAPS = (
 )
 
 MAX_CLOSINGS = 65536
-"""Capacity for what closes on a busy host while the socket tables are read."""
+"""Capacity of the closings log: closings on a busy host during a socket-table dump."""
 
 CLONE_NEWNS = 0x00020000
 MS_BIND = 0x1000
@@ -98,7 +98,7 @@ def load(request: Request) -> Descriptors:
     """Start the loader, and return the descriptors that it sends; the caller closes them.
 
     Raises:
-        LoadError: the program could not be loaded; the message has cause and remedy.
+        LoadError: the program could not be loaded; the message has the cause and a remedy.
     """
     oom_kills = _oom_kills()
     with contextlib.ExitStack() as resources:
@@ -110,7 +110,9 @@ def load(request: Request) -> Descriptors:
             ) from error
         channel.settimeout(LOAD_TIMEOUT_S)
         try:
-            with contextlib.suppress(ConnectionError):  # the reply says why it ended
+            with contextlib.suppress(
+                ConnectionError
+            ):  # the reply says why the loader ended
                 send_request(channel, request)
             return receive_descriptors(channel)
         except SilentError as error:
@@ -128,7 +130,7 @@ def load(request: Request) -> Descriptors:
 def _start(
     resources: contextlib.ExitStack,
 ) -> tuple[socket.socket, IO[bytes], subprocess.Popen[bytes]]:
-    """Start the loader; return the channel to it, its output file, and its process."""
+    """Start the loader, and return the channel to it, its output file, and its process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     resources.enter_context(ours)
     with theirs:
@@ -140,7 +142,7 @@ def _start(
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Wait until the loader has exited, and kill it if it hangs."""
+    """Wait until the loader has exited; kill it if it hangs."""
     try:
         child.wait(EXIT_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -156,13 +158,13 @@ def _cause_of_death(code: int) -> str:
 def _out_of_memory(max_connections: int) -> str:
     needed = (COMPILING_BYTES + max_connections * CONNECTION_BYTES) >> 20
     return (
-        f"out of memory while compiling; needs about {needed} MiB for all of the exporter:"
-        " raise the memory limit of the service or container, or lower --max-connections"
+        f"out of memory while compiling; the exporter requires about {needed} MiB: raise"
+        " the memory limit of the service or container, or lower --max-connections"
     )
 
 
 def _oom_kills() -> int:
-    """Return how many processes the kernel has killed for memory, on the whole host."""
+    """Return how many processes of the host the kernel has killed for lack of memory."""
     try:
         lines = VMSTAT.read_text().splitlines()
     except OSError:
@@ -187,24 +189,25 @@ def _main(channel_descriptor: int) -> None:
 
 
 def _be_killed_first() -> None:
-    """Make the kernel kill this process and not its parent when memory runs out."""
+    """Make the kernel kill this process, not its parent, when memory runs out."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE_ADJ_MAX)
 
 
 def _lift_limits() -> None:
-    """Remove all limits, or raise them to the hard limits without CAP_SYS_RESOURCE."""
+    """Remove all resource limits, or raise them as far as the kernel allows."""
     for limit in LIMITS:
         _, hard = resource.getrlimit(limit)
         for wanted in (resource.RLIM_INFINITY, hard):
-            # Infinity is refused without that capability, and always for open files.
+            # The kernel refuses infinity without that capability, and always for open
+            # files.
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(limit, (wanted, wanted))
                 break
 
 
 def _load_here(request: Request) -> Descriptors:
-    # Imported by the loader only: features takes 0.6 MiB of memory.
+    # Imported by the loader only: it uses 0.6 MiB of memory.
     from tcpexporter.ebpf.features import HASH_MAP_ALLOCATOR, IPV6, Kernel  # noqa: PLC0415
 
     _require_privilege()
@@ -213,7 +216,7 @@ def _load_here(request: Request) -> Descriptors:
     _hide_kernel_symbols()
     bcc = _import_bcc()
     sources = _sources()
-    # BCC expects a kernel's source tree here, of which it uses include/.
+    # BCC expects a kernel's source tree here, and uses its directory include/.
     os.environ["BCC_KERNEL_SOURCE"] = str(sources)
     try:
         bpf = bcc.BPF(
@@ -228,7 +231,7 @@ def _load_here(request: Request) -> Descriptors:
         )
         code: bytes = bpf.dump_func("on_state_change")
         maps = {name: bpf[name].map_fd for name in MAPS}
-    except Exception as error:  # BCC raises no narrower class
+    except Exception as error:  # BCC raises Exception itself
         raise LoadError(_why_not_compiled(error, request.max_connections)) from error
     _fill(maps["free_slots"], range(request.max_connections))
     _fill(maps["free_series"], range(SERIES_FIRST, SERIES_FIRST + request.max_series))
@@ -251,11 +254,11 @@ def _why_not_compiled(error: Exception, max_connections: int) -> str:
 
 
 def _refusal(max_connections: int) -> int | None:
-    """Create the largest map; return the error number of the kernel, None if it succeeds.
+    """Try to create the largest map; return the kernel's error number, None on success.
 
-    Before Linux 5.11 this is EPERM for a process that may not lock so much memory.
+    Before Linux 5.11 the number is EPERM if RLIMIT_MEMLOCK is below the size of the map.
     """
-    # Only here, so that numpy is not among what has to fit into memory.
+    # Imported only here: while BCC compiles, the memory limit must not include numpy.
     from tcpexporter.connections.record import CONNECTION  # noqa: PLC0415
 
     try:
@@ -300,7 +303,7 @@ def _attach(loaded: int) -> int:
 
 
 def _sources() -> Path:
-    """Return the directory of the C program: in the package, or at the top of the tree."""
+    """Return the directory of the C sources: in the package, or at the top of the tree."""
     package = Path(__file__).parents[1]
     installed = package / "bpf"
     return installed if installed.is_dir() else package.parent / "bpf"
@@ -314,22 +317,22 @@ def _require_privilege() -> None:
 
 
 def _hide_kernel_symbols() -> None:
-    """Hide /proc/kallsyms from BCC, to save time, if this process may mount.
+    """Hide /proc/kallsyms from BCC to save time, if this process has CAP_SYS_ADMIN.
 
     Before it compiles, BCC reads all symbols to find out whether the kernel has
-    bpf_probe_read_kernel. That takes longer than all other steps, and our program, which
-    reads through typed pointers, does not call that function.
+    bpf_probe_read_kernel. That takes longer than all other steps. Our program reads
+    through typed pointers, and does not call that function.
     """
     with contextlib.suppress(OSError):
         libc.unshare(CLONE_NEWNS)
-        # Only if no other process can see what is mounted here.
+        # Only in a new mount namespace: no other process sees this mount.
         libc.mount(None, b"/", MS_REC | MS_PRIVATE)
         libc.mount(b"/dev/null", b"/proc/kallsyms", MS_BIND)
 
 
 def _import_bcc() -> Any:
     try:
-        import bcc  # noqa: PLC0415  only the loader has memory for it
+        import bcc  # noqa: PLC0415 only the loader imports it, to save memory
     except OSError as error:  # from the dynamic linker
         raise LoadError(
             f"BCC's library cannot be loaded ({error}): install the distribution's package"
@@ -372,18 +375,21 @@ def _cflags(
 
 
 def _offsets(types: Btf, *, has_ipv6: bool) -> dict[str, int]:
-    """Return the offsets, in bytes, of the members that the program reads.
+    """Return the offsets, in bytes, of the members that the BPF program reads.
 
-    They are from the running kernel's BTF; headers may be of another version.
+    They come from the BTF of the running kernel: headers may be of another version.
     """
     members = ("family", "daddr", "rcv_saddr", "dport", "num", "net")
     ipv6_members = ("v6_daddr", "v6_rcv_saddr")
-    # Every socket begins with a struct sock_common, an IP socket with an inet_sock.
+    # Every socket begins with struct sock_common, and every IP socket with struct
+    # inet_sock.
     found = {
         f"SKC_{each.upper()}_OFFSET": types.offset("sock_common", f"skc_{each}")
         for each in members
     }
-    for each in ipv6_members:  # a kernel without IPv6 lacks them: they are not read
+    for (
+        each
+    ) in ipv6_members:  # a kernel without IPv6 lacks them, and the program reads none
         at = types.offset("sock_common", f"skc_{each}") if has_ipv6 else 0
         found[f"SKC_{each.upper()}_OFFSET"] = at
     found["SK_PROTOCOL_OFFSET"] = types.offset("sock", "sk_protocol")

@@ -2,7 +2,7 @@
 """The messages between the exporter and the loader process, over one socket.
 
 The exporter sends a `Request`. The loader answers with `Descriptors`, or with one sentence
-that says why the BPF program cannot be loaded.
+that says why it cannot load the BPF program.
 """
 
 import json
@@ -16,10 +16,10 @@ from tcpexporter.errors import LoadError
 
 LOAD_TIMEOUT_S = 60
 MESSAGE_BYTES = 65536
-"""The maximum length of a message; the kernel cuts off the rest."""
+"""The maximum length of a message, in bytes; the kernel truncates longer messages."""
 
 LOADED = b"loaded"
-"""The message that comes with the descriptors."""
+"""The text of the message that carries the descriptors."""
 
 MAX_SERIES = 65536
 
@@ -28,12 +28,12 @@ SEE_DEBUG = "--log-level debug shows its output"
 
 @dataclass(frozen=True)
 class Request:
-    """What the loader is asked to load."""
+    """The exporter's request to load the BPF program."""
 
     max_connections: int
     """The number of connection slots."""
     netns: int
-    """Inode of the only network namespace to observe, 0: all."""
+    """Inode of the only network namespace to observe; 0: all."""
     secret: tuple[int, int]
     """The key of `siphash.hashes`, as two numbers of 64 bits."""
     max_series: int = MAX_SERIES
@@ -43,16 +43,16 @@ class Request:
     lifetime_bounds: tuple[int, ...] = ()
     """The upper bounds of lifetime buckets, in units of 2^13 ns; empty: no histogram."""
     lose_one_in: int = 0
-    """For tests: the program ignores one in so many events, at random. 0: none."""
+    """For tests: the program ignores one in so many events, at random; 0: none."""
     without: tuple[str, ...] = ()
-    """For tests: names of features that the kernel is assumed not to have."""
+    """For tests: the names of features to treat as missing."""
 
 
 @dataclass(frozen=True)
 class Descriptors:
     """File descriptors of the loaded program, of its attachment and of its maps.
 
-    The kernel keeps these objects for as long as a descriptor or a pin refers to them.
+    The kernel keeps each object as long as a descriptor or a pin refers to it.
     """
 
     slots: int
@@ -82,7 +82,8 @@ class SilentError(LoadError):
 def send_request(channel: socket.socket, request: Request) -> None:
     """Send a request to the loader.
 
-    A message and not arguments, which every user of the host can read: it has a secret.
+    The request has a secret. So it is a message: every user of the host could read the
+    arguments of a process.
 
     Raises:
         ConnectionError: the loader has ended.
@@ -102,16 +103,16 @@ def send_descriptors(channel: socket.socket, descriptors: Descriptors) -> None:
 
 
 def send_reason(channel: socket.socket, sentence: str) -> None:
-    """Tell the exporter why nothing was loaded."""
+    """Send the sentence that says why the program was not loaded."""
     channel.send(sentence.encode())
 
 
 def receive_descriptors(channel: socket.socket) -> Descriptors:
-    """Return what the loader sends, which the caller must close.
+    """Receive the loader's descriptors; the caller must close them.
 
     Raises:
         SilentError: the loader has ended without a message.
-        LoadError: with the loader's sentence; or the answer is incomplete or too late.
+        LoadError: the loader sent a sentence; or its answer is incomplete or too late.
     """
     try:
         message, descriptors, flags, _ = socket.recv_fds(
@@ -121,13 +122,13 @@ def receive_descriptors(channel: socket.socket) -> Descriptors:
         raise LoadError(
             f"the BPF program was not loaded within {LOAD_TIMEOUT_S} s"
         ) from None
-    except ConnectionError:  # it ended before it read the request
+    except ConnectionError:  # the loader ended before it read the request
         message, descriptors, flags = b"", [], 0
     if flags & socket.MSG_CTRUNC and len(descriptors) < len(fields(Descriptors)):
         _close(descriptors)
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise LoadError(
-            f"the maps of the BPF program are more files than may be open, {most}: raise"
+            f"the maps of the BPF program exceed the limit of {most} open files: raise"
             " LimitNOFILE in the unit, or ulimit -n"
         )
     return _checked(message, descriptors)

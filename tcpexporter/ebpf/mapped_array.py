@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Maps a BPF array map into memory as a numpy array, as far as it is used."""
+"""Maps the used part of a BPF array map into memory, as a numpy array."""
 
 import contextlib
 import ctypes
@@ -23,9 +23,9 @@ MAP_NORESERVE = 0x4000
 class MappedArray:
     """An array map that was made with BPF_F_MMAPABLE.
 
-    The kernel maps all pages at once (array_map_mmap in its kernel/bpf/arraymap.c), and
-    counts all of them as resident. So this reserves addresses for the whole array, and maps
-    one window after another into them.
+    When a range is mapped, the kernel maps all of its pages at once and counts them as
+    resident (array_map_mmap in its kernel/bpf/arraymap.c). So this class only reserves
+    addresses for the whole array. It maps one window after another to these addresses.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class MappedArray:
         """Reserve addresses for the array.
 
         Args:
-            descriptor: of the map, which the caller keeps open.
-            dtype: of an entry.
+            descriptor: the file descriptor of the map, which the caller keeps open.
+            dtype: the dtype of an entry.
             entries: the length of the array.
-            window: entries that are mapped at once.
+            window: the number of entries that are mapped at once.
 
         Raises:
             OSError: the kernel refuses to reserve the addresses.
@@ -51,17 +51,17 @@ class MappedArray:
         with _refusals():
             self._address = libc.mmap(None, self._bytes, PROT_NONE, flags)
         room = (ctypes.c_char * self._bytes).from_address(self._address)
-        # When the last numpy array that refers to it has been deleted.
+        # Unmap when the last numpy array that refers to this memory has been deleted.
         weakref.finalize(room, libc.munmap, self._address, self._bytes)
         self._entries: Records = np.frombuffer(memoryview(room), dtype, entries)
 
     def upto(self, entries: int) -> Records:
-        """Map and return at least the first ``entries``, up to the end of a window.
+        """Map whole windows until the first ``entries`` are mapped, and return them.
 
         The BPF program may write to them at any time.
 
         Raises:
-            OSError: the kernel refuses to map them.
+            OSError: the kernel refuses to map the entries.
         """
         windows = -(-entries // self._window)
         there = min(windows * self._window, len(self._entries))

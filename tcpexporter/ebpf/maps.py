@@ -21,12 +21,15 @@ FIRST = np.uint32(0)
 """The key of maps with one entry."""
 
 CHUNK = 4096
-"""The most entries that one system call copies out of a map."""
+"""Maximum number of entries that one system call copies from a map."""
 
 OUT_OF_MEMORY_S = 0.001
 OUT_OF_MEMORY_TRIES = 100
-"""A hash map without preallocated entries allocates memory in small batches in advance. A
-batch update can be faster than that: it waits and tries again."""
+"""How often, and with which pause, a batch update is tried again for lack of memory.
+
+A hash map without preallocated entries allocates memory in advance, in small batches. A
+batch update can use up that memory faster than the kernel allocates more.
+"""
 
 Keys = npt.NDArray[Any]
 """A one-dimensional array of keys, of the dtype that the map requires."""
@@ -42,18 +45,18 @@ def map_errors() -> Iterator[None]:
 
 
 class Map:
-    """A map, by its file descriptor.
+    """A BPF map.
 
     Every method raises OSError if the kernel refuses the operation; ``strerror`` is a
     sentence that names the operation and the map.
     """
 
     def __init__(self, descriptor: int, what: str) -> None:
-        """Use a descriptor, which the caller keeps open and closes.
+        """Use the map of a descriptor; the caller keeps it open and closes it.
 
         Args:
-            descriptor: of the map.
-            what: the name of the map in errors.
+            descriptor: the file descriptor of the map.
+            what: the name of the map in error messages.
 
         Raises:
             SourceError: libbpf is not installed.
@@ -63,7 +66,7 @@ class Map:
         self._libbpf = load_libbpf()
 
     def read(self, key: np.generic, into: Keys) -> None:
-        """Fill an array with the value of a key that the map has."""
+        """Copy the value of a key into an array; the map must have the key."""
         if not self._call("bpf_map_lookup_elem", np.array([key]), into):
             raise self._refusal("read")
 
@@ -80,7 +83,7 @@ class Map:
             raise self._refusal("write to")
 
     def put_new(self, key: np.generic, value: np.generic) -> bool:
-        """Set the value of a key that the map does not have; return whether that was so."""
+        """Add a key and its value; return False if the map already has the key."""
         added = self._update(key, value, BPF_NOEXIST)
         if not added and ctypes.get_errno() != errno.EEXIST:
             raise self._refusal("add to")
@@ -92,7 +95,7 @@ class Map:
             raise self._refusal("push to")
 
     def pop(self, dtype: type[np.generic]) -> Any:
-        """Remove and return the value on top of a stack; None if the stack is empty."""
+        """Remove the value on top of a stack and return it; None if the stack is empty."""
         value = np.empty(1, dtype)
         if self._call("bpf_map_lookup_and_delete_elem", None, value):
             return value[0]
@@ -101,7 +104,7 @@ class Map:
         return None
 
     def put_all(self, keys: Keys, values: Keys) -> int:
-        """Set the values of many keys in order; return for how many it had capacity."""
+        """Set the values of many keys in order; return how many fit into the map."""
         done = 0
         tries = OUT_OF_MEMORY_TRIES
         while done < len(keys) and tries:
@@ -118,7 +121,7 @@ class Map:
         return done
 
     def delete_all(self, keys: Keys) -> None:
-        """Delete many keys, and ignore those that the map does not have."""
+        """Delete many keys; ignore keys that the map does not have."""
         keys = np.ascontiguousarray(keys)
         while len(keys):
             count = ctypes.c_uint32(len(keys))
@@ -132,7 +135,7 @@ class Map:
     def items(
         self, key: type[np.generic], value: type[np.generic], *, delete: bool = False
     ) -> tuple[Keys, Keys]:
-        """Return all keys and their values, and delete them in the same step if asked."""
+        """Return all keys and their values; optionally delete them in the same step."""
         function = "bpf_map_lookup_and_delete_batch" if delete else "bpf_map_lookup_batch"
         keys, values = np.empty(CHUNK, key), np.empty(CHUNK, value)
         found = [(keys[:0], values[:0])]
@@ -156,7 +159,7 @@ class Map:
         return self._call("bpf_map_update_elem", at, np.array([value]), number)
 
     def _call(self, function: str, *arguments: Any) -> bool:
-        """Return whether a libbpf function succeeded; ctypes.get_errno() says why not."""
+        """Return whether a function of libbpf succeeded; if not, it set the errno."""
         passed = [_passed(argument) for argument in arguments]
         result = getattr(self._libbpf, function)(ctypes.c_int(self.descriptor), *passed)
         return bool(result == 0)
@@ -179,7 +182,7 @@ def program_info(descriptor: int) -> npt.NDArray[np.uint64]:
     Fields that the kernel does not have are 0.
 
     Raises:
-        OSError: the kernel refuses it.
+        OSError: the kernel refuses to describe the program.
     """
     info = np.zeros(64, np.uint64)
     size = ctypes.c_uint32(info.nbytes)

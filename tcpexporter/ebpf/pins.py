@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Pins BPF maps so that recording continues while the exporter is down, and adopts them.
+"""Pins BPF maps, so that recording continues while the exporter is down, and adopts them.
 
 Each run of the exporter leaves a *generation* in a directory of the BPF file system: the
 attachment of its program, the array of connections, the ledger, and a description of their
@@ -8,12 +8,12 @@ adds the connections of previous generations to them, as it adds those of the so
 (`reconcile.seed`), and only then removes these generations. So there is one way to add
 pre-existing connections, and an upgrade is no special case. For a connection, against that:
 
-a. Open all the while: the old generation has it with the kernel's time.
+a. Stays open: the old generation has it with the kernel's time.
 b. Closes or opens while no exporter runs: the kernel reports it to the old program.
 c. Closes or opens during the adoption: the kernel reports it to both programs. The new
-   program was attached first, and records closings; `reconcile` argues the cases.
-d. The old program missed its closing: it is adopted, the socket tables do not show it, and
-   the first reconciliation, which follows at once, removes it.
+   program was attached first, and records closings; see the cases in `reconcile`.
+d. The old program missed its closing: it is adopted, but the socket tables do not show it.
+   The first reconciliation follows at once and removes it.
 e. The old program missed its opening: it is added from the socket tables.
 
 The counters of the ledger continue. Both programs count what happens during the adoption,
@@ -69,12 +69,12 @@ UNMOUNTED = "mount -t bpf bpf /sys/fs/bpf"
 
 
 class Pins:
-    """A directory of the BPF file system that one exporter uses at a time."""
+    """A directory of the BPF file system, which only one exporter uses at a time."""
 
     def __init__(self, directory: Path, descriptor: int) -> None:
-        """Use a directory that `open` has locked by this descriptor."""
+        """Use a directory and its descriptor, by which `open` has locked it."""
         self.adopted = 0
-        """How many connections were adopted from previous generations."""
+        """Number of connections that were adopted from previous generations."""
         self._directory = directory
         self._descriptor = descriptor
 
@@ -83,14 +83,14 @@ class Pins:
         """Create the directory if necessary, and lock it until `close`.
 
         Args:
-            directory: no other user may have access to it.
-            to_remove: whether it is only emptied. Then root may use a directory of any
-                user: that of the systemd unit belongs to a user that no longer exists
-                when the service has stopped.
+            directory: the path of the directory. No other user may have access to it.
+            to_remove: whether the caller only removes its content. Then root may use a
+                directory of any user. The directory of the systemd unit belongs to a user
+                that exists only while the service runs.
 
         Returns:
-            None if this is not in a BPF file system: a warning is logged, and the exporter
-            can count without it.
+            None if the directory is not in a BPF file system. Then a warning is logged, and
+            the exporter counts without it.
 
         Raises:
             PinError: another user has access to it, or another exporter has locked it.
@@ -99,7 +99,7 @@ class Pins:
             there = directory if directory.exists() else directory.parent
             if not _is_bpf_file_system(there):
                 log.warning(
-                    "nothing is pinned: %s is not in a BPF file system, which %s mounts",
+                    "nothing is pinned: %s is not in a BPF file system; to mount one: %s",
                     there,
                     UNMOUNTED,
                 )
@@ -119,7 +119,7 @@ class Pins:
         return cls(directory, descriptor)
 
     def close(self) -> None:
-        """Unlock the directory, and keep its content."""
+        """Unlock the directory; its content stays."""
         os.close(self._descriptor)
 
     def adopt(self, tracker: Tracker, counted: Request) -> None:
@@ -155,7 +155,7 @@ class Pins:
             counted: what that program counts.
 
         Raises:
-            PinError: the kernel refuses it.
+            PinError: the kernel refuses to pin or remove an object.
         """
         before = self._generations()
         number = 1 + max((int(each.name) for each in before), default=0)
@@ -175,10 +175,10 @@ class Pins:
             self._remove(each)
 
     def remove(self) -> None:
-        """Remove all generations, which detaches their programs, and the directory.
+        """Remove the directory and all generations, which detaches their programs.
 
         Raises:
-            PinError: the kernel refuses it.
+            PinError: the kernel refuses to remove an object.
         """
         for each in self._generations():
             self._remove(each)
@@ -188,9 +188,9 @@ class Pins:
             raise _not_removed(self._directory, error) from error
 
     def _remove(self, generation: Path) -> None:
-        """Remove a generation, its attachment first: without it, it is not a generation.
+        """Remove a generation; its attachment first, so that it is no longer complete.
 
-        Works relative to descriptors, so that the owner of the directory cannot redirect
+        The paths are relative to descriptors. So the owner of the directory cannot redirect
         root to another directory by a symbolic link.
         """
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -214,7 +214,7 @@ class Pins:
 
 
 def remove(directory: str) -> None:
-    """Remove a directory of pins, which ends the recording, if it exists.
+    """Remove a directory of pins if it exists, which ends the recording.
 
     Raises:
         PinError: an exporter still uses it, or the kernel refuses to remove it.
@@ -227,7 +227,7 @@ def remove(directory: str) -> None:
 
 
 class _Generation:
-    """The connections of a previous run, read like the socket tables."""
+    """The connections of a previous run, with the interface of socket tables."""
 
     def __init__(
         self,
@@ -263,10 +263,10 @@ class _Generation:
             yield cls(array, entries, counted.netns, read_ledger)
 
     def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  all have ages
-        """Return its connections, the newest first, of dtype `SOCKET`.
+        """Return the connections, the newest first, of dtype `SOCKET`.
 
-        `Tracker.add` adds the first of several with the same key: the closing of an older
-        one was missed.
+        `Tracker.add` adds only the first of several connections with the same key. That is
+        the newest: the program missed the closings of the older ones.
         """
         with map_errors():
             parts = map(valid_connections, windows(self._array, self._entries))
@@ -277,7 +277,7 @@ class _Generation:
         return known[np.argsort(known["established_ns"])[::-1]]
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
-        """Return none: a connection that it does not have may exist all the same."""
+        """Return no namespace: a generation may lack connections of any namespace."""
         return np.empty(0, np.uint32)
 
 

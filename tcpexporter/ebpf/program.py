@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Loads and attaches programs of the tracepoint that reports states of sockets."""
+"""Loads and attaches programs of the tracepoint sock:inet_sock_set_state."""
 
 import ctypes
 
@@ -44,7 +44,7 @@ def load(code: bytes, function: int) -> int:
     """Load a program that BCC has compiled; BCC itself cannot load this type of program.
 
     Args:
-        code: the instructions.
+        code: the instructions of the program.
         function: the type number that `Btf.function` returns.
 
     Returns:
@@ -81,7 +81,8 @@ def attach(program: int) -> int:
     """Attach a program to the tracepoint that it was loaded for.
 
     Returns:
-        A file descriptor; the program is attached for as long as it or a pin exists.
+        A file descriptor of the attachment. The program stays attached as long as the
+        descriptor or a pin of it exists.
 
     Raises:
         OSError: the kernel refuses the attachment.

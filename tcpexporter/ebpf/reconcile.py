@@ -1,91 +1,94 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Compares the tracker with the socket tables and corrects the tracker.
 
-The tables are right about which connections are established, but they cannot be read at one
-moment. The tracker has the times, but it can miss events. Connections open and close all
-the while, so no single difference proves anything.
+The tables have exactly the established connections, but reading them takes time. The
+tracker has the times of connections, but it can miss events. Connections open and close
+meanwhile, so a single difference does not prove that the tracker is wrong.
 
-The tracker identifies a connection by its socket if the program saw it open. A connection
-from the tables is a seed: the tracker identifies it by its key alone, because the tables do
-not show the socket's address. The tables show how many connections have the same key. If
-the tracker has more than that, it removes the surplus: a seed before a connection that the
-kernel reported, and an older connection before a newer one.
+If the BPF program has seen a connection open, the tracker identifies it by its socket. A
+connection from the tables is a *seed*: the tracker identifies it by its key alone, because
+the tables do not show the socket's address. The tables show how many connections have the
+same key. If the tracker has more of them, the surplus is removed. Seeds are removed before
+connections that the kernel reported, and older connections before newer ones.
 
 Adding seeds
 ------------
 The program is already attached. From now on it records each closing in the closings log.
-Then
+Three steps follow:
 
-1. a socket-table dump, and after it a reading of the tracker, show which connections only
-   the tables have;
-2. these become seeds, which the program finds when they close;
-3. the seeds that the closings log has are removed.
+1. dump the socket tables, and then read the tracker, to find the connections that only the
+   tables have;
+2. add these connections as seeds, which the program finds when they close;
+3. remove the seeds that the closings log has.
 
-For a connection, against those steps:
+These are the cases for a connection:
 
 a. Open before the program was attached, and still open after 3: a seed from 2 on. Only the
    program removes it, when it closes.
-b. Opened before the dump of 1 while the program was attached: the kernel reports an opening
-   before it stores the new state. So the tracker has all that the tables show, because it
-   is read later. The connection does not become a seed.
+b. Opened before the dump of 1 while the program was attached. The kernel reports an opening
+   before it stores the new state, and the tracker is read after the tables. So the tracker
+   has the connection too, and it does not become a seed.
 c. Opened after that dump: the tracker has it with the kernel's time. No step changes a
    connection that the kernel reported, so no time of the kernel is ever lost.
-d. In the dump of 1, whether the program knew it or not, and closed before 2: it looks as if
-   only the tables had it. The program has recorded the closing, and 3 removes the seed.
+d. In the dump of 1, and closed before 2: only the tables seem to have it, so it becomes a
+   seed. The program has recorded the closing, and 3 removes the seed.
 e. As d, but it closes during 2: the program records the closing before it looks for a seed.
-   Either it finds the seed, or the seed was added later, and 3 comes later still.
-f. As d or e, and its address pair opened anew at any time: the tracker has the new
+   If the program does not find the seed, the seed was added after that, and 3 removes it.
+f. As d or e, and the same address pair opens again at any time: the tracker has the new
    connection by its socket; 3 removes the seed, which is the old connection.
-g. Closed after 2: the program finds the seed, and records the closing too. A connection
-   that has its slot by the time of 3 has another time, and stays.
-h. As d, but the kernel did not run the program, or the closings log was full: the kernel
-   and the program count that, which is a reason to reconcile: l or r.
+g. Closed after 2: the program finds and removes the seed, and records the closing too. If
+   another connection has the slot when 3 runs, its time differs, and 3 keeps it.
+h. As d, but the kernel skipped the program, or the closings log was full. The kernel or the
+   program counts that. A reconciliation follows, with case l or r.
 
-The kernel reports a change just before it stores the new state. Softirqs do both without
-being preempted, and step 1 and `reconcile` begin when all of these have ended
-(`Tracker.wait_for_runs`). A task can be preempted between the two. If it reported a closing
-before the recording began, and 1 still shows the connection as established, the connection
-becomes a seed until the next reconciliation: s.
+The kernel reports a change just before it stores the new state. A softirq does both without
+being preempted. Step 1 and `reconcile` begin when every softirq that was running has ended
+(`Tracker.wait_for_runs`). A task, however, can be preempted between the report and the
+store. If it reported a closing before the recording began, and the dump of 1 still shows
+the connection, the connection becomes a seed. The next reconciliation removes it: case s.
 
 Reconciling
 -----------
-`reconcile` dumps the tables, reads the tracker, and does both again if they differ. It
-corrects only what differs in the same way both times:
+`reconcile` dumps the tables and reads the tracker. If they differ, it does both again. It
+corrects a connection only if the difference is the same both times:
 
-i. Open, and its opening was missed: both dumps show it and the tracker never has it. It is
-   added as a seed, as above.
+i. Open, and its opening was missed: both dumps show it, and the tracker does not have it.
+   Steps 2 and 3 add it as a seed.
 j. Opened before the first dump, closed before the tracker was read: it looks like i. The
    second dump does not show it.
-k. As j, but opened anew before the second dump and closed again before the tracker was read
-   again: the program recorded that closing; the connection is added, and 3 removes it.
+k. As j, but opened again before the second dump, and closed again before the tracker was
+   read again: the program recorded that closing; 2 adds the connection, and 3 removes it.
 l. Closed, and its closing was missed: neither dump shows it, and the tracker has the same
-   entry, with the same time, both times. It is removed. If the socket's address is used
-   again before that, the program itself corrects the entry.
-m. Opened after the first dump had passed its place: the tracker has it, the dump does not.
-   Its time is after the start of the first dump, so it is not judged.
-n. The kernel reports an opening just before it stores the state: the tracker has the entry
-   and the dump does not show it. The second dump comes later and shows it.
+   entry, with the same time, both times. It is removed. If a new socket gets the same
+   address before that, the program itself corrects the entry.
+m. Opened during the first dump, which had already passed its place in the tables: only the
+   tracker has it. Its time is after the start of that dump, so it is not compared.
+n. The first dump falls between the report of an opening and the store of the state: only
+   the tracker has the connection. The second dump comes later and shows it.
 o. In a network namespace that the tables do not cover, because the namespace is newer than
-   the exporter: it is not judged.
-p. Open, and hidden from the first dump by the connections next to it (see
+   the exporter: it is not compared.
+p. Open, and hidden from the first dump by other connections of its hash bucket (see
    `SocketTables.established`): the second dump shows it.
-q. As l, but opened anew, with an event, before it is removed: on another socket it has
-   another slot; on the socket at the same address, `Tracker.release` finds another time and
+q. As l, but opened again, with an event, before it is removed. On another socket, it has
+   another slot. On the socket at the same address, `Tracker.release` finds another time and
    keeps it.
-r. As l, and opened anew with the same key on another socket: the tracker has two
-   connections with that key and the tables show one. The older one is removed.
+r. As l, and opened again with the same key on another socket: the tracker has two
+   connections with that key, and the tables show one. The older one is removed.
 
-s. A task was preempted between the report of a change and its store for longer than both
-   dumps took. Reported: the correction is wrong, and the next run corrects it. Missed (on
-   Linux 7): the tables and the tracker agree, and differ when the state is stored.
+s. A task was preempted between the report of a change and its store, for longer than both
+   dumps took. If the program got the event, the correction is wrong, and the next run
+   corrects it. If the program missed the event (on Linux 7), tables and tracker agree at
+   first, and differ when the state is stored.
 t. Open, its opening was missed, and its socket's address is that of a connection whose
-   closing was missed: the tracker has the other connection under the handle of this socket.
-   As i and l. If it closes in between, the program sees another key and removes both.
+   closing was missed. The tracker has the old connection under the handle of this socket.
+   Cases i and l correct both. If the new connection closes before that, the program finds
+   another key in the slot, and removes both.
 
 So a correction can be wrong only if two dumps in a row miss the same connection (n or p,
-twice), or in case s. The next run then finds it as i, with a lower age. Therefore another
-run follows, as soon as the share of CPU allows, until a run has found nothing and no event
-was missed since the run before it: see `schedule.Schedule`.
+twice), or in case s. Then the next run adds the connection again as in case i, with a lower
+age. Therefore another run follows each correction, as soon as the CPU share allows. The
+runs end when a run has found nothing and no event was missed since the run before it: see
+`schedule.Schedule`.
 """
 
 import logging
@@ -111,7 +114,7 @@ log = logging.getLogger(__name__)
 
 
 class TrackedConnections(Protocol):
-    """What reconciling requires of a tracker; `Tracker` documents each member.
+    """The members of a tracker that reconciling requires; `Tracker` documents each of them.
 
     Every method raises TrackerError if the kernel refuses a map operation.
     """
@@ -132,12 +135,12 @@ class TrackedConnections(Protocol):
 
 
 WATCH_S = 1.0
-"""Seconds between two checks whether events were missed."""
+"""Seconds between two checks for missed events."""
 
 
 LIMIT_S = 300.0
-"""Seconds that a run may take before the thread counts as hung. A host that is short of CPU
-may need a minute."""
+"""Seconds after which a run counts as hanging. A host that is short of CPU may require a
+minute."""
 
 STOP_TIMEOUT_S = 0.5
 """Seconds that `Reconciler.close` waits for the thread."""
@@ -145,7 +148,7 @@ STOP_TIMEOUT_S = 0.5
 
 @dataclass(frozen=True)
 class Corrections:
-    """How many connections a run corrected."""
+    """The numbers of connections that a run corrected."""
 
     missed_open: int = 0
     """Added, because their opening was missed."""
@@ -161,9 +164,9 @@ NOTHING = Corrections()
 @dataclass(frozen=True)
 class _Differences:
     missing: Records
-    """What only the tables have, of dtype `SOCKET`."""
+    """The connections that only the tables have, of dtype `SOCKET`."""
     gone: Known
-    """What only the tracker has."""
+    """The connections that only the tracker has."""
 
 
 def seed(tracker: TrackedConnections, tables: ConnectionTables) -> None:
@@ -178,7 +181,7 @@ def seed(tracker: TrackedConnections, tables: ConnectionTables) -> None:
 
 
 def reconcile(tracker: TrackedConnections, tables: ConnectionTables) -> Corrections:
-    """Correct the tracker where it certainly differs from the socket tables.
+    """Correct the tracker where two comparisons show the same difference to the tables.
 
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
@@ -208,7 +211,7 @@ def _differences(
 ) -> _Differences:
     """Compare one dump with one reading of the tracker.
 
-    Only connections that were established before ``before_ns`` are reported as gone.
+    A connection of the tracker is compared only if it was established before ``before_ns``.
     """
     established = tables.established(with_ages=with_ages)
     known = tracker.known()
@@ -223,9 +226,9 @@ def _differences(
 def _surplus(
     some: Hashes, others: Hashes, precedence: npt.NDArray[np.uint64] | None = None
 ) -> npt.NDArray[np.bool_]:
-    """Return which elements of ``some`` exceed the number of equal elements in ``others``.
+    """Return which elements ``some`` has more often than ``others``.
 
-    Of equal elements, those with the lowest precedence are the surplus.
+    Among equal elements, those with the lowest precedence are the surplus.
     """
     order = np.argsort(some) if precedence is None else np.lexsort((~precedence, some))
     ordered = some[order]
@@ -259,9 +262,9 @@ class Reconciler:
         Args:
             tracker: the tracker to correct.
             tables: the socket tables, which only the thread reads.
-            interval_s: seconds between two runs; 0: run only when events were missed.
+            interval_s: seconds between two runs; 0: run only after missed events.
             cpu_share: the maximum average CPU use, as a share of one core. After each run
-                the thread waits until the average is below it, whatever the next reason.
+                the thread waits until the average is below it, even if events are missed.
         """
         self.state = Reconciliation(interval_s=interval_s)
         self._tracker = tracker
@@ -285,18 +288,18 @@ class Reconciler:
         """Start the thread.
 
         Raises:
-            ThreadError: no thread can be started.
+            ThreadError: the kernel refuses another thread.
         """
         self.task.begin()
 
     def close(self) -> None:
-        """End the thread; after `STOP_TIMEOUT_S` a run is left to end with the process."""
+        """Stop the thread, and wait at most `STOP_TIMEOUT_S` until it ends."""
         self.task.stop(STOP_TIMEOUT_S)
 
     def trouble(self) -> str | None:
-        """Return why the tracker is wrong and stays wrong; None: it is or will be right.
+        """Return why the tracker stays wrong; None: it is correct or will be corrected.
 
-        While the thread fails or hangs, the tracker is right until an event is missed.
+        While the thread fails or hangs, the tracker is correct until an event is missed.
 
         Raises:
             TrackerError: the kernel refuses to report missed events.
@@ -331,7 +334,7 @@ class Reconciler:
                 schedule.record_failure(time.monotonic())
 
     def _check(self, schedule: Schedule) -> bool:
-        """Reclaim slots, and reconcile if a run is due; return whether it was due."""
+        """Reclaim slots, and reconcile if a run is due; return whether a run was due."""
         self._tracker.reclaim()
         counts = self._event_counts()
         began_s = time.monotonic()
@@ -362,10 +365,10 @@ class Reconciler:
         return EventCounts(missed, sum(events.values()))
 
     def _run(self, counts: EventCounts) -> tuple[Corrections, float]:
-        """Reconcile once; return the corrections, and how many seconds to rest.
+        """Reconcile once; return the corrections, and the seconds to wait after the run.
 
         Args:
-            counts: what was counted before the run.
+            counts: the counts from before the run.
         """
         began_s = time.monotonic()
         began_cpu_s = time.thread_time()

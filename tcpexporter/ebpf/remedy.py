@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Suggests what to do if bpf(2) is refused, for the user and container of this process."""
+"""Suggests a remedy if the kernel refuses bpf(2), for this user and container."""
 
 import os
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ ADD_CAPABILITIES = {
 
 BECOME_ROOT = {
     "": "start it as a systemd service with AmbientCapabilities=CAP_BPF CAP_PERFMON",
-    "Kubernetes": "set runAsUser: 0, which it drops after the start",
-    "Docker": "start the container with --user 0, which it drops after the start",
-    "Podman": "start the container with --user 0, which it drops after the start",
-    "container": "start it as the container's root, which it drops after the start",
+    "Kubernetes": "set runAsUser: 0, which the exporter gives up later",
+    "Docker": "start the container with --user 0, which the exporter gives up later",
+    "Podman": "start the container with --user 0, which the exporter gives up later",
+    "container": "start the exporter as the container's root, which it gives up later",
 }
 
 ALLOW_BPF = {
@@ -36,7 +36,7 @@ ALLOW_BPF = {
 }
 
 WHOLE_UID_MAP = ["0", "0", "4294967295"]
-"""The uid_map of the initial user namespace, the only one that may use bpf(2)."""
+"""The uid_map of the initial user namespace: only there bpf(2) is allowed."""
 
 
 class Context(NamedTuple):
@@ -44,12 +44,12 @@ class Context(NamedTuple):
 
     status: Status
     container: str = ""
-    """A key of `ADD_CAPABILITIES`; empty: none that could be detected."""
+    """A key of `ADD_CAPABILITIES`; empty: no container was detected."""
     is_in_user_namespace: bool = False
 
 
 def detect(root: Path = Path("/")) -> Context:
-    """Detect the context of this process from files that container engines create.
+    """Detect the container engine from the files that it creates, and the privileges.
 
     Raises:
         PrivilegeError: /proc/self/status cannot be read.
@@ -75,7 +75,7 @@ def _container(root: Path) -> str:
 
 
 def without_capabilities(context: Context) -> str:
-    """Return a sentence for a process without effective CAP_BPF and CAP_PERFMON."""
+    """Return cause and remedy for a process without effective CAP_BPF and CAP_PERFMON."""
     if context.is_in_user_namespace:
         return _in_user_namespace()
     status = context.status
@@ -96,23 +96,23 @@ def _capabilities_again(context: Context, removed: int, *, is_root: bool) -> Ite
         yield ADD_CAPABILITIES[context.container]
     elif removed:
         yield (
-            f"add {privileges.names(removed)} to the bounding set that it is started with"
-            " (in a systemd service CapabilityBoundingSet=)"
+            f"add {privileges.names(removed)} to the exporter's bounding set (in a systemd"
+            " service CapabilityBoundingSet=)"
         )
     elif is_root:
-        yield "start it with both in effect"
+        yield "start the exporter with both in effect"
 
 
 def _root_again(context: Context, *, can_use_sudo: bool) -> str:
     ways = []
     if can_use_sudo and not context.status.no_new_privs:
-        ways.append("start it with sudo")
+        ways.append("start the exporter with sudo")
     ways.append(BECOME_ROOT[context.container])
     return ", or ".join(ways)
 
 
 def despite_capabilities(context: Context) -> str:
-    """Return a sentence for a process with both capabilities that may not use bpf(2)."""
+    """Return cause and remedy for a process that has both, but may not use bpf(2)."""
     if context.is_in_user_namespace:
         return _in_user_namespace()
     if context.status.seccomp:
@@ -122,7 +122,7 @@ def despite_capabilities(context: Context) -> str:
             "look in the kernel's log for the security module (SELinux, AppArmor) that"
             " refuses it, and check that the kernel has CONFIG_BPF_SYSCALL"
         )
-    return f"the kernel refuses bpf(2) in spite of our privilege: {why}, {OR_POLL}"
+    return f"the kernel refuses bpf(2) although we have the capabilities: {why}, {OR_POLL}"
 
 
 def _in_user_namespace() -> str:

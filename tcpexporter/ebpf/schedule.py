@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EventCounts:
-    """What the kernel and the tracker have counted; nothing happened while it is equal."""
+    """Counts of the kernel and the tracker; equal counts mean that nothing has happened."""
 
     missed: int = 0
-    """Events that were missed or refused, closings that were not recorded, and slots that
-    were restored. Each of them can make the tracker wrong."""
+    """Missed events, refused events, unrecorded closings and restored slots.
+
+    Each of them can make the tracker wrong.
+    """
     changes: int = -1
     """Connections that the program added or removed."""
 
@@ -18,18 +20,21 @@ class EventCounts:
 class Schedule:
     """Decides when to reconcile; the caller passes all times, in seconds of one clock.
 
-    A run is due when the interval has passed, when more events were missed, and when the
-    previous run is not confirmed: it corrected something, or was the first after a miss.
-    A run at the interval can be skipped if the two runs before it found nothing, were an
-    interval apart, and nothing was counted since the first of them: case s is over by then.
+    A run is due in each of these cases: the interval has passed; more events were missed;
+    the previous run corrected something; the previous run was the first after a missed
+    event.
+
+    A run at the interval can be skipped after two runs, at least one interval apart, that
+    found nothing. The counts must not have changed since the first of them. By then, case s
+    of `reconcile` is over.
     """
 
     def __init__(self, *, interval_s: float, now_s: float) -> None:
-        """Begin after seeding, which the first run confirms.
+        """Begin after seeding; the first run checks the result of seeding.
 
         Args:
-            interval_s: between two runs; 0: run only when events were missed.
-            now_s: when seeding ended.
+            interval_s: seconds between two runs; 0: run only after missed events.
+            now_s: the time when seeding ended.
         """
         self._interval_s = interval_s
         self._ended_s = now_s
@@ -39,7 +44,7 @@ class Schedule:
         self._agreed: EventCounts | None = None
 
     def is_due(self, counts: EventCounts, now_s: float) -> bool:
-        """Return whether to reconcile now, or to record that this can be skipped."""
+        """Return whether a run is due now; `can_be_skipped` says whether to skip it."""
         if now_s - self._ended_s < self._rest_s:
             return False
         has_missed = counts.missed != self._previous.missed
@@ -61,11 +66,11 @@ class Schedule:
         """Record a run that has ended or was skipped.
 
         Args:
-            counts: what was counted before it began.
+            counts: the counts from before the run.
             found_nothing: whether tables and tracker agreed.
-            rest_s: how long no other run may begin.
-            began_s: when it began.
-            now_s: when it ended.
+            rest_s: the seconds in which no other run may begin.
+            began_s: the time when the run began.
+            now_s: the time when the run ended.
         """
         is_repeated = found_nothing and counts == self._previous
         if is_repeated and self._is_interval_over(began_s):
@@ -76,7 +81,7 @@ class Schedule:
         self._ended_s = now_s
 
     def record_failure(self, now_s: float) -> None:
-        """Record that a run failed: a run stays due until one succeeds."""
+        """Record that a run failed: a run is due until a run succeeds."""
         self._ended_s = now_s
         self._is_confirmed = False
 

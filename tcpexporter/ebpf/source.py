@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The source ``ebpf``: the tracker, corrected by comparing it with the socket tables."""
+"""Implements the source ``ebpf``: the tracker, and its reconciliation with the tables."""
 
 import contextlib
 import logging
@@ -26,7 +26,7 @@ from tcpexporter.host import namespaces
 from tcpexporter.host.background import Task
 from tcpexporter.socket_tables.tables import open_tables
 
-if TYPE_CHECKING:  # only --state requires it in memory
+if TYPE_CHECKING:  # imported only with --state, to save memory
     from tcpexporter.socket_tables.saved_ages import State
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class EbpfSource:
         pin: str | None = None,
         state: "State | None" = None,
     ) -> None:
-        """Load and attach the program; requires root, or CAP_BPF and CAP_PERFMON.
+        """Load and attach the BPF program. This requires root, or CAP_BPF and CAP_PERFMON.
 
         Args:
             netns: a network namespace for `namespaces.find`, or ``all``.
@@ -59,13 +59,14 @@ class EbpfSource:
             max_connections: the number of slots of the tracker.
             reconcile_interval_s: ``interval_s`` of `Reconciler`.
             reconcile_cpu_share: ``cpu_share`` of `Reconciler`.
-            pin: a bpffs directory to pin the maps in and to adopt pinned maps from.
-            state: ages to restore, and to save unless maps are pinned.
+            pin: a bpffs directory for pinned maps: those to adopt, and those of this run.
+            state: the file of --state, to restore ages, and to save them unless the maps
+                are pinned.
 
         Raises:
             PinError: the pin directory or its content cannot be used.
             SettingsError: the namespace does not exist.
-            SourceError: the source cannot be used; the message has cause and remedy.
+            SourceError: the source cannot be used; the message has the cause and a remedy.
         """
         self._max_connections = max_connections
         self._state = state
@@ -94,7 +95,7 @@ class EbpfSource:
             undo.callback(self._tables.close)
             if only and only != self._tables.namespaces()[0]:
                 raise SourceError(
-                    f"--netns {netns} was deleted and created again: start again"
+                    f"--netns {netns} was deleted and created again: restart the exporter"
                 )
             if self._pins:
                 self._pins.adopt(self._tracker, counted)
@@ -163,10 +164,10 @@ class EbpfSource:
     def _with_cookies(self) -> Records:
         """Return the socket tables' connections with cookies and the tracker's times.
 
-        The tables are read first. If an address pair closes after that and opens anew, the
-        time of the new connection is joined with the cookie of the old one, which no later
-        connection has. In the other order a new connection could get the age of the old
-        one.
+        The tables are read before the tracker. If an address pair closes and opens again in
+        between, the time of the new connection gets the cookie of the old one. No later
+        connection has that cookie, so that record has no effect. In the other order, a new
+        connection could get the age of the old one.
         """
         shown = self._tables.established(with_ages=False)
         return first_seen(shown, map(valid_connections, self._tracker.read()))

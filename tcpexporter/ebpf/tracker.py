@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Reads the connections that the BPF program records, adds seeds to them and frees slots.
 
-The BPF program and this module write to the same array, each to the connections whose slots
-it owns (bpf/tcp_tracker.c defines that). Methods that change anything must be called by one
-thread only; any thread may call the methods that read.
+The BPF program and this module write to the same array. Each writes only to the slots that
+it owns, as bpf/tcp_tracker.c defines. Only one thread may call the methods that change
+anything. Any thread may call the methods that read.
 
 Reading at any time
 -------------------
@@ -19,11 +19,8 @@ d. Opens after the word of its slot was read: not counted. It was not open.
 Freeing slots
 -------------
 The program keeps the slot of a closed connection for the next socket at the same address.
-`Tracker.release` frees such a slot, or that of a connection whose closing was missed. It
-(1) deletes the handles, so that no run of the program that begins from now on finds the
-slots; (2) waits until all runs that began before have ended; (3) checks whether the
-connections are still those that it was asked to release, and frees their slots; and (4)
-restores the handles of the others. For a handle, against those steps:
+`Tracker.release` frees such a slot, or the slot of a connection whose closing was missed.
+It has four steps:
 
 e. Nothing happens to its socket: released.
 f. The socket at that address opens or closes before 1: an opening stores another word, so 4
@@ -38,18 +35,9 @@ i. As g, an opening, and that connection closes between 1 and 4: the program fin
 j. As i, and the socket opens once more before 4: by then it has another slot and its handle
    exists again, so 4 cannot restore the old slot and frees it.
 
-k. A run has found the entry of a handle and not yet read its value; 1 deletes the entry,
-   and the kernel uses its memory for another handle at once. The run reads the slot of the
-   other handle. The program compares its handle with the one in the slot's record, which is
-   another or 0, and treats its own as not found: h.
-l. The kernel refuses 1 or 2: all handles are restored and nothing is released. A slot whose
-   handle has another slot by now has no handle any more: it is an orphan, which `reclaim`
-   frees when it has no open connection. So is a slot whose handle the kernel refuses to
-   restore, here or in 4.
-
-So a slot is freed only by the thread that has deleted its only handle, once no run of the
-program can write to it, and it never has two owners. And `release` either frees a slot,
-restores its handle, or keeps it as an orphan, so no slot is lost.
+So only the thread that has deleted the only handle of a slot frees it, when no run of the
+program can write to it. A slot never has two owners. `release` frees a slot, restores its
+handle, or keeps it as an orphan, so no slot is lost.
 """
 
 import contextlib
@@ -84,7 +72,7 @@ from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.errors import TrackerError
 
 SPARE_SLOTS = 4096
-"""Closed connections may keep one slot for each open connection, and so many more."""
+"""Closed connections may keep this number of slots, plus one per open connection."""
 
 
 class Tracker(EventCounters):
@@ -110,7 +98,7 @@ class Tracker(EventCounters):
         """
         super().__init__(descriptors)
         self.seeds_refused = 0
-        """How many seeds found no free slot, counted at each attempt to add them."""
+        """Number of seeds that found no free slot; each attempt to add a seed counts."""
         self.restored = 0
         """How many connections kept their slots because they had changed (i) or the kernel
         refused to release them (l). The program may have missed their closings."""
@@ -142,7 +130,7 @@ class Tracker(EventCounters):
     # Reading
 
     def read(self) -> Iterator[Records]:
-        """Return all slots that were ever used, in chunks of dtype `CONNECTION`.
+        """Yield all slots that were ever used, in chunks of dtype `CONNECTION`.
 
         The chunks are the kernel's memory. A connection that stays open is read exactly
         once; one that opens or closes meanwhile, at most once.
@@ -163,7 +151,7 @@ class Tracker(EventCounters):
 
     @map_errors()
     def known(self) -> Known:
-        """Return all connections; one that changes meanwhile may be left out.
+        """Return all connections; connections that change meanwhile may be missing.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -184,15 +172,15 @@ class Tracker(EventCounters):
     def add(self, seeds: Records, *, pre_existing: bool = False) -> Slots:
         """Add connections of dtype `SOCKET` from the socket tables.
 
-        Connections with the same key cannot be distinguished: one of them becomes a seed,
-        unless a seed with that key exists.
+        Connections with the same key cannot be distinguished. The first of them becomes a
+        seed, unless a seed with that key exists.
 
         Args:
             seeds: the connections.
             pre_existing: whether the ledger has them as such; otherwise, as opened.
 
         Returns:
-            The slots of the new seeds, which may be fewer for lack of free slots.
+            The slots of the new seeds. There may be fewer seeds for lack of free slots.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -248,7 +236,7 @@ class Tracker(EventCounters):
 
     @map_errors()
     def _allocate(self, wanted: int) -> Slots:
-        """Return so many free slots, or all that there are, in long ascending sequences."""
+        """Return ``wanted`` free slots, or all free slots if there are fewer."""
         parts = [np.empty(0, np.uint32)]
         missing = wanted
         while missing > 0 and (slots := self._free_slots.pop()) is not None:
@@ -267,8 +255,8 @@ class Tracker(EventCounters):
     def recording_closings(self) -> Iterator[None]:
         """Let the program record all closings in the closings log during the block.
 
-        Runs of the program that do not record have ended when the block begins, and runs
-        that record have ended when the block has.
+        When the block begins, every run that does not record has ended. After the block,
+        every run that records has ended.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -386,7 +374,7 @@ class Tracker(EventCounters):
         self._release(empty, np.zeros(len(empty), np.uint64))
 
     def _restore(self, handle: np.uint64, slot: np.uint32) -> bool:
-        """Return whether the slot stays in use; False: its handle has another slot."""
+        """Restore the handle of a slot; return False if the slot must be freed."""
         try:
             restored = bool(handle) and self._handles.put_new(handle, slot)
         except OSError:
@@ -409,12 +397,12 @@ class Tracker(EventCounters):
 
     @map_errors()
     def wait_for_runs(self) -> None:
-        """Wait until every run of the program that is under way now has ended.
+        """Wait until every run of the program that has begun has ended.
 
-        The kernel waits for that after each change to a map of maps, by synchronize_rcu():
+        After each change to a map of maps, the kernel waits for that by synchronize_rcu():
         Linux kernel commit 1ae80cf31938 ("bpf: wait for running BPF programs when updating
-        map-in-map") (in v4.20). So every softirq that is under way now has ended, too, and
-        has stored the state of the socket that it reported or missed.
+        map-in-map") (in v4.20). So every softirq that has begun has ended too, and has
+        stored the state of the socket that it reported or missed.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -422,7 +410,7 @@ class Tracker(EventCounters):
         self._barrier.put(FIRST, np.uint32(self._descriptors.events))
 
     def _all(self) -> Records:
-        """Return all slots that were ever used, as one array: the rest is not mapped."""
+        """Return all slots that were ever used as one array; only these are mapped."""
         used = 0
         for window in self.read():
             used += len(window)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Runs background threads, and detects that one has failed or hangs.
+"""Runs background threads, and detects threads that fail or hang.
 
 A `Task` is a thread that runs a loop. An error in the loop is logged once and counted, and
-the loop is tried again. A round that exceeds its time limit counts as hanging. Code that
-depends on a task asks for its `Task.trouble`: then a source refuses to give numbers, and
-systemd's watchdog is not notified.
+the loop is tried again. A round of the loop that exceeds its time limit counts as hanging.
+Code that depends on a task calls `Task.trouble`. While a task has trouble, the source
+raises an error instead of returning numbers, and systemd's watchdog is not notified.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from tcpexporter.errors import ThreadError, reason
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-"""Until failed work is tried again, unless its interval is shorter."""
+"""Seconds until a failed round is tried again, unless its interval is shorter."""
 
 
 def start(thread: threading.Thread) -> None:
     """Start a thread.
 
     Raises:
-        ThreadError: the kernel refuses another one.
+        ThreadError: the kernel refuses another thread.
     """
     try:
         thread.start()
@@ -35,7 +35,7 @@ def start(thread: threading.Thread) -> None:
 
 
 class Task:
-    """A thread that does the same work repeatedly, in rounds."""
+    """A thread that does the same work repeatedly; each repetition is a round."""
 
     def __init__(
         self, name: str, loop: Callable[[], None], *, without: str, limit_s: float
@@ -43,11 +43,13 @@ class Task:
         """Prepare; `begin` starts the thread.
 
         Args:
-            name: of the thread, and the value of the metric's label.
-            loop: calls `wait` between two rounds until that returns True. It reports the
-                result of each round by `attempt`, or by `works` and `failed`.
-            without: what is not done when a round fails; the log has it before the reason.
-            limit_s: a round that takes longer counts as hanging.
+            name: the name of the thread, and the value of the label ``task``.
+            loop: the function of the thread. It calls `wait` between two rounds, and ends
+                when `wait` returns True. It reports the result of each round by `attempt`,
+                or by `works` and `failed`.
+            without: the effect of a failed round, such as "ages are not saved"; the log has
+                it before the reason.
+            limit_s: a round that takes longer counts as hanging, in seconds.
         """
         self.name = name
         self._loop = loop
@@ -58,31 +60,31 @@ class Task:
         self._failures = 0
         self._failure: str | None = None
         self._due_s = math.inf
-        """When the round must have ended, in seconds on the monotonic clock."""
+        """When the current round must end, in seconds on the monotonic clock."""
         self._hang_is_logged = False
 
     def begin(self) -> None:
         """Start the thread.
 
         Raises:
-            ThreadError: the kernel refuses another one.
+            ThreadError: the kernel refuses another thread.
         """
         start(self._thread)
         self.beat()
 
     def stop(self, timeout_s: float) -> bool:
-        """Make the loop end; returns whether the thread has ended in that time."""
+        """Make the loop end; return whether the thread has ended within ``timeout_s``."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    # For the loop
+    # Methods for the loop
 
     def wait(self, interval_s: float) -> bool:
-        """Wait until the next round; returns whether the loop has to end.
+        """Wait until the next round; return whether the loop must end.
 
-        After a failed round it waits at most `RETRY_S`.
+        After a failed round, it waits at most `RETRY_S` seconds.
         """
         rest_s = min(interval_s, RETRY_S) if self._failure else interval_s
         self.beat(rest_s)
@@ -91,16 +93,16 @@ class Task:
         return is_over
 
     def beat(self, rest_s: float = 0) -> None:
-        """Report that the thread does not hang, and now waits for ``rest_s`` seconds."""
+        """Report that the thread works, and will now wait for ``rest_s`` seconds."""
         self._failures += self._overdue_rounds()
         self._due_s = time.monotonic() + rest_s + self._limit_s
         if self._hang_is_logged:
             self._hang_is_logged = False
-            log.info("%s: the thread hangs no longer", self.name)
+            log.info("%s: the thread no longer hangs", self.name)
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """Run a block as a round: it fails if the block raises; the error ends here."""
+        """Run the block as a round, which fails if the block raises an error."""
         try:
             yield
         except Exception as error:
@@ -111,18 +113,18 @@ class Task:
     def works(self) -> None:
         """Report that a round has succeeded."""
         if self._failure:
-            log.info("%s: it works again", self.name)
+            log.info("%s: the thread works again", self.name)
         self._failure = None
 
     def failed(self, error: BaseException) -> None:
-        """Report that a round has failed; it is logged if the round before succeeded."""
+        """Report that a round has failed; log that if the previous round succeeded."""
         self._failures += 1
         if not self._failure:
             log.warning("%s: %s", self._without, reason(error))
             log.debug("%s: the thread has failed", self.name, exc_info=error)
         self._failure = reason(error)
 
-    # For code that depends on the task
+    # Methods for code that depends on the task
 
     @property
     def is_failing(self) -> bool:
@@ -130,13 +132,13 @@ class Task:
         return self._failure is not None
 
     def trouble(self) -> str | None:
-        """Why the work is not done now, in a sentence; None: it is, or has not begun."""
+        """Return why the thread fails or hangs; None: it works, or has not been started."""
         if self._due_s == math.inf:
             return None
         if not (self._thread.is_alive() or self._stop.is_set()):
             return f"{self._without}: the thread has ended: restart the exporter"
         if self._overdue_rounds():
-            sentence = f"the thread {self.name} hangs: it has done nothing in time"
+            sentence = f"the thread {self.name} hangs: it has exceeded its time limit"
             if not self._hang_is_logged:
                 self._hang_is_logged = True
                 log.warning("%s: %s", self._without, sentence)
@@ -144,7 +146,7 @@ class Task:
         return self._failure
 
     def failures(self) -> int:
-        """How many rounds have failed; a hang counts as one more each ``limit_s``."""
+        """Return how many rounds have failed; a hang counts once per ``limit_s``."""
         self.trouble()
         return self._failures + self._overdue_rounds()
 
@@ -163,5 +165,5 @@ class Task:
 
 
 def trouble(tasks: Iterable[Task]) -> str | None:
-    """The trouble of the first task that has any; None: all work."""
+    """Return the trouble of the first task that has trouble; None: all tasks work."""
     return next(filter(None, (each.trouble() for each in tasks)), None)

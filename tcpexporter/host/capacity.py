@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Estimates how many connections a host can have: ``--max-connections auto``."""
+"""Estimates the maximum number of connections of a host: ``--max-connections auto``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +7,12 @@ from pathlib import Path
 LOWEST = 1024
 HIGHEST = 16_777_216
 CONNECTION_BYTES = 16 * 1024
-"""Memory of a host for a connection with traffic: socket, file and some buffers."""
+"""Kernel memory of a connection with traffic, in bytes: socket, file and some buffers."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a host's connections."""
+    """The limits of the number of connections of a host."""
 
     memory_bytes: int
     orphans: int
@@ -20,12 +20,12 @@ class Limits:
     open_files: int
     """fs.file-max: each connection except orphans requires an open file."""
     conntrack: int | None
-    """net.netfilter.nf_conntrack_max; None: conntrack is not loaded. A connection has one
-    entry, and both of its ends can be on this host."""
+    """net.netfilter.nf_conntrack_max; None: conntrack is not loaded. A connection uses one
+    entry, even if both of its ends are on this host."""
 
 
 def read_limits(proc: Path = Path("/proc")) -> Limits:
-    """The limits of this host."""
+    """Return the limits of this host."""
     sysctl = proc / "sys"
     conntrack = sysctl / "net/netfilter/nf_conntrack_max"
     memory_line = (proc / "meminfo").read_text().splitlines()[0]  # MemTotal: 24684096 kB
@@ -38,7 +38,7 @@ def read_limits(proc: Path = Path("/proc")) -> Limits:
 
 
 def max_connections(limits: Limits) -> int:
-    """As many as fit into memory, at least the orphans, at most the other limits."""
+    """Return how many connections fit into memory, within the other limits."""
     wanted = max(limits.memory_bytes // CONNECTION_BYTES, limits.orphans)
     bounds = [limits.open_files + limits.orphans, HIGHEST]
     if limits.conntrack is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Starts child processes, which inherit no environment variable of the exporter."""
+"""Starts child processes that inherit no environment variable of the exporter."""
 
 import socket
 import subprocess
@@ -12,15 +12,17 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Run a module of the exporter in another Python process.
 
-    Its current directory is the root directory, so it works even if ours was deleted or
-    cannot be read: paths in ``arguments`` must be absolute. It has no environment variable,
-    and no open descriptor except the channel and the standard streams.
+    The child's current directory is the root directory, because the exporter's own
+    directory may be deleted or unreadable. So paths in ``arguments`` must be absolute. The
+    child has no environment variables, and no descriptors except the channel and the
+    standard streams.
 
     Args:
         module: the module to run; its first argument is the channel's descriptor.
         channel: the child's end of a socket pair.
         arguments: the other arguments.
-        output: where the child's standard output and error go; None: where ours go.
+        output: the file for the child's standard output and error; None: those of this
+            process.
 
     Returns:
         The running process.
@@ -29,8 +31,8 @@ def start(
         OSError: the kernel refuses another process.
     """
     return subprocess.Popen(
-        # -I: Python must not import modules from the current directory or PYTHONPATH as
-        # root.
+        # -I: as root, Python must not import modules from the current directory or
+        # PYTHONPATH.
         [sys.executable, "-I", "-m", module, str(channel.fileno()), *arguments],
         pass_fds=[channel.fileno()],
         stdin=subprocess.DEVNULL,

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Drops every privilege that the serving process does not need.
 
-An attacker who runs code in the process has the rights of an unprivileged user, and three
+An attacker who runs code in the process has the rights of an unprivileged user, with three
 further limits:
 
-- `privileges.drop`: no way leads back to root;
-- `landlock`: it can read its own files in /proc and list /run, where network namespaces
-  have their names; where the kernel supports it, it cannot connect to other processes or
-  send them signals either;
+- `privileges.drop`: the process can never regain root;
+- `landlock`: it can only read its own files in /proc and list /run, where network
+  namespaces have their names. If the kernel supports it, the process cannot connect to TCP
+  ports or abstract unix sockets, and cannot send signals to other processes;
 - `seccomp`: it can make only the listed system calls.
 
-What was opened before stays open: the maps of the BPF program, the sockets that report the
-socket tables, the listening sockets, the file of --state, systemd's socket. No other file
-can be opened afterwards, so every module that serving needs must be imported before.
+Objects that were opened before stay open: the maps of the BPF program, the netlink sockets,
+the listening sockets, the file of --state, systemd's socket. No other file can be opened
+afterwards, so every module that serving requires must be imported before.
 """
 
 import os
@@ -29,29 +29,30 @@ def confine(
     needed: Callable[[], object],
     connected: int | None = None,
 ) -> dict[str, bool]:
-    """Give up root permanently, then everything else that serving does not need.
+    """Give up root permanently, then every other right that serving does not require.
 
-    The limits belong to a thread, and to those that it starts later: call this while the
-    process has only one thread.
+    The limits apply to the calling thread and to the threads that it starts later. So call
+    this while the process has only one thread.
 
     Args:
         account: as in `privileges.drop`.
         needed: as in `privileges.drop`.
-        connected: a connected unix datagram socket, if there is one. It can still send to
-            its peer, and to nothing else.
+        connected: the descriptor of a connected unix datagram socket, if there is one. It
+            can still send to its peer, but not to other sockets.
 
     Returns:
-        The limits, and whether each is in force: the label ``by`` of tcpexporter_confined.
+        Whether each limit is in force, by its value of the label ``by`` of
+        tcpexporter_confined.
 
     Raises:
-        PrivilegeError: as in `privileges.drop`; or the process is still root, and neither
-            Landlock nor seccomp protects root's files from it.
-        TcpExporterError: as ``needed`` raises it.
+        PrivilegeError: `privileges.drop` has failed; or the process is still root, and
+            neither Landlock nor seccomp protects root's files from it.
+        TcpExporterError: ``needed`` has failed.
     """
-    # Otherwise the C library would look up this file for each line of the log.
+    # Without TZ, the C library would check /etc/localtime for each line of the log.
     os.environ.setdefault("TZ", ":/etc/localtime")
     time.tzset()
-    # Before root is given up: only root may be able to read what this imports.
+    # Before root is given up: the modules that this imports may be readable by root only.
     code = seccomp.make_filter(connected)
     privileges.drop(account, needed)
     files = landlock.restrict_files()
@@ -59,8 +60,8 @@ def confine(
     left = privileges.read_status()
     if 0 in left.uids and not (files or system_calls):
         raise PrivilegeError(
-            "still root, which can write root's files and so get every privilege back: add"
-            " CAP_SETUID, start as an unprivileged user, or have libseccomp installed"
+            "still root, which can write root's files and so regain every privilege: add"
+            " CAP_SETUID, start as an unprivileged user, or install libseccomp"
         )
     return {
         "seccomp": system_calls and left.seccomp == seccomp.SECCOMP_MODE_FILTER,

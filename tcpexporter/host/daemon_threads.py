@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Runs native code (bcrypt) in daemon threads.
 
-When Python ends it unwinds the stacks of threads that still run. Rust, in which bcrypt is
-written, then aborts the whole process. So while such a thread runs, the process must end
-without Python's own end: see `exit_if_running`.
+When Python exits, it unwinds the stacks of threads that still run. bcrypt is written in
+Rust, which then aborts the whole process. So while such a thread runs, the process must
+exit without Python's cleanup: see `exit_if_running`.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ _NAME = "native code"
 
 
 def in_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
-    """Start ``work`` in a thread; the future gets its result.
+    """Start ``work`` in a thread, and return a future that gets its result.
 
-    If ``work`` raises, the future gets a `NativeCodeError`. Cancelling the future does not
-    wait for the thread.
+    If ``work`` raises an error, the future gets a `NativeCodeError`. Cancelling the future
+    does not wait for the thread.
 
     Raises:
         ThreadError: the kernel refuses another thread.
@@ -43,7 +43,7 @@ def in_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
             set_outcome = partial(outcome.set_result, work())
         except BaseException as error:
             set_outcome = partial(outcome.set_exception, NativeCodeError(reason(error)))
-        with contextlib.suppress(RuntimeError):  # the loop is closed
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             loop.call_soon_threadsafe(set_unless_cancelled, set_outcome)
 
     background.start(threading.Thread(target=run, name=_NAME, daemon=True))

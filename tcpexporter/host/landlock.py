@@ -10,7 +10,7 @@ from tcpexporter.host import libc, namespaces
 
 log = logging.getLogger(__name__)
 
-# include/uapi/asm-generic/unistd.h, the same on every architecture but alpha
+# include/uapi/asm-generic/unistd.h; the same on every architecture except alpha
 LANDLOCK_CREATE_RULESET = 444
 LANDLOCK_ADD_RULE = 445
 LANDLOCK_RESTRICT_SELF = 446
@@ -21,7 +21,7 @@ LANDLOCK_RULE_PATH_BENEATH = 1
 LANDLOCK_ACCESS_FS_READ_FILE = 1 << 2
 LANDLOCK_ACCESS_FS_READ_DIR = 1 << 3
 LANDLOCK_ACCESS_FS_FIRST = (1 << 13) - 1
-"""Every operation on files that the first version knows."""
+"""Every operation on files that version 1 of Landlock can restrict."""
 LANDLOCK_ACCESS_FS_REFER = 1 << 13
 LANDLOCK_ACCESS_FS_TRUNCATE = 1 << 14
 LANDLOCK_ACCESS_FS_IOCTL_DEV = 1 << 15
@@ -31,14 +31,18 @@ LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET = 1 << 0
 LANDLOCK_SCOPE_SIGNAL = 1 << 1
 
 RULESET = struct.Struct("=QQQ")
-"""struct landlock_ruleset_attr: the operations on files and on the network that are refused
-unless a rule allows them, and those that only reach processes of the same ruleset."""
+"""struct landlock_ruleset_attr: three sets of operations.
+
+The first two are operations on files and on the network: they are refused unless a rule
+allows them. The third are operations on other processes: they reach only processes of the
+same ruleset.
+"""
 PATH_BENEATH = struct.Struct("=Qi")
-"""struct landlock_path_beneath_attr: the operations allowed, and a directory."""
+"""struct landlock_path_beneath_attr: the allowed operations, and a directory."""
 
 
 def abi_version() -> int:
-    """The version of Landlock that the kernel supports; 0: none, or it is not enabled."""
+    """Return the version of Landlock in the kernel; 0: not supported or not enabled."""
     try:
         return libc.system_call(
             LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION
@@ -48,14 +52,15 @@ def abi_version() -> int:
 
 
 def restrict_files() -> bool:
-    """Refuse access to all files but those that serving reads.
+    """Refuse access to all files except those that serving reads.
 
-    Returns whether it is in force. If not, the log says why.
+    Returns:
+        Whether the restriction is in force. If not, the log says why.
     """
     abi = abi_version()
     if not abi:
-        # No warning: on many kernels an operator can do nothing about it.
-        log.debug("Landlock disabled: this kernel, or what it runs in, does not support it")
+        # Not a warning: on many kernels an operator cannot enable it.
+        log.debug("Landlock disabled: this kernel or container does not support it")
         return False
     try:
         _load_ruleset(RULESET.pack(*_refused(abi)))
@@ -68,11 +73,12 @@ def restrict_files() -> bool:
 def _load_ruleset(refused: bytes) -> None:
     ruleset = libc.system_call(LANDLOCK_CREATE_RULESET, refused, len(refused), 0)
     try:
-        # For the process_* metrics. The descriptor stays open: when no process has the
-        # directory open, the kernel gives it another inode, and the rule names this one.
+        # The process_* metrics read files in /proc/PID. The descriptor stays open: the rule
+        # names the directory's inode, and the kernel may replace that inode when no process
+        # has the directory open.
         own = os.open("/proc/self", os.O_PATH)
         _allow(ruleset, own, LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR)
-        # Not the directory itself: ip-netns(8) creates it with the first name.
+        # Not /run/netns: ip-netns(8) creates that directory with the first name.
         with contextlib.suppress(FileNotFoundError):
             above = os.open(namespaces.NAMED.parent, os.O_PATH)
             _allow(ruleset, above, LANDLOCK_ACCESS_FS_READ_DIR)
@@ -83,7 +89,7 @@ def _load_ruleset(refused: bytes) -> None:
 
 
 def _refused(abi: int) -> tuple[int, int, int]:
-    """The fields of `RULESET`, as far as a version of Landlock knows them.
+    """Return the fields of `RULESET` that a version of Landlock supports.
 
     TCP since Linux kernel commit fff69fb03dde ("landlock: Support network rules with TCP
     bind and connect") (in v6.7), signals since 54a6e6bbf3be ("landlock: Add signal

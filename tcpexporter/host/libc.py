@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Calls functions of the C library that Python does not offer.
+"""Calls functions of the C library that Python does not provide.
 
-Each function is described in the man page of its name. It raises OSError with the error
-that the kernel reports, as the functions of `os` do. No other module loads the C library.
+The man page of the same name describes each function. On failure it raises OSError, as the
+functions of `os` do. No other module loads the C library.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 MAP_FAILED = ctypes.c_void_p(-1).value
 STATFS_BYTES = 256
-"""More than struct statfs has on any architecture; its first word is the type."""
+"""Size of the buffer for struct statfs, in bytes: more than on any architecture."""
 
 
 def _error() -> OSError:
@@ -38,9 +38,9 @@ def _check(result: int) -> int:
 
 
 def system_call(number: int, *arguments: int | bytes | None) -> int:
-    """Make a system call that the C library has no function for: syscall(2).
+    """Make a system call that has no function in the C library: syscall(2).
 
-    Bytes are passed by their address, None is a null pointer.
+    Bytes are passed by their address, None as a null pointer.
     """
     passed = (
         ctypes.c_char_p(each)
@@ -54,8 +54,8 @@ def system_call(number: int, *arguments: int | bytes | None) -> int:
 def prctl(option: int, *arguments: int | bytes | None) -> int:
     """Change or read an attribute of this thread.
 
-    Takes up to four arguments, the rest is 0. Bytes are passed by their address, None is
-    a null pointer.
+    Missing arguments, up to four, are 0. Bytes are passed by their address, None as a null
+    pointer.
     """
     passed = [
         ctypes.c_char_p(each)
@@ -67,7 +67,7 @@ def prctl(option: int, *arguments: int | bytes | None) -> int:
 
 
 def address_of(content: bytes) -> tuple[int, object]:
-    """The address of a copy of ``content``, valid as long as the object is referenced."""
+    """Return the address of a copy of ``content``, and the object that keeps it valid."""
     buffer = ctypes.create_string_buffer(content, len(content))
     return ctypes.addressof(buffer), buffer
 
@@ -88,7 +88,7 @@ _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 
 def capset(effective: int, permitted: int, inheritable: int) -> None:
-    """Set the capabilities of this thread: sets with a bit for each capability."""
+    """Set the capabilities of this thread; each set has a bit per capability."""
     sets = (effective, permitted, inheritable)
     data = (_CapabilityData * 2)(
         *(
@@ -101,14 +101,14 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
 
 
 def file_system_type(path: str | os.PathLike[str]) -> int:
-    """The magic number of the file system that holds ``path``: statfs(2)."""
+    """Return the magic number of the file system that holds ``path``: statfs(2)."""
     status = ctypes.create_string_buffer(STATFS_BYTES)
     _check(_libc.statfs(os.fsencode(path), status))
     return int.from_bytes(status.raw[: ctypes.sizeof(ctypes.c_long)], "little")
 
 
 def unshare(flags: int) -> None:
-    """Leave namespaces for new ones."""
+    """Move this process into new namespaces."""
     _check(_libc.unshare(flags))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Requires that a file or directory belongs to this exporter alone, and locks it."""
+"""Checks that only the exporter's user can write to a file or directory, and locks it."""
 
 import fcntl
 import os
@@ -10,38 +10,38 @@ from tcpexporter.errors import TcpExporterError
 
 
 def require_own(path: Path, status: os.stat_result, error: type[TcpExporterError]) -> None:
-    """Refuse what another user could have written.
+    """Refuse a file or directory that another user could have written.
 
     Args:
-        path: of the file or directory, for the message.
-        status: of it, from an open descriptor if it is used afterwards.
-        error: the class of what is raised.
+        path: its path, for the message.
+        status: its status. To use the file afterwards, get the status from its descriptor.
+        error: the class of the exception.
 
     Raises:
-        TcpExporterError: it belongs to another user, or its mode gives others access.
+        TcpExporterError: it belongs to another user, or its mode gives other users access.
     """
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         mode = "0700" if stat.S_ISDIR(status.st_mode) else "0600"
         raise error(
-            f"{path} is not ours alone, so its content cannot be trusted: it requires mode"
-            f" {mode}, and as its owner the user that starts the exporter"
+            f"{path} is accessible to other users, so it cannot be trusted: set its mode to"
+            f" {mode}, and its owner to the user that starts the exporter"
         )
 
 
 def lock(
     path: Path, descriptor: int, error: type[TcpExporterError], *, setting: str
 ) -> None:
-    """Lock it for this process until the descriptor is closed: flock(2).
+    """Lock a file or directory until the descriptor is closed: flock(2).
 
     Args:
-        path: of the file or directory, for the message.
-        descriptor: of it.
-        error: the class of what is raised.
-        setting: the flag that chooses another path.
+        path: its path, for the message.
+        descriptor: its descriptor.
+        error: the class of the exception.
+        setting: the flag that chooses another path, for the message.
 
     Raises:
         TcpExporterError: another process has locked it.
-        OSError: it cannot be locked.
+        OSError: the kernel refuses the lock.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

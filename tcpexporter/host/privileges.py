@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Gives up root permanently, and checks in /proc/self/status that no privilege is left."""
+"""Gives up root permanently, and checks in /proc/self/status that no privilege remains."""
 
 import contextlib
 import logging
@@ -42,7 +42,7 @@ NAMES = (
 """The capabilities by their number, without ``CAP_``."""
 
 LONGEST_LIST = 6
-"""Of capabilities in a message; a longer list is replaced by their number."""
+"""Most capabilities that a message lists; it counts a longer list instead."""
 
 # include/uapi/linux/prctl.h, securebits.h
 PR_SET_KEEPCAPS = 8
@@ -62,7 +62,7 @@ class Status(NamedTuple):
     """
 
     uids: tuple[int, ...]
-    """Real, effective, saved, and that of the file system."""
+    """The real, effective, saved and file system user ids."""
     gids: tuple[int, ...]
     groups: tuple[int, ...]
     permitted: int
@@ -70,17 +70,17 @@ class Status(NamedTuple):
     bounding: int
     no_new_privs: bool
     seccomp: int
-    """The mode; 2: there is a filter, ours or one from before the start."""
+    """The seccomp mode; 2: a filter is in force, ours or that of the parent process."""
 
     def holds(self, *capabilities: int) -> bool:
-        """Whether all of these are in effect."""
+        """Return whether all of these capabilities are in effect."""
         wanted = _bits(*capabilities)
         return self.effective & wanted == wanted
 
     def is_given_up(self, account: pwd.struct_passwd | None) -> bool:
-        """Whether no user or group id other than the account's is left.
+        """Return whether all user and group ids are those of the account.
 
-        Without an account: whether the process is not root.
+        Without an account: whether no user id is root's.
         """
         if account is None:
             return 0 not in self.uids
@@ -89,10 +89,10 @@ class Status(NamedTuple):
 
 
 def read_status() -> Status:
-    """The privileges of this process now.
+    """Return the present privileges of this process.
 
     Raises:
-        PrivilegeError: the kernel does not report it.
+        PrivilegeError: /proc/self/status cannot be read or parsed.
     """
     try:
         text = Path("/proc/self/status").read_text(errors="replace")
@@ -123,7 +123,7 @@ def read_status() -> Status:
 
 
 def names(capabilities: int) -> str:
-    """A set of capabilities, for a message."""
+    """Return the names of a set of capabilities, for a message."""
     each = [number for number in range(64) if capabilities >> number & 1]
     if len(each) > LONGEST_LIST:
         return f"{len(each)} capabilities"
@@ -134,24 +134,24 @@ def names(capabilities: int) -> str:
 
 
 def is_root() -> bool:
-    """Whether one of the process's user ids is root's, so that it can become root."""
+    """Return whether any user id of the process is root's: then it can become root."""
     return 0 in os.getresuid()
 
 
 def find_account(name: str) -> pwd.struct_passwd | None:
-    """The account to switch to; None: this process is not root.
+    """Return the account to switch to; None: this process is not root.
 
     Raises:
-        SettingsError: as in `find_user`.
+        SettingsError: no user has that name, or it is root's.
     """
     return find_user(name) if is_root() else None
 
 
 def find_user(name: str) -> pwd.struct_passwd:
-    """The account of an unprivileged user.
+    """Return the account of an unprivileged user.
 
     Raises:
-        SettingsError: there is none of that name, or it is root's.
+        SettingsError: no user has that name, or it is root's.
     """
     try:
         account = pwd.getpwnam(name)
@@ -167,10 +167,10 @@ def find_user(name: str) -> pwd.struct_passwd:
 
 
 def may_use_bpf() -> bool:
-    """Whether this process has the capabilities to load a tracepoint's BPF program.
+    """Return whether this process has the capabilities to load a tracepoint's BPF program.
 
     Raises:
-        PrivilegeError: the kernel does not report it.
+        PrivilegeError: /proc/self/status cannot be read or parsed.
     """
     status = read_status()
     return status.holds(CAP_SYS_ADMIN) or status.holds(CAP_BPF, CAP_PERFMON)
@@ -179,14 +179,14 @@ def may_use_bpf() -> bool:
 def keep_reading(account: pwd.struct_passwd | None) -> None:
     """Give up every privilege except reading all files: CAP_DAC_READ_SEARCH.
 
-    Where that capability cannot be kept, as in some containers, the user stays root, but
-    without capabilities: it can still read root's own files.
+    Where that capability cannot be kept, as in some containers, the process stays root
+    without capabilities. Then it can still read root's own files.
 
     Args:
-        account: as in `drop`.
+        account: the user to switch to; None: the process is not root.
 
     Raises:
-        PrivilegeError: as in `drop`.
+        PrivilegeError: another capability, or a way to regain one, would remain.
     """
     kept = _bits(CAP_DAC_READ_SEARCH)
     if read_status().permitted & kept and (account is None or _can_keep_capabilities()):
@@ -196,20 +196,20 @@ def keep_reading(account: pwd.struct_passwd | None) -> None:
 
 
 def drop(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> None:
-    """Give up every capability and every way back to one, as far as the kernel allows.
+    """Give up every capability and every way to regain one, as far as the kernel allows.
 
-    One warning lists what cannot be given up because a capability is missing. Capabilities
-    belong to a thread: call this while the process has only one.
+    One warning lists the privileges that cannot be given up because a capability is
+    missing. Capabilities belong to a thread: call this while the process has only one.
 
     Args:
-        account: the user to switch to; None when not root.
-        needed: an operation that must still work afterwards; it raises TcpExporterError if
-            it does not. If it works only with CAP_BPF, that capability is kept:
+        account: the user to switch to; None: the process is not root.
+        needed: a function that must still work afterwards; it raises TcpExporterError if it
+            does not work. If it requires CAP_BPF, that capability is kept:
             `features.UNPRIVILEGED_MAPS`.
 
     Raises:
-        PrivilegeError: a capability, or a way back to one, would be left.
-        TcpExporterError: as ``needed`` raises it, if it does not work with all privileges.
+        PrivilegeError: a capability, or a way to regain one, would remain.
+        TcpExporterError: ``needed`` does not work even with all privileges.
     """
     before = read_status()
     left = _become(account, _choose_kept(account, needed))
@@ -218,15 +218,15 @@ def drop(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> Non
 
 
 def _choose_kept(account: pwd.struct_passwd | None, needed: Callable[[], object]) -> int:
-    """The capabilities to keep: none, or CAP_BPF."""
+    """Return the capabilities to keep: none, or CAP_BPF."""
     if works_with(0, account, needed):
         return 0
     kept = _bits(CAP_BPF)
     if works_with(kept, account, needed):
         log.warning("keeping CAP_BPF, which this kernel requires for reading a BPF map")
         return kept
-    # Neither set is enough. One of these two calls raises the reason; if none does, it is
-    # the one below.
+    # Neither set of capabilities is enough. If ``needed`` works in this process, the cause
+    # is the error below. Otherwise one of these two calls raises the cause.
     needed()
     _become(account, 0)
     raise PrivilegeError(
@@ -239,12 +239,12 @@ def _choose_kept(account: pwd.struct_passwd | None, needed: Callable[[], object]
 def works_with(
     kept: int, account: pwd.struct_passwd | None, needed: Callable[[], object]
 ) -> bool:
-    """Whether a child process with these capabilities alone can do what is needed.
+    """Return whether ``needed`` works in a child process with only these capabilities.
 
     Args:
-        kept: the set of these capabilities.
-        account: as in `drop`.
-        needed: raises TcpExporterError or OSError where it cannot be done.
+        kept: the set of capabilities.
+        account: the user to switch to; None: the process is not root.
+        needed: a function that raises TcpExporterError or OSError if it does not work.
 
     Raises:
         PrivilegeError: the kernel refuses another process.
@@ -268,10 +268,10 @@ def works_with(
 
 
 def _become(account: pwd.struct_passwd | None, kept: int) -> Status:
-    """Give up as much as the kernel allows; returns the privileges that are left.
+    """Give up all privileges that the kernel allows; return those that remain.
 
     Raises:
-        PrivilegeError: a dangerous privilege would be left.
+        PrivilegeError: a dangerous privilege would remain.
     """
     for step in _steps(account, kept, read_status().permitted):
         with contextlib.suppress(OSError):  # checked below
@@ -279,16 +279,15 @@ def _become(account: pwd.struct_passwd | None, kept: int) -> Status:
     left = read_status()
     if left.permitted & ~kept:
         raise PrivilegeError(
-            f"cannot give up {names(left.permitted & ~kept)}: the kernel refuses capset(2),"
-            " which needs no privilege; allow it in the seccomp filter of the container or"
-            " service"
+            f"cannot give up {names(left.permitted & ~kept)}: the kernel refuses capset(2):"
+            " allow it in the seccomp filter of the container or service"
         )
     if kept & ~left.effective:
         raise PrivilegeError(f"cannot keep {names(kept)}: start without locked securebits")
     if not left.no_new_privs:
         raise PrivilegeError(
-            "cannot set no_new_privs, so programs could give privileges back: allow"
-            " prctl(2) in the seccomp filter of the container or service"
+            "cannot set no_new_privs, so a program could regain privileges: allow prctl(2)"
+            " in the seccomp filter of the container or service"
         )
     return left
 
@@ -296,9 +295,10 @@ def _become(account: pwd.struct_passwd | None, kept: int) -> Status:
 def _steps(
     account: pwd.struct_passwd | None, kept: int, permitted: int
 ) -> Iterator[Callable[[], object]]:
-    """The system calls, in order.
+    """Yield the system calls that give up privileges, in the order to make them.
 
-    Only those on the bounding set and the ids require capabilities: capabilities(7).
+    Only the calls that change the bounding set and the ids require capabilities:
+    capabilities(7).
     """
     yield partial(libc.capset, permitted, permitted, 0)  # makes all of them effective
     yield _clear_bounding_set
@@ -322,7 +322,7 @@ def _warn_of_privileges_left(
     if {*left.gids, *left.groups} != {account.pw_gid}:
         stays.append((CAP_SETGID, f"group {_listed(left.gids + left.groups)}"))
     if left.bounding:
-        bounding = f"{names(left.bounding)} in the bounding set, useless by no_new_privs"
+        bounding = f"{names(left.bounding)} in the bounding set, harmless with no_new_privs"
         stays.append((CAP_SETPCAP, bounding))
     if not stays:
         return
@@ -348,7 +348,7 @@ def _listed(ids: tuple[int, ...]) -> str:
 
 
 def _can_keep_capabilities() -> bool:
-    """Whether root can switch to another user and keep capabilities: capabilities(7)."""
+    """Return whether root can keep capabilities after a change of user: capabilities(7)."""
     with contextlib.suppress(OSError):
         libc.prctl(PR_SET_KEEPCAPS, 1)
         return True

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Restricts which system calls this process can make: seccomp(2).
 
-A refused system call fails with EPERM. Killing the process would be as safe, but a later
-version of Python or of the C library may try a system call that it can do without. No
-refusal is logged: code of an attacker could fill the log.
+A refused system call fails with EPERM. The filter does not kill the process. A later
+version of Python or of the C library may try a system call and continue if it fails. No
+refusal is logged: an attacker's code could fill the log.
 """
 
 import logging
@@ -48,7 +48,7 @@ MAP_COMMANDS = (
     BPF_MAP_UPDATE_BATCH,
     BPF_MAP_DELETE_BATCH,
 )
-"""The commands of bpf(2) that use maps by descriptor and create no other object."""
+"""The commands of bpf(2) that only use maps by their descriptors."""
 
 # include/uapi: linux/prctl.h, linux/seccomp.h, linux/sched.h, asm-generic/ioctls.h
 PR_SET_NAME = 15
@@ -61,23 +61,23 @@ FIOCLEX = 0x5451
 SOCK_TYPE_MASK = 0xF
 
 PROGRAM = struct.Struct("@HP")
-"""``struct sock_fprog``: how many instructions, and where they are."""
+"""``struct sock_fprog``: the number of instructions, and their address."""
 INSTRUCTION_BYTES = 8
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 ALLOWED = (
-    # open files, and the attributes of others
+    # open files, and the attributes of files that are not open
     *("read", "readv", "pread64", "write", "writev", "lseek", "close", "getdents64"),
     *("fstat", "newfstatat", "stat", "lstat", "statx", "readlink", "readlinkat", "getcwd"),
-    # open sockets, and the clients that connect to them
+    # open sockets, and connections of clients
     *("accept", "accept4", "listen", "recvfrom", "shutdown"),
     *("getpeername", "getsockname", "getsockopt", "setsockopt"),
     # waiting
     *("epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "epoll_pwait2"),
     *("poll", "ppoll", "select", "pselect6", "eventfd2", "pipe2"),
     *("nanosleep", "clock_nanosleep", "restart_syscall"),
-    # certificates that are read again, and waiting for the process that reads them
+    # reading certificates again, and waiting for the process that reads them
     *("memfd_create", "wait4", "waitid"),
     # memory and threads
     *("brk", "mremap", "munmap", "madvise", "futex", "set_robust_list", "rseq", "exit"),
@@ -91,12 +91,12 @@ ALLOWED = (
 )
 """System calls that serving makes, with any arguments.
 
-Some are alternatives: the architecture, the C library and Python decide which one is made.
+Some are alternatives: the architecture, the C library and Python decide which are made.
 """
 
 
 class Condition(NamedTuple):
-    """The bits in ``mask`` of an argument (counted from 0) are ``value``."""
+    """A condition on an argument (counted from 0): its bits in ``mask`` equal ``value``."""
 
     argument: int
     mask: int
@@ -104,7 +104,7 @@ class Condition(NamedTuple):
 
 
 def _is(argument: int, value: int) -> Condition:
-    """An argument is an int: the kernel ignores its upper 32 bits."""
+    """Return the condition that the lower 32 bits of an argument equal ``value``."""
     return Condition(argument, 0xFFFFFFFF, value)
 
 
@@ -113,7 +113,7 @@ def _is_null(argument: int) -> Condition:
 
 
 def _is_not(argument: int, value: int) -> Iterator[Condition]:
-    """Conditions, one for each bit of an int argument; one is met if it differs."""
+    """Yield 32 conditions; at least one is met if the argument is not ``value``."""
     for bit in (1 << each for each in range(32)):
         yield Condition(argument, bit, ~value & bit)
 
@@ -121,44 +121,45 @@ def _is_not(argument: int, value: int) -> Iterator[Condition]:
 def _conditional(
     process: int, connected: int | None
 ) -> Iterator[tuple[str, *tuple[Condition, ...]]]:
-    """System calls that serving makes, each with the conditions that it always meets."""
+    """Yield the system calls that serving makes only with certain arguments."""
     for command in MAP_COMMANDS:
         yield "bpf", _is(0, command)
     for request in (FIOCLEX, FIONBIO, TCGETS):
         yield "ioctl", _is(1, request)
-    # Not F_SETOWN: the kernel sends signals to the owner of a descriptor. Not F_DUPFD: see
-    # sendmsg.
+    # F_SETOWN is missing: the kernel sends signals to the owner of a descriptor. F_DUPFD is
+    # missing: see sendmsg.
     for command in (F_GETFD, F_SETFD, F_GETFL, F_SETFL):
         yield "fcntl", _is(1, command)
-    # Only for reading; Landlock restricts which files.
+    # Opening is allowed only for reading; Landlock restricts which files.
     yield "open", Condition(1, WRITING, 0)
     yield "openat", Condition(2, WRITING, 0)
-    # No new executable memory.
+    # Memory must not be executable.
     yield "mmap", Condition(2, PROT_EXEC, 0)
     yield "mprotect", Condition(2, PROT_EXEC, 0)
-    # No new process, and no signal to another one.
+    # A new thread but no new process, and no signal to another process.
     yield "clone", Condition(0, CLONE_THREAD, CLONE_THREAD)
     yield "kill", _is(0, process)
     yield "tgkill", _is(0, process)
     yield "prctl", _is(0, PR_SET_NAME)
     yield "prlimit64", _is_null(2)
-    # Only stream pairs: the datagram sockets of a pair can send to any address. No address
-    # for sendto and no TCP Fast Open: both can reach others.
+    # socketpair(2) only for streams: the datagram sockets of a pair can send to any
+    # address. sendto(2) only without an address and without TCP Fast Open: both can reach
+    # other hosts.
     yield "socketpair", _is(0, AF_UNIX), Condition(1, SOCK_TYPE_MASK, SOCK_STREAM)
     yield "sendto", _is_null(4)
     no_connecting = Condition(2, MSG_FASTOPEN, 0)
     if connected is None:
         yield "sendmsg", no_connecting
     else:
-        # The address of sendmsg is in memory, which a filter cannot read, so systemd's
-        # socket must not be used. No other descriptor can refer to the same socket: dup(2)
-        # and recvmsg(2), which receives descriptors, are refused.
+        # The address of sendmsg(2) is in memory, which a filter cannot read. So sendmsg(2)
+        # is refused on systemd's socket. No other descriptor can refer to that socket: the
+        # filter refuses dup(2), and recvmsg(2), which can receive descriptors.
         for is_other in _is_not(0, connected):
             yield "sendmsg", is_other, no_connecting
 
 
 def has_filters() -> bool:
-    """Whether the kernel supports filters: if so, a null pointer fails with EFAULT."""
+    """Return whether the kernel supports filters: then a null pointer fails with EFAULT."""
     try:
         libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, None)
     except OSError as error:
@@ -173,16 +174,16 @@ def make_filter(connected: int | None) -> bytes:
         connected: the descriptor of systemd's socket, which sendmsg(2) may not use.
 
     Returns:
-        The instructions, of struct sock_filter; empty if there can be no filter, which is
-        logged.
+        The instructions, an array of struct sock_filter. Empty: there can be no filter, and
+        the log says why.
     """
     if platform.machine() not in MACHINES:
         return _disabled(f"there is no list of system calls for {platform.machine()}")
     if not has_filters():
-        return _disabled("the kernel, or what it runs in, does not support filters")
+        return _disabled("this kernel or container does not support filters")
     ours, theirs = os.pipe()
     try:
-        child = os.fork()  # the library takes 1 MiB, which this process does not keep
+        child = os.fork()  # the library uses 1 MiB of memory, in the child only
     except OSError as error:
         os.close(ours)
         os.close(theirs)
@@ -218,7 +219,7 @@ def _write_filter(connected: int | None, channel: IO[bytes]) -> None:
 def _name_library() -> None:
     """Let pyseccomp load libseccomp by the name that the dynamic linker knows.
 
-    It calls `ctypes.util.find_library`, which requires ldconfig or a compiler, and a
+    pyseccomp calls `ctypes.util.find_library`, which requires ldconfig or a compiler. A
     minimal system has neither.
     """
     import ctypes.util  # noqa: PLC0415  only the child imports it
@@ -227,7 +228,7 @@ def _name_library() -> None:
 
 
 def _system_calls(process: int, connected: int | None) -> Any:
-    """The filter, a `pyseccomp.SyscallFilter`.
+    """Return the filter, a `pyseccomp.SyscallFilter`.
 
     Raises:
         ImportError: pyseccomp is not installed.
@@ -237,7 +238,7 @@ def _system_calls(process: int, connected: int | None) -> Any:
     import pyseccomp  # noqa: PLC0415  only the child imports it
 
     made = pyseccomp.SyscallFilter(pyseccomp.ERRNO(EPERM))
-    # With the ABI of another architecture (x32, i386) a number means another call.
+    # In the ABI of another architecture (x32, i386) the same number is another system call.
     made.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
     conditional = _conditional(process, connected)
     for name, *conditions in [*((name,) for name in ALLOWED), *conditional]:
@@ -248,7 +249,8 @@ def _system_calls(process: int, connected: int | None) -> Any:
                 for argument, mask, value in conditions
             ]
             made.add_rule(pyseccomp.ALLOW, number, *tests)
-    # Its flags are in memory, which a filter cannot read; the C library then tries clone.
+    # The flags of clone3 are in memory, which a filter cannot read. With ENOSYS the C
+    # library uses clone(2) instead.
     made.add_rule(pyseccomp.ERRNO(ENOSYS), "clone3")
     return made
 
@@ -256,7 +258,8 @@ def _system_calls(process: int, connected: int | None) -> Any:
 def load_filter(code: bytes) -> bool:
     """Refuse every system call that serving does not make.
 
-    Returns whether it is in force. If not, the log says why.
+    Returns:
+        Whether the filter is in force. If not, the log says why.
     """
     address, referenced = libc.address_of(code)
     program = PROGRAM.pack(len(code) // INSTRUCTION_BYTES, address)

@@ -11,7 +11,7 @@ from tcpexporter.host import background, namespaces
 
 
 class Starting:
-    """The start of a source, which reads the pre-existing connections."""
+    """The start of a source in a thread, which reads the pre-existing connections."""
 
     def __init__(
         self, start: Callable[[], None], watch: namespaces.Watch | None = None
@@ -19,8 +19,9 @@ class Starting:
         """Prepare; `begin` starts the thread.
 
         Args:
-            start: starts the source; raises what prevents it.
-            watch: of the namespace that is counted; None: it cannot be replaced.
+            start: a function that starts the source, or raises the error that prevents it.
+            watch: detects that the counted namespace was replaced; None: it cannot be
+                replaced.
         """
         self._start = start
         self._watch = watch
@@ -28,9 +29,9 @@ class Starting:
         self._failure: Exception | None = None
 
     def begin(self, then: Callable[[], None]) -> None:
-        """Start the source in a thread, which calls ``then`` when that has succeeded.
+        """Start the source in a thread, which calls ``then`` after a successful start.
 
-        If it fails, the process gets SIGTERM, and `raise_failure` has the reason.
+        If the start fails, the process gets SIGTERM, and `raise_failure` raises the error.
 
         Raises:
             ThreadError: the kernel refuses another thread.
@@ -40,10 +41,10 @@ class Starting:
         )
 
     def awaited(self) -> str | None:
-        """Why there are no metrics now; None: there are.
+        """Return why there are no metrics now; None: there are metrics.
 
-        If the name of the watched namespace now refers to another one, this ends the
-        exporter with an error: a confined process cannot enter a namespace.
+        If the name of --netns now refers to another namespace, this ends the exporter with
+        an error: a confined process cannot enter that namespace.
         """
         if self._awaited or not self._watch:
             return self._awaited
@@ -53,7 +54,7 @@ class Starting:
         return trouble
 
     def raise_failure(self) -> None:
-        """Raise what has prevented the start, if anything."""
+        """Raise the error that has prevented the start, if there is one."""
         if self._failure:
             raise self._failure
 

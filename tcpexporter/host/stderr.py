@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Writes to standard error without waiting: what cannot be written at once is dropped."""
+"""Writes to standard error without waiting: lines that would block are dropped."""
 
 import contextlib
 import io
@@ -16,16 +16,17 @@ DESCRIPTOR = 2
 class Stderr(io.RawIOBase):
     """Standard error, without waiting for the process that reads it.
 
-    O_NONBLOCK of its descriptor is not changed, as other processes share it. A pipe or a
-    terminal is opened again instead, where that is permitted. If a pipe cannot be opened
-    again, a write can still block: another process may fill the pipe after `poll`.
+    The descriptor does not get O_NONBLOCK, because other processes share that flag.
+    Instead, a pipe or a terminal is opened again, where that is permitted. If a pipe
+    cannot be opened again, a write can still block: another process may fill the pipe
+    after `poll`.
     """
 
     def __init__(self) -> None:
-        """Open a pipe or terminal again; a file would be overwritten from its start."""
+        """Open a pipe or terminal again, but not a file: that would overwrite its start."""
         super().__init__()
         self.dropped = 0
-        """How many writes were dropped, or done in part."""
+        """Number of lines that were dropped, completely or in part."""
         self._descriptor = DESCRIPTOR
         self._is_torn = False
         with contextlib.suppress(OSError):
@@ -35,21 +36,21 @@ class Stderr(io.RawIOBase):
                 self._descriptor = os.open(f"/proc/self/fd/{DESCRIPTOR}", flags)
 
     def writable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def fileno(self) -> int:
-        """The descriptor of standard error."""
+        """Return the descriptor of standard error."""
         return DESCRIPTOR
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Return whether standard error is a terminal."""
         return os.isatty(DESCRIPTOR)
 
     def write(self, data: Any, /) -> int:
-        """Write it, or drop what does not fit now; returns the length of ``data``."""
+        """Write ``data``, or drop the part that would block; return its full length."""
         whole = memoryview(data).cast("B")
-        # A line of which only a part was written is ended first.
+        # If only a part of the previous line was written, end that line first.
         left = memoryview(b"\n" + bytes(whole)) if self._is_torn else whole
         began = len(left)
         with contextlib.suppress(OSError):
@@ -62,14 +63,14 @@ class Stderr(io.RawIOBase):
         return len(whole)
 
     def _can_write(self) -> bool:
-        """Whether a write of up to PIPE_BUF bytes does not block: pipe(7)."""
+        """Return whether a write of up to PIPE_BUF bytes does not block: pipe(7)."""
         waiting = select.poll()
         waiting.register(self._descriptor, select.POLLOUT)
         return any(events & select.POLLOUT for _, events in waiting.poll(0))
 
 
 def replace() -> Stderr:
-    """Make Python write to standard error through a `Stderr`, which is returned."""
+    """Make Python write to standard error through a new `Stderr`, and return that."""
     raw = Stderr()
     sys.stderr = io.TextIOWrapper(
         raw,
@@ -81,7 +82,7 @@ def replace() -> Stderr:
 
 
 def count_down(duration_s: int, label: str) -> None:
-    """Wait ``duration_s`` seconds; a terminal shows the rest of the time."""
+    """Wait ``duration_s`` seconds; on a terminal, show the remaining time."""
     for left_s in range(duration_s, 0, -1):
         if sys.stderr.isatty():
             sys.stderr.write(f"\r{label}, {left_s} s left \033[K")

@@ -8,16 +8,16 @@ from tcpexporter.errors import ServerError
 
 
 def write(content: bytes) -> None:
-    """Write all of it at once.
+    """Write the whole content at once.
 
     Raises:
-        ServerError: it is closed, or cannot be written to.
+        ServerError: standard output is closed, or cannot be written to.
     """
     if sys.stdout is None:
         raise ServerError("cannot write to standard output: it is closed")
     left = content
     try:
-        # Not through Python's buffer: when Python ends it writes what is left there, and
+        # Without Python's buffer: when Python exits it writes the rest of the buffer, and
         # would report the same error again.
         while left:
             left = left[os.write(sys.stdout.fileno(), left) :]

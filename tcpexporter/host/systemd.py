@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Reports the state of the exporter to systemd: sd_notify(3).
 
-The environment variables for that are read and removed before any process is started. The
-socket is connected before the process is confined, and can then send to systemd alone. A
-notification that cannot be sent is dropped: systemd keeps its socket open as long as it
-runs, even when it executes itself again.
+The exporter reads and removes systemd's environment variables before it starts any process.
+It connects the socket before the process is confined; after that, the socket can send to
+systemd only. A notification that cannot be sent is dropped. There is no reconnection:
+systemd keeps its socket open as long as it runs, even when it re-executes itself.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ from tcpexporter.errors import reason
 log = logging.getLogger(__name__)
 
 STATUS_S = 60.0
-"""Between two status reports, without a watchdog."""
+"""Seconds between two status reports, if there is no watchdog."""
 
 
 class Supervisor:
-    """The connection to systemd, if that has started the exporter as Type=notify."""
+    """The connection to systemd, if systemd has started the exporter with Type=notify."""
 
     def __init__(self, address: str | None, watchdog_s: float | None) -> None:
         """Connect.
@@ -34,15 +34,15 @@ class Supervisor:
         Args:
             address: the path of a socket, or its abstract name after an @; None: there is
                 no socket, and nothing is reported.
-            watchdog_s: systemd ends the exporter if it gets no notification for this time;
-                None: there is no watchdog.
+            watchdog_s: systemd ends the exporter after so many seconds without a
+                notification; None: there is no watchdog.
         """
         self._socket = _connect(address) if address else None
         self._watchdog_s = watchdog_s
 
     @classmethod
     def of(cls, environ: MutableMapping[str, str]) -> Self:
-        """Connect as the environment says; its variables for that are removed."""
+        """Connect as systemd's environment variables say, and remove these variables."""
         address = environ.pop("NOTIFY_SOCKET", None)
         watchdog_us = environ.pop("WATCHDOG_USEC", "")
         process = environ.pop("WATCHDOG_PID", "")
@@ -51,7 +51,7 @@ class Supervisor:
         return cls(address, int(watchdog_us) / 1e6 if is_ours and is_time else None)
 
     def fileno(self) -> int | None:
-        """The descriptor of the socket; None: there is none."""
+        """Return the descriptor of the socket; None: there is no socket."""
         return self._socket.fileno() if self._socket else None
 
     def tell(self, *assignments: str) -> None:
@@ -74,14 +74,14 @@ class Supervisor:
     async def keep(
         self, check: Callable[[], Awaitable[str | None]], status: Callable[[], str]
     ) -> None:
-        """Report the state until cancelled, twice in the time of the watchdog.
+        """Report the state twice per watchdog interval, until cancelled.
 
-        While something does not work, it is checked eight times in that time.
+        While the check fails, the state is reported eight times per watchdog interval.
 
         Args:
-            check: returns what does not work; None: everything works. Only then the
-                watchdog is notified.
-            status: returns the text to report when everything works.
+            check: a function that returns what does not work; None: everything works. The
+                watchdog is notified only if everything works.
+            status: a function that returns the text to report when everything works.
         """
         if self._socket is None:
             return
@@ -94,7 +94,8 @@ class Supervisor:
             works = trouble is None
             feed = ("WATCHDOG=1",) if works and watchdog_s else ()
             self.tell(f"STATUS={trouble or status()}", *feed)
-            # More often in trouble: if it ends in time, systemd does not end the exporter.
+            # More often in trouble: the watchdog must be notified soon after the trouble
+            # ends.
             part = 2 if works else 8
             await asyncio.sleep(watchdog_s / part if watchdog_s else STATUS_S)
 

@@ -41,11 +41,11 @@ from tcpexporter.metrics.series_labels import Labels, label_values
 from tcpexporter.metrics.source_families import source_families
 
 FORGET_NS = 300_000_000_000
-"""Time after which a namespace without name, connection and listener has no series."""
+"""How long a namespace must have no name, connection and listener to lose its series."""
 
 
 class Choice(NamedTuple):
-    """Which connections are counted."""
+    """The selection of connections, as the settings in force define it."""
 
     selection: Selection
     named: Series
@@ -80,7 +80,7 @@ class ConnectionCollector(Collector):
             boottime_ns: Returns the time on the clock of ``established_ns``, in ns.
         """
         self.tracked: int | None = None
-        """Number of tracked connections at the last scrape; None before the first one."""
+        """Number of tracked connections at the last scrape; None: no scrape yet."""
         self._source = source
         self._choice = self._published_by = choice
         self._max_series = max_series
@@ -93,7 +93,7 @@ class ConnectionCollector(Collector):
         self._names_before: Mapping[int, str] = {}
 
     def choose(self, choice: Choice) -> None:
-        """Count these connections from the next scrape on; callable from any thread.
+        """Count these connections from the next scrape on. Any thread may call this.
 
         Published series that the new choice does not select are removed.
         """
@@ -197,7 +197,8 @@ class ConnectionCollector(Collector):
     def _forget_renamed(self, names: Mapping[int, str]) -> None:
         """Forget the series of namespaces whose name has changed or is gone.
 
-        The kernel reuses inodes, so such a namespace may be another one with other ports.
+        The kernel reuses inodes, so a new namespace with other ports may have that inode
+        now.
         """
         before, self._names_before = self._names_before, dict(names)
         renamed = [
@@ -338,8 +339,8 @@ def _seconds(units: np.int64) -> float:
 def make_registry(collector: ConnectionCollector) -> CollectorRegistry:
     """Return a registry of the connections and the version, as ``--once`` prints them.
 
-    It has no ``process_*`` metrics: node_exporter's textfile collector adds these
-    metrics to its own, which include them, and the same name twice is an error.
+    It has no ``process_*`` metrics. node_exporter has them too, and its textfile collector
+    refuses a file with a metric that node_exporter already has.
     """
     registry = CollectorRegistry()
     registry.register(collector)
@@ -354,13 +355,13 @@ def make_serving_registry(
     tasks: Callable[[], Iterable[Task]],
     dropped: Callable[[], int],
 ) -> CollectorRegistry:
-    """Return a registry for scrapes: also reloads, background tasks and the process.
+    """Return a registry for scrapes. It also has reloads, background tasks and the process.
 
     Args:
-        collector: Collector of the connections.
-        reloads: Results of reloads.
-        tasks: Returns the background tasks.
-        dropped: Returns the number of dropped log lines.
+        collector: the collector of the connections.
+        reloads: the results of reloads.
+        tasks: a function that returns the background tasks.
+        dropped: a function that returns the number of dropped log lines.
     """
     registry = make_registry(collector)
     registry.register(ReloadCollector(reloads))

@@ -58,7 +58,7 @@ class ConfinementCollector(Collector):
     """Publishes which mechanisms confine the process, as determined at the start."""
 
     def __init__(self, confined: Mapping[str, bool]) -> None:
-        """Publish what `confine.confine` returned: whether each mechanism is in force."""
+        """Publish the result of `confine.confine`: whether each mechanism is in force."""
         self._confined = confined
 
     def collect(self) -> Iterator[Metric]:
@@ -79,11 +79,11 @@ class BackgroundCollector(Collector):
     def __init__(
         self, tasks: Callable[[], Iterable[Task]], dropped: Callable[[], int]
     ) -> None:
-        """Publish what these functions return at each scrape.
+        """Publish the results of these functions at each scrape.
 
         Args:
-            tasks: Returns the background tasks.
-            dropped: Returns the number of dropped log lines.
+            tasks: a function that returns the background tasks.
+            dropped: a function that returns the number of dropped log lines.
         """
         self._tasks = tasks
         self._dropped = dropped
@@ -106,7 +106,7 @@ class BackgroundCollector(Collector):
 def counter_by_label(
     name: str, text: str, label: str, values: Mapping[str, int]
 ) -> CounterMetricFamily:
-    """Return a counter with one label; ``values`` are its samples by label value."""
+    """Return a counter with one label; ``values`` maps label values to samples."""
     family = CounterMetricFamily(name, text, labels=(label,))
     for value, number in values.items():
         family.add_metric((value,), number)

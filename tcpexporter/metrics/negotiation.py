@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Parses Accept and Accept-Encoding, and chooses a format (RFC 9110, section 12.5).
 
-No request is refused with 406. If the client accepts none of the formats, it gets what it
-would get without the header, as from exporters written in Go.
+No request is refused with 406. A client that accepts none of the formats gets the default
+format, as from exporters written in Go.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-# Quantifiers that could backtrack are possessive, so the time is linear in the length of a
-# header.
+# The quantifiers are possessive: they never backtrack, so the time is linear in the length
+# of a header.
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"  # noqa: S105
 _PARAMETER = rf';[ \t]*+(?:({_TOKEN})=({_TOKEN}|"(?:[^"\\]|\\.)*+"))?[ \t]*+'
 _PREFERENCE = re.compile(rf"[ \t]*+({_TOKEN}(?:/{_TOKEN})?+)[ \t]*+((?:{_PARAMETER})*+)")
@@ -30,7 +30,7 @@ class Preference(NamedTuple):
     """A content coding, or a media range as in ``text/plain`` or ``text/*``."""
     parameters: Mapping[str, str]
     weight: float
-    """From 0 (not acceptable) to 1."""
+    """The weight, from 0 (not acceptable) to 1."""
 
 
 def parse(header: str) -> list[Preference]:
@@ -64,8 +64,8 @@ def _parameters(text: str) -> Iterator[tuple[str, str]]:
 def prefers_gzip(accept_encoding: str) -> bool:
     """Return whether to compress a response with gzip; the alternative is no compression.
 
-    No compression is acceptable unless the header excludes it. If both have the same
-    weight, gzip is chosen only if the header names it.
+    An uncompressed response is acceptable unless the header excludes it. If gzip and no
+    compression have the same weight, gzip is chosen only if the header names it.
     """
     weights: dict[str, float] = {}
     for coding, _, weight in parse(accept_encoding):
@@ -79,9 +79,9 @@ def prefers_gzip(accept_encoding: str) -> bool:
 def choose(accept: str, offers: Sequence[str]) -> int:
     """Return the index of the media type in ``offers`` that a client prefers.
 
-    Among equal weights, a type that the header names precedes one that a wildcard matches,
-    then the one that is named first. If these are equal too, or if no type is acceptable,
-    the result is 0.
+    Among types of equal weight, a type that the header names precedes a type that only a
+    wildcard matches. Among those, the type that the header names first precedes. If these
+    are equal too, or if no type is acceptable, the result is 0.
     """
     preferences = parse(accept)
     merits = [_merit(parse(offer)[0], preferences) for offer in offers]

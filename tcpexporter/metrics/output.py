@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Writes the exposition to a file atomically (--output).
 
-When the exposition is ready, the process that made it is confined and not root any more:
-it can write to an open file, but not rename one. So before that, it opens a new file in the
-same directory and starts a child process that keeps its privileges. When the parent
-reports that the file is complete, the child renames the new file to the path; if the parent
-ends without reporting that, the child removes the new file.
+The process that makes the exposition is confined and no longer root: it can write to an
+open file, but cannot rename a file. So before it is confined, it opens a new file in the
+same directory and starts a child process that keeps its privileges. When the parent reports
+that the file is complete, the child renames the new file to the path. If the parent ends
+without reporting that, the child removes the new file.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from tcpexporter.errors import ServerError
 
 MODE = 0o644
-"""Readable for every user: node_exporter is not root."""
+"""The mode of the file: every user can read it, because node_exporter is not root."""
 
 COMPLETE = b"!"
 
@@ -32,7 +32,8 @@ class Output:
         """Open the new file and start the child process; call it before threads start.
 
         Raises:
-            ServerError: the new file cannot be opened, or the path is not a regular file.
+            ServerError: the new file cannot be opened, or the path exists and is not a
+                regular file.
         """
         self._path = path
         try:
@@ -46,7 +47,7 @@ class Output:
             raise self._failed(error.errno or 0) from error
 
     def _start(self, directory: int, name: str) -> None:
-        # node_exporter does not read files with this suffix.
+        # node_exporter reads only files whose names end with .prom.
         new = f".{name}.{secrets.token_hex(4)}.new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with contextlib.ExitStack() as undo:
@@ -69,10 +70,10 @@ class Output:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def publish(self, page: bytes) -> None:
-        """Write the page, and let the child process rename it to the path.
+        """Write the exposition, and let the child process rename the new file to the path.
 
         Raises:
-            ServerError: this failed; the old file is unchanged.
+            ServerError: one of these steps failed; the old file is unchanged.
         """
         left = page
         try:
@@ -89,7 +90,7 @@ class Output:
             raise ServerError(f"cannot write {self._path}: the child process died ({how})")
 
     def close(self) -> None:
-        """Let the child process remove the new file if it was not published."""
+        """Let the child process remove the new file, unless `publish` has renamed it."""
         if self._child:
             self._end()
 
@@ -105,14 +106,14 @@ class Output:
 
 
 def _require_regular(path: str) -> None:
-    """Refuse devices and symbolic links (/dev/stdout): a rename would replace them."""
+    """Refuse a device or a symbolic link (/dev/stdout): a rename would replace it."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise ServerError(f"cannot write {path}: it exists and is not a regular file")
 
 
 def _publish(complete: int, file: int, directory: int, new: str, name: str) -> int:
-    """In the child: wait, then rename or remove the file; return an errno, or 0."""
+    """Wait, in the child, then rename or remove the file; return an errno, or 0."""
     try:
         if os.read(complete, len(COMPLETE)):
             os.fsync(file)  # without it, a crash of the host could leave an empty file

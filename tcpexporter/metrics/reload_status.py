@@ -10,20 +10,20 @@ class Reloads:
     def __init__(self) -> None:
         """Start with success: the files that were read at the start are in force."""
         self.succeeded_s = time.time()
-        """When the last content of all files was in force, in seconds since the epoch."""
+        """When the newest content of all files was last in force, in Unix time (s)."""
         self._failed: set[str] = set()
 
     @property
     def successful(self) -> bool:
-        """Whether the last content of all files is in force."""
+        """Whether the newest content of every file is in force."""
         return not self._failed
 
     def record(self, about: str, *, successful: bool) -> None:
         """Record the result of a reload.
 
         Args:
-            about: Identifies the file.
-            successful: Whether its new content is in force.
+            about: identifies the file.
+            successful: whether the new content of the file is in force.
         """
         if successful:
             self._failed.discard(about)

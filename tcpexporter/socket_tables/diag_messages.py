@@ -13,12 +13,12 @@ from tcpexporter.errors import SocketTableError
 from tcpexporter.lean import part_of
 from tcpexporter.socket_tables.entries import ENTRY, TCP_LISTEN, Bytes, v4_mapped
 
-with part_of("pyroute2"):  # importing all of it takes 8 MiB more
+with part_of("pyroute2"):  # importing all of it would use 8 MiB more
     from pyroute2.netlink import NLMSG_DONE, NLMSG_ERROR
     from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY
 
 FEW = 64
-"""How many messages are compared first, before all messages of a reply are."""
+"""Number of messages that are compared first, before all messages of a reply."""
 
 DIAG_MESSAGE = np.dtype(
     [
@@ -43,13 +43,13 @@ DIAG_MESSAGE = np.dtype(
 """``struct nlmsghdr`` and ``struct inet_diag_msg``: netlink(7), sock_diag(7)."""
 
 NETLINK_HEADER = struct.Struct("=IHHI")
-"""Length, type, flags and sequence number; netlink(7)."""
+"""The format of a header: length, type, flags, sequence number: netlink(7)."""
 
 NETLINK_HEADER_BYTES = 16
 
 INET_DIAG_INFO = 2
 INET_DIAG_SKV6ONLY = 11
-"""Attributes of a reply: include/uapi/linux/inet_diag.h."""
+"""Numbers of attributes in a reply: include/uapi/linux/inet_diag.h."""
 
 TCP_INFO = np.dtype(
     {
@@ -70,26 +70,26 @@ TCP_INFO = np.dtype(
 TCPI_OPT_SYN_DATA = 32
 
 JIFFY_NS = 10_000_000
-"""The longest jiffy, at HZ=100. The difference of two times can be one jiffy too large."""
+"""The longest jiffy, at HZ=100, in ns. A difference can be one jiffy too large."""
 
 
 def split_messages(reply: Bytes, sequence: int) -> tuple[list[Bytes], bool]:
-    """Splits datagrams of a dump into messages.
+    """Split datagrams of a dump into messages.
 
     Returns:
-        One array of bytes, of shape (messages, length), for each run of messages that have
-        the same length, as nearly all messages of a dump have; and whether the dump ends
-        here.
+        One array of bytes, of shape (messages, length), for each run of messages of the
+        same length: nearly all messages of a dump have the same. And whether the dump ends
+        with these datagrams.
 
     Raises:
-        SocketTableError: the kernel reports an error, or a message is malformed, or
-            answers another request than ``sequence``. The message has the byte.
+        SocketTableError: the kernel reports an error; or a message is malformed or has a
+            sequence number other than ``sequence``. The error names the byte.
     """
     runs: list[Bytes] = []
     offset = 0
     while offset < len(reply):
         length, kind = _message(reply, offset, sequence)
-        # A failed dump ends with NLMSG_DONE too, with a negative error number.
+        # A failed dump ends with NLMSG_DONE, too; then the error number is negative.
         error = int(reply[offset + 16 : offset + 20].view(np.int32)[0])
         if kind == NLMSG_ERROR or (kind == NLMSG_DONE and error < 0):
             raise SocketTableError(f"sock_diag refuses: {os.strerror(min(-error, 4095))}")
@@ -102,7 +102,7 @@ def split_messages(reply: Bytes, sequence: int) -> tuple[list[Bytes], bool]:
         if kind != SOCK_DIAG_BY_FAMILY or aligned > left:
             raise _malformed(offset)
         rows = reply[offset : offset + left // aligned * aligned].reshape(-1, aligned)
-        # Compare a few first. Otherwise messages that all differ would take quadratic time.
+        # Compare a few first: otherwise the time would be quadratic if all messages differ.
         few = _alike(rows[:FEW])
         rows = _alike(rows) if len(few) == FEW else few
         runs.append(rows)
@@ -111,13 +111,13 @@ def split_messages(reply: Bytes, sequence: int) -> tuple[list[Bytes], bool]:
 
 
 def _alike(rows: Bytes) -> Bytes:
-    """The first messages that have the length, type and sequence number of the first."""
+    """Return the leading messages that have the same length, type and sequence number."""
     alike = (rows[:, :12] == rows[0, :12]).all(axis=1)
     return rows[: len(rows) if alike.all() else int(alike.argmin())]
 
 
 def _message(reply: Bytes, offset: int, sequence: int) -> tuple[int, int]:
-    """The length and type of the message at ``offset``."""
+    """Return the length and type of the message at ``offset``."""
     left = len(reply) - offset
     if left < NETLINK_HEADER_BYTES + 4:
         raise _malformed(offset)
@@ -132,10 +132,10 @@ def _malformed(offset: int) -> SocketTableError:
 
 
 def decode_messages(rows: Bytes, netns: int, *, with_ages: bool = True) -> Records:
-    """Decodes messages of equal length to dtype `ENTRY`.
+    """Decode messages of equal length to dtype `ENTRY`.
 
     Args:
-        rows: the messages, of shape (messages, length).
+        rows: the messages, an array of bytes of shape (messages, length).
         netns: the inode of the namespace, for the keys of the entries.
         with_ages: whether to read ages from ``struct tcp_info``.
     """
@@ -163,13 +163,13 @@ def decode_messages(rows: Bytes, netns: int, *, with_ages: bool = True) -> Recor
 
 
 def _attribute(rows: Bytes, kind: int, size: int) -> tuple[npt.NDArray[np.intp], Bytes]:
-    """Reads the first ``size`` bytes of an attribute's payload.
+    """Read the first ``size`` bytes of an attribute's payload.
 
     Returns:
-        The indices of the messages that have an attribute of that kind and at least that
+        The indices of the messages that have an attribute of this kind and of at least this
         size; and the bytes, of shape (indices, size).
     """
-    # Attributes are aligned to 4 bytes. Working on words is four times as fast.
+    # Attributes are aligned to 4 bytes. Comparing words is four times as fast as bytes.
     words = np.ascontiguousarray(rows).view(np.uint32)
     needed = -(-size // 4)
     payload_at = _payloads_at(words, kind, size)
@@ -185,9 +185,9 @@ def _attribute(rows: Bytes, kind: int, size: int) -> tuple[npt.NDArray[np.intp],
 def _payloads_at(
     words: npt.NDArray[np.uint32], kind: int, size: int
 ) -> npt.NDArray[np.intp]:
-    """The index of the word where an attribute's payload begins, in each message.
+    """Return the index of the word where an attribute's payload begins, in each message.
 
-    It is 0 in a message that has no attribute of that kind and at least that size.
+    The index is 0 if a message has no attribute of this kind and of at least this size.
     """
     payload_at = np.zeros(len(words), np.intp)
     position = DIAG_MESSAGE.itemsize // 4
@@ -205,9 +205,9 @@ def _payloads_at(
 def _payloads_at_one_by_one(
     words: npt.NDArray[np.uint32], kind: int, size: int
 ) -> npt.NDArray[np.intp]:
-    """As `_payloads_at`, for messages that do not all have the same attributes.
+    """Return the same as `_payloads_at` for messages with different attributes.
 
-    Each pass of the loop advances in every message by one attribute.
+    Each pass of the loop advances by one attribute in every message.
     """
     payload_at = np.zeros(len(words), np.intp)
     position = np.full(len(words), DIAG_MESSAGE.itemsize // 4)
@@ -224,9 +224,9 @@ def _payloads_at_one_by_one(
 
 
 def _lowest_ages_ns(info: Records) -> npt.NDArray[np.int64]:
-    """Lower bounds of the ages of connections, from dtype `TCP_INFO`.
+    """Return lower bounds of the ages of connections, in ns, from dtype `TCP_INFO`.
 
-    Each of these times began when the connection was established, or later:
+    Each of these times begins when the connection is established, or later:
 
     - last_data_sent: tcp_finish_connect and tcp_rcv_state_process set ``lsndtime``
       when they establish the connection.
@@ -234,10 +234,11 @@ def _lowest_ages_ns(info: Records) -> npt.NDArray[np.int64]:
       The latter does so at the SYN, which is too early if the SYN carried data (TCP Fast
       Open).
     - last_ack_recv: tcp_ack sets ``rcv_tstamp``, for the handshake at the latest.
-    - busy_time: how long data was in flight. With Fast Open it can begin too early, too.
+    - busy_time: the time during which data was in flight. With Fast Open it can begin too
+      early, too.
 
-    This was read in the kernel's net/ipv4, v4.10 to v6.18. The times are in jiffies, which
-    stop during suspend and wrap around: both make the ages smaller.
+    Source: the kernel's net/ipv4, v4.10 to v6.18. The times are in jiffies, which stop
+    during suspend and wrap around. Both make the ages smaller.
     """
     by_sender = np.maximum(info["last_data_sent_ms"], info["last_ack_recv_ms"])
     by_all = np.maximum(by_sender, info["last_data_recv_ms"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Turns the entries of a socket table into connections and listeners."""
+"""Converts the entries of a socket table to connections and listeners."""
 
 from collections.abc import Iterable
 
@@ -29,21 +29,20 @@ ENTRY = np.dtype(
 )
 """A socket, as sock_diag or procfs describes it.
 
-``state`` is a TCP state. ``v6only`` is whether a listener refuses IPv4 clients. ``age_ns``
-is a lower bound of the time for which a connection has been established. ``cookie`` is the
-number that no other socket gets until the host boots again. A field is 0 where the table
-does not have it.
+``state`` is a TCP state. ``v6only`` is 1 if a listener refuses IPv4 clients. ``age_ns`` is
+a lower bound of the age of a connection. ``cookie`` is as in `SOCKET`. A field is 0 if the
+table does not have it.
 """
 
 
 def connections(chunks: Iterable[Records]) -> tuple[Records, bool]:
-    """Makes connections from all entries of one network namespace.
+    """Convert all entries of one network namespace to connections.
 
     A connection is inbound if the namespace has a listener at its local port.
 
     Args:
-        chunks: the entries, of dtype `ENTRY`. Their ages are subtracted from the time at
-            which the iterator yields a chunk.
+        chunks: the entries, of dtype `ENTRY`. The age of an entry is subtracted from the
+            time when the iterator yields its chunk.
 
     Returns:
         The established connections, of dtype `SOCKET`, and whether there is any listener.
@@ -70,10 +69,10 @@ def _established(entries: Records) -> Records:
 
 
 def listeners(entries: Records) -> Records:
-    """Makes listeners, of dtype `LISTENER`, from entries of sockets in state LISTEN.
+    """Convert entries of sockets in state LISTEN to dtype `LISTENER`.
 
-    A socket that listens at :: accepts IPv4 clients too, unless it is ``v6only``. It
-    becomes two listeners.
+    A socket that listens at :: accepts IPv4 clients too, unless it is ``v6only``. Such a
+    socket becomes two listeners.
     """
     versions = ip_versions(entries["key"])
     is_any = (entries["key"]["local_address"] == 0).all(axis=1)
@@ -90,11 +89,11 @@ def listeners(entries: Records) -> Records:
 
 
 def v4_mapped(addresses: Bytes) -> Bytes:
-    """IPv4 addresses, of shape (n, 4), as ::ffff:a.b.c.d, of shape (n, 16)."""
+    """Convert IPv4 addresses, of shape (n, 4), to ::ffff:a.b.c.d, of shape (n, 16)."""
     prefix = np.broadcast_to(IPV4_PREFIX, (len(addresses), len(IPV4_PREFIX)))
     return np.hstack([prefix, addresses])
 
 
 def concatenate(chunks: list[Records], dtype: np.dtype[np.void]) -> Records:
-    """All records of ``chunks``; an empty array of ``dtype`` if there is no chunk."""
+    """Return all records of ``chunks``; without chunks, an empty array of ``dtype``."""
     return np.concatenate(chunks) if chunks else np.empty(0, dtype)

@@ -9,20 +9,21 @@ from typing import TypeVar
 from tcpexporter.host import background, namespaces
 from tcpexporter.lean import part_of
 
-with part_of("pyroute2"):  # all of it takes 8 MiB more
+with part_of("pyroute2"):  # importing all of it would use 8 MiB more
     from pyroute2 import netns as pyroute2_netns
 
 T = TypeVar("T")
 
 
 def run_in_netns(netns: int, function: Callable[[], T]) -> T:
-    """Calls ``function`` in a network namespace and returns its result.
+    """Call ``function`` in a network namespace, and return its result.
 
-    A thread enters the namespace and then ends: setns(2) moves only the calling thread.
+    A new thread enters the namespace, calls the function and ends: setns(2) moves only the
+    calling thread.
 
     Args:
         netns: a descriptor of the namespace.
-        function: what it raises is raised here.
+        function: the function to call. Its exceptions are raised in the caller, too.
 
     Raises:
         ThreadError: the kernel refuses another thread.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A source that polls the socket tables, for hosts without BPF."""
+"""Implements the sources that poll the socket tables, for hosts without BPF."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -22,14 +22,14 @@ if TYPE_CHECKING:  # imported only with --state, to save memory
     from tcpexporter.socket_tables.saved_ages import State
 
 LIMIT_S = 60.0
-"""A poll that takes longer than this hangs: its results would be too old to show."""
+"""Seconds after which a poll counts as hanging: its result would be too old."""
 
 STOP_TIMEOUT_S = 5.0
-"""Time for the last poll to end."""
+"""Seconds that `close` waits for the last poll."""
 
 
 class PollingSource:
-    """The connections of the last poll, with the times when a poll first found them."""
+    """The connections of the last poll, with the times of the polls that found them."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class PollingSource:
         parts: Parts,
         lifetime_bounds_s: Sequence[float] = (),
     ) -> None:
-        """Prepare to poll; `start` begins.
+        """Prepare to poll; `start` starts polling.
 
         Args:
             tables: the socket tables, which `close` closes.
@@ -68,7 +68,7 @@ class PollingSource:
         return [self._task, *(self._state.tasks() if self._state else ())]
 
     def start(self) -> None:
-        """Polls once, then starts a thread that polls at intervals.
+        """Poll once, then start a thread that polls at intervals.
 
         Raises:
             SourceError: the first poll fails.
@@ -84,7 +84,7 @@ class PollingSource:
             self._state.begin(lambda: self._last)
 
     def close(self) -> None:
-        """Ends the thread, and closes the tables unless a poll hangs."""
+        """End the thread, and close the tables unless a poll hangs."""
         if self._task.stop(STOP_TIMEOUT_S):
             self._tables.close()
 

@@ -21,7 +21,7 @@ from tcpexporter.socket_tables.entries import (
 from tcpexporter.socket_tables.netns_thread import run_in_netns
 
 PIECE_BYTES = 1 << 20
-"""How much of a file is read at once."""
+"""Number of bytes of a file that are read at once."""
 
 FILES = {
     1: ("/proc/net/tcp", [b"sl", b"local_address", b"rem_address", b"st"]),
@@ -39,10 +39,10 @@ class ProcfsReader:
     name = "procfs"
 
     def __init__(self, netns: Path) -> None:
-        """Open the files: an open file stays that of the namespace it was opened in.
+        """Open the files. An open file shows the namespace in which it was opened.
 
         Raises:
-            SocketTableError: they cannot be opened.
+            SocketTableError: a file cannot be opened.
         """
         with namespaces.opened(netns) as descriptor:
             self.netns = os.fstat(descriptor).st_ino
@@ -72,8 +72,9 @@ class ProcfsReader:
 
 
 def _open_files() -> dict[int, int]:
-    """Opens the files; returns descriptors by the 32-bit words of an address."""
-    # /proc/thread-self follows the namespace of this thread, /proc/self does not.
+    """Open the files; return descriptors by the number of 32-bit words of an address."""
+    # /proc/thread-self shows the namespace of this thread; /proc/self that of the main
+    # thread.
     files = {1: os.open("/proc/thread-self/net/tcp", os.O_RDONLY)}
     with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
         files[4] = os.open("/proc/thread-self/net/tcp6", os.O_RDONLY)
@@ -81,7 +82,7 @@ def _open_files() -> dict[int, int]:
 
 
 def _pieces(descriptor: int) -> Iterator[bytes]:
-    """Reads a file from its start."""
+    """Yield the content of a file from its start, in pieces."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
         while piece := os.read(descriptor, PIECE_BYTES):
@@ -93,15 +94,15 @@ def _pieces(descriptor: int) -> Iterator[bytes]:
 def decode_file(
     pieces: Iterable[bytes], address_words: int, netns: int
 ) -> Iterator[Records]:
-    """Decodes /proc/net/tcp or tcp6, in chunks of dtype `ENTRY`.
+    """Decode /proc/net/tcp or tcp6, in chunks of dtype `ENTRY`.
 
     Args:
         pieces: the text, split anywhere.
-        address_words: the 32-bit words of an address: 1 for tcp, 4 for tcp6.
+        address_words: the number of 32-bit words of an address: 1 for tcp, 4 for tcp6.
         netns: the inode of the namespace, for the keys of the entries.
 
     Raises:
-        SocketTableError: the heading or a line is malformed; the message has its byte.
+        SocketTableError: the heading or a line is malformed; the error names the byte.
     """
     name, columns = FILES[address_words]
     begin, rest = 0, b""
@@ -122,19 +123,19 @@ def decode_file(
 
 
 def decode_lines(text: bytes, address_words: int, netns: int, begin: int = 0) -> Records:
-    """Decodes whole lines to dtype `ENTRY`.
+    """Decode whole lines to dtype `ENTRY`.
 
-    Only the first columns are read, ``sl: local rem st``. No kernel has changed these
+    Only the first columns are read: ``sl: local rem st``. All kernels have these columns
     (proc_net_tcp in the kernel's Documentation/networking).
 
     Args:
         text: lines, each with its line feed.
         address_words: the 32-bit words of an address: 1 for tcp, 4 for tcp6.
         netns: the inode of the namespace, for the keys of the entries.
-        begin: at which byte of the file ``text`` begins, for messages.
+        begin: the byte of the file at which ``text`` begins, for messages.
 
     Raises:
-        SocketTableError: a line is malformed; the message has its byte.
+        SocketTableError: a line is malformed; the error names the byte.
     """
     name, _ = FILES[address_words]
     data = np.frombuffer(text, np.uint8)
@@ -160,7 +161,7 @@ def decode_lines(text: bytes, address_words: int, netns: int, begin: int = 0) ->
 
 
 def _entries(octets: Bytes, address_words: int, netns: int) -> Records:
-    """Entries from the bytes of each line: address, port, address, port, state."""
+    """Convert the bytes of each line (address, port, address, port, state) to entries."""
     entries = np.zeros(len(octets), ENTRY)
     address_bytes = 4 * address_words
     for end, at in (("local", 0), ("remote", address_bytes + 2)):

@@ -1,35 +1,35 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Saves the ages of connections to a file, for hosts where nothing can be pinned.
 
-For each connection the file has the time when it was established, its direction, the
-cookie of its socket, and a hash of its key. No other socket gets that cookie until the host
-boots again. The file has no addresses. The next run reads the socket tables as usual. A
-connection that is in the tables and in the file gets the saved time and direction. These
-are the cases for a connection:
+For each connection the file has the time when it was established, its direction, the cookie
+of its socket, and a hash of its key. The kernel gives that cookie to no other socket until
+the host boots again. The file has no addresses. The next run reads the socket tables. If a
+connection is in the tables and in the file, it gets the saved time and direction. These are
+the cases for a connection:
 
 a. It stays open: it gets its saved time.
 b. It closes, and a new socket opens the same address pair while no exporter runs: the new
    socket has another cookie. The connection gets the age from the socket tables.
 c. As b, but the same socket opens the address pair again. A client can do that after
-   connect(2) with AF_UNSPEC. The socket tables do not show the difference, so the
-   connection gets the time of the first one. If an address or a port is another one, the
-   key differs, and the connection gets the age from the socket tables.
+   connect(2) with AF_UNSPEC. The socket tables do not show the difference, so the second
+   connection gets the time of the first. If an address or a port differs, the key differs
+   too, and the second connection gets the age from the socket tables.
 d. It opens after the last save: it gets the age from the socket tables.
 
 The process that saves is confined: it cannot open, rename or remove a file. It can only
-write to a file that is open already. So the file has two areas, which are written
-alternately. Each area has a checksum of its whole content, and a number that is higher in
-the newer area. At any time one area is complete:
+write to a file that is already open. So the file has two areas, and saves alternate between
+them. Each area has a checksum of its whole content, and a number that is higher in the
+newer area. At any time at least one area is complete:
 
 e. The exporter is killed while it writes an area: the checksum of that area is wrong, and
    the other area has the previous save.
-f. The disk is full, or fails: as e, and the next save uses the same area.
-g. The power fails: the file is from another boot then, and is ignored. So the exporter
-   does not wait until the disk has stored a save (fsync): during one boot the kernel
-   returns what was written.
+f. The disk is full, or fails: as e, and the next save uses the same area again.
+g. The power fails: after that, the file is from another boot, and is ignored. So the
+   exporter does not wait until the disk has stored a save (fsync): until the next boot, the
+   kernel returns the written content.
 h. A second exporter starts: it ends with an error, as the first one has locked the file.
-i. The file is deleted or replaced while the exporter runs: the next run could not find what
-   is saved. The exporter logs that, and saves no more.
+i. The file is deleted or replaced while the exporter runs: the next run could not find the
+   saves. The exporter logs that, and does not save again.
 """
 
 import contextlib
@@ -57,13 +57,13 @@ from tcpexporter.host.background import Task
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 60.0
-"""Time between two saves."""
+"""Seconds between two saves."""
 
 LIMIT_S = 300.0
-"""A save that takes longer than this hangs."""
+"""Seconds after which a save counts as hanging."""
 
 STOP_TIMEOUT_S = 5.0
-"""Time for the last save. If it takes longer, the next run finds the previous save."""
+"""Seconds for the last save. If it takes longer, the next run finds the previous save."""
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """A file with a random identifier of this boot: random(4)."""
@@ -92,19 +92,19 @@ of the hashes. ``count`` is the number of rows, which follow.
 ROW = np.dtype(
     [("cookie", "<u8"), ("hash", "<u8"), ("established_ns", "<u8"), ("direction", "u1")]
 )
-"""A saved connection; ``established_ns`` is on CLOCK_BOOTTIME of that boot."""
+"""A saved connection; ``established_ns`` is on the CLOCK_BOOTTIME of its boot."""
 
 AREAS = 2
 PIECE_BYTES = 1 << 16
-"""The areas alternate in the file in pieces of this size, so both can grow."""
+"""Size in bytes of the pieces in which the areas alternate, so that both can grow."""
 
 DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""Errors of a disk. They do not keep the exporter from starting."""
+"""Errors of a disk. They do not prevent the start of the exporter."""
 
 
 @dataclass(frozen=True)
 class Save:
-    """The content of an area, with the fields of `HEADER`."""
+    """A save: the content of an area, with the fields of `HEADER`."""
 
     number: int
     boot: bytes
@@ -114,7 +114,7 @@ class Save:
 
 
 def parse(area: bytes) -> Save:
-    """Parses an area. Bytes after the save are from an older, longer save, and are ignored.
+    """Parse an area. Bytes after the save belong to an older, longer save, and are ignored.
 
     Raises:
         StateError: the save is incomplete, damaged, or has another version.
@@ -139,7 +139,7 @@ def parse(area: bytes) -> Save:
 
 
 def compose(save: Save) -> bytes:
-    """Returns the bytes of a save, as `parse` accepts them."""
+    """Return a save as bytes, as `parse` accepts them."""
     header = np.zeros(1, HEADER)
     header["magic"], header["version"] = MAGIC, VERSION
     header["number"], header["boot"] = save.number, np.frombuffer(save.boot, np.uint8)
@@ -150,7 +150,7 @@ def compose(save: Save) -> bytes:
 
 
 def _checksum(header: Records, rows_checksum: int) -> int:
-    """Continues the checksum of the rows with the header."""
+    """Return the checksum of the rows and the header."""
     without = header.copy()
     without["checksum"] = 0
     return zlib.crc32(without.tobytes(), rows_checksum)
@@ -160,14 +160,14 @@ class State:
     """The file of --state, which one exporter at a time has locked."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        """Take over the descriptor of a locked file: see `open`."""
+        """Use the descriptor of a file that `open` has opened and locked."""
         self.saved_s: float | None = None
-        """When ages were last saved, in Unix time; 0: not yet; None: they are not saved."""
+        """When ages were last saved, in Unix time; 0: not yet; None: ages are not saved."""
         self._path = path
         self._descriptor = descriptor
         self._boot = bytes.fromhex(BOOT_ID.read_text().replace("-", ""))
-        # This is not the secret of the BPF program. Otherwise a user who can read the file
-        # could make keys collide there.
+        # Not the secret of the BPF program: a user who can read the file could open
+        # connections whose hashes collide in the BPF program.
         self._secret = int.from_bytes(os.urandom(8)), int.from_bytes(os.urandom(8))
         self._area = 0
         self._number = 0
@@ -177,10 +177,10 @@ class State:
 
     @classmethod
     def open(cls, path: Path) -> Self | None:
-        """Opens and locks the file until `close`, and creates it if it does not exist.
+        """Open the file and lock it until `close`; create the file if it does not exist.
 
         Returns:
-            None if the disk fails. That is logged, and connections are counted anyway.
+            None if the disk fails. Then a warning is logged, and ages are not saved.
 
         Raises:
             StateError: the file belongs to another user or program, or another exporter
@@ -204,23 +204,23 @@ class State:
         return opened
 
     def close(self) -> None:
-        """Saves a last time, if `begin` was called, and unlocks the file."""
+        """Save a last time, if `begin` was called, and unlock the file."""
         if self._task is None or self._task.stop(STOP_TIMEOUT_S):
             os.close(self._descriptor)
 
     def tasks(self) -> list[Task]:
-        """Returns the thread that saves, if `begin` was called."""
+        """Return the task whose thread saves, if `begin` was called."""
         return [self._task] if self._task else []
 
     # Restoring
 
     def aged(self, tables: ConnectionTables) -> ConnectionTables:
-        """Returns the socket tables with the saved times and directions of connections."""
+        """Return the socket tables with the saved times and directions of connections."""
         save = self._newest()
         return _RestoredTables(tables, save) if save and save.boot == self._boot else tables
 
     def _newest(self) -> Save | None:
-        """Returns the newest save, and selects the area for the next one."""
+        """Return the newest save, and select the area for the next save."""
         saves: dict[int, Save] = {}
         reasons = []
         for area in range(AREAS):
@@ -239,7 +239,7 @@ class State:
         return saves[newest]
 
     def _read(self, area: int) -> bytes:
-        """Reads the pieces of an area."""
+        """Return the content of an area."""
         size = os.fstat(self._descriptor).st_size
         offsets = range(area * PIECE_BYTES, size, AREAS * PIECE_BYTES)
         return b"".join(os.pread(self._descriptor, PIECE_BYTES, at) for at in offsets)
@@ -247,11 +247,11 @@ class State:
     # Saving
 
     def begin(self, known: Callable[[], Records]) -> None:
-        """Starts a thread that saves at intervals.
+        """Start a thread that saves at intervals.
 
         Args:
-            known: returns the connections to save, of dtype `SOCKET`; raises SourceError
-                if it cannot.
+            known: a function that returns the connections to save, of dtype `SOCKET`. It
+                raises SourceError if it fails.
 
         Raises:
             ThreadError: the kernel refuses another thread.
@@ -266,7 +266,7 @@ class State:
         task.begin()
 
     def _save_repeatedly(self, task: Task, known: Callable[[], Records]) -> None:
-        """Saves at intervals, and once more when the task is stopped."""
+        """Save at intervals, and once more when the task is stopped."""
         failing = False
         has_ended = False
         while not has_ended:
@@ -276,7 +276,8 @@ class State:
                     with enough_memory():
                         self._save(known())
                 except (SourceError, StateError) as error:
-                    # The thread has not failed: a restart of the exporter would not help.
+                    # The task must not count as failing: a restart of the exporter would
+                    # not help.
                     if not failing:
                         log.warning("ages are not saved: %s", error)
                     failing = True
@@ -286,10 +287,10 @@ class State:
                     failing = False
 
     def _save(self, connections: Records) -> None:
-        """Saves connections, unless the file has them already.
+        """Save connections, unless the newest save has the same content.
 
         Raises:
-            StateError: they cannot be saved.
+            StateError: the connections cannot be saved.
         """
         rows = _rows(connections, self._secret)
         checksum = zlib.crc32(rows.view(np.uint8).data)
@@ -298,7 +299,7 @@ class State:
                 raise StateError(
                     f"{self._path} was deleted or replaced: restart the exporter"
                 )
-            if checksum != self._written:  # otherwise the file has these rows already
+            if checksum != self._written:  # otherwise the newest save has these rows
                 number = (self._number + 1) % 2**64
                 save = Save(number, self._boot, self._secret, rows)
                 self._write(memoryview(compose(save)))
@@ -310,7 +311,7 @@ class State:
         self.saved_s = time.time()
 
     def _write(self, save: memoryview) -> None:
-        """Writes with lseek(2) and write(2): a confined process may not use pwrite(2)."""
+        """Write with lseek(2) and write(2): a confined process may not use pwrite(2)."""
         for first in range(0, len(save), PIECE_BYTES):
             offset = AREAS * first + self._area * PIECE_BYTES
             os.lseek(self._descriptor, offset, os.SEEK_SET)
@@ -331,9 +332,10 @@ class _RestoredTables:
         return self._tables.namespaces()
 
     def established(self, *, with_ages: bool) -> Records:
-        """Reads the tables, and restores what was saved of the same connections.
+        """Read the tables, and restore the saved times and directions of connections.
 
-        Both times are upper bounds unless one came from an event, so the earlier is used.
+        Both times are upper bounds, or one is the exact time of an event. So the earlier
+        time is used.
         """
         found = self._tables.established(with_ages=with_ages)
         cookies = self._rows["cookie"]
@@ -353,10 +355,10 @@ class _RestoredTables:
 
 
 def _rows(connections: Records, secret: tuple[int, int]) -> Records:
-    """Returns what is saved of connections, of dtype `ROW`.
+    """Return the rows to save for connections, of dtype `ROW`.
 
     Raises:
-        StateError: there are connections, and none has a cookie.
+        StateError: there are connections, but none has a cookie.
     """
     identified = connections[connections["cookie"] != 0]
     if len(connections) and not len(identified):
@@ -378,7 +380,7 @@ def _require_own_file(path: Path, status: os.stat_result) -> None:
 
 
 def _require_state(path: Path, beginning: bytes) -> None:
-    """Accepts an empty file, and one that begins as a save does, complete or not."""
+    """Refuse a file that is not empty and does not begin with the header of a save."""
     if beginning and beginning != MAGIC:
         raise StateError(
             f"{path} is not a file of --state: remove it, or choose another file with"

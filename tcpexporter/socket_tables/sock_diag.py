@@ -22,7 +22,7 @@ from tcpexporter.socket_tables.diag_messages import (
 from tcpexporter.socket_tables.entries import TCP_ESTABLISHED, TCP_LISTEN, Bytes
 from tcpexporter.socket_tables.netns_thread import run_in_netns
 
-with part_of("pyroute2"):  # importing all of it takes 8 MiB more
+with part_of("pyroute2"):  # importing all of it would use 8 MiB more
     from pyroute2.netlink import (
         NETLINK_SOCK_DIAG,
         NLM_F_DUMP,
@@ -33,15 +33,16 @@ with part_of("pyroute2"):  # importing all of it takes 8 MiB more
     from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY, inet_diag_req
 
 DATAGRAM_BYTES = 65536
-"""More than one datagram of a dump, 32 KiB (netlink_dump in net/netlink/af_netlink.c)."""
+"""Size of a buffer, in bytes. A datagram of a dump has at most 32 KiB (netlink_dump in the
+kernel's net/netlink/af_netlink.c)."""
 
 REPLY_BYTES = 8 * DATAGRAM_BYTES
-"""How much of a dump is decoded at once."""
+"""Number of bytes of a dump that are decoded at once."""
 
 REPLY_TIMEOUT_S = 10
 
 DONE_BYTES = NETLINK_HEADER_BYTES + 4
-"""NLMSG_DONE: the header, and an error number, which is 0 if the dump is complete."""
+"""Size of NLMSG_DONE: the header, and an error number; 0 means a complete dump."""
 
 
 class SockDiagReader:
@@ -50,10 +51,10 @@ class SockDiagReader:
     name = "sock_diag"
 
     def __init__(self, netns: Path) -> None:
-        """Read the listeners once, to find out whether the kernel answers.
+        """Open the sockets, and read the listeners once to check that the kernel answers.
 
         Raises:
-            SocketTableError: it does not.
+            SocketTableError: the kernel does not answer.
         """
         with namespaces.opened(netns) as descriptor:
             self.netns = os.fstat(descriptor).st_ino
@@ -89,8 +90,8 @@ class SockDiagReader:
 def _netlink_socket() -> socket.socket:
     opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
     # A connected socket accepts messages from the kernel only. Otherwise a process that is
-    # root in the namespace, such as a container's, could send to it
-    # (netlink_getsockbyportid in net/netlink/af_netlink.c).
+    # root in the namespace, such as a container's root, could send messages to it
+    # (netlink_getsockbyportid in the kernel's net/netlink/af_netlink.c).
     opened.connect((0, 0))
     opened.settimeout(REPLY_TIMEOUT_S)
     return opened
@@ -99,8 +100,8 @@ def _netlink_socket() -> socket.socket:
 class DumpSocket:
     """A netlink socket that does one dump at a time.
 
-    The kernel refuses a second dump on a socket while one is in progress (EBUSY), and
-    replies to both would arrive at the same socket.
+    While a dump is in progress, the kernel refuses a second dump on the same socket
+    (EBUSY).
     """
 
     def __init__(self, opened: socket.socket) -> None:
@@ -110,11 +111,11 @@ class DumpSocket:
         self.close = opened.close
 
     def dump(self, states: int, extensions: int) -> Iterator[Bytes]:
-        """Dumps the IPv4 and IPv6 sockets in any of ``states``.
+        """Dump the IPv4 and IPv6 sockets that are in one of ``states``.
 
         Args:
-            states: as `dump_request` takes them.
-            extensions: as `dump_request` takes them.
+            states: the set of states, as in `dump_request`.
+            extensions: the set of attributes, as in `dump_request`.
 
         Yields:
             Messages of equal length, as `split_messages` returns them.
@@ -136,30 +137,30 @@ class DumpSocket:
             ) from error
 
     def _discard_rest(self) -> None:
-        """Reads and drops what remains of a dump that failed or was abandoned."""
+        """Read and drop the rest of a dump that failed or was abandoned."""
         try:
             while self._is_in_progress:
                 self._receive()
         finally:
-            self._is_in_progress = False  # if the end is lost, wait for it only once
+            self._is_in_progress = False  # if the end was lost, do not wait for it again
 
     def _replies(self) -> Iterator[Bytes]:
-        """Receives a dump, and splits many datagrams at once: each has 100 to 200 sockets.
+        """Yield the datagrams of a dump, many at once: each has 100 to 200 sockets.
 
-        Receiving in a second thread was measured: it is not faster.
+        Receiving in a second thread is not faster: that was measured.
         """
         while self._is_in_progress:
             reply = self._receive()
             yield from self._runs(reply, is_last=not self._is_in_progress)
 
     def _receive(self) -> Bytes:
-        """Receives datagrams until the buffer is full or the dump ends."""
+        """Receive datagrams until the buffer is full or the dump ends, and return them."""
         buffer = np.empty(REPLY_BYTES, np.uint8)
         filled = 0
         while self._is_in_progress and len(buffer) - filled >= DATAGRAM_BYTES:
             room = buffer[filled:]
             datagram = room[: self._socket.recv_into(room.data)]
-            if _answers(datagram, self._sequence):  # not the rest of an abandoned dump
+            if _answers(datagram, self._sequence):  # skips the rest of an abandoned dump
                 filled += len(datagram)
                 self._is_in_progress = not _ends(datagram)
         return buffer[:filled]
@@ -175,9 +176,10 @@ class DumpSocket:
 
 
 def _answers(datagram: Bytes, sequence: int) -> bool:
-    """Whether a datagram answers the request with that sequence number.
+    """Return whether a datagram answers the request with this sequence number.
 
-    A datagram too short to have one counts as an answer, so that it is refused later.
+    A datagram that is too short for a sequence number counts as an answer: `split_messages`
+    refuses it with an error.
     """
     if len(datagram) < NETLINK_HEADER_BYTES:
         return True
@@ -186,9 +188,10 @@ def _answers(datagram: Bytes, sequence: int) -> bool:
 
 
 def _ends(datagram: Bytes) -> bool:
-    """Whether a datagram is the last of a dump.
+    """Return whether a datagram is the last of a dump.
 
-    NLMSG_DONE has a datagram of its own, or follows the last sockets if it fits.
+    The last message of a dump is NLMSG_DONE. It has its own datagram, or follows the last
+    sockets if it fits.
     """
     if len(datagram) < DONE_BYTES:
         return False
@@ -200,12 +203,12 @@ def _ends(datagram: Bytes) -> bool:
 
 
 def dump_request(family: int, states: int, extensions: int, sequence: int) -> bytes:
-    """Returns a request for the TCP sockets of one address family.
+    """Return a request for the TCP sockets of one address family.
 
     Args:
         family: AF_INET or AF_INET6.
-        states: a bit ``1 << state`` for each TCP state that is wanted.
-        extensions: a bit ``1 << (attribute - 1)`` for each attribute that is wanted.
+        states: a bit ``1 << state`` for each requested TCP state.
+        extensions: a bit ``1 << (attribute - 1)`` for each requested attribute.
         sequence: the sequence number, which the reply repeats.
     """
     request = inet_diag_req()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The kernel's socket tables of one or more network namespaces."""
+"""Reads the kernel's socket tables of one or more network namespaces."""
 
 import logging
 import threading
@@ -21,9 +21,9 @@ from tcpexporter.socket_tables.sock_diag import SockDiagReader
 log = logging.getLogger(__name__)
 
 FORGET_S = 300
-"""After this many seconds without any socket, a namespace is closed.
+"""Seconds without any socket after which a namespace is closed.
 
-The time is long enough for a service to restart in it.
+The time is long enough for a restart of a service in the namespace.
 """
 
 
@@ -36,7 +36,7 @@ class TableReader(Protocol):
     """The inode of the namespace."""
 
     def entries(self, *, with_ages: bool) -> Iterator[Records]:
-        """Reads the sockets in state ESTABLISHED or LISTEN, in chunks of dtype `ENTRY`.
+        """Read the sockets in state ESTABLISHED or LISTEN, in chunks of dtype `ENTRY`.
 
         Raises:
             SocketTableError: the table cannot be read, or has an unknown format.
@@ -44,7 +44,7 @@ class TableReader(Protocol):
         ...
 
     def listening(self) -> Iterator[Records]:
-        """Reads only the sockets in state LISTEN, in chunks of dtype `ENTRY`.
+        """Read only the sockets in state LISTEN, in chunks of dtype `ENTRY`.
 
         Another thread may read `entries` at the same time.
 
@@ -54,57 +54,59 @@ class TableReader(Protocol):
         ...
 
     def close(self) -> None:
-        """Closes its descriptors."""
+        """Close the descriptors of the reader."""
         ...
 
 
 class SocketTables:
     """The socket tables of one or more network namespaces.
 
-    A reader holds its namespace open. The kernel keeps a namespace that is held open, with
-    all its devices, even when its container has ended. So `established` closes the reader
-    of a namespace that has had no socket for `FORGET_S` seconds. It does not close the
-    first reader, nor the reader of a namespace that has a name.
+    A reader holds its namespace open. The kernel keeps an open namespace and its devices
+    even after its container has ended. So `established` closes the reader of a namespace
+    that has had no socket for `FORGET_S` seconds. It never closes the first reader or the
+    reader of a namespace that has a name.
     """
 
     def __init__(self, readers: Sequence[TableReader]) -> None:
-        """Take one reader for each namespace; only `close` closes the first one."""
+        """Use these readers, one per namespace; only `close` closes the first reader."""
         self.name = readers[0].name
         self._readers = list(readers)
         self._used_s = {reader.netns: time.monotonic() for reader in readers}
-        # A reader can do only one dump of each kind at a time. The second lock also keeps
-        # a reader from being closed while its listeners are read.
+        # A reader can do only one dump of each kind at a time. The second lock also
+        # prevents that a reader is closed while its listeners are read.
         self._dump_lock = threading.Lock()
         self._listeners_lock = threading.Lock()
 
     def close(self) -> None:
-        """Closes all descriptors."""
+        """Close all descriptors."""
         for reader in self._readers:
             reader.close()
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
         """The inodes of the namespaces that are read and held open.
 
-        The first is that of --netns, or that of the exporter. Any thread may call this.
+        The first one is the namespace of --netns, or that of the exporter. Any thread may
+        call this.
         """
         return np.array([reader.netns for reader in self._readers], np.uint32)
 
     def established(self, *, with_ages: bool = True) -> Records:
-        """Reads the connections in state ESTABLISHED, of dtype `SOCKET`.
+        """Read the connections in state ESTABLISHED, of dtype `SOCKET`.
 
         A connection is inbound if its network namespace has a listener at its local port.
         ``cookie`` is 0 if the tables are read from procfs.
 
-        A connection that is established during the whole dump is nearly always found, and
-        nearly always once. Between two parts of a dump the kernel continues by position in
-        a hash bucket. A socket that is added to or removed from that bucket in between can
-        hide or repeat another one (tcp_diag_dump and tcp_get_idx in the kernel's net/ipv4).
+        A dump can miss or repeat a connection that is established all the time, but rarely.
+        A dump has several parts, and the kernel continues at a position in a hash bucket.
+        If a socket is added to or removed from that bucket between two parts, another
+        socket of the bucket can be missed or repeated (tcp_diag_dump and tcp_get_idx in the
+        kernel's net/ipv4).
 
         Args:
-            with_ages: whether to ask for ages, which makes the kernel send five times as
-                much. Then ``established_ns`` is earlier by the age: the connection was
-                established at that time or before. Otherwise ``established_ns`` is the time
-                of this dump.
+            with_ages: whether to request ages; the kernel then sends five times as much
+                data. With ages, ``established_ns`` is the time of this dump minus the age:
+                the connection was established then or before. Without, it is the time of
+                this dump.
 
         Raises:
             SocketTableError: a table cannot be read, or has an unknown format.
@@ -123,7 +125,7 @@ class SocketTables:
         return entries.concatenate(found, SOCKET)
 
     def listeners(self) -> Records:
-        """Reads the listening ports, of dtype `LISTENER`, each once.
+        """Read the listening ports, of dtype `LISTENER`, each once.
 
         Another thread may be in `established` at the same time.
 
@@ -139,9 +141,9 @@ class SocketTables:
         return np.unique(entries.concatenate(found, LISTENER))
 
     def _close_unused(self, used: set[int]) -> None:
-        """Closes the readers of namespaces that have been unused for `FORGET_S` seconds."""
+        """Close the readers of namespaces that have been unused for `FORGET_S` seconds."""
         if len(self._readers) == 1:
-            return  # the first is never closed; reading names requires a free descriptor
+            return  # no reader to close; reading names would require a free descriptor
         now_s = time.monotonic()
         used |= {self._readers[0].netns, *namespaces.named()}
         self._used_s.update(dict.fromkeys(used, now_s))
@@ -151,16 +153,16 @@ class SocketTables:
             if now_s - self._used_s[reader.netns] > FORGET_S
         ]
         with self._listeners_lock:
-            # The list is replaced at once, as another thread may call `namespaces`. It is
-            # replaced before the readers are closed: from then on a new namespace can have
-            # the inode of a closed one.
+            # The list is replaced in one step, because another thread may call
+            # `namespaces`. It is replaced before the readers are closed: afterwards a new
+            # namespace can get the inode of a closed one.
             self._readers = [each for each in self._readers if each not in unused]
             for reader in unused:
                 reader.close()
 
 
 def open_tables(name: str, netns: str) -> SocketTables:
-    """Opens socket tables; requires root for namespaces other than that of the exporter.
+    """Open socket tables. This requires root for any namespace except the exporter's own.
 
     Args:
         name: ``sock_diag``, ``procfs``, or ``auto`` for the first of them that works.
@@ -169,7 +171,7 @@ def open_tables(name: str, netns: str) -> SocketTables:
 
     Raises:
         SettingsError: ``netns`` is not a network namespace.
-        SocketTableError: the tables cannot be read; the message has the cause and a remedy.
+        SocketTableError: the tables cannot be read; the error has the cause and a remedy.
     """
     if name == "auto":
         try:
@@ -184,9 +186,10 @@ def open_tables(name: str, netns: str) -> SocketTables:
 
 
 def _open_others(reader: Callable[[Path], TableReader]) -> list[TableReader]:
-    """Opens a reader for each namespace except our own.
+    """Open a reader for each namespace except the exporter's own.
 
-    Several processes and names can lead to one namespace: the first that works is used.
+    Several processes and names can refer to one namespace. The first path that can be
+    opened is used.
     """
     readers: dict[int, TableReader] = {}
     failures: dict[int, SourceError] = {}
@@ -199,7 +202,10 @@ def _open_others(reader: Callable[[Path], TableReader]) -> list[TableReader]:
         except SourceError as error:
             failures[number] = error
             continue
-        if opened.netns in {own, *readers}:  # the process has changed its namespace
+        if opened.netns in {
+            own,
+            *readers,
+        }:  # the process has changed its namespace meanwhile
             opened.close()
         else:
             readers[opened.netns] = opened

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The parsed web configuration (--web-config), as one frozen `WebConfig`."""
+"""Defines the parsed web configuration (--web-config): one frozen `WebConfig`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ CIPHERS = {
         ("AES_256_CBC_SHA", "AES256-SHA"),
     )
 }
-"""Cipher suites up to TLS 1.2: OpenSSL's name by Go's, in Go's order of preference."""
+"""OpenSSL's name for Go's name of cipher suites up to TLS 1.2, in Go's preference."""
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,24 @@ class Tls:
     """The section tls_server_config, with the content of the files that it names."""
 
     cert: str
-    """PEM, as are ``key`` and ``client_ca``."""
+    """The certificate, in PEM; so are ``key`` and ``client_ca``."""
     key: str
     client_ca: str | None = None
     client_auth_type: str = NO_CERTIFICATE
     client_allowed_sans: tuple[str, ...] | None = None
-    """None permits a client certificate for any name."""
+    """Allowed names in client certificates; None: any name."""
     min_version: str = "TLS12"
     max_version: str = "TLS13"
     cipher_suites: tuple[str, ...] = ()
-    """Go's names; empty for all suites that Go has."""
+    """Go's names of cipher suites; empty: all suites of Go."""
     prefer_server_cipher_suites: bool = True
     curve: str | None = None
-    """OpenSSL's name; None lets OpenSSL choose."""
+    """OpenSSL's name of the curve; None: OpenSSL chooses."""
 
 
 @dataclass(frozen=True)
 class RateLimit:
-    """The section rate_limit: a token bucket of size ``burst``, a token every interval."""
+    """The section rate_limit: a bucket of ``burst`` tokens, with one more per interval."""
 
     interval_s: float
     burst: int
@@ -63,7 +63,7 @@ class WebConfig:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Return the `WebConfig` that `dataclasses.asdict` and JSON have converted."""
+        """Return the `WebConfig` that `dataclasses.asdict` has converted to JSON."""
         tls, rate_limit = content["tls"], content["rate_limit"]
         if tls:
             for name in ("cipher_suites", "client_allowed_sans"):

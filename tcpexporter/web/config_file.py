@@ -2,9 +2,9 @@
 """Parses a web configuration file (--web-config): from YAML to one `WebConfig`.
 
 The format is that of https://github.com/prometheus/exporter-toolkit,
-docs/web-configuration.md. Features that the exporter does not support are refused by name:
-an operator must not rely on protection that is not there. All values are read as text, so
-YAML does not convert a password hash or ``1s``.
+docs/web-configuration.md. The error for an unsupported feature names the feature: an
+operator must not rely on a protection that is not in force. All values are read as text, so
+that YAML does not convert a password hash or ``1s``.
 """
 
 import re
@@ -31,14 +31,15 @@ TLS13_CIPHERS = (
     "TLS_AES_256_GCM_SHA384",
     "TLS_CHACHA20_POLY1305_SHA256",
 )
-"""Always enabled with TLS 1.3. Listing them has no effect, as in exporter-toolkit."""
+"""Cipher suites of TLS 1.3. They are always enabled; to list them has no effect, as in
+exporter-toolkit."""
 
 CURVES = {
     "CurveP256": "prime256v1",
     "CurveP384": "secp384r1",
     "CurveP521": "secp521r1",
 }
-"""OpenSSL's name by Go's. Python's ssl cannot select X25519 alone."""
+"""OpenSSL's name for Go's name of each curve. Python's ssl cannot select only X25519."""
 
 HEADERS: Mapping[str, tuple[str, ...]] = {
     "Content-Security-Policy": (),
@@ -73,7 +74,7 @@ _CLIENT_AUTH_TYPES = (
     NO_CERTIFICATE,
     "RequestClientCert",
     "RequireAnyClientCert",
-    "RequireClientCert",  # older name of RequireAnyClientCert
+    "RequireClientCert",  # an older name of RequireAnyClientCert
     VERIFIED_IF_GIVEN,
     VERIFIED,
 )
@@ -91,13 +92,13 @@ def parse(text: str, path: str, read: Callable[[str], str]) -> WebConfig:
     """Parse the text of a web configuration file.
 
     Args:
-        text: YAML.
-        path: Path of the file, for error messages.
-        read: Returns the content of a file that the configuration names.
+        text: the text of the file, in YAML.
+        path: the path of the file, for error messages.
+        read: a function that returns the content of a file that the configuration names.
 
     Raises:
-        WebConfigError: something is unknown, wrong or not supported. The message says
-            where, what, and what is allowed; it never contains a secret.
+        WebConfigError: a name is unknown, or a value is invalid or not supported. The
+            message says where, and what is allowed. It never contains a secret.
     """
     return _File(path, read).config(_compose(text, path))
 
@@ -111,14 +112,14 @@ def _compose(text: str, path: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         reason = str(error).splitlines()[0]
         raise WebConfigError(f"{path}: not YAML: {reason}") from error
-    except (ValueError, OverflowError) as error:  # in %YAML, or in an escaped character
+    except (ValueError, OverflowError) as error:  # a number in %YAML or after a backslash
         raise WebConfigError(f"{path}: not YAML: a number in it is too large") from error
     except RecursionError as error:
         raise WebConfigError(f"{path}: lists or mappings are nested too deeply") from error
 
 
 _Entries = dict[str, tuple[yaml.Node, yaml.Node]]
-"""Entries of a mapping: the nodes of key and value, by the key's text."""
+"""Entries of a mapping: the nodes of key and value, by the text of the key."""
 
 
 class _File:
@@ -168,7 +169,7 @@ class _File:
         return tls
 
     def _check(self, tls: Tls, section: yaml.Node | None) -> None:
-        """Refuse combinations of valid values that contradict each other."""
+        """Refuse valid values that contradict each other."""
         verified = tls.client_auth_type != NO_CERTIFICATE
         if tls.client_ca is not None and not verified:
             raise self._wrong(
@@ -212,7 +213,7 @@ class _File:
     def _users(self, section: yaml.Node | None) -> dict[str, str]:
         users = {}
         for name, (key, value) in self._entries(section, "basic_auth_users").items():
-            # A wrong value may be a password: the message does not repeat it.
+            # An invalid value may be a password, so the message does not contain it.
             if not isinstance(value, yaml.ScalarNode) or not _BCRYPT_HASH.fullmatch(
                 value.value
             ):
@@ -338,14 +339,14 @@ class _File:
         if not isinstance(node, yaml.ScalarNode):
             raise self._wrong(node, f"{name} must be a text")
         text = str(node.value)
-        if any("\ud800" <= each <= "\udfff" for each in text):  # YAML can escape surrogates
+        if any("\ud800" <= each <= "\udfff" for each in text):  # YAML accepts "\ud800"
             raise self._wrong(node, f"{name} must be a text without surrogates")
         return text
 
     # Mappings
 
     def _known(self, node: yaml.Node | None, name: str, keys: tuple[str, ...]) -> _Entries:
-        """Return the entries of a mapping, without those that have no value."""
+        """Return the entries of a mapping; leave out entries without a value."""
         entries = self._entries(node, name)
         for key, (node_of_key, _) in entries.items():
             if key not in keys:

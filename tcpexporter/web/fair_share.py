@@ -10,10 +10,10 @@ _Client = TypeVar("_Client")
 
 
 def source_network(host: str) -> str:
-    """Return the network that shares slots: an IPv4 address, or the /64 of an IPv6 address.
+    """Return the source network of a client: the IPv4 address, or the IPv6 /64.
 
-    A host can choose the last 64 bits of its IPv6 address freely, so a limit for each
-    IPv6 address would not limit it.
+    A host can choose the last 64 bits of its IPv6 address. So a limit per IPv6 address
+    would not limit a host.
     """
     if ":" not in host:
         return host
@@ -22,10 +22,10 @@ def source_network(host: str) -> str:
 
 
 class ConnectionSlots(Generic[_Client]):
-    """Client connections by source network, with the time since which each one waits.
+    """The connection slots by source network, and since when each client waits.
 
-    The network that holds most slots loses one first. So the only client of a network is
-    evicted only when every network has one client.
+    The network that holds most slots loses a slot first. So the only client of a network
+    is evicted only when no network has more than one client.
     """
 
     def __init__(self) -> None:
@@ -33,13 +33,13 @@ class ConnectionSlots(Generic[_Client]):
         self._networks: dict[str, dict[_Client, float]] = {}
 
     def hold(self, client: _Client, network: str, now_s: float) -> None:
-        """Allocate a slot to the client, or renew its slot: it waits from now on."""
+        """Allocate a slot to the client, or renew its slot: its wait begins now."""
         clients = self._networks.setdefault(network, {})
         clients.pop(client, None)
-        clients[client] = now_s  # added last: the clients are in order of waiting time
+        clients[client] = now_s  # added last, so the clients are in order of waiting time
 
     def free(self, client: _Client, network: str) -> None:
-        """Free the client's slot; does nothing if the client has none."""
+        """Free the client's slot; do nothing if the client has no slot."""
         clients = self._networks.get(network, {})
         clients.pop(client, None)
         if not clients:
@@ -48,8 +48,9 @@ class ConnectionSlots(Generic[_Client]):
     def evictable(self, may_evict: Callable[[_Client], bool]) -> _Client | None:
         """Return the client to evict, or None if ``may_evict`` excludes all of them.
 
-        It is the one that has waited longest in the network with most clients; if
-        ``may_evict`` excludes all clients of that network, in the next smaller one.
+        That is the client that has waited longest in the network with most clients. If
+        ``may_evict`` excludes all clients of that network, the next smaller network is
+        used.
         """
         largest_first = sorted(
             self._networks.values(),

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Rules:
-    """What one web configuration requires."""
+    """The TLS policy, headers, users and rate limit of one web configuration."""
 
     tls_policy: TlsPolicy | None
     headers: Mapping[str, str]
@@ -37,16 +37,16 @@ class _Rules:
 class Guard:
     """Authorizes requests by the web configuration in force.
 
-    A new configuration replaces the old one as a whole: each connection and each request
-    follows one configuration from its beginning to its end.
+    A new configuration replaces the whole old one. The same configuration applies to a
+    connection from its beginning to its end, and so for a request.
     """
 
     def __init__(self, path: str, config: Mapping[str, Any]) -> None:
-        """Put the first configuration into force.
+        """Apply the first configuration.
 
         Args:
-            path: The file of the configuration, for error messages.
-            config: As `WebConfig.from_json` requires it.
+            path: the file of the configuration, for error messages.
+            config: the configuration, as `WebConfig.from_json` requires it.
 
         Raises:
             SettingsError: the configuration cannot be used.
@@ -56,10 +56,10 @@ class Guard:
         self._rules = self._make_rules(config)
 
     def replace(self, config: Mapping[str, Any]) -> None:
-        """Put another configuration into force; callable from any thread.
+        """Replace the configuration in force. Any thread may call this.
 
         Raises:
-            SettingsError: it cannot be used; the previous one stays in force.
+            SettingsError: the new configuration cannot be used; the old one stays in force.
         """
         rules = self._make_rules(config)
         if (rules.tls_policy is None) != (self._rules.tls_policy is None):
@@ -71,7 +71,7 @@ class Guard:
 
     @property
     def tls_policy(self) -> TlsPolicy | None:
-        """TLS of new connections; None if there is no TLS until the next restart."""
+        """The TLS policy for new connections; None: no TLS until the next restart."""
         return self._rules.tls_policy
 
     @property
@@ -80,12 +80,12 @@ class Guard:
         return self._rules.headers
 
     async def authorize(self, authorization: str, network: str) -> HTTPStatus:
-        """Return OK if a request is permitted, else the status of its refusal.
+        """Return OK if a request is authorized; otherwise the status of the error response.
 
         Args:
-            authorization: Value of the Authorization header.
-            network: Source network of the client. When passwords wait to be checked,
-                networks take turns.
+            authorization: the value of the Authorization header.
+            network: the source network of the client. If several passwords wait to be
+                checked, the networks take turns.
         """
         rules = self._rules
         if rules.limiter and not rules.limiter.allow():

@@ -21,7 +21,8 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     f"style-src 'sha256-{_STYLE_HASH}'"
 )
-"""Permits only the style of this page, because the page shows text that a user wrote."""
+"""Value of Content-Security-Policy. It allows only the style of this page: the page shows
+texts that users wrote."""
 
 
 def landing_page(version: str, settings: Mapping[str, object]) -> str:

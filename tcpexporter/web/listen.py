@@ -9,17 +9,20 @@ from typing import Any
 from tcpexporter.errors import ServerError
 
 BACKLOG = 1024
-"""Clients that wait in the kernel to be accepted. TCP makes others retry after a second."""
+"""Maximum number of clients that the kernel queues for accept(2).
+
+The kernel drops the SYNs of further clients, and their TCP sends them again after a second.
+"""
 
 RECEIVE_BYTES, SEND_BYTES = 32 * 1024, 128 * 1024
 """Socket buffer sizes of a client. The kernel allocates up to twice as much: socket(7).
 
-Without them, the kernel grows each buffer up to some MiB. The memory of all TCP sockets
-together is limited (tcp_mem), so clients could slow down every service of the host.
+Without a limit, each buffer can grow to several MiB. The memory of all TCP sockets together
+is limited (tcp_mem), so clients could slow down every service of the host.
 """
 
-# Errors for an address that getaddrinfo(3) returns but this host does not have, such as
-# an IPv6 address.
+# Errors of bind(2) for an address that getaddrinfo(3) returns but this host does not have,
+# such as an IPv6 address.
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 _REMEDIES = {
@@ -42,21 +45,23 @@ def listen(address: str | None, port: int) -> list[socket.socket]:
     """Listen at an address, or at each address of a host name that this host has.
 
     Args:
-        address: None and ``::`` mean every address of the host, IPv4 and IPv6, as for
-            exporters written in Go. ``0.0.0.0`` means IPv4 only.
-        port: 0 chooses a free port, the same for all addresses.
+        address: an IP address or a host name. None and ``::`` mean every address of the
+            host, IPv4 and IPv6, as for exporters written in Go. ``0.0.0.0`` means every
+            IPv4 address.
+        port: the port; 0 chooses a free port, the same for all addresses.
 
     Returns:
         One listening socket per address.
 
     Raises:
         ServerError: the host has none of the addresses, or the port is not available at
-            one of them.
+            one of the addresses.
     """
     sockets: list[socket.socket] = []
     absent: OSError | None = None
-    # One socket per address family. On a dual-stack socket all IPv4 clients would have
-    # addresses of one IPv6 network, ::ffff:0:0/96, and share its slots (`fair_share`).
+    # One socket per address family. On a dual-stack socket the addresses of all IPv4
+    # clients would be in one IPv6 network, ::ffff:0:0/96, and share its slots
+    # (`fair_share`).
     bound = None if address == "::" else address
     try:
         for family, (host, _, *scope) in _resolve(bound, port):
@@ -86,7 +91,7 @@ def _resolve(address: str | None, port: int) -> list[tuple[socket.AddressFamily,
         raise ServerError(
             f"cannot resolve {address}: give --listen an address or a name of this host"
         ) from error
-    # getaddrinfo(3) returns an address twice if /etc/hosts has it twice for the name.
+    # getaddrinfo(3) returns an address twice if /etc/hosts has two lines for it.
     return list(dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found))
 
 
@@ -99,7 +104,7 @@ def _bind(family: socket.AddressFamily, sockaddr: _Address) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         if family == socket.AF_INET6:
-            # IPv4 has its own socket, whatever net.ipv6.bindv6only is.
+            # IPv4 has its own socket, whatever the value of net.ipv6.bindv6only.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(sockaddr)
         sock.listen(BACKLOG)

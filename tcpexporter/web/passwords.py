@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Authenticates clients by name and password, and limits the rate of requests.
 
-Checking a password takes 70 ms of CPU, or more if its hash has a higher cost. So a correct
-password is remembered, passwords are checked one after another, and the number of those
-that wait is limited.
+Checking a password uses 70 ms of CPU time, or more if its hash has a higher cost. So a
+correct password is remembered, passwords are checked one after another, and the number of
+waiting checks is limited.
 
-The next password to be checked comes from the source network (`fair_share`) for which
-fewest have been checked lately. If too many wait, one of the network with most waiting
-passwords is refused. So a client that tries many passwords delays the first login of
-clients in other networks by one check for each network that it uses, and their later
-logins not at all. It is unknown before the check which password is correct: a user in the
-same network, or when more networks wait than may wait, may be refused and must try again.
+The next check is for the source network (`fair_share`) for which fewest checks were done
+lately. If too many checks wait, one check of the network with most waiting checks is
+refused. So a client that tries many passwords delays the first login of clients in other
+networks by one check for each network that it uses. It does not delay their later logins. A
+correct password is unknown before its check. So a user in the attacker's network may be
+refused and must try again. If more networks wait than checks may wait, this can happen to
+any user.
 """
 
 import asyncio
@@ -35,17 +36,17 @@ from tcpexporter.web.config import RateLimit
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 32
-"""Passwords that wait to be checked. At 70 ms each, the last one waits for 2.2 seconds."""
+"""Maximum number of waiting checks. At 70 ms each, the last one waits for 2.2 seconds."""
 
 MAX_NETWORKS = 4096
-"""Source networks whose checks are counted; above this number the counts start anew."""
+"""Maximum number of source networks whose checks are counted; then all counts restart."""
 
 USED_BYTES = 72
-"""bcrypt uses the first 72 bytes of a password, here as in other programs."""
+"""bcrypt uses only the first 72 bytes of a password, in all programs."""
 
 
 class CheckQueue:
-    """Password checks that wait, by source network."""
+    """The waiting password checks, by source network."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -56,18 +57,18 @@ class CheckQueue:
     def enqueue(self, network: str) -> asyncio.Future[None]:
         """Return a future that is done when the check may start.
 
-        It is cancelled if the queue is too long and this check is chosen to be refused.
+        The future is cancelled if the queue is full and this check is chosen to be refused.
         """
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(network, deque()).append(turn)
         if sum(map(len, self._waiting.values())) > MAX_WAITING:
-            # Among networks with equally many checks, the one that came last.
+            # Among networks with equally many waiting checks, the network that came last.
             most = max(reversed(self._waiting), key=lambda each: len(self._waiting[each]))
             self._remove(most, deque.pop).cancel()
         return turn
 
     def start_next(self) -> bool:
-        """Let the next check start; return False if none waits."""
+        """Let the next check start; return False if no check waits."""
         while self._waiting:
             network = min(self._waiting, key=self._started.__getitem__)
             turn = self._remove(network, deque.popleft)
@@ -101,10 +102,10 @@ class Checker:
     """Checks passwords in a thread, one after another."""
 
     def __init__(self, check: Callable[[bytes, bytes], bool] = bcrypt.checkpw) -> None:
-        """Prepare.
+        """Prepare to check passwords.
 
         Args:
-            check: Returns whether a password has a hash; may take long.
+            check: a function that returns whether a password has a hash. It is slow.
         """
         self._check = check
         self._queue = CheckQueue()
@@ -114,9 +115,9 @@ class Checker:
         self._is_failing = False
 
     async def matches(self, password: bytes, hashed: bytes, network: str) -> bool | None:
-        """Return whether the password has the hash; None if that cannot be checked now.
+        """Return whether the password has the hash; None: it cannot be checked now.
 
-        The first of several failures is logged.
+        Only the first of several failures in a row is logged.
 
         Raises:
             CancelledError: too many checks wait, or `cancel` was called.
@@ -150,7 +151,7 @@ class Checker:
     def _matches(self, password: bytes, hashed: bytes) -> bool:
         try:
             return self._check(password[:USED_BYTES], hashed)
-        except ValueError:  # bcrypt rejects the password, so it is not the correct one
+        except ValueError:  # bcrypt rejects the password, so it is not correct
             return False
 
 
@@ -161,30 +162,31 @@ class Users:
         """Accept these users.
 
         Args:
-            hashes: Password hashes by user name.
-            checker: Checks passwords that are not remembered.
+            hashes: the password hashes, by user name.
+            checker: the checker of passwords that are not remembered.
         """
         self._hashes = {name.encode(): text.encode() for name, text in hashes.items()}
         self._checker = checker
         self._unmatchable = _unmatchable_hash(hashes.values())
         self._key = secrets.token_bytes(32)
         self._verified: dict[bytes, bytes] = {}
-        """By user name, the digest of the credentials that were correct."""
+        """The digests of credentials that were found correct, by user name."""
         self._checking: dict[bytes, asyncio.Future[HTTPStatus]] = {}
-        """Checks by digest: requests with the same credentials share one."""
+        """The running checks, by digest: equal credentials share a check."""
 
     async def authenticate(self, authorization: str, network: str) -> HTTPStatus:
-        """Return OK, or the status of the refusal.
+        """Return OK, or the status of the error response.
 
         Args:
-            authorization: Value of an Authorization header.
-            network: Source network of the client.
+            authorization: the value of an Authorization header.
+            network: the source network of the client.
         """
         credentials = _basic_credentials(authorization)
         if credentials is None:
             return HTTPStatus.UNAUTHORIZED
         name, password = credentials
-        # Unknown names are checked too, so that the time does not reveal which are known.
+        # An unknown name is checked too, so that the time does not reveal which names are
+        # known.
         digest = self._digest(name, password)
         if hmac.compare_digest(self._verified.get(name, b""), digest):
             return HTTPStatus.OK
@@ -219,7 +221,7 @@ class Users:
 
 
 def _unmatchable_hash(hashes: Collection[str]) -> bytes:
-    """Return a hash that no password has, with the cost that most of ``hashes`` have.
+    """Return a hash that no password has, with the most common cost in ``hashes``.
 
     The fifth and sixth characters of a hash are its cost.
     """
@@ -240,7 +242,7 @@ def _basic_credentials(authorization: str) -> tuple[bytes, bytes] | None:
 
 
 class Limiter:
-    """Token bucket: each request takes a token, and one is added every interval."""
+    """A token bucket: each request removes a token; a token is added every interval."""
 
     def __init__(
         self, limit: RateLimit, clock: Callable[[], float] = time.monotonic
@@ -248,8 +250,8 @@ class Limiter:
         """Start with a full bucket.
 
         Args:
-            limit: Size of the bucket, and the interval.
-            clock: Returns the time in seconds.
+            limit: the size of the bucket, and the interval.
+            clock: a function that returns the time in seconds.
         """
         self._limit = limit
         self._clock = clock
@@ -257,7 +259,7 @@ class Limiter:
         self._updated_s = clock()
 
     def allow(self) -> bool:
-        """Take a token; return False if there is none."""
+        """Remove a token from the bucket; return False if the bucket is empty."""
         now_s = self._clock()
         added = (now_s - self._updated_s) / self._limit.interval_s
         self._tokens = min(self._limit.burst, self._tokens + added)

@@ -18,14 +18,13 @@ def is_host(text: str) -> bool:
 
 
 def path_of(target: str) -> str | None:
-    """Return the path of a target in origin-form or, as proxies may send it, absolute-form.
+    """Return the path of a target in origin-form, or in absolute-form as proxies send it.
 
     Args:
-        target: The target without its query.
+        target: the target without its query.
 
     Returns:
-        The path, in which each escaped byte is one character; None if the target is
-        invalid.
+        The path, in which each escaped byte is one character; None: the target is invalid.
     """
     if not target.startswith("/"):
         absolute = _ABSOLUTE.fullmatch(target)
@@ -38,7 +37,8 @@ def path_of(target: str) -> str | None:
 def clean(path: str) -> str:
     """Return the path without empty, ``.`` and ``..`` elements; a final slash stays.
 
-    posixpath.normpath truncates a path at a NUL in Python before 3.11.4.
+    It does not use posixpath.normpath, which truncates a path at a NUL before Python
+    3.11.4.
     """
     elements: list[str] = []
     for element in path.split("/"):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""TLS: its configuration, and the asyncio protocol between a client's socket and HTTP.
+"""Implements TLS: its policy, and the asyncio protocol between a client's socket and HTTP.
 
 asyncio's own TLS protocol reports a client to HTTP only after the handshake, and has a
-buffer of 256 KiB for each client. With this one, a client has a deadline and a connection
-slot from its connect on.
+buffer of 256 KiB per client. With this protocol, a client has a deadline and a connection
+slot from the moment it connects.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from tcpexporter.errors import WebConfigError
 from tcpexporter.web.config import CIPHERS, NO_CERTIFICATE, VERIFIED_IF_GIVEN, Tls
 
 READ_BYTES = 4 * 1024
-"""Size of the buffer for what a client has sent."""
+"""Size of the buffer for received data of a client, in bytes."""
 
 _VERSIONS = {
     "TLS10": ssl.TLSVersion.TLSv1,
@@ -30,10 +30,10 @@ _VERSIONS = {
     "TLS13": ssl.TLSVersion.TLSv1_3,
 }
 
-# What OpenSSL's reasons mean; None is the reason of errors that have none.
+# Our words for OpenSSL's reasons; the key None is for errors without a reason.
 _REASONS = {
     None: "one of them is not PEM, or has the wrong type",
-    "KEY_VALUES_MISMATCH": "they do not belong together",
+    "KEY_VALUES_MISMATCH": "the key does not match the certificate",
     "NO_CERTIFICATE_OR_CRL_FOUND": "it contains no certificate",
 }
 
@@ -47,17 +47,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TlsPolicy:
-    """TLS parameters of new connections, and the client certificates that are allowed."""
+    """The TLS parameters for new connections, and the allowed client certificates."""
 
     context: ssl.SSLContext
     allowed_sans: frozenset[str] | None
-    """A client certificate needs one of these subject alternative names; None: any name."""
+    """A client certificate must have one of these alternative names; None: any name."""
 
     def allows(self, certificate: Any) -> bool:
         """Return whether a client with this certificate may connect.
 
         Args:
-            certificate: As `ssl.SSLObject.getpeercert` returns it.
+            certificate: the certificate, as `ssl.SSLObject.getpeercert` returns it.
         """
         if self.allowed_sans is None:
             return True
@@ -99,9 +99,9 @@ def make_policy(tls: Tls) -> TlsPolicy:
 def _set_versions(context: ssl.SSLContext, tls: Tls) -> None:
     minimum = tls.min_version
     if tls.cipher_suites and not set(tls.cipher_suites) & CIPHERS.keys():
-        minimum = "TLS13"  # only this version has any of these suites
+        minimum = "TLS13"  # the listed suites are for TLS 1.3 only
     with warnings.catch_warnings():
-        # Python warns of versions before TLS 1.2. The operator has configured them.
+        # Python warns about versions before TLS 1.2, but the operator has configured them.
         warnings.simplefilter("ignore", DeprecationWarning)
         context.maximum_version = _VERSIONS[tls.max_version]
         context.minimum_version = _VERSIONS[minimum]
@@ -110,7 +110,7 @@ def _set_versions(context: ssl.SSLContext, tls: Tls) -> None:
 def _set_ciphers(context: ssl.SSLContext, tls: Tls) -> None:
     suites = [CIPHERS[each] for each in tls.cipher_suites or CIPHERS if each in CIPHERS]
     if tls.min_version < "TLS12":
-        suites.append("@SECLEVEL=0")  # OpenSSL's default level excludes old versions
+        suites.append("@SECLEVEL=0")  # OpenSSL's default level refuses old versions
     if suites:
         context.set_ciphers(":".join(suites))
     if not tls.prefer_server_cipher_suites:
@@ -133,7 +133,7 @@ def _set_verification(context: ssl.SSLContext, tls: Tls) -> None:
 
 @contextlib.contextmanager
 def _translated(failure: str) -> Iterator[None]:
-    """Raise errors of the block as WebConfigError; its message begins with ``failure``."""
+    """Raise errors of the block as WebConfigError, in a message after ``failure``."""
     try:
         yield
     except ssl.SSLError as error:
@@ -146,7 +146,7 @@ def _translated(failure: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_file(pem: str) -> Iterator[str]:
-    """Yield the path of a file in memory with this content: ssl loads from files only."""
+    """Yield the path of a file in memory with this content: ssl loads only from files."""
     with os.fdopen(os.memfd_create("pem"), "wb") as file:
         file.write(pem.encode(errors="surrogateescape"))
         file.flush()
@@ -160,8 +160,8 @@ def _refuse_password() -> str:
 class Http(Protocol):
     """The HTTP protocol above TLS.
 
-    ``allocate_slot`` is called when the client connects, ``connection_made`` after its
-    handshake, the others as asyncio does.
+    ``allocate_slot`` is called when the client connects, and ``connection_made`` after the
+    handshake. asyncio's documentation describes when the other methods are called.
     """
 
     def allocate_slot(self, transport: asyncio.Transport) -> None: ...
@@ -177,8 +177,8 @@ class Http(Protocol):
 class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
     """The protocol of the client's socket, and the transport of the HTTP protocol.
 
-    Written data is encrypted and passed to the socket's transport at once, so the flow
-    control of that transport is the flow control of both.
+    Written data is encrypted and passed to the socket's transport at once. So the flow
+    control of that transport applies to both.
     """
 
     _raw: asyncio.Transport
@@ -204,8 +204,8 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._http.connection_lost(exc)
-        # This object and the HTTP protocol refer to each other. Without this, OpenSSL's
-        # memory of each client, at least 10 kB, would wait for the garbage collector.
+        # This object and the HTTP protocol refer to each other. Without this deletion, only
+        # the garbage collector would free OpenSSL's memory for the client, at least 10 kB.
         del self._tls, self._incoming, self._outgoing
 
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002
@@ -240,7 +240,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
             log.debug("TLS connection refused: %s", error.reason)
             if error.reason == "HTTP_REQUEST":
                 self._raw.write(_PLAIN_HTTP)
-            self._flush()  # sends the alert, which has the reason
+            self._flush()  # sends the TLS alert, which has the reason
             self._raw.close()
 
     def _shake_hands(self) -> None:
@@ -256,7 +256,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
     def _read(self) -> None:
         while not self._paused and not self._raw.is_closing():
             buffer = self._http.get_buffer(-1)
-            # Typeshed does not know that read() returns a number if it has a buffer.
+            # Typeshed does not know that read(size, buffer) returns a number.
             count = cast("int", self._tls.read(len(buffer), buffer))
             if not count:  # close_notify closes one direction only: RFC 8446, section 6.1
                 if not self._http.eof_received():
@@ -286,7 +286,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
             self._flush()
         self._raw.close()
         if had_sent_all and self._raw.get_write_buffer_size():
-            # The kernel did not accept even close_notify, so the client does not read.
+            # The kernel did not accept close_notify, so the client does not read.
             self._raw.abort()
 
     def abort(self) -> None:
@@ -302,7 +302,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
     def resume_reading(self) -> None:
         self._paused = False
         self._raw.resume_reading()
-        # Data that arrived before the pause may still wait.
+        # Data that arrived before the pause may still be in the buffer.
         asyncio.get_running_loop().call_soon(self._process)
 
     def set_write_buffer_limits(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Measures the figures in docs/performance.md, by ``make bench``."""
+"""Measures the figures in docs/performance.md; run with ``make bench``."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-"""Of the source tree."""
+"""The root directory of the source tree."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Measures, writes a file, shows tables; QUICK=1 in the environment makes it short."""
+"""Measures the performance of the exporter, writes a JSON file and prints tables. The
+environment variable QUICK=1 makes a short run."""
 
 import argparse
 import datetime as dt
@@ -12,16 +13,17 @@ from pathlib import Path
 from types import FrameType
 
 from tests.benchmarks import ROOT, machine, picture, table
-from tests.benchmarks.effort import FULL, QUICK, Effort
 from tests.benchmarks.figures import filled
 from tests.benchmarks.measure import measure
+from tests.benchmarks.plan import FULL, QUICK, Plan
 from tests.benchmarks.report import Report
 from tests.benchmarks.sizes import Size, figure_samples, measure_size
 from tests.support import bpf_programs, why_no_bpf
 
 PROGRAM = "on_state_change"
 OUTPUT = ROOT / ".cache" / "bench"
-"""A short run does not overwrite what a full one has measured."""
+"""The default directory of results. A short run has its own file there, so it does not
+overwrite the results of a full run."""
 
 
 def main() -> None:
@@ -33,7 +35,7 @@ def main() -> None:
     )
     path: Path = parser.parse_args().output
     if reasons := [*filter(None, [why_no_bpf()]), *machine.absent()]:
-        sys.exit(f"the benchmarks cannot run: {'; '.join(reasons)}")
+        sys.exit(f"cannot run the benchmarks: {'; '.join(reasons)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     report = _run(QUICK if is_quick else FULL)
     report.write(path)
@@ -41,16 +43,17 @@ def main() -> None:
     sys.stdout.write(f"\n{table.plain(report)}\n\nevery sample: {path}\npicture: {drawn}\n")
 
 
-def _run(effort: Effort) -> Report:
+def _run(plan: Plan) -> Report:
     for number in (signal.SIGALRM, signal.SIGTERM):
         signal.signal(number, _give_up)
-    signal.alarm(effort.limit_s)
+    signal.alarm(plan.limit_s)
     started, start_s = dt.datetime.now(dt.UTC), time.monotonic()
     others = bpf_programs().count(PROGRAM)
-    versions = machine.versions()  # now: the tree may be worked on meanwhile
+    # read first, because the working tree may change during the run
+    versions = machine.versions()
     load_before = os.getloadavg()[0]
-    samples = measure(effort)
-    sizes = _sizes(effort, start_s)
+    samples = measure(plan)
+    sizes = _sizes(plan, start_s)
     return Report(
         date=started.isoformat(timespec="seconds"),
         command=machine.command(),
@@ -68,21 +71,21 @@ def _run(effort: Effort) -> Report:
     )
 
 
-def _sizes(effort: Effort, start_s: float) -> list[Size]:
-    """From small to large: what takes longest is last."""
+def _sizes(plan: Plan, start_s: float) -> list[Size]:
+    """Measure each size, from small to large, because the largest takes longest."""
     sizes = []
-    for sockets in effort.sizes:
-        if time.monotonic() - start_s > effort.last_size_after_s:
-            why_not = f"the others had taken {time.monotonic() - start_s:.0f} s"
+    for sockets in plan.sizes:
+        if time.monotonic() - start_s > plan.last_size_after_s:
+            why_not = f"the smaller sizes already took {time.monotonic() - start_s:.0f} s"
             sizes.append(Size(sockets, why_not=why_not))
         else:
-            sizes.append(measure_size(sockets, effort))
+            sizes.append(measure_size(sockets, plan))
     return sizes
 
 
 def _give_up(number: int, _frame: FrameType | None) -> None:
-    """As an exception, so that everything is cleaned up on the way out."""
-    sys.exit(f"given up: {signal.Signals(number).name}")
+    """End the run by an exception, so that all contexts clean up."""
+    sys.exit(f"stopped by {signal.Signals(number).name}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Whatever counts connections, in a process of its own, asked for one count at a time."""
+"""The compared methods: each counts connections in its own process, once per request."""
 
 import contextlib
 import json
@@ -21,7 +21,8 @@ from tests.benchmarks.hold import PORTS
 from tests.support import ESTABLISHED, free_port
 
 ASLEEP_S = 0.002
-"""Until a process that has answered sleeps again: what it ran is in its account by then."""
+"""Pause after an answer, in which the process goes to sleep and the kernel updates its
+CPU time."""
 
 NODE_EXPORTER_NAMES = ("prometheus-node-exporter", "node_exporter")
 NODE_EXPORTER_SETTINGS = ("--collector.disable-defaults", "--collector.tcpstat")
@@ -30,15 +31,15 @@ NODE_STATES = "node_tcp_connection_states"
 
 @dataclass(frozen=True)
 class Count:
-    """What somebody counted."""
+    """The result of one count."""
 
     total: float | None = None
     """Established sockets."""
     ports: Sequence[float] | None = None
-    """Those with the local ports `hold.PORTS`."""
+    """Connections at each of the local ports `hold.PORTS`."""
 
-    def off(self, sockets: int) -> float:
-        """By how many it is wrong when that many are held."""
+    def error(self, sockets: int) -> float:
+        """Return the error of the count when ``sockets`` sockets are held."""
         if self.ports is not None:
             return sum(abs(each - sockets / 2 / len(PORTS)) for each in self.ports)
         return abs((self.total or 0) - sockets)
@@ -46,16 +47,17 @@ class Count:
 
 @dataclass(frozen=True)
 class Sample:
-    """Of counting once."""
+    """The measurements of one count."""
 
     wall_s: float
     cpu_s: float
-    """User and system, of all processes that take part; not of who asked."""
+    """CPU time, user and system, of all processes that count. The process that requests
+    the count is not included."""
     count: Count
 
 
 class Contender(Protocol):
-    """What can be asked again and again."""
+    """A method that can count repeatedly."""
 
     name: str
 
@@ -63,17 +65,17 @@ class Contender(Protocol):
         """Count once.
 
         Raises:
-            NoNumberError: there is no count, or not in time.
+            NoNumberError: the method gives no count within the time limit.
         """
         ...
 
     def memory(self) -> kernel.Memory:
-        """Of its process, now."""
+        """Return the present memory of the process that counts."""
         ...
 
 
 class Scraped:
-    """An exporter, asked by GET /metrics."""
+    """An exporter that counts when it answers GET /metrics."""
 
     def __init__(
         self, name: str, pid: int, scraper: Scraper, count: Callable[[bytes], Count]
@@ -95,21 +97,21 @@ class Scraped:
         return kernel.memory(self._pid)
 
 
-def counted_by_us(page: bytes) -> Count:
-    """From a page of tcpexporter, which counts inbound connections."""
+def counted_by_tcpexporter(page: bytes) -> Count:
+    """Return the count from an exposition of tcpexporter, which has inbound connections."""
     shown = values(page)
     return Count(ports=[shown.get((ESTABLISHED, str(port)), 0.0) for port in PORTS])
 
 
 def counted_by_node_exporter(page: bytes) -> Count:
-    """From a page of node_exporter, which has no ports."""
+    """Return the count from an exposition of node_exporter, which has no ports."""
     wanted = f'{NODE_STATES}{{state="established"}} '
     lines = page.decode().splitlines()
     return Count(total=next(float(each.split()[1]) for each in lines if wanted in each))
 
 
 class Worker:
-    """One of `tests.benchmarks.worker`, which has its way ready."""
+    """A process of `tests.benchmarks.worker` that is ready to count."""
 
     def __init__(self, name: str, process: subprocess.Popen[bytes]) -> None:
         self.name = name
@@ -119,16 +121,19 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.write(b"\n")
         self._process.stdin.flush()
-        said = self.said()
+        answer = self.receive()
         return Sample(
-            said["wall_s"], said["cpu_s"], Count(total=said["total"], ports=said["ports"])
+            answer["wall_s"],
+            answer["cpu_s"],
+            Count(total=answer["total"], ports=answer["ports"]),
         )
 
-    def said(self) -> dict[str, Any]:
-        """The next that it says.
+    def receive(self) -> dict[str, Any]:
+        """Return the next message of the process.
 
         Raises:
-            NoNumberError: it says nothing; it is ended then.
+            NoNumberError: the process has ended, or sent no message within the time limit
+                and was killed.
         """
         stdout = self._process.stdout
         assert stdout is not None
@@ -139,8 +144,8 @@ class Worker:
         line = stdout.readline()
         if not line:
             raise NoNumberError(f"it ended with {self._process.wait()}")
-        said: dict[str, Any] = json.loads(line)
-        return said
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def memory(self) -> kernel.Memory:
         return kernel.memory(self._process.pid)
@@ -148,10 +153,10 @@ class Worker:
 
 @contextlib.contextmanager
 def worker(name: str, sockets: int) -> Iterator[Worker]:
-    """One that has its way ready.
+    """Run a process that is ready to count.
 
     Raises:
-        NoNumberError: it does not come so far.
+        NoNumberError: the process does not become ready.
     """
     with subprocess.Popen(
         [sys.executable, "-m", "tests.benchmarks.worker", name, str(sockets)],
@@ -162,29 +167,30 @@ def worker(name: str, sockets: int) -> Iterator[Worker]:
     ) as process:
         try:
             started = Worker(name, process)
-            started.said()
+            started.receive()
             yield started
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with what its shell has started
+                # this also ends child processes of the shell
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def node_exporter_command() -> str | None:
-    """Where node_exporter is; None where it is not."""
+    """Return the path of node_exporter, or None if it is not installed."""
     found = (shutil.which(name) for name in NODE_EXPORTER_NAMES)
     return next((each for each in found if each), None)
 
 
 @contextlib.contextmanager
 def node_exporter() -> Iterator[Scraped]:
-    """One with nothing but its collector of TCP states.
+    """Run node_exporter with no other collector than that of TCP states.
 
     Raises:
-        NoNumberError: it does not listen.
+        NoNumberError: node_exporter does not listen within the time limit.
     """
     port = free_port()
     command = node_exporter_command()
-    assert command is not None, "whoever measures has looked whether all are there"
+    assert command is not None, "machine.absent() must be empty"
     listen = f"--web.listen-address=127.0.0.1:{port}"
     with subprocess.Popen(
         [command, *NODE_EXPORTER_SETTINGS, listen], stderr=subprocess.DEVNULL

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The kernel's own dump of its established TCP sockets, as fast as it can be received.
+"""Receives the kernel's dump of established TCP sockets as fast as possible.
 
-sock_diag(7); the structs are those of include/uapi/linux/inet_diag.h.
+See sock_diag(7); the structs are in include/uapi/linux/inet_diag.h.
 """
 
 import socket
@@ -16,17 +16,17 @@ TCP_ESTABLISHED = 1
 INET_DIAG_INFO = 2
 
 HEADER = struct.Struct("=IHHII")
-REQUEST = struct.Struct("=BBBxI48x")  # inet_diag_req_v2; the zeroes: any address
+REQUEST = struct.Struct("=BBBxI48x")  # inet_diag_req_v2; zeros mean any address
 DONE = struct.Struct("=IHHIIi")
 NUMBERS = struct.Struct("!HH16s16s")
-"""The ports and addresses in inet_diag_msg, behind four bytes of its own."""
+"""Ports and addresses in struct inet_diag_msg; four other bytes precede them."""
 
 BUFFER_BYTES = 1 << 20
 DEADLINE_S = 60.0
 
 
 def received(*, tcp_info: bool) -> Iterator[memoryview]:
-    """Every datagram of a dump of both IP versions, valid until the next is asked for."""
+    """Yield each datagram of an IPv4 and an IPv6 dump; it is valid until the next one."""
     buffer = memoryview(bytearray(BUFFER_BYTES))
     for family in (socket.AF_INET, socket.AF_INET6):
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as asked:
@@ -40,7 +40,7 @@ def received(*, tcp_info: bool) -> Iterator[memoryview]:
 
 
 def address_pairs() -> Iterator[tuple[int, int, bytes, bytes]]:
-    """Local and remote port and address of each socket, 16 bytes an address."""
+    """Yield local port, remote port and both addresses (16 bytes each) of each socket."""
     for datagram in received(tcp_info=False):
         offset = 0
         while offset < len(datagram):
@@ -58,7 +58,7 @@ def _request(family: int, *, tcp_info: bool) -> bytes:
 
 
 def _is_last(datagram: memoryview) -> bool:
-    """Whether it ends with NLMSG_DONE, which may be all that it has."""
+    """Return whether the datagram ends with NLMSG_DONE."""
     if len(datagram) < DONE.size:
         return False
     length, kind, *_ = DONE.unpack_from(datagram, len(datagram) - DONE.size)

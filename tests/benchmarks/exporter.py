@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The exporter that is measured: the installed command, started and scraped."""
+"""Starts and scrapes the measured exporter, which is the installed command."""
 
 import contextlib
 import http.client
@@ -15,8 +15,8 @@ from tests.support import Exporter
 
 COMMAND = (str(Path(sys.executable).with_name("tcpexporter")),)
 POLL_SHARE = 0.02
-"""Of the time since the start, until it is asked again whether it is ready: each time
-costs it a request when it has other things to do."""
+"""Pause between two readiness requests, as a share of the time since the start. A request
+delays the exporter, so there must not be many."""
 DEADLINE_S = 60.0
 
 AS_PROMETHEUS = {
@@ -26,7 +26,7 @@ AS_PROMETHEUS = {
 
 
 class NoNumberError(Exception):
-    """What is measured gives none; the message goes on from "not measured, because"."""
+    """Raised if a method gives no number. The message follows "not measured, because"."""
 
 
 class Started(NamedTuple):
@@ -34,16 +34,16 @@ class Started(NamedTuple):
 
     exporter: Exporter
     took_s: float
-    """From start to ready."""
+    """Time from start to ready."""
 
 
 @contextlib.contextmanager
 def running(*arguments: str) -> Iterator[Started]:
-    """An exporter that is ready, in this network namespace.
+    """Start an exporter in this network namespace, and wait until it is ready.
 
     Raises:
-        RuntimeError: it has ended too early; what it said.
-        NoNumberError: it does not become ready in time.
+        RuntimeError: the exporter ended before it was ready; the message has its output.
+        NoNumberError: the exporter is not ready within the time limit.
     """
     start_s = time.perf_counter()
     with Exporter(*arguments, command=COMMAND, wait=False) as exporter:
@@ -77,17 +77,17 @@ def _is_ready(exporter: Exporter) -> bool:
 
 
 class Scraper:
-    """Asks again and again on one connection, as Prometheus does."""
+    """Requests /metrics repeatedly on one connection, as Prometheus does."""
 
     def __init__(self, port: int) -> None:
         self._connection = _connection(port)
 
     def get(self, headers: Mapping[str, str] = {}) -> bytes:
-        """The page of metrics.
+        """Return the exposition.
 
         Raises:
-            RuntimeError: there is none, and why.
-            NoNumberError: not in time.
+            RuntimeError: the status is not 200; the message has the response.
+            NoNumberError: there is no response within the time limit.
         """
         try:
             self._connection.request("GET", "/metrics", headers=dict(headers))
@@ -100,7 +100,7 @@ class Scraper:
         return page
 
     def values(self) -> dict[tuple[str, str], float]:
-        """By name and port, which is empty where there is none."""
+        """Scrape, and return values by metric name and port ("" if there is no port)."""
         return values(self.get())
 
     def __enter__(self) -> Self:
@@ -111,7 +111,7 @@ class Scraper:
 
 
 def values(page: bytes) -> dict[tuple[str, str], float]:
-    """Of a page of metrics, by name and port, which is empty where there is none."""
+    """Return values of an exposition by metric name and port ("" if there is no port)."""
     return {
         (sample.name, sample.labels.get("port", "")): sample.value
         for family in text_string_to_metric_families(page.decode())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What is measured: every figure with its unit, and what it has to reach."""
+"""The measured figures, each with its unit and its target."""
 
 import enum
 import statistics
@@ -9,27 +9,28 @@ from dataclasses import dataclass, replace
 from tests.benchmarks.hold import PORTS
 
 CONNECTIONS = 10_000
-"""Held on loopback, where both ends are ours: the tracker has an entry for each end."""
+"""Connections that are held on loopback. The tracker has two entries for each, because
+both ends are on this host."""
 
 TRACKED = 2 * CONNECTIONS
 MIB_BYTES = 1 << 20
 
 STATE_CHANGES_BY_FIN = 10
-"""Of a loopback connection that both ends close, after one another.
+"""State changes of a loopback connection when one end closes, and then the other.
 
-The client goes through SYN_SENT, ESTABLISHED, FIN_WAIT1, FIN_WAIT2 and CLOSE, the server
-through SYN_RECV, ESTABLISHED, CLOSE_WAIT, LAST_ACK and CLOSE, or the other way round once
-they are established. TIME_WAIT is told of to nobody.
+The client passes SYN_SENT, ESTABLISHED, FIN_WAIT1, FIN_WAIT2 and CLOSE. The server passes
+SYN_RECV, ESTABLISHED, CLOSE_WAIT, LAST_ACK and CLOSE. If the server closes first, each end
+passes the closing states of the other. The tracepoint does not report TIME_WAIT.
 """
 
 STATE_CHANGES_BY_RST = 6
-"""Of one that either end resets: ESTABLISHED is followed by CLOSE."""
+"""State changes of a loopback connection that is reset: CLOSE follows ESTABLISHED."""
 
 SAMPLES_FOR_P99 = 100
 
 
 class Unit(enum.StrEnum):
-    """Of the samples, as the names of the figures have it."""
+    """The unit of the samples; the names of the figures end with it."""
 
     SECONDS = "s"
     NANOSECONDS = "ns"
@@ -41,20 +42,20 @@ class Unit(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Figure:
-    """One row of the table of single figures."""
+    """A row of the table of single figures."""
 
     name: str
     what: str
     unit: Unit
     at_most: float | None = None
     at_least: float | None = None
-    """What it has to reach."""
+    """The target: the median must be at least this."""
     compared_with: str | None = None
-    """Name of the figure that this one is given as a ratio of."""
+    """Name of another figure; the table shows the ratio of this figure to that one."""
     known_as: str = ""
-    """What such a ratio calls this one."""
+    """Short name of this figure for the ratios of other figures."""
     samples: tuple[float, ...] = ()
-    """None where this run could not measure it."""
+    """The measured values; empty if this run could not measure the figure."""
 
     @property
     def median(self) -> float:
@@ -62,14 +63,14 @@ class Figure:
 
     @property
     def p99(self) -> float | None:
-        """None where there are too few samples for one."""
+        """The 99th percentile, or None if there are too few samples."""
         if len(self.samples) < SAMPLES_FOR_P99:
             return None
         return statistics.quantiles(self.samples, n=100, method="inclusive")[-1]
 
     @property
     def is_reached(self) -> bool | None:
-        """None where there is nothing to reach, or nothing was measured."""
+        """Whether the median meets the target; None without a target or without samples."""
         if not self.samples or (self.at_most is None and self.at_least is None):
             return None
         return (self.at_most is None or self.median <= self.at_most) and (
@@ -179,7 +180,7 @@ FIGURES = (
 
 
 def filled(samples: Mapping[str, Iterable[float]]) -> list[Figure]:
-    """The figures with the samples that there are."""
+    """Return all figures, each with its samples if there are any."""
     return [
         replace(figure, samples=tuple(samples.get(figure.name, ()))) for figure in FIGURES
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Holds real loopback connections, in processes of their own that share the descriptors."""
+"""Holds real loopback connections in child processes, which own the descriptors."""
 
 import contextlib
 import itertools
@@ -14,27 +14,28 @@ from collections.abc import Iterator
 from tests.benchmarks import ROOT
 
 PORTS = range(20_000, 20_050)
-"""Listened on; below the ephemeral ports, so that no client has one of them."""
+"""Ports of the listeners. They are below the ephemeral ports, so that no client gets
+one."""
 
 PER_PROCESS = 27_000
-"""Connections that one process holds at most; each takes a descriptor for either end."""
+"""Maximum number of connections of a process; each requires two descriptors."""
 
 OTHER_DESCRIPTORS = 100
 DEADLINE_S = 60.0
 
-# To close resets: nothing is left in FIN_WAIT or TIME_WAIT, of which there may be too many.
+# Closing sends RST: otherwise too many sockets would stay in FIN_WAIT or TIME_WAIT.
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 @contextlib.contextmanager
 def held(connections: int) -> Iterator[None]:
-    """Hold that many in this network namespace, spread evenly over the ports.
+    """Hold this many connections in this network namespace, spread evenly over the ports.
 
-    Every process has an address of its own, so the ephemeral ports do not run out. It
-    ends when its standard input does, so it never outlives who started it.
+    Each child process has its own address, so the ephemeral ports suffice. It ends when its
+    standard input is closed, so it ends with its parent.
 
     Raises:
-        RuntimeError: they cannot be made; a holder has said why on standard error.
+        RuntimeError: the connections cannot be opened; the reason is on standard error.
     """
     holders: list[subprocess.Popen[bytes]] = []
     try:
@@ -43,14 +44,14 @@ def held(connections: int) -> Iterator[None]:
         for holder in holders:
             assert holder.stdout is not None
             if not holder.stdout.readline():
-                raise RuntimeError("the connections to hold cannot be made")
+                raise RuntimeError("cannot open the connections to hold")
         yield
     finally:
         _end(holders)
 
 
 def address(number: int) -> str:
-    """One of the loopback addresses 127.x.y.1."""
+    """Return the loopback address 127.x.y.1 with this number."""
     return f"127.{1 + number // 256}.{number % 256}.1"
 
 
@@ -64,7 +65,7 @@ def _holder(at: str, connections: int) -> subprocess.Popen[bytes]:
 
 
 def _end(holders: list[subprocess.Popen[bytes]]) -> None:
-    # All at once: the kernel takes its time to close what each has.
+    # All at once, because the kernel needs some time to close the sockets of each.
     for holder in holders:
         assert holder.stdin is not None
         holder.stdin.close()
@@ -93,7 +94,7 @@ def _hold(at: str, connections: int) -> None:
         _reset_on_close(client)
         client.connect(listener.getsockname())
         server, _ = listener.accept()
-        # Only the descriptors stay: a hundred thousand socket objects take memory.
+        # Keep the descriptors only: a hundred thousand socket objects use much memory.
         client.detach()
         server.detach()
     sys.stdout.write("held\n")
@@ -104,7 +105,7 @@ def _hold(at: str, connections: int) -> None:
 
 def _listener(at: str, port: int) -> socket.socket:
     listener = socket.create_server((at, port))
-    _reset_on_close(listener)  # what it accepts has it from here
+    _reset_on_close(listener)  # accepted sockets inherit this option
     return listener
 
 

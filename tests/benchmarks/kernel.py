@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the kernel says about a process and about the BPF program that it holds."""
+"""Reads the kernel's account of a process and of the BPF program that it holds."""
 
 import contextlib
 import ctypes
@@ -18,33 +18,33 @@ KIB_BYTES = 1024
 
 MAP_IDS = struct.Struct("=IQ")
 NR_MAP_IDS_AT = 52
-"""Where nr_map_ids and the pointer map_ids are in ``struct bpf_prog_info``."""
+"""Offsets of nr_map_ids and of the pointer map_ids in ``struct bpf_prog_info``."""
 
 PROG_INFO_BYTES = 512
 MOST_MAPS = 64
 
 
 def cpu_ns(pid: int) -> int:
-    """What its threads have run on a CPU, in the kernel too (proc_pid_schedstat)."""
+    """Return the CPU time of a process, user and system (proc_pid_schedstat)."""
     tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
     return sum(int(each.read_text().split()[0]) for each in tasks)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a process (proc_pid_status)."""
+    """The memory of a process (proc_pid_status)."""
 
     resident_bytes: int
     peak_bytes: int
-    """The most that was resident at once, since it was started."""
+    """The peak of resident memory since the start."""
     anonymous_bytes: int
-    """Of the resident: what is its own."""
+    """The part of resident memory that is the process's own."""
     mapped_bytes: int
-    """Of the resident: pages of files, and of BPF maps that it has mapped."""
+    """The part of resident memory that is mapped from files and BPF maps."""
 
     @property
     def above_bytes(self) -> int:
-        """What was needed once and is not resident now."""
+        """The difference between peak and present resident memory."""
         return self.peak_bytes - self.resident_bytes
 
 
@@ -68,11 +68,11 @@ class Map:
     max_entries: int
     map_flags: str
     memlock: int
-    """Bytes of the kernel that it takes now."""
+    """Bytes of kernel memory that the map uses now."""
 
 
 def maps(pid: int) -> list[Map]:
-    """Those that it has a descriptor of, and those that only its program uses."""
+    """Return the maps of which the process has a descriptor, and those of its program."""
     descriptors = list(_descriptors(pid))
     by_id = {each["map_id"]: each for each in descriptors if "map_id" in each}
     for program in (each for each in descriptors if "prog_id" in each):
@@ -88,12 +88,12 @@ def _map(fields: Mapping[str, str]) -> Map:
 
 def _descriptors(pid: int) -> Iterator[dict[str, str]]:
     for each in Path(f"/proc/{pid}/fdinfo").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # it was closed in the meantime
             yield _fields(each)
 
 
 def _used_by(program_id: int) -> Iterator[dict[str, str]]:
-    """The maps of a program, as ``/proc/PID/fdinfo`` has them."""
+    """Return the maps that a program uses, with the fields of ``/proc/PID/fdinfo``."""
     libbpf = load_libbpf()
     program = _opened(libbpf.bpf_prog_get_fd_by_id(program_id))
     map_ids = (ctypes.c_uint32 * MOST_MAPS)()
@@ -118,12 +118,12 @@ def _opened(descriptor: int) -> int:
 
 @dataclass(frozen=True)
 class ProgramRuns:
-    """Of a BPF program, since it was loaded or between two moments."""
+    """Runs of a BPF program since it was loaded, or between two moments."""
 
     run_time_ns: int
     run_count: int
     missed: int
-    """Times that it should have run, but another program ran on that CPU."""
+    """Runs that the kernel skipped because another program ran on that CPU."""
 
     def __sub__(self, before: Self) -> "ProgramRuns":
         return ProgramRuns(
@@ -145,9 +145,10 @@ class ProgramRuns:
 
 
 class Program:
-    """The one BPF program that a process holds.
+    """The only BPF program of a process.
 
-    Known by descriptor and not by name: there may be other exporters on this host.
+    It is identified by its descriptor, because other exporters on this host have programs
+    of the same name.
     """
 
     def __init__(self, pid: int) -> None:
@@ -155,7 +156,8 @@ class Program:
         self._fdinfo = next(each for each in descriptors if "run_cnt" in _fields(each))
 
     def runs(self) -> ProgramRuns:
-        """Since it was loaded (bpf_prog_show_fdinfo in kernel/bpf/syscall.c)."""
+        """Return its runs since it was loaded (bpf_prog_show_fdinfo in
+        kernel/bpf/syscall.c)."""
         fields = _fields(self._fdinfo)
         return ProgramRuns(
             int(fields["run_time_ns"]),
@@ -166,10 +168,11 @@ class Program:
 
 @contextlib.contextmanager
 def bpf_stats() -> Iterator[None]:
-    """Have the kernel time BPF programs, as kernel.bpf_stats_enabled=1 does.
+    """Make the kernel time BPF programs during the block.
 
-    By descriptor, since Linux 5.8: however this process ends, nothing has to be restored,
-    and who else wants the statistics keeps them.
+    A descriptor enables this since Linux 5.8, and has the effect of
+    kernel.bpf_stats_enabled=1. The kernel ends it when the descriptor is closed, even if
+    this process is killed. Other users of the statistics are not affected.
     """
     descriptor = _opened(load_libbpf().bpf_enable_stats(BPF_STATS_RUN_TIME))
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Where and with what it is measured."""
+"""Describes the machine and the software versions of a run."""
 
 import os
 import platform
@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 
 def absent() -> list[str]:
-    """A sentence for each contender that cannot be had; `make bench` fetches them."""
+    """Return a sentence for each compared program that is not installed."""
     sentences = [
         f"the Python package {name} is not installed: run `make bench`"
         for name in ("psutil", "matplotlib")
@@ -64,18 +64,18 @@ def absent() -> list[str]:
         if shutil.which(name) is None
     ]
     if node_exporter_command() is None:
-        sentences.append("node_exporter is not there: run `make bench`, which fetches it")
+        sentences.append("node_exporter is not installed: run `make bench`")
     return sentences
 
 
 def command() -> str:
-    """What was run, to run it again."""
+    """Return the command line of this run."""
     quick = "QUICK=1 " if os.environ.get("QUICK") else ""
     return quick + shlex.join(["python", "-m", "tests.benchmarks", *sys.argv[1:]])
 
 
 def _revision() -> str:
-    """Of the tree that is measured; says ``-dirty`` where that is not all of it."""
+    """Return the commit of the source tree, with ``-dirty`` if files have changed since."""
     git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
     described = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     return subprocess.check_output([*git, *described], text=True).strip()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Measures what takes one size only, in a network namespace of its own."""
+"""Measures all figures except those that compare several numbers of connections."""
 
 import logging
 import socket
@@ -8,10 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tests.benchmarks import empty
+from tests.benchmarks import empty_program
 from tests.benchmarks.churn import Ending, by_fin, by_rst, churn, listening
-from tests.benchmarks.contenders import counted_by_us
-from tests.benchmarks.effort import Effort
+from tests.benchmarks.contenders import counted_by_tcpexporter
 from tests.benchmarks.exporter import AS_PROMETHEUS, Scraper, running, values
 from tests.benchmarks.figures import (
     CONNECTIONS,
@@ -21,27 +20,30 @@ from tests.benchmarks.figures import (
 )
 from tests.benchmarks.hold import held
 from tests.benchmarks.kernel import Program, ProgramRuns, bpf_stats, cpu_ns
+from tests.benchmarks.plan import Plan
 from tests.benchmarks.sizes import TOLERANCE
 from tests.support import Exporter, inside, new_netns
 
 log = logging.getLogger(__name__)
 
 SETTLE_S = 1.0
-"""For what was started or ended before to be done with."""
+"""Pause in which processes that have just started or ended finish their work."""
 
 WARM_UP = 10
-"""Scrapes that are not measured."""
+"""Scrapes before the first measured one."""
 
 BATCHES = 65
 BATCH_CONNECTIONS = 97
-"""By FIN and again by RST: 100,880 state changes in a round of batches. A prime number, so
-that no multiple of a table's size hides anything."""
+"""Number of connections of a batch. A round of batches has 100,880 state changes: half
+of the connections are closed by FIN, half by RST. The number is prime, so that it is no
+multiple of a table's size."""
 
 ATTEMPTS = 20
-"""To have the host's state changes to ourselves for a batch, which takes 5 ms."""
+"""Attempts to measure a batch of 5 ms without state changes elsewhere on the host."""
 
 IDLE_ATTEMPTS = 3
-"""To see nothing happen: an event that is missed anywhere on the host is something."""
+"""Attempts to measure idle CPU time. A missed event of any namespace causes a
+reconciliation, and then the attempt is repeated."""
 
 WARM_UP_CONNECTIONS = 5_003
 
@@ -54,52 +56,52 @@ NO_RUNS = ProgramRuns(0, 0, 0)
 
 @dataclass
 class Samples:
-    """All that was measured."""
+    """All measured values."""
 
     by_figure: defaultdict[str, list[float]] = field(
         default_factory=lambda: defaultdict(list)
     )
     tracked: int = 0
-    """While scrapes were timed, as the exporter has it; its scraper's connection is too."""
+    """Tracked connections while scrapes were timed, with the scraper's own connection."""
     idle_reconciliations: int = 0
-    """While nothing happened."""
+    """Reconciliations while idle."""
     state_changes: dict[str, int] = field(default_factory=dict)
-    """How many there were in all event rounds."""
+    """Numbers of state changes in all event rounds, by kind."""
 
     def add(self, figure: str, sample: float) -> None:
         self.by_figure[figure].append(sample)
 
 
-def measure(effort: Effort) -> Samples:
-    """All that takes one size only, in one run.
+def measure(plan: Plan) -> Samples:
+    """Measure all figures except those that compare several numbers of connections.
 
     Raises:
-        RuntimeError: what is measured does not do what it should.
+        RuntimeError: the exporter ends, or its count is wrong.
     """
     samples = Samples()
     with new_netns() as netns, inside(netns):
-        _starts_with_none_there(samples, effort)
+        _starts_without_connections(samples, plan)
         with running("--source", "ebpf") as started, held(CONNECTIONS):
-            _scrapes(samples, effort, started.exporter)
-            _idle(samples, effort, started.exporter)
-            _events(samples, effort, started.exporter)
+            _scrapes(samples, plan, started.exporter)
+            _idle(samples, plan, started.exporter)
+            _events(samples, plan, started.exporter)
         with held(CONNECTIONS):
             for source in ("sock_diag", "procfs"):
-                _polling(samples, effort, source)
-    _rates(samples, effort)
+                _polling(samples, plan, source)
+    _rates(samples, plan)
     return samples
 
 
-def _starts_with_none_there(samples: Samples, effort: Effort) -> None:
-    log.info("starting %s times", effort.starts)
-    for _ in range(effort.starts):
+def _starts_without_connections(samples: Samples, plan: Plan) -> None:
+    log.info("starting %s times", plan.starts)
+    for _ in range(plan.starts):
         with running("--source", "ebpf") as started:
             samples.add("ready_none_s", started.took_s)
 
 
-def _scrapes(samples: Samples, effort: Effort, exporter: Exporter) -> None:
-    """By turns: what disturbs one disturbs the others."""
-    log.info("scraping %s times", effort.scrapes)
+def _scrapes(samples: Samples, plan: Plan, exporter: Exporter) -> None:
+    """Time scrapes of each kind in turn, so that disturbances affect all kinds alike."""
+    log.info("scraping %s times", plan.scrapes)
     with (
         running("--source", "ebpf") as later,
         Scraper(exporter.port) as scraper,
@@ -107,27 +109,27 @@ def _scrapes(samples: Samples, effort: Effort, exporter: Exporter) -> None:
     ):
         samples.tracked = _warm_up(scraper)
         _warm_up(seeded)
-        ways: Mapping[str, Callable[[], object]] = {
+        requests: Mapping[str, Callable[[], object]] = {
             "scrape_s": scraper.get,
             "scrape_prometheus_s": lambda: scraper.get(AS_PROMETHEUS),
             "scrape_seeded_s": seeded.get,
         }
-        for _ in range(effort.scrapes):
-            for figure, way in ways.items():
-                samples.add(figure, _timed_s(way))
+        for _ in range(plan.scrapes):
+            for figure, request in requests.items():
+                samples.add(figure, _timed_s(request))
 
 
 def _warm_up(scraper: Scraper) -> int:
-    """Scrape until it is as fast as it gets; how many connections are tracked.
+    """Scrape `WARM_UP` times; return the number of tracked connections.
 
     Raises:
-        RuntimeError: not all are counted.
+        RuntimeError: the count is wrong.
     """
     for _ in range(WARM_UP):
         page = scraper.get()
-    off = counted_by_us(page).off(TRACKED)
-    if off > TOLERANCE * TRACKED:
-        raise RuntimeError(f"/metrics is off by {off:.0f} of {TRACKED:,} sockets")
+    error = counted_by_tcpexporter(page).error(TRACKED)
+    if error > TOLERANCE * TRACKED:
+        raise RuntimeError(f"/metrics is off by {error:.0f} of {TRACKED:,} sockets")
     return int(values(page)["tcpexporter_tracked_connections", ""])
 
 
@@ -137,15 +139,15 @@ def _timed_s(act: Callable[[], object]) -> float:
     return time.perf_counter() - start_s
 
 
-def _idle(samples: Samples, effort: Effort, exporter: Exporter) -> None:
-    log.info("doing nothing for %s s, after %s s", effort.idle_s, effort.settle_s)
-    # Connected all the time: to connect and to close would be something that happens.
+def _idle(samples: Samples, plan: Plan, exporter: Exporter) -> None:
+    log.info("measuring the idle exporter for %s s, after %s s", plan.idle_s, plan.settle_s)
+    # The connection stays open, because opening another one would be an event.
     with Scraper(exporter.port) as scraper:
         scraper.get()
-        time.sleep(effort.settle_s)
+        time.sleep(plan.settle_s)
         for _ in range(IDLE_ATTEMPTS):
             before = _reconciliations(scraper)
-            cpu_ratio = _cpu_ratio(exporter, effort.idle_s)
+            cpu_ratio = _cpu_ratio(exporter, plan.idle_s)
             reconciliations = _reconciliations(scraper) - before
             if not reconciliations:
                 break
@@ -164,13 +166,13 @@ def _cpu_ratio(exporter: Exporter, period_s: float) -> float:
     return (cpu_ns(pid) - cpu_before_ns) / (time.monotonic_ns() - start_ns)
 
 
-def _events(samples: Samples, effort: Effort, exporter: Exporter) -> None:
-    log.info("timing the BPF program in %s rounds", effort.event_rounds)
+def _events(samples: Samples, plan: Plan, exporter: Exporter) -> None:
+    log.info("timing the BPF program in %s rounds", plan.event_rounds)
     program = Program(exporter.process.pid)
     total = NO_RUNS
     with listening() as listeners, bpf_stats():
         churn(listeners, WARM_UP_CONNECTIONS, by_fin)
-        for _ in range(effort.event_rounds):
+        for _ in range(plan.event_rounds):
             by_ending = {by_fin: NO_RUNS, by_rst: NO_RUNS}
             for ending in (by_fin, by_rst) * BATCHES:
                 by_ending[ending] += _runs(program, listeners, ending)
@@ -179,12 +181,12 @@ def _events(samples: Samples, effort: Effort, exporter: Exporter) -> None:
             samples.add("event_fin_ns", by_ending[by_fin].mean_ns)
             samples.add("event_rst_ns", by_ending[by_rst].mean_ns)
             total += both
-    connections = effort.event_rounds * BATCHES * BATCH_CONNECTIONS
+    connections = plan.event_rounds * BATCHES * BATCH_CONNECTIONS
     samples.state_changes = {
         "connections_by_fin": connections,
         "connections_by_rst": connections,
         "expected": connections * sum(STATE_CHANGES.values()),
-        # Both ends enter and leave ESTABLISHED, however they are closed.
+        # Both ends enter and leave ESTABLISHED, whichever way they are closed.
         "expected_of_established": connections * len(STATE_CHANGES) * 4,
         "run": total.run_count,
         "missed": total.missed,
@@ -194,10 +196,10 @@ def _events(samples: Samples, effort: Effort, exporter: Exporter) -> None:
 def _runs(
     program: Program, listeners: Sequence[socket.socket], ending: Ending
 ) -> ProgramRuns:
-    """Of one batch in which, if at all possible, no others' sockets changed state.
+    """Measure one batch, if possible without state changes of other sockets on the host.
 
-    The program runs for every namespace of the host, and where it has nothing to do it is
-    soon done: that would flatter the mean.
+    The program runs for every network namespace. For other namespaces it returns early,
+    which would lower the mean.
     """
     for _ in range(ATTEMPTS):
         before = program.runs()
@@ -208,27 +210,27 @@ def _runs(
     return runs
 
 
-def _polling(samples: Samples, effort: Effort, source: str) -> None:
-    log.info("polling with %s for %s s", source, effort.polling_idle_s)
+def _polling(samples: Samples, plan: Plan, source: str) -> None:
+    log.info("polling with %s for %s s", source, plan.polling_idle_s)
     with running("--source", source) as started:
         time.sleep(SETTLE_S)
         samples.add(
-            f"idle_cpu_{source}_ratio", _cpu_ratio(started.exporter, effort.polling_idle_s)
+            f"idle_cpu_{source}_ratio", _cpu_ratio(started.exporter, plan.polling_idle_s)
         )
 
 
-def _rates(samples: Samples, effort: Effort) -> None:
-    """With and without, and with an empty program, right after one another many times.
+def _rates(samples: Samples, plan: Plan) -> None:
+    """Measure rates without a program, with ours and with an empty one, many times in turn.
 
-    What else a machine does makes a rate vary by more than all programs together.
+    Other load on the machine changes a rate by more than all programs together.
     """
-    log.info("opening and closing connections in %s rounds", effort.rate_rounds)
+    log.info("opening and closing connections in %s rounds", plan.rate_rounds)
     with new_netns() as netns, inside(netns), listening() as listeners:
-        for _ in range(effort.rate_rounds):
-            before, with_empty = _rates_of_empty(listeners, effort)
+        for _ in range(plan.rate_rounds):
+            before, with_empty = _rates_of_empty(listeners, plan)
             with running("--source", "ebpf"):
-                ours = [_rate_per_s(listeners, effort) for _ in range(2)]
-            after = _rate_per_s(listeners, effort)
+                ours = [_rate_per_s(listeners, plan) for _ in range(2)]
+            after = _rate_per_s(listeners, plan)
             samples.add("rate_empty_times", with_empty / before)
             for with_it, without in zip(ours, (before, after), strict=True):
                 samples.add("rate_with_per_s", with_it)
@@ -236,21 +238,19 @@ def _rates(samples: Samples, effort: Effort) -> None:
                 samples.add("rate_times", with_it / without)
 
 
-def _rates_of_empty(
-    listeners: Sequence[socket.socket], effort: Effort
-) -> tuple[float, float]:
-    """The rates without any program, and with an empty one before and after that."""
-    with empty.attached():
-        first = _rate_per_s(listeners, effort)
-    without = _rate_per_s(listeners, effort)
-    with empty.attached():
-        last = _rate_per_s(listeners, effort)
+def _rates_of_empty(listeners: Sequence[socket.socket], plan: Plan) -> tuple[float, float]:
+    """Return the rate without a program, and the mean of two with an empty program."""
+    with empty_program.attached():
+        first = _rate_per_s(listeners, plan)
+    without = _rate_per_s(listeners, plan)
+    with empty_program.attached():
+        last = _rate_per_s(listeners, plan)
     return without, (first + last) / 2
 
 
-def _rate_per_s(listeners: Sequence[socket.socket], effort: Effort) -> float:
+def _rate_per_s(listeners: Sequence[socket.socket], plan: Plan) -> float:
     start_s = time.perf_counter()
     for ending in STATE_CHANGES:
-        churn(listeners, effort.rate_connections, ending)
+        churn(listeners, plan.rate_connections, ending)
     took_s = time.perf_counter() - start_s
-    return len(STATE_CHANGES) * effort.rate_connections / took_s
+    return len(STATE_CHANGES) * plan.rate_connections / took_s

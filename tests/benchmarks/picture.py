@@ -16,30 +16,30 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from tests.benchmarks import report
-from tests.benchmarks.shown import seconds
+from tests.benchmarks.number_format import format_seconds
 from tests.benchmarks.sizes import OURS, Size
 
 SIZE_INCHES = (8.0, 5.0)
 AXES = (0.09, 0.11, 0.63, 0.81)
-"""Left, bottom, width and height, of the picture: labels are at the right."""
+"""Left, bottom, width and height of the axes in the picture; labels are on the right."""
 
 LABEL_GAP = 0.052
-"""Of the axis, between two labels: a line of text."""
+"""Minimum distance of two labels, as a share of the axes' height: a line of text."""
 
 LABELS_AT = 1.03
-"""Of the width of the axes."""
+"""Horizontal position of labels, as a multiple of the axes' width."""
 
-# Without these every run would write another file: identifiers by chance, and the date.
+# Without these settings each run would write other random identifiers and its date.
 rcParams["svg.hashsalt"] = "tcpexporter"
 METADATA = {"Date": None}
-# Text stays text: small, searchable, in the reader's own font.
+# Text is not converted to paths: the file is small and can be searched.
 rcParams["svg.fonttype"] = "none"
 rcParams["font.family"] = "sans-serif"
 
 
 @dataclass(frozen=True)
 class Style:
-    """Of one contender's line."""
+    """Style of the line of one method."""
 
     label: str
     colour: str
@@ -56,11 +56,12 @@ STYLES: Mapping[str, Style] = {
     OURS: Style("tcpexporter", "#d6006c"),
     "scan": Style("sum of 64 bytes each", "#777777", dashed=True),
 }
-"""The polling sources are not among them: what they are asked for was counted before."""
+"""Styles by method. There is no line for polling sources, because a scrape does not
+count."""
 
 
 def draw(sizes: Sequence[Size], path: Path) -> Path:
-    """Write an SVG of the time that a count takes, by the number of sockets."""
+    """Write an SVG of the time of a count by the number of sockets."""
     figure = Figure(figsize=SIZE_INCHES, facecolor="white")
     axes = figure.add_axes(AXES)
     lines = {name: _points(sizes, name) for name in STYLES}
@@ -74,7 +75,7 @@ def draw(sizes: Sequence[Size], path: Path) -> Path:
 
 
 Points = Sequence[tuple[int, float]]
-"""Sockets, and the median in seconds."""
+"""Points of a line: number of sockets, and median time in seconds."""
 
 
 def _points(sizes: Sequence[Size], name: str) -> Points:
@@ -106,7 +107,7 @@ def _round(value_s: float) -> str:
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if value_s * factor >= 1:
             return f"{value_s * factor:,.0f} {unit}"
-    return seconds(value_s)
+    return format_seconds(value_s)
 
 
 def _line(axes: Axes, points: Points, style: Style, *, bold: bool) -> None:
@@ -124,8 +125,9 @@ def _line(axes: Axes, points: Points, style: Style, *, bold: bool) -> None:
 
 
 def _labels(axes: Axes, lines: Mapping[str, Points]) -> None:
-    """Each at the end of its line, moved apart where they would lie on one another."""
-    axes.autoscale_view()  # from here on it is known where on the axes a point is
+    """Label each line at its end; move labels apart where they would overlap."""
+    # from here on the scale does not change, which `_on_axes` requires
+    axes.autoscale_view()
     ends = {name: _on_axes(axes, points[-1]) for name, points in lines.items()}
     heights = _apart({name: y for name, (_, y) in ends.items()})
     for name, height in heights.items():
@@ -144,13 +146,13 @@ def _labels(axes: Axes, lines: Mapping[str, Points]) -> None:
 
 
 def _on_axes(axes: Axes, point: tuple[int, float]) -> tuple[float, float]:
-    """As parts of their width and height."""
+    """Return the position of a point, as shares of the axes' width and height."""
     x, y = axes.transAxes.inverted().transform(axes.transData.transform(point))
     return float(x), float(y)
 
 
 def _apart(heights: Mapping[str, float]) -> dict[str, float]:
-    """The same from the lowest up, none nearer to the one below than a line of text."""
+    """Move labels up until each is at least a line of text above the next lower one."""
     apart: dict[str, float] = {}
     lowest = float("-inf")
     for name in sorted(heights, key=lambda each: heights[each]):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What was measured, as a file."""
+"""Writes and reads the results of a run as a JSON file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from tests.benchmarks.sizes import Kept, Measured, Size, Start
 
 @dataclass(frozen=True)
 class Report:
-    """All there is to know about one run."""
+    """The results and the conditions of one run."""
 
     date: str
     command: str
@@ -23,15 +23,15 @@ class Report:
     kernel: Mapping[str, str | int]
     versions: Mapping[str, str]
     load_average: Sequence[float]
-    """Of one minute, before and after: who else was busy."""
+    """Load averages over one minute, before and after the run."""
     other_exporters: int
-    """Attached on the host all the time: they slow down every state change a little."""
+    """Number of other exporters on the host, which slow down each state change a little."""
     tracked: int
-    """Entries in the tracker while scrapes were timed."""
+    """Tracked connections while scrapes were timed."""
     idle_reconciliations: int
-    """While nothing happened."""
+    """Reconciliations while idle."""
     state_changes: Mapping[str, int]
-    """Of all rounds in which the BPF program was timed."""
+    """Numbers of state changes in all rounds that timed the BPF program, by kind."""
     figures: Sequence[Figure]
     sizes: Sequence[Size]
 
@@ -41,7 +41,7 @@ class Report:
 
 
 def read(path: Path) -> Report:
-    """A report that was written."""
+    """Read a report from its file."""
     fields: dict[str, Any] = json.loads(path.read_text())
     figures = [
         Figure(**{**each, "unit": Unit(each["unit"]), "samples": tuple(each["samples"])})

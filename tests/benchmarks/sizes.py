@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Measures side by side while a number of sockets is held, and what we take for them."""
+"""Compares the counting methods while a number of sockets is held."""
 
 import contextlib
 import logging
@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
-from tests.benchmarks import kernel, room
+from tests.benchmarks import capacity, kernel
 from tests.benchmarks.contenders import (
     Contender,
     Sample,
     Scraped,
-    counted_by_us,
+    counted_by_tcpexporter,
     node_exporter,
     worker,
 )
-from tests.benchmarks.effort import Effort
 from tests.benchmarks.exporter import NoNumberError, Scraper, Started, running
 from tests.benchmarks.hold import held
-from tests.benchmarks.worker import WAYS
+from tests.benchmarks.plan import Plan
+from tests.benchmarks.worker import METHODS
 from tests.support import inside, new_netns
 
 log = logging.getLogger(__name__)
@@ -30,11 +30,11 @@ POLLING = ("sock_diag", "procfs")
 NODE_EXPORTER = "node_exporter"
 
 DEFAULT_MAX_CONNECTIONS = 262_144
-"""What the exporter has room for unless told otherwise; there is room for two a socket."""
+"""Default of --max-connections, which is also its minimum here."""
 
 TOLERANCE = 0.01
-"""Of the sockets, that a count may be off. Of the tracepoint's events some are missed,
-which is no matter here: with more than these it is not known what was measured."""
+"""Largest allowed error of a count, as a share of the sockets. Missed events cause small
+errors. After a larger error the measurement would be of something else."""
 
 POLL_S = 1.0
 """The default of --interval."""
@@ -42,21 +42,23 @@ POLL_S = 1.0
 
 @dataclass
 class Measured:
-    """What one contender took at one size."""
+    """The measurements of one method at one size."""
 
     name: str
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
-    """For each count; of one that polls: the mean of counts a second apart."""
+    """CPU time of each count. For a polling source there is one value: the mean of
+    several counts, one second apart."""
     memory: kernel.Memory | None = None
-    """When it has counted."""
+    """Memory of the process after counting."""
     why_not: str = ""
-    """A sentence that goes on from "not measured, because"."""
+    """The reason why there are no samples; empty if there are. It follows "not measured,
+    because"."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """An exporter that was started with all connections there already."""
+    """A start of an exporter when all connections were already open."""
 
     took_s: float
     memory: kernel.Memory
@@ -64,7 +66,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Kept:
-    """What the kernel keeps for an exporter."""
+    """The kernel memory of an exporter's maps."""
 
     tracked: int
     max_connections: int
@@ -77,60 +79,63 @@ class Kept:
 
 @dataclass
 class Size:
-    """All that was measured with that many sockets."""
+    """All measurements with one number of sockets."""
 
     sockets: int
     why_not: str = ""
-    """A sentence that goes on from "not measured, because"."""
+    """The reason why there are none; empty if there are. It follows "not measured,
+    because"."""
     opening_s: float = 0.0
     max_connections: int = 0
     contenders: list[Measured] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
     kept: Kept | None = None
-    """With --max-connections as the size has it."""
+    """Kernel memory with `max_connections` of this size."""
     kept_full: Kept | None = None
-    """With --max-connections for no more sockets than are held."""
+    """Kernel memory with full maps: --max-connections is the number of sockets."""
     missing: list[str] = field(default_factory=list)
-    """What else could not be measured, as sentences."""
+    """A sentence for each other measurement that was not possible."""
 
     def contender(self, name: str) -> Measured | None:
         return next((each for each in self.contenders if each.name == name), None)
 
 
-def measure_size(sockets: int, effort: Effort) -> Size:
-    """Everything with that many sockets, in a network namespace of its own."""
+def measure_size(sockets: int, plan: Plan) -> Size:
+    """Measure everything with this many sockets, in a new network namespace."""
     size = Size(sockets, max_connections=max(DEFAULT_MAX_CONNECTIONS, 2 * sockets))
-    size.why_not = room.why_not(sockets)
+    size.why_not = capacity.shortage(sockets)
     if size.why_not:
         log.info("%s sockets: not measured, because %s", f"{sockets:,}", size.why_not)
         return size
     with new_netns() as netns, inside(netns), ExitStack() as stack:
-        # The exporter that is told of connections comes before them, and goes before
-        # they do.
+        # This exporter starts before the connections open, and ends before they close.
         with _tracker(size.max_connections) as watching:
             start_s = time.perf_counter()
             stack.enter_context(held(sockets // 2))
             size.opening_s = time.perf_counter() - start_s
             log.info("%s sockets: opened in %.1f s", f"{sockets:,}", size.opening_s)
-            size.contenders += _side_by_side(watching, sockets, effort)
+            size.contenders += _side_by_side(watching, sockets, plan)
             size.kept = _kept(watching)
-        _measure_older(size, effort)
+        _measure_preexisting(size, plan)
     return size
 
 
-def _measure_older(size: Size, effort: Effort) -> None:
-    """Exporters that find the sockets there already."""
-    with _noted(size, "from start to ready"):
-        for start in _starts(size.max_connections, effort):
+def _measure_preexisting(size: Size, plan: Plan) -> None:
+    """Measure exporters that start when the sockets are already open."""
+    with _recording_failure(size, "from start to ready"):
+        for start in _starts(size.max_connections, plan):
             size.starts.append(start)
-    with _noted(size, "the kernel's share with full maps"), _tracker(size.sockets) as full:
+    with (
+        _recording_failure(size, "kernel memory with full maps"),
+        _tracker(size.sockets) as full,
+    ):
         size.kept_full = _kept(full)
-    size.contenders += [_polling(source, size.sockets, effort) for source in POLLING]
+    size.contenders += [_polling(source, size.sockets, plan) for source in POLLING]
 
 
 @contextlib.contextmanager
-def _noted(size: Size, what: str) -> Iterator[None]:
-    """Go on without what gives no number."""
+def _recording_failure(size: Size, what: str) -> Iterator[None]:
+    """Record in `Size.missing` why a measurement gives no number, and continue."""
     try:
         yield
     except NoNumberError as error:
@@ -153,22 +158,23 @@ def _kept(started: Started) -> Kept:
     )
 
 
-# --- One count of each after another, again and again ---
+# --- Methods count in turn, many times ---
 
 
 class _Turns:
-    """A contender that takes its turns until it has had its share."""
+    """One method that counts in turn with others, until its samples or its time are used
+    up."""
 
-    def __init__(self, contender: Contender, sockets: int, effort: Effort) -> None:
+    def __init__(self, contender: Contender, sockets: int, plan: Plan) -> None:
         self._contender = contender
         self._sockets = sockets
-        self._effort = effort
+        self._plan = plan
         self._samples: list[Sample] = []
         self._spent_s = 0.0
         self._why_not = ""
 
     def take(self) -> bool:
-        """Count once; whether there is another turn."""
+        """Count once; return whether the method should count again."""
         start_s = time.perf_counter()
         try:
             self._samples.append(checked(self._contender.sample(), self._sockets))
@@ -176,10 +182,10 @@ class _Turns:
             self._why_not = str(error)
             return False
         self._spent_s += time.perf_counter() - start_s
-        # The first is to warm up.
+        # The first sample only warms up.
         return (
-            len(self._samples) <= self._effort.contender_samples
-            and self._spent_s < self._effort.contender_s
+            len(self._samples) <= self._plan.contender_samples
+            and self._spent_s < self._plan.contender_s
         )
 
     def measured(self) -> Measured:
@@ -195,29 +201,29 @@ class _Turns:
 
 
 def checked(sample: Sample, sockets: int) -> Sample:
-    """The sample, if it says how many there are.
+    """Return the sample if its count is right.
 
     Raises:
-        NoNumberError: it is off.
+        NoNumberError: the count is wrong by more than `TOLERANCE`.
     """
-    off = sample.count.off(sockets)
-    if off > TOLERANCE * sockets:
-        raise NoNumberError(f"its count was off by {off:,.0f} of {sockets:,}")
+    error = sample.count.error(sockets)
+    if error > TOLERANCE * sockets:
+        raise NoNumberError(f"its count was off by {error:,.0f} of {sockets:,}")
     return sample
 
 
-def _side_by_side(started: Started, sockets: int, effort: Effort) -> Iterator[Measured]:
-    """By turns: what disturbs one disturbs the others."""
+def _side_by_side(started: Started, sockets: int, plan: Plan) -> Iterator[Measured]:
+    """Let the methods count in turn, so that disturbances affect all of them alike."""
     with ExitStack() as stack:
         ours = _scraped(stack, OURS, started)
-        turns = [_Turns(ours, sockets, effort)]
+        turns = [_Turns(ours, sockets, plan)]
         for name, entered in _others(sockets).items():
             try:
                 contender = stack.enter_context(entered())
             except NoNumberError as error:
                 yield logged(Measured(name, why_not=str(error)))
             else:
-                turns.append(_Turns(contender, sockets, effort))
+                turns.append(_Turns(contender, sockets, plan))
         going = turns
         while going:
             going = [each for each in going if each.take()]
@@ -227,14 +233,14 @@ def _side_by_side(started: Started, sockets: int, effort: Effort) -> Iterator[Me
 
 def _scraped(stack: ExitStack, name: str, started: Started) -> Scraped:
     scraper = stack.enter_context(Scraper(started.exporter.port))
-    return Scraped(name, started.exporter.process.pid, scraper, counted_by_us)
+    return Scraped(name, started.exporter.process.pid, scraper, counted_by_tcpexporter)
 
 
 def _others(sockets: int) -> dict[str, Callable[[], AbstractContextManager[Contender]]]:
     def of_worker(name: str) -> Callable[[], AbstractContextManager[Contender]]:
         return lambda: worker(name, sockets)
 
-    return {NODE_EXPORTER: node_exporter, **{name: of_worker(name) for name in WAYS}}
+    return {NODE_EXPORTER: node_exporter, **{name: of_worker(name) for name in METHODS}}
 
 
 def logged(measured: Measured) -> Measured:
@@ -248,28 +254,26 @@ def logged(measured: Measured) -> Measured:
     return measured
 
 
-# --- Our own other ways to be ---
+# --- The polling sources, and starts ---
 
 
-def _polling(source: str, sockets: int, effort: Effort) -> Measured:
-    """Scraped once in every second in which it polls once."""
+def _polling(source: str, sockets: int, plan: Plan) -> Measured:
+    """Measure a polling source with one scrape a second, its polling interval."""
     try:
         with running("--source", source) as started, ExitStack() as stack:
             contender = _scraped(stack, source, started)
             checked(contender.sample(), sockets)
-            return logged(_scraped_once_a_second(contender, started, effort))
+            return logged(_scraped_once_a_second(contender, started, plan))
     except NoNumberError as error:
         return logged(Measured(source, why_not=str(error)))
 
 
-def _scraped_once_a_second(
-    contender: Scraped, started: Started, effort: Effort
-) -> Measured:
+def _scraped_once_a_second(contender: Scraped, started: Started, plan: Plan) -> Measured:
     pid = started.exporter.process.pid
     measured = Measured(contender.name)
     start_s, cpu_before_ns = time.monotonic(), kernel.cpu_ns(pid)
-    until_s = start_s + 2 * effort.polls * POLL_S
-    while len(measured.wall_s) < effort.polls and time.monotonic() < until_s:
+    until_s = start_s + 2 * plan.polls * POLL_S
+    while len(measured.wall_s) < plan.polls and time.monotonic() < until_s:
         measured.wall_s.append(contender.sample().wall_s)
         next_s = start_s + len(measured.wall_s) * POLL_S
         time.sleep(max(next_s - time.monotonic(), 0))
@@ -279,10 +283,10 @@ def _scraped_once_a_second(
     return measured
 
 
-def _starts(max_connections: int, effort: Effort) -> Iterator[Start]:
-    """With the connections there already."""
-    until_s = time.monotonic() + effort.starts_s
-    for _ in range(effort.starts):
+def _starts(max_connections: int, plan: Plan) -> Iterator[Start]:
+    """Start exporters when all connections are already open."""
+    until_s = time.monotonic() + plan.starts_s
+    for _ in range(plan.starts):
         with _tracker(max_connections) as started:
             start = Start(started.took_s, kernel.memory(started.exporter.process.pid))
         log.info("  ready after %.2f s", start.took_s)
@@ -291,11 +295,11 @@ def _starts(max_connections: int, effort: Effort) -> Iterator[Start]:
             break
 
 
-# --- What of it is a figure of its own ---
+# --- Figures for the table of single figures ---
 
 
 def figure_samples(sizes: Sequence[Size]) -> dict[str, list[float]]:
-    """By name in `figures.FIGURES`; of sizes that were not measured there are none."""
+    """Return samples by the names in `figures.FIGURES`; sizes not measured have none."""
     by_sockets = {size.sockets: size for size in sizes if not size.why_not}
     samples: dict[str, list[float]] = {}
     if small := by_sockets.get(1_000):
@@ -310,7 +314,7 @@ def figure_samples(sizes: Sequence[Size]) -> dict[str, list[float]]:
 
 
 def _resident_bytes(size: Size) -> list[float]:
-    """Of those that were told of the connections, and of those that found them."""
+    """Return resident memory of exporters, started before and after the connections."""
     watching = size.contender(OURS)
     used = [watching.memory] if watching and watching.memory else []
     used += [start.memory for start in size.starts]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Writes the tables of docs/performance.md from the figures of a full bench.
+"""Writes the tables of docs/performance.md from the figures of a full run.
 
     python -m tests.benchmarks.table FILE --write docs/performance.md
 
-Replaces all text between the two markers; none of it is written by hand.
+It replaces all text between two marker lines, so do not edit that text.
 """
 
 import argparse
@@ -16,8 +16,14 @@ from pathlib import Path
 from tests import tables
 from tests.benchmarks import report
 from tests.benchmarks.figures import Figure, Unit
+from tests.benchmarks.number_format import (
+    format_bytes,
+    format_digits,
+    format_seconds,
+    format_spread,
+    format_value,
+)
 from tests.benchmarks.report import Report
-from tests.benchmarks.shown import digits, seconds, shown, size, spread
 from tests.benchmarks.sizes import OURS, Kept, Measured, Size
 from tests.tables import Table
 
@@ -38,28 +44,28 @@ CONTENDERS = {
     "dump_info": "lower bound: the same with `tcp_info`",
     "scan": "lower bound: numpy's sum of 64 bytes per connection",
 }
-"""In the order of the table."""
+"""Names of the methods, in the order of the table."""
 
 
 def markdown(measured: Report) -> str:
-    """The tables, and what they are true of."""
+    """Return the tables and the conditions of the measurements, as Markdown."""
     parts = [tables.markdown(each) for each in _tables(measured)]
     return "\n\n".join([*parts, conditions(measured)])
 
 
 def plain(measured: Report) -> str:
-    """The same for a terminal, and the spread of the samples."""
+    """Return the same as plain text, with the spread of the samples."""
     parts = [*_tables(measured), _spreads(measured)]
     missed = [figure.name for figure in measured.figures if figure.is_reached is False]
-    reached = f"not reached: {', '.join(missed) or 'none'}"
+    reached = f"target not met: {', '.join(missed) or 'none'}"
     return "\n\n".join([*map(tables.aligned, parts), conditions(measured), reached])
 
 
 def write(measured: Report, path: Path) -> None:
-    """Put the tables between the two markers in a file.
+    """Replace the text between the two marker lines of a file.
 
     Raises:
-        ValueError: it does not have them.
+        ValueError: the file does not have the marker lines.
     """
     tables.replace(path, BEGIN, END, markdown(measured))
 
@@ -74,7 +80,7 @@ def _tables(measured: Report) -> list[Table]:
     ]
 
 
-# --- One row for each contender, one column for each size ---
+# --- One row for each method, one column for each size ---
 
 Cell = Callable[[Size, str], str]
 
@@ -99,17 +105,18 @@ def _cpu(each: Size, name: str) -> str:
 
 
 def _compared(each: Size, name: str, samples: Callable[[Measured], Sequence[float]]) -> str:
-    """The median, and how many times ours it is."""
+    """Format the median and its ratio to that of tcpexporter."""
     measured, ours = each.contender(name), each.contender(OURS)
     if measured is None or measured.why_not:
         return measured.why_not if measured else ""
     median_s = statistics.median(samples(measured))
     if name == OURS or ours is None or ours.why_not:
-        return seconds(median_s)
-    return f"{seconds(median_s)} (×{digits(median_s / statistics.median(samples(ours)))})"
+        return format_seconds(median_s)
+    ratio = median_s / statistics.median(samples(ours))
+    return f"{format_seconds(median_s)} (×{format_digits(ratio)})"
 
 
-# --- What we take, by size ---
+# --- Time and memory of the exporter, by size ---
 
 
 def _ours(sizes: Sequence[Size]) -> Table:
@@ -118,8 +125,10 @@ def _ours(sizes: Sequence[Size]) -> Table:
         "… compared with the kernel's dump with `tcp_info`": _ready_in_dumps,
         "… temporary memory during the start": _seeding,
         "resident memory while serving": _resident,
-        "kernel memory": lambda each: size(each.kept.total_bytes) if each.kept else "",
-        "… for each of `--max-connections`": _kept_per_place,
+        "kernel memory": lambda each: (
+            format_bytes(each.kept.total_bytes) if each.kept else ""
+        ),
+        "… for each of `--max-connections`": _kept_per_slot,
         "… for each tracked, as many as `--max-connections`": _kept_per_tracked,
     }
     headings = [
@@ -132,14 +141,14 @@ def _ours(sizes: Sequence[Size]) -> Table:
 def _ready(each: Size) -> str:
     if not each.starts:
         return ""
-    return seconds(_ready_s(each))
+    return format_seconds(_ready_s(each))
 
 
 def _ready_in_dumps(each: Size) -> str:
     dump = each.contender("dump_info")
     if not each.starts or dump is None or dump.why_not:
         return ""
-    return f"×{digits(_ready_s(each) / statistics.median(dump.wall_s))}"
+    return f"×{format_digits(_ready_s(each) / statistics.median(dump.wall_s))}"
 
 
 def _ready_s(each: Size) -> float:
@@ -149,23 +158,25 @@ def _ready_s(each: Size) -> float:
 def _seeding(each: Size) -> str:
     if not each.starts:
         return ""
-    return size(statistics.median(start.memory.above_bytes for start in each.starts))
+    return format_bytes(
+        statistics.median(start.memory.above_bytes for start in each.starts)
+    )
 
 
 def _resident(each: Size) -> str:
     ours = each.contender(OURS)
-    return size(ours.memory.resident_bytes) if ours and ours.memory else ""
+    return format_bytes(ours.memory.resident_bytes) if ours and ours.memory else ""
 
 
-def _kept_per_place(each: Size) -> str:
+def _kept_per_slot(each: Size) -> str:
     if each.kept is None:
         return ""
-    return size(each.kept.total_bytes / each.kept.max_connections)
+    return format_bytes(each.kept.total_bytes / each.kept.max_connections)
 
 
 def _kept_per_tracked(each: Size) -> str:
     kept: Kept | None = each.kept_full
-    return size(kept.total_bytes / kept.tracked) if kept else ""
+    return format_bytes(kept.total_bytes / kept.tracked) if kept else ""
 
 
 # --- Single figures ---
@@ -184,8 +195,10 @@ def _single(figures: Sequence[Figure]) -> Table:
 
 def _to_reach(figure: Figure) -> str:
     if figure.at_most is not None:
-        return f"≤ {shown(figure.at_most, figure.unit)}"
-    return "" if figure.at_least is None else f"≥ {shown(figure.at_least, figure.unit)}"
+        return f"≤ {format_value(figure.at_most, figure.unit)}"
+    return (
+        "" if figure.at_least is None else f"≥ {format_value(figure.at_least, figure.unit)}"
+    )
 
 
 def _measured(figure: Figure, by_name: dict[str, Figure]) -> str:
@@ -193,23 +206,23 @@ def _measured(figure: Figure, by_name: dict[str, Figure]) -> str:
         return "not measured"
     parts = []
     if figure.p99 is not None:
-        parts.append(f"p99 {shown(figure.p99, figure.unit)}")
+        parts.append(f"p99 {format_value(figure.p99, figure.unit)}")
     base = by_name[figure.compared_with] if figure.compared_with else None
     if base and base.samples:
-        parts.append(f"×{digits(figure.median / base.median)} {base.known_as}")
-    median = shown(figure.median, figure.unit)
+        parts.append(f"×{format_digits(figure.median / base.median)} {base.known_as}")
+    median = format_value(figure.median, figure.unit)
     return f"{median} ({', '.join(parts)})" if parts else median
 
 
 def _spreads(measured: Report) -> Table:
-    """Of every median above that is of more than one sample."""
+    """List the spread of each median above that has more than one sample."""
     rows = [
-        [figure.name, spread(figure.samples, figure.unit)]
+        [figure.name, format_spread(figure.samples, figure.unit)]
         for figure in measured.figures
         if figure.samples
     ]
     rows += [
-        [f"{name}, {each.sockets:,} sockets", spread(contender.wall_s, Unit.SECONDS)]
+        [f"{name}, {each.sockets:,} sockets", format_spread(contender.wall_s, Unit.SECONDS)]
         for each in measured.sizes
         for name in CONTENDERS
         if (contender := each.contender(name)) and contender.wall_s
@@ -217,11 +230,11 @@ def _spreads(measured: Report) -> Table:
     return [["spread of", "smallest to largest"], *rows]
 
 
-# --- What they are true of ---
+# --- Conditions of the measurements ---
 
 
 def conditions(measured: Report) -> str:
-    """As a few sentences."""
+    """Describe the machine, the procedure, and what was not measured."""
     return " ".join(chain(_where(measured), _how(measured), _not_measured(measured)))
 
 
@@ -242,12 +255,12 @@ def _where(measured: Report) -> Iterator[str]:
 
 def _how(measured: Report) -> Iterator[str]:
     yield "Medians, and in parentheses the ratio to tcpexporter's."
-    rooms = {
+    maximums = {
         each.max_connections: f"{each.max_connections:,}"
         for each in measured.sizes
         if not each.why_not
     }
-    yield f"`--max-connections` was {' or '.join(rooms.values())}."
+    yield f"`--max-connections` was {' or '.join(maximums.values())}."
     yield "CPU time of the polling sources includes the polls, with one scrape a second."
     changes = measured.state_changes
     elsewhere = max(changes["run"] + changes["missed"] - changes["expected"], 0)
@@ -269,7 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, help="written by python -m tests.benchmarks")
     parser.add_argument(
-        "--write", type=Path, help="a file with the markers to put it between"
+        "--write", type=Path, help="replace the text between the marker lines of this file"
     )
     arguments = parser.parse_args()
     measured = report.read(arguments.file)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What was measured survives being written, and is shown as it is."""
+"""A report can be written and read, and its tables show the measured values."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import report, room, table
+from tests.benchmarks import capacity, report, table
 from tests.benchmarks.contenders import Count, Sample
 from tests.benchmarks.exporter import NoNumberError
 from tests.benchmarks.figures import filled
@@ -29,7 +29,7 @@ SIZES = [
         kept=KEPT,
         kept_full=KEPT,
     ),
-    Size(1_000_000, why_not="there is no room"),
+    Size(1_000_000, why_not="memory does not suffice"),
 ]
 
 
@@ -54,7 +54,9 @@ def _measured() -> report.Report:
     )
 
 
-def test_reads_what_it_wrote(measured: report.Report, tmp_path: Path) -> None:
+def test_a_report_is_read_as_it_was_written(
+    measured: report.Report, tmp_path: Path
+) -> None:
     path = tmp_path / "figures.json"
     measured.write(path)
     again = report.read(path)
@@ -62,18 +64,20 @@ def test_reads_what_it_wrote(measured: report.Report, tmp_path: Path) -> None:
     assert again.figures == measured.figures
 
 
-def test_shows_the_median_and_its_ratio_to_ours(measured: report.Report) -> None:
+def test_the_table_shows_the_median_and_its_ratio_to_tcpexporter(
+    measured: report.Report,
+) -> None:
     assert "counted by awk | 10.0 ms (×5.00) |" in table.markdown(measured)
 
 
-def test_says_why_there_is_no_number(measured: report.Report) -> None:
+def test_the_table_shows_why_a_number_is_missing(measured: report.Report) -> None:
     shown = table.markdown(measured)
     assert "counted in Python | it gave no number within 60 s |" in shown
-    assert "1,000,000 sockets: not measured, because there is no room." in shown
+    assert "1,000,000 sockets: not measured, because memory does not suffice." in shown
     assert "1,000,000 pre-existing sockets | ≤ 5.00 s | not measured |" in shown
 
 
-def test_replaces_what_is_between_the_markers(
+def test_writing_replaces_the_text_between_the_markers(
     measured: report.Report, tmp_path: Path
 ) -> None:
     page = tmp_path / "performance.md"
@@ -87,7 +91,7 @@ def test_replaces_what_is_between_the_markers(
     assert "stale" not in text
 
 
-def test_refuses_a_file_without_markers(measured: report.Report, tmp_path: Path) -> None:
+def test_a_file_without_markers_is_refused(measured: report.Report, tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
     page.write_text("nothing\n")
     with pytest.raises(ValueError, match="does not have the lines"):
@@ -95,18 +99,18 @@ def test_refuses_a_file_without_markers(measured: report.Report, tmp_path: Path)
     assert page.read_text() == "nothing\n"
 
 
-def test_refuses_a_wrong_count() -> None:
+def test_a_wrong_count_is_refused() -> None:
     right = Sample(1.0, 1.0, Count(ports=[10.0] * len(PORTS)))
     assert checked(right, 1_000) is right
     with pytest.raises(NoNumberError, match="off by 500 of 1,000"):
         checked(Sample(1.0, 1.0, Count(ports=[0.0] * len(PORTS))), 1_000)
 
 
-def test_says_when_there_is_no_room(tmp_path: Path) -> None:
+def test_a_lack_of_memory_or_files_is_reported(tmp_path: Path) -> None:
     (tmp_path / "sys/fs").mkdir(parents=True)
     (tmp_path / "sys/fs/file-nr").write_text("1000\t0\t100000\n")
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9 kB\nMemAvailable: 2097152 kB\n")
-    assert room.why_not(1_000, tmp_path) == ""
-    assert "leaves 99,000 files for 100,000 sockets" in room.why_not(100_000, tmp_path)
-    assert "2.0 GiB are available" in room.why_not(1_000_000, tmp_path)
+    assert capacity.shortage(1_000, tmp_path) == ""
+    assert "leaves 99,000 files for 100,000 sockets" in capacity.shortage(100_000, tmp_path)
+    assert "2.0 GiB are available" in capacity.shortage(1_000_000, tmp_path)

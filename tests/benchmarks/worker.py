@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""One way to count, in a process of its own: counts once for each line that it reads."""
+"""Runs one counting method in its own process: it counts once for each input line."""
 
 import json
 import resource
@@ -7,36 +7,36 @@ import sys
 import time
 from collections.abc import Mapping
 
-from tests.benchmarks import ways
+from tests.benchmarks import counting_methods
 from tests.benchmarks.hold import PORTS
 
-WAYS = {
-    "ss": ways.ss,
-    "psutil": ways.psutil,
-    "items": ways.items,
-    "scan": ways.scan,
-    "dump": ways.dumped,
-    "dump_info": ways.dumped_info,
+METHODS = {
+    "ss": counting_methods.ss,
+    "psutil": counting_methods.psutil,
+    "items": counting_methods.items,
+    "scan": counting_methods.scan,
+    "dump": counting_methods.dumped,
+    "dump_info": counting_methods.dumped_info,
 }
 
 
 def main() -> None:
     name, sockets = sys.argv[1:]
-    way = WAYS[name](int(sockets))
-    _say({"ready": name})
+    method = METHODS[name](int(sockets))
+    _send({"ready": name})
     for _ in sys.stdin:
-        _say(_once(way))
+        _send(_once(method))
 
 
-def _once(way: ways.Way) -> dict[str, object]:
+def _once(method: counting_methods.CountMethod) -> dict[str, object]:
     cpu_before_s, start_s = _cpu_s(), time.perf_counter()
-    counted = way()
+    counted = method()
     wall_s, cpu_s = time.perf_counter() - start_s, _cpu_s() - cpu_before_s
     return {"wall_s": wall_s, "cpu_s": cpu_s, **_count(counted)}
 
 
 def _cpu_s() -> float:
-    """Of this process and of those that it has waited for."""
+    """Return the CPU time of this process and of its child processes that have ended."""
     used = [
         resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     ]
@@ -52,7 +52,7 @@ def _count(counted: Mapping[int, int] | int) -> dict[str, object]:
     }
 
 
-def _say(what: Mapping[str, object]) -> None:
+def _send(what: Mapping[str, object]) -> None:
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()
 

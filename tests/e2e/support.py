@@ -32,7 +32,7 @@ class Command(Exporter):
         address: str = "127.0.0.1",
         port: int | None = None,
     ) -> None:
-        if port is not None:  # of two flags the last one counts
+        if port is not None:  # the last of two equal flags has effect
             arguments = (*arguments, "--listen", f"{address}:{port}")
         super().__init__(*arguments, command=command, address=address, wait=False)
         self.port = port or self.port
@@ -52,7 +52,7 @@ class Command(Exporter):
 
 
 def tool(name: str) -> str:
-    """Return the path of a program; skip the test if it is not installed."""
+    """Return the path of a program; skip the test if the program is not installed."""
     path = shutil.which(name)
     if path is None:
         pytest.skip(f"{name} is not on PATH: Debian has it in the package prometheus")
@@ -60,7 +60,8 @@ def tool(name: str) -> str:
 
 
 def scrape_config(*targets: str, **settings: object) -> str:
-    """Return the README's scrape_configs with other targets and additional settings."""
+    """Return the README's scrape_configs with other targets and with additional
+    settings."""
     blocks = re.findall("(?ms)^```yaml\n(.*?)^```$", README.read_text())
     (example,) = (block for block in blocks if "\nscrape_configs:" in block)
     before, place, after = example.partition('["localhost:9690"]')
@@ -70,9 +71,9 @@ def scrape_config(*targets: str, **settings: object) -> str:
 
 
 class Prometheus:
-    """A real Prometheus on loopback, with its data in a directory.
+    """Runs a real Prometheus on loopback, with its data in a directory.
 
-    Its first scrape comes after five seconds, independent of the interval.
+    It delays its first scrape by five seconds, whatever the interval is.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Prometheus:
                     f"--config.file={config}",
                     f"--storage.tsdb.path={directory / 'data'}",
                     f"--web.listen-address={self._address}",
-                    "--log.level=debug",  # this level has failed scrapes
+                    "--log.level=debug",  # failed scrapes are logged at this level
                 ],
                 stdout=log,
                 stderr=log,

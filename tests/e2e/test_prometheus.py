@@ -29,8 +29,8 @@ def at(port: int, metric: str = LONG_TERM) -> str:
     return f'{metric}{{port="{port}"}}'
 
 
-def test_prometheus_has_the_right_numbers_of_every_source(tmp_path: Path) -> None:
-    """IPv4 and IPv6 are separate, values fall when connections close, no scrape fails."""
+def test_prometheus_stores_the_right_counts_of_every_source(tmp_path: Path) -> None:
+    """IPv4 and IPv6 have separate counts, which fall when connections close."""
     with contextlib.ExitStack() as running:
         peers = running.enter_context(Peers("::"))
         exporters = [
@@ -40,7 +40,7 @@ def test_prometheus_has_the_right_numbers_of_every_source(tmp_path: Path) -> Non
             for source in SOURCES
         ]
         prometheus = running.enter_context(
-            # The interval is also the timeout, and this machine may be busy.
+            # The interval is also the timeout of a scrape, and this machine may be busy.
             Prometheus(tmp_path, *(each.target for each in exporters), interval_s=2)
         )
 
@@ -63,7 +63,7 @@ def test_prometheus_has_the_right_numbers_of_every_source(tmp_path: Path) -> Non
         for _, server in peers.pairs[7:]:
             server.close()
         wait_for_numbers(4, 0)
-        for each in exporters:  # Prometheus' own connections are not counted
+        for each in exporters:  # Prometheus' own connections are not counted.
             own = f'{LONG_TERM}{{port="{each.port}",instance="{each.target}"}}'
             assert prometheus.query(own) == {}
         assert_no_scrape_failed(prometheus)
@@ -93,9 +93,9 @@ def test_an_ipv6_target_is_scraped(tmp_path: Path) -> None:
         assert_no_scrape_failed(prometheus)
 
 
-def test_the_readme_works_as_it_stands(tmp_path: Path) -> None:
+def test_the_example_of_the_readme_works_unchanged(tmp_path: Path) -> None:
     """The command without flags serves at the target of the README's example."""
-    no_flag = ("sh", "-c", f'exec "{COMMAND}"')  # sh does not pass flags on
+    no_flag = ("sh", "-c", f'exec "{COMMAND}"')  # sh does not pass the flags to the command
     with (
         Peers() as peers,
         Command(command=no_flag, port=9690) as exporter,
@@ -106,8 +106,9 @@ def test_the_readme_works_as_it_stands(tmp_path: Path) -> None:
         assert exporter.value("tcpexporter_duration_seconds") == 6
 
 
-def test_a_restart_costs_at_most_one_scrape(tmp_path: Path) -> None:
-    """Pre-existing connections count at once after a restart; series have short gaps."""
+def test_a_restart_loses_at_most_one_scrape(tmp_path: Path) -> None:
+    """Pre-existing connections count at once after a restart, so gaps of series are
+    short."""
     # Intervals are usually 15 s or more; a restart must fit between two scrapes.
     interval_s = 3
     port = free_port()
@@ -128,7 +129,7 @@ def test_a_restart_costs_at_most_one_scrape(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ACCEPT)
-def test_openmetrics_is_what_prometheus_asks_for(version: str) -> None:
+def test_prometheus_requests_openmetrics(version: str) -> None:
     """The strict OpenMetrics parser accepts the exposition, which has the right value."""
     with Peers() as peers, Command("--duration", "0") as exporter:
         peers.connect(3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The alert rules in deploy/prometheus: promtool's view of them, and the collector's."""
+"""Checks the alert rules in deploy/prometheus with promtool and against the collector."""
 
 import re
 import shutil
@@ -41,11 +41,13 @@ OF_PROMETHEUS = {"job", "instance"}
 """Labels that Prometheus adds to those of the exposition."""
 
 WITHOUT_ALERT = {
-    "tcpexporter_seeded_connections",  # after a restart all connections are seeded
-    "tcpexporter_build_info",  # information only
-    "tcpexporter_duration_seconds",  # a setting
-    "tcpexporter_collect_duration_seconds",  # too long for a scrape is TcpexporterDown
-    "tcpexporter_config_last_reload_success_timestamp_seconds",  # _successful has an alert
+    "tcpexporter_seeded_connections",  # All connections are pre-existing after a restart.
+    "tcpexporter_build_info",  # This is information only.
+    "tcpexporter_duration_seconds",  # This is a setting.
+    # If collecting takes longer than a scrape may, TcpexporterDown fires.
+    "tcpexporter_collect_duration_seconds",
+    # The metric _successful has an alert.
+    "tcpexporter_config_last_reload_success_timestamp_seconds",
 }
 """Metrics of the exporter itself without an alert."""
 
@@ -115,8 +117,8 @@ def test_promtool_accepts_the_rules() -> None:
     assert promtool("check", "rules", "--lint-fatal", *RULES).count("SUCCESS") == len(RULES)
 
 
-def test_alerts_fire_when_they_should_and_not_otherwise() -> None:
-    """``promtool test rules`` checks which alerts fire when, and their annotations."""
+def test_alerts_fire_in_the_cases_that_expect_them() -> None:
+    """``promtool test rules`` checks when each alert fires, and its annotations."""
     assert "SUCCESS" in promtool("test", "rules", CASES)
 
 
@@ -130,7 +132,7 @@ def test_each_alert_has_a_case_where_it_fires_and_one_where_it_does_not() -> Non
 
 
 @pytest.mark.parametrize("name", alerts())
-def test_each_alert_waits_and_explains_itself(name: str) -> None:
+def test_each_alert_has_a_delay_a_severity_and_a_description(name: str) -> None:
     """Each alert has "for", a severity, a summary and a description."""
     rule = alerts()[name]
     assert re.search(r"\n +for: [1-9]\d*m\n", rule)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""``--once --output``: a file for node_exporter's textfile collector, and a real one."""
+"""Tests ``--once --output``, with a real node_exporter that reads the file."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from tests.e2e.test_command import INHERITED, count, objections, run
 from tests.support import DEADLINE_S, LONG_TERM, Peers, eventually, free_port
 
 MANY_PORTS = "1-1009"
-"""The exposition of these ports is larger than a page of memory."""
+"""Ports whose exposition is larger than a page of memory."""
 
 
 @pytest.fixture
@@ -73,11 +73,11 @@ def fetch(url: str) -> str:
             time.sleep(0.05)
 
 
-def test_node_exporter_serves_what_was_written(textfiles: Path) -> None:
-    """It serves all metrics without an error, after each of two runs with other settings.
+def test_node_exporter_serves_the_written_file(textfiles: Path) -> None:
+    """Node_exporter reports no error after each of two runs with different settings.
 
-    The kind of fault: a process metric, which node_exporter has too, or a help text that
-    changes, makes node_exporter report an error at each scrape.
+    The kind of fault: an error at each scrape, because node_exporter has a metric of the
+    same name, or because a help text has changed.
     """
     with Peers() as peers, node_exporter(textfiles) as url:
         peers.connect(7)
@@ -96,8 +96,8 @@ def test_node_exporter_serves_what_was_written(textfiles: Path) -> None:
                 assert count(page, LONG_TERM, peers.port) == {"4": 7}
 
 
-def test_without_root_it_writes_to_its_own_directory(tmp_path: Path) -> None:
-    """It writes as the owner of a directory; in another one it is an error."""
+def test_without_root_the_file_is_written_to_an_own_directory(tmp_path: Path) -> None:
+    """The owner of a directory can write there; in another directory it is an error."""
     nobody = 65534
     as_nobody = ("setpriv", f"--reuid={nobody}", f"--regid={nobody}", "--clear-groups")
     # The tests and the parents of the directory may be readable by root only.
@@ -123,7 +123,7 @@ def test_without_root_it_writes_to_its_own_directory(tmp_path: Path) -> None:
     )
 
 
-def test_a_signal_while_it_watches_leaves_the_old_file(textfiles: Path) -> None:
+def test_a_signal_during_the_wait_leaves_the_old_file(textfiles: Path) -> None:
     """The old file is unchanged, no other file is left, and the exit code is not 0."""
     path = textfiles / "x.prom"
     path.write_text("old 1\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""--web-config: a real Prometheus scrapes with a certificate and a password."""
+"""Tests --web-config: a real Prometheus scrapes with a certificate and a password."""
 
 import socket
 import ssl
@@ -18,7 +18,7 @@ NOBODY = 65534
 
 
 class Guarded(Command):
-    """The command with a web configuration, and requests that it authorizes."""
+    """The command with a web configuration, and a client with its credentials."""
 
     context: ssl.SSLContext | None = None
     password: str | None = None
@@ -80,7 +80,8 @@ def scraper_settings(directory: Path) -> dict[str, Any]:
 
 
 def test_prometheus_scrapes_with_a_certificate_and_a_password(tmp_path: Path) -> None:
-    """Scrapes work before and after certificate and key, readable by root, are replaced."""
+    """Scrapes work before and after certificate and key, readable by root only, are
+    replaced."""
     tmp_path.chmod(0o700)
     config = write_web(tmp_path, MTLS + users(alice="wonderland"))
     Path(config).chmod(0o600)
@@ -112,10 +113,10 @@ def read_all(sock: socket.socket) -> str:
     return b"".join(iter(lambda: sock.recv(65536), b"")).decode()
 
 
-def test_every_address_of_both_families_and_its_own_port() -> None:
-    """``--listen [::]:port`` means IPv4 and IPv6, and the port is never counted.
+def test_a_wildcard_address_serves_ipv4_and_ipv6() -> None:
+    """``--listen [::]:port`` means IPv4 and IPv6, and scrapes of both are not counted.
 
-    A fault of this kind refuses scrapes over IPv4, or counts scrapers.
+    The kind of fault: scrapes over IPv4 are refused, or scrapers are counted.
     """
     arguments = ("--duration", "0", "--direction", "all", "--source", "sock_diag")
     with new_netns() as name, inside(name), Command(*arguments, address="[::]") as exporter:
@@ -135,8 +136,8 @@ def test_every_address_of_both_families_and_its_own_port() -> None:
                 assert kept.getpeername()[1] == exporter.port
 
 
-def test_the_reader_has_only_the_privilege_to_read(tmp_path: Path) -> None:
-    """It is not root, has only CAP_DAC_READ_SEARCH, and ends with its parent."""
+def test_the_reader_process_can_only_read_files(tmp_path: Path) -> None:
+    """It is not root, has only CAP_DAC_READ_SEARCH, and ends with its parent process."""
     config = write_web(tmp_path, TLS)
     with OfTls("--web-config", config) as exporter:
         (reader,) = children(exporter.process.pid)
@@ -152,8 +153,9 @@ def test_the_reader_has_only_the_privilege_to_read(tmp_path: Path) -> None:
         eventually(lambda: not Path(f"/proc/{reader}/fd").exists())
 
 
-def test_as_root_without_that_capability(tmp_path: Path) -> None:
-    """As in some containers, the reader stays root without capabilities, and can read."""
+def test_the_reader_process_stays_root_without_that_capability(tmp_path: Path) -> None:
+    """In some containers the capability is missing; the reader can read files all the
+    same."""
     config = write_web(tmp_path, TLS)
     Path(config).chmod(0o600)
     command = ("setpriv", "--bounding-set=-dac_read_search", COMMAND)
@@ -169,7 +171,7 @@ def test_as_root_without_that_capability(tmp_path: Path) -> None:
         eventually(lambda: not Path(f"/proc/{reader}").exists())
 
 
-def test_ended_while_a_password_is_checked(tmp_path: Path) -> None:
+def test_a_signal_during_a_password_check_ends_the_exporter(tmp_path: Path) -> None:
     """It ends at once with exit code 0, although the check would take minutes."""
     costly = f"  bob: $2y$20${'.' * 53}\n"
     config = write_web(tmp_path, users(alice="wonderland") + costly)
@@ -178,7 +180,8 @@ def test_ended_while_a_password_is_checked(tmp_path: Path) -> None:
             sock.sendall(
                 b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Basic Ym9iOng=\r\n\r\n"
             )
-            assert exporter.get("/-/ready")  # alice's was checked, bob's check is running
+            # the check of alice's password has ended, and that of bob's is running
+            assert exporter.get("/-/ready")
             code, log = exporter.stop()
     assert code == 0
     assert "Traceback" not in log
@@ -195,10 +198,10 @@ def test_ended_while_a_password_is_checked(tmp_path: Path) -> None:
         (TLS.replace("server.key", "absent"), "line 3: key_file"),
     ],
 )
-def test_a_wrong_configuration_is_refused(
+def test_an_invalid_configuration_is_refused(
     tmp_path: Path, config: str, sentence: str
 ) -> None:
-    """Exit code 2 and one sentence, as for an invalid setting."""
+    """It has exit code 2 and one sentence, like an invalid setting."""
     ended = subprocess.run(
         [COMMAND, "--web-config", write_web(tmp_path, config)],
         check=False,

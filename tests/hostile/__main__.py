@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Attacks the exporter in each known way, one after another, while it is scraped.
+"""Runs each known attack on the exporter, one after another, while it is scraped.
 
     python -m tests.hostile [--seconds SECONDS] [NAME ...]
 
-It prints the results as a table. The exit code is 1 if a scrape failed or took a second, if
-the exporter used too much memory or too many descriptors, or if it did not recover.
+It prints the results as a table. The exit code is 1 in each of these cases: a scrape failed
+or took a second; the exporter used too much memory or too many descriptors; it did not
+recover.
 """
 
 import argparse

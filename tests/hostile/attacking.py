@@ -21,7 +21,8 @@ from tests.hostile.watching import Access, AttackedExporter, Used, Watcher
 from tests.support import ESTABLISHED, LONG_TERM, Peers, eventually
 
 PORTS = 1_000
-"""Ports with series: with two IP versions, the default maximum of 2,000 series."""
+"""Ports that have series: in two IP versions they reach the default limit of 2,000
+series."""
 
 CONNECTIONS = 7
 
@@ -31,12 +32,15 @@ PASSWORD = "wonderland"  # noqa: S105
 MOST_SCRAPE_S = 1.0
 MOST_MIB = 128.0
 MOST_GROWTH_MIB = 24.0
-"""Limit for one attack; a second attack of the same kind adds almost nothing."""
+"""Memory growth allowed for one attack; a second attack of the same kind adds almost
+none."""
 MOST_DESCRIPTORS = MAX_CONNECTIONS + 4 * ACCEPTED_AT_ONCE
-"""Limit in addition to those before: evicted clients are closed two loop turns later."""
+"""Descriptors allowed in addition to those before the attack. Evicted clients are closed
+two turns of the event loop later."""
 
 SETTLED_S = 20.0
-"""Time to recover: clients that an attack leaves behind are dropped after 10 s."""
+"""Time allowed for recovery: the exporter drops clients that an attack leaves after 10
+s."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Figures:
     peak_mib: float
     after: Used
     settled_s: float
-    """Time from the end of the attack until as many descriptors were open as before."""
+    """Time from the end of the attack until no more descriptors were open than before."""
     is_same: bool
     """Whether the page has the same connections as before."""
 
@@ -64,7 +68,7 @@ class Figures:
 
     @property
     def problems(self) -> list[str]:
-        """Limits that the exporter has exceeded, except for times."""
+        """List the limits that the exporter has exceeded, except time limits."""
         found = [each for scraped in self.watched.judged for each in scraped.failures]
         if not self.done.requests:
             found.append("no request was sent: the attack did not happen")
@@ -75,14 +79,14 @@ class Figures:
         if self.after.descriptors > self.before.descriptors:
             found.append(f"{self.after.descriptors} descriptors are still open")
         if self.growth_mib > MOST_GROWTH_MIB:
-            found.append(f"it has grown by {self.growth_mib:.1f} MiB")
+            found.append(f"its memory has grown by {self.growth_mib:.1f} MiB")
         if not self.is_same:
             found.append("its page has changed")
         return found
 
     @property
     def delays(self) -> list[str]:
-        """Times that the exporter has exceeded."""
+        """List the time limits that the exporter has exceeded."""
         if self.slowest_s < MOST_SCRAPE_S:
             return []
         return [f"a scrape took {self.slowest_s:.2f} s"]

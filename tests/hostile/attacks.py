@@ -29,7 +29,7 @@ _numbers = itertools.count()
 
 
 def _in_turn(*kinds: bytes) -> Behave:
-    """Send these requests in turn, each on its own connection, and read the response."""
+    """Send these requests in turn, each on a new connection, and read each response."""
     turns = itertools.cycle(kinds)
 
     async def behave(client: Client) -> None:
@@ -77,7 +77,7 @@ async def _body(client: Client) -> None:
 
 
 async def _pipelining(client: Client) -> None:
-    """Send batches of 50 requests; every second client reads no response."""
+    """Send batches of 50 requests; every second client reads none of the responses."""
     reads = next(_numbers) % 2
     while True:
         await client.send((SCRAPE + b"\r\n") * 50, requests=50)
@@ -122,7 +122,7 @@ def _client_hello() -> bytes:
 
 
 async def _handshake(client: Client) -> None:
-    """Send half of a ClientHello, or all of it and nothing after the response."""
+    """Send half of a ClientHello, or a whole one, and then nothing more."""
     hello = _client_hello()
     half = len(hello) // 2 if next(_numbers) % 2 else len(hello)
     await client.send(hello[:half], requests=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Runs thousands of clients at several loopback addresses; they reconnect when dropped."""
+"""Runs thousands of clients at several loopback addresses; dropped clients reconnect."""
 
 import asyncio
 import contextlib
@@ -11,18 +11,19 @@ from dataclasses import dataclass
 ADDRESSES = [f"127.0.1.{number}" for number in range(1, 9)]
 
 IP_BIND_ADDRESS_NO_PORT = 24
-"""The kernel chooses the port at connect, so each address can use all ports: ip(7)."""
+"""Socket option: the kernel chooses the port at connect(2), so each address has all
+ports."""
 
 CHUNK_BYTES = 1 << 16
 
 
 @dataclass
 class Done:
-    """What the clients have done together."""
+    """Totals of all clients."""
 
     connections: int = 0
     requests: int = 0
-    """Requests begun, complete or not, valid HTTP or not."""
+    """Requests that were begun, whether they are complete or valid HTTP or not."""
     sent_bytes: int = 0
 
 
@@ -35,7 +36,7 @@ class Client:
         self._loop = asyncio.get_running_loop()
 
     async def send(self, data: bytes, requests: int = 0) -> None:
-        """Send all of ``data``; this may take long."""
+        """Send all of ``data``, which may block for a long time."""
         self._done.requests += requests
         await self._loop.sock_sendall(self._sock, data)
         self._done.sent_bytes += len(data)
@@ -70,15 +71,15 @@ Behave = Callable[[Client], Awaitable[None]]
 async def run_clients(
     port: int, behave: Behave, *, clients: int, seconds: float, pause_s: float
 ) -> Done:
-    """Run clients, each of which behaves like this on one connection after another.
+    """Run clients, each of which uses one connection after another.
 
     Args:
         port: Port of the server on loopback.
-        behave: What a client does with a connection; it is closed afterwards.
+        behave: The actions of a client on a connection, which is closed afterwards.
         clients: Maximum number of connections at a time.
         seconds: Time until all clients stop.
-        pause_s: Pause of a client before it connects again. The first connects are spread
-            over the same time.
+        pause_s: Pause of a client before it connects again. The first connections are
+            spread over the same time.
     """
     done = Done()
     addresses = itertools.cycle(ADDRESSES)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Runs each attack briefly with fewer clients; ``python -m tests.hostile`` runs longer."""
+"""Runs each attack briefly with few clients; ``python -m tests.hostile`` runs longer."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from tests.support import Peers, inside, new_netns, why_no_bpf
 
 SECONDS = 1.0
 CLIENTS = 307
-"""More than there are connection slots."""
+"""Number of clients, which is higher than the number of connection slots."""
 
 ExporterFor = Callable[[str], AttackedExporter]
 
@@ -31,7 +31,7 @@ def peers() -> Iterator[Peers]:
 def exporter_for(
     peers: Peers, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ExporterFor]:
-    """Returns the exporter with a web configuration, shared by attacks that require it."""
+    """Return a shared exporter with the web configuration that an attack requires."""
     running: dict[str, AttackedExporter] = {}
     with contextlib.ExitStack() as stack:
 
@@ -45,7 +45,9 @@ def exporter_for(
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attack(exporter_for: ExporterFor, peers: Peers, name: str) -> None:
+def test_the_exporter_survives_an_attack(
+    exporter_for: ExporterFor, peers: Peers, name: str
+) -> None:
     """Scrapes succeed, memory and descriptors stay limited, and the exporter recovers."""
     shape = ATTACKS[name]
     figures = attack(
@@ -55,7 +57,7 @@ def test_attack(exporter_for: ExporterFor, peers: Peers, name: str) -> None:
         seconds=SECONDS,
         clients=None
         if name == "idle"
-        else min(shape.clients, CLIENTS),  # they connect slowly
+        else min(shape.clients, CLIENTS),  # clients of this attack connect slowly
         first_logins=first_logins() if shape.web == "passwords" else (),
     )
     assert figures.problems == []

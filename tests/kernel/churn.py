@@ -3,10 +3,10 @@
 
     python -m tests.kernel.churn [--changes NUMBER] [--least SECONDS] [--most SECONDS]
 
-The kernel skips a BPF program in an interrupt of the same program. The test makes that
-frequent: it steers packets over two CPUs, so that each CPU is interrupted by packets of the
-other. When no connection opens or closes any more, and the exporter has reconciled once
-more, its counts must equal those of ss(8), and its memory must not have grown.
+The kernel skips a BPF program in an interrupt of the same program. To make this frequent,
+the test steers packets over two CPUs, so that packets of one CPU interrupt the other. At
+the end no connection opens or closes, and the exporter reconciles once more. Its counts
+must then equal those of ss(8), and its memory must not have grown.
 """
 
 import argparse
@@ -32,15 +32,16 @@ from tests.kernel.helpers.worker import Worker
 from tests.support import Exporter, inside, new_netns
 
 PORTS = (10007, 10009, 10037, 10039)
-"""The ports of the processes that churn; their CPUs alternate."""
+"""Local ports of the processes. Each process has its own port; every second one runs on
+the second CPU."""
 
 MOST_SOCKETS = len(PORTS) * MOST_DESCRIPTORS
 
 CONNECTIONS = 499
-"""Connections that a process makes for each request."""
+"""Number of connections that a process opens for each request."""
 
 LONG_S = 500
-"""In a shorter run, memory that is used for the first time looks like growth."""
+"""Minimum duration: in a shorter run, memory used for the first time looks like growth."""
 
 
 @dataclass(frozen=True)
@@ -48,36 +49,37 @@ class Figures:
     """The result of a soak."""
 
     changes: int
-    """How often a socket entered or left ESTABLISHED."""
+    """How many times sockets entered or left ESTABLISHED."""
     seconds: float
     has_missed: bool
-    """Whether events were missed."""
+    """Whether the kernel missed events."""
     missed: int | None
-    """How many; None if this kernel does not count them."""
+    """Number of missed events; None if this kernel does not count them."""
     corrected_open: int
     corrected_close: int
     wrong_at_first: int
-    """By how many connections the counts were wrong at all quiet points, before a run."""
+    """Sum of the errors of all counts at the quiet points, before a reconciliation."""
     wrong: int
-    """And at the end, after at most one reconciliation."""
+    """Sum of the errors at the end, after at most one reconciliation."""
     quiet_points: int
-    """How often the processes stopped and the counts were compared, the end included."""
+    """Number of quiet points, including the end: the processes stop and counts are
+    compared."""
     differences: Sequence[str]
-    """For each quiet point, what was wrong after a reconciliation, and why."""
+    """A description of each quiet point that was still wrong after a reconciliation."""
     scrapes: int
     complaints: Sequence[str]
-    """Scrapes that failed or had impossible values."""
+    """Number of scrapes that failed or had impossible values."""
     memory: Memory
-    """At the last scrape."""
+    """Memory at the last scrape."""
     growth: Growth
-    """Growth of memory that is not mapped from a file or the kernel."""
+    """Growth of the process's own memory, without mapped files and maps."""
 
     @property
     def problems(self) -> list[str]:
-        """Why the exporter, or this soak, failed."""
+        """List the reasons why the exporter or this test failed."""
         problems = [*self.complaints, *self.differences]
         if not self.has_missed:
-            problems.append("no event was missed: the soak shows nothing")
+            problems.append("no event was missed: increase --changes")
         if self.wrong:
             problems.append(f"{self.wrong} connections are wrong after reconciling")
         if self.seconds >= LONG_S and self.growth.is_more_than_noise:
@@ -91,12 +93,12 @@ class Figures:
             "events missed": "not counted" if self.missed is None else f"{self.missed:,}",
             "corrected, opening missed": f"{self.corrected_open:,}",
             "corrected, closing missed": f"{self.corrected_close:,}",
-            "wrong when it became quiet": f"{self.wrong_at_first:,}",
+            "wrong at quiet points": f"{self.wrong_at_first:,}",
             "wrong at the end": f"{self.wrong:,}",
             "quiet points": f"{self.quiet_points:,}",
-            "of those wrong when reconciled": f"{len(self.differences):,}",
+            "of these, still wrong after reconciling": f"{len(self.differences):,}",
             "scrapes": f"{self.scrapes:,}",
-            "scrapes that failed or were absurd": f"{len(self.complaints):,}",
+            "failed or impossible scrapes": f"{len(self.complaints):,}",
             "its own memory at the end, MiB": f"{self.memory.own_mib:.1f}",
             "mapped files and maps, MiB": f"{self.memory.mapped_mib:.1f}",
             "growth, last third": f"{self.growth.grown_mib:+.2f} MiB",
@@ -106,7 +108,7 @@ class Figures:
 
 
 class Watcher(threading.Thread):
-    """Scrapes without pause, and records failures and impossible values."""
+    """Scrapes continuously, and records failures and impossible values."""
 
     def __init__(self, exporter: Exporter) -> None:
         super().__init__(daemon=True)
@@ -115,7 +117,7 @@ class Watcher(threading.Thread):
         self.scrapes = 0
         self.complaints: list[str] = []
         self.memory: list[Memory] = []
-        """After each scrape."""
+        """Memory after each scrape."""
         self._exporter = exporter
         self._counters: dict[tuple[str, str], float] = {}
         self._ending = threading.Event()
@@ -144,7 +146,7 @@ class Watcher(threading.Thread):
                 self.complaints.append(f"scrape {self.scrapes}: {error!r}")
             else:
                 self.memory.append(memory_of(self._exporter.process.pid))
-                wrong = ", ".join(self._absurdities(self.page))
+                wrong = ", ".join(self._impossible_values(self.page))
                 if wrong:
                     self.complaints.append(f"scrape {self.scrapes}: {wrong}")
 
@@ -152,14 +154,14 @@ class Watcher(threading.Thread):
         self._ending.set()
         self.join()
 
-    def _absurdities(self, page: Page) -> Iterator[str]:
+    def _impossible_values(self, page: Page) -> Iterator[str]:
         for family in page.families:
             for sample in family.samples:
                 if sample.value < 0 or not math.isfinite(sample.value):
                     yield f"impossible value: {sample}"
                 if family.type == "counter":
                     yield from self._backwards(sample)
-        # A socket whose closing was missed is counted until it is corrected.
+        # A socket whose closing was missed is counted until a reconciliation removes it.
         most = MOST_SOCKETS + (math.inf if page.missed is None else page.missed)
         for series, number in page.counts().items():
             if number > most:
@@ -235,22 +237,23 @@ def churn(
 
 @dataclass(frozen=True)
 class Point:
-    """The comparison at one quiet point."""
+    """The comparison of counts at one quiet point."""
 
     page: Page
     wrong_at_first: int
     wrong: int
-    """After at most one reconciliation."""
+    """The sum of the errors after at most one reconciliation."""
     difference: str
-    """What is wrong then, with details of these connections; empty: nothing."""
+    """The series that are then wrong, with their connections; empty if all are right."""
 
 
 def compare(exporter: Exporter) -> Point:
-    """Compare the counts with those of ss(8); if wrong, again after a reconciliation."""
-    page, true = oracle.look(exporter)
+    """Compare the counts with those of ss(8); if they differ, compare again after a
+    reconciliation."""
+    page, true = oracle.scrape_and_count(exporter)
     wrong_at_first = _wrong(page, true)
     if wrong_at_first:
-        page, true = oracle.look_reconciled(exporter)
+        page, true = oracle.scrape_reconciled(exporter)
     differing = oracle.difference(page.counts(), true)
     lines = [
         f"{series} shows {shown} and should be {wanted}\n"
@@ -258,13 +261,14 @@ def compare(exporter: Exporter) -> Point:
         for series, (shown, wanted) in differing.items()
     ]
     if lines:
-        after, true = oracle.look(exporter)
-        lines.append(f"the next page is wrong by {_wrong(after, true)}")
+        after, true = oracle.scrape_and_count(exporter)
+        lines.append(f"after a reconciliation the error is {_wrong(after, true)}")
     return Point(page, wrong_at_first, _wrong(page, true), "\n".join(lines))
 
 
 def _make_busy(workers: Sequence[Worker], is_enough: Callable[[int], bool]) -> int:
-    """Let the processes churn until that is enough; return how many changes they made."""
+    """Let the processes open and close connections until ``is_enough`` returns True;
+    return the number of changes."""
     done = 0
     with selectors.DefaultSelector() as busy:
         for worker in workers:
@@ -272,7 +276,7 @@ def _make_busy(workers: Sequence[Worker], is_enough: Callable[[int], bool]) -> i
             worker.ask(connections=CONNECTIONS)
         while busy.get_map():
             ready = busy.select(oracle.PATIENCE_S)
-            assert ready, "no process answers"
+            assert ready, "no process responds"
             for each, _ in ready:
                 worker = each.data
                 done += worker.answer()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Every kernel test runs in a network namespace that it need not leave as it found it.
+"""Every kernel test runs in a network namespace that is created for tests.
 
-That is one of its own, unless it shares an exporter or a tracker: these are in one that
-they stay in.
+A test has its own namespace, unless it uses a shared exporter or tracker. A shared one has
+a namespace for the whole run.
 """
 
 import os
@@ -22,7 +22,7 @@ from tests.kernel.helpers.shared import Exporters, Trackers
 from tests.support import Peers, inside, new_netns, why_no_bpf
 
 DESCRIPTORS = 15_013
-"""Sockets that a test opens, and more."""
+"""Limit of open files: more than the sockets that any test opens."""
 
 BPF_FS = Path("/sys/fs/bpf")
 
@@ -40,7 +40,7 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session")
 def _bpf() -> None:
-    """Root and BCC, or the reason why not; and enough descriptors."""
+    """Skip the test without root or BCC, and raise the limit of open files."""
     if reason := why_no_bpf():
         pytest.skip(reason)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -50,7 +50,7 @@ def _bpf() -> None:
 
 @pytest.fixture(autouse=True)
 def netns(request: pytest.FixtureRequest, _bpf: None) -> Iterator[str]:
-    """The name of the namespace that the test and what it starts are in."""
+    """The name of the network namespace of the test and its child processes."""
     if "exporters" in request.fixturenames:
         yield from _enter(request.getfixturevalue("_netns_of_exporters"))
     elif "tracker" in request.fixturenames:
@@ -73,7 +73,7 @@ def _netns_of_exporters(_bpf: None) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def exporters(_netns_of_exporters: str) -> Iterator[Exporters]:
-    """Exporters that are shared, by their arguments: `Exporters` says how."""
+    """Exporters shared by tests, selected by their arguments; see `Exporters`."""
     shared = Exporters()
     yield shared
     shared.close()
@@ -88,13 +88,13 @@ def _trackers(_bpf: None) -> Iterator[Trackers]:
 
 @pytest.fixture(scope="session")
 def effort(request: pytest.FixtureRequest) -> Effort:
-    """What --effort makes of a number of operations."""
+    """The share of each heavy test to run, from the option --effort."""
     return Effort(request.config.getoption("--effort"))
 
 
 @pytest.fixture(scope="session")
 def load_s(_bpf: None) -> float:
-    """How long loading the program takes here, in seconds."""
+    """The time that loading the program requires on this machine, in seconds."""
     began_s = time.monotonic()
     attach().close()
     return time.monotonic() - began_s
@@ -102,7 +102,7 @@ def load_s(_bpf: None) -> float:
 
 @pytest.fixture
 def tracker(request: pytest.FixtureRequest, _trackers: Trackers) -> Iterator[Tracker]:
-    """One that is attached to this namespace, as when it was loaded, and not seeded."""
+    """An unseeded tracker with empty maps, attached to this namespace."""
     shared = _trackers.shared
     yield shared.fresh()
     if request.node.stash.get(HAS_FAILED, False) or not shared.is_quiet():
@@ -117,7 +117,8 @@ def peers() -> Iterator[Peers]:
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """One that does not exist yet in the BPF file system, which is mounted if need be."""
+    """The path of a directory that does not exist, in the BPF file system. The file
+    system is mounted if necessary."""
     if not pins._is_bpf_file_system(BPF_FS):
         subprocess.run(["mount", "-t", "bpf", "bpf", BPF_FS], check=True)
     path = BPF_FS / f"tcpexporter-test-{os.getpid()}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the kernel tells wrongly, or a stranger in its place: said so, and nothing lost."""
+"""Malformed or forged kernel data gives an error, and changes no connection."""
 
 import contextlib
 import ctypes
@@ -22,70 +22,77 @@ from tcpexporter.errors import SocketTableError
 from tcpexporter.host import namespaces
 from tcpexporter.socket_tables.sock_diag import SockDiagReader
 from tcpexporter.socket_tables.tables import SocketTables
-from tests.kernel.helpers.in_process import at_port, everything, forget, made
+from tests.kernel.helpers.in_process import (
+    all_connections,
+    at_port,
+    invented,
+    remove_records,
+)
 from tests.support import DEADLINE_S, Peers
 from tests.unit.socket_tables.samples import message
 
 BTF = Path("/sys/kernel/btf/vmlinux")
 
 
-class BreaksOff(SockDiagReader):
-    """The kernel's answers, of which the first is whole and the last is not."""
+class Truncated(SockDiagReader):
+    """A socket-table reader whose next dumps fail after their first part."""
 
     def __init__(self) -> None:
         super().__init__(namespaces.OWN)
-        self.looks_to_break = 0
+        self.dumps_to_break = 0
 
     def entries(self, *, with_ages: bool) -> Iterator[Records]:
-        look = super().entries(with_ages=with_ages)
-        yield next(look)
-        if self.looks_to_break:
-            self.looks_to_break -= 1
+        dump = super().entries(with_ages=with_ages)
+        yield next(dump)
+        if self.dumps_to_break:
+            self.dumps_to_break -= 1
             raise SocketTableError("sock_diag reply: malformed message at byte 4711")
-        yield from look
+        yield from dump
 
 
 @pytest.mark.any_kernel
-def test_a_look_that_breaks_off_changes_nothing(tracker: Tracker, peers: Peers) -> None:
-    """Seeding and reconciling add and remove nothing by it; the next look does."""
-    reader = BreaksOff()
+def test_a_truncated_dump_changes_nothing(tracker: Tracker, peers: Peers) -> None:
+    """Seeding and reconciling raise an error and change nothing. After a complete dump
+    they correct the tracker."""
+    reader = Truncated()
     with contextlib.closing(SocketTables([reader])) as tables:
         peers.connect(7)
         reconcile.seed(tracker, tables)
-        forget(tracker, peers.port)
+        remove_records(tracker, peers.port)
         peers.connect(5)
-        tracker.add(made(3, local_port=peers.port))
-        before = everything(tracker)
+        tracker.add(invented(3, local_port=peers.port))
+        before = all_connections(tracker)
         for act in (reconcile.seed, reconcile.reconcile, reconcile.reconcile):
-            reader.looks_to_break = 1
+            reader.dumps_to_break = 1
             with pytest.raises(SocketTableError, match="byte 4711"):
                 act(tracker, tables)
-            assert everything(tracker).tobytes() == before.tobytes()
+            assert all_connections(tracker).tobytes() == before.tobytes()
         corrections = reconcile.reconcile(tracker, tables)
         assert corrections.missed_close >= 3
         assert reconcile.reconcile(tracker, tables) == NOTHING
     assert len(at_port(tracker, peers.port)) == 12
 
 
-def test_only_the_kernel_answers(peers: Peers) -> None:
-    """Who is root in a namespace cannot send to the socket that its tables are read by."""
+def test_only_the_kernel_can_answer_a_dump(peers: Peers) -> None:
+    """Even root of the namespace cannot send to the exporter's netlink socket."""
     peers.connect(3)
     reader = SockDiagReader(namespaces.OWN)
     target = reader._for_entries._socket.getsockname()
     forged = message(NLMSG_DONE, bytes(4), sequence=1)
     with (
         contextlib.closing(reader),
-        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as stranger,
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sender,
     ):
         with pytest.raises(ConnectionRefusedError):
-            stranger.sendto(forged, target)
+            sender.sendto(forged, target)
         found = [each.copy() for each in reader.entries(with_ages=False)]
     ports = [int(port) for each in found for port in each["key"]["local_port"]]
     assert ports.count(peers.port) == 4
 
 
 def sock_common(whole: bytes) -> tuple[int, int, int]:
-    """The number of that type, where its members are in the file, and how many."""
+    """Return the type number of sock_common, the offset of its members, and their
+    number."""
     types = Btf.of_kernel()
     number = types._find("sock_common")
     size = ctypes.c_uint32()
@@ -99,7 +106,7 @@ def sock_common(whole: bytes) -> tuple[int, int, int]:
 
 
 def wrong_types(wrong: str) -> bytes:
-    """What libbpf refuses, and what it takes although no compiler writes it."""
+    """Return malformed BTF: one case that libbpf refuses, and others that it accepts."""
     whole = BTF.read_bytes()
     if wrong == "cut":
         return whole[: len(whole) // 2]
@@ -119,8 +126,8 @@ def wrong_types(wrong: str) -> bytes:
         ("without a name", "this kernel's BTF is malformed at type "),
     ],
 )
-def test_wrong_types_are_told_of(tmp_path: Path, wrong: str, sentence: str) -> None:
-    """libbpf reads the file in the loader; its parent says what is wrong, and polls."""
+def test_malformed_btf_is_reported(tmp_path: Path, wrong: str, sentence: str) -> None:
+    """The loader reads BTF with libbpf; its parent process reports the error, and polls."""
     file = tmp_path / "vmlinux"
     file.write_bytes(wrong_types(wrong))
     run = f"{sys.executable} -m tcpexporter --once --duration 0"
@@ -131,7 +138,7 @@ def test_wrong_types_are_told_of(tmp_path: Path, wrong: str, sentence: str) -> N
         text=True,
         timeout=DEADLINE_S,
     )
-    # libbpf looks closer since 1.3, and refuses the file.
+    # libbpf since 1.3 checks BTF, and refuses the file.
     assert sentence in ended.stderr or "this kernel has no BTF" in ended.stderr
     assert "polling sock_diag" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -11,10 +11,11 @@ from tests.kernel.helpers.effort import Effort
 
 
 @pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) < 2, reason="with one CPU hardly an event is missed"
+    len(os.sched_getaffinity(0)) < 2, reason="with one CPU too few events are missed"
 )
 def test_missed_events_are_corrected_under_churn(netns: str, effort: Effort) -> None:
-    """Events are missed while scrapes continue; all counts are right at the end."""
+    """The kernel misses events while the exporter is scraped; at the end all counts are
+    right."""
     figures = churn(netns, changes=effort.of(400_009), most_s=53)
     sys.stdout.write(str(figures))
     assert not figures.problems

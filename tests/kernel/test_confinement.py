@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What is left to the process that serves, from outside and from within."""
+"""Which operations the serving process may execute, seen from outside and from within."""
 
 import contextlib
 import ctypes
@@ -28,7 +28,7 @@ from tests.kernel.test_process import COMMAND, status, threads
 from tests.support import DEADLINE_S, Exporter, Peers, eventually, inside, new_netns
 
 FILTERED = "2"
-"""SECCOMP_MODE_FILTER, as proc_pid_status(5) has it."""
+"""The value SECCOMP_MODE_FILTER of the field Seccomp in proc_pid_status(5)."""
 
 SOURCES = ("ebpf", "sock_diag", "procfs")
 
@@ -40,7 +40,8 @@ ATTEMPT = "from tests.kernel.helpers.forbidden_operations import serve; serve()"
 
 
 def within(before: str = "") -> tuple[str, ...]:
-    """A command that runs the exporter with pages that attempt what is refused."""
+    """Return a command that runs the exporter with pages that attempt forbidden
+    operations."""
     return (sys.executable, "-c", f"{before}\n{ATTEMPT}")
 
 
@@ -51,7 +52,7 @@ def attempts(exporter: Exporter) -> dict[str, str]:
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_every_thread_is_confined(exporters: Exporters, arguments: tuple[str, ...]) -> None:
-    """There is a filter of system calls on each, and no way out."""
+    """A seccomp filter and no_new_privs apply to each thread."""
     pid = exporters(*arguments).process.pid
     assert len(threads(pid)) > 1
     for thread in threads(pid):
@@ -62,7 +63,7 @@ def test_every_thread_is_confined(exporters: Exporters, arguments: tuple[str, ..
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_operations_that_serving_does_not_need_are_refused(source: str) -> None:
-    """Code in the process attempts them, as an attacker would; serving continues."""
+    """Code in the process attempts them, as an attacker would, and serving continues."""
     reading = "EACCES" if found(features.LANDLOCK) else DONE
     with Exporter("--source", source, command=within()) as exporter, Peers() as peers:
         outcomes = attempts(exporter)
@@ -77,9 +78,9 @@ def test_operations_that_serving_does_not_need_are_refused(source: str) -> None:
     assert "Traceback" not in complaints
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="x32 is of x86")
-def test_system_calls_of_another_abi_end_it() -> None:
-    """With another ABI the numbers of the filter mean other system calls."""
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="only x86 has the x32 ABI")
+def test_a_system_call_of_another_abi_ends_the_process() -> None:
+    """With another ABI the filter's numbers would mean other system calls."""
     with Exporter("--source", "sock_diag", command=within()) as exporter:
         with pytest.raises((OSError, http.client.HTTPException)):
             exporter.get("/other-abi")
@@ -88,7 +89,7 @@ def test_system_calls_of_another_abi_end_it() -> None:
 
 
 def test_without_landlock_system_calls_are_refused() -> None:
-    """As on an old kernel: only world-readable files can be read."""
+    """Only one operation is allowed: reading files that are readable for every user."""
     before = "from tcpexporter.host import landlock; landlock.abi_version = lambda: 0"
     with Exporter("--source", "sock_diag", command=within(before)) as exporter:
         assert attempts(exporter) == {
@@ -98,7 +99,7 @@ def test_without_landlock_system_calls_are_refused() -> None:
 
 
 def confined(exporter: Exporter) -> dict[str, float]:
-    """What the page says is in force."""
+    """Return the values of tcpexporter_confined."""
     return {
         dict(labels)["by"]: value
         for (name, labels), value in exporter.samples().items()
@@ -107,7 +108,7 @@ def confined(exporter: Exporter) -> dict[str, float]:
 
 
 def in_force(**other: float) -> dict[str, float]:
-    """What is in force on this kernel, but for these."""
+    """Return the expected values on this kernel, except for those given."""
     return {
         "seccomp": 1,
         "landlock": float(bool(found(features.LANDLOCK))),
@@ -118,7 +119,7 @@ def in_force(**other: float) -> dict[str, float]:
 
 
 def test_the_metrics_report_the_limits_in_force(exporters: Exporters) -> None:
-    """They agree with /proc."""
+    """The values of tcpexporter_confined agree with /proc."""
     kept = 0 if found(features.UNPRIVILEGED_MAPS) else 1
     exporter = exporters(*BOTH_ENDS)
     assert confined(exporter) == in_force(no_capabilities=1 - kept)
@@ -131,7 +132,7 @@ mount --bind /dev/null "$(readlink -f {file})"
 shift
 exec "$@"
 """
-"""What follows does not find a file; a mount of its own is what hides it."""
+"""A shell script that hides a file in its own mount namespace, then runs a command."""
 
 
 def hiding(file: str, *command: str) -> tuple[str, ...]:
@@ -140,7 +141,7 @@ def hiding(file: str, *command: str) -> tuple[str, ...]:
 
 
 def library() -> str:
-    """The path of libseccomp."""
+    """Return the path of libseccomp."""
     ctypes.CDLL(seccomp.LIBSECCOMP)
     lines = Path("/proc/self/maps").read_text().splitlines()
     return next(line.split()[-1] for line in lines if seccomp.LIBSECCOMP in line)
@@ -179,9 +180,10 @@ main()
 def test_without_a_filter_the_warning_names_the_missing_package(
     command: Callable[[], tuple[str, ...]], words: str
 ) -> None:
-    """One warning with the remedy, and the metric; the rest of the confinement is there.
+    """There is one warning with the remedy, and the metric is 0; all other limits are in
+    force.
 
-    The kind of fault: a message that names another thing than the one that is missing.
+    The kind of fault: the warning names something that is not missing.
     """
     with Exporter("--source", "sock_diag", command=command()) as exporter:
         pid = exporter.process.pid
@@ -196,7 +198,7 @@ def test_without_a_filter_the_warning_names_the_missing_package(
 
 @pytest.mark.any_kernel
 def test_libseccomp_is_found_without_ldconfig() -> None:
-    """Neither that nor a compiler is in a minimal system, where libseccomp may be."""
+    """Minimal systems have libseccomp, but neither ldconfig nor a compiler."""
     command = hiding("/sbin/ldconfig", "env", "PATH=/nonexistent", *COMMAND)
     with Exporter("--source", "sock_diag", command=command) as exporter:
         assert confined(exporter)["seccomp"] == 1
@@ -215,7 +217,7 @@ made.load()
 from tcpexporter.__main__ import main
 main()
 """
-"""Starts in a seccomp filter, as in a container."""
+"""A Python script that starts the exporter in a seccomp filter, as a container does."""
 
 LANDLOCK_CALLS = [("landlock_create_ruleset",)]
 SECCOMP_CALLS = [("prctl", (0, seccomp.PR_SET_SECCOMP))]
@@ -224,13 +226,14 @@ SECCOMP_CALLS = [("prctl", (0, seccomp.PR_SET_SECCOMP))]
 def within_filter(
     calls: Sequence[tuple[str, *tuple[tuple[int, int], ...]]], answer: int = errno.EPERM
 ) -> tuple[str, ...]:
-    """A command that runs the exporter where these calls are refused."""
+    """Return a command that runs the exporter where these system calls are refused."""
     return (sys.executable, "-c", REFUSING.format(calls=calls, answer=answer))
 
 
 @pytest.mark.any_kernel
 def test_a_limit_that_the_container_refuses_is_reported_as_0() -> None:
-    """A filter from before the start is not reported as ours, although Seccomp is 2."""
+    """A filter that existed before the start is not reported as ours, although Seccomp
+    is 2."""
     command = within_filter([*SECCOMP_CALLS, *LANDLOCK_CALLS])
     with Exporter("--source", "sock_diag", command=command) as exporter:
         pid = exporter.process.pid
@@ -239,11 +242,12 @@ def test_a_limit_that_the_container_refuses_is_reported_as_0() -> None:
         code, complaints = exporter.stop()
     assert code == 0
     (warning,) = (line for line in complaints.splitlines() if "WARNING" in line)
-    assert "seccomp disabled: the kernel, or what it runs in, does not support" in warning
+    assert "seccomp disabled: this kernel or container does not support" in warning
 
 
 def once(*command: str) -> "subprocess.CompletedProcess[str]":
-    """What comes of ``--once --duration 0``."""
+    """Run the exporter with ``--once --duration 0``, and return its exit code and
+    output."""
     ended = subprocess.run(
         [*command, "--once", "--duration", "0"],
         check=False,
@@ -257,8 +261,10 @@ def once(*command: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.any_kernel
 def test_root_without_landlock_and_seccomp_is_refused() -> None:
-    """Root that cannot become another user, and that neither seccomp nor Landlock keeps
-    from root's files, could get every privilege back: exit code 1 and one sentence.
+    """Such a root could regain every privilege: exit code 1 and one sentence.
+
+    It cannot switch to another user, and neither seccomp nor Landlock protects root's
+    files.
     """
     command = within_filter([*SECCOMP_CALLS, *LANDLOCK_CALLS, ("setresuid",)])
     ended = once(*command, "--source", "sock_diag")
@@ -271,11 +277,13 @@ def test_root_without_landlock_and_seccomp_is_refused() -> None:
 @pytest.mark.parametrize(
     ("held", "source"), [("-all,+bpf,+perfmon", "ebpf"), ("-all", "sock_diag")]
 )
-def test_a_container_without_capabilities_for_ids_has_a_page(
+def test_a_container_without_capabilities_to_change_ids_is_served(
     held: str, source: str
 ) -> None:
-    """As with Kubernetes' ``drop: [ALL], add: [BPF, PERFMON]``, and with none at all."""
-    # Before Linux 5.11 the maps count as locked memory, and no capability raises its limit.
+    """One case is Kubernetes' ``drop: [ALL], add: [BPF, PERFMON]``, the other no
+    capability."""
+    # Before Linux 5.11 maps count as locked memory, and no capability here raises its
+    # limit.
     start = f'ulimit -l unlimited; exec setpriv --bounding-set={held} "$@"'
     ended = once("sh", "-c", start, "sh", *COMMAND)
     assert ended.returncode == 0, ended.stderr
@@ -289,8 +297,8 @@ def test_a_container_without_capabilities_for_ids_has_a_page(
 
 
 @pytest.mark.any_kernel
-def test_root_of_a_user_namespace_has_a_page() -> None:
-    """Where no other user has an id: it may change ids, and the kernel knows no other."""
+def test_root_of_a_user_namespace_is_served() -> None:
+    """It may change ids, but no other user has an id in this namespace."""
     ended = once("unshare", "--user", "--map-root-user", *COMMAND)
     assert ended.returncode == 0, ended.stderr
     assert "user 0 (refused despite CAP_SETUID" in ended.stderr
@@ -298,18 +306,20 @@ def test_root_of_a_user_namespace_has_a_page() -> None:
 
 @pytest.mark.any_kernel
 def test_bpf_refused_by_a_seccomp_filter_is_reported_as_such() -> None:
-    """Whatever the filter answers: that the kernel had no bpf(2) would be no remedy."""
+    """This holds for each error number of the filter. For some of them "this kernel has
+    no bpf(2)" would be a wrong conclusion."""
     for answer in (errno.EPERM, errno.ENOSYS):
         ended = once(*within_filter([("bpf",)], answer), "--source", "ebpf")
         assert ended.returncode == 1
-        assert "refuses bpf(2) in spite of our privilege: allow it in the seccomp" in (
-            ended.stderr
+        assert (
+            "refuses bpf(2) although we have the capabilities: allow it in the seccomp"
+            in (ended.stderr)
         )
 
 
 @pytest.mark.any_kernel
-def test_files_are_read_again_without_capabilities(tmp_path: Path) -> None:
-    """The child that reads them stays root as well, and reads root's files."""
+def test_a_reload_requires_no_capability(tmp_path: Path) -> None:
+    """The reader process also stays root, and can read root's files."""
     conf = tmp_path / "tcpexporter.conf"
     conf.write_text("duration 7\n")
     conf.chmod(0o600)
@@ -325,7 +335,7 @@ def test_files_are_read_again_without_capabilities(tmp_path: Path) -> None:
 
 
 NOBODY_WITH = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-# The tree may lie where only root can read.
+# The source tree may be readable by root only.
 LOADER_CAPABILITIES = "+bpf,+perfmon,+dac_read_search"
 AS_NOBODY = (
     *NOBODY_WITH,
@@ -337,10 +347,11 @@ AS_NOBODY = (
 
 
 def test_ebpf_requires_two_capabilities_and_drops_them() -> None:
-    """As systemd starts it: an unprivileged user, with CAP_BPF and CAP_PERFMON ambient."""
+    """The unit of systemd starts an unprivileged user with ambient CAP_BPF and
+    CAP_PERFMON."""
     kept = 0 if found(features.UNPRIVILEGED_MAPS) else 1 << CAP_BPF
-    # Before Linux 5.11 maps count as locked memory: the unit has LimitMEMLOCK. Where this
-    # takes more than root has, it is not such a kernel.
+    # Before Linux 5.11 maps count as locked memory, so the unit sets LimitMEMLOCK. Raising
+    # the limit fails in some containers, in which no test runs on such an old kernel.
     with contextlib.suppress(ValueError):
         unlimited = resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
@@ -375,7 +386,8 @@ def answer(exporter: Exporter, path: str, method: str = "GET") -> tuple[int, str
 def test_every_page_is_served_while_confined(
     exporters: Exporters, arguments: tuple[str, ...]
 ) -> None:
-    """Every kind of page, what is in /proc of itself, and what listens only now."""
+    """This includes pages that read /proc/self, and a listener that opens after the
+    start."""
     exporter = exporters(*arguments)
     assert answer(exporter, "/")[0] == 200
     assert answer(exporter, "/nothing")[0] == 404
@@ -389,8 +401,8 @@ def test_every_page_is_served_while_confined(
         eventually(lambda: exporter.established(peers.port) == 0)
 
 
-def test_its_own_files_stay_readable(exporters: Exporters) -> None:
-    """Also when the kernel has forgotten all that it need not remember of /proc."""
+def test_the_installed_files_stay_readable(exporters: Exporters) -> None:
+    """They stay readable after the kernel has dropped cached entries of /proc."""
     exporter = exporters(*POLLING, "sock_diag")
     for _ in range(2):
         Path("/proc/sys/vm/drop_caches").write_text("2")  # proc(5)
@@ -398,7 +410,7 @@ def test_its_own_files_stay_readable(exporters: Exporters) -> None:
 
 
 def test_a_namespace_is_named_while_confined(exporters: Exporters) -> None:
-    """Names are looked up at each scrape: one that is given after the start is shown."""
+    """Each scrape looks up names, so a name given after the start is shown."""
     exporter = exporters(*EVERY_NAMESPACE)
     with new_netns() as name:
         with inside(name):
@@ -408,7 +420,7 @@ def test_a_namespace_is_named_while_confined(exporters: Exporters) -> None:
             eventually(lambda: exporter.established(peers.port, netns=name) == 3)
 
 
-def test_what_is_allowed_is_known_to_libseccomp() -> None:
+def test_libseccomp_knows_every_allowed_system_call() -> None:
     """A misspelt name would be skipped, and its system call refused."""
     pyseccomp = pytest.importorskip("pyseccomp")
     names = {*seccomp.ALLOWED, *(name for name, *_ in seccomp._conditional(1, 3))}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Counts of real sockets by the command equal those of ss(8)."""
+"""The counts of real sockets by the exporter equal those of ss(8)."""
 
 import contextlib
 import ctypes
@@ -94,7 +94,7 @@ def test_a_connection_becomes_long_term_at_its_duration(exporters: Exporters) ->
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
 def test_a_half_closed_connection_is_not_counted(exporters: Exporters, end: int) -> None:
-    """The first FIN ends the counting at both ends: FIN_WAIT1 and CLOSE_WAIT."""
+    """The first FIN ends the counting at both ends, in FIN_WAIT1 and in CLOSE_WAIT."""
     exporter = exporters(*BOTH_ENDS)
     with Peers() as peers:
         peers.connect(5)
@@ -109,7 +109,7 @@ def test_a_half_closed_connection_is_not_counted(exporters: Exporters, end: int)
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
 def test_a_reset_connection_is_not_counted(exporters: Exporters, end: int) -> None:
-    """RST takes both ends from ESTABLISHED to CLOSE."""
+    """By RST both ends change from ESTABLISHED to CLOSE."""
     exporter = exporters(*ALWAYS_LONG_TERM)
     with Peers() as peers:
         peers.connect(5)
@@ -118,7 +118,7 @@ def test_a_reset_connection_is_not_counted(exporters: Exporters, end: int) -> No
 
 
 def test_a_disconnected_socket_is_not_counted(exporters: Exporters) -> None:
-    """connect(AF_UNSPEC) takes a socket from ESTABLISHED to CLOSE."""
+    """By connect(AF_UNSPEC) a socket changes from ESTABLISHED to CLOSE."""
     exporter = exporters(*BOTH_ENDS)
     with Peers() as peers:
         peers.connect(2)
@@ -135,8 +135,9 @@ def disconnect(connected: socket.socket) -> None:
     assert ctypes.CDLL(None).connect(connected.fileno(), unspecified, 16) == 0
 
 
-def test_a_listener_without_connections_has_a_zero() -> None:
-    """An alert on ``== 0`` works from the first scrape, for IP versions of the listener."""
+def test_a_listener_without_connections_has_a_series_at_0() -> None:
+    """An alert on ``== 0`` works from the first scrape, for each IP version of the
+    listener."""
     with Peers() as four, Peers("::") as both, Peers("::1") as six, Exporter() as exporter:
         samples = exporter.samples()
         shown = {
@@ -152,8 +153,10 @@ def test_a_listener_without_connections_has_a_zero() -> None:
         }
 
 
-def test_a_port_keeps_its_series_without_listener(exporters: Exporters) -> None:
-    """A service that has ended is 0 and not absent."""
+def test_a_port_keeps_its_series_after_its_listener_has_closed(
+    exporters: Exporters,
+) -> None:
+    """The series of a service that has ended stays at 0."""
     exporter = exporters(*ALWAYS_LONG_TERM)
     with Peers() as peers:
         peers.connect(3)
@@ -161,8 +164,8 @@ def test_a_port_keeps_its_series_without_listener(exporters: Exporters) -> None:
     assert exporter.established(peers.port) == 0
 
 
-def test_a_named_port_has_a_zero_without_listener(exporters: Exporters) -> None:
-    """``--port`` shows its ports from the first scrape, and no other."""
+def test_a_named_port_has_a_series_at_0_without_a_listener(exporters: Exporters) -> None:
+    """``--port`` shows its ports from the first scrape, and no other ports."""
     exporter = exporters(*NAMED_PORTS)
     with Peers() as other:
         other.connect(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What is broken on purpose, and what is then done: as documented, in one sentence."""
+"""Faults that the tests cause, and the documented reaction of the exporter."""
 
 import contextlib
 import ctypes
@@ -38,7 +38,7 @@ COMMAND = f"{sys.executable} -m tcpexporter"
 
 
 def in_own_mounts(preparation: str) -> tuple[str, ...]:
-    """A command that runs the exporter where something is mounted or not, for it alone."""
+    """Return a command that prepares mounts for the exporter alone, then runs it."""
     script = f'set -e; {preparation}; exec {COMMAND} "$@"'
     return ("unshare", "--mount", "sh", "-c", script, "sh")
 
@@ -51,7 +51,7 @@ WITHOUT_PROC = in_own_mounts("mount -t tmpfs none /proc")
 
 
 def refused(command: tuple[str, ...], *arguments: str) -> str:
-    """What it says when it cannot start: its last line."""
+    """Run a command that cannot start the exporter; return the last line of its output."""
     ended = subprocess.run(
         [*command, *arguments],
         check=False,
@@ -65,15 +65,15 @@ def refused(command: tuple[str, ...], *arguments: str) -> str:
 
 
 @pytest.mark.any_kernel
-def test_without_btf_it_says_what_still_works() -> None:
-    """The program cannot be loaded without the kernel's types; polling is offered."""
+def test_without_btf_the_error_names_polling() -> None:
+    """Loading requires the kernel's types; the error suggests --source sock_diag."""
     sentence = refused(WITHOUT_BTF, "--source", "ebpf")
     assert "no BTF" in sentence
     assert "--source sock_diag" in sentence
 
 
 def test_without_btf_auto_polls() -> None:
-    """``--source auto`` falls back, and says the same."""
+    """``--source auto`` falls back to polling, and its warning has the same reason."""
     with Exporter(command=WITHOUT_BTF) as exporter, Peers() as peers:
         peers.connect(3)
         eventually(lambda: exporter.established(peers.port) == 3)
@@ -82,7 +82,7 @@ def test_without_btf_auto_polls() -> None:
     assert "no BTF" in complaints
 
 
-def test_tracefs_is_not_needed() -> None:
+def test_tracefs_is_not_required() -> None:
     """A minimal host has neither tracefs nor debugfs mounted."""
     arguments = ("--source", "ebpf")
     with Exporter(*arguments, command=WITHOUT_TRACEFS) as exporter, Peers() as peers:
@@ -91,13 +91,13 @@ def test_tracefs_is_not_needed() -> None:
 
 
 @pytest.mark.any_kernel
-def test_without_proc_it_says_so() -> None:
-    """A /proc that cannot be read ends it with one sentence."""
+def test_without_proc_there_is_an_error() -> None:
+    """If /proc cannot be read, the exporter ends with one sentence."""
     assert "/proc/" in refused(WITHOUT_PROC, "--source", "procfs")
 
 
 def deny_netlink() -> None:
-    """Have the kernel refuse netlink sockets to this process, by seccomp(2)."""
+    """Make the kernel refuse netlink sockets to this process, with seccomp(2)."""
     load, jump, returning = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
     allowed, denied = 0x7FFF0000, 0x00050000 | 1  # SECCOMP_RET_ALLOW, ERRNO | EPERM
     socket_number = {"x86_64": 41, "aarch64": 198}[os.uname().machine]
@@ -128,8 +128,8 @@ WITHOUT_NETLINK = (sys.executable, "-c", DENY_AND_RUN)
 
 
 @pytest.mark.any_kernel
-def test_without_sock_diag_proc_is_read() -> None:
-    """Where netlink is refused, connections from before come from /proc/net/tcp."""
+def test_without_sock_diag_proc_net_tcp_is_read() -> None:
+    """If netlink is refused, pre-existing connections come from /proc/net/tcp."""
     with Peers() as peers:
         peers.connect(7)
         with Exporter("--source", "ebpf", command=WITHOUT_NETLINK) as exporter:
@@ -140,17 +140,16 @@ def test_without_sock_diag_proc_is_read() -> None:
 
 
 @pytest.mark.any_kernel
-def test_a_named_sock_diag_does_not_fall_back() -> None:
-    """``--source sock_diag`` where netlink is refused: exit code 1."""
+def test_a_named_sock_diag_source_does_not_fall_back() -> None:
+    """``--source sock_diag`` ends with exit code 1 if netlink is refused."""
     assert "sock_diag" in refused(WITHOUT_NETLINK, "--source", "sock_diag")
 
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("part", [0, 0.2, 0.4, 0.6, 0.8])
-def test_a_loader_killed_at_any_step_leaves_nothing_half_done(
-    load_s: float, part: float
-) -> None:
-    """Its parent is told that it died, in one sentence, or has all it needs."""
+def test_a_killed_loader_leaves_no_half_loaded_program(load_s: float, part: float) -> None:
+    """Its parent process reports that the loader died, unless the loader had already
+    finished."""
     with loader_is_killed(part * load_s):
         tracker, reason = attach_or_reason()
     if tracker is None:
@@ -170,7 +169,7 @@ def attach_or_reason() -> tuple[Tracker | None, str]:
 
 @pytest.mark.any_kernel
 def test_a_killed_loader_ends_the_exporter() -> None:
-    """With one sentence, and exit code 1."""
+    """The exporter ends with one sentence and exit code 1."""
     with Exporter("--source", "ebpf", wait=False) as exporter:
         kill_loader(exporter.process.pid, after_s=0)
         _, complaints = exporter.process.communicate(timeout=DEADLINE_S)
@@ -179,8 +178,8 @@ def test_a_killed_loader_ends_the_exporter() -> None:
         assert "died" in complaints
 
 
-def test_in_a_time_namespace_ages_are_right() -> None:
-    """A container's CLOCK_BOOTTIME may be days ahead; the kernel's timestamps are not."""
+def test_ages_are_right_in_a_time_namespace() -> None:
+    """A container's CLOCK_BOOTTIME may be days ahead of the kernel's timestamps."""
     ahead = ("unshare", "--time", "--fork", "--kill-child", "--boottime", "86400")
     command = (*ahead, *COMMAND.split())
     with Peers() as peers:
@@ -204,8 +203,9 @@ def ask_on(connection: http.client.HTTPConnection) -> str:
 
 
 @pytest.mark.any_kernel
-def test_without_more_descriptors_new_clients_wait() -> None:
-    """Who is connected goes on; one warning; when there are some again all is as before."""
+def test_new_clients_wait_while_no_descriptor_is_free() -> None:
+    """Connected clients are served and one warning is logged. New clients are served
+    when a descriptor is free."""
     with Exporter("--source", "ebpf") as exporter, Peers() as peers:
         kept = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=DEADLINE_S)
         ask_on(kept)
@@ -215,7 +215,7 @@ def test_without_more_descriptors_new_clients_wait() -> None:
         late.start()
         began_s = cpu_s(exporter)
         for number in range(1, 4):
-            time.sleep(0.7)  # asyncio tries once a second
+            time.sleep(0.7)  # asyncio tries to accept once a second
             peers.connect(1)
             count = f'{ESTABLISHED}{{port="{peers.port}",tcp_version="4"}} {number}.0'
             assert count in ask_on(kept)
@@ -234,8 +234,9 @@ def test_without_more_descriptors_new_clients_wait() -> None:
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("source", ["sock_diag", "procfs"])
-def test_without_more_descriptors_polling_goes_on(source: str) -> None:
-    """A fault that ended the polling thread: it listed a directory after each poll."""
+def test_polling_continues_while_no_descriptor_is_free(source: str) -> None:
+    """The fault: the polling thread ended, because it listed a directory after each
+    poll."""
     arguments = ("--source", source, "--interval", "0.1")
     with Exporter(*arguments) as exporter, Peers() as peers:
         kept = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=DEADLINE_S)
@@ -248,15 +249,16 @@ def test_without_more_descriptors_polling_goes_on(source: str) -> None:
 
 
 def cpu_s(exporter: Exporter) -> float:
-    """What it has used of a CPU: proc_pid_stat(5)."""
+    """Return the CPU time that the exporter has used: proc_pid_stat(5)."""
     shown = Path(f"/proc/{exporter.process.pid}/stat").read_text().rpartition(")")[2]
     return sum(map(int, shown.split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("source", ["ebpf", "sock_diag", "procfs"])
-def test_without_more_memory_there_are_no_metrics(source: str) -> None:
-    """503 with a sentence, and everything goes on when there is memory: threads, too."""
+def test_without_free_memory_the_answer_is_503(source: str) -> None:
+    """The response has one sentence. Scrapes and threads work again when memory is
+    available."""
     arguments = ("--source", source, "--interval", "0.1", "--reconcile-interval", "1")
     with Exporter(*arguments) as exporter, Peers() as peers:
         peers.connect(3)
@@ -268,7 +270,7 @@ def test_without_more_memory_there_are_no_metrics(source: str) -> None:
             assert refused.value.code == 503
             assert b"not enough memory" in refused.value.read()
             peers.connect(1)
-            time.sleep(0.4)  # for the threads to be refused some, too
+            time.sleep(0.4)  # until the threads have failed too
         limit(exporter, "--as=unlimited")
         eventually(lambda: is_established(exporter, peers.port, 6))
         if source == "ebpf":
@@ -279,7 +281,7 @@ def test_without_more_memory_there_are_no_metrics(source: str) -> None:
     assert code == 0
     assert "Traceback" not in log
     assert log.count("cannot collect metrics: there is not enough memory") == 1
-    spells = log.count("reconcile: it works again") + 1
+    spells = log.count("reconcile: the thread works again") + 1
     assert log.count("reconciliation failed: ") <= spells
 
 
@@ -291,8 +293,9 @@ def is_established(exporter: Exporter, port: int, number: int) -> bool:
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("source", ["ebpf", "sock_diag", "procfs"])
-def test_without_more_threads_the_numbers_go_on(source: str) -> None:
-    """A fault that ended the polling thread: a dump of many sockets began a thread."""
+def test_counting_continues_while_no_thread_can_start(source: str) -> None:
+    """The fault: the polling thread ended, because a dump of many sockets started a
+    thread."""
     arguments = ("--source", source, "--interval", "0.1", "--reconcile-interval", "1")
     with pids_cgroup() as pids, Peers() as peers:
         peers.connect(3001)
@@ -302,13 +305,13 @@ def test_without_more_threads_the_numbers_go_on(source: str) -> None:
             peers.connect(7)
             eventually(lambda: exporter.established(peers.port) == 3008)
             if source == "ebpf":
-                compared(exporter)
+                wait_for_reconciliation(exporter)
             for pair in peers.pairs[:2003]:
                 for each in pair:
                     each.close()
             eventually(lambda: exporter.established(peers.port) == 1005)
             if source == "ebpf":
-                compared(exporter)
+                wait_for_reconciliation(exporter)
             for task in ("reconcile" if source == "ebpf" else "poll", "reload"):
                 assert exporter.value(FAILURES, task=task) == 0
             code, log = exporter.stop()
@@ -319,8 +322,8 @@ def test_without_more_threads_the_numbers_go_on(source: str) -> None:
 FAILURES = "tcpexporter_background_failures_total"
 
 
-def compared(exporter: Exporter) -> None:
-    """Wait for a comparison that begins from now on."""
+def wait_for_reconciliation(exporter: Exporter) -> None:
+    """Wait until a reconciliation that begins after this call has ended."""
     runs = exporter.value("tcpexporter_reconciliations_total") or 0
     eventually(
         lambda: (exporter.value("tcpexporter_reconciliations_total") or 0) >= runs + 2
@@ -330,8 +333,8 @@ def compared(exporter: Exporter) -> None:
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("source", ["ebpf", "sock_diag"])
 @pytest.mark.parametrize("most", ["1", "2", "3"])
-def test_with_too_few_threads_it_does_not_start(source: str, most: str) -> None:
-    """Neither a traceback nor 503 for ever: what to raise, in one sentence."""
+def test_too_few_threads_end_the_start_with_a_remedy(source: str, most: str) -> None:
+    """One sentence names the limit to raise, without a traceback or endless 503 answers."""
     with pids_cgroup() as pids:
         command = pids.within(
             (*COMMAND.split(), "--listen", f"127.0.0.1:{free_port()}"), most
@@ -353,7 +356,7 @@ main()
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize(
-    ("fault", "limit", "told"),
+    ("fault", "limit", "error"),
     [
         ("1 / 0", "", "ZeroDivisionError: division by zero"),
         (
@@ -363,14 +366,15 @@ main()
         ),
     ],
 )
-def test_a_poll_that_fails_or_hangs_is_503(fault: str, limit: str, told: str) -> None:
-    """A fault that nobody expects: no numbers, two lines of the log, and a clean end."""
+def test_a_poll_that_fails_or_hangs_gives_503(fault: str, limit: str, error: str) -> None:
+    """After an unexpected fault scrapes fail, there are two log lines, and the exporter
+    still ends normally."""
     command = (sys.executable, "-c", POLL_FAILS.format(fault=fault, limit=limit))
     arguments = ("--source", "sock_diag", "--interval", "0.1")
     with Exporter(*arguments, command=command) as exporter:
-        eventually(lambda: told in answered(exporter))
+        eventually(lambda: error in error_of_scrape(exporter))
         for _ in range(3):
-            assert answered(exporter).startswith(f"503 {told}")
+            assert error_of_scrape(exporter).startswith(f"503 {error}")
         code, log = exporter.stop()
     assert code == 0
     assert "Traceback" not in log
@@ -378,8 +382,8 @@ def test_a_poll_that_fails_or_hangs_is_503(fault: str, limit: str, told: str) ->
     assert log.count("cannot collect metrics: ") == 1
 
 
-def answered(exporter: Exporter) -> str:
-    """What is said instead of metrics; nothing if there are some."""
+def error_of_scrape(exporter: Exporter) -> str:
+    """Scrape, and return status and text of an error; an empty string if there is none."""
     try:
         exporter.get("/metrics")
     except urllib.error.HTTPError as error:
@@ -393,12 +397,12 @@ WITH_TRACEFS = in_own_mounts(
 
 
 def within_mounts(exporter: Exporter, *command: str) -> None:
-    """Run something where the exporter has its files."""
+    """Run a command in the exporter's mount namespace."""
     target = f"--target={exporter.process.pid}"
     subprocess.run(["nsenter", target, "--mount", *command], check=True)
 
 
-def test_tracefs_may_be_unmounted_later() -> None:
+def test_counting_continues_after_tracefs_is_unmounted() -> None:
     """The program stays attached."""
     with Exporter("--source", "ebpf", command=WITH_TRACEFS) as exporter, Peers() as peers:
         peers.connect(3)
@@ -417,8 +421,8 @@ READ_ONLY = in_own_mounts(
 
 
 @pytest.mark.any_kernel
-def test_nothing_need_be_writable(tmp_path: Path) -> None:
-    """Every file system is read-only, /tmp and /run, too."""
+def test_no_writable_file_system_is_required(tmp_path: Path) -> None:
+    """Every file system is read-only, including /tmp and /run."""
     conf = tmp_path / "conf"
     conf.write_text("duration 0\n")
     arguments = ("--source", "ebpf", "--conf", str(conf))
@@ -436,29 +440,29 @@ def logging_to(output: str) -> tuple[str, ...]:
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("output", ["2>/dev/full", "2>&-", "<&- >&- 2>&-"])
-def test_a_log_that_cannot_be_written_is_no_trouble(output: str) -> None:
-    """A full disk, or no standard error at all: everything else is as always."""
+def test_a_log_that_cannot_be_written_stops_nothing(output: str) -> None:
+    """The disk is full, or standard error is closed; the exporter works nevertheless."""
     arguments = ("--source", "ebpf", "--log-level", "debug")
     with Exporter(*arguments, command=logging_to(output)) as exporter, Peers() as peers:
         peers.connect(3)
         for _ in range(3):
-            exporter.process.send_signal(signal.SIGHUP)  # which it says something of
+            exporter.process.send_signal(signal.SIGHUP)  # each signal logs a line
             assert exporter.established(peers.port) == 3
         assert exporter.stop()[0] == 0
 
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("output", ["2>/dev/full", "2>&-"])
-def test_what_ends_it_need_not_be_said(output: str) -> None:
-    """The exit code tells of a wrong setting all the same."""
+def test_the_exit_code_does_not_depend_on_the_log(output: str) -> None:
+    """An invalid setting gives exit code 2 although its error cannot be written."""
     command = [*logging_to(output), "--port", "x"]
     ended = subprocess.run(command, check=False, timeout=DEADLINE_S)
     assert ended.returncode == 2
 
 
 @pytest.mark.any_kernel
-def test_the_log_goes_on_when_there_is_room(tmp_path: Path) -> None:
-    """Nothing but log lines is in it, from before the disk was full and after."""
+def test_the_log_continues_when_the_disk_has_space_again(tmp_path: Path) -> None:
+    """The file only has whole lines, which were logged when there was space."""
     tmp_path.chmod(0o755)
     log = tmp_path / "log"
     small = ("unshare", "--mount", "sh", "-c")
@@ -474,17 +478,17 @@ def test_the_log_goes_on_when_there_is_room(tmp_path: Path) -> None:
         seen = f"/proc/{exporter.process.pid}/root{log}"
         assert Path(seen).read_text() == ""
         Path(f"/proc/{exporter.process.pid}/root{tmp_path}/fill").unlink()
-        eventually(lambda: has_said(exporter, seen, "nothing to read again"))
+        eventually(lambda: has_logged(exporter, seen, "SIGHUP has no effect"))
         for line in Path(seen).read_text().splitlines():
             assert " INFO " in line, line
 
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("source", ["ebpf", "sock_diag"])
-def test_a_log_that_nobody_reads_does_not_block_it(source: str, tmp_path: Path) -> None:
-    """A pipe that is full from before the start on: lines are dropped and counted.
+def test_a_full_log_pipe_does_not_block_the_exporter(source: str, tmp_path: Path) -> None:
+    """Lines are dropped and counted while no process reads the pipe.
 
-    When somebody reads it again, lines are written again.
+    When a process reads it again, lines are written again.
     """
     fifo = tmp_path / "log"
     os.mkfifo(fifo)
@@ -497,14 +501,14 @@ def test_a_log_that_nobody_reads_does_not_block_it(source: str, tmp_path: Path) 
     ):
         peers.connect(7)
         for _ in range(3):
-            exporter.process.send_signal(signal.SIGHUP)  # which it says something of
+            exporter.process.send_signal(signal.SIGHUP)  # each signal logs a line
             eventually(lambda: exporter.established(peers.port) == 7)
         dropped = exporter.value("tcpexporter_dropped_log_lines_total")
         assert dropped
         drain(reader)
         exporter.process.send_signal(signal.SIGHUP)
         shown = ""
-        while "nothing to read again" not in shown:
+        while "SIGHUP has no effect" not in shown:
             select.select([reader], [], [], DEADLINE_S)
             shown += drain(reader)
         fill(reader)
@@ -530,7 +534,7 @@ def drain(pipe: int) -> str:
     return text.decode()
 
 
-def has_said(exporter: Exporter, log: str, words: str) -> bool:
+def has_logged(exporter: Exporter, log: str, words: str) -> bool:
     exporter.process.send_signal(signal.SIGHUP)
     return words in Path(log).read_text()
 
@@ -549,8 +553,9 @@ def make_interface() -> None:
 
 
 @pytest.mark.any_kernel
-def test_the_address_it_listens_on_may_go_and_come() -> None:
-    """It stays, without a word, and can be reached when the address is back."""
+def test_the_listen_address_may_disappear_and_return() -> None:
+    """The exporter continues without a message, and can be reached when the address is
+    back."""
     make_interface()
     with Exporter("--source", "ebpf", address=ADDRESS) as exporter, Peers() as peers:
         ip("link", "delete", "tcpe0")
@@ -567,8 +572,9 @@ def test_the_address_it_listens_on_may_go_and_come() -> None:
 
 
 @pytest.mark.any_kernel
-def test_others_at_the_same_tracepoint_take_nothing_away() -> None:
-    """Attached before ours and after, and detached while ours runs: all see every event."""
+def test_other_programs_at_the_tracepoint_take_no_events() -> None:
+    """One attaches before ours, one after ours, and one detaches; each program gets
+    every event."""
     with Counter() as before, Exporter("--source", "ebpf") as exporter, Peers() as peers:
         peers.connect(101)
         with Counter() as after:
@@ -585,8 +591,8 @@ def test_others_at_the_same_tracepoint_take_nothing_away() -> None:
 
 
 @pytest.mark.any_kernel
-def test_stopped_for_a_while_it_has_missed_nothing() -> None:
-    """SIGSTOP, some seconds in which connections come and go, SIGCONT: ages are right."""
+def test_a_stopped_exporter_misses_no_event() -> None:
+    """Between SIGSTOP and SIGCONT connections open and close; their ages are right."""
     arguments = ("--source", "ebpf", "--duration", "2")
     with Exporter(*arguments) as exporter, Peers() as peers:
         peers.connect(11)
@@ -606,15 +612,16 @@ def test_stopped_for_a_while_it_has_missed_nothing() -> None:
 
 
 NOBODYS_ADMIN = "+sys_admin,+bpf,+perfmon,+dac_read_search"
-"""What an unprivileged user has who may enter namespaces, but not trace processes."""
+"""Capabilities of an unprivileged user who may enter namespaces, but not trace
+processes."""
 
 HIDING = "mount -t proc -o hidepid=invisible proc /proc"
 
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("before", ["true", HIDING])
-def test_namespaces_that_may_not_be_seen_are_warned_of(before: str) -> None:
-    """Those of other users' processes, when these are hidden, too."""
+def test_hidden_namespaces_are_warned_of(before: str) -> None:
+    """The warning covers processes of other users, even if /proc hides these processes."""
     admin = (
         *("unshare", "--mount", "sh", "-c", f'{before} && exec "$@"', "sh"),
         *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),

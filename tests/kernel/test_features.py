@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Features of this kernel are detected, and the exporter works without them."""
+"""The exporter detects the features of this kernel, and works without each optional one."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ NOBODY = 65534
 
 @cache
 def symbols() -> frozenset[str]:
-    """The names of the kernel's functions, from /proc/kallsyms: proc_kallsyms(5)."""
+    """Return the names of the kernel's functions, from /proc/kallsyms: proc_kallsyms(5)."""
     lines = Path("/proc/kallsyms").read_text().splitlines()
     return frozenset(line.split()[2] for line in lines)
 
@@ -44,11 +44,11 @@ sys.exit(libbpf.bpf_map_lookup_elem(int(sys.argv[1]), number, number) != 0)
 """
 
 
-def nobody_reads_a_map() -> bool:
-    """Return whether a process that was root before setuid(2) can read a map."""
+def unprivileged_can_read_a_map() -> bool:
+    """Return whether a process that was root before setuid(2) can still read a map."""
     tracker = attach(7)
     descriptor = tracker._descriptors.recording
-    python = os.path.realpath(sys.executable)  # which users other than root can run
+    python = os.path.realpath(sys.executable)  # users other than root can run this copy
     ended = subprocess.run(
         [python, "-I", "-S", "-c", READ_A_MAP, str(descriptor)],
         check=False,
@@ -61,7 +61,7 @@ def nobody_reads_a_map() -> bool:
 
 
 def landlock_is_booted() -> bool:
-    """Return whether securityfs lists it as a security module."""
+    """Return whether securityfs lists Landlock as a security module."""
     mount = "mount -t securityfs none /sys/kernel/security; cat /sys/kernel/security/lsm"
     listed = subprocess.check_output(["unshare", "--mount", "sh", "-c", mount], text=True)
     return "landlock" in listed.split(",")
@@ -78,16 +78,16 @@ CHECKS: dict[Feature, Callable[[], bool]] = {
     features.BATCHES: symbol("htab_map_lookup_and_delete_batch"),
     features.HASH_MAP_ALLOCATOR: symbol("bpf_mem_alloc_init"),
     features.RECURSION_MISSES: symbol("bpf_prog_inc_misses_counter"),
-    features.UNPRIVILEGED_MAPS: nobody_reads_a_map,
+    features.UNPRIVILEGED_MAPS: unprivileged_can_read_a_map,
     features.SECCOMP: Path("/proc/sys/kernel/seccomp/actions_avail").exists,
     features.LANDLOCK: landlock_is_booted,
     features.IPV6: Path("/proc/sys/net/ipv6").exists,
 }
-"""Another way to detect each feature."""
+"""Another way to detect each feature, by the name of the feature."""
 
 
 def listed(*command: str) -> tuple[dict[str, str], subprocess.CompletedProcess[str]]:
-    """Return the answers of ``--features`` by name, and the process that has ended."""
+    """Run ``--features``; return its answers by name, and the ended process."""
     ended = subprocess.run(
         [*command, "--features"],
         check=False,
@@ -110,19 +110,19 @@ def listed_for_root() -> dict[str, str]:
 
 
 def found(feature: Feature) -> bool:
-    """Return whether ``--features`` says that this kernel has it."""
+    """Return whether ``--features`` says that this kernel has the feature."""
     return {"yes": True, "no": False}[listed_for_root()[feature.name]]
 
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda each: each.name)
 def test_a_feature_is_detected(feature: Feature) -> None:
-    """``--features`` agrees with another way to detect the feature, on every version."""
+    """``--features`` agrees with another way to detect the feature."""
     assert found(feature) is CHECKS[feature]()
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="page faults are traced on x86")
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="only x86 traces page faults")
 def test_recursion_is_prevented_by_kernels_that_count_it() -> None:
-    """A program that interrupts itself runs twice, or the kernel counts a miss."""
+    """A program that interrupts itself runs twice, or the kernel counts a missed run."""
     ended = subprocess.run(
         [sys.executable, "-m", "tests.kernel.helpers.recursive_program"],
         check=True,
@@ -139,7 +139,7 @@ def test_recursion_is_prevented_by_kernels_that_count_it() -> None:
 
 @pytest.mark.any_kernel
 def test_features_are_listed_before_anything_is_opened() -> None:
-    """A port in use and a user that does not exist do not matter."""
+    """``--features`` succeeds even if the port is in use and the user does not exist."""
     with Peers() as peers:
         occupied = ("--listen", f"127.0.0.1:{peers.port}", "--user", "no-such-user")
         _, ended = listed(*COMMAND, *occupied)
@@ -148,7 +148,8 @@ def test_features_are_listed_before_anything_is_opened() -> None:
 
 @pytest.mark.any_kernel
 def test_without_root_unknown_features_are_marked() -> None:
-    """No traceback and no wrong "no": loading programs requires root; BTF does not."""
+    """BTF is readable without root. Loading programs requires root, so other features
+    are marked "?"."""
     there, ended = listed(*AS_NOBODY)
     assert ended.returncode == 0
     assert ended.stderr == ""
@@ -161,7 +162,7 @@ def test_without_root_unknown_features_are_marked() -> None:
 
 @pytest.mark.any_kernel
 def test_features_are_listed_without_btf() -> None:
-    """Features that are looked up in the kernel's types are unknown then."""
+    """Features that are found in BTF are then marked as unknown."""
     there, ended = listed(*WITHOUT_BTF)
     assert ended.returncode == 0
     assert there[features.BTF.name] == "no"
@@ -187,7 +188,8 @@ def without(feature: Feature) -> tuple[str, ...]:
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("feature", REQUIRED, ids=lambda each: each.name)
 def test_without_a_required_feature_ebpf_is_refused(feature: Feature) -> None:
-    """Exit code 1 and one sentence: what is missing, its origin, and what works."""
+    """Exit code 1 and one sentence: the missing feature, its origin, and a source that
+    works."""
     code, sentence = refused("--source", "ebpf", command=without(feature))
     assert code == 1
     assert sentence == (
@@ -198,7 +200,7 @@ def test_without_a_required_feature_ebpf_is_refused(feature: Feature) -> None:
 
 @pytest.mark.any_kernel
 def test_root_without_bpf_permission_gets_a_clear_error() -> None:
-    """Root of a user namespace has all capabilities there, and none that bpf(2) checks."""
+    """Root of a user namespace has all capabilities there, but bpf(2) checks for others."""
     command = ("unshare", "--user", "--map-root-user", *COMMAND)
     code, sentence = refused("--source", "ebpf", command=command)
     assert code == 1
@@ -236,7 +238,8 @@ def test_memory_for_entries_is_allocated_late_if_that_is_safe() -> None:
 
 
 def test_preallocated_maps_work_too() -> None:
-    """With preallocated maps openings, closings and pre-existing connections are seen."""
+    """With preallocated maps the exporter sees openings, closings and pre-existing
+    connections."""
     with Peers() as peers:
         peers.connect(11)
         tracker = attach(without=(features.HASH_MAP_ALLOCATOR.name,))
@@ -255,7 +258,7 @@ def test_preallocated_maps_work_too() -> None:
 
 
 def test_a_kernel_without_ipv6_has_ipv4() -> None:
-    """The program is loaded without offsets of IPv6 addresses, and counts IPv4."""
+    """The program is loaded without the offsets of IPv6 addresses, and counts IPv4."""
     tracker = attach(without=(features.IPV6.name,))
     with Peers() as peers:
         peers.connect(7)
@@ -272,7 +275,8 @@ main()
 
 
 def test_only_cap_bpf_is_kept_if_reading_a_map_requires_it() -> None:
-    """No other capability is in effect, a child cannot inherit it, and the log says so."""
+    """No other capability is effective, child processes cannot inherit it, and a line is
+    logged."""
     command = (sys.executable, "-c", MAP_READING_REQUIRES_CAP_BPF)
     with Exporter("--source", "ebpf", command=command) as exporter, Peers() as peers:
         for thread in threads(exporter.process.pid):
@@ -291,7 +295,8 @@ def test_only_cap_bpf_is_kept_if_reading_a_map_requires_it() -> None:
 def test_without_a_count_of_missed_events_it_still_reconciles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An old kernel's bpf_prog_info has 0: the reconciliation interval corrects misses."""
+    """On an old kernel bpf_prog_info has 0; reconciling at the interval corrects the
+    misses."""
     monkeypatch.setattr(
         tracker_module, "program_info", lambda _descriptor: np.zeros(64, np.uint64)
     )

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the exporter takes of the host's memory."""
+"""The resident memory of the exporter stays below a limit."""
 
 import sys
 from pathlib import Path
 
 from tests.support import Exporter, Peers, eventually
 
-# With Debian 13's Python and libraries it is about 3 MiB more: 50.1 MiB were seen.
+# Debian 13's Python and libraries require about 3 MiB more: 50.1 MiB were measured.
 MOST_RESIDENT_KIB = 1024 * (48 if sys.version_info < (3, 12) else 54)
 
 
@@ -16,10 +16,10 @@ def resident_kib(process: int) -> int:
     return int(shown)
 
 
-def test_it_stays_small_with_a_thousand_connections() -> None:
-    """At most 48 MiB are resident while 1,006 are tracked, seeded or told of.
+def test_a_thousand_connections_require_less_than_48_mib() -> None:
+    """At most 48 MiB are resident with 1,006 tracked sockets, either seeded or reported.
 
-    With a newer Python than Debian 12's it is 6 MiB more.
+    The limit is 6 MiB higher with a newer Python than that of Debian 12.
     """
     with Peers() as before, Peers() as after:
         before.connect(503)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Namespaces that end, and others that are then called or numbered like them.
+"""Namespaces end, and other namespaces get their names or inodes.
 
-The kind of fault: what is counted, or what it is called, is bound to a name or a number
-that something else has by now.
+The kind of fault: the exporter identifies a namespace by a name or inode that another
+namespace has by now.
 """
 
 import contextlib
@@ -37,17 +37,17 @@ netns.setns(sys.argv[1])
 print(flush=True)
 sys.stdin.read()
 """
-"""Enters a namespace when told to."""
+"""A program that enters a namespace when it reads a line."""
 
 
-def remake(name: str) -> None:
-    """Another namespace of the same name."""
+def recreate(name: str) -> None:
+    """Replace a namespace by another one of the same name."""
     for arguments in (("netns", "del", name), ("netns", "add", name)):
         subprocess.run(["ip", *arguments], check=True)
 
 
 def refusal(exporter: Exporter, path: str) -> str:
-    """What it answers with status 503."""
+    """Request a page that must fail with status 503; return the error."""
     with pytest.raises(urllib.error.HTTPError) as raised:
         exporter.get(path)
     with raised.value as response:
@@ -59,9 +59,10 @@ def refusal(exporter: Exporter, path: str) -> str:
 def process(
     *prefix: str, program: str = STAY, argument: str = ""
 ) -> Iterator[subprocess.Popen[str]]:
-    """A Python program in the namespace that ``prefix`` leads to, when it has begun.
+    """Start a Python program and wait for its first line.
 
-    It gets the argument, and ends with its standard input at the end of the block.
+    ``prefix`` is a command that enters a namespace, ``argument`` is the program's argument.
+    At the end of the block the program's standard input is closed, which ends it.
     """
     with subprocess.Popen(
         [*prefix, sys.executable, "-c", program, argument],
@@ -78,9 +79,9 @@ def process(
 
 @pytest.mark.parametrize("source", ["ebpf", "sock_diag", "procfs"])
 def test_a_recreated_namespace_is_not_counted_as_the_old_one(source: str) -> None:
-    """503 and one warning while the name means none, the end when it means another.
+    """While the name is missing the response is 503; when it returns, the exporter ends.
 
-    The new one can only be entered by a new start, which systemd makes after exit code 1.
+    Only a new process can enter the new namespace: systemd starts one after exit code 1.
     """
     with new_netns() as name:
         with inside(name):
@@ -90,7 +91,7 @@ def test_a_recreated_namespace_is_not_counted_as_the_old_one(source: str) -> Non
         with peers, Exporter(*arguments) as exporter:
             assert exporter.established(peers.port) == 3
             subprocess.run(["ip", "netns", "del", name], check=True)
-            (NAMED / name).touch()  # as ip-netns(8) does before it mounts the namespace
+            (NAMED / name).touch()  # ip-netns(8) does this before it mounts the namespace
             for path in ("/metrics", "/-/ready", "/metrics"):
                 assert f"no network namespace /run/netns/{name} any more" in refusal(
                     exporter, path
@@ -101,7 +102,7 @@ def test_a_recreated_namespace_is_not_counted_as_the_old_one(source: str) -> Non
             assert "is another network namespace now" in refusal(exporter, "/metrics")
             _, log = exporter.process.communicate(timeout=DEADLINE_S)
     assert exporter.process.returncode == 1
-    # Before Linux 5.19 there is another one, about CAP_BPF.
+    # Before Linux 5.19 there is another warning, about CAP_BPF.
     warnings = [line for line in log.splitlines() if "no network namespace" in line]
     assert len(warnings) == 1
     assert "any more: create it again" in warnings[0]
@@ -109,7 +110,8 @@ def test_a_recreated_namespace_is_not_counted_as_the_old_one(source: str) -> Non
 
 
 def test_the_watchdog_does_not_restart_for_a_missing_namespace(tmp_path: Path) -> None:
-    """A restart would fail while the namespace is missing, and systemd would give up."""
+    """A restart would fail while the namespace is missing, and systemd would soon give
+    up."""
     address = tmp_path / "notify"
     with Manager(str(address)) as manager, new_netns() as name:
         tmp_path.chmod(0o755)
@@ -119,19 +121,20 @@ def test_the_watchdog_does_not_restart_for_a_missing_namespace(tmp_path: Path) -
             manager.wait_for("READY=1")
             subprocess.run(["ip", "netns", "del", name], check=True)
             refusal(exporter, "/-/ready")
-            manager.forget()
+            manager.discard_messages()
             for _ in range(3):
                 status, fed = manager.wait_for("WATCHDOG=1")
                 assert status.startswith(f"STATUS=there is no network namespace {NAMED}")
                 assert fed == "WATCHDOG=1"
             subprocess.run(["ip", "netns", "add", name], check=True)
-            # Nobody has to ask for that.
+            # The exporter ends without being scraped.
             exporter.process.communicate(timeout=DEADLINE_S)
             assert exporter.process.returncode == 1
 
 
-def test_a_namespace_that_gets_its_name_back_is_counted_again() -> None:
-    """A name that is moved or mounted again means what it meant: nothing has to end."""
+def test_a_namespace_whose_name_returns_is_counted_again() -> None:
+    """The name means the same namespace when it is mounted again, so the exporter
+    continues."""
     with new_netns() as name, process("ip", "netns", "exec", name) as within:
         with Exporter("--netns", name, "--source", "sock_diag") as exporter:
             subprocess.run(["ip", "netns", "del", name], check=True)
@@ -141,8 +144,8 @@ def test_a_namespace_that_gets_its_name_back_is_counted_again() -> None:
             assert exporter.stop()[0] == 0
 
 
-def test_the_namespace_of_a_process_ends_with_it() -> None:
-    """A path in /proc, which a confined process may not follow."""
+def test_a_path_in_proc_is_invalid_after_the_process_has_ended() -> None:
+    """The path is in /proc, where a confined process may not follow it."""
     with contextlib.ExitStack() as stack:
         with process("unshare", "--net") as within:
             path = f"/proc/{within.pid}/ns/net"
@@ -155,8 +158,8 @@ def test_the_namespace_of_a_process_ends_with_it() -> None:
     assert log.count("WARNING") == 1
 
 
-def test_a_process_that_enters_another_namespace_takes_its_path_along() -> None:
-    """That is seen, too, though the process itself may not be looked into."""
+def test_a_path_in_proc_follows_a_process_to_another_namespace() -> None:
+    """The exporter detects the change, although it may not inspect the process."""
     with new_netns() as another, process(program=MOVE, argument=another) as mover:
         path = f"/proc/{mover.pid}/ns/net"
         with Exporter("--netns", path, "--source", "sock_diag") as exporter:
@@ -179,7 +182,8 @@ def test_a_process_that_enters_another_namespace_takes_its_path_along() -> None:
     ],
 )
 def test_names_that_only_root_may_read_give_one_warning(netns: str, expected: str) -> None:
-    """Where only root may search /run/netns, names and their changes are not seen."""
+    """If only root may search /run/netns, the exporter cannot see names and their
+    changes."""
     script = (
         "mount -t tmpfs -o mode=0700 none /run/netns && touch /run/netns/hidden"
         " && mount --bind /proc/self/ns/net /run/netns/hidden"
@@ -195,8 +199,8 @@ def test_names_that_only_root_may_read_give_one_warning(netns: str, expected: st
     assert log.count(expected) == 1
 
 
-def test_once_prints_nothing_of_a_namespace_that_is_another_by_then() -> None:
-    """What it would print is of the old one."""
+def test_once_prints_nothing_after_the_namespace_was_replaced() -> None:
+    """The counts would be those of the old namespace."""
     with new_netns() as name:
         command = (sys.executable, "-m", "tcpexporter", "--once", "--netns", name)
         with subprocess.Popen(
@@ -205,21 +209,21 @@ def test_once_prints_nothing_of_a_namespace_that_is_another_by_then() -> None:
             stderr=subprocess.PIPE,
             text=True,
         ) as once:
-            # It has given up root when it has entered the namespace.
+            # It drops root after it has entered the namespace.
             eventually(
                 lambda: (
                     Path(f"/proc/{once.pid}").stat().st_uid != 0 or once.poll() is not None
                 )
             )
-            remake(name)
+            recreate(name)
             page, complaint = once.communicate(timeout=DEADLINE_S)
     assert page == ""
     assert once.returncode == 1
     assert "is another network namespace now" in complaint
 
 
-def test_an_unknown_namespace_is_a_wrong_setting() -> None:
-    """Exit code 2, after which systemd does not start it again, and one sentence."""
+def test_an_unknown_namespace_is_an_invalid_setting() -> None:
+    """One sentence, and exit code 2, after which systemd does not restart the exporter."""
     ended = subprocess.run(
         [sys.executable, "-m", "tcpexporter", "--once", "--netns", "none-such"],
         check=False,
@@ -233,7 +237,7 @@ def test_an_unknown_namespace_is_a_wrong_setting() -> None:
 
 
 def test_containers_that_a_pid_namespace_hides_are_warned_of() -> None:
-    """/proc shows no process of the host there, and yet refuses nothing."""
+    """In a PID namespace /proc shows no process of the host, and gives no error."""
     command = ("unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m")
     arguments = ("--netns", "all", "--once", "--duration", "0", "--source", "sock_diag")
     ended = subprocess.run(
@@ -250,7 +254,7 @@ def test_containers_that_a_pid_namespace_hides_are_warned_of() -> None:
 
 @pytest.fixture
 def cgroups() -> Iterator[dict[str, Path]]:
-    """A cgroup for each container, by its id."""
+    """Create a cgroup for each container, named by its id."""
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     root = next(line.split()[4] for line in mounts if " - cgroup2 " in line)
     made = {each: Path(root, each) for each in CONTAINERS}
@@ -264,22 +268,22 @@ def cgroups() -> Iterator[dict[str, Path]]:
 
 @contextlib.contextmanager
 def container(cgroup: Path, *prefix: str) -> Iterator[int]:
-    """As `process`, in a cgroup; its number."""
+    """Start a process in a cgroup; yield its process id."""
     with process(*prefix) as running:
         (cgroup / "cgroup.procs").write_text(str(running.pid))
         yield running.pid
 
 
-def number_of(process: int) -> int:
+def inode_of(process: int) -> int:
     return namespaces.inode(Path(f"/proc/{process}/ns/net"))
 
 
-def test_a_name_is_that_of_a_container_until_its_namespace_is_let_go(
+def test_a_container_keeps_its_name_while_its_namespace_is_held(
     cgroups: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing else gets its number before; what gets it then is not that container."""
+    """Another namespace can only get its inode after the namespace has been closed."""
     with container(cgroups["a" * 64], "unshare", "--net") as process:
-        number = number_of(process)
+        number = inode_of(process)
         tables = open_tables("sock_diag", "all")
         names = namespaces.Names(lambda: tables.namespaces().tolist())
     with contextlib.closing(tables):
@@ -290,24 +294,25 @@ def test_a_name_is_that_of_a_container_until_its_namespace_is_let_go(
         assert number not in names.read()
 
 
-def test_a_namespace_that_containers_share_has_the_name_of_none(
+def test_a_namespace_shared_by_two_containers_has_no_name(
     cgroups: dict[str, Path],
 ) -> None:
-    """Which of them was looked at last would be a matter of chance."""
+    """Otherwise the name would depend on the order in which containers are read."""
     with (
         container(cgroups["a" * 64], "unshare", "--net") as one,
         container(cgroups["b" * 64], "nsenter", f"--net=/proc/{one}/ns/net") as another,
     ):
-        number = number_of(one)
-        assert number_of(another) == number
+        number = inode_of(one)
+        assert inode_of(another) == number
         names = namespaces.Names(lambda: [number])
         assert names.read()[number] == str(number)
 
 
-def test_a_namespace_is_read_once_whatever_its_processes_do(
+def test_each_namespace_is_read_once_while_processes_change(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Between being found and being opened one ends, one enters ours, one another."""
+    """Between finding and opening them, one process ends, one enters our namespace, and
+    one another namespace."""
     with new_netns() as name:
         path = NAMED / name
         number = namespaces.inode(path)

@@ -78,7 +78,7 @@ def local_port(opened: socket.socket) -> int:
 
 
 def set_sysctl(name: str, value: int) -> None:
-    """Sets it in the namespace of this thread: /proc/sys/net always shows that one."""
+    """Set a value in the network namespace of this thread, which /proc/sys/net shows."""
     Path("/proc/sys/net", name).write_text(f"{value}\n")
 
 
@@ -90,7 +90,7 @@ def connected_to_itself(port: int = 0) -> socket.socket:
 
 
 def test_a_connection_to_itself_counts_once(exporters: Exporters) -> None:
-    """Source and destination are equal: there is one socket, so one connection."""
+    """Source and destination are equal, so there is one socket and one connection."""
     exporter = exporters(*BOTH_ENDS)
     with contextlib.ExitStack() as open_ones:
         opened = [open_ones.enter_context(connected_to_itself()) for _ in range(5)]
@@ -118,10 +118,11 @@ CROSSING_PORT = 6007
 
 
 def delay_packets(address: str) -> None:
-    """Gives this end its address; packets wait as the other end answers no ARP request."""
+    """Gives this end its address; packets wait, because the other end answers no ARP
+    request."""
     ip("address", "add", f"{address}/24", "dev", DEVICE)
     set_sysctl(f"ipv4/conf/{DEVICE}/arp_ignore", 8)
-    set_sysctl(f"ipv4/neigh/{DEVICE}/mcast_solicit", 97)  # seconds until ARP fails
+    set_sysctl(f"ipv4/neigh/{DEVICE}/mcast_solicit", 97)  # seconds until ARP gives up
 
 
 def release_packets(address: str, hardware_address: str) -> None:
@@ -192,14 +193,14 @@ def test_a_simultaneous_open_is_one_inbound_connection_at_each_end(
 
 
 def open_fast(peers: Peers, opened: socket.socket) -> None:
-    """Connects with data in the SYN, if the server has sent a Fast Open cookie before."""
+    """Connects, with data in the SYN if the server has sent a Fast Open cookie before."""
     opened.sendto(b"odd", socket.MSG_FASTOPEN, peers.listener.getsockname())
 
 
 @pytest.fixture
 def fast_peers() -> Iterator[Peers]:
     """A server that accepts data in a SYN, and has sent this host a Fast Open cookie."""
-    set_sysctl("ipv4/tcp_fastopen", 1 | 2)  # as client and as server: ip-sysctl.rst
+    set_sysctl("ipv4/tcp_fastopen", 1 | 2)  # enables clients and servers: ip-sysctl.rst
     with Peers() as peers:
         peers.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 17)
         with socket.socket() as first:
@@ -229,7 +230,8 @@ def test_fast_open_counts_at_both_ends(exporters: Exporters, fast_peers: Peers) 
 def test_fast_open_counts_from_the_end_of_its_handshake(
     exporters: Exporters, fast_peers: Peers
 ) -> None:
-    """The server accepts and reads in SYN_RECV. It counts when the client has answered."""
+    """The server accepts and reads in SYN_RECV. The connection counts after the client's
+    ACK."""
     exporter = exporters(*BOTH_ENDS)
     with socket.socket() as client:
         client.setblocking(False)
@@ -251,7 +253,8 @@ def mptcp_socket(address: str) -> socket.socket:
 
 
 def refuses_mptcp() -> bool:
-    """Whether this kernel was built without MPTCP: then socket(2) refuses the protocol."""
+    """Returns whether this kernel was built without MPTCP: then socket(2) refuses the
+    protocol."""
     if Path("/proc/sys/net/mptcp").exists():
         return False
     refusal: int | None = None
@@ -273,7 +276,7 @@ def mptcp_established(port: int) -> int:
 
 @contextlib.contextmanager
 def further_subflows(number: int) -> Iterator[None]:
-    """Each MPTCP connection from here opens that many subflows after its first one."""
+    """Makes each MPTCP connection from here open this many subflows after its first one."""
     ip("mptcp", "limits", "set", "subflow", str(number))
     for last in range(1, number + 1):
         ip("mptcp", "endpoint", "add", f"127.0.0.{last}", "dev", "lo", "subflow")
@@ -285,11 +288,11 @@ def further_subflows(number: int) -> Iterator[None]:
 
 
 def test_each_subflow_of_mptcp_counts_once(exporters: Exporters) -> None:
-    """Each subflow is a TCP connection, as in /proc/net/tcp; the outer socket is not.
+    """Each subflow is a TCP connection, as in /proc/net/tcp, and the outer socket is not.
 
-    The first subflow has the addresses of the outer socket. When only that subflow ends, it
-    is not counted any more, although the MPTCP connection stays open. On a kernel without
-    MPTCP the test only shows that socket(2) refuses it.
+    The first subflow has the addresses of the outer socket. After that subflow alone has
+    ended it is not counted, although the MPTCP connection stays open. On a kernel without
+    MPTCP the test only checks that socket(2) refuses it.
     """
     if refuses_mptcp():
         return
@@ -303,7 +306,7 @@ def test_each_subflow_of_mptcp_counts_once(exporters: Exporters) -> None:
             client = opened.enter_context(mptcp_socket("127.0.0.5"))
             client.connect(("127.0.0.1", port))
             server = opened.enter_context(listener.accept()[0])
-            client.sendall(b"odd")  # further subflows wait for this
+            client.sendall(b"odd")  # further subflows open only after this
             assert server.recv(3) == b"odd"
         agree(exporter, port, 5 * subflows)
         assert mptcp_established(port) == 5
@@ -332,8 +335,9 @@ def test_mptcp_that_falls_back_to_tcp_counts_once(exporters: Exporters) -> None:
 
 
 def test_connections_in_the_accept_queue_count(exporters: Exporters) -> None:
-    """All connections in a full queue are established; further ones are not yet."""
-    capacity = 7  # one more than the backlog: sk_acceptq_is_full in include/net/sock.h
+    """All connections in a full queue are established; further ones are not."""
+    # a queue has one place more than the backlog: sk_acceptq_is_full in include/net/sock.h
+    capacity = 7
     exporter = exporters(*BOTH_ENDS)
     with contextlib.ExitStack() as opened:
         peers = opened.enter_context(Peers(backlog=capacity - 1))
@@ -357,7 +361,7 @@ def test_connections_in_the_accept_queue_count(exporters: Exporters) -> None:
 
 
 def test_listeners_that_share_a_port_have_one_series(exporters: Exporters) -> None:
-    """With SO_REUSEPORT, several listeners have some of the connections each."""
+    """With SO_REUSEPORT, several listeners each accept some of the connections."""
     exporter = exporters(*BOTH_ENDS)
     with contextlib.ExitStack() as opened:
         listeners: list[socket.socket] = []
@@ -374,7 +378,7 @@ def test_listeners_that_share_a_port_have_one_series(exporters: Exporters) -> No
             opened.enter_context(socket.create_connection(("127.0.0.1", port)))
         shares = [len(accepted_at(each, opened)) for each in listeners]
         assert sum(shares) == 97
-        assert 97 not in shares  # otherwise the test shows nothing
+        assert 97 not in shares  # each listener must have some connections
         agree(exporter, port, 97)
         series = re.findall(
             rf'^{ESTABLISHED}{{port="{port}",.*', exporter.get("/metrics"), re.MULTILINE
@@ -385,7 +389,7 @@ def test_listeners_that_share_a_port_have_one_series(exporters: Exporters) -> No
 def accepted_at(
     listener: socket.socket, opened: contextlib.ExitStack
 ) -> list[socket.socket]:
-    """Accepts all connections in the queue; ``opened`` closes them."""
+    """Accepts all connections in the queue; ``opened`` closes them at its end."""
     accepted = []
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -397,7 +401,8 @@ def accepted_at(
 def test_a_connection_closed_in_repair_mode_is_removed(
     exporters: Exporters, end: int
 ) -> None:
-    """TCP_REPAIR closes one end without a packet; the other end notices when it sends."""
+    """TCP_REPAIR closes one end without a packet; the other end detects it when it
+    sends."""
     exporter = exporters(*BOTH_ENDS)
     with Peers() as peers:
         peers.connect(5)
@@ -417,7 +422,8 @@ def test_a_connection_closed_in_repair_mode_is_removed(
 def test_a_connection_restored_in_repair_mode_counts(
     exporters: Exporters, end: int
 ) -> None:
-    """It is moved to another socket, is counted once, and removed when it closes."""
+    """The connection moves to another socket, counts once, and is removed when it
+    closes."""
     exporter = exporters(*BOTH_ENDS)
     with Peers() as peers:
         peers.connect(5)
@@ -486,7 +492,8 @@ def test_a_reused_address_pair_has_the_age_of_its_last_connection(effort: Effort
             client, server = open_at_reused_port(peers)
             gaps_s.append(time.monotonic() - closed_s)
         peers.pairs.append((client, server))
-        assert statistics.median(gaps_s) < 0.02  # the median, as this machine can pause
+        # the median, because this machine may pause for some time
+        assert statistics.median(gaps_s) < 0.02
         agree(exporter, REUSED_PORT, 1)
         agree(exporter, peers.port, 1)
         eventually(lambda: 1 in long_term(), expected=True)
@@ -547,7 +554,8 @@ def test_every_port_can_listen(effort: Effort) -> None:
 
 
 def metrics_of(exporter: Exporter) -> str:
-    """Reads the metrics from a bound address, as connect(2) would find no free port."""
+    """Requests /metrics from a bound address, because connect(2) would find no free
+    port."""
     connection = http.client.HTTPConnection(
         "127.0.0.1", exporter.port, timeout=DEADLINE_S, source_address=("127.0.0.1", 0)
     )
@@ -576,7 +584,8 @@ def client_on_a_link_of_its_own(device: str, port: int) -> Iterator[None]:
 def test_two_connections_with_one_key_on_two_devices_count_twice(
     exporters: Exporters,
 ) -> None:
-    """Both are from fe80::2, port 40009, to fe80::1; pre-existing ones count as one."""
+    """Both are from fe80::2, port 40009, to fe80::1. Pre-existing ones would count as
+    one."""
     with contextlib.ExitStack() as opened, Peers("::") as peers:
         exporter = exporters(*ALWAYS_LONG_TERM)
         for device in ("one", "other"):
@@ -588,7 +597,7 @@ def test_two_connections_with_one_key_on_two_devices_count_twice(
 
 
 def test_the_exporter_runs_under_ip_netns_exec(netns: str) -> None:
-    """There ip-netns(8) mounts a new /sys, without tracefs."""
+    """ip-netns(8) mounts a new /sys, which has no tracefs."""
     command = ("ip", "netns", "exec", netns, sys.executable, "-m", "tcpexporter")
     with Exporter(*BY_EVENTS, command=command) as exporter, Peers() as peers:
         peers.connect(3)

@@ -52,7 +52,7 @@ def source(directory: Path, *, max_connections: int = 8191) -> Iterator[EbpfSour
 
 
 def known(opened: EbpfSource, port: int) -> Records:
-    """Return the connections of a local port that the source has."""
+    """Return the connections of a local port that the source has recorded."""
     everything = np.concatenate([chunk.copy() for chunk in opened.read()])
     there = everything[everything["group"] != 0]
     found: Records = there[there["key"]["local_port"] == port]
@@ -60,12 +60,12 @@ def known(opened: EbpfSource, port: int) -> Records:
 
 
 class Timed:
-    """Connections, and two times between which each of them was established."""
+    """Connections, each with an interval that contains its time of establishment."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
         self.moments: dict[int, tuple[int, int]] = {}
-        """The two times for each port of a client."""
+        """Earliest and latest time of establishment, by client port."""
 
     def open(self, count: int) -> None:
         for _ in range(count):
@@ -83,7 +83,8 @@ class Timed:
         del self._peers.pairs[:count]
 
     def assert_known(self, found: Records) -> None:
-        """Check that these are all connections, each with its time."""
+        """Check that these are all connections, and that each has a time in its
+        interval."""
         assert sorted(found["key"]["remote_port"].tolist()) == sorted(self.moments)
         for each in found:
             before_ns, after_ns = self.moments[int(each["key"]["remote_port"])]
@@ -91,8 +92,9 @@ class Timed:
             assert before_ns - EXACT_NS <= established_ns <= after_ns + EXACT_NS
 
 
-def test_a_killed_exporter_loses_no_age(directory: Path) -> None:
-    """SIGKILL with 1,009 connections; others open and close before the next start."""
+def test_ages_survive_a_killed_exporter(directory: Path) -> None:
+    """1,009 connections are open at SIGKILL; others open and close before the next
+    start."""
     with Peers() as peers:
         timed = Timed(peers)
         with run_by_events(directory) as exporter:
@@ -102,7 +104,7 @@ def test_a_killed_exporter_loses_no_age(directory: Path) -> None:
         for _ in range(211):
             timed.close(7)
             timed.open(11)
-            time.sleep(0.047)  # 10 s in all
+            time.sleep(0.047)  # 10 s in total
         with source(directory) as opened:
             opened.start()
             timed.assert_known(known(opened, peers.port))
@@ -111,7 +113,7 @@ def test_a_killed_exporter_loses_no_age(directory: Path) -> None:
 
 @pytest.mark.any_kernel
 def test_preexisting_connections_keep_their_ages(directory: Path) -> None:
-    """Three runs show the same ages, although none of them saw the openings."""
+    """Three runs report the same ages, although all connections are older than the runs."""
     with Peers() as peers:
         peers.connect(7)
         seen = []
@@ -138,7 +140,7 @@ def test_only_the_last_run_is_recorded(directory: Path) -> None:
 
 @pytest.mark.any_kernel
 def test_unpin_leaves_nothing(directory: Path) -> None:
-    """No file, no directory and no program; a second time it does nothing."""
+    """No file, directory or program remains, and a second ``--unpin`` is no error."""
     before = set(bpf_programs_by_id())
     with run_by_events(directory):
         pass
@@ -150,7 +152,8 @@ def test_unpin_leaves_nothing(directory: Path) -> None:
 
 @pytest.mark.any_kernel
 def test_root_unpins_the_directory_of_another_user(directory: Path, tmp_path: Path) -> None:
-    """Such as that of the unit; and removes nothing that a symbolic link points to."""
+    """One such directory is that of the unit. The target of a symbolic link is not
+    removed."""
     with run_by_events(directory):
         pass
     for each in (directory, *directory.rglob("*")):
@@ -188,8 +191,8 @@ def refused(directory: Path, *arguments: str) -> str:
 
 
 @pytest.mark.any_kernel
-def test_of_two_exporters_the_second_is_refused(directory: Path) -> None:
-    """The second does not poll instead or unpin, and the first continues."""
+def test_a_second_exporter_with_the_same_directory_is_refused(directory: Path) -> None:
+    """It neither polls nor unpins, and the first exporter continues."""
     with run_by_events(directory) as exporter, Peers() as peers:
         for arguments in (("--once", "--source", "auto"), ("--unpin",)):
             assert "is in use by another exporter" in refused(directory, *arguments)
@@ -198,20 +201,24 @@ def test_of_two_exporters_the_second_is_refused(directory: Path) -> None:
 
 
 @pytest.mark.any_kernel
-def test_a_directory_of_other_users_is_refused(directory: Path) -> None:
-    """Other users could have pinned any object there."""
+def test_a_directory_that_other_users_can_write_is_refused(directory: Path) -> None:
+    """Other users could have pinned objects there."""
     directory.mkdir(mode=0o700)
     directory.chmod(0o755)
-    assert "is not ours alone" in refused(directory, "--once", "--source", "ebpf")
+    assert "is accessible to other users" in refused(
+        directory, "--once", "--source", "ebpf"
+    )
     directory.chmod(0o700)
     os.chown(directory, 65534, 65534)
-    assert "is not ours alone" in refused(directory, "--once", "--source", "ebpf")
+    assert "is accessible to other users" in refused(
+        directory, "--once", "--source", "ebpf"
+    )
     os.chown(directory, 0, 0)
 
 
 @pytest.mark.any_kernel
 def test_pins_that_were_given_to_another_user_are_adopted(directory: Path) -> None:
-    """The unit does that when its user changes; the new user only has CAP_BPF."""
+    """The unit gives them when its user changes; the new user has CAP_BPF only."""
     with Peers() as peers:
         peers.connect(7)
         with run_by_events(directory):
@@ -222,16 +229,16 @@ def test_pins_that_were_given_to_another_user_are_adopted(directory: Path) -> No
             "--source", "ebpf", "--pin", str(directory), command=AS_NOBODY
         ) as exporter:
             assert exporter.established(peers.port) == 7
-            code, said = exporter.stop()
+            code, log = exporter.stop()
         assert code == 0
-        assert re.search("adopted [0-9]+ connections of the previous run", said)
+        assert re.search("adopted [0-9]+ connections of the previous run", log)
         assert pinned(directory) == {f"2/{name}" for name in (LINK, CONNECTIONS, LAYOUT)}
 
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("name", [LINK, LAYOUT, CONNECTIONS])
-def test_another_object_is_refused(directory: Path, name: str) -> None:
-    """A map of another size, or with senseless content, is not read."""
+def test_a_pinned_object_of_another_kind_is_refused(directory: Path, name: str) -> None:
+    """A map of another size or with invalid content is not read."""
     with run_by_events(directory):
         pass
     other = libbpf.create_map(libbpf.BPF_MAP_TYPE_ARRAY, 4, 8)
@@ -244,8 +251,8 @@ def test_another_object_is_refused(directory: Path, name: str) -> None:
 
 
 @pytest.mark.any_kernel
-def test_a_layout_without_sense_is_refused(directory: Path) -> None:
-    """For example one with fields outside of the record."""
+def test_an_invalid_pinned_layout_is_refused(directory: Path) -> None:
+    """One case is a layout with fields outside of the record."""
     with run_by_events(directory):
         pass
     layout = libbpf.call("bpf_obj_get", os.fsencode(directory / "1" / LAYOUT))
@@ -256,10 +263,10 @@ def test_a_layout_without_sense_is_refused(directory: Path) -> None:
     assert "is not an object that an exporter has pinned" in refused(directory, "--once")
 
 
-def test_times_of_another_version_are_adopted(
+def test_records_of_another_version_are_adopted(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its records have the fields at other offsets, and more fields."""
+    """Records of another version have more fields, and all fields at other offsets."""
     other = np.dtype(
         [
             ("more", "u4", 3),
@@ -288,7 +295,7 @@ def pin_as_another_version(
     other: np.dtype[np.void],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Replace a generation by that of another version, with other times."""
+    """Replace a pinned generation by one of another version, with other times."""
     array = libbpf.create_map(
         libbpf.BPF_MAP_TYPE_ARRAY, 4, other.itemsize, entries=8191, flags=1 << 10
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What stays of privileges, however the process starts, and that this is what it says."""
+"""Privileges are dropped in every kind of start, and warnings list exactly what remains."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ FOR_BPF = (CAP_BPF, CAP_PERFMON)
 DANGEROUS = (1, CAP_SYS_ADMIN, 19)
 """CAP_DAC_OVERRIDE, CAP_SYS_ADMIN, CAP_SYS_PTRACE."""
 
-# include/uapi/linux/securebits.h: each with the bit that locks it
+# include/uapi/linux/securebits.h; each value includes the lock bit
 NOROOT = 0b11
 NO_SETUID_FIXUP = 0b11 << 2
 KEEP_CAPS = 0b11 << 4
@@ -43,7 +43,7 @@ SECUREBITS = (0, NOROOT, NO_SETUID_FIXUP, KEEP_CAPS, NO_KEEP_CAPS)
 
 
 def outcomes(cases: Sequence[Case]) -> Iterator[tuple[Case, Outcome]]:
-    """Each case with what came of it."""
+    """Run each case in a child process, and yield it with its outcome."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernel.helpers.privilege_starts"],
         input="".join(f"{json.dumps(asdict(each))}\n" for each in cases),
@@ -74,7 +74,8 @@ def bits(held: Sequence[int]) -> int:
 
 
 def assert_given_up(case: Case, outcome: Outcome, kept: int = 0) -> None:
-    """Everything that can be dropped is dropped; a warning lists the rest."""
+    """Check that every privilege that can be dropped is dropped, and a warning lists the
+    rest."""
     after = outcome.after
     assert outcome.refusal is None
     for name, expected in {
@@ -88,7 +89,7 @@ def assert_given_up(case: Case, outcome: Outcome, kept: int = 0) -> None:
     has_bounding = CAP_SETPCAP not in case.holds and bool(case.holds)
     assert capabilities(after, "CapBnd") == has_bounding * bits(case.holds)
     is_root = 0 in case.uids
-    # Without the capability a process may take any id that it has already.
+    # Without the capability a process can only switch to an id that it already has.
     is_kept_uid = is_root and not (CAP_SETUID in case.holds or NOBODY in case.uids)
     is_kept_gid = is_root and CAP_SETGID not in case.holds
     assert after["Uid"] == ["0" if is_kept_uid else str(NOBODY)] * 4
@@ -97,28 +98,30 @@ def assert_given_up(case: Case, outcome: Outcome, kept: int = 0) -> None:
     expected_words = {
         "user 0 (CAP_SETUID is missing)": is_kept_uid,
         "group 0, 27 (CAP_SETGID is missing)": is_kept_gid,
-        "in the bounding set, useless by no_new_privs (CAP_SETPCAP is missing)": (
+        "in the bounding set, harmless with no_new_privs (CAP_SETPCAP is missing)": (
             is_root and has_bounding
         ),
     }
-    (told,) = outcome.warnings or [""]
-    for words, is_told in expected_words.items():
-        assert (words in told) == is_told, told
-    assert bool(told) == any(expected_words.values())
+    (warning,) = outcome.warnings or [""]
+    for words, is_expected in expected_words.items():
+        assert (words in warning) == is_expected, warning
+    assert bool(warning) == any(expected_words.values())
     missing = [
-        each for each in FOR_IDS if f"{privileges.names(1 << each)} is missing" in told
+        each for each in FOR_IDS if f"{privileges.names(1 << each)} is missing" in warning
     ]
-    if told:
+    if warning:
         lacking = privileges.names(bits(sorted(missing)))
-        assert f"start the exporter with {lacking} as well" in told
+        assert f"start the exporter with {lacking} as well" in warning
 
 
-def test_what_can_be_dropped_is_dropped_however_it_starts() -> None:
-    """A step that is refused ends nothing: a warning names the capability and what stays.
+def test_every_privilege_that_can_be_dropped_is_dropped() -> None:
+    """If a step is refused the start continues; a warning has the missing capability and
+    what remains.
 
-    The kind of fault: to give up one right requires another right, which a container may
-    lack. Root or not, with and without each capability that a step requires, in effect,
-    ambient, or permitted alone, with no_new_privs and each of the securebits.
+    The kind of fault: dropping one privilege requires another one, which a container may
+    lack. The cases are combinations of these: root or not; each capability that a step
+    requires, or not; effective, ambient or permitted; no_new_privs or not; each of the
+    securebits.
     """
     starts = itertools.product(
         (ROOT, UNPRIVILEGED, MIXED),
@@ -126,7 +129,7 @@ def test_what_can_be_dropped_is_dropped_however_it_starts() -> None:
         ((), FOR_BPF, DANGEROUS),
         ("effective", "ambient", "idle"),
     )
-    # Periods that have no common factor: each of these meets each of those.
+    # The cycles have lengths without a common factor, so every combination occurs.
     locked = itertools.cycle(SECUREBITS)
     no_new_privs = itertools.cycle([False, True, True, False, True, False, False])
     cases = [
@@ -137,9 +140,10 @@ def test_what_can_be_dropped_is_dropped_however_it_starts() -> None:
         assert_given_up(case, outcome)
 
 
-def test_the_child_that_reads_files_keeps_one_capability() -> None:
-    """CAP_DAC_READ_SEARCH, if it can be kept; or it stays root without any, and reads its
-    own files. It warns of nothing: what it lacks the exporter lacks too, and says so.
+def test_the_reader_process_keeps_one_capability() -> None:
+    """It keeps CAP_DAC_READ_SEARCH. If it cannot, it stays root without capabilities.
+
+    It logs no warning, because the serving process lacks the same capabilities and warns.
     """
     held = subsets((CAP_DAC_READ_SEARCH, CAP_SETUID, CAP_SETPCAP))
     cases = [
@@ -165,12 +169,12 @@ def test_the_child_that_reads_files_keeps_one_capability() -> None:
             assert capabilities(after, "CapBnd") == 0
 
 
-def test_cap_bpf_is_kept_only_if_it_helps() -> None:
-    """Where the maps require it, it is kept and that is said; if it cannot be, or if only
-    CAP_SYS_ADMIN would do, the start ends with a sentence.
+def test_cap_bpf_is_kept_only_if_required() -> None:
+    """CAP_BPF is kept and this is logged, if reading maps requires it.
 
-    The kind of fault: a trial that fails for another reason than the one that is reported.
-    Here what is needed requires CAP_BPF or CAP_SYS_ADMIN on every kernel.
+    If it cannot be kept, or if only CAP_SYS_ADMIN would help, the start ends with one
+    sentence. The kind of fault: the error has another reason than the failed attempt. The
+    object here requires CAP_BPF or CAP_SYS_ADMIN on every kernel.
     """
     cases = [
         Case(uids, holds, securebits=securebits, needs_bpf=True)
@@ -181,16 +185,17 @@ def test_cap_bpf_is_kept_only_if_it_helps() -> None:
     for case, outcome in outcomes(cases):
         is_lost = case.securebits and case.uids == ROOT and CAP_SETUID in case.holds
         if CAP_BPF in case.holds and not is_lost:
-            told, *others = outcome.warnings
+            warning, *others = outcome.warnings
             assert (
-                told == "keeping CAP_BPF, which this kernel requires for reading a BPF map"
+                warning
+                == "keeping CAP_BPF, which this kernel requires for reading a BPF map"
             )
             expected = Outcome(outcome.before, outcome.after, others, outcome.refusal)
             assert_given_up(case, expected, kept=1 << CAP_BPF)
             continue
         assert outcome.warnings == []
         assert outcome.refusal
-        if case.holds == FOR_IDS:  # it did not work before, either
+        if case.holds == FOR_IDS:  # access failed before the drop too
             assert outcome.refusal == "cannot make a map"
         else:
             assert "CAP_BPF" in outcome.refusal
@@ -198,10 +203,11 @@ def test_cap_bpf_is_kept_only_if_it_helps() -> None:
 
 
 @pytest.mark.parametrize("answer", [1, 0])
-def test_a_dangerous_privilege_that_would_be_left_ends_the_start(answer: int) -> None:
-    """A seccomp filter refuses the system call, or says that it is done when it is not.
+def test_a_dangerous_privilege_that_remains_ends_the_start(answer: int) -> None:
+    """A seccomp filter refuses the system call, or returns success without executing it.
 
-    The kind of fault: to believe an answer rather than look at what came of it.
+    The kind of fault: the exporter trusts the result of a system call, and does not check
+    the privileges afterwards.
     """
     dangerous = (*FOR_BPF, *DANGEROUS)
     cases = [
@@ -216,13 +222,13 @@ def test_a_dangerous_privilege_that_would_be_left_ends_the_start(answer: int) ->
         assert outcome.refusal
         assert "cannot give up CAP_DAC_OVERRIDE, CAP_SYS_PTRACE, " in outcome.refusal
         assert "capset(2)" in outcome.refusal
-    # The change to another user has the kernel drop them.
+    # The kernel drops them when the process changes to another user.
     assert changed.refusal is None
     assert capabilities(changed.after, "CapPrm") == 0
     assert no_new_privs.refusal
     assert "cannot set no_new_privs" in no_new_privs.refusal
     assert setresuid.refusal is None
     assert capabilities(setresuid.after, "CapPrm") == 0
-    (told,) = setresuid.warnings
-    assert "user 0 (refused despite CAP_SETUID, by a seccomp filter" in told
-    assert "group" not in told
+    (warning,) = setresuid.warnings
+    assert "user 0 (refused despite CAP_SETUID, by a seccomp filter" in warning
+    assert "group" not in warning

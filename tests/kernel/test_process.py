@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The process: what it holds, how it ends, and what it says when it cannot start."""
+"""The process: its privileges, its end, and the errors when it cannot start."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from tcpexporter.ebpf import features
 from tcpexporter.ebpf.features import Kernel
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.host import privileges
-from tests.kernel.helpers.in_process import everything, made
+from tests.kernel.helpers.in_process import all_connections, invented
 from tests.kernel.helpers.loader_child import wait_for_loader
 from tests.kernel.helpers.shared import BOTH_ENDS, OUTBOUND, Exporters
 from tests.support import (
@@ -45,29 +45,30 @@ def threads(process: int) -> list[int]:
     return [int(each.name) for each in Path(f"/proc/{process}/task").iterdir()]
 
 
-def wait_until_gone(programs: set[int]) -> None:
-    """The kernel frees what a killed process held a moment after it is reaped."""
+def wait_until_programs_are_gone(programs: set[int]) -> None:
+    """Wait until the kernel has freed the programs, which may be after the process is
+    reaped."""
     eventually(lambda: not programs & bpf_programs_by_id().keys())
 
 
-def test_root_is_given_up_for_good(exporters: Exporters) -> None:
-    """No thread has a root id, a group, or a capability in any set, nor a way back.
+def test_root_is_dropped_permanently(exporters: Exporters) -> None:
+    """No thread has a root id, a group or a capability, or can regain one.
 
-    But for CAP_BPF where the kernel does not let maps be read without: it cannot be
-    passed on to a program, either.
+    The exception is CAP_BPF if the kernel requires it for reading maps; a program that the
+    process executes does not inherit it.
     """
     is_kept = not Kernel().has(features.UNPRIVILEGED_MAPS)
-    assert_root_is_given_up(
+    assert_root_is_dropped(
         exporters(*BOTH_ENDS), kept=1 << privileges.CAP_BPF if is_kept else 0
     )
 
 
-def assert_root_is_given_up(exporter: Exporter, *, kept: int) -> None:
+def assert_root_is_dropped(exporter: Exporter, *, kept: int) -> None:
     pid = exporter.process.pid
     for thread in threads(pid):
         try:
             shown = status(pid, thread)
-        except FileNotFoundError:  # it has ended: that which reads what was there before
+        except FileNotFoundError:  # the thread that read pre-existing connections has ended
             assert thread != pid
             continue
         assert shown["Uid"] == [str(NOBODY)] * 4
@@ -89,7 +90,7 @@ def test_the_user_can_be_chosen(exporters: Exporters) -> None:
 
 @pytest.mark.any_kernel
 def test_processes_of_its_user_cannot_read_its_memory(exporters: Exporters) -> None:
-    """Daemons share the user nobody: they can read neither its memory nor its files."""
+    """Other daemons run as nobody too: they can read neither its memory nor its files."""
     pid = exporters(*BOTH_ENDS).process.pid
     nobody = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
     for name in ("maps", "mem", "environ", "fdinfo/0"):
@@ -103,8 +104,8 @@ def test_processes_of_its_user_cannot_read_its_memory(exporters: Exporters) -> N
         assert "Permission denied" in looked.stderr
 
 
-def test_the_serving_process_does_not_hold_bcc(exporters: Exporters) -> None:
-    """Neither BCC nor LLVM is mapped, and the child that loaded them is gone."""
+def test_the_serving_process_does_not_map_bcc(exporters: Exporters) -> None:
+    """Neither BCC nor LLVM is mapped, and the child process that loaded them has ended."""
     pid = exporters(*BOTH_ENDS).process.pid
     maps = Path(f"/proc/{pid}/maps").read_text()
     assert "libbpf" in maps
@@ -114,24 +115,24 @@ def test_the_serving_process_does_not_hold_bcc(exporters: Exporters) -> None:
 
 
 def test_maps_can_be_used_without_privilege(tracker: Tracker) -> None:
-    """Reading, adding and removing work by descriptor after everything is dropped."""
+    """After all privileges are dropped, maps can be read and changed by descriptor."""
     child = os.fork()
     if child == 0:
         outcome = 1
         with contextlib.suppress(BaseException):
             privileges.drop(privileges.find_user("nobody"), tracker.events)
-            slots = tracker.add(made(7))
+            slots = tracker.add(invented(7))
             tracker.release(slots[:2], np.ones(2, np.uint64))
             tracker.events()
-            outcome = 0 if tracker.seeds() == len(everything(tracker)) == 5 else 2
+            outcome = 0 if tracker.seeds() == len(all_connections(tracker)) == 5 else 2
         os._exit(outcome)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
-    """Exit code 0, nothing on standard error but its log, nothing left in the kernel."""
+def test_a_signal_ends_the_exporter_normally(number: signal.Signals) -> None:
+    """Exit code 0; standard error has the log only, and no program stays in the kernel."""
     with Exporter("--source", "ebpf") as exporter:
         programs = bpf_programs_of(exporter.process.pid)
         assert [bpf_programs_by_id()[each] for each in programs] == [OURS]
@@ -140,13 +141,15 @@ def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
             _, complaints = exporter.process.communicate(timeout=DEADLINE_S)
         assert exporter.process.returncode == 0
         assert "Traceback" not in complaints
-    wait_until_gone(programs)
+    wait_until_programs_are_gone(programs)
 
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("part", [0, 0.3, 0.7])
-def test_a_signal_while_it_loads_ends_it_cleanly(load_s: float, part: float) -> None:
-    """Whatever part of the loader's work is done, it ends with 0 and leaves nothing."""
+def test_a_signal_during_loading_ends_the_exporter_normally(
+    load_s: float, part: float
+) -> None:
+    """At any step of the loader, the exporter ends with 0, and no program stays."""
     with Exporter("--source", "ebpf", wait=False) as exporter:
         child = wait_for_loader(exporter.process.pid)
         time.sleep(part * load_s)
@@ -154,40 +157,42 @@ def test_a_signal_while_it_loads_ends_it_cleanly(load_s: float, part: float) -> 
         code, complaints = exporter.stop()
         assert code == 0, complaints
         assert "Traceback" not in complaints
-    # Nobody waits for one that has hardly begun; it finds that nobody asks it anything.
+    # The exporter does not wait for a loader that has just begun. The loader ends when its
+    # socket to the exporter is closed.
     eventually(lambda: not Path(f"/proc/{child}").exists())
-    wait_until_gone(programs)
+    wait_until_programs_are_gone(programs)
 
 
 @pytest.mark.any_kernel
-def test_a_signal_when_it_has_just_begun_ends_it() -> None:
-    """By the signal, as Python does not handle it yet, or with 0."""
+def test_a_signal_right_after_the_start_ends_the_exporter() -> None:
+    """The signal kills it if Python does not handle signals yet; otherwise it exits with
+    0."""
     with Exporter("--source", "ebpf", wait=False) as exporter:
         code, complaints = exporter.stop()
         assert code in {0, -signal.SIGTERM}, complaints
         assert "Traceback" not in complaints
 
 
-def test_killed_it_leaves_nothing_in_the_kernel() -> None:
-    """SIGKILL closes the descriptors, and with them goes everything."""
+def test_a_killed_exporter_leaves_no_program_in_the_kernel() -> None:
+    """SIGKILL closes the descriptors, and the kernel then frees program and maps."""
     with Exporter("--source", "ebpf") as exporter:
         programs = bpf_programs_of(exporter.process.pid)
         assert len(programs) == 1
         exporter.process.kill()
-    wait_until_gone(programs)
+    wait_until_programs_are_gone(programs)
 
 
 COMMAND = (sys.executable, "-m", "tcpexporter")
 AS_NOBODY = (
     *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
-    # The tree may lie where only root can read.
+    # The source tree may be readable by root only.
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
     *COMMAND,
 )
 
 
 def refused(*arguments: str, command: tuple[str, ...] = COMMAND) -> tuple[int, str]:
-    """How a start that cannot work ends: its exit code and its last line."""
+    """Run an exporter that cannot start; return its exit code and its last line."""
     ended = subprocess.run(
         [*command, *arguments],
         check=False,
@@ -201,7 +206,7 @@ def refused(*arguments: str, command: tuple[str, ...] = COMMAND) -> tuple[int, s
 
 @pytest.mark.any_kernel
 def test_a_port_in_use_is_refused() -> None:
-    """One sentence that names the port and the remedy, exit code 1."""
+    """Exit code 1, and one sentence with the port and the remedy."""
     with Peers() as peers:
         code, sentence = refused("--listen", f"127.0.0.1:{peers.port}")
     assert code == 1
@@ -211,7 +216,7 @@ def test_a_port_in_use_is_refused() -> None:
 
 @pytest.mark.any_kernel
 def test_an_unknown_user_is_refused() -> None:
-    """An invalid setting: exit code 2 before anything is loaded, and the flag to set."""
+    """Exit code 2 before anything is loaded, and a sentence with the flag to set."""
     code, sentence = refused("--user", "no-such-user")
     assert code == 2
     assert "no user 'no-such-user'" in sentence
@@ -219,14 +224,16 @@ def test_an_unknown_user_is_refused() -> None:
 
 
 @pytest.mark.any_kernel
-def test_root_is_refused_as_user() -> None:
-    """An invalid setting: exit code 2, with which systemd does not restart it."""
+def test_the_user_root_is_refused() -> None:
+    """The setting is invalid: exit code 2, after which systemd does not restart the
+    exporter."""
     assert refused("--user", "root")[0] == 2
 
 
 @pytest.mark.any_kernel
 def test_a_named_source_that_does_not_work_is_refused() -> None:
-    """``--source ebpf`` without privilege: exit code 1 and what would help, no fallback."""
+    """``--source ebpf`` without privilege: exit code 1 and the remedy, without a
+    fallback."""
     code, sentence = refused("--source", "ebpf", command=AS_NOBODY)
     assert code == 1
     assert "requires root" in sentence
@@ -235,7 +242,7 @@ def test_a_named_source_that_does_not_work_is_refused() -> None:
 
 @pytest.mark.any_kernel
 def test_auto_logs_why_it_polls() -> None:
-    """One warning: which source, why not a better one, what would help."""
+    """One warning has the source in use, the reason, and the remedy."""
     with Exporter(command=AS_NOBODY) as exporter:
         assert exporter.value("tcpexporter_source_info", source="sock_diag") == 1
         code, complaints = exporter.stop()
@@ -247,15 +254,15 @@ def test_auto_logs_why_it_polls() -> None:
 
 
 @pytest.mark.parametrize("source", ["sock_diag", "procfs"])
-def test_polling_sources_give_the_same_numbers(source: str) -> None:
-    """A polling source counts what it sees, its age from the first poll that did.
+def test_polling_sources_give_the_same_counts(source: str) -> None:
+    """A connection's age begins with the first poll that found it.
 
-    It gives up root, too.
+    The polling sources drop root too.
     """
-    # Not one that is shared: it goes on polling.
+    # This exporter is not shared, because polling uses CPU until it ends.
     arguments = ("--source", source, "--interval", "0.1", "--duration", "1")
     with Peers("::") as peers, Exporter(*arguments) as exporter:
-        assert_root_is_given_up(exporter, kept=0)
+        assert_root_is_dropped(exporter, kept=0)
         opened_s = time.monotonic()
         peers.connect(7, "127.0.0.1")
         peers.connect(5, "::1")
@@ -272,8 +279,8 @@ def test_polling_sources_give_the_same_numbers(source: str) -> None:
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("output", [">/dev/full", "| true", ">&-"])
-def test_once_reports_that_it_cannot_print(output: str) -> None:
-    """A full disk, a reader that is gone, no output at all: one sentence, exit code 1."""
+def test_once_reports_that_it_cannot_write_its_output(output: str) -> None:
+    """A full disk, a closed pipe, or no standard output: one sentence, exit code 1."""
     once = f"{' '.join(COMMAND)} --once --duration 0"
     script = f"set -o pipefail; {once} {output}"
     ended = subprocess.run(
@@ -298,8 +305,8 @@ def catches(process: int, number: signal.Signals) -> bool:
 
 
 @pytest.mark.any_kernel
-def test_once_interrupted_is_no_success() -> None:
-    """A signal while it watches ends it with a code that is not 0, and prints nothing."""
+def test_an_interrupted_once_has_a_nonzero_exit_code() -> None:
+    """A signal during the wait ends it, and it prints nothing."""
     command = (*COMMAND, "--once", "--duration", "600")
     with subprocess.Popen(command, stdout=subprocess.PIPE) as once:
         try:
@@ -324,8 +331,8 @@ exec /mnt/venv/bin/python -m tcpexporter "$@"
 
 
 @pytest.mark.any_kernel
-def test_the_installation_may_be_readable_by_root_alone() -> None:
-    """For example below /root: nothing is imported after root is given up."""
+def test_the_installation_may_be_readable_by_root_only() -> None:
+    """It may be below /root: no module is imported after root is dropped."""
     command = ("unshare", "--mount", "sh", "-c", UNREADABLE, sys.prefix)
     with Peers() as peers, Exporter(command=command) as exporter:
         peers.connect(3)

@@ -17,12 +17,12 @@ from tests.kernel.helpers.effort import Effort
 from tests.kernel.helpers.in_process import (
     Dumps,
     Reusable,
+    all_connections,
     at_port,
     attach,
-    everything,
-    forget,
-    made,
+    invented,
     put_reported,
+    remove_records,
     seeds,
     slots_at,
 )
@@ -49,10 +49,10 @@ def test_one_dump_suffices_if_nothing_differs(tracker: Tracker, peers: Peers) ->
 
 
 def test_a_missed_opening_is_added(tracker: Tracker, peers: Peers) -> None:
-    """i: added with the right direction, and not older than it is."""
+    """i: It is added with the right direction, and with at most its true age."""
     opened_ns = boottime_ns()
     peers.connect(5)
-    forget(tracker, peers.port)
+    remove_records(tracker, peers.port)
     corrections = run(tracker)
     assert corrections.missed_open == 5
     known = at_port(tracker, peers.port)
@@ -64,7 +64,8 @@ def test_a_missed_opening_is_added(tracker: Tracker, peers: Peers) -> None:
 def test_a_connection_that_closes_after_the_first_dump_is_not_added(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """j: in the first dump, and closed before the tracker is read: not added."""
+    """j: It is in the first dump, and closes before the tracker is read: it is not
+    added."""
     reusable = Reusable(peers)
     assert run(tracker, reusable.close) == NOTHING
     assert len(at_port(tracker, peers.port)) == 0
@@ -73,7 +74,7 @@ def test_a_connection_that_closes_after_the_first_dump_is_not_added(
 def test_a_connection_that_both_dumps_show_by_chance_does_not_stay(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """k: closed at each reading of the tracker, open at each dump: not in the tracker."""
+    """k: It is open at each dump, but closed when the tracker is read: it does not stay."""
     reusable = Reusable(peers)
     with Dumps() as dumps:
 
@@ -99,21 +100,22 @@ def test_a_connection_that_both_dumps_show_by_chance_does_not_stay(
 def test_a_missed_closing_is_removed(
     tracker: Tracker, peers: Peers, know: Callable[[Tracker, Records], object]
 ) -> None:
-    """l: in the tracker and not open: removed, whatever it is identified by."""
+    """l: The tracker has it but it is not open: it is removed, whatever its handle is."""
     peers.connect(7)
     with Dumps() as dumps:
         reconcile.seed(tracker, dumps)
-    know(tracker, made(3, local_port=peers.port))
+    know(tracker, invented(3, local_port=peers.port))
     assert len(at_port(tracker, peers.port)) == 10
     assert run(tracker) == Corrections(missed_close=3)
     assert len(at_port(tracker, peers.port)) == 7
 
 
 @pytest.mark.parametrize("know", [put_reported, Tracker.add], ids=["event", "seed"])
-def test_the_older_of_two_with_one_key_is_removed(
+def test_the_older_of_two_connections_with_one_key_is_removed(
     tracker: Tracker, peers: Peers, know: Callable[[Tracker, Records], object]
 ) -> None:
-    """r: its closing was missed and its reopening reported: the reported one stays."""
+    """r: Its closing was missed and its reopening reported: the reported connection
+    stays."""
     peers.connect(3)
     fresh = at_port(tracker, peers.port)
     stale = fresh.copy()
@@ -127,7 +129,7 @@ def test_the_older_of_two_with_one_key_is_removed(
 
 
 def test_a_seed_of_a_reported_connection_is_removed(tracker: Tracker, peers: Peers) -> None:
-    """r: even a seed that seems to be newer, because the kernel's time is exact."""
+    """r: The seed is removed even if it is newer, because the kernel's times are exact."""
     peers.connect(3)
     reported = at_port(tracker, peers.port)
     doubles = reported.copy()
@@ -142,7 +144,7 @@ def test_a_seed_of_a_reported_connection_is_removed(tracker: Tracker, peers: Pee
 def test_the_next_connection_of_a_socket_shows_that_a_closing_was_missed(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """l: the program finds a stale record of the socket that opens."""
+    """l: The program detects the stale record when the socket opens again."""
     peers.connect(1)
     before = tracker.events()
     slots = slots_at(tracker, peers.port)
@@ -165,7 +167,8 @@ def test_the_next_connection_of_a_socket_shows_that_a_closing_was_missed(
 def test_a_connection_that_opens_after_the_first_dump_is_not_judged(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """m: in the tracker and not in the first dump: newer, so there is no second dump."""
+    """m: The first dump does not show it but the tracker does: it is newer, and no
+    second dump is made."""
     with Dumps() as dumps:
         reconcile.seed(tracker, dumps)
     with Dumps(lambda: peers.connect(3)) as dumps:
@@ -180,7 +183,8 @@ def test_a_connection_that_opens_after_the_first_dump_is_not_judged(
 def test_a_connection_that_one_dump_does_not_show_stays(
     tracker: Tracker, peers: Peers, dump: int
 ) -> None:
-    """n, p: hidden by the connections next to it, or its state is not stored yet."""
+    """n, p: The dump skipped it because of its neighbours, or its state was not stored
+    yet."""
     peers.connect(5)
     with Dumps() as dumps:
         reconcile.seed(tracker, dumps)
@@ -190,16 +194,16 @@ def test_a_connection_that_one_dump_does_not_show_stays(
 
 
 def test_a_namespace_that_is_not_covered_is_not_judged(tracker: Tracker) -> None:
-    """o: the tables do not cover it, so its connections stay."""
-    tracker.add(made(5, netns=1))
+    """o: The socket tables do not cover the namespace, so its connections stay."""
+    tracker.add(invented(5, netns=1))
     assert run(tracker).missed_close == 0
-    assert len(seeds(everything(tracker))) == 5
+    assert len(seeds(all_connections(tracker))) == 5
 
 
 def test_a_connection_that_reopens_before_its_removal_keeps_its_time(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """q: its closing was missed, and its reopening reported just before the removal."""
+    """q: Its closing was missed, and its reopening reported just before the removal."""
     reusable = Reusable(peers)
     fresh = at_port(tracker, peers.port)
     stale_ns = np.ones(1, np.uint64)
@@ -212,10 +216,11 @@ def test_a_connection_that_reopens_before_its_removal_keeps_its_time(
     assert len(at_port(tracker, peers.port)) == 0
 
 
-def test_a_socket_under_a_stale_record_that_closes_removes_both(
+def test_the_closing_of_a_socket_with_a_stale_record_removes_both(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """t: two events of one socket address were missed: its closing removes both."""
+    """t: Two events of one socket address were missed; its next closing removes both
+    records."""
     peers.connect(1)
     slots = slots_at(tracker, peers.port)
     (true,) = tracker._all()[slots].copy()
@@ -261,21 +266,21 @@ def reconciling(
 
 
 def test_the_thread_runs_at_its_interval(tracker: Tracker, peers: Peers) -> None:
-    """Without any counted miss, the run at the interval finds what was missed."""
+    """Although no miss is counted, the run at the interval finds the missed events."""
     with Dumps() as dumps:
         with reconciling(tracker, dumps, interval_s=1) as reconciler:
             peers.connect(3)
-            forget(tracker, peers.port)
+            remove_records(tracker, peers.port)
             eventually(lambda: len(at_port(tracker, peers.port)) == 3)
         assert reconciler.state.runs >= 1
         assert reconciler.state.missed_open >= 3
         assert abs(reconciler.state.finished_s - time.time()) < 60
 
 
-def test_runs_are_skipped_while_nothing_happens(
+def test_runs_are_skipped_while_no_event_happens(
     tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After two runs without differences there is no other until something happens."""
+    """After two runs without differences there is no other run until an event happens."""
     # The kernel also counts events of other namespaces that it misses.
     monkeypatch.setattr(tracker, "missed_events", lambda: 0)
     with Dumps() as dumps:
@@ -288,18 +293,19 @@ def test_runs_are_skipped_while_nothing_happens(
             eventually(lambda: reconciler.state.runs == 3)
 
 
-def test_the_thread_runs_when_the_tracker_was_full(
+def test_a_refused_connection_causes_a_run(
     peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refusals are a reason to run at once, without any interval."""
+    """A refusal for lack of free slots causes a run at once, without an interval."""
     tracker = attach(16)
-    monkeypatch.setattr(tracker, "missed_events", lambda: 0)  # as above
+    # the kernel may count misses of other namespaces here too
+    monkeypatch.setattr(tracker, "missed_events", lambda: 0)
     try:
         with Dumps() as dumps:
             with reconciling(tracker, dumps, interval_s=0) as reconciler:
                 eventually(lambda: reconciler.state.runs == 1)
                 time.sleep(2.5)
-                assert reconciler.state.runs == 1  # which confirms the seeding
+                assert reconciler.state.runs == 1  # this run confirms the seeding
                 peers.connect(31)
                 eventually(lambda: reconciler.state.runs > 1)
     finally:
@@ -307,7 +313,7 @@ def test_the_thread_runs_when_the_tracker_was_full(
 
 
 def test_the_thread_does_not_exceed_its_share_of_cpu(tracker: Tracker) -> None:
-    """After each run it rests until its average is below the share."""
+    """After each run the thread waits until its average CPU use is below the limit."""
     with Dumps() as dumps:
         with reconciling(tracker, dumps, interval_s=0.1, cpu_share=1e-6) as reconciler:
             eventually(lambda: reconciler.state.runs == 1)
@@ -317,7 +323,8 @@ def test_the_thread_does_not_exceed_its_share_of_cpu(tracker: Tracker) -> None:
 
 
 def test_a_full_tracker_warns_and_recovers(effort: Effort) -> None:
-    """5,003 connections, 100 slots: it warns once, and is right when most have closed."""
+    """5,003 connections, 100 slots: there is one warning, and later all counts are
+    right."""
     connections = effort.of(5003)
     arguments = ("--max-connections", "100", "--reconcile-interval", "1")
     with (
@@ -348,7 +355,7 @@ def test_a_full_tracker_warns_and_recovers(effort: Effort) -> None:
 
 
 def test_an_idle_preexisting_connection_has_its_age() -> None:
-    """It counts as long-term at once, and not only after ``duration``."""
+    """It is long-term at once, because the socket tables show how long it has been idle."""
     with Peers() as peers:
         peers.connect(3)
         time.sleep(2.1)
@@ -356,8 +363,8 @@ def test_an_idle_preexisting_connection_has_its_age() -> None:
             assert exporter.long_term(peers.port) == 3
 
 
-def test_ages_of_preexisting_connections_are_never_too_high() -> None:
-    """The tables show no active connection as older than it is."""
+def test_ages_of_preexisting_connections_are_lower_bounds() -> None:
+    """The age of an active connection is at most its true age."""
     with Peers() as peers:
         opened_ns = boottime_ns()
         peers.connect(101)
@@ -371,7 +378,7 @@ def test_ages_of_preexisting_connections_are_never_too_high() -> None:
 
 
 @pytest.mark.any_kernel
-def test_another_namespace_can_be_named() -> None:
+def test_netns_selects_another_namespace() -> None:
     """``--netns NAME`` and ``--netns PATH`` count only that namespace."""
     with new_netns() as elsewhere:
         with inside(elsewhere):
@@ -386,7 +393,8 @@ def test_another_namespace_can_be_named() -> None:
 
 
 def test_namespaces_are_shown_by_name(exporters: Exporters) -> None:
-    """``--netns all``: the exporter's own is ``self``, a named one has its name."""
+    """``--netns all`` shows the exporter's own namespace as ``self`` and other
+    namespaces by name."""
     exporter = exporters(*EVERY_NAMESPACE)
     with new_netns() as elsewhere:
         with inside(elsewhere):

@@ -15,11 +15,11 @@ from tests.kernel.helpers.in_process import (
     SLOTS,
     Dumps,
     Reusable,
+    all_connections,
     at_port,
     attach,
-    everything,
-    forget,
-    made,
+    invented,
+    remove_records,
     seeds,
 )
 from tests.support import Exporter, Peers, eventually, inside, new_netns
@@ -33,7 +33,8 @@ def seed(tracker: Tracker, *after: Callable[[], object]) -> None:
 
 
 def test_preexisting_connections_are_seeded(peers: Peers) -> None:
-    """a: open before the program was attached: added, and not older than it is."""
+    """a: It was open before the program was attached. It is added with at most its true
+    age."""
     opened_ns = boottime_ns()
     peers.connect(5)
     tracker = attach()
@@ -51,7 +52,8 @@ def test_preexisting_connections_are_seeded(peers: Peers) -> None:
 
 
 def test_reported_connections_do_not_become_seeds(tracker: Tracker, peers: Peers) -> None:
-    """b: opened while attached, before the dump: counted once, with the kernel's time."""
+    """b: It opened before the dump, when the program was attached. It counts once, and
+    keeps its exact time."""
     peers.connect(5)
     opened_ns = boottime_ns()
     seed(tracker)
@@ -64,7 +66,7 @@ def test_reported_connections_do_not_become_seeds(tracker: Tracker, peers: Peers
 def test_a_connection_that_opens_after_the_dump_keeps_its_time(
     late_tracker: Tracker, reusable: Reusable, peers: Peers
 ) -> None:
-    """c: counted once, with the kernel's time, next to the seed."""
+    """c: It counts once, and keeps the exact time from the kernel."""
     del reusable
     times_ns = []
 
@@ -84,7 +86,7 @@ def test_a_connection_that_opens_after_the_dump_keeps_its_time(
 
 @pytest.fixture
 def reusable(tracker: Tracker, peers: Peers) -> Iterator[Reusable]:
-    """A connection that is closed before another test gets the tracker."""
+    """A connection, which is closed before another test uses the tracker."""
     del tracker
     made = Reusable(peers)
     yield made
@@ -93,23 +95,28 @@ def reusable(tracker: Tracker, peers: Peers) -> Iterator[Reusable]:
 
 @pytest.fixture
 def late_tracker(tracker: Tracker, reusable: Reusable, peers: Peers) -> Tracker:
-    """A tracker without the connection, as if attached after it had opened."""
-    forget(tracker, peers.port)
-    forget(tracker, reusable.client.getsockname()[1])
-    assert len(everything(tracker)) == 0
+    """A tracker that was attached after the connection had opened."""
+    remove_records(tracker, peers.port)
+    remove_records(tracker, reusable.client.getsockname()[1])
+    assert len(all_connections(tracker)) == 0
     return tracker
 
 
 Step = str
 STEPS = ("dump", "known", "slots", "seeds")
-"""After which something happens: the socket-table dump; the reading of the tracker; when
-the program finds the new seeds and no reader counts them yet; when they are complete."""
+"""Steps of seeding, after each of which a test can act.
+
+- ``dump``: the socket tables have been read.
+- ``known``: the tracker has been read.
+- ``slots``: the program finds the new seeds, and no reader counts them yet.
+- ``seeds``: the seeds are complete.
+"""
 
 
 def seed_with(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch, step: Step, act: Callable[[], object]
 ) -> None:
-    """Seed, and act once after one of `STEPS`."""
+    """Seed, and act once after this one of `STEPS`."""
     acted: list[bool] = []
 
     def act_once() -> None:
@@ -148,10 +155,10 @@ def test_a_connection_that_closes_while_seeding_does_not_stay(
     monkeypatch: pytest.MonkeyPatch,
     step: Step,
 ) -> None:
-    """d, e, g: closed after any of the steps, it is not in the tracker at the end."""
+    """d, e, g: It closes after any of the steps, and is not in the tracker at the end."""
     seed_with(late_tracker, monkeypatch, step, reusable.close)
     assert len(at_port(late_tracker, peers.port)) == 0
-    assert late_tracker.seeds() == len(seeds(everything(late_tracker)))
+    assert late_tracker.seeds() == len(seeds(all_connections(late_tracker)))
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -162,7 +169,7 @@ def test_a_connection_that_reopens_while_seeding_has_its_own_time(
     monkeypatch: pytest.MonkeyPatch,
     step: Step,
 ) -> None:
-    """f: closed and opened anew after any step: counted once, with the kernel's time."""
+    """f: It reopens after any step. It counts once, with the kernel's time."""
     times_ns = []
 
     def reopen() -> None:
@@ -179,7 +186,8 @@ def test_a_connection_that_reopens_while_seeding_has_its_own_time(
 def test_a_reported_connection_may_close_after_the_dump(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """d: reported, in the dump, and closed before the tracker is read: no seed."""
+    """d: It was reported, is in the dump, and closes before the tracker is read: no
+    seed."""
     reusable = Reusable(peers)
     seed(tracker, reusable.close)
     assert len(at_port(tracker, peers.port)) == 0
@@ -188,7 +196,8 @@ def test_a_reported_connection_may_close_after_the_dump(
 def test_unrecorded_closings_are_counted_and_corrected(
     late_tracker: Tracker, reusable: Reusable, peers: Peers
 ) -> None:
-    """h: the closings log is full: a reason to reconcile, which removes the stale seed."""
+    """h: The closings log is full, which causes a reconciliation: the stale seed is
+    removed."""
     with late_tracker.recording_closings():
         handles = np.arange(loader.MAX_CLOSINGS, dtype=np.uint64)
         values = handles.astype(np.uint32)
@@ -207,17 +216,17 @@ def test_unrecorded_closings_are_counted_and_corrected(
 def test_closings_are_only_recorded_during_a_comparison(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """Otherwise the closings log stays empty."""
+    """At other times the closings log stays empty."""
     peers.connect(3)
     peers.close()
     assert len(tracker._pop_closings()) == 0
 
 
-def test_seeds_beyond_capacity_are_counted(tracker: Tracker) -> None:
-    """Seeds without a free slot are counted as refused; the others are added."""
-    assert len(tracker.add(made(1031))) == SLOTS
+def test_refused_seeds_are_counted(tracker: Tracker) -> None:
+    """A seed without a free slot is counted as refused; the others are added."""
+    assert len(tracker.add(invented(1031))) == SLOTS
     assert tracker.seeds_refused == 1031 - SLOTS
-    assert len(seeds(everything(tracker))) == tracker.seeds() == SLOTS
+    assert len(seeds(all_connections(tracker))) == tracker.seeds() == SLOTS
 
 
 def test_the_program_finds_a_seed_by_its_key(peers: Peers) -> None:
@@ -233,29 +242,30 @@ def test_the_program_finds_a_seed_by_its_key(peers: Peers) -> None:
             peers.close()
             both.close()
             assert tracker.seeds() == 0
-            assert len(everything(tracker)) == 0
+            assert len(all_connections(tracker)) == 0
         finally:
             tracker.close()
 
 
 def test_a_key_is_not_added_twice(tracker: Tracker) -> None:
-    """Sockets with the same key on two devices cannot be distinguished: one seed."""
-    twice = np.concatenate((made(5), made(3)))
+    """Two sockets with one key on two devices cannot be distinguished: there is one
+    seed."""
+    twice = np.concatenate((invented(5), invented(3)))
     assert len(tracker.add(twice)) == 5
     assert len(tracker.add(twice)) == 0
     assert tracker.seeds_refused == 0
-    assert len(seeds(everything(tracker))) == 5
+    assert len(seeds(all_connections(tracker))) == 5
 
 
 def test_a_seed_can_be_added_again_when_it_has_closed(
     late_tracker: Tracker, reusable: Reusable, peers: Peers
 ) -> None:
-    """Its closing was reported and its reopening missed: it becomes a seed again."""
+    """Its closing was reported and its reopening missed, so it becomes a seed again."""
     seed(late_tracker)
     reusable.close()
     assert len(at_port(late_tracker, peers.port)) == 0
     reusable.open()
-    forget(late_tracker, peers.port)
+    remove_records(late_tracker, peers.port)
     seed(late_tracker)
     assert len(seeds(at_port(late_tracker, peers.port))) == 1
     reusable.close()
@@ -263,7 +273,8 @@ def test_a_seed_can_be_added_again_when_it_has_closed(
 
 
 def test_preexisting_connections_are_long_term_after_the_duration() -> None:
-    """The command counts IPv4, IPv6 and v4-mapped connections from its start."""
+    """The exporter counts pre-existing IPv4, IPv6 and v4-mapped connections after its
+    start."""
     with Peers() as four, Peers("::") as both:
         four.connect(7)
         both.connect(5, "127.0.0.1")
@@ -277,7 +288,7 @@ def test_preexisting_connections_are_long_term_after_the_duration() -> None:
 
 
 def test_preexisting_outbound_connections_are_not_inbound() -> None:
-    """Only the port of one end has a listener."""
+    """Only one end has a listener at its port."""
     with Peers() as peers:
         peers.connect(2)
         ephemeral = peers.pairs[0][0].getsockname()[1]
@@ -287,7 +298,7 @@ def test_preexisting_outbound_connections_are_not_inbound() -> None:
 
 
 def test_preexisting_connections_of_every_namespace_are_counted() -> None:
-    """``--netns all`` includes a namespace that no process is in."""
+    """``--netns all`` includes a namespace without any process."""
     with new_netns() as elsewhere:
         with inside(elsewhere):
             peers = Peers("::1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Each slot has one owner, and none is lost, whatever the program and userspace do."""
+"""Each slot has one owner and none is lost, whatever the program and userspace do."""
 
 import contextlib
 import errno
@@ -19,11 +19,11 @@ from tests.kernel.helpers.effort import Effort
 from tests.kernel.helpers.in_process import (
     SLOTS,
     Dumps,
+    all_connections,
     at_port,
     attach,
-    everything,
     free_slots,
-    made,
+    invented,
     slots_at,
     taken_slots,
 )
@@ -33,14 +33,14 @@ from tests.support import Peers, ss_established
 PORTS = (10007, 10009)
 CYCLES = 1_000_003
 CHURNED = 10_009
-"""The minimum of these that are real connections."""
+"""Minimum number of cycles with real connections."""
 
 SEEDS = 211
 
 
 @pytest.fixture
 def own_tracker(netns: str) -> Iterator[Tracker]:
-    """A tracker of this test alone, in a namespace of this test alone."""
+    """A tracker and a namespace that only one test uses."""
     del netns
     attached = attach()
     yield attached
@@ -48,27 +48,27 @@ def own_tracker(netns: str) -> Iterator[Tracker]:
 
 
 def assert_each_has_one_owner(tracker: Tracker) -> None:
-    """Each slot is free, or the value of one handle, and never both."""
+    """Check that each slot is either free or the value of exactly one handle."""
     everywhere = np.concatenate((free_slots(tracker), taken_slots(tracker)))
     assert sorted(everywhere.tolist()) == list(range(SLOTS))
 
 
-def test_at_first_all_are_free(own_tracker: Tracker) -> None:
-    """All slots are on the stack, the lowest first."""
+def test_all_slots_are_free_at_first(own_tracker: Tracker) -> None:
+    """All slots are on the stack of free slots, with the lowest on top."""
     assert free_slots(own_tracker).tolist() == list(range(SLOTS))
     assert_each_has_one_owner(own_tracker)
 
 
-def test_a_closed_connection_keeps_its_slot_for_the_next(
+def test_a_closed_connection_keeps_its_slot_for_the_next_one(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """The kernel reuses addresses of sockets: 2,018 sockets need far fewer slots."""
+    """The kernel reuses addresses of sockets, so 2,018 sockets need far fewer slots."""
     for _ in range(1009):
         peers.connect(1)
         for each in peers.pairs.pop():
             each.close()
     assert len(taken_slots(tracker)) < 503
-    assert len(everything(tracker)) == 0
+    assert len(all_connections(tracker)) == 0
     assert_each_has_one_owner(tracker)
 
 
@@ -85,14 +85,14 @@ def test_spare_slots_are_reclaimed(
     assert len(taken_slots(tracker)) >= 2 * 199
     monkeypatch.setattr(tracker_module, "SPARE_SLOTS", 0)
     tracker.reclaim()
-    assert len(taken_slots(tracker)) < 2 * 12 + 53  # and some for other connections
+    assert len(taken_slots(tracker)) < 2 * 12 + 53  # some slots are for other connections
     assert (at_port(tracker, peers.port) == before).all()
     assert_each_has_one_owner(tracker)
 
 
-def test_at_capacity_connections_are_refused_and_added_later(tracker: Tracker) -> None:
-    """With all slots in use, openings are counted as refused, and no slot is lost."""
-    slots = tracker.add(made(SLOTS))
+def test_refused_connections_are_added_later(tracker: Tracker) -> None:
+    """While all slots are in use, openings are counted as refused, and no slot is lost."""
+    slots = tracker.add(invented(SLOTS))
     assert len(slots) == SLOTS
     with Peers() as peers:
         peers.connect(7)
@@ -108,14 +108,14 @@ def test_at_capacity_connections_are_refused_and_added_later(tracker: Tracker) -
 
 @pytest.mark.parametrize("step", ["delete_all", "wait_for_runs"])
 @pytest.mark.parametrize("ends", ["open", "closed", "reopened"])
-def test_a_socket_that_is_used_during_a_release_keeps_its_connection(
+def test_a_socket_used_during_a_release_keeps_its_connection(
     tracker: Tracker,
     peers: Peers,
     monkeypatch: pytest.MonkeyPatch,
     step: str,
     ends: str,
 ) -> None:
-    """h, and g as far as a test can force it: the socket's address is used after 1."""
+    """h, g: The socket's address is used again between two steps of the release."""
     peers.connect(1)
     stale = slots_at(tracker, peers.port)
     for each in peers.pairs.pop():
@@ -148,7 +148,7 @@ def test_a_socket_that_is_used_during_a_release_keeps_its_connection(
 def test_the_old_slot_of_a_handle_with_a_new_slot_is_freed(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """j: 4 does not restore the old slot, because the handle has another one."""
+    """j: Step 4 does not restore the old slot, because the handle has another one."""
     peers.connect(1)
     old = slots_at(tracker, peers.port)
     connections = tracker._all()
@@ -162,7 +162,7 @@ def test_the_old_slot_of_a_handle_with_a_new_slot_is_freed(
 
     def reopened() -> None:
         real()
-        # Like the program when it finds no handle.
+        # The program does this when it finds no handle.
         assert tracker._handles.put_new(handle, new)
 
     tracker.wait_for_runs = reopened  # type: ignore[method-assign]
@@ -171,18 +171,19 @@ def test_the_old_slot_of_a_handle_with_a_new_slot_is_freed(
     assert_each_has_one_owner(tracker)
 
 
-def test_a_slot_whose_connection_is_just_opening_is_not_freed(
+def test_a_slot_whose_connection_is_opening_is_not_freed(
     tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """g: the program has stored the new time and not yet ``group`` when both are read.
+    """g: The program has stored the new time but not yet ``group`` when the release reads
+    both.
 
-    The fault: the slot of an open connection was freed, and nothing showed it.
+    The fault: the release freed the slot of an open connection, without any error.
     """
     peers.connect(1)
     slots = slots_at(tracker, peers.port)
     connections = tracker._all()
     group = connections["group"][slots].copy()
-    connections["group"][slots] = 0  # between the two stores
+    connections["group"][slots] = 0  # the state between the two stores
     real = tracker.wait_for_runs
 
     def store_group() -> None:
@@ -201,10 +202,10 @@ def test_a_slot_whose_connection_is_just_opening_is_not_freed(
 
 
 @pytest.mark.parametrize("close", [True, False], ids=["closing", "opening"])
-def test_a_run_that_reads_an_entry_of_another_handle_changes_nothing(
+def test_a_program_run_with_a_wrong_slot_changes_nothing(
     tracker: Tracker, peers: Peers, close: bool
 ) -> None:
-    """k: a run reads the slot of another handle, whose connection does not change."""
+    """k: The program reads the slot of another handle, whose connection must not change."""
     peers.connect(2)
     (first, second), other = peers.pairs
     slots = {
@@ -212,23 +213,23 @@ def test_a_run_that_reads_an_entry_of_another_handle_changes_nothing(
         for slot, each in enumerate(tracker._all())
         if each["group"] and each["key"]["local_port"] == peers.port
     }
-    mine, others = (slots[each.getsockname()[1]] for each in (first, other[0]))
-    before = tracker._all()[others].copy()
-    handle = tracker._all()["handle"][mine]
-    tracker._handles.put(handle, np.uint32(others))
+    own_slot, other_slot = (slots[each.getsockname()[1]] for each in (first, other[0]))
+    before = tracker._all()[other_slot].copy()
+    handle = tracker._all()["handle"][own_slot]
+    tracker._handles.put(handle, np.uint32(other_slot))
     if not close:
-        tracker._all()["group"][mine] = 0
+        tracker._all()["group"][own_slot] = 0
     first.close()
     second.close()
-    if not close:  # some socket gets the address, and so the handle
+    if not close:  # some new socket has the same address, and so the same handle
         peers.connect(97)
-    assert tracker._all()[others] == before
+    assert tracker._all()[other_slot] == before
 
 
 def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
     tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """l: the kernel refuses the release, and the handle already has another slot."""
+    """l: The kernel refuses the release, and the handle already has another slot."""
     peers.connect(1)
     (old,) = slots_at(tracker, peers.port)
     connections = tracker._all()
@@ -240,14 +241,14 @@ def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
         connections["key"][new] = connections["key"][old]
         connections["established_ns"][new] = reported_ns + 1
         connections["group"][new] = connections["group"][old]
-        assert tracker._handles.put_new(handle, new)  # like the program
+        assert tracker._handles.put_new(handle, new)  # as the program does
         raise TrackerError("refused")
 
     monkeypatch.setattr(tracker, "wait_for_runs", refuse)
     with pytest.raises(TrackerError):
         tracker.release(np.array([old], np.uint32), np.array([reported_ns]))
     monkeypatch.undo()
-    assert tracker.restored == 1  # which is a reason to reconcile
+    assert tracker.restored == 1  # this causes a reconciliation
     with Dumps() as dumps:
         assert reconcile.reconcile(tracker, dumps).missed_close == 1
     assert len(at_port(tracker, peers.port)) == 1
@@ -258,36 +259,37 @@ def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
     assert len(at_port(tracker, peers.port)) == 0
 
 
-def test_a_slot_that_is_refused_twice_is_freed_once(
+def test_a_slot_whose_release_is_refused_twice_is_freed_once(
     tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """l: the kernel refuses the release of an orphan, too; then its slot is free once."""
+    """l: The kernel refuses the restoring of the handle, and then the release of the
+    orphan."""
     peers.connect(1)
     slots = slots_at(tracker, peers.port)
-    told_ns = tracker._all()["established_ns"][slots].copy()
+    reported_ns = tracker._all()["established_ns"][slots].copy()
 
     def refuse(*_: object) -> bool:
         raise OSError(errno.EBUSY, "refused")
 
     with monkeypatch.context() as refusing:
         refusing.setattr(tracker._handles, "put_new", refuse)
-        # Step 4: the connection has another time, so its handle is to be restored.
-        assert tracker.release(slots, told_ns - 1) == 0
+        # Step 4: the connection has another time, so its handle must be restored.
+        assert tracker.release(slots, reported_ns - 1) == 0
         assert tracker._orphans == {*slots.tolist()}
     with monkeypatch.context() as refusing:
         refusing.setattr(tracker._barrier, "put", refuse)
         with pytest.raises(TrackerError):
-            tracker.release(slots, told_ns)
+            tracker.release(slots, reported_ns)
     assert len(at_port(tracker, peers.port)) == 1
-    assert tracker.release(slots, told_ns) == 1
+    assert tracker.release(slots, reported_ns) == 1
     assert_each_has_one_owner(tracker)
 
 
 @pytest.mark.timeout(600)
-def test_a_million_cycles_lose_no_slot(
+def test_a_million_openings_lose_no_slot(
     own_tracker: Tracker, monkeypatch: pytest.MonkeyPatch, effort: Effort
 ) -> None:
-    """Connections open and close on all CPUs, seeds too, and slots are reclaimed."""
+    """Connections open and close on all CPUs, seeds are added, and slots are reclaimed."""
     tracker = own_tracker
     monkeypatch.setattr(tracker_module, "SPARE_SLOTS", 0)
     cpus = sorted(os.sched_getaffinity(0))
@@ -315,9 +317,9 @@ def test_a_million_cycles_lose_no_slot(
         events = tracker.events()
         assert seeded + sum(churned) >= effort.of(CYCLES)
         assert sum(churned) >= effort.of(CHURNED)
-        # Since Linux 7 a task can be preempted in a tracepoint, and the kernel skips the
-        # program for the next task on that CPU, even with one CPU. And while this process
-        # waits for a CPU, no slots are reclaimed.
+        # Since Linux 7 a task can be preempted in a tracepoint. The kernel then skips the
+        # program for the next task on that CPU, even if there is only one CPU. While this
+        # process waits for a CPU, it reclaims no slots.
         reported = events["inserted"] + events["refused"]
         assert reported + tracker.missed_events() > sum(churned) / 2
         tracker.reclaim()
@@ -336,15 +338,15 @@ def keep_busy(worker: Worker, stop: threading.Event, churned: list[int], at: int
 
 
 def add_and_release(tracker: Tracker, churned: Callable[[], int], effort: Effort) -> int:
-    """Add and release seeds, some of them as if they had changed; return how many."""
+    """Add and release seeds, some with a wrong time; return the number of seeds."""
     chosen = random.Random(1009)  # noqa: S311  # repeatable
     seeded = 0
     cycles, least_churned = effort.of(CYCLES), effort.of(CHURNED)
     while seeded + churned() < cycles or churned() < least_churned:
-        slots = tracker.add(made(SEEDS))
+        slots = tracker.add(invented(SEEDS))
         seeded += len(slots)
         expected_ns = np.ones(len(slots), np.uint64)
-        # The first seeds have another time: they stay, and are released below.
+        # The first seeds get another time: they stay, and are released below.
         expected_ns[: chosen.randrange(7)] = 2
         tracker.release(slots, expected_ns)
         stayed = slots[expected_ns == 2]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the exporter is started with: directory, environment, limits, signals, memory.
+"""The exporter starts with any directory, environment, limits, signals and little memory.
 
-The kind of fault: the loader or the reader inherits something that keeps it from working,
-and the exporter blames something else.
+The kind of fault: the loader or the reader process fails because of something inherited,
+and the error has another cause.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ ONCE = f"{EXPORTER} --once --duration 0 --source ebpf"
 
 AS_NOBODY = (
     "setpriv --reuid=65534 --regid=65534 --clear-groups"
-    # The last one because the tree may lie where only root can read.
+    # CAP_DAC_READ_SEARCH, because the source tree may be readable by root only.
     " --inh-caps=+bpf,+perfmon,+dac_read_search"
     " --ambient-caps=+bpf,+perfmon,+dac_read_search"
 )
@@ -64,10 +64,8 @@ def run(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
         f"trap '' CHLD HUP INT PIPE TERM USR1; {ONCE}",
     ],
 )
-def test_it_loads_its_program_whatever_it_is_started_with(
-    script: str, tmp_path: Path
-) -> None:
-    """Directory, variables, umask, descriptors, limits and signals have no effect."""
+def test_the_program_is_loaded_from_any_environment(script: str, tmp_path: Path) -> None:
+    """Directory, variables, umask, descriptors, limits and signals do not matter."""
     directory = tmp_path / "current"
     directory.mkdir()
     ended = run(script, directory)
@@ -76,19 +74,20 @@ def test_it_loads_its_program_whatever_it_is_started_with(
 
 
 @pytest.mark.any_kernel
-def test_too_few_descriptors_are_refused_in_a_sentence(tmp_path: Path) -> None:
-    """Where the hard limit leaves no room for modules and maps."""
+def test_too_few_descriptors_are_refused(tmp_path: Path) -> None:
+    """The hard limit is too low for modules and maps; the error names the limit to
+    raise."""
     ended = run(f"ulimit -n 16; {ONCE}", tmp_path)
     assert ended.returncode == 1
     assert ended.stderr == (
-        "tcpexporter: only 16 files may be open, at least 64 are needed: raise LimitNOFILE"
-        " in the unit, or ulimit -n\n"
+        "tcpexporter: the limit of open files is 16, and at least 64 are required: raise"
+        " LimitNOFILE in the unit, or ulimit -n\n"
     )
 
 
 @pytest.mark.any_kernel
-def test_a_blocked_signal_still_ends_it() -> None:
-    """SIGTERM that the parent process has blocked, as some supervisors do."""
+def test_a_blocked_signal_ends_the_exporter() -> None:
+    """Some supervisors block SIGTERM in their child processes."""
     block = (
         "import os, signal, sys\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
@@ -101,10 +100,11 @@ def test_a_blocked_signal_still_ends_it() -> None:
 
 
 @pytest.mark.any_kernel
-def test_the_configuration_is_read_from_a_directory_that_is_closed_to_others(
+def test_relative_paths_are_read_from_a_directory_closed_to_other_users(
     tmp_path: Path,
 ) -> None:
-    """Relative paths, at the start and when read again, by a child in another directory."""
+    """Paths work at the start and at a reload, although the reader process has another
+    directory."""
     directory = tmp_path / "closed"
     directory.mkdir(mode=0o700)
     (directory / "web.yml").write_text("basic_auth_users: {}\n")
@@ -118,7 +118,7 @@ def test_the_configuration_is_read_from_a_directory_that_is_closed_to_others(
 
 @pytest.mark.any_kernel
 def test_a_relative_path_in_a_deleted_directory_is_refused(tmp_path: Path) -> None:
-    """In a sentence, with the path that would work, exit code 2."""
+    """Exit code 2, and one sentence with the path that would work."""
     directory = tmp_path / "deleted"
     directory.mkdir()
     ended = run(f'rmdir "$PWD"; {EXPORTER} --web-config web.yml', directory)
@@ -129,7 +129,7 @@ def test_a_relative_path_in_a_deleted_directory_is_refused(tmp_path: Path) -> No
 
 @contextlib.contextmanager
 def limited(limit_mib: int) -> Iterator[tuple[str, ...]]:
-    """A command that runs the exporter with so much memory."""
+    """Yield a command that runs the exporter with this limit of memory."""
     with memory_cgroup(limit_mib) as processes:
         script = f'echo $$ >{processes}; exec {EXPORTER} "$@"'
         yield ("sh", "-c", script, "sh")
@@ -137,9 +137,9 @@ def limited(limit_mib: int) -> Iterator[tuple[str, ...]]:
 
 @pytest.mark.any_kernel
 def test_too_little_memory_for_the_loader_is_reported() -> None:
-    """It polls instead, and the warning has the cause and how much memory is needed.
+    """The exporter polls, and the warning has the cause and the memory needed.
 
-    The loader is killed, not its parent; or the kernel refuses the maps.
+    Either the loader is killed, or the kernel refuses the maps.
     """
     with (
         Peers() as peers,
@@ -151,13 +151,13 @@ def test_too_little_memory_for_the_loader_is_reported() -> None:
         assert exporter.value("tcpexporter_source_info", source="sock_diag") == 1
         code, complaints = exporter.stop()
     assert code == 0
-    assert "out of memory while compiling; needs about 68 MiB" in complaints
+    assert "out of memory while compiling; the exporter requires about 68 MiB" in complaints
     assert "Traceback" not in complaints
 
 
 @pytest.mark.any_kernel
-def test_the_memory_that_is_said_to_be_needed_is_enough() -> None:
-    """By ebpf, with the number of the sentence above."""
+def test_the_memory_that_the_warning_names_is_enough() -> None:
+    """With the number from the warning above, the source is ebpf."""
     with (
         limited(68) as command,
         Exporter("--max-connections", "1009", command=command) as exporter,

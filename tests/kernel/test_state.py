@@ -62,7 +62,7 @@ def is_saved_since(moment_s: float, exporter: Exporter) -> bool:
 
 
 def wait_for_a_save(exporter: Exporter) -> None:
-    """Waits for two saves: the first that ends may have begun before this call."""
+    """Waits for two saves: the first one that ends may have begun before this call."""
     for _ in range(2):
         eventually(partial(is_saved_since, time.time(), exporter))
 
@@ -88,7 +88,7 @@ def source(
 
 
 class Reopening:
-    """Connections whose address pairs can be reused at once."""
+    """Connections whose address pairs can be opened again at once."""
 
     def __init__(self, peers: Peers, count: int) -> None:
         self._peers = peers
@@ -123,8 +123,8 @@ class Reopening:
 def test_the_next_run_restores_ages(path: Path, ending: signal.Signals) -> None:
     """Connections open and close while no exporter runs.
 
-    Those that stayed open have their age. New ones are no older than the time without an
-    exporter, even with the address pair of an earlier connection.
+    Those that stayed open keep their ages. The ages of new ones are at most the time
+    without an exporter, even with the address pair of an earlier connection.
     """
     with Peers() as before, Peers() as reopened, Peers() as after:
         timed = Timed(before)
@@ -177,12 +177,13 @@ def test_ages_are_kept_through_several_runs(path: Path) -> None:
 
 @pytest.mark.any_kernel
 def test_ages_are_kept_by_polling_runs(path: Path) -> None:
-    """An age is counted from the first poll of the first run that saw the connection."""
+    """An age begins with the first poll that found the connection, in any of the runs."""
     seen = []
     with Peers() as peers:
         peers.connect(7)
         for _ in range(3):
-            for client, server in peers.pairs:  # data makes the ages in the socket tables 0
+            # sent data makes the age in the socket tables 0
+            for client, server in peers.pairs:
                 for one, other in ((client, server), (server, client)):
                     one.send(b"x")
                     other.recv(1)
@@ -200,7 +201,7 @@ def test_ages_are_kept_by_polling_runs(path: Path) -> None:
 
 @pytest.mark.any_kernel
 def test_ages_of_every_namespace_are_restored(path: Path) -> None:
-    """The exporter counts in all namespaces."""
+    """The exporter counts connections of all namespaces."""
     with new_netns() as netns:
         with inside(netns):
             peers = Peers()
@@ -214,7 +215,7 @@ def test_ages_of_every_namespace_are_restored(path: Path) -> None:
 
 @pytest.mark.any_kernel
 def test_ages_are_not_saved_while_maps_are_pinned(path: Path, directory: Path) -> None:
-    """The run that pins restores ages from the file; then the pinned maps keep them."""
+    """A run that pins restores ages from the file; afterwards the pinned maps keep them."""
     with Peers() as peers:
         timed = Timed(peers)
         with source(path):
@@ -247,7 +248,7 @@ def test_a_second_exporter_gets_an_error(path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB: more than two saves of two thousand sockets."""
+    """A file system of 256 KiB, which has space for two saves of two thousand sockets."""
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256k", "none", tmp_path], check=True
     )
@@ -263,7 +264,7 @@ def fill(path: Path) -> None:
 
 @pytest.mark.any_kernel
 def test_connections_are_counted_while_the_disk_is_full(small_disk: Path) -> None:
-    """There is one warning, and one message when saves succeed again."""
+    """There is one warning, and one line when saving succeeds again."""
     path, filler = small_disk / "state", small_disk / "filler"
     with Peers() as peers:
         timed = Timed(peers)
@@ -271,7 +272,7 @@ def test_connections_are_counted_while_the_disk_is_full(small_disk: Path) -> Non
             wait_for_a_save(exporter)
             fill(filler)
             timed.open(1009)
-            # Several saves that are due.
+            # Several saves become due.
             eventually(lambda: time.time() - saved_s(exporter) > 1)
             assert exporter.established(peers.port) == 1009
             filler.unlink()
@@ -283,7 +284,7 @@ def test_connections_are_counted_while_the_disk_is_full(small_disk: Path) -> Non
             for line in output.splitlines()
             if "tcpexporter.socket_tables.saved_ages" in line
         ]
-        # Each pair is repeated if the connections are again those of the last save.
+        # A pair of lines repeats if the connections equal those of the last save again.
         assert 2 <= len(logged) <= 6
         for failed, works_again in zip(logged[::2], logged[1::2], strict=True):
             assert failed.endswith(f"ages are not saved: {path}: No space left on device")
@@ -293,7 +294,7 @@ def test_connections_are_counted_while_the_disk_is_full(small_disk: Path) -> Non
 
 
 def test_an_exporter_that_saves_can_write_to_no_other_file(path: Path) -> None:
-    """The kernel refuses all forbidden operations, and saving continues."""
+    """The kernel refuses all forbidden operations, but saving continues."""
     with Exporter(
         "--source", "sock_diag", "--state", str(path), command=within(OFTEN)
     ) as exporter:

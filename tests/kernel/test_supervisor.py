@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What systemd is told, and SIGHUP: a real socket in its place, a real exporter."""
+"""Notifications to systemd, and reloads by SIGHUP, with a real exporter.
+
+A socket of the test replaces that of systemd.
+"""
 
 import contextlib
 import os
@@ -27,20 +30,21 @@ EXEC = """
 import os, sys
 os.environ["WATCHDOG_PID"] = str(os.getpid() + int(sys.argv.pop(1)))
 """
-"""systemd knows the process id, as it forks by itself."""
+"""The start of a script, which sets WATCHDOG_PID to its process id plus an argument. It
+replaces systemd, which knows the process id before the exporter starts."""
 
 RUN = "from tcpexporter.__main__ import main; main()"
 
 
 class Manager:
-    """In place of systemd: receives notifications in order."""
+    """Replaces systemd: receives notifications in order."""
 
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(f"\0{address[1:]}" if address.startswith("@") else address)
         self._socket.settimeout(DEADLINE_S)
         self.address = address
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def start(
         self,
@@ -49,7 +53,7 @@ class Manager:
         for_another: bool = False,
         run: str = RUN,
     ) -> Exporter:
-        """An exporter, as systemd starts it."""
+        """Start an exporter as systemd starts it."""
         environment = [f"NOTIFY_SOCKET={self.address}"]
         if watchdog:
             environment.append(f"WATCHDOG_USEC={int(WATCHDOG_S * 1e6)}")
@@ -64,15 +68,15 @@ class Manager:
         return Exporter(*arguments, command=command)
 
     def wait_for(self, line: str) -> list[str]:
-        """The lines of the next message that has one which begins so."""
+        """Wait for a message with a line that begins with ``line``; return its lines."""
         while True:
-            self.told.append(self._socket.recv(4096).decode())
-            lines = self.told[-1].splitlines()
+            self.messages.append(self._socket.recv(4096).decode())
+            lines = self.messages[-1].splitlines()
             if any(each.startswith(line) for each in lines):
                 return lines
 
-    def forget(self) -> None:
-        """Have nothing waiting that was said until now."""
+    def discard_messages(self) -> None:
+        """Discard all messages received so far."""
         self._socket.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -89,31 +93,32 @@ class Manager:
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator[Manager]:
     with Manager(str(tmp_path / "notify")) as listening:
-        # Whoever is not root any more may still send there, as with systemd's.
+        # An exporter that is not root must be able to send, as with systemd's socket.
         tmp_path.chmod(0o755)
         Path(listening.address).chmod(0o777)
         yield listening
 
 
 def test_readiness_status_and_end_are_reported(manager: Manager) -> None:
-    """In this order; after a scrape the status has the number of tracked connections."""
+    """The order is fixed; after a scrape the status has the number of tracked
+    connections."""
     with manager.start("--source", "ebpf") as exporter, Peers() as peers:
         assert manager.wait_for("READY=1") == [
             "READY=1",
             "STATUS=counting connections by ebpf",
         ]
-        before = [line for each in manager.told for line in each.splitlines()]
+        before = [line for each in manager.messages for line in each.splitlines()]
         assert set(before[:-2]) <= {"STATUS=the pre-existing connections are being read"}
         peers.connect(3)
         assert exporter.established(peers.port) == 3
         code, _ = exporter.stop()
         assert code == 0
     manager.wait_for("STOPPING=1")
-    assert not any("WATCHDOG" in each for each in manager.told)
+    assert not any("WATCHDOG" in each for each in manager.messages)
 
 
-def test_an_abstract_socket() -> None:
-    """As systemd uses in a container; child processes do not inherit its name."""
+def test_notifications_reach_an_abstract_socket() -> None:
+    """systemd uses one in a container; child processes do not inherit its name."""
     with Manager(f"@tcpexporter-test-{os.getpid()}") as manager:
         with manager.start(*POLLING, "--conf", "/dev/null") as exporter:
             pid = exporter.process.pid
@@ -124,8 +129,8 @@ def test_an_abstract_socket() -> None:
         manager.wait_for("STOPPING=1")
 
 
-def test_no_other_socket_can_be_sent_to(manager: Manager) -> None:
-    """Code in the process cannot send to another socket by any system call."""
+def test_the_exporter_can_send_to_no_other_socket(manager: Manager) -> None:
+    """No system call lets code in the process send to another socket."""
     with manager.start(*POLLING, run=ATTEMPT) as exporter:
         outcomes = attempts(exporter)
         refused = {each for each in outcomes if each not in READING}
@@ -135,8 +140,8 @@ def test_no_other_socket_can_be_sent_to(manager: Manager) -> None:
     manager.wait_for("STOPPING=1")
 
 
-def test_it_runs_without_a_manager_that_listens(tmp_path: Path) -> None:
-    """One warning is logged; the exporter also survives a manager that ends later."""
+def test_the_exporter_runs_while_systemd_does_not_listen(tmp_path: Path) -> None:
+    """It logs one warning, and continues if systemd stops listening later."""
     with Manager(str(tmp_path / "notify")) as gone:
         pass
     with gone.start(*POLLING) as exporter:
@@ -155,7 +160,8 @@ def test_it_runs_without_a_manager_that_listens(tmp_path: Path) -> None:
 
 
 def test_the_watchdog_is_fed_without_scrapes(manager: Manager) -> None:
-    """The exporter collects without scrapes; the status has the number tracked."""
+    """The exporter collects at the watchdog's interval; the status has the tracked
+    connections."""
     with manager.start("--source", "ebpf", watchdog=True), Peers() as peers:
         peers.connect(3)
         for _ in range(3):
@@ -166,16 +172,16 @@ def test_the_watchdog_is_fed_without_scrapes(manager: Manager) -> None:
 
 
 def test_the_watchdog_of_another_process_is_not_fed(manager: Manager) -> None:
-    """WATCHDOG_PID names another process; other notifications are sent."""
+    """WATCHDOG_PID names another process; the exporter still sends other notifications."""
     with manager.start(*POLLING, watchdog=True, for_another=True) as exporter:
         manager.wait_for("READY=1")
         exporter.stop()
     manager.wait_for("STOPPING=1")
-    assert not any("WATCHDOG" in each for each in manager.told)
+    assert not any("WATCHDOG" in each for each in manager.messages)
 
 
 def test_the_watchdog_is_not_fed_while_there_are_no_metrics(manager: Manager) -> None:
-    """While memory is refused the status says so; afterwards the watchdog is fed again."""
+    """Without memory the status has the reason; later the watchdog is fed again."""
     with manager.start("--source", "ebpf", watchdog=True) as exporter:
         manager.wait_for("WATCHDOG=1")
         limit(exporter, "--as=1048576:")
@@ -204,7 +210,8 @@ main()
 def test_the_watchdog_is_not_fed_while_a_thread_hangs(
     manager: Manager, tmp_path: Path
 ) -> None:
-    """Even a thread that the numbers do not depend on; a metric counts meanwhile."""
+    """Even the thread that saves ages matters, although counts do not depend on it. A
+    metric counts the failures."""
     saving = ("--state", str(tmp_path / "state"))
     with manager.start(*POLLING, *saving, watchdog=True, run=STUCK) as exporter:
         manager.wait_for("STATUS=the thread state hangs")
@@ -214,11 +221,11 @@ def test_the_watchdog_is_not_fed_while_a_thread_hangs(
         assert exporter.value("tcpexporter_background_failures_total", task="state")
 
 
-# SIGHUP
+# Reloads
 
 
 class Configured:
-    """An exporter whose settings are in a file, which it reads again when told."""
+    """An exporter that reads its settings from a file, and again at SIGHUP."""
 
     def __init__(self, conf: Path, manager: Manager) -> None:
         self.conf = conf
@@ -228,7 +235,8 @@ class Configured:
         return self.manager.start(*POLLING, "--conf", str(self.conf), *arguments)
 
     def reload(self, exporter: Exporter, text: str | None = None) -> None:
-        """Write the file anew, and have it read: READY=1 is after it is in force."""
+        """Replace the file and reload; the new settings are in force before READY=1 is
+        sent."""
         if text is not None:
             self.conf.write_text(text)
         exporter.process.send_signal(signal.SIGHUP)
@@ -240,7 +248,7 @@ class Configured:
 
 @pytest.fixture
 def configured(tmp_path: Path, manager: Manager) -> Configured:
-    """With a file that only root can read."""
+    """The settings file is readable by root only."""
     conf = tmp_path / "conf"
     conf.touch(0o600)
     conf.write_text("duration 3600\n")
@@ -251,8 +259,8 @@ def reloaded(exporter: Exporter) -> float | None:
     return exporter.value("tcpexporter_config_last_reload_successful")
 
 
-def test_duration_and_ports_change_at_once(configured: Configured) -> None:
-    """No connection is forgotten, although the process is no longer root."""
+def test_duration_and_ports_change_at_a_reload(configured: Configured) -> None:
+    """No connection is lost, although the process is no longer root."""
     with configured.start() as exporter, Peers() as one, Peers() as other:
         one.connect(3)
         other.connect(5)
@@ -266,12 +274,13 @@ def test_duration_and_ports_change_at_once(configured: Configured) -> None:
         assert exporter.long_term(other.port) == 5
         code, log = exporter.stop()
     assert code == 0
-    assert f"read again: port is {one.port}, duration is 0\n" in log
-    assert "read again: port is -1\n" in log
+    assert f"reloaded: port is {one.port}, duration is 0\n" in log
+    assert "reloaded: port is -1\n" in log
 
 
-def test_what_needs_a_restart_is_named(configured: Configured) -> None:
-    """In the same line as what has changed, which is written whatever the log level was."""
+def test_a_reload_names_settings_that_require_a_restart(configured: Configured) -> None:
+    """The same log line has the changed settings. It is written whatever the old log
+    level is."""
     with configured.start() as exporter:
         configured.reload(
             exporter, "duration 7\nlisten 127.0.0.1:1\nmax-series 7\nsimple\n"
@@ -280,33 +289,34 @@ def test_what_needs_a_restart_is_named(configured: Configured) -> None:
         configured.reload(exporter, "log-level info\n")
         assert "max_series</th><td>2000<" in exporter.get("/")
         _, log = exporter.stop()
-    assert "read again: duration is 7; restart for simple, max-series\n" in log
-    assert "read again: log-level is error\n" in log
-    assert "read again: duration is 6, log-level is info\n" in log
+    assert "reloaded: duration is 7; restart required for simple, max-series\n" in log
+    assert "reloaded: log-level is error\n" in log
+    assert "reloaded: duration is 6, log-level is info\n" in log
 
 
-def test_flags_win_over_what_is_read_again(configured: Configured) -> None:
-    """As at the start; then nothing changes."""
+def test_flags_win_over_a_reloaded_file(configured: Configured) -> None:
+    """Flags have the same precedence as at the start, so nothing changes."""
     with configured.start("--duration", "11") as exporter:
         configured.reload(exporter, "duration 7\n")
         assert exporter.value("tcpexporter_duration_seconds") == 11
         assert reloaded(exporter) == 1
         _, log = exporter.stop()
-    assert "read again: nothing that flags and environment let change\n" in log
+    assert "reloaded: no change, or flags and environment variables override it\n" in log
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("duration 5\nport https\n", "conf line 2: port takes "),
+        ("duration 5\nport https\n", "conf line 2: port must be "),
         ("durations 5\n", "conf line 1: 'durations' is not a setting"),
         (None, "conf cannot be read: No such file or directory"),
     ],
 )
-def test_a_file_that_is_refused_changes_nothing(
+def test_a_reload_of_an_invalid_file_changes_nothing(
     configured: Configured, text: str | None, sentence: str
 ) -> None:
-    """The log has the reason and the line, a metric the failure, until it is corrected."""
+    """The log has the line and the reason; a metric shows the failure until a reload
+    succeeds."""
     with configured.start() as exporter:
         assert reloaded(exporter) == 1
         if text is None:
@@ -324,17 +334,17 @@ def test_a_file_that_is_refused_changes_nothing(
 
 
 def test_sighup_without_a_file_is_logged() -> None:
-    """SIGHUP has no other effect, and does not end the exporter."""
+    """SIGHUP does nothing else, and does not end the exporter."""
     with Exporter(*POLLING) as exporter:
         exporter.process.send_signal(signal.SIGHUP)
         assert exporter.get("/metrics")
         code, log = exporter.stop()
     assert code == 0
-    assert "there is nothing to read again" in log
+    assert "SIGHUP has no effect" in log
 
 
-def test_sighups_in_a_burst(configured: Configured) -> None:
-    """The last content of the file is in force, and every scrape is answered."""
+def test_many_sighups_apply_the_last_content_of_the_file(configured: Configured) -> None:
+    """The last content of the file is in force, and every scrape gets a response."""
     with configured.start() as exporter:
         for duration in range(101):
             configured.conf.write_text(f"duration {duration}\n")
@@ -347,8 +357,8 @@ def test_sighups_in_a_burst(configured: Configured) -> None:
     assert "Traceback" not in log
 
 
-def test_sighup_before_it_is_ready(configured: Configured) -> None:
-    """It is remembered until then, and READY=1 is not sent too early."""
+def test_a_sighup_during_the_start_is_handled_later(configured: Configured) -> None:
+    """The exporter handles it after READY=1, which is not sent early."""
     starting = Exporter(
         *("--source", "ebpf", "--conf", str(configured.conf)),
         command=(
@@ -370,12 +380,13 @@ def test_sighup_before_it_is_ready(configured: Configured) -> None:
         assert exporter.value("tcpexporter_duration_seconds") == 11
 
 
-def test_a_killed_reader_is_reported(configured: Configured) -> None:
-    """One warning with the remedy, and a metric; SIGHUP says the same, scrapes go on."""
+def test_a_killed_reader_process_is_reported(configured: Configured) -> None:
+    """One warning has the remedy, and SIGHUP logs it again; a metric shows it. Scrapes
+    continue."""
     with configured.start() as exporter:
         pid = exporter.process.pid
         (reader,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        os.kill(int(reader), signal.SIGHUP)  # which it ignores
+        os.kill(int(reader), signal.SIGHUP)  # the reader process ignores SIGTERM
         configured.reload(exporter)
         os.kill(int(reader), signal.SIGKILL)
         eventually(lambda: reloaded(exporter) == 0)
@@ -384,14 +395,10 @@ def test_a_killed_reader_is_reported(configured: Configured) -> None:
         code, log = exporter.stop()
     assert code == 0
     assert (
-        log.count(
-            "no file will be read again, as the process that reads files has ended: restart"
-        )
+        log.count("configuration files are not read again: the process that reads files")
         == 1
     )
     assert (
-        log.count(
-            "nothing to read again, as the process that reads files has ended: restart"
-        )
+        log.count("SIGHUP has no effect: the process that reads files has ended: restart")
         == 1
     )

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A random walk: whatever happens, the exporter says what ss(8) says.
+"""A random walk: after any sequence of events, the exporter's counts equal those of ss(8).
 
-Processes open and close connections by chance while the exporter is paused,
-ended, killed and started again. Whenever they are quiet its counts must be those
-of the oracle: at once if it was told of every event, and after one more
-reconciliation if the kernel says that it was not.
-
-TCPEXPORTER_TEST_SEED=NUMBER repeats a walk.
+Processes open and close connections at random, while the exporter is paused, stopped,
+killed and started again. The counts are compared whenever the processes are quiet. They
+must be equal at once if no event was missed. If the kernel has counted a missed event, they
+must be equal after one more reconciliation. TCPEXPORTER_TEST_SEED=NUMBER repeats a walk.
 """
 
 import os
@@ -26,7 +24,7 @@ from tests.kernel.helpers.worker import Worker
 from tests.support import ESTABLISHED, LONG_TERM, Exporter
 
 OPERATIONS = 13_297
-"""Of all processes, in a walk."""
+"""Number of operations of all processes in a walk."""
 
 SEED_IN_CI = 1009
 
@@ -40,13 +38,13 @@ SETTINGS = (
 
 @pytest.fixture(autouse=True)
 def few_ports(netns: str) -> None:
-    """Address pairs are used again and again, and a page is short."""
+    """Restrict ephemeral ports, so that address pairs recur often and scrapes are short."""
     oracle.set_inside(netns, "/proc/sys/net/ipv4/ip_local_port_range", "50021 51019")
 
 
 @pytest.fixture
 def seed() -> int:
-    """Another one each time; in CI always the same."""
+    """The seed of the walk: random, but always the same in CI."""
     chosen = random.SystemRandom().randrange(1_000_000)
     if os.environ.get("CI") == "true":
         chosen = SEED_IN_CI
@@ -54,15 +52,15 @@ def seed() -> int:
 
 
 class Walk:
-    """Processes that hold sockets, an exporter, and what happens to them by chance."""
+    """Processes that hold sockets, and an exporter, with random events."""
 
     def __init__(self, seed: int, direction: str, effort: Effort) -> None:
         self.operations = 0
         self.compared = 0
         self.exact_at_once = 0
-        """How often the counts had to be right without waiting."""
+        """Number of comparisons that required equal counts without a reconciliation."""
         self._seed = seed
-        self._random = random.Random(seed)  # noqa: S311  # it is to be repeated
+        self._random = random.Random(seed)  # noqa: S311  # noqa: S311  # repeatable
         self._direction = direction
         self._effort = effort
         self._workers = [_start_worker(index) for index in range(len(LISTENING))]
@@ -70,7 +68,7 @@ class Walk:
 
     def _start_exporter(self) -> None:
         self._exporter = Exporter("--direction", self._direction, *SETTINGS)
-        self._known_trouble: float | None = 0.0
+        self._missed_or_refused_before: float | None = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -81,7 +79,7 @@ class Walk:
             worker.kill()
 
     def go(self) -> None:
-        """Let each thing happen as often as it says here, in any order."""
+        """Cause each event a fixed number of times, in random order."""
         times = self._effort.times
         happenings = [
             *[(self.nothing, 0.0)] * times(7),
@@ -89,7 +87,7 @@ class Walk:
             *[(self.exporter_pauses, 0.002)] * times(5),
             *[(self.exporter_ends, 0.017)] * times(2),
             *[(self.exporter_is_killed, 0.017)] * times(2),
-            *[(self.exporter_is_away, 0.0)] * times(2),
+            *[(self.exporter_is_absent, 0.0)] * times(2),
         ]
         self._random.shuffle(happenings)
         shares = len(happenings) * len(self._workers)
@@ -104,7 +102,8 @@ class Walk:
                 )
 
     def _step(self, happening: Callable[[], None], longest_pause_s: float) -> list[str]:
-        """Have something happen while all processes are busy; what these did."""
+        """Cause an event while all processes are busy; return the operations of the
+        processes."""
         self._longest_pause_s = longest_pause_s
         for worker in self._workers:
             self._make_busy(worker)
@@ -123,8 +122,8 @@ class Walk:
             seed=self._random.randrange(1 << 32),
             operations=self._operations_each,
             longest_pause_s=self._longest_pause_s,
-            # Of a connection that the kernel did not tell of, the listener alone
-            # says which way it went.
+            # If the opening of a connection was missed, only its listener shows its
+            # direction.
             may_stop_listening=self._direction == "all",
         )
 
@@ -145,12 +144,12 @@ class Walk:
         self._exporter.__exit__()
         self._start_exporter()
 
-    def exporter_is_away(self) -> None:
-        """It is not there until they are quiet, and starts then."""
+    def exporter_is_absent(self) -> None:
+        """Kill the exporter; `_step` starts it after the processes have stopped."""
         self._exporter.__exit__()
 
     def process_is_killed(self) -> None:
-        """With all that it holds; another one takes its place."""
+        """Kill a process with all its sockets, and start another one."""
         time.sleep(self._random.uniform(0, 0.1))
         index = self._random.randrange(len(self._workers))
         self._workers[index].kill()
@@ -158,16 +157,16 @@ class Walk:
         self._make_busy(self._workers[index])
 
     def _wrong(self) -> dict[str, dict[oracle.Series, tuple[int, int]]]:
-        """What is shown, and what is true, where they differ."""
+        """Return the exporter's and the true counts where they differ."""
         self.compared += 1
-        page, true = oracle.look(self._exporter)
+        page, true = oracle.scrape_and_count(self._exporter)
         wrong = self._differences(page, true)
-        if page.trouble == self._known_trouble:
+        if page.missed_or_refused == self._missed_or_refused_before:
             self.exact_at_once += 1
         elif wrong:
-            page, true = oracle.look_reconciled(self._exporter)
+            page, true = oracle.scrape_reconciled(self._exporter)
             wrong = self._differences(page, true)
-        self._known_trouble = page.trouble
+        self._missed_or_refused_before = page.missed_or_refused
         return wrong
 
     def _differences(
@@ -190,10 +189,10 @@ def _start_worker(index: int) -> Worker:
 @pytest.mark.parametrize(
     "direction", ["all", pytest.param("inbound", marks=pytest.mark.any_kernel)]
 )
-def test_whatever_happens_the_counts_are_those_of_ss(
+def test_the_counts_equal_those_of_ss_after_any_events(
     seed: int, direction: str, effort: Effort
 ) -> None:
-    """Thousands of operations on sockets, and a comparison with ss whenever it is quiet."""
+    """After thousands of operations on sockets the counts equal those of ss."""
     with Walk(seed, direction, effort) as walk:
         walk.go()
     sys.stdout.write(

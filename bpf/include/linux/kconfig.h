@@ -1,3 +1,3 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* BCC's prelude refuses to compile without it. */
+/* BCC's prelude does not compile without this macro. */
 #define CONFIG_BPF_SYSCALL 1

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* The types that BCC's prelude and the tracepoint's record are written in. */
+/* The types that BCC's prelude and the program use. */
 #ifndef _LINUX_TYPES_H
 #define _LINUX_TYPES_H
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * BCC's prelude chooses by version between forms of its own macros. All that
- * this program uses is the same from 4.8 on, so no real version is needed.
+ * BCC's prelude chooses the forms of its macros by this version. The macros that this
+ * program uses are the same from 4.8 on, so this need not be the kernel's version.
  */
 #ifndef _LINUX_VERSION_H
 #define _LINUX_VERSION_H

@@ -13,13 +13,14 @@ from tests.kernel.helpers.worker import serve
 from tests.support import reset
 
 HELD = 41
-"""Connections that stay open; each new one closes the oldest."""
+"""Number of connections that stay open; each new one closes the oldest one."""
 
 MOST_DESCRIPTORS = 127
-"""The maximum number of open files, and so of sockets, in such a process."""
+"""Limit of open files, and so of sockets, of such a process."""
 
 AT_ONE_ADDRESS = 101
-"""Connections to one address before the next: closed ones stay in TIME_WAIT."""
+"""Number of connections to an address before the next address is used. An address would
+run out of ports, because closed connections stay in TIME_WAIT."""
 
 BACKLOG = 127
 
@@ -39,10 +40,10 @@ class Churn:
         self._held: deque[tuple[socket.socket, socket.socket]] = deque()
 
     def act(self, connections: int) -> int:
-        """Open that many connections, and close others.
+        """Open this many connections, and close others.
 
         Returns:
-            How many sockets entered ESTABLISHED, plus how many left it.
+            The number of sockets that entered or left ESTABLISHED.
         """
         changes = 0
         for number in range(connections):
@@ -60,7 +61,8 @@ class Churn:
         return 2
 
     def _close(self, client: socket.socket, server: socket.socket) -> int:
-        """Close by FIN, by RST, or by RST because of unread data; a random end is first."""
+        """Close a connection by FIN or by RST, beginning at a random end. Unread data
+        causes the RST in one of three cases."""
         first, second = self._random.choice([(client, server), (server, client)])
         way = self._random.choice(["FIN", "RST", "unread"])
         if way == "unread":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Shows the connections of one port in the maps of a running exporter and in the tables.
+"""Lists the connections of a port in the maps of a running exporter and in socket tables.
 
-A soak prints this when a count is wrong: each connection with its record, slot and handle,
-and the connections of the socket tables.
+A soak test prints this when a count is wrong: each connection with its record, slot and
+handle, and the connections of the socket tables.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from tcpexporter.ebpf.maps import Map
 from tcpexporter.socket_tables.tables import open_tables
 
 SYS_PIDFD_GETFD = 438
-"""pidfd_getfd(2), on every architecture."""
+"""System call number of pidfd_getfd(2), the same on every architecture."""
 
 MAP_NAME = slice(24, 40)
 MAP_MAX_ENTRIES = slice(16, 20)
-"""Their bytes in ``struct bpf_map_info``, include/uapi/linux/bpf.h."""
+"""Layout of the start of ``struct bpf_map_info``: include/uapi/linux/bpf.h."""
 
 
 def explain(process: int, port: int) -> str:
@@ -74,7 +74,7 @@ def _key(record: Records) -> str:
 
 @contextlib.contextmanager
 def _maps(process: int) -> Iterator[dict[str, tuple[int, int]]]:
-    """Yield descriptors and sizes of the maps that a process has open, by name."""
+    """Yield a descriptor and the size of each map that a process has open, by name."""
     libc = ctypes.CDLL(None, use_errno=True)
     with contextlib.ExitStack() as undo:
         pidfd = os.pidfd_open(process)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The share of a heavy test to run, if the whole test would take too long."""
+"""The share of a heavy test that the option --effort selects."""
 
 import itertools
 import math
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Effort:
-    """A share of all operations, from 0 to 1."""
+    """A share of the full number of operations, from 0 to 1."""
 
     share: float
 
     def of(self, number: int) -> int:
-        """Return the share of a number, rounded up to a prime number."""
+        """Return this share of a number, rounded up to a prime number."""
         least = max(2, math.ceil(number * self.share))
         return next(filter(_is_prime, itertools.count(least)))
 
     def times(self, number: int) -> int:
-        """Return the share of a small number, at least 1."""
+        """Return this share of a small number, at least 1."""
         return max(1, round(number * self.share))
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""An exporter with two pages more: what somebody could do who runs code in it.
+"""Runs an exporter with two additional pages, which attempt forbidden operations.
 
-A test's command line is ``python -c`` with a call of `serve`: no operator has these pages.
+A test runs it with ``python -c`` and a call of `serve`. The product does not have these
+pages.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ OPENAT2 = 437
 SENDMSG = {"x86_64": 46, "aarch64": 211}[os.uname().machine]
 BPF_SYSCALL = {"x86_64": 321, "aarch64": 280}[os.uname().machine]
 BPF_COMMANDS = 64
-"""More than there are."""
+"""An upper bound of the number of bpf(2) commands."""
 
 DONE = "done"
 
@@ -46,7 +47,8 @@ _own_page = mmap.mmap(-1, mmap.PAGESIZE)
 
 
 def _c(function: str, *arguments: int | bytes | None) -> Callable[[], None]:
-    """A call of the C library, which would give -1 for an error."""
+    """Return a call of a C library function that raises OSError if the result is
+    negative."""
 
     def call() -> None:
         passed = (
@@ -71,7 +73,7 @@ def _make_code() -> None:
 REFUSED: Mapping[str, Callable[[], object]] = {
     "write a file": lambda: os.open("/dev/null", os.O_WRONLY),
     "make a file": lambda: os.open("/tmp/attempt", os.O_RDONLY | os.O_CREAT),  # noqa: S108
-    "open a file in another way": _c("syscall", OPENAT2, -100, b"/dev/null", None, 24),
+    "open a file with openat2": _c("syscall", OPENAT2, -100, b"/dev/null", None, 24),
     "delete a file": lambda: Path("/tmp/attempt").unlink(),  # noqa: S108
     "make a directory": lambda: Path("/tmp/attempt").mkdir(),  # noqa: S108
     "start a process": _fork,
@@ -83,15 +85,17 @@ REFUSED: Mapping[str, Callable[[], object]] = {
     "connect": _c("connect", -1, None, 0),
     "bind": _c("bind", -1, None, 0),
     "send to an address": _c("sendto", -1, None, 0, 0, b"address", 7),
-    "connect in sending": _c("sendmsg", -1, None, socket.MSG_FASTOPEN),
-    "take a descriptor that is sent": _c("recvmsg", -1, None, 0),
+    "connect by sending": _c("sendmsg", -1, None, socket.MSG_FASTOPEN),
+    "receive a descriptor": _c("recvmsg", -1, None, 0),
     "duplicate a descriptor": lambda: fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 0),
     "signal others": lambda: os.kill(0, 0),
-    "signal others' threads": _c("tgkill", 0, 0, 0),
-    "have others signalled": lambda: fcntl.fcntl(2, fcntl.F_SETOWN, os.getpid()),
-    "get hold of a process": _c("syscall", PIDFD_OPEN, os.getpid(), 0),
+    "signal threads of other processes": _c("tgkill", 0, 0, 0),
+    "redirect signals to another process": lambda: fcntl.fcntl(
+        2, fcntl.F_SETOWN, os.getpid()
+    ),
+    "open a pidfd": _c("syscall", PIDFD_OPEN, os.getpid(), 0),
     "trace": _c("ptrace", PTRACE_SEIZE, -1, None, None),
-    "read another's memory": _c("process_vm_readv", 1, None, 0, None, 0, 0),
+    "read memory of another process": _c("process_vm_readv", 1, None, 0, None, 0, 0),
     "mount": _c("mount", None, b"/", None, 0, None),
     "make a namespace": _c("unshare", CLONE_NEWUSER),
     "enter a namespace": _c("setns", -1, 0),
@@ -100,9 +104,9 @@ REFUSED: Mapping[str, Callable[[], object]] = {
     "map executable memory": lambda: mmap.mmap(
         -1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_EXEC
     ),
-    "type into the terminal": _c("ioctl", 0, TIOCSTI, b"x"),
+    "insert input into the terminal": _c("ioctl", 0, TIOCSTI, b"x"),
     "set a limit": _c("prlimit", 0, resource.RLIMIT_CORE, bytes(16), None),
-    "let others trace": _c("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0),
+    "allow tracing by other processes": _c("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0),
     "become another user": lambda: os.setuid(os.getuid()),
     **{
         f"bpf command {each}": _c("syscall", BPF_SYSCALL, each, None, 0)
@@ -110,19 +114,21 @@ REFUSED: Mapping[str, Callable[[], object]] = {
         if each not in MAP_COMMANDS
     },
 }
-"""What no kernel lets it do, each of them nothing that matters if it should."""
+"""Operations that are refused on every kernel. None does harm if a kernel allows it by
+mistake."""
 
 READING: Mapping[str, Callable[[], object]] = {
     "read a file": Path("/etc/passwd").read_bytes,
     "read the program's own files": Path(__file__).read_bytes,
-    "read of another process": Path("/proc/1/status").read_bytes,
+    "read /proc of another process": Path("/proc/1/status").read_bytes,
     "list a directory": lambda: list(Path("/etc").iterdir()),
 }
-"""What it can do where the kernel has no Landlock."""
+"""Operations that are allowed on a kernel without Landlock."""
 
 
 def _systemds() -> socket.socket | None:
-    """The socket that systemd is told by, if it is told: the one for datagrams."""
+    """Return the datagram socket for notifications to systemd; None if there is no such
+    socket."""
     for each in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             found = socket.socket(fileno=int(each.name))
@@ -139,26 +145,28 @@ def _pass_on(sock: socket.socket) -> None:
         socket.recv_fds(theirs, 1, 1)
 
 
-def _misusing(sock: socket.socket) -> Mapping[str, Callable[[], object]]:
+def _misuse(sock: socket.socket) -> Mapping[str, Callable[[], object]]:
     elsewhere = "/run/systemd/journal/socket"
     fileno = sock.fileno()
-    message = struct.pack("PQ", 0, 0)  # no address, and nothing in it
+    message = struct.pack("PQ", 0, 0)  # no address and no data
     return {
         "send elsewhere": lambda: sock.sendto(b"x", elsewhere),
         "send a message elsewhere": lambda: sock.sendmsg([b"x"], [], 0, elsewhere),
-        "send a message to nobody": _c("sendmsg", fileno, message + bytes(40), 0),
-        "the same by a number that is too large": _c(
+        "send a message without an address": _c("sendmsg", fileno, message + bytes(40), 0),
+        "send with a descriptor above 32 bits": _c(
             "syscall", SENDMSG, fileno + (1 << 32), message + bytes(40), 0
         ),
-        "pass it on": lambda: _pass_on(sock),
-        "duplicate it": lambda: fcntl.fcntl(fileno, fcntl.F_DUPFD_CLOEXEC, 0),
-        "duplicate it in another way": lambda: os.dup(fileno),
-        "connect it elsewhere": lambda: sock.connect(elsewhere),
+        "pass the socket to another process": lambda: _pass_on(sock),
+        "duplicate the socket with fcntl": lambda: fcntl.fcntl(
+            fileno, fcntl.F_DUPFD_CLOEXEC, 0
+        ),
+        "duplicate the socket with dup": lambda: os.dup(fileno),
+        "connect the socket elsewhere": lambda: sock.connect(elsewhere),
     }
 
 
 def serve() -> None:
-    """Run the exporter; ``/attempts`` tells in JSON what came of each attempt."""
+    """Run the exporter; the page ``/attempts`` has the outcome of each attempt as JSON."""
     pages.App = _App  # type: ignore[misc]
     main()
 
@@ -172,7 +180,7 @@ class _App(pages.App):
 async def _attempts(_scope: pages.Scope) -> pages.Response:
     acts = {**REFUSED, **READING}
     if sock := _systemds():
-        acts |= _misusing(sock)
+        acts |= _misuse(sock)
     outcomes = {name: _outcome(act) for name, act in acts.items()}
     if sock:
         sock.detach()
@@ -189,4 +197,4 @@ def _outcome(act: Callable[[], object]) -> str:
 
 async def _other_abi(_scope: pages.Scope) -> pages.Response:
     _libc.syscall(ctypes.c_long(X32_GETPID))
-    return pages.text(200, f"nothing came of it, not even {signal.SIGSYS.name}")
+    return pages.text(200, f"the system call did not cause {signal.SIGSYS.name}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A tracker in this process, and socket tables with actions between their dumps."""
+"""A tracker in the test's process, and socket tables that act between their dumps."""
 
 import socket
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def attach(
 
 
 class Dumps:
-    """The socket tables; after each dump the next action of ``after`` happens."""
+    """Socket tables; after each dump the next action of ``after`` is executed."""
 
     def __init__(self, *after: Callable[[], object], hidden_from: int = 0) -> None:
         self.taken = 0
@@ -57,8 +57,8 @@ class Dumps:
         self._tables.close()
 
 
-def everything(tracker: Tracker) -> Records:
-    """Return all connections that the tracker has, reported ones and seeds."""
+def all_connections(tracker: Tracker) -> Records:
+    """Return all connections of the tracker, both reported and seeded."""
     known = np.concatenate([chunk.copy() for chunk in tracker.read()])
     there: Records = known[known["group"] != 0]
     return there
@@ -66,19 +66,19 @@ def everything(tracker: Tracker) -> Records:
 
 def at_port(tracker: Tracker, port: int) -> Records:
     """Return the connections of a local port."""
-    known = everything(tracker)
+    known = all_connections(tracker)
     here: Records = known[known["key"]["local_port"] == port]
     return here
 
 
 def seeds(known: Records) -> Records:
-    """Return those that came from the socket tables."""
+    """Return the connections that came from the socket tables."""
     found: Records = known[known["handle"] & HANDLE_SEEDED != 0]
     return found
 
 
-def made(number: int, **key: object) -> Records:
-    """Return records of connections, each with another remote port, that do not exist."""
+def invented(number: int, **key: object) -> Records:
+    """Return records of invented connections, each with a different remote port."""
     connections = np.zeros(number, CONNECTION)
     connections["key"]["local_port"] = 1
     connections["key"]["remote_port"] = np.arange(number)
@@ -90,8 +90,9 @@ def made(number: int, **key: object) -> Records:
     return connections
 
 
-def forget(tracker: Tracker, port: int) -> None:
-    """Make the tracker as if it had missed the openings at a local port."""
+def remove_records(tracker: Tracker, port: int) -> None:
+    """Remove the connections of a local port, as if the tracker had missed their
+    openings."""
     known = tracker.known()
     stale = np.isin(known.slots, slots_at(tracker, port))
     forgotten = known.only(stale)
@@ -109,10 +110,10 @@ def put_reported(tracker: Tracker, connections: Records) -> None:
     """Add connections to the tracker as if the kernel had reported them."""
     slots = tracker._allocate(len(connections))
     reported = connections.copy()
-    # Handles that no socket has: even, and not addresses of the kernel.
+    # No socket has these handles: they are even, and not addresses of the kernel.
     reported["handle"] = 2 * (1 + np.arange(len(reported)))
-    everything = tracker._array.upto(int(slots.max()) + 1)
-    everything[slots] = reported
+    records = tracker._array.upto(int(slots.max()) + 1)
+    records[slots] = reported
     for handle, slot in zip(reported["handle"], slots, strict=True):
         assert tracker._handles.put_new(handle, slot)
 
@@ -143,7 +144,7 @@ class Reusable:
 
 
 def taken_slots(tracker: Tracker) -> Slots:
-    """Return the slot of each handle."""
+    """Return the slot of each handle that has one."""
     _, slots = tracker._handles.items(np.uint64, np.uint32)
     return slots
 

@@ -17,7 +17,7 @@ def wait_for_loader(parent: int) -> int:
     children = Path(f"/proc/{parent}/task/{parent}/children")
     until = time.monotonic() + DEADLINE_S
     while time.monotonic() < until:
-        # It has not started, or it has ended.
+        # The loader has not started, or has ended.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for child in map(int, children.read_text().split()):
                 if (
@@ -30,16 +30,16 @@ def wait_for_loader(parent: int) -> int:
 
 
 def kill_loader(parent: int, after_s: float) -> None:
-    """Kill the loader of a process after so many seconds."""
+    """Kill the loader of a process after this number of seconds."""
     child = wait_for_loader(parent)
     time.sleep(after_s)
-    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+    with contextlib.suppress(ProcessLookupError):  # it has already ended
         os.kill(child, signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def loader_is_killed(after_s: float) -> Iterator[None]:
-    """Kill the loader of this process during the block, after so many seconds."""
+    """Kill the loader of this process during the block, after this number of seconds."""
     killer = threading.Thread(target=kill_loader, args=(os.getpid(), after_s))
     killer.start()
     try:

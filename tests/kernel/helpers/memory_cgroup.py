@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A memory cgroup with a limit, of version 1 or 2: cgroups(7)."""
+"""A cgroup, version 1 or 2, that limits memory: cgroups(7)."""
 
 import contextlib
 import itertools
@@ -18,7 +18,8 @@ _numbers = itertools.count()
 
 @contextlib.contextmanager
 def memory_cgroup(limit_mib: int) -> Iterator[Path]:
-    """Yields the file that a process has its id written to, to be limited."""
+    """Yield the path of its cgroup.procs; writing a process id there limits that
+    process."""
     version_1 = MOUNT / "memory"
     name = f"tcpexporter-test-{os.getpid()}-{next(_numbers)}"
     if version_1.is_dir():
@@ -28,7 +29,7 @@ def memory_cgroup(limit_mib: int) -> Iterator[Path]:
         try:
             (MOUNT / "cgroup.subtree_control").write_text("+memory")
         except OSError as error:
-            pytest.skip(f"no memory cgroup can be made: {error}")
+            pytest.skip(f"cannot create a memory cgroup: {error}")
     cgroup.mkdir()
     try:
         (cgroup / file).write_text(str(limit_mib << 20))

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Self
 
 BLOCKS = 10
-"""The number of parts of each third of the time."""
+"""Number of parts into which each third of the run is divided."""
 
 LEAST_MIB = 0.25
-"""A smaller difference is not growth: glibc allocates in steps of 128 KiB."""
+"""Minimum growth: glibc allocates in steps of 128 KiB, so smaller differences are noise."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ def memory_of(process: int) -> Memory:
 class Growth:
     """The difference between the last and the middle third of a run.
 
-    The first third is ignored: memory that is used for the first time is not growth.
+    The first third is ignored, because memory used for the first time is not growth.
     """
 
     grown_mib: float
-    """The difference of the medians of the two thirds."""
+    """Difference of the medians of the two thirds."""
     noise_mib: float
-    """The largest difference of the medians of the parts of the middle third."""
+    """Largest difference between medians of parts of the middle third."""
 
     @classmethod
     def of(cls, mib: Sequence[float]) -> Self:
@@ -58,7 +58,7 @@ class Growth:
 
     @property
     def is_more_than_noise(self) -> bool:
-        """Whether the process grows."""
+        """Return whether the growth exceeds the noise."""
         return self.grown_mib > max(self.noise_mib, LEAST_MIB)
 
     def __str__(self) -> str:

@@ -32,9 +32,9 @@ def ip(*arguments: str) -> None:
 
 @contextlib.contextmanager
 def linked_netns(device: str = DEVICE) -> Iterator[str]:
-    """Makes a link to a new network namespace, and yields the name of the namespace.
+    """Creates a link to a new network namespace, and yields the name of the namespace.
 
-    The device there has the name `DEVICE`. Neither end has an IPv4 address.
+    The device in that namespace is named `DEVICE`. Neither end has an IPv4 address.
     """
     here, there = HARDWARE_ADDRESSES
     with new_netns() as other:
@@ -47,7 +47,7 @@ def linked_netns(device: str = DEVICE) -> Iterator[str]:
         try:
             yield other
         finally:
-            # The kernel would delete it some time after the namespace.
+            # Otherwise the kernel would delete it some time after the namespace.
             ip("link", "delete", device)
 
 
@@ -57,7 +57,7 @@ def tcp_state(opened: socket.socket) -> int:
 
 
 def syn_had_data(connected: socket.socket) -> bool:
-    """Whether the SYN carried data that was acknowledged, or received."""
+    """Returns whether the SYN carried data that was acknowledged or received."""
     options = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 6)[5]
     return bool(options & TCPI_OPT_SYN_DATA)
 
@@ -81,7 +81,7 @@ def dropping_packets(opened: socket.socket) -> Iterator[None]:
 
 
 def close_in_repair(connected: socket.socket) -> dict[int, int]:
-    """Closes a connection without sending a packet, as when it moves to another host.
+    """Closes a connection without sending a packet, as migration to another host does.
 
     Returns:
         The sequence number of each queue, which `connect_in_repair` requires.
@@ -98,7 +98,7 @@ def close_in_repair(connected: socket.socket) -> dict[int, int]:
 def connect_in_repair(
     local: tuple[str, int], remote: tuple[str, int], numbers: dict[int, int]
 ) -> socket.socket:
-    """Opens one end of a connection without a handshake; the other end exists."""
+    """Opens one end of a connection without a handshake; the other end must exist."""
     made = socket.socket()
     made.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
     made.bind(local)
@@ -120,7 +120,7 @@ def held_by_child(inherited: socket.socket) -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening(address: str, ports: Sequence[int]) -> Iterator[None]:
-    """Listens at each port, in as many processes as the limit of descriptors requires.
+    """Listens at each port, in as many processes as the limit of open files requires.
 
     The processes end when their standard input is closed, so they end with their parent.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Gives up root in child processes that start in many ways, and reports what came of it.
+"""Gives up root in child processes that start in many ways, and reports the outcomes.
 
-Run as a module it reads a case a line, as JSON, and writes an outcome a line. It imports
-little, as a fork takes longer the more memory a process has.
+As a module it reads a case from each line of JSON, and writes an outcome as a line. It has
+few imports, because fork(2) requires more time in a process with more memory.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ PR_SET_SECUREBITS = 28
 PR_CAP_AMBIENT_RAISE = 2
 
 BPF_MAP_TYPE_STACK = 23
-"""Without CAP_BPF or CAP_SYS_ADMIN every kernel refuses to make one."""
+"""Every kernel refuses to create such a map without CAP_BPF or CAP_SYS_ADMIN."""
 
 SHOWN = (
     *("Uid", "Gid", "Groups", "NoNewPrivs"),
@@ -36,37 +36,39 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Case:
-    """How a process starts, and what it does."""
+    """The user, the capabilities and the role with which a process starts."""
 
     uids: Sequence[int] = (0, 0, 0)
-    """Real, effective and saved; its groups are root's if the first is."""
+    """Real, effective and saved user id. If the real one is 0, the process has root's
+    groups."""
     holds: Sequence[int] = ()
-    """Capabilities that are permitted, and in the bounding set."""
+    """Capabilities in the permitted set and in the bounding set."""
     mode: str = "effective"
-    """Or ``ambient``, or ``idle``: permitted, but not in effect."""
+    """One of ``effective``, ``ambient``, or ``idle`` (permitted, but not effective)."""
     no_new_privs: bool = False
     securebits: int = 0
     reads: bool = False
-    """It is the child that reads files, and not the process that serves."""
+    """Whether the process is the reader process; otherwise it is the serving process."""
     needs_bpf: bool = False
-    """It needs CAP_BPF or CAP_SYS_ADMIN afterwards, as before Linux 5.19 for maps."""
+    """Whether it requires CAP_BPF or CAP_SYS_ADMIN later, as maps do before Linux 5.19."""
     refused: str = ""
-    """A system call that a seccomp filter answers without doing it, but prctl only for
-    no_new_privs. Loading that filter requires CAP_SYS_ADMIN."""
+    """A system call that a seccomp filter answers without executing it; empty for none.
+    For prctl the filter only applies to no_new_privs. Loading the filter requires
+    CAP_SYS_ADMIN."""
     answer: int = errno.EPERM
-    """What the filter answers; 0: that it was done."""
+    """The answer of the filter: an error number, or 0 for success."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it."""
+    """The privileges of a process before and after, its warnings, and its error."""
 
     before: dict[str, list[str]]
-    """/proc/self/status at the start."""
+    """Fields of /proc/self/status at the start."""
     after: dict[str, list[str]]
     warnings: list[str]
     refusal: str | None
-    """The sentence with which it ends."""
+    """The error with which the process ends; None if it does not end."""
 
 
 def _main() -> None:
@@ -128,7 +130,7 @@ def _enter(case: Case) -> None:
     libc.prctl(PR_SET_SECUREBITS, case.securebits)
     for each in range(64):
         if each not in case.holds:
-            with contextlib.suppress(OSError):  # the kernel knows fewer
+            with contextlib.suppress(OSError):  # this kernel knows fewer capabilities
                 libc.prctl(privileges.PR_CAPBSET_DROP, each)
     held = sum(1 << each for each in case.holds)
     is_ambient = case.mode == "ambient"
@@ -143,7 +145,7 @@ def _enter(case: Case) -> None:
 
 
 def _refuse(name: str, answer: int) -> None:
-    import pyseccomp  # noqa: PLC0415  most cases do without
+    import pyseccomp  # noqa: PLC0415  most cases do not require it
 
     made = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     made.set_attr(pyseccomp.Attr.CTL_NNP, 0)

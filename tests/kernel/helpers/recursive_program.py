@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Makes a BPF program interrupt itself, if the kernel permits that.
 
-Prints how often that happened, and how often the kernel has counted that it prevented it.
-The program runs at the tracepoints of system calls and page faults, and causes a page fault
-in each system call of this process. BCC compiles it, like ours.
+It prints how many times that happened, and how many times the kernel counted that it had
+prevented it. The program runs at the tracepoints of system calls and page faults, and
+causes a page fault in each system call of this process. BCC compiles it, as it compiles the
+product's program.
 """
 
 import os

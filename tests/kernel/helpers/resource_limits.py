@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Sets limits of an exporter that runs."""
+"""Sets resource limits of a running exporter."""
 
 import contextlib
 import os
@@ -13,30 +13,31 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Pids:
-    """A cgroup of its own that limits processes and threads: cgroups(7), v1 or v2."""
+    """A cgroup that limits the number of processes and threads: cgroups(7), v1 or v2."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def within(self, command: tuple[str, ...], most: str = "max") -> tuple[str, ...]:
-        """A command that runs another one there."""
+        """Return a command that runs another command in this cgroup."""
         script = 'echo $$ >$0/cgroup.procs; echo $1 >$0/pids.max; shift; exec "$@"'
         return ("sh", "-c", script, str(self.path), most, *command)
 
     def allow(self, most: str) -> None:
-        """Set how many there may be; ``1`` is fewer than there are, so none can start."""
+        """Set the maximum number; ``1`` is fewer than an exporter has, so none can
+        start."""
         (self.path / "pids.max").write_text(most)
 
     def refused(self) -> int:
-        """How many could not start."""
+        """Return how many processes and threads the kernel has refused."""
         return int((self.path / "pids.events").read_text().split()[1])
 
 
 @contextlib.contextmanager
 def pids_cgroup() -> Iterator[Pids]:
-    """Make it, and remove it when nothing is left in it."""
+    """Create the cgroup, and remove it when its last process has ended."""
     above = CGROUPS / "pids"
-    if not above.exists():  # v2
+    if not above.exists():  # version 2
         above = CGROUPS
         (above / "cgroup.subtree_control").write_text("+pids")
     path = above / f"tcpexporter-test-{os.getpid()}"
@@ -49,10 +50,11 @@ def pids_cgroup() -> Iterator[Pids]:
 
 
 def limit(exporter: Exporter, *limits: str) -> None:
-    """As prlimit(1) takes them, with a colon behind the soft one that can be raised again.
+    """Set a limit of the exporter, as an argument of prlimit(1).
 
-    As the exporter's user: root itself would need CAP_SYS_RESOURCE, which some containers
-    do not give it.
+    A colon after the soft limit keeps the hard limit, so that the soft limit can be raised
+    again. This runs as the exporter's user: root would require CAP_SYS_RESOURCE, which some
+    containers lack.
     """
     as_nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     command = [*as_nobody, "prlimit", f"--pid={exporter.process.pid}", *limits]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Another BPF program at the tracepoint of ours, to compare what both see.
+"""A second BPF program at the same tracepoint, to compare what both programs count.
 
-It is compiled, loaded and attached like BCC's own tools, in its own process. It counts the
-sockets that enter ESTABLISHED, by namespace and local port, in its own map.
+It is compiled, loaded and attached in its own process, as BCC's own tools are. Its map
+counts the sockets that enter ESTABLISHED, by network namespace and local port.
 """
 
 import os
@@ -70,8 +70,8 @@ class Counter:
 
 
 def main() -> None:
-    """Read ports from standard input, and answer each with its number of sockets."""
-    import bcc  # noqa: PLC0415  only this process holds it
+    """Read ports from standard input, and print the number of sockets of each port."""
+    import bcc  # noqa: PLC0415  other processes must not load BCC
 
     from tcpexporter.ebpf.btf import Btf  # noqa: PLC0415
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Exporters and trackers that tests share, to save the time of starting them."""
+"""Exporters and trackers that several tests share, because starting them is slow."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ from tests.support import Exporter, inside, new_netns
 ALWAYS_LONG_TERM = ("--duration", "0")
 AFTER_A_SECOND = ("--duration", "1")
 EVERY_NAMESPACE = (*ALWAYS_LONG_TERM, "--netns", "all")
-# Every outbound connection leaves a series.
+# Each outbound connection adds a series for its local port.
 _MANY = (*ALWAYS_LONG_TERM, "--source", "ebpf", "--max-series", "65535")
 BOTH_ENDS = (*_MANY, "--direction", "all")
 OUTBOUND = (*_MANY, "--direction", "outbound", "--user", "daemon")
@@ -27,9 +27,10 @@ _ports = itertools.count(10103)
 
 
 def unused_port() -> int:
-    """Return a port that no test has used, so that no shared exporter has a series of it.
+    """Return a port that no other test uses, so that no shared exporter has a series for
+    it.
 
-    It is below the range from which the kernel chooses.
+    It is below the range of ephemeral ports.
     """
     return next(_ports)
 
@@ -38,15 +39,15 @@ class Exporters:
     """Exporters in one network namespace, one for each set of arguments.
 
     A test opens its own connections, ignores others, and closes them. All exporters run
-    until the last test has ended, so none may use much CPU by itself. An exporter that has
-    ended or hangs is replaced, so that it only fails one test.
+    until the last test has ended, so none may use much CPU when idle. An exporter that
+    ended or hangs is replaced, so that only one test fails.
     """
 
     def __init__(self) -> None:
         self._running: dict[tuple[str, ...], Exporter] = {}
 
     def __call__(self, *arguments: str) -> Exporter:
-        """Return the exporter with these arguments; called from within the namespace."""
+        """Return the exporter with these arguments; the caller must be in its namespace."""
         running = self._running.pop(arguments, None)
         if running is not None and not running.is_ready():
             running.__exit__()
@@ -55,18 +56,18 @@ class Exporters:
         return self._running[arguments]
 
     def close(self) -> None:
-        """End all exporters, and fail if one ends with an error or a traceback."""
+        """End all exporters; fail if one ends with an error or a traceback."""
         complaints = []
         for arguments, running in self._running.items():
             with running:
-                code, said = running.stop()
-            if code or "Traceback" in said:
-                complaints.append(f"{' '.join(arguments)} ended with {code}:\n{said}")
+                code, log = running.stop()
+            if code or "Traceback" in log:
+                complaints.append(f"{' '.join(arguments)} ended with {code}:\n{log}")
         assert not complaints, "\n".join(complaints)
 
 
 class SharedTracker:
-    """A namespace with a loaded program, whose maps are reset for each test."""
+    """A namespace with a loaded program, whose maps are cleared for each test."""
 
     def __init__(self) -> None:
         self._undo = contextlib.ExitStack()
@@ -77,7 +78,7 @@ class SharedTracker:
         self._descriptors = loaded._descriptors
 
     def fresh(self) -> Tracker:
-        """Return a tracker with empty maps, as if just loaded."""
+        """Return a tracker with empty maps, as after loading."""
         tracker = Tracker(self._descriptors, SLOTS)
         tracker._recording.put(FIRST, np.uint32(False))
         tracker._handles.items(np.uint64, np.uint32, delete=True)
@@ -106,7 +107,7 @@ class SharedTracker:
 
 
 class Trackers:
-    """The shared tracker, until a test fails or leaves a connection open."""
+    """The shared tracker, which is replaced if a test fails or leaves a connection open."""
 
     def __init__(self) -> None:
         self._shared: SharedTracker | None = None
@@ -118,7 +119,7 @@ class Trackers:
         return self._shared
 
     def discard(self) -> None:
-        """Give the next test another tracker."""
+        """Close the shared tracker; the next test gets a new one."""
         if self._shared is not None:
             self._shared.close()
         self._shared = None

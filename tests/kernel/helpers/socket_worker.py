@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A process that holds sockets and does random things to them, repeatably by a seed."""
+"""A process that holds sockets and executes random operations, repeatable by a seed."""
 
 import ctypes
 import random
@@ -16,23 +16,24 @@ LISTENING = (
     (10039, 10061, 10067),
     (10069, 10079, 10091),
 )
-"""The ports of each process: for IPv4, for IPv6, and for both."""
+"""The ports of each process: one for IPv4, one for IPv6, one for both."""
 
 BACKLOG = 1021
 
 MOST_CONNECTIONS = 199
-"""Ends that a process holds; from there on it closes one each time."""
+"""Limit of open ends of a process; when it is reached, each operation also closes an
+end."""
 
 
 class Sockets:
-    """What one process holds."""
+    """The sockets of one process."""
 
     def __init__(self, ports: tuple[int, int, int]) -> None:
         self._ports = ports
         self._listeners: dict[int, socket.socket] = {}
         self._connected: list[socket.socket] = []
         self._disconnected: list[socket.socket] = []
-        self._random = random.Random()  # noqa: S311  # it is to be repeated
+        self._random = random.Random()  # noqa: S311  # noqa: S311  # repeatable
         self._operations = (
             *[self.connect] * 11,
             *[self.accept] * 11,
@@ -52,7 +53,8 @@ class Sockets:
         longest_pause_s: float,
         may_stop_listening: bool,
     ) -> list[str]:
-        """Listen at every port, then do that many random things; says what was done."""
+        """Listen at every port, then execute this many random operations; return their
+        descriptions."""
         self._random.seed(seed)
         self.listen()
         choices = [*self._operations, *[self.stop_or_listen] * may_stop_listening]
@@ -67,7 +69,8 @@ class Sockets:
             operation = self.close
         try:
             return f"{operation.__name__} {operation()}"
-        except OSError as error:  # refused, nobody to accept, reset by the other end
+        # refused, no connection to accept, or reset by the other end
+        except OSError as error:
             return f"{operation.__name__} ({error})"
 
     def listen(self) -> None:
@@ -87,7 +90,7 @@ class Sockets:
         return listener
 
     def stop_or_listen(self) -> str:
-        """Close a listener, which resets what nobody has accepted, or open it again."""
+        """Close a listener, which resets connections not yet accepted, or open it again."""
         port = self._random.choice(self._ports)
         if port in self._listeners:
             self._listeners.pop(port).close()
@@ -96,7 +99,7 @@ class Sockets:
         return str(port)
 
     def connect(self) -> str:
-        """Connect to any process, with a socket that was connected before if there is."""
+        """Connect to a random process, if possible with a socket that was disconnected."""
         family, address, port = self._target()
         client = self._unconnected(family)
         try:
@@ -135,7 +138,7 @@ class Sockets:
         return str(port)
 
     def close(self) -> str:
-        """Close with FIN, or with RST if something that was sent here was not read."""
+        """Close with FIN, or with RST if received data is unread."""
         chosen = self._take()
         port = _port(chosen)
         chosen.close()
@@ -148,12 +151,13 @@ class Sockets:
         return port
 
     def disconnect(self) -> str:
-        """connect(2) with AF_UNSPEC, which Python's socket has no address for."""
+        """Call connect(2) with AF_UNSPEC, an address that Python's socket does not
+        support."""
         chosen = self._take()
         port = _port(chosen)
         unspecified = ctypes.create_string_buffer(16)
         ctypes.CDLL(None).connect(chosen.fileno(), unspecified, 16)
-        # One that was connected to ::ffff:a.b.c.d hears no IPv6 any more.
+        # A socket that was connected to ::ffff:a.b.c.d cannot use IPv6 any more.
         if chosen.family == socket.AF_INET:
             self._disconnected.append(chosen)
         return port

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Compares the counts of an exporter with the connections that ss(8) prints.
 
-The output of ss is parsed here, without any code of the product.
+This module parses the output of ss without any code of the product.
 """
 
 import http.client
@@ -18,26 +18,27 @@ from tests.support import ESTABLISHED, Exporter
 
 PATIENCE_S = 61.0
 RECONCILED_S = 60 + 41.0
-"""The longest time until a reconciliation has ended: the interval, and its duration."""
+"""Longest time until a reconciliation has ended: the interval plus its duration."""
 
 
 OWN_PORT = 62003
-"""The local port of scrapes, whose series is ignored: events of these connections may be
-missed, too. The kernel assigns this port to no other connection."""
+"""The local port of scrapes. Its series is ignored, because events of these connections
+may be missed too. The kernel assigns this port to no other connection."""
 
 _own_addresses = (
     f"127.{x}.{y}.2" for x, y in itertools.cycle(itertools.product(range(1, 251), repeat=2))
 )
-"""A new address for each scrape: the previous address pair is in TIME_WAIT."""
+"""Addresses to scrape at. Each scrape has a new one, because the previous address pair
+is in TIME_WAIT."""
 
 Ends = Counter[tuple[str, str]]
-"""Connections by their local and their remote end, as ss prints them."""
+"""Connections, each as its local and its remote end, as ss prints them."""
 
 Series = tuple[int, str]
 """A local port and an IP version."""
 
 Counts = Counter[Series]
-"""How many connections are established."""
+"""Numbers of established connections by series."""
 
 
 def set_inside(netns: str, path: str, value: str) -> None:
@@ -59,7 +60,8 @@ def established() -> Ends:
 
 
 def count(ends: Ends) -> Counts:
-    """Count by local port and IP version on the wire: ::ffff:a.b.c.d is IPv4."""
+    """Count connections by local port and IP version on the wire: ::ffff:a.b.c.d is
+    IPv4."""
     counts: Counts = Counter()
     for (local, _), number in ends.items():
         address, _, port = local.rpartition(":")
@@ -73,7 +75,7 @@ def at_ports(counts: Counts, ports: Collection[int]) -> Counts:
 
 
 def difference(shown: Counts, true: Counts) -> dict[Series, tuple[int, int]]:
-    """Return for each series that differs its shown and its true count."""
+    """Return the exporter's and the true count of each series where they differ."""
     return {
         series: (shown[series], true[series])
         for series in sorted(shown | true)
@@ -114,7 +116,7 @@ class Page:
         return next(found, None)
 
     def counts(self, name: str = ESTABLISHED) -> Counts:
-        """Return the counts, without the connections of scrapes."""
+        """Return the counts, without connections of scrapes."""
         counts: Counts = Counter()
         for sample in self.samples(name):
             counts[int(sample.labels["port"]), sample.labels["tcp_version"]] += int(
@@ -129,7 +131,7 @@ class Page:
         return self.value("tcpexporter_missed_events_total")
 
     @property
-    def trouble(self) -> float | None:
+    def missed_or_refused(self) -> float | None:
         """The number of missed and refused events, which can make counts wrong."""
         refused = self.value("tcpexporter_kernel_events_total", action="refused")
         if self.missed is None or refused is None:
@@ -154,8 +156,8 @@ class Page:
         return ended_s - took_s > moment_s
 
 
-def look(exporter: Exporter) -> tuple[Page, Counts]:
-    """Scrape; return the page, and the counts that were true during the whole scrape."""
+def scrape_and_count(exporter: Exporter) -> tuple[Page, Counts]:
+    """Scrape until the counts of ss(8) are equal before and after; return both results."""
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until:
         before = established()
@@ -164,7 +166,7 @@ def look(exporter: Exporter) -> tuple[Page, Counts]:
         if _of_others(before, exporter) == _of_others(after, exporter):
             return page, count(_of_others(after, exporter))
         time.sleep(0.1)
-    raise AssertionError("connections continue to open and close")
+    raise AssertionError("connections do not stop opening and closing")
 
 
 def _of_others(ends: Ends, exporter: Exporter) -> Ends:
@@ -178,16 +180,16 @@ def _of_others(ends: Ends, exporter: Exporter) -> Ends:
     )
 
 
-def look_reconciled(exporter: Exporter) -> tuple[Page, Counts]:
-    """Scrape like `look`, after a reconciliation that begins after this call.
+def scrape_reconciled(exporter: Exporter) -> tuple[Page, Counts]:
+    """Scrape like `scrape_and_count`, after a reconciliation that begins after this call.
 
-    No connection of this namespace may open or close. Those of other namespaces do not
-    matter: the kernel may run the program for them, and miss events, all the time.
+    No connection of this namespace may open or close. Those of other namespaces may. The
+    kernel runs the program for them too, so it can miss events at any time.
     """
     moment_s = time.time()
     until = time.monotonic() + RECONCILED_S
     while time.monotonic() < until:
-        page, true = look(exporter)
+        page, true = scrape_and_count(exporter)
         if page.is_reconciled_since(moment_s):
             return page, true
         time.sleep(0.1)

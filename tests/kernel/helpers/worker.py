@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Processes of a test that answer each request, a line of JSON, with a line of JSON."""
+"""Runs child processes of a test that answer each line of JSON with a line of JSON."""
 
 import json
 import select
@@ -28,17 +28,17 @@ class Worker:
         assert self.process.stdout
         self._requests = self.process.stdin
         self.answers = self.process.stdout
-        self.answer()  # it is ready
+        self.answer()  # wait until it is ready
 
     def ask(self, **request: Any) -> None:
         self._requests.write(json.dumps(request) + "\n")
         self._requests.flush()
 
     def answer(self) -> Any:
-        """Return the answer to the oldest request without an answer."""
+        """Return the answer to the oldest unanswered request."""
         assert select.select([self.answers], [], [], PATIENCE_S)[0], "no answer"
         line = self.answers.readline()
-        assert line, "the worker has ended"
+        assert line, "the child process has ended"
         return json.loads(line)
 
     def kill(self) -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""When files are read again: each check is a step of the test, without waiting."""
+"""The reader process reads files again when they have changed.
+
+Each poll of the reader executes a step of a test, so that no test waits.
+"""
 
 import contextlib
 import json
@@ -19,7 +22,7 @@ Step = Callable[[], object]
 
 
 class Parent:
-    """In place of the socket to the parent: records the messages."""
+    """Replaces the socket to the parent process: it records messages and sends requests."""
 
     def __init__(self) -> None:
         self.sent: list[reader.Message] = []
@@ -29,15 +32,17 @@ class Parent:
         self.sent.append(reader.Message(**json.loads(message[reader._LENGTH.size :])))
 
     def recv(self, _most: int) -> bytes:
-        """A request if there is one; otherwise nothing, as if the parent had ended."""
+        """Return a request if one is due; otherwise b"", as if the parent process had
+        ended."""
         if not self.asks:
             return b""
         self.asks -= 1
         return b"?"
 
 
-class Looks:
-    """In place of a poll: executes the next step; after the last, the parent has ended."""
+class Poll:
+    """Replaces `select.poll`: each poll executes a step; after the last the parent has
+    ended."""
 
     def __init__(self, parent: Parent, *steps: Step) -> None:
         self._parent = parent
@@ -56,13 +61,14 @@ class Looks:
 
 
 def asks() -> None:
-    """A step: the parent asks."""
+    """A step in which the parent process sends a request."""
 
 
 def watch(
     monkeypatch: pytest.MonkeyPatch, directory: Path, *steps: Step, settings: str = ""
 ) -> tuple[list[tuple[str, str]], Parent]:
-    """The contents read of a pair of files during the steps, and the messages."""
+    """Execute the steps; return the pairs of file contents that were read, and the
+    messages."""
     read_pairs = []
 
     def parse(_text: str, _path: str, read: Callable[[str], str]) -> WebConfig:
@@ -73,7 +79,7 @@ def watch(
     (directory / "web.yml").write_text("")
     parent = Parent()
     monkeypatch.setattr(
-        "tcpexporter.config.reader.select.poll", lambda: Looks(parent, *steps)
+        "tcpexporter.config.reader.select.poll", lambda: Poll(parent, *steps)
     )
     watching = reader._Watch(
         cast("socket.socket", parent),
@@ -91,10 +97,10 @@ def nothing() -> None:
     pass
 
 
-def test_a_pair_is_read_when_both_are_there(
+def test_a_pair_of_files_is_read_when_both_have_changed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Neither between the two writes, nor while a file is incomplete."""
+    """It is not read between the two writes, nor while one file is incomplete."""
     cert, key = tmp_path / "cert", tmp_path / "key"
     cert.write_text("1")
     key.write_text("1")
@@ -113,10 +119,10 @@ def test_a_pair_is_read_when_both_are_there(
     assert len(parent.sent) == 2
 
 
-def test_what_reads_the_same_is_not_sent_again(
+def test_unchanged_content_is_not_sent_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A file that was touched but has the same content is not sent again."""
+    """Only the modification time of the file has changed."""
     for name in ("cert", "key"):
         (tmp_path / name).write_text("1")
     touch = lambda: os.utime(tmp_path / "key", (1, 1))  # noqa: E731
@@ -125,8 +131,10 @@ def test_what_reads_the_same_is_not_sent_again(
     assert len(parent.sent) == 1
 
 
-def test_a_file_that_comes_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A missing file is detected when it is created."""
+def test_a_file_created_later_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first message says that the file is missing, the second one has its content."""
     cert, key = tmp_path / "cert", tmp_path / "key"
     cert.write_text("1")
     pairs, parent = watch(
@@ -137,10 +145,10 @@ def test_a_file_that_comes_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "key cannot be read" in str(parent.sent[0].refused)
 
 
-def test_when_asked_it_tells_of_everything(
+def test_a_request_is_answered_with_all_files(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each request gets all files, changed or not, readable or not, then `ANSWERED`."""
+    """Each answer has changed, unchanged and unreadable files, and ends with `ANSWERED`."""
     for name in ("cert", "key"):
         (tmp_path / name).write_text("1")
     conf = tmp_path / "conf"
@@ -154,8 +162,8 @@ def test_when_asked_it_tells_of_everything(
     )
     pairs, parent = watch(monkeypatch, tmp_path, *steps, settings=str(conf))
     assert pairs == [("1", "1")] * 4
-    web, *told = parent.sent
-    assert told == [
+    web, *following = parent.sent
+    assert following == [
         web,
         reader.Message(
             "settings", refused=f"{conf} cannot be read: No such file or directory"
@@ -174,10 +182,10 @@ def test_when_asked_it_tells_of_everything(
     ]
 
 
-def test_a_pair_half_replaced_is_read_when_asked(
+def test_a_half_replaced_pair_is_read_on_request(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It is read again when the second file has changed."""
+    """The pair is read again when the second file has changed too."""
     cert, key = tmp_path / "cert", tmp_path / "key"
     cert.write_text("1")
     key.write_text("1")
@@ -193,15 +201,15 @@ def test_a_pair_half_replaced_is_read_when_asked(
     assert pairs == [("1", "1"), ("2", "1"), ("2", "22")]
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
-    """A pipe without a writer, and a file without an end, are refused."""
+def test_a_file_that_is_not_regular_is_refused_at_once(tmp_path: Path) -> None:
+    """Neither a pipe without a writer nor an endless device blocks the reader."""
     os.mkfifo(tmp_path / "pipe")
     for path in (str(tmp_path / "pipe"), "/dev/zero"):
         with pytest.raises(SettingsError, match="it is not a regular file"):
             reader._Files().read(path)
 
 
-def test_a_file_that_is_too_large(tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
     """The limit is 1 MiB; certificates are much smaller."""
     (tmp_path / "large").write_bytes(bytes(files.LARGEST_BYTES + 1))
     with pytest.raises(SettingsError, match="is larger than"):

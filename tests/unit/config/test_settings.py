@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
+"""Settings from flags, environment and file: precedence, valid values and errors."""
+
 import contextlib
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
@@ -39,7 +41,7 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("unpin", "true", {"unpin": True}),
     ("state", "/var/lib/x/state", {"state": "/var/lib/x/state"}),
 ]
-"""A name, a value that is not its default, and what comes of it."""
+"""The name of a setting, a text that is not its default, and the resulting fields."""
 
 FROM_GO = ["simple", "tcpv6", "port", "listen", "duration"]
 GO_SAMPLES = [sample for sample in SAMPLES if sample[0] in FROM_GO]
@@ -52,7 +54,7 @@ REFUSED = [
         for value in ("", "yes", "on", "TrUe", "2")
     ],
     *[
-        ("port", value, "-1 for all, or ports from 1 to 65535")
+        ("port", value, "-1 for all ports, or ports from 1 to 65535")
         for value in (
             *(
                 "",
@@ -86,7 +88,7 @@ REFUSED = [
         )
     ],
     *[
-        ("interval", value, "0.1 to 3600 seconds")
+        ("interval", value, "a number of seconds from 0.1 to 3600")
         for value in ("", "0", "0.09", "3600.1", "2h", "-1", "nan", "inf", "1e0", "fast")
     ],
     *[
@@ -100,7 +102,7 @@ REFUSED = [
     *[("direction", value, "inbound, outbound or all") for value in ("", "in", "ALL")],
     *[("netns", value, "self, all, a name") for value in ("", "two words", "a:b")],
     *[
-        ("reconcile-interval", value, "0 for never, or seconds up to 86400")
+        ("reconcile-interval", value, "0 (only after missed events), seconds up to 86400")
         for value in ("", "-1", "86401", "25h", "often")
     ],
     *[
@@ -115,10 +117,10 @@ REFUSED = [
     *[("log-format", value, "text or json") for value in ("", "xml")],
     *[("user", value, "the name of a user") for value in ("", "no body", "root:root")],
 ]
-"""A name, a value that is refused, and how the refusal says what it takes."""
+"""The name of a setting, an invalid text, and how the error describes valid ones."""
 
 unhurried = run_with(deadline=None)
-"""A busy machine is no failure."""
+"""Without a deadline, because a busy machine is no failure."""
 
 WriteFile = Callable[[str | bytes], str]
 
@@ -146,22 +148,22 @@ def in_environment(name: str) -> str:
     return name.replace("-", "_").upper()
 
 
-# What is chosen, and where.
+# Precedence of flags, environment and file.
 
 
-def test_default() -> None:
-    """The defaults that the help tells are those of the dataclass."""
+def test_an_empty_command_line_gives_the_defaults() -> None:
+    """These are the defaults of the dataclass, which the help shows too."""
     assert parse([], {}) == Settings()
 
 
-def test_settings_are_frozen() -> None:
-    """Nothing changes its settings once they are parsed."""
+def test_settings_cannot_be_changed() -> None:
+    """The dataclass is frozen."""
     with pytest.raises(FrozenInstanceError):
         parse([], {}).simple = True  # type: ignore[misc]
 
 
-def test_samples_cover_every_field() -> None:
-    """The tests below leave out no setting but conf and output, which have their own."""
+def test_the_samples_have_every_setting() -> None:
+    """Only conf and output are missing, because they have their own tests."""
     covered = {field for _, _, expected in SAMPLES for field in expected}
     covered |= {"conf", "output"}
     assert covered == {field.name for field in fields(Settings)}
@@ -169,8 +171,10 @@ def test_samples_cover_every_field() -> None:
 
 @pytest.mark.parametrize(("name", "text", "expected"), SAMPLES)
 @pytest.mark.parametrize("dashes", ["-", "--"])
-def test_flag(name: str, text: str, expected: dict[str, Any], dashes: str) -> None:
-    """Every setting is a flag of one dash or two, its value after an equals sign."""
+def test_each_setting_is_a_flag(
+    name: str, text: str, expected: dict[str, Any], dashes: str
+) -> None:
+    """A flag begins with one dash or two; an equals sign precedes the value."""
     assert parse([f"{dashes}{name}={text}"], {}) == replace(Settings(), **expected)
 
 
@@ -179,46 +183,54 @@ def test_flag(name: str, text: str, expected: dict[str, Any], dashes: str) -> No
     [sample for sample in SAMPLES if sample[1] not in {"true", "false"}],
 )
 @pytest.mark.parametrize("dashes", ["-", "--"])
-def test_flag_and_its_value_apart(
+def test_the_value_of_a_flag_may_be_the_next_argument(
     name: str, text: str, expected: dict[str, Any], dashes: str
 ) -> None:
-    """The value of a flag that is no switch may be the next argument."""
+    """This does not apply to switches."""
     assert parse([dashes + name, text], {}) == replace(Settings(), **expected)
 
 
 @pytest.mark.parametrize(("name", "text", "expected"), SAMPLES)
-def test_environment(name: str, text: str, expected: dict[str, Any]) -> None:
-    """Every setting is an environment variable with the prefix."""
+def test_each_setting_is_an_environment_variable(
+    name: str, text: str, expected: dict[str, Any]
+) -> None:
+    """The name of the variable has the prefix TCPEXPORTER_."""
     environ = {f"TCPEXPORTER_{in_environment(name)}": text}
     assert parse([], environ) == replace(Settings(), **expected)
 
 
 @pytest.mark.parametrize(("name", "text", "expected"), GO_SAMPLES)
-def test_go_environment(name: str, text: str, expected: dict[str, Any]) -> None:
-    """The Go program's settings are environment variables without the prefix too."""
+def test_settings_of_the_go_program_need_no_prefix(
+    name: str, text: str, expected: dict[str, Any]
+) -> None:
+    """The Go program read these environment variables."""
     assert parse([], {in_environment(name): text}) == replace(Settings(), **expected)
 
 
 @pytest.mark.parametrize(("name", "text", "expected"), GO_SAMPLES)
-def test_prefixed_variable_wins(name: str, text: str, expected: dict[str, Any]) -> None:
-    """A variable with the prefix wins over one without, whatever that one holds."""
+def test_a_variable_with_the_prefix_wins(
+    name: str, text: str, expected: dict[str, Any]
+) -> None:
+    """The variable without the prefix is ignored, even if its value is invalid."""
     variable = in_environment(name)
     environ = {f"TCPEXPORTER_{variable}": text, variable: "nonsense"}
     assert parse([], environ) == replace(Settings(), **expected)
 
 
 @pytest.mark.parametrize(("name", "text", "expected"), OTHER_SAMPLES)
-def test_other_variables_need_the_prefix(
+def test_other_settings_require_the_prefix(
     name: str,
     text: str,
-    expected: dict[str, Any],  # noqa: ARG001 - the samples have it
+    expected: dict[str, Any],  # noqa: ARG001  (every sample has a value)
 ) -> None:
-    """What the Go program has not is not read without the prefix: shells set USER."""
+    """Shells set USER, for example, so only the Go program's variables work without it."""
     assert parse([], {in_environment(name): text}) == Settings()
 
 
-def test_process_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the environment that is handed over counts."""
+def test_the_environment_of_the_process_is_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the environment passed as an argument is used."""
     for variable in ("PORT", "TCPEXPORTER_PORT", "TCPEXPORTER_TYPO"):
         monkeypatch.setenv(variable, "443")
     assert parse([], {}) == Settings()
@@ -226,48 +238,48 @@ def test_process_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("separator", [" ", "=", " = ", "\t", " =", "= ", "   "])
 @pytest.mark.parametrize(("name", "text", "expected"), SAMPLES)
-def test_file(
+def test_each_setting_is_a_line_of_the_file(
     write_file: WriteFile, name: str, text: str, expected: dict[str, Any], separator: str
 ) -> None:
-    """Every setting is a line of the file, of either form and with either dash."""
+    """A line is "name value" or "name=value", and dashes in the name may be underscores."""
     for written in {name, name.replace("-", "_")}:
         conf = write_file(written + separator + text)
         assert parse(["--conf", conf], {}) == replace(Settings(), conf=conf, **expected)
 
 
-def test_file_with_comments(write_file: WriteFile) -> None:
-    """Comments, blank lines, indentation and a Windows editor do no harm."""
+def test_comments_and_blank_lines_are_ignored(write_file: WriteFile) -> None:
+    """Indentation and the line ends of Windows editors are ignored too."""
     conf = write_file("# a comment\r\n\r\n   # another\r\n  simple\r\nport 443  \r\n\r\n")
     assert parse(["--conf", conf], {}) == Settings(conf=conf, simple=True, ports=(443,))
 
 
-def test_switch_alone_in_file(write_file: WriteFile) -> None:
-    """A switch that stands alone in the file is on."""
+def test_a_switch_without_a_value_in_the_file_is_on(write_file: WriteFile) -> None:
+    """A line with only the name of a switch means true."""
     conf = write_file("simple\nonce\ntcpv6")
     assert parse(["--conf", conf], {}) == Settings(conf=conf, simple=True, once=True)
 
 
-def test_value_with_equals_sign_in_file(write_file: WriteFile) -> None:
-    """Only the first separator of a line separates."""
+def test_a_value_in_the_file_may_have_an_equals_sign(write_file: WriteFile) -> None:
+    """Only the first separator of a line separates name and value."""
     assert parse(["--conf", write_file("user a=b")], {}).user == "a=b"
 
 
-def test_value_with_dash_in_file(write_file: WriteFile) -> None:
-    """A value that begins with a dash is not taken for a flag."""
+def test_a_value_in_the_file_may_begin_with_a_dash(write_file: WriteFile) -> None:
+    """Such a value is not mistaken for a flag."""
     conf = write_file("port -1\nuser --simple")
     assert parse(["--conf", conf], {}) == Settings(conf=conf, user="--simple")
 
 
-def test_value_with_dash_in_environment() -> None:
-    """Neither is one of the environment."""
+def test_a_value_in_the_environment_may_begin_with_a_dash() -> None:
+    """Such a value is not mistaken for a flag."""
     environ = {"PORT": "-1", "TCPEXPORTER_USER": "-simple"}
     assert parse([], environ) == Settings(user="-simple")
 
 
 @pytest.mark.parametrize("dashes", ["-", "--"])
 @pytest.mark.parametrize("name", ["conf", "config"])
-def test_file_named_by_flag(write_file: WriteFile, name: str, dashes: str) -> None:
-    """The file has two names, as a flag."""
+def test_a_flag_names_the_file(write_file: WriteFile, name: str, dashes: str) -> None:
+    """Both --conf and --config name the settings file."""
     conf = write_file("simple")
     assert parse([dashes + name, conf], {}) == Settings(simple=True, conf=conf)
 
@@ -275,33 +287,35 @@ def test_file_named_by_flag(write_file: WriteFile, name: str, dashes: str) -> No
 @pytest.mark.parametrize(
     "variable", ["TCPEXPORTER_CONF", "TCPEXPORTER_CONFIG", "CONF", "CONFIG"]
 )
-def test_file_named_by_environment(write_file: WriteFile, variable: str) -> None:
-    """And as an environment variable."""
+def test_a_variable_names_the_file(write_file: WriteFile, variable: str) -> None:
+    """Both CONF and CONFIG name the settings file, with or without the prefix."""
     conf = write_file("simple")
     assert parse([], {variable: conf}) == Settings(simple=True, conf=conf)
 
 
-def test_file_named_by_flag_wins(write_file: WriteFile) -> None:
-    """The file of the environment is not read when a flag names another."""
+def test_the_file_of_the_flag_wins(write_file: WriteFile) -> None:
+    """If a flag names a file, the file that the environment names is not read."""
     conf = write_file("simple")
     assert parse(["--config", conf], {"CONF": "/absent"}).conf == conf
 
 
-def test_file_in_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The home directory may be written as a tilde."""
+def test_the_path_of_the_file_may_begin_with_a_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tilde means the home directory."""
     (tmp_path / "x.conf").write_text("simple\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parse(["--conf", "~/x.conf"], {}) == Settings(simple=True, conf="~/x.conf")
 
 
 @pytest.mark.parametrize("argv", [["--conf="], []])
-def test_no_file(argv: list[str]) -> None:
-    """An empty name is no file, as in the Go program."""
+def test_an_empty_path_means_no_file(argv: list[str]) -> None:
+    """The Go program did the same."""
     assert parse(argv, {"CONF": ""}) == Settings()
 
 
-def test_precedence(write_file: WriteFile) -> None:
-    """Flag over variable with prefix over Go's variable over file over default."""
+def test_flags_win_over_environment_and_file(write_file: WriteFile) -> None:
+    """The order is: flag, prefixed variable, unprefixed variable, file, default."""
     conf = ["--conf", write_file("port 1")]
     variable, prefixed = {"PORT": "2"}, {"TCPEXPORTER_PORT": "3"}
     flag = ["--port", "4"]
@@ -313,8 +327,9 @@ def test_precedence(write_file: WriteFile) -> None:
 
 
 @pytest.mark.parametrize("text", ["true", "false"])
-def test_precedence_of_switches(write_file: WriteFile, text: str) -> None:
-    """A switch can be turned off as well as on by whatever has precedence."""
+def test_a_switch_can_be_turned_off_by_precedence(write_file: WriteFile, text: str) -> None:
+    """Either value of a switch overrides the opposite value from an origin with less
+    precedence."""
     other = "false" if text == "true" else "true"
     conf = ["--conf", write_file(f"simple {other}")]
     expected = text == "true"
@@ -323,8 +338,8 @@ def test_precedence_of_switches(write_file: WriteFile, text: str) -> None:
     assert parse([f"-simple={text}"], {"SIMPLE": other}).simple is expected
 
 
-def test_sources_add_up(write_file: WriteFile) -> None:
-    """Different settings may come from different places."""
+def test_settings_from_several_origins_are_combined(write_file: WriteFile) -> None:
+    """Each setting may come from a different origin."""
     conf = write_file("duration 2h\ntcpv6 false")
     chosen = parse(["-conf", conf, "-simple"], {"PORT": "443", "TCPEXPORTER_NETNS": "all"})
     assert chosen == Settings(
@@ -332,25 +347,25 @@ def test_sources_add_up(write_file: WriteFile) -> None:
     )
 
 
-def test_last_flag_wins() -> None:
-    """A flag given twice counts as it was given last, as in the Go program."""
+def test_the_last_of_two_equal_flags_wins() -> None:
+    """The Go program did the same."""
     assert parse(["--port=1", "-port", "2", "--simple", "--simple=false"], {}) == Settings(
         ports=(2,)
     )
 
 
-def test_overruled_value_is_not_judged(write_file: WriteFile) -> None:
-    """A value that does not count does no harm, as in the Go program."""
+def test_an_overridden_value_is_not_checked(write_file: WriteFile) -> None:
+    """An invalid value without effect is no error, as in the Go program."""
     conf = write_file("port nonsense")
     assert parse(["--conf", conf, "--port=1"], {"PORT": "nonsense"}).ports == (1,)
 
 
-# What values are taken.
+# Valid values.
 
 
 @pytest.mark.parametrize("dashes", ["-", "--"])
-def test_switch_alone(dashes: str) -> None:
-    """A switch without a value is on, and leaves the next flag alone."""
+def test_a_switch_without_a_value_is_on(dashes: str) -> None:
+    """The next argument is not taken as its value."""
     argv = [dashes + name for name in ("simple", "once", "tcpv6", "port=443")]
     environ = {"TCPV6": "false"}
     assert parse(argv, environ) == Settings(simple=True, once=True, ports=(443,))
@@ -361,8 +376,8 @@ def test_switch_alone(dashes: str) -> None:
     [(word, True) for word in ("1", "t", "T", "TRUE", "true", "True")]
     + [(word, False) for word in ("0", "f", "F", "FALSE", "false", "False")],
 )
-def test_boolean_words(word: str, expected: bool) -> None:
-    """The words of Go's ParseBool are taken, from the environment too."""
+def test_booleans_are_those_of_go(word: str, expected: bool) -> None:
+    """The words of Go's ParseBool are valid in flags and in the environment."""
     assert parse([f"--simple={word}"], {}).simple is expected
     assert parse([], {"TCPV6": word}).tcpv6 is expected
 
@@ -370,8 +385,8 @@ def test_boolean_words(word: str, expected: bool) -> None:
 @pytest.mark.parametrize(
     "argv", [["--port", "-1"], ["-port", "-1"], ["--port=-1"], ["-port=-1"]]
 )
-def test_every_port(argv: list[str]) -> None:
-    """Port -1 is every port, although it looks like a flag."""
+def test_port_minus_one_means_every_port(argv: list[str]) -> None:
+    """The value -1 is not mistaken for a flag."""
     assert parse(argv, {"PORT": "443"}).ports == ()
 
 
@@ -387,8 +402,8 @@ def test_every_port(argv: list[str]) -> None:
         ("1-65535", tuple(range(1, 65536))),
     ],
 )
-def test_ports(text: str, expected: tuple[int, ...]) -> None:
-    """Ports are a list of ports and ranges, and come out ascending and once."""
+def test_ports_are_sorted_and_unique(text: str, expected: tuple[int, ...]) -> None:
+    """A list may have single ports and ranges, in any order and repeatedly."""
     assert parse(["--port", text], {}).ports == expected
 
 
@@ -402,8 +417,8 @@ RANGES = st.lists(
 
 @unhurried
 @given(RANGES)
-def test_ports_round_trip(ranges: list[range]) -> None:
-    """Whatever ports are written down are the ports that are read."""
+def test_any_list_of_ports_is_parsed(ranges: list[range]) -> None:
+    """Formatting ports and parsing the text gives the same ports."""
     text = ",".join(
         f"{span[0]}-{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in ranges
     )
@@ -427,8 +442,10 @@ def test_ports_round_trip(ranges: list[range]) -> None:
         ("[::ffff:127.0.0.1]:9000", "127.0.0.1", 9000),
     ],
 )
-def test_listen(text: str, address: str | None, port: int) -> None:
-    """A host is a name or an address, an IPv6 one in brackets, or left out."""
+def test_a_listen_address_may_have_a_host(
+    text: str, address: str | None, port: int
+) -> None:
+    """The host is a name, an IPv4 address or an IPv6 address in brackets, or is absent."""
     assert parse(["--listen", text], {}) == Settings(
         listen_address=address, listen_port=port
     )
@@ -436,8 +453,9 @@ def test_listen(text: str, address: str | None, port: int) -> None:
 
 @unhurried
 @given(st.ip_addresses(), st.integers(1, 65535))
-def test_listen_round_trip(address: Any, port: int) -> None:
-    """Whatever address is written down is the address that is read, or its IPv4 form."""
+def test_any_listen_address_is_parsed(address: Any, port: int) -> None:
+    """Formatting an address and parsing the text gives the same address. A v4-mapped
+    address becomes IPv4."""
     text = f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
     chosen = parse([], {"LISTEN": text})
     meant = getattr(address, "ipv4_mapped", None) or address
@@ -458,8 +476,8 @@ def test_listen_round_trip(address: Any, port: int) -> None:
         ("9223372036", 9223372036),
     ],
 )
-def test_duration(text: str, seconds: int) -> None:
-    """A duration is in seconds, or in any of hours, minutes and seconds."""
+def test_a_duration_is_seconds_or_has_units(text: str, seconds: int) -> None:
+    """The units are hours, minutes and seconds."""
     duration_s = parse(["--duration", text], {}).duration_s
     assert duration_s == seconds
     assert isinstance(duration_s, int)
@@ -467,8 +485,8 @@ def test_duration(text: str, seconds: int) -> None:
 
 @unhurried
 @given(st.integers(0, 9223372036))
-def test_duration_round_trip(seconds: int) -> None:
-    """Every duration can be written as seconds, or with each unit, and is read the same."""
+def test_any_duration_is_parsed(seconds: int) -> None:
+    """A duration in seconds and one with units are equal."""
     minutes, second = divmod(seconds, 60)
     hour, minute = divmod(minutes, 60)
     for text in (f"{seconds}", f"{seconds}s", f"{hour}h{minute}m{second}s"):
@@ -486,8 +504,8 @@ def test_duration_round_trip(seconds: int) -> None:
         ("1h", 3600.0),
     ],
 )
-def test_interval(text: str, seconds: float) -> None:
-    """An interval may have a fraction, its bounds included."""
+def test_an_interval_may_have_a_fraction(text: str, seconds: float) -> None:
+    """The smallest and the largest interval are valid."""
     interval_s = parse(["--interval", text], {}).interval_s
     assert interval_s == seconds
     assert isinstance(interval_s, float)
@@ -495,29 +513,31 @@ def test_interval(text: str, seconds: float) -> None:
 
 @unhurried
 @given(st.floats(0.1, 3600))
-def test_interval_round_trip(seconds: float) -> None:
-    """Every interval is read as it was written."""
+def test_any_interval_is_parsed(seconds: float) -> None:
+    """Formatting an interval and parsing the text gives the same interval."""
     assert parse([f"--interval={seconds!r}"], {}).interval_s == seconds
 
 
 @pytest.mark.parametrize("number", [1, 16_777_216])
-def test_max_connections(number: int) -> None:
-    """The bounds are included."""
+def test_the_bounds_of_max_connections_are_valid(number: int) -> None:
+    """Both bounds are valid values."""
     assert parse([f"--max-connections={number}"], {}).max_connections == number
 
 
 @pytest.mark.parametrize("number", [1, 16_777_216])
-def test_max_series(number: int) -> None:
-    """The bounds are included."""
+def test_the_bounds_of_max_series_are_valid(number: int) -> None:
+    """Both bounds are valid values."""
     assert parse([f"--max-series={number}"], {}).max_series == number
 
 
-# What is refused, and what the refusal says.
+# Invalid values and their errors.
 
 
-@pytest.mark.parametrize(("name", "text", "takes"), REFUSED)
-def test_refused_value(write_file: WriteFile, name: str, text: str, takes: str) -> None:
-    """A refusal says which setting, where its value is from, what it takes and has not."""
+@pytest.mark.parametrize(("name", "text", "allowed"), REFUSED)
+def test_an_invalid_value_is_refused(
+    write_file: WriteFile, name: str, text: str, allowed: str
+) -> None:
+    """The error has the setting, its origin, the valid values, and the invalid one."""
     variable = f"TCPEXPORTER_{in_environment(name)}"
     conf = write_file(f"# first\n{name}={text}\n")
     for origin, message in {
@@ -525,12 +545,12 @@ def test_refused_value(write_file: WriteFile, name: str, text: str, takes: str) 
         f"environment variable {variable}": refusal([], {variable: text}),
         f"{conf} line 2": refusal([f"--conf={conf}"]),
     }.items():
-        assert message.startswith(f"{origin}: {name} takes {takes}")
+        assert message.startswith(f"{origin}: {name} must be {allowed}")
         assert message.endswith(f", not {quoted(text)}")
 
 
 def test_two_dashes_are_a_value(write_file: WriteFile) -> None:
-    """Like any other that is refused or taken, wherever it is written."""
+    """The value "--" has no special meaning: --pin accepts it, and --port refuses it."""
     conf = write_file("port --\n")
     for message in (
         refusal(["--port=--"]),
@@ -542,16 +562,17 @@ def test_two_dashes_are_a_value(write_file: WriteFile) -> None:
 
 
 @pytest.mark.parametrize("name", ["pin", "web-config"])
-def test_a_path_has_no_null_character(write_file: WriteFile, name: str) -> None:
-    """No file can have that name, and Python would not even ask the kernel."""
+def test_a_path_with_a_null_character_is_refused(write_file: WriteFile, name: str) -> None:
+    """No file can have that name, and Python would raise ValueError."""
     conf = write_file(f"{name} /a\0b\n")
     assert refusal([f"--conf={conf}"]).startswith(
-        f"{conf} line 1: {name} takes the path of"
+        f"{conf} line 1: {name} must be the path of"
     )
 
 
-def test_a_port_that_is_named_often_is_looked_at_once() -> None:
-    """A hundred thousand ranges of all ports take no longer than they are long."""
+def test_many_ranges_of_ports_are_parsed_fast() -> None:
+    """The time for a hundred thousand overlapping ranges is proportional to the length
+    of the text."""
     ranges = ["1-65535", "2-65535", "65535"] * 33_333
     assert parse(["--port", ",".join(ranges)], {}).ports == tuple(range(1, 65536))
 
@@ -559,10 +580,8 @@ def test_a_port_that_is_named_often_is_looked_at_once() -> None:
 @pytest.mark.parametrize(
     "name", ["port", "duration", "interval", "max-connections", "listen"]
 )
-def test_a_million_digits_are_refused_in_a_sentence(
-    write_file: WriteFile, name: str
-) -> None:
-    """That begins and ends as they do."""
+def test_a_million_digits_give_a_short_error(write_file: WriteFile, name: str) -> None:
+    """The error has the first and the last digits of the value."""
     conf = write_file(f"{name} {'9' * 1_000_003}\n")
     sentence = refusal([f"--conf={conf}"])
     assert sentence.endswith("999'")
@@ -570,10 +589,12 @@ def test_a_million_digits_are_refused_in_a_sentence(
 
 
 @pytest.mark.parametrize("name", FROM_GO)
-def test_refused_go_variable(name: str) -> None:
-    """A refusal names the variable that was set, not the one that was not."""
+def test_an_invalid_go_variable_is_named(name: str) -> None:
+    """The error has the name of the variable that is set, without the prefix."""
     message = refusal([], {in_environment(name): "nonsense"})
-    assert message.startswith(f"environment variable {in_environment(name)}: {name} takes ")
+    assert message.startswith(
+        f"environment variable {in_environment(name)}: {name} must be "
+    )
 
 
 @pytest.mark.parametrize(
@@ -583,24 +604,24 @@ def test_refused_go_variable(name: str) -> None:
         *("--no-simple", "--max_connections=1", "443", "false", "-", "-1", ""),
     ],
 )
-def test_unknown_flag(argument: str) -> None:
-    """An argument that is no flag, or an abbreviated one, is refused by what it says."""
+def test_an_unknown_flag_is_refused(argument: str) -> None:
+    """The error has the argument, which may be an abbreviated flag."""
     message = refusal(["--simple", argument])
     assert message.startswith("unrecognized arguments: ")
     assert argument.lstrip("-") in message
     assert "--help" in message
 
 
-def test_switch_takes_no_next_argument() -> None:
-    """A value apart from its switch is refused: Go would stop reading flags there."""
+def test_a_switch_has_no_value_as_next_argument() -> None:
+    """Such a value is refused, because the Go program would ignore all later flags."""
     assert "false" in refusal(["--simple", "false", "--port=443"])
 
 
 @pytest.mark.parametrize(
     "argv", [["--port"], ["-port"], ["--port", "--simple"], ["--conf"]]
 )
-def test_missing_value(argv: list[str]) -> None:
-    """A flag without its value is refused by its name."""
+def test_a_flag_without_its_value_is_refused(argv: list[str]) -> None:
+    """The error has the name of the flag."""
     message = refusal(argv, {"PORT": "443", "CONF": ""})
     assert f"argument --{argv[0].lstrip('-')}" in message
     assert "expected one argument" in message
@@ -610,8 +631,8 @@ def test_missing_value(argv: list[str]) -> None:
     "variable",
     ["TCPEXPORTER_PROT", "TCPEXPORTER_", "TCPEXPORTER_HELP", "TCPEXPORTER_MAX-CONNECTIONS"],
 )
-def test_unknown_variable(variable: str) -> None:
-    """A variable with the prefix and an unknown name is refused."""
+def test_an_unknown_variable_with_the_prefix_is_refused(variable: str) -> None:
+    """The error has the name of the variable."""
     message = refusal(["--simple"], {variable: "1"})
     assert message == (
         f"environment variable {variable}: there is no such setting; --help lists them"
@@ -636,9 +657,10 @@ def test_unknown_variable(variable: str) -> None:
     ],
 )
 def test_variables_of_a_kubernetes_service_are_ignored(name: str, value: str) -> None:
-    """Of one named tcpexporter, or tcpexporter-web: they would end every pod beside it.
+    """Kubernetes sets them for a service named tcpexporter or tcpexporter-web.
 
-    The kind of fault: somebody else's variables have our prefix.
+    The exporter would otherwise not start in any pod of that namespace. The kind of fault:
+    variables of other programs have our prefix.
     """
     assert parse([], {name: value, "PORT": "443"}) == Settings(ports=(443,))
     assert parse([], {name: value, "TCPEXPORTER_DURATION": "7"}).duration_s == 7
@@ -661,20 +683,20 @@ def test_variables_of_a_kubernetes_service_are_ignored(name: str, value: str) ->
 def test_variables_like_those_of_a_kubernetes_service_are_refused(
     name: str, value: str
 ) -> None:
-    """They may be a misspelt setting."""
+    """They may be misspelt settings."""
     assert "there is no such setting" in refusal([], {name: value})
 
 
-def test_a_port_that_is_none_is_refused_as_ever() -> None:
-    """Only the value that Kubernetes gives is ignored."""
+def test_an_invalid_port_variable_is_refused() -> None:
+    """Only the value that Kubernetes sets is ignored."""
     for value in ("tcp", "http://10.0.0.7:9690", "443/tcp"):
         assert refusal([], {"TCPEXPORTER_PORT": value}).startswith(
-            "environment variable TCPEXPORTER_PORT: port takes "
+            "environment variable TCPEXPORTER_PORT: port must be "
         )
 
 
-def test_unknown_variable_without_prefix() -> None:
-    """Other programs' variables are theirs."""
+def test_unknown_variables_without_the_prefix_are_ignored() -> None:
+    """They belong to other programs."""
     environ = {"TCPEXPORTER": "x", "PROT": "443", "tcpexporter_port": "1", "HELP": "1"}
     assert parse([], environ) == Settings()
 
@@ -695,32 +717,40 @@ def test_unknown_variable_without_prefix() -> None:
         ("\ufeffport 443", "\ufeffport"),
     ],
 )
-def test_unknown_name_in_file(write_file: WriteFile, line: str, name: str) -> None:
-    """An unknown name in the file is refused, and so is that of another file."""
+def test_an_unknown_name_in_the_file_is_refused(
+    write_file: WriteFile, line: str, name: str
+) -> None:
+    """A settings file cannot name another settings file, so conf is unknown too."""
     conf = write_file(f"simple\n\n{line}\n")
     assert refusal(["--conf", conf]) == (
         f"{conf} line 3: {name!r} is not a setting that a file can have; --help lists them"
     )
 
 
-def test_unknown_name_in_file_with_flag_alike(write_file: WriteFile) -> None:
-    """It is refused although an unknown flag has the same name."""
+def test_an_unknown_name_in_the_file_is_refused_before_flags(
+    write_file: WriteFile,
+) -> None:
+    """The error is about the file, although an unknown flag has the same name."""
     conf = write_file("prot 443")
     assert f"{conf} line 1: 'prot'" in refusal(["--conf", conf, "--prot=443"])
 
 
 @pytest.mark.parametrize("name", ["port", "user"])
-def test_missing_value_in_file(write_file: WriteFile, name: str) -> None:
-    """A name that is no switch does not stand alone in the file."""
+def test_a_name_without_a_value_in_the_file_is_refused(
+    write_file: WriteFile, name: str
+) -> None:
+    """Only switches need no value."""
     conf = write_file(name)
-    assert refusal(["--conf", conf]).startswith(f"{conf} line 1: {name} takes ")
+    assert refusal(["--conf", conf]).startswith(f"{conf} line 1: {name} must be ")
 
 
 @pytest.mark.parametrize(
     ("first", "second"), [("port 1", "port 1"), ("log-level info", "log_level=error")]
 )
-def test_name_twice_in_file(write_file: WriteFile, first: str, second: str) -> None:
-    """A name may be in the file once, however it is written."""
+def test_a_name_given_twice_in_the_file_is_refused(
+    write_file: WriteFile, first: str, second: str
+) -> None:
+    """Names with dashes and with underscores are equal."""
     conf = write_file(f"{first}\n#\n{second}")
     name, _ = first.split()
     assert refusal(["--conf", conf]) == f"{conf} line 3: {name} is set a second time"
@@ -734,30 +764,33 @@ def test_name_twice_in_file(write_file: WriteFile, first: str, second: str) -> N
         ("\0", "null byte"),
     ],
 )
-def test_unreadable_file(conf: str, reason: str) -> None:
-    """A file that cannot be read is refused by its path, with the reason."""
+def test_a_file_that_cannot_be_read_is_refused(conf: str, reason: str) -> None:
+    """The error has the path and the reason."""
     for message in (refusal(["--conf", conf]), refusal([], {"CONF": conf})):
         assert f"the settings file {conf} " in message
         assert reason in message
 
 
-def test_a_file_without_end() -> None:
-    """It is not read until memory is."""
+def test_an_endless_file_is_refused() -> None:
+    """Reading stops at the size limit, before memory is exhausted."""
     assert "/dev/zero" in refusal(["--conf=/dev/zero"])
     assert "larger than 1048576 bytes" in refusal(["--conf=/dev/zero"])
 
 
-def test_binary_file(write_file: WriteFile) -> None:
-    """A file that is not text is refused too."""
+def test_a_binary_file_is_refused(write_file: WriteFile) -> None:
+    """The error has the path and the reason."""
     conf = write_file(b"port \xff\n")
     assert f"the settings file {conf} " in refusal(["--conf", conf])
 
 
-# What is told.
+# Help and version.
 
 
-def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The help has each setting, what it takes and its default, and the ways to choose."""
+def test_the_help_has_every_setting(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the valid values and the default of each, and explains environment and
+    file."""
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as exited:
         parse(["--help"], {})
@@ -766,16 +799,18 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     names = {name for name, _, _ in SAMPLES} | {"conf", "output"}
     for name in names | {"help", "version"}:
         assert f"--{name}" in text
-    assert text.count("; takes ") == text.count(" (default: ") == len(names)
+    assert text.count(". Value: ") == text.count(" (default: ") == len(names)
     assert "[env var: " not in text
     assert "TCPEXPORTER_PORT" in text
     assert "port=443" in text
-    assert "for simple, tcpv6, port, duration, listen, conf without the prefix too" in text
+    assert "variables of simple, tcpv6, port, duration, listen, conf are also read" in text
 
 
 @pytest.mark.parametrize("flag", ["-h", "-help", "--help"])
-def test_help_in_spite_of_trouble(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The help is there for those whose settings are refused."""
+def test_the_help_is_printed_despite_invalid_settings(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Operators with invalid settings can read the help."""
     environ = {"CONF": "/absent", "PORT": "nonsense", "TCPEXPORTER_PROT": "443"}
     with pytest.raises(SystemExit) as exited:
         parse([flag], environ)
@@ -784,15 +819,17 @@ def test_help_in_spite_of_trouble(flag: str, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("flag", ["-version", "--version"])
-def test_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The version is that of the installed package."""
+def test_the_version_is_that_of_the_package(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The output is the name and the version of the installed package."""
     with pytest.raises(SystemExit) as exited:
         parse([flag], {})
     assert exited.value.code == 0
     assert capsys.readouterr().out == f"tcpexporter {metadata.version('tcpexporter')}\n"
 
 
-# What nobody thought of.
+# Random input.
 
 NAMES = st.sampled_from(
     [name for name, _, _ in SAMPLES] + ["conf", "max_connections", "help"]
@@ -806,8 +843,8 @@ LINES = st.tuples(NAMES, st.sampled_from(["", " ", "=", "\t", ":"]), VALUES).map
 @given(
     st.text(CHARACTERS) | st.lists(LINES | st.text(CHARACTERS)).map("\n".join) | st.binary()
 )
-def test_any_file(write_file: WriteFile, content: str | bytes) -> None:
-    """Any file either parses or is refused."""
+def test_any_file_is_parsed_or_refused(write_file: WriteFile, content: str | bytes) -> None:
+    """No other exception is raised."""
     conf = write_file(content)
     with contextlib.suppress(SettingsError):
         assert parse(["--conf", conf], {}).conf == conf
@@ -820,8 +857,8 @@ ARGUMENTS = st.tuples(st.sampled_from(["-", "--"]), NAMES, st.just("="), VALUES)
 
 @unhurried
 @given(st.lists(ARGUMENTS | st.text() | NAMES.map("-{}".format)))
-def test_any_arguments(argv: list[str]) -> None:
-    """Any arguments parse, are refused or ask for help."""
+def test_any_arguments_are_parsed_or_refused(argv: list[str]) -> None:
+    """Otherwise they request the help."""
     with contextlib.suppress(SettingsError, SystemExit):
         assert isinstance(parse(argv, {}), Settings)
 
@@ -830,17 +867,17 @@ def test_any_arguments(argv: list[str]) -> None:
 @given(
     st.dictionaries(NAMES.map(lambda name: f"TCPEXPORTER_{in_environment(name)}"), VALUES)
 )
-def test_any_environment(environ: dict[str, str]) -> None:
-    """Any environment parses or is refused."""
+def test_any_environment_is_parsed_or_refused(environ: dict[str, str]) -> None:
+    """No other exception is raised."""
     with contextlib.suppress(SettingsError):
         assert isinstance(parse([], environ), Settings)
 
 
-# What excludes each other, and what has no effect.
+# Combinations that are refused, and settings without effect.
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--output=x.prom"], "output requires once: add --once, or leave out --output"),
         (["--output=x", "--features"], "output requires once"),
@@ -849,13 +886,15 @@ def test_any_environment(environ: dict[str, str]) -> None:
         (["--unpin", "--features"], "unpin and features exclude each other"),
     ],
 )
-def test_settings_that_exclude_each_other_are_refused(argv: list[str], said: str) -> None:
-    """One of them would be ignored without a word."""
-    assert refusal(argv).startswith(said)
+def test_settings_that_exclude_each_other_are_refused(
+    argv: list[str], message: str
+) -> None:
+    """Otherwise the exporter would silently ignore one of them."""
+    assert refusal(argv).startswith(message)
 
 
-def test_output_goes_with_once(write_file: WriteFile) -> None:
-    """As a flag, a variable or a line; an empty one is none."""
+def test_output_is_accepted_with_once(write_file: WriteFile) -> None:
+    """It may be a flag, a variable or a line of the file; an empty path means none."""
     expected = Settings(once=True, output="/x/y.prom")
     assert parse(["--once", "--output", "/x/y.prom"], {}) == expected
     assert parse(["--once"], {"TCPEXPORTER_OUTPUT": "/x/y.prom"}) == expected
@@ -865,14 +904,14 @@ def test_output_goes_with_once(write_file: WriteFile) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
-        ("--direction outbound --port 15432", "port names local ports, "),
-        ("--port 443,9690", "port names 9690, which is the exporter's own "),
-        ("--port 7 --listen [::1]:7", "port names 7, which is the exporter's own "),
+        ("--direction outbound --port 15432", "--port selects local ports, "),
+        ("--port 443,9690", "--port selects 9690, the exporter's own port, "),
+        ("--port 7 --listen [::1]:7", "--port selects 7, the exporter's own port, "),
         (
             "--once --source procfs --duration 3 --interval 5",
-            "interval is longer than duration, ",
+            "--interval is longer than --duration, ",
         ),
         ("--once --listen 7 --web-config x", "listen, web-config has no effect with once"),
         ("--simple --max-series 7", "max-series has no effect with simple"),
@@ -888,14 +927,14 @@ def test_output_goes_with_once(write_file: WriteFile) -> None:
         ("--source procfs --pin x", "pin has no effect with source procfs"),
         (
             "--source procfs --state x",
-            "state has no effect with source procfs, which does not tell sockets apart",
+            "state has no effect with source procfs, which cannot identify sockets",
         ),
     ],
 )
-def test_a_misleading_combination_is_reported(argv: str, said: str) -> None:
-    """The kind of fault: a number that is 0 for ever, or a setting without any effect."""
+def test_a_misleading_combination_is_reported(argv: str, message: str) -> None:
+    """The kind of fault: a number that is always 0, or a setting without any effect."""
     (sentence,) = misleading(parse(argv.split(), {}))
-    assert sentence.startswith(said)
+    assert sentence.startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -915,40 +954,54 @@ def test_a_misleading_combination_is_reported(argv: str, said: str) -> None:
         "--simple --port 443",
     ],
 )
-def test_what_means_something_is_not_reported(argv: str) -> None:
-    """With auto, too, any setting of a source may be used."""
+def test_a_useful_combination_is_not_reported(argv: str) -> None:
+    """With the source auto, the settings of every source may have an effect."""
     assert list(misleading(parse(argv.split(), {}))) == []
 
 
-# Read again
+# Reload
 
 
-def test_text_in_place_of_the_file(tmp_path: Path) -> None:
-    """The file is not looked at; lines are spoken of as if they were its own."""
+def test_a_given_text_replaces_the_file(tmp_path: Path) -> None:
+    """The file is not read, but errors have its path and the line of the text."""
     path = tmp_path / "absent"
     assert parse(["--conf", str(path)], {}, "port 443").ports == (443,)
-    with pytest.raises(SettingsError, match=f"{path} line 2: port takes"):
+    with pytest.raises(SettingsError, match=f"{path} line 2: port must be"):
         parse(["--conf", str(path)], {}, "simple\nport x\n")
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "message"),
     [
         ("port 443", "port 80,443,8000-8100,8102", "port is 80,443,8000-8100,8102"),
         ("port 443", "", "port is -1"),
-        ("duration 1m", "duration 60", "nothing that flags and environment let change"),
+        (
+            "duration 1m",
+            "duration 60",
+            "no change, or flags and environment variables override it",
+        ),
         ("", "duration 1m\nlog-level debug", "duration is 60, log-level is debug"),
-        ("listen 9690", "listen 127.0.0.1:9690", "restart for listen"),
-        ("", "listen 1\nuser x\nduration 1", "duration is 1; restart for listen, user"),
-        ("reconcile-interval 5", "interval 2", "restart for interval, reconcile-interval"),
+        ("listen 9690", "listen 127.0.0.1:9690", "restart required for listen"),
+        (
+            "",
+            "listen 1\nuser x\nduration 1",
+            "duration is 1; restart required for listen, user",
+        ),
+        (
+            "reconcile-interval 5",
+            "interval 2",
+            "restart required for interval, reconcile-interval",
+        ),
     ],
 )
-def test_reread(before: str, after: str, said: str) -> None:
-    """What can change is in force, what cannot is as it was; both are said."""
+def test_a_reload_changes_what_it_can_and_names_the_rest(
+    before: str, after: str, message: str
+) -> None:
+    """Some settings change at once, the others require a restart; the text has both."""
     argv = ["--conf", "conf"]
     was, wanted = parse(argv, {}, before), parse(argv, {}, after)
     done = reread(was, wanted)
-    assert str(done) == said
+    assert str(done) == message
     assert done.settings.duration_s == wanted.duration_s
     assert done.settings.ports == wanted.ports
     assert done.settings.log_level == wanted.log_level

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The loader fails, dies or cannot be started: one sentence says why."""
+"""If the loader fails, dies or cannot be started, one sentence has the reason."""
 
 import errno
 import os
@@ -20,7 +20,10 @@ from tests.unit.ebpf.test_loader_protocol import open_descriptors
     ("number", "said"),
     [
         (errno.EPERM, "BCC cannot .* 64 KiB are allowed: LimitMEMLOCK"),
-        (errno.ENOMEM, "^out of memory while compiling; needs about 68 MiB"),
+        (
+            errno.ENOMEM,
+            "^out of memory while compiling; the exporter requires about 68 MiB",
+        ),
         (None, "^BCC cannot compile the BPF program \\(no\\), .* its output$"),
     ],
 )
@@ -51,7 +54,7 @@ def test_the_limit_that_refuses_the_largest_map_is_named(
         ("exit 3", "code 3"),
     ],
 )
-def test_how_a_silent_loader_ended_is_reported(
+def test_the_end_of_a_silent_loader_is_reported(
     ending: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error has the signal or exit code of a loader that sends no message."""
@@ -74,7 +77,7 @@ def test_a_loader_killed_for_memory_is_reported(
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(loader, "VMSTAT", vmstat)
     with pytest.raises(
-        LoadError, match="out of memory while compiling; needs about 89 MiB"
+        LoadError, match="out of memory while compiling; the exporter requires about 89 MiB"
     ):
         loader.load(Request(262144, 0, (0, 0)))
 

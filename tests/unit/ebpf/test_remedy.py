@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""If bpf(2) is refused, the error only advises what can help in that context."""
+"""If the kernel refuses bpf(2), the error only has advice that can help in that context."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def status(
             ("to the container",),
             ("--cap-add",),
         ),
-        (Context(status()), ("start it with both in effect",), ("sudo",)),
+        (Context(status()), ("start the exporter with both in effect",), ("sudo",)),
         (
             Context(status(1000, bounding=0), "Docker", True),
             ("user namespace",),
@@ -72,17 +72,18 @@ def status(
         ),
         (
             Context(status(bounding=1 << CAP_BPF, effective=1 << CAP_BPF)),
-            ("but CAP_PERFMON is not", "add CAP_PERFMON to the bounding set"),
+            ("but CAP_PERFMON is not", "add CAP_PERFMON to the exporter's bounding set"),
             (),
         ),
     ],
 )
-def test_without_capabilities(
+def test_the_advice_for_missing_capabilities_can_help(
     context: Context, advised: tuple[str, ...], not_advised: tuple[str, ...]
 ) -> None:
     """The advice depends on the user, the bounding set, no_new_privs and the container.
 
-    The fault: advice that cannot help, such as sudo if root lacks the same capabilities.
+    The kind of fault: the advice cannot help, such as sudo if root lacks the same
+    capabilities.
     """
     sentence = without_capabilities(context)
     assert all(each in sentence for each in (*advised, "--source sock_diag")), sentence
@@ -105,7 +106,7 @@ def test_without_capabilities(
         ),
     ],
 )
-def test_despite_capabilities(context: Context, advised: str) -> None:
+def test_the_advice_despite_capabilities_can_help(context: Context, advised: str) -> None:
     """The advice depends on the seccomp filter, the user namespace and the container."""
     sentence = despite_capabilities(context)
     assert advised in sentence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Shared collections, counted in turns of the event loop; pages in each format."""
+"""Collections that requests share, and expositions in each format."""
 
 import asyncio
 import gzip
@@ -21,16 +21,16 @@ from tcpexporter.metrics.exposition import (
 
 
 class Numbered(Collector):
-    """A collector whose page has the number of the collection."""
+    """A collector whose exposition has the number of the collection."""
 
     collections = 0
-    trouble: Exception | None = None
+    error: Exception | None = None
 
     def collect(self) -> Iterator[Metric]:
         self.collections += 1
-        if self.trouble:
-            raise self.trouble
-        yield GaugeMetricFamily("number", "Of this collection.", self.collections)
+        if self.error:
+            raise self.error
+        yield GaugeMetricFamily("number", "Number of this collection.", self.collections)
         yield CounterMetricFamily("seen", "Of something.", 7)
 
 
@@ -60,8 +60,8 @@ def test_concurrent_requests_share_one_collection() -> None:
     assert collector.collections == 4
 
 
-def test_no_page_is_older_than_its_request() -> None:
-    """In whatever turn of the loop a request comes, its collection begins afterwards."""
+def test_no_exposition_is_older_than_its_request() -> None:
+    """This holds for a request in any turn of the event loop."""
     collector, collections = make()
 
     async def ask(turns: int) -> tuple[int, float]:
@@ -78,18 +78,18 @@ def test_no_page_is_older_than_its_request() -> None:
     assert collector.collections > 2
 
 
-@pytest.mark.parametrize("trouble", [SourceError("gone"), ZeroDivisionError("a fault")])
-def test_an_error_reaches_all_requests_that_wait(trouble: Exception) -> None:
-    """Each raises the error; the next request collects again."""
+@pytest.mark.parametrize("error", [SourceError("gone"), ZeroDivisionError("a fault")])
+def test_an_error_reaches_all_waiting_requests(error: Exception) -> None:
+    """Each of them raises the error; the next request collects again."""
     collector, collections = make()
 
     async def run() -> None:
-        collector.trouble = trouble
+        collector.error = error
         outcomes = await asyncio.gather(
             *(collections.next() for _ in range(5)), return_exceptions=True
         )
-        assert outcomes == [trouble] * 5
-        collector.trouble = None
+        assert outcomes == [error] * 5
+        collector.error = None
         assert number(await collections.next()) == 2
 
     asyncio.run(run())
@@ -106,7 +106,7 @@ def test_a_cancelled_scrape_does_not_cancel_the_collection_it_shares() -> None:
         first.cancel()
         assert number(await second) == 1
         assert first.cancelled()
-        collector.trouble = SourceError("gone")
+        collector.error = SourceError("gone")
         third = asyncio.ensure_future(collections.next())
         await asyncio.sleep(0)
         third.cancel()
@@ -125,8 +125,8 @@ class Families(Collector):
 
 
 @pytest.mark.parametrize("form", [TEXT, OPENMETRICS])
-def test_a_page_is_written_once(form: Format) -> None:
-    """Each family is encoded once for all requests, as if all were encoded together."""
+def test_an_exposition_is_encoded_once(form: Format) -> None:
+    """All requests share the encoded text, which equals that of the whole exposition."""
     families = [GaugeMetricFamily("number", "One.", 5), CounterMetricFamily("seen", "", 7)]
     written: list[str] = []
 
@@ -155,8 +155,8 @@ def test_a_page_is_written_once(form: Format) -> None:
         ([], ["number 5.0", "seen_total 7.0"]),
     ],
 )
-def test_names(names: list[str], lines: list[str]) -> None:
-    """Names of samples select families; OpenMetrics always has its end marker."""
+def test_names_select_families(names: list[str], lines: list[str]) -> None:
+    """Names of samples are accepted; OpenMetrics always has its end marker."""
     page = Exposition(
         [GaugeMetricFamily("number", "One.", 5), CounterMetricFamily("seen", "Some.", 7)]
     )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Accept and Accept-Encoding: cases by hand, and random headers against another algorithm.
+"""Accept and Accept-Encoding: fixed headers, and random ones against another algorithm.
 
-Faults of this kind give a client a format that it has excluded, or not the one it prefers.
+The kind of fault: a client gets a format that it has excluded, or not the format that it
+prefers.
 """
 
 import itertools
@@ -66,7 +67,7 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
         # Equal weights: the first one
         (f"{OM}, text/plain", OPENMETRICS),
         (f"text/plain, {OM}", TEXT),
-        # Versions that the exporter has
+        # Versions that the exporter supports
         (f"{OM};version=1.0.0", OPENMETRICS),
         (f"{OM};version=0.0.1", TEXT),
         (f"{OM};version=1.2.3", TEXT),
@@ -103,8 +104,8 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
         (f"text/plain;q=2, {OM};q=0.1", OPENMETRICS),
     ],
 )
-def test_accept(accept: str, form: Format) -> None:
-    """The acceptable format with the largest weight, else the text format."""
+def test_the_format_with_the_largest_weight_is_chosen(accept: str, form: Format) -> None:
+    """Only acceptable formats count; without any it is the text format."""
     assert negotiate(accept) is form
 
 
@@ -126,7 +127,7 @@ def test_accept(accept: str, form: Format) -> None:
         ("br", False),
         ("br, gzip;q=0.8", True),
         ("notgzip", False),
-        # Not compressed at all
+        # No compression
         ("identity, gzip", True),
         ("identity;q=0, gzip", True),
         ("identity;q=0, gzip;q=0.1", True),
@@ -144,7 +145,7 @@ def test_accept(accept: str, form: Format) -> None:
         ("*, identity;q=0", True),
         ("*, identity;q=0.5", True),
         ("*;q=0.5, identity", False),
-        # Neither coding is acceptable: not refused
+        # No coding is acceptable: the request is not refused
         ("identity;q=0", False),
         ("identity;q=0, br", False),
         ("identity;q=0, *;q=0", False),
@@ -156,19 +157,20 @@ def test_accept(accept: str, form: Format) -> None:
         ("gzip;q=2, *;q=0", False),
     ],
 )
-def test_accept_encoding(accept_encoding: str, *, gzip: bool) -> None:
-    """gzip is chosen if it is acceptable and preferred to no compression."""
+def test_gzip_is_chosen_if_it_is_preferred(accept_encoding: str, *, gzip: bool) -> None:
+    """It must be acceptable, and preferred to no compression."""
     assert prefers_gzip(accept_encoding) == gzip
 
 
-class Said(NamedTuple):
-    """One element of a header, and its spelling."""
+class Element(NamedTuple):
+    """One element of a header and its spelling."""
 
     name: str
     parameters: tuple[tuple[str, str], ...]
     thousandths: int | None
     spelling: tuple[bool, ...]
-    """Write it with capital letters, spaces, quotation marks, or the weight first."""
+    """Write the element with capital letters, spaces, quotation marks, or the weight
+    first."""
 
     def __str__(self) -> str:
         capitals, spaces, quoted, first = self.spelling
@@ -203,7 +205,7 @@ PARAMETERS = st.lists(
 ).map(tuple)
 
 RANGES = st.builds(
-    Said,
+    Element,
     st.sampled_from((OM, "text/plain", "application/*", "text/*", "*/*", "text/html")),
     PARAMETERS,
     WEIGHTS,
@@ -211,7 +213,7 @@ RANGES = st.builds(
 )
 
 CODINGS = st.builds(
-    Said,
+    Element,
     st.sampled_from(("gzip", "x-gzip", "identity", "*", "br")),
     st.just(()),
     WEIGHTS,
@@ -224,13 +226,13 @@ OURS = (
 )
 
 
-def format_by_elimination(said: list[Said]) -> Format:
-    """Choose by elimination, in a different way than the code under test."""
-    left: list[tuple[Format, Said, int]] = []
+def format_by_elimination(elements: list[Element]) -> Format:
+    """Choose by elimination, with another algorithm than the code under test."""
+    left: list[tuple[Format, Element, int]] = []
     for form, names, values in OURS:
         admitting = [
             each
-            for each in said
+            for each in elements
             if each.name in names
             and all(value in values for key, value in each.parameters if key != "escaping")
         ]
@@ -246,7 +248,8 @@ def format_by_elimination(said: list[Said]) -> Format:
             for each in admitting
             if len(dict(each.parameters).keys() - {"escaping"}) == longest
         ]
-        decisive = max(admitting, key=lambda each: each.weight)  # the first of equals
+        # the first of equal formats
+        decisive = max(admitting, key=lambda each: each.weight)
         if decisive.weight:
             left.append((form, decisive, exactest))
     if len(left) < 2:
@@ -259,23 +262,26 @@ def format_by_elimination(said: list[Said]) -> Format:
         if ours != theirs:
             return OPENMETRICS if ours > theirs else TEXT
     positions = [
-        next(i for i, each in enumerate(said) if each is one) for one in (openmetrics, text)
+        next(i for i, each in enumerate(elements) if each is one)
+        for one in (openmetrics, text)
     ]
     return OPENMETRICS if positions[0] < positions[1] else TEXT
 
 
 @given(st.lists(RANGES, max_size=5))
-def test_any_accept_header(said: list[Said]) -> None:
-    """The choice is the same for random weights, ranges, parameters and spelling."""
-    assert negotiate(",".join(map(str, said))) is format_by_elimination(said)
+def test_any_accept_header_gives_the_reference_choice(elements: list[Element]) -> None:
+    """Weights, ranges, parameters and spelling are random."""
+    assert negotiate(",".join(map(str, elements))) is format_by_elimination(elements)
 
 
 @given(st.lists(CODINGS, max_size=5))
-def test_any_accept_encoding_header(said: list[Said]) -> None:
-    """The choice follows from a table of the weight of each coding."""
+def test_any_accept_encoding_header_gives_the_reference_choice(
+    elements: list[Element],
+) -> None:
+    """The reference is a table of the weight of each coding."""
 
     def worth(*names: str) -> int | None:
-        weights = [each.weight for each in said if each.name in names]
+        weights = [each.weight for each in elements if each.name in names]
         return max(weights) if weights else None
 
     named, star, plain = worth("gzip", "x-gzip"), worth("*"), worth("identity")
@@ -284,12 +290,12 @@ def test_any_accept_encoding_header(said: list[Said]) -> None:
     expected = compressed > 0 and (
         compressed > uncompressed or (compressed == uncompressed and named is not None)
     )
-    assert prefers_gzip(", ".join(map(str, said))) == expected
+    assert prefers_gzip(", ".join(map(str, elements))) == expected
 
 
 @given(st.text(st.sampled_from('aq/*;=,." \t\\01\xe9')) | st.text(max_size=50))
-def test_any_text(header: str) -> None:
-    """Any text is parsed without error, and weights are from 0 to 1."""
+def test_any_text_is_parsed(header: str) -> None:
+    """There is no error, and weights are from 0 to 1."""
     assert all(0 <= each.weight <= 1 for each in parse(header))
     assert negotiate(header) in (TEXT, OPENMETRICS)
     assert prefers_gzip(header) in (True, False)
@@ -298,10 +304,10 @@ def test_any_text(header: str) -> None:
 @pytest.mark.parametrize(
     "repeated", ['"', '"\\', ";", "; ", " ", ",", "a;a=a", "a=", "/", '";"']
 )
-def test_a_long_header_takes_no_long_time(repeated: str) -> None:
+def test_a_long_header_is_parsed_fast(repeated: str) -> None:
     """No pattern backtracks: 2 ** 17 bytes are parsed within the time limit of the test.
 
-    With time that grows by the square, each would take minutes.
+    In quadratic time each header would require minutes.
     """
     for before, after in itertools.product(("", "a;a="), ("", "\x7f")):
         parse(before + repeated * ((1 << 17) // len(repeated)) + after)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Authentication and the rate limit, measured in checks and requests, not in seconds."""
+"""Authentication and the rate limit; tests count checks and requests instead of seconds."""
 
 import asyncio
 import base64
@@ -85,7 +85,7 @@ def test_only_a_known_name_with_its_password_is_accepted(
 
 
 def test_the_first_72_bytes_of_a_password_count() -> None:
-    """Programs that make bcrypt hashes use as many."""
+    """Programs that make bcrypt hashes use 72 bytes too."""
     hashed = bcrypt.hashpw(b"x" * 72, bcrypt.gensalt(4)).decode()
     assert judge(make(Checks(), long=hashed), basic("long", "x" * 80)) == [OK]
     assert judge(make(Checks(), long=hashed), basic("long", "x" * 71)) == [UNAUTHORIZED]
@@ -106,7 +106,7 @@ def test_a_correct_password_is_checked_once() -> None:
 
 
 def test_unknown_names_are_checked_like_users() -> None:
-    """An unknown name causes as many checks, of a hash with the same cost."""
+    """An unknown name causes the same number of checks, of a hash with the same cost."""
     checks = Checks()
     users = make(checks)
     for name in ("alice", "eve"):
@@ -165,7 +165,8 @@ async def authenticate_in_order(
 
 
 def test_other_networks_do_not_wait_for_all_attempts_of_one() -> None:
-    """A request of another network waits for one or two checks, and replaces an attempt."""
+    """A request of another network replaces an attempt in the queue, and waits for one
+    or two checks."""
     checks = Checks()
     attempts = [(basic("eve", str(each)), THERE) for each in range(1 + MAX_WAITING)]
     requests = [*attempts, (basic("alice", "a"), HERE), (basic("bob", "b"), HERE)]
@@ -199,8 +200,8 @@ def test_the_network_with_fewest_checks_is_next() -> None:
     asyncio.run(run())
 
 
-def test_more_networks_than_the_queue_has_entries() -> None:
-    """With one request for each network, the first ones stay in the queue."""
+def test_each_of_many_networks_has_one_queue_entry() -> None:
+    """The first requests stay in the queue when it is full."""
     checks = Checks()
     requests = [
         (basic("eve", str(each)), f"192.0.2.{each}") for each in range(MAX_WAITING + 3)
@@ -248,7 +249,7 @@ def test_a_cancelled_request_does_not_cancel_the_check_it_shares() -> None:
 
 
 def test_cancelling_the_checker_refuses_all_requests() -> None:
-    """The one whose check is running, and those in the queue."""
+    """This includes the request whose check is running, and those in the queue."""
     checks = Checks()
     checker = Checker(checks)
     users = Users({"alice": ALICES}, checker)
@@ -268,14 +269,14 @@ def test_cancelling_the_checker_refuses_all_requests() -> None:
 
 
 class Panic(BaseException):
-    """Like pyo3's class for Rust panics: not an Exception."""
+    """Replaces pyo3's class for Rust panics, which is not an Exception."""
 
 
 @pytest.mark.parametrize("fault", [Panic("at its end"), MemoryError()])
 def test_a_failing_check_does_not_block_later_ones(
     fault: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each request is refused for now, one line is logged, and the next check works."""
+    """The request is refused for now, one line is logged, and the next check works."""
     faults = [fault] * 3
 
     def check(password: bytes, hashed: bytes) -> bool:
@@ -294,7 +295,7 @@ def test_a_failing_check_does_not_block_later_ones(
 def test_without_threads_requests_are_refused_for_now(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The kernel allows no more threads: 503, one line in the log, no traceback."""
+    """The kernel allows no more threads: 503, one logged line, no traceback."""
 
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -320,7 +321,7 @@ def allowed(limiter: Limiter, asked: int) -> int:
     return sum(limiter.allow() for _ in range(asked))
 
 
-def test_a_burst_and_then_one_each_interval() -> None:
+def test_a_burst_is_allowed_and_then_one_request_each_interval() -> None:
     """The bucket starts full, gets one token each interval, and never exceeds its size."""
     clock = Clock()
     limiter = Limiter(RateLimit(interval_s=2.0, burst=3), clock)
@@ -333,8 +334,8 @@ def test_a_burst_and_then_one_each_interval() -> None:
     assert allowed(limiter, 10) == 3
 
 
-def test_a_burst_of_none_allows_none() -> None:
-    """A burst of 0 refuses all requests, as exporter-toolkit's test requires."""
+def test_a_burst_of_0_allows_no_request() -> None:
+    """The test of exporter-toolkit requires this."""
     clock = Clock()
     limiter = Limiter(RateLimit(interval_s=1.0, burst=0), clock)
     clock.now_s += 100.0

@@ -1,2 +1,2 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* Nothing: BCC's prelude asks for it and this program needs none of it. */
+/* Empty: BCC's prelude includes this file, but our program does not use it. */

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Other ways to count established connections per local port, and the floor below all.
+"""Other methods to count established connections per local port, and lower bounds.
 
-Each runs in a process of its own (`tests.benchmarks.worker`), so that it finds nothing
-loaded and nothing of it is in anybody else's memory. What is imported here is only what
-all of them need.
+Each method runs in its own process (`tests.benchmarks.worker`). Each function imports what
+its method requires, so that other methods do not use that memory.
 """
 
 import os
@@ -26,12 +25,12 @@ KEY = struct.Struct("=16s16sIHH")
 ANY_NETNS = 1
 RECORD_BYTES = 64
 
-Way = Callable[[], Mapping[int, int] | int]
-"""What is timed. Gives connections by local port, or how many of all ports."""
+CountMethod = Callable[[], Mapping[int, int] | int]
+"""A timed function. It returns connections by local port, or their sum over all ports."""
 
 
-def ss(_sockets: int) -> Way:
-    """The shell way."""
+def ss(_sockets: int) -> CountMethod:
+    """Count with ss and awk, in a shell."""
     return _by_ss
 
 
@@ -40,9 +39,9 @@ def _by_ss() -> Counter[int]:
     return Counter(dict(zip(map(int, shown[::2]), map(int, shown[1::2]), strict=True)))
 
 
-def psutil(_sockets: int) -> Way:
-    """The Python way."""
-    import psutil  # noqa: PLC0415  see above
+def psutil(_sockets: int) -> CountMethod:
+    """Count with psutil."""
+    import psutil  # noqa: PLC0415  only this process imports it
 
     def by_psutil() -> Counter[int]:
         return Counter(
@@ -54,8 +53,8 @@ def psutil(_sockets: int) -> Way:
     return by_psutil
 
 
-def items(sockets: int) -> Way:
-    """The way of a first version with BCC: a system call or two for each entry."""
+def items(sockets: int) -> CountMethod:
+    """Count with BCC's `items()`, which makes one or two system calls for each entry."""
     table = _first_version(sockets)
 
     def by_items() -> Counter[int]:
@@ -64,9 +63,9 @@ def items(sockets: int) -> Way:
     return by_items
 
 
-def scan(sockets: int) -> Way:
-    """The floor of whoever has a record of each in memory."""
-    import numpy as np  # noqa: PLC0415  see above
+def scan(sockets: int) -> CountMethod:
+    """Sum 64 bytes per socket, the lower bound of methods that have records in memory."""
+    import numpy as np  # noqa: PLC0415  only this process imports it
 
     records = np.ones((sockets, RECORD_BYTES // 8), np.uint64)
 
@@ -76,18 +75,19 @@ def scan(sockets: int) -> Way:
     return by_sum
 
 
-def dumped(_sockets: int) -> Way:
-    """The floor of whoever asks the kernel: receive it, do not look at it."""
+def dumped(_sockets: int) -> CountMethod:
+    """Receive the kernel's dump without parsing it, the lower bound of methods that use
+    one."""
     return _dumper(tcp_info=False)
 
 
-def dumped_info(_sockets: int) -> Way:
-    """The same with struct tcp_info, which has what a connection's age is told by."""
+def dumped_info(_sockets: int) -> CountMethod:
+    """Receive the dump with struct tcp_info, which shows the age of a connection."""
     return _dumper(tcp_info=True)
 
 
-def _dumper(*, tcp_info: bool) -> Way:
-    # Decoded once. Later on the size alone tells how many there are.
+def _dumper(*, tcp_info: bool) -> CountMethod:
+    # Parsed once; afterwards the size of a dump shows the number of sockets.
     decoded = sum(1 for _ in dump.address_pairs())
     decoded_bytes = _dump_bytes(tcp_info=tcp_info)
 
@@ -102,17 +102,17 @@ def _dump_bytes(*, tcp_info: bool) -> int:
 
 
 def _first_version(sockets: int) -> Any:
-    """BCC's hash map of the sockets that there are."""
-    import bcc  # noqa: PLC0415  see above
+    """Return BCC's hash map, filled with the open sockets."""
+    import bcc  # noqa: PLC0415  only this process imports it
 
-    # As the exporter does: no kernel headers are needed.
+    # Like the exporter, this requires no kernel headers.
     os.environ["BCC_KERNEL_SOURCE"] = str(ROOT / "bpf")
     program = bcc.BPF(
         src_file=str(FIRST_VERSION.relative_to(ROOT)),
         cflags=[f"-DMAX_CONNECTIONS={2 * sockets}"],
     )
     table = program["tracked"]
-    table.program = program  # which closes the map when it goes
+    table.program = program  # the program must live as long as the map
     keys = bytearray().join(_key(*each) for each in dump.address_pairs())
     count = len(keys) // KEY.size
     table.items_update_batch((table.Key * count).from_buffer(keys), (table.Leaf * count)())

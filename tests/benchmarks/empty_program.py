@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A BPF program that does nothing, where ours is attached: what any program costs there."""
+"""An empty BPF program at the tracepoint of ours, to measure the cost of any program."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from tcpexporter.ebpf.program import TRACEPOINT, attach, load
 
 @contextlib.contextmanager
 def attached() -> Iterator[None]:
-    """It is, until the end of the block; takes less than a millisecond."""
+    """Attach the program during the block; attaching takes less than a millisecond."""
     program = load(RETURN_0, Btf.of_kernel().function(TRACEPOINT))
     link = attach(program)
     try:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Whether this machine has room for that many sockets."""
+"""Checks whether this machine has enough memory and files for a number of sockets."""
 
 from pathlib import Path
 
 SOCKET_BYTES = 4 * 1024
-"""What the kernel takes for an idle TCP socket with its file, inode and directory entry,
-and a holder to know its descriptor; measured."""
+"""Kernel memory of an idle TCP socket, measured: the socket, its file, inode, directory
+entry and descriptor."""
 
 CONTENDER_BYTES = 1024
-"""What the greediest of those that count takes for each: a Python object of every kind."""
+"""Largest memory per socket of any compared method, which makes several Python objects."""
 
 OTHER_BYTES = 1 << 30
 OTHER_FILES = 10_000
@@ -16,13 +16,13 @@ KIB_BYTES = 1024
 GIB_BYTES = 1 << 30
 
 
-def why_not(sockets: int, proc: Path = Path("/proc")) -> str:
-    """A sentence when there is no room for them; empty when there is."""
+def shortage(sockets: int, proc: Path = Path("/proc")) -> str:
+    """Return a sentence if memory or files do not suffice; otherwise an empty string."""
     needed_bytes = sockets * (SOCKET_BYTES + CONTENDER_BYTES) + OTHER_BYTES
     available_bytes = _available_bytes(proc)
     if needed_bytes > available_bytes:
         return (
-            f"{sockets:,} sockets take {needed_bytes / GIB_BYTES:.1f} GiB of memory"
+            f"{sockets:,} sockets require {needed_bytes / GIB_BYTES:.1f} GiB of memory"
             f" and {available_bytes / GIB_BYTES:.1f} GiB are available"
         )
     free_files = _free_files(proc)
