@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A skip says why; with CI=true it is a failure. Heavy tests can be made lighter."""
+"""Options of all tests: CI=true makes each skip a failure; --effort shortens heavy
+tests."""
 
 import os
 from collections.abc import Generator
@@ -13,7 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="do this share of the operations in tests that do very many (default: 1)",
+        help="run this share of the operations of heavy tests (default: 1)",
     )
 
 
@@ -25,7 +26,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         and not hasattr(report, "wasxfail")
         and os.environ.get("CI") == "true"
     ):
-        assert isinstance(report.longrepr, tuple)  # of a skip: path, line, reason
+        assert isinstance(report.longrepr, tuple)  # path, line and reason of a skip
         reason = report.longrepr[2]
         report.outcome = "failed"
         report.longrepr = f"skipped, which CI does not allow: {reason}"

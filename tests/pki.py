@@ -24,7 +24,8 @@ MTLS = f"""{TLS}  client_ca_file: ca.pem
 
 
 def write_pair(directory: Path) -> trustme.LeafCert:
-    """A new certificate for localhost and its key, each renamed to its path."""
+    """Write a new certificate for localhost and its key; each file is renamed to its
+    path."""
     issued = CA.issue_cert("localhost", "127.0.0.1", key_type=trustme.KeyType.ECDSA)
     chain = b"".join(each.bytes() for each in issued.cert_chain_pems)
     for name, content in (
@@ -53,7 +54,7 @@ def users(**passwords: str) -> str:
 
 
 def client_context(certificate: trustme.LeafCert | None = None) -> ssl.SSLContext:
-    """The TLS context of a client that trusts the CA, with this certificate."""
+    """Return the TLS context of a client that trusts the CA, with this certificate."""
     context = ssl.create_default_context()
     CA.configure_trust(context)
     if certificate:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What tests of several kinds share: an exporter that runs, and sockets in a namespace."""
+"""Helpers for several kinds of tests: a running exporter, and sockets in a namespace."""
 
 import contextlib
 import ctypes
@@ -28,10 +28,11 @@ from tcpexporter.ebpf.libbpf import load_libbpf
 LONG_TERM = "netstat_tcp_longterm_connections_total"
 ESTABLISHED = "tcp_established_connections"
 DEADLINE_S = 101.0
-"""For what takes a second or two; a guest under emulation takes 15 times as long."""
+"""Time limit of steps that require a second or two; an emulated guest is 15 times
+slower."""
 
 BPF_PROG_NAME = slice(64, 80)
-"""Where the name is in ``struct bpf_prog_info``, include/uapi/linux/bpf.h."""
+"""Offset of the name in ``struct bpf_prog_info``, include/uapi/linux/bpf.h."""
 
 PROG_ID = re.compile(r"^prog_id:\s*(\d+)$", re.MULTILINE)
 
@@ -40,17 +41,17 @@ _numbers = itertools.count()
 
 @functools.cache
 def why_no_bpf() -> str | None:
-    """Why kernel tests cannot run here; None when they can."""
+    """Return why kernel tests cannot run here, or None if they can."""
     if os.geteuid() != 0:
-        return "kernel tests need root"
+        return "kernel tests require root"
     if importlib.util.find_spec("bcc") is None:
-        return "kernel tests need the distribution's BCC"
+        return "kernel tests require the distribution's BCC"
     return None
 
 
 @contextlib.contextmanager
 def new_netns() -> Iterator[str]:
-    """A network namespace with a loopback device and nothing else; yields its name."""
+    """Create a network namespace with a loopback device only; yield its name."""
     name = f"tcpexporter-test-{os.getpid()}-{next(_numbers)}"
     _ip("netns", "add", name)
     try:
@@ -62,7 +63,7 @@ def new_netns() -> Iterator[str]:
 
 @contextlib.contextmanager
 def inside(netns: str) -> Iterator[None]:
-    """This thread, and what it starts, in a network namespace."""
+    """Move this thread, and the processes that it starts, to a network namespace."""
     network_namespaces.pushns(netns)
     try:
         yield
@@ -75,16 +76,16 @@ def _ip(*arguments: str) -> None:
 
 
 def eventually(check: Callable[[], bool]) -> None:
-    """Wait until something is so; fail when it never is."""
+    """Wait until ``check`` returns True; fail at the deadline."""
     until = time.monotonic() + DEADLINE_S
     while not check():
-        assert time.monotonic() < until, "it does not become so"
+        assert time.monotonic() < until, "the condition is not true in time"
         time.sleep(0.05)
 
 
 @contextlib.contextmanager
 def meanwhile(work: Callable[[], None], *, pause_s: float) -> Iterator[None]:
-    """Have this done again and again, in a thread, until the end of the block."""
+    """Call ``work`` repeatedly in a thread until the end of the block."""
     ended = threading.Event()
 
     def go_on() -> None:
@@ -101,7 +102,7 @@ def meanwhile(work: Callable[[], None], *, pause_s: float) -> Iterator[None]:
 
 
 class Peers:
-    """A listener and the two ends of each connection made to it."""
+    """A listener, and both ends of each connection to it."""
 
     def __init__(
         self, address: str = "127.0.0.1", port: int = 0, *, backlog: int = 512
@@ -115,7 +116,7 @@ class Peers:
         self.pairs: list[tuple[socket.socket, socket.socket]] = []
 
     def connect(self, count: int, address: str | None = None) -> None:
-        """Open that many more connections, accepted ones."""
+        """Open this many more connections, and accept them."""
         target = address or self.listener.getsockname()[0]
         for _ in range(count):
             client = socket.create_connection((target, self.port))
@@ -140,7 +141,7 @@ def reset(connected: socket.socket) -> None:
 
 
 def ss_established(port: int) -> Counter[str]:
-    """How many connections ss(8) shows at a local port, by IP version."""
+    """Return how many connections ss(8) shows at a local port, by IP version."""
     shown = subprocess.check_output(
         ["ss", "-Htn", "state", "established", f"( sport = :{port} )"], text=True
     )
@@ -157,7 +158,7 @@ def free_port() -> int:
 
 
 class Exporter:
-    """The exporter as its own process, in the namespace of who starts it."""
+    """An exporter process, in the network namespace of the test."""
 
     def __init__(
         self,
@@ -192,7 +193,7 @@ class Exporter:
         raise AssertionError(f"the exporter does not become ready:\n{complaints}")
 
     def is_ready(self) -> bool:
-        """Whether it serves, and knows the connections from before."""
+        """Return whether the exporter serves, and has read pre-existing connections."""
         with contextlib.suppress(OSError):
             self.get("/-/ready")
             return True
@@ -205,13 +206,13 @@ class Exporter:
             return page
 
     def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-        """One scrape: values by name and sorted labels."""
+        """Scrape once; return values by name and sorted labels."""
         return _samples(self.get("/metrics"))
 
     def value(self, name: str, **labels: str | int) -> float | None:
-        """One value of one scrape, None where there is no such series."""
+        """Scrape once; return one value, or None if there is no such series."""
         wanted = tuple(sorted((key, str(value)) for key, value in labels.items()))
-        # Of a page with thousands of series only what may be it is parsed.
+        # Parsing only possible lines is faster on a page with thousands of series.
         shown = [f'{key}="{value}"' for key, value in wanted]
         lines = [
             line
@@ -227,7 +228,7 @@ class Exporter:
         return self.value(LONG_TERM, port=port, tcp_version=version, **netns)
 
     def stop(self) -> tuple[int, str]:
-        """End it as an operator does; its exit code and what it wrote to standard error."""
+        """End the exporter with SIGTERM; return its exit code and its standard error."""
         self.process.terminate()
         _, complaints = self.process.communicate(timeout=DEADLINE_S)
         return self.process.returncode, complaints
@@ -237,7 +238,8 @@ class Exporter:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(ProcessLookupError):
-            # With what the command has started: unshare(1) starts the exporter as a child.
+            # Also end child processes of the command: unshare(1) starts the exporter as
+            # one.
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
 
@@ -251,16 +253,17 @@ def _samples(page: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 
 
 def bpf_programs() -> list[str]:
-    """The names of all BPF programs in the kernel."""
+    """Return the names of all BPF programs in the kernel."""
     return list(bpf_programs_by_id().values())
 
 
 def bpf_programs_of(process: int) -> set[int]:
-    """The ids of those that a process holds (bpf_prog_show_fdinfo in the kernel)."""
+    """Return the ids of the programs that a process holds (bpf_prog_show_fdinfo)."""
     held = set()
-    with contextlib.suppress(FileNotFoundError):  # it has ended
+    with contextlib.suppress(FileNotFoundError):  # the process has ended
         for each in Path(f"/proc/{process}/fdinfo").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # it has closed it meanwhile
+            # the descriptor was closed in the meantime
+            with contextlib.suppress(FileNotFoundError):
                 if found := PROG_ID.search(each.read_text()):
                     held.add(int(found[1]))
     return held
@@ -272,7 +275,7 @@ def bpf_programs_by_id() -> dict[int, str]:
     names = {}
     while libbpf.bpf_prog_get_next_id(number, ctypes.byref(number)) == 0:
         descriptor = libbpf.bpf_prog_get_fd_by_id(number)
-        if descriptor < 0:  # it has gone meanwhile
+        if descriptor < 0:  # the program was freed in the meantime
             continue
         info = ctypes.create_string_buffer(512)
         size = ctypes.c_uint32(len(info))

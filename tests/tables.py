@@ -4,7 +4,7 @@
 from pathlib import Path
 
 Table = list[list[str]]
-"""Rows of cells; the first are the headings."""
+"""Rows of cells; the first row has the headings."""
 
 
 def markdown(table: Table) -> str:
@@ -23,7 +23,7 @@ def aligned(table: Table) -> str:
 
 
 def replaced(document: str, begin: str, end: str, text: str) -> str:
-    """The document with ``text`` between two markers, in place of what was there.
+    """Return the document with ``text`` between two markers.
 
     Raises:
         ValueError: the document does not have the markers.
@@ -36,7 +36,7 @@ def replaced(document: str, begin: str, end: str, text: str) -> str:
 
 
 def replace(path: Path, begin: str, end: str, text: str) -> None:
-    """Put a text between two markers in a file, in place of what was there.
+    """Replace the text between two markers in a file.
 
     Raises:
         ValueError: the file does not have the markers.

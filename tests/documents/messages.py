@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Lists the warnings and errors in the source that docs/troubleshooting.md does not have.
+"""Lists warnings and errors of the source that docs/troubleshooting.md does not have.
 
     python -m tests.documents.messages
 
-A message is the text of a ``log.warning`` or ``log.error``, of an exception whose name ends
-with Error, of a helper that makes such an exception, or a sentence that a function returns.
-Its symptom is the text before the remedy. Variable parts are written as ``…``.
+A message is one of these: the text of a ``log.warning`` or ``log.error``; the text of an
+exception whose name ends with Error, or of a helper that makes such an exception; a
+sentence that a function returns. The symptom of a message is the text before the remedy.
+Variable parts are written as ``…``.
 """
 
 import ast
@@ -20,24 +21,24 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 
 VARIABLE = "…"
 FEWEST_LETTERS = 8
-"""Of a symptom; what has fewer is only the frame of another message."""
+"""Minimum number of letters of a symptom; a shorter one only frames another message."""
 FEWEST_WORDS = 5
-"""Of a string that a function returns, for it to be a sentence and not a word."""
+"""Minimum number of words of a returned string that counts as a sentence."""
 FEWEST_WORDS_FOR_HELPERS = 3
-"""Of an argument of a helper that makes an exception."""
+"""Minimum number of words of such an argument of a helper that makes an exception."""
 
 
 class Message(NamedTuple):
-    """A text for the operator, and where it is."""
+    """A text for operators, with its place in the source."""
 
     path: Path
     line: int
     text: str
-    """With ``…`` for the parts that vary."""
+    """The text, with ``…`` for its variable parts."""
 
     @property
     def symptom(self) -> str:
-        """What the operator sees in front of the remedy or the reason."""
+        """The part of the text before the remedy or the reason."""
         for end in re.finditer(r": |; |, | \(", self.text):
             if _letters(self.text[: end.start()]) >= FEWEST_LETTERS:
                 return _trimmed(self.text[: end.start()])
@@ -48,7 +49,7 @@ class Message(NamedTuple):
 
 
 def messages(package: Path = ROOT / "tcpexporter") -> list[Message]:
-    """Every message in a package, in the order of the files."""
+    """Return all messages of a package, in the order of its files."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(package.rglob("*.py"))}
     helpers = {name for tree in trees.values() for name in _makers_of_errors(tree)}
     found = [
@@ -60,13 +61,13 @@ def messages(package: Path = ROOT / "tcpexporter") -> list[Message]:
 
 
 def missing(page: str) -> list[Message]:
-    """The messages whose symptom the text of a page does not have."""
+    """Return the messages whose symptom is not in the text of a page."""
     flat = _flat(page)
     return [each for each in messages() if _flat(each.symptom) not in flat]
 
 
 def stale(page: str) -> list[str]:
-    """What the page quotes as a message, and no message has."""
+    """Return the texts that a page quotes as messages, but that no message has."""
     symptoms = [_flat(each.symptom) for each in messages()]
     quoted = re.findall(r"(?m)^\| `([^`]+)` \|", page)
     return [
@@ -75,7 +76,7 @@ def stale(page: str) -> list[str]:
 
 
 def _makers_of_errors(tree: ast.Module) -> Iterator[str]:
-    """The names of functions that return an exception made from a sentence."""
+    """Yield the names of functions that return an exception made from a sentence."""
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef) and any(
             isinstance(node, ast.Return) and node.value and _makes_an_error(node.value)
@@ -101,7 +102,7 @@ def _said(tree: ast.Module, helpers: set[str]) -> Iterator[ast.expr]:
 
 
 def _returned(tree: ast.Module) -> Iterator[ast.expr]:
-    """The sentences that functions return or yield, and templates in dictionaries."""
+    """Yield sentences that functions return or yield, and templates in dictionaries."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             texts = [each for each in node.values if VARIABLE in _template(each)]
@@ -137,7 +138,7 @@ def _words(node: ast.expr) -> int:
 
 
 def _is_one_sentence(node: ast.expr) -> bool:
-    """Whether it can be a message: not HTML, and not text of several sentences."""
+    """Return whether it can be a message: neither HTML nor several sentences."""
     return not re.search(r"^<|\. [A-Z]", _template(node))
 
 
@@ -153,7 +154,7 @@ def _template(node: ast.expr) -> str:
 
 
 def _trimmed(symptom: str) -> str:
-    """Without variable parts at both ends."""
+    """Return the symptom without variable parts at both ends."""
     begun = re.sub(rf"^(\W*{VARIABLE})+[\s:]*", "", symptom)
     return re.sub(rf"[\s:,;(]*({VARIABLE}\W*)+$", "", begun).strip()
 

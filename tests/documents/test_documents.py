@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The documents agree with the code, with each other, and with themselves."""
+"""The documents agree with the code and with each other, and their links and commands
+work."""
 
 import re
 import shlex
@@ -24,27 +25,27 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 README_LINES = 200
 
 NOT_RUN = {
-    "cd vagrant": "the next lines are about it",
-    "vagrant up": "starts a VM; make vm-test validates the Vagrantfile",
-    "vagrant ssh -c 'cd /tcpexporter && sudo make test'": "requires that VM",
+    "cd vagrant": "the lines after it are tested",
+    "vagrant up": "it starts a VM; make vm-test checks the Vagrantfile",
+    "vagrant ssh -c 'cd /tcpexporter && sudo make test'": "it requires that VM",
     "curl --cacert ca.crt --cert client.crt --key client.key -u prometheus"
-    " https://HOST:9690/metrics": "asks for a password",
+    " https://HOST:9690/metrics": "it asks for a password",
     "pip install --require-hashes -r deploy/lock/run.txt": "tests/packaging does this",
     "pip install --no-deps 'dist/*.whl'": "tests/packaging builds the wheel",
-    "journalctl -u tcpexporter": "requires the service; make vm-test has it",
-    "sudo systemctl reload tcpexporter": "requires the service; make vm-test has it",
-    "man -l deploy/man/tcpexporter.8": "the test of the man page reads it",
+    "journalctl -u tcpexporter": "it requires the service, which make vm-test has",
+    "sudo systemctl reload tcpexporter": "it requires the service, which make vm-test has",
+    "man -l deploy/man/tcpexporter.8": "other tests read the man page",
 }
-"""Why a command is not tried here, by the command."""
+"""Commands that are not run here, each with the reason."""
 
 
 def text_of(path: Path) -> str:
-    """A document without its fenced blocks."""
+    """Return a document without its fenced blocks."""
     return re.sub(r"(?ms)^```.*?^```$", "", path.read_text())
 
 
 def commands_in(path: Path) -> list[str]:
-    """The lines of its indented blocks, without comments."""
+    """Return the lines of a document's indented blocks, without comments."""
     lines = re.findall(r"(?m)^(?: {4}| {6})(\S.*)$", text_of(path))
     return [shlex.join(shlex.split(line, comments=True)) for line in lines]
 
@@ -57,7 +58,7 @@ COMMANDS = sorted({each for path in DOCUMENTS for each in commands_in(path)})
 
 @pytest.mark.parametrize("path", documents.DOCUMENTS, ids=lambda each: each.name)
 def test_a_generated_document_is_up_to_date(path: Path) -> None:
-    """Fails when a setting, metric or module was changed without `make documents`."""
+    """If a setting, metric or module was changed, `make documents` is necessary."""
     text = path.read_text()
     assert documents.DOCUMENTS[path](text) == text, "run make documents"
 
@@ -66,12 +67,12 @@ def test_a_generated_document_is_up_to_date(path: Path) -> None:
 
 
 def test_the_readme_is_short() -> None:
-    """What a newcomer reads first stays short: the rest is in docs/."""
+    """Newcomers read the README first, so details are in docs/."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
 
 
 def anchors_of(path: Path) -> set[str]:
-    """The anchors that a forge makes of its headings."""
+    """Return the anchors that a forge makes from the headings of a document."""
     headings = re.findall(r"(?m)^#+ (.*)$", text_of(path))
     return {
         re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
@@ -86,7 +87,7 @@ def links_of(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda each: each.name)
 def test_links_within_the_tree_resolve(path: Path) -> None:
-    """Fails for a file that was moved, and for a heading that was reworded."""
+    """Files may have moved, and headings may have been reworded."""
     broken = []
     for link in links_of(path):
         name, _, anchor = link.partition("#")
@@ -97,13 +98,13 @@ def test_links_within_the_tree_resolve(path: Path) -> None:
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
-    """A page that nobody finds is not read."""
+    """Otherwise readers would not find the page."""
     links = set(links_of(ROOT / "README.md"))
     assert {f"docs/{path.name}" for path in ROOT.glob("docs/*.md")} <= links
 
 
 def test_the_files_that_the_documents_name_exist() -> None:
-    """Fails for a module or test that was moved or renamed."""
+    """Modules and tests may have moved or been renamed."""
     named = {
         (document.name, path)
         for document in DOCUMENTS
@@ -116,7 +117,7 @@ def test_the_files_that_the_documents_name_exist() -> None:
 
 
 def test_the_metrics_that_the_documents_name_exist() -> None:
-    """Fails for a metric that was renamed."""
+    """Metrics may have been renamed."""
     page = {
         sample.name for each in documents.registry().collect() for sample in each.samples
     }
@@ -140,13 +141,13 @@ def test_every_alert_has_a_section_in_troubleshooting() -> None:
 
 
 def test_every_message_is_in_troubleshooting() -> None:
-    """An operator who searches the page for a message finds it."""
+    """Operators search the page for the text of a message."""
     missing = messages.missing(messages.PAGE.read_text())
     assert not missing, "add to docs/troubleshooting.md:\n" + "\n".join(map(str, missing))
 
 
-def test_a_message_that_the_page_lacks_is_found() -> None:
-    """The search is not satisfied by an empty page: it knows messages of every kind."""
+def test_a_message_that_the_page_lacks_is_reported() -> None:
+    """An empty page lacks messages of every kind."""
     found = {each.path.name for each in messages.missing("")}
     assert {"settings.py", "loader.py", "config_file.py", "privileges.py"} <= found
 
@@ -154,8 +155,8 @@ def test_a_message_that_the_page_lacks_is_found() -> None:
 # --- Commands ---
 
 
-def tried(command: str) -> bool:
-    """Try a command as far as that is quick; whether there is a way to."""
+def try_command(command: str) -> bool:
+    """Try a command, in part if it is slow; return whether that is possible."""
     words = shlex.split(command.removeprefix("sudo "))
     if words[0] == "make":
         dry_run = subprocess.run(
@@ -179,7 +180,7 @@ def tried(command: str) -> bool:
 
 
 def run_python(program: str) -> str:
-    """What it prints; it has no terminal to ask for a password."""
+    """Run a program without a terminal for password prompts; return its output."""
     return subprocess.run(
         [sys.executable, "-c", program],
         input="a password\n",
@@ -191,9 +192,9 @@ def run_python(program: str) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_works_or_is_known_not_to_be_run(command: str) -> None:
-    """Fails for a make target, flag or file that does not exist any more."""
-    assert command in NOT_RUN or tried(command), "say in NOT_RUN why it is not run"
+def test_a_command_works_or_has_a_reason_not_to_be_run(command: str) -> None:
+    """Make targets, flags and files may have been removed."""
+    assert command in NOT_RUN or try_command(command), "say in NOT_RUN why it is not run"
 
 
 def test_each_reason_is_for_a_command_in_the_documents() -> None:
@@ -201,7 +202,7 @@ def test_each_reason_is_for_a_command_in_the_documents() -> None:
 
 
 def test_the_web_configuration_in_the_documents_is_valid() -> None:
-    """And the scrape_config beside it is YAML with the same user."""
+    """The scrape_config next to it is valid YAML with the same user."""
     web, scrape = re.findall(
         r"(?ms)^```yaml\n(.*?)^```$", (ROOT / "docs/tls.md").read_text()
     )
@@ -214,7 +215,7 @@ def test_the_web_configuration_in_the_documents_is_valid() -> None:
 
 
 def test_the_man_page_has_the_sections_of_man_pages() -> None:
-    """As man-pages(7) orders them."""
+    """Their order is that of man-pages(7)."""
     sections = re.findall(r"(?m)^\.SH (.*)$", MAN_PAGE.read_text())
     assert sections == [
         "NAME",
@@ -236,13 +237,14 @@ def test_the_man_page_has_every_flag_and_only_known_macros() -> None:
         flag for _, group in documents.described() for each in group for flag in each.flags
     }
     assert all(flag.replace("-", r"\-") in text for flag in flags)
-    assert "@" not in text  # nothing of the template is left
+    assert "@" not in text  # no placeholder of the template remains
     macros = set(re.findall(r"(?m)^[.'](\S+)", text))
     assert macros <= {'\\"', "TH", "SH", "SS", "TP", "PP", "B", "BR", "RI", "RB", "I", "br"}
 
 
 def test_the_man_page_can_be_formatted() -> None:
-    """By whichever formatter there is; without one its structure has to do."""
+    """One of the installed formatters accepts it; without a formatter only its lines are
+    checked."""
     for formatter in (
         ["mandoc", "-T", "lint", "-W", "warning"],
         ["groff", "-man", "-ww", "-z"],

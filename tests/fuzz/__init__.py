@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Bad input, by the million: each door of the exporter, tried with what no one sends.
+"""Fuzz tests: random input for each input of the exporter.
 
-`targets` has the doors, ``seeds`` for each what real and odd input looks like. ``make
-fuzz`` has atheris go on from there, guided by which lines are reached; ``make test``
-replays the seeds, and a few thousand variations of them that are always the same.
+`targets` has a function for each input, and ``seeds`` has real and odd examples for it.
+``make fuzz`` runs atheris, which varies the seeds and is guided by code coverage. ``make
+test`` runs the seeds and a few thousand fixed variations of them.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Fuzzes each target in a process of its own, two at a time, and tells in a table."""
+"""Fuzzes each target in its own process, two at a time, and prints a table."""
 
 import argparse
 import re
@@ -16,7 +16,8 @@ from tests.tables import aligned
 AT_ONCE = 2
 
 RUNS_OF_A_PROCESS = 100_000
-"""What atheris compares it keeps for good, up to a kilobyte an input."""
+"""Number of inputs of a process: atheris never frees compared data, up to 1 KiB an
+input."""
 
 COLUMNS = ["target", "inputs", "seconds", "inputs/s", "findings"]
 
@@ -24,12 +25,16 @@ COLUMNS = ["target", "inputs", "seconds", "inputs/s", "findings"]
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.fuzz")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
-    parser.add_argument("--runs", type=int, default=1_000_000, help="inputs for each")
-    parser.add_argument("--seconds", type=int, default=3600, help="for each, at most")
+    parser.add_argument(
+        "--runs", type=int, default=1_000_000, help="inputs for each target"
+    )
+    parser.add_argument(
+        "--seconds", type=int, default=3600, help="time limit for each target"
+    )
     chosen = parser.parse_args(argv)
     targets = chosen.targets or list(TARGETS)
     if unknown := set(targets) - TARGETS.keys():
-        parser.error(f"there is no target {', '.join(sorted(unknown))}")
+        parser.error(f"unknown target: {', '.join(sorted(unknown))}")
     with ThreadPoolExecutor(AT_ONCE) as at_once:
         rows = list(
             at_once.map(lambda each: _fuzz(each, chosen.runs, chosen.seconds), targets)
@@ -37,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.write(aligned([COLUMNS, *rows]) + "\n")
     found = [row[0] for row in rows if row[-1] != "0"]
     for each in found:
-        sys.stdout.write(f"what was found in {each}, and the log, are in {FOUND / each}\n")
+        sys.stdout.write(f"the findings of {each} and its log are in {FOUND / each}\n")
     return 1 if found else 0
 
 
 def _fuzz(target: str, runs: int, seconds: int) -> list[str]:
-    """A row of the table, when it has had so many inputs or seconds, or found something."""
+    """Fuzz a target up to a number of inputs, a time or a finding; return its table row."""
     (FOUND / target).mkdir(parents=True, exist_ok=True)
     began_s = time.monotonic()
     inputs = took_s = findings = 0
@@ -58,7 +63,7 @@ def _fuzz(target: str, runs: int, seconds: int) -> list[str]:
 
 
 def _engine(target: str, runs: int, seconds: int) -> tuple[int, int]:
-    """How many inputs a process has tried, and how many of them are findings."""
+    """Run atheris in a process; return the number of inputs and of findings."""
     log = FOUND / target / "log"
     with log.open("wb") as written:
         ended = subprocess.run(
@@ -70,7 +75,7 @@ def _engine(target: str, runs: int, seconds: int) -> tuple[int, int]:
         )
     said = log.read_text(errors="replace")
     executed = re.search(r"^stat::number_of_executed_units: (\d+)$", said, re.MULTILINE)
-    # One that ends in another way has found something, whatever it has written.
+    # Any other end of the process is a finding too.
     findings = said.count("Test unit written to") or int(ended.returncode != 0)
     return int(executed[1]) if executed else 0, findings
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Writes the seeds that come from this kernel: python -m tests.fuzz.capture, as root.
+"""Writes the seeds that come from this kernel, as root.
 
-The sockets are those of tests/unit/data/capture.py; the rest is of maps made here.
+    python -m tests.fuzz.capture
+
+The sockets are those of tests/unit/data/capture.py; the other seeds are from BPF maps
+created here.
 """
 
 import os

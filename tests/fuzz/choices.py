@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Choices made from an input's bytes, so that few of them make a whole message."""
+"""Makes choices from the bytes of an input, so that a few bytes make a whole message."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import TypeVar
 
 SEEDS = Path(__file__).parent / "seeds"
 FOUND = Path(".cache/fuzz")
-"""What a run leaves: inputs that reach something new, those that are findings, its log."""
+"""Directory of the results of a run: new inputs, findings and a log."""
 
 _T = TypeVar("_T")
 
 
 class Choices:
-    """Takes bytes from the front; where there are no more, they are 0."""
+    """Reads bytes from the start of an input; after its end all bytes are 0."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -23,7 +23,7 @@ class Choices:
         return self._at < len(self._data)
 
     def take(self, size: int) -> bytes:
-        """As many bytes, or the last ones."""
+        """Return this many bytes, or fewer at the end of the input."""
         taken = self._data[self._at : self._at + size]
         self._at += size
         return taken

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Has atheris fuzz one target: python -m tests.fuzz.engine TARGET RUNS SECONDS.
+"""Runs atheris on one target.
 
-All that it takes of atheris is here. It is libFuzzer within: that counts lines reached,
-writes an input that raises, is slow or takes much memory to a file, and ends the process.
+    python -m tests.fuzz.engine TARGET RUNS SECONDS
+
+Only this module uses atheris, which is libFuzzer for Python. It measures the coverage of
+each input. If an input raises an exception, is slow or uses much memory, atheris writes it
+to a file and ends the process.
 """
 
 import os
@@ -20,10 +23,11 @@ MOST_MEMORY_MIB = 512
 
 def main(target: str, runs: str, seconds: str) -> None:
     with atheris.instrument_imports(include=["tcpexporter"]):
-        from tests.fuzz.targets import TARGETS  # noqa: PLC0415  what it reaches is counted
+        # atheris measures the coverage of the modules imported here
+        from tests.fuzz.targets import TARGETS  # noqa: PLC0415
 
-    warnings.simplefilter("error")  # numpy's too
-    os.environ["LANGUAGE"] = "C"  # argparse looks for translations each time
+    warnings.simplefilter("error")  # numpy's warnings too
+    os.environ["LANGUAGE"] = "C"  # argparse would look for translations each time
     corpus = FOUND / target / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     arguments = [

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Each door as a function of bytes: it returns, whatever they are.
+"""A function for each input of the exporter, which must return for any bytes.
 
-It lets the errors pass that are documented there, and looks at what they say and at what
-came out. All else that is raised is a finding.
+It ignores documented errors after a check of their text, and checks the result. Any other
+exception is a finding.
 """
 
 import contextlib
@@ -56,25 +56,27 @@ from tests.fuzz.choices import Choices
 
 NETNS = 0x0BADCAFE
 SEQUENCE = 7
-"""Of the replies that are captured."""
+"""Sequence number of the captured replies."""
 
 LONGEST_SENTENCE = 2000
 
 
 @contextlib.contextmanager
 def refused(*errors: type[TcpExporterError], saying: str = "") -> Iterator[None]:
-    """Let these errors pass, if they say something and not too much."""
+    """Ignore these errors, if their text is as documented and neither empty nor too
+    long."""
     try:
         yield
     except errors as error:
         sentence = str(error)
-        assert sentence.strip(), "an error that says nothing"
-        assert len(sentence) < LONGEST_SENTENCE, "an error that never ends"
+        assert sentence.strip(), "the text of the error is empty"
+        assert len(sentence) < LONGEST_SENTENCE, "the text of the error is too long"
         assert re.search(saying, sentence), f"not as documented: {sentence}"
 
 
 def check_connections(connections: Records) -> None:
-    """That they are what `counting` takes, which looks groups up in an array."""
+    """Check that `counting` can use these connections: it uses groups as indices of an
+    array."""
     assert connections.dtype == SOCKET
     assert (connections["group"] < 1 << GROUP_BITS).all()
 
@@ -85,7 +87,7 @@ PLACE = r" at byte \d+$|^sock_diag refuses: |^sock_diag does not answer "
 
 
 def _make_records(chunks: Iterator[Records]) -> int:
-    """Make connections and listeners of all entries; returns how many entries there are."""
+    """Make connections and listeners of all entries; return the number of entries."""
     found = list(chunks)
     connections, _ = entries.connections(found)
     check_connections(connections)
@@ -95,7 +97,7 @@ def _make_records(chunks: Iterator[Records]) -> int:
 
 
 def sock_diag(data: bytes) -> None:
-    """What the kernel has sent, to the byte."""
+    """Decode any bytes as a reply of sock_diag."""
 
     def chunks() -> Iterator[Records]:
         runs, _ = split_messages(np.frombuffer(data, np.uint8), SEQUENCE)
@@ -108,7 +110,7 @@ def sock_diag(data: bytes) -> None:
 
 
 class Datagrams:
-    """A socket whose other end sends these datagrams, and then nothing."""
+    """Replaces a socket: its other end sends these datagrams, and then nothing."""
 
     def __init__(self, datagrams: Sequence[bytes]) -> None:
         self._datagrams = list(datagrams)
@@ -131,7 +133,7 @@ class Datagrams:
 
 
 def sock_diag_dump(data: bytes) -> None:
-    """Datagrams of messages with attributes, of which much is as the kernel has it."""
+    """Decode datagrams of messages with attributes, most of them like the kernel's."""
     choices = Choices(data)
     opened = Datagrams([_datagram(choices) for _ in range(choices.number() % 8)])
     dumps = DumpSocket(cast("socket.socket", opened))
@@ -140,7 +142,7 @@ def sock_diag_dump(data: bytes) -> None:
         for rows in dumps.dump(1 << SS_ESTABLISHED | 1 << SS_LISTEN, 2):
             yield decode_messages(rows, NETNS, with_ages=True)
 
-    for _ in range(2):  # the next look passes over what is left
+    for _ in range(2):  # the second dump ignores the rest of the first
         with refused(SocketTableError, saying=PLACE):
             _make_records(chunks())
 
@@ -178,7 +180,7 @@ def _attribute(choices: Choices) -> bytes:
 
 
 def procfs(data: bytes) -> None:
-    """The text of /proc/net/tcp or tcp6, read in pieces of any size."""
+    """Decode any text as /proc/net/tcp or tcp6, read in pieces of any size."""
     choices = Choices(data)
     words = choices.pick([1, 4])
     size = 8 * (1 + choices.number())
@@ -189,7 +191,7 @@ def procfs(data: bytes) -> None:
         assert number == text.count(b"\n") - 1
 
 
-# --- What a user writes ---
+# --- What an operator writes ---
 
 SAYS_WHERE = r"^(flag|environment variable|settings|the settings file|web.yml) ?"
 CONF = Path("tcpexporter.conf")
@@ -204,7 +206,7 @@ def _check(chosen: settings.Settings) -> None:
 
 
 def setting(data: bytes) -> None:
-    """A name and a value: of ports, durations, addresses to listen on and others."""
+    """Parse a value of a setting: ports, durations, addresses and others."""
     name, _, text = data.decode(errors="surrogateescape").partition(" ")
     known = {each.name: each for each in settings.SETTINGS}
     chosen = known.get(name) or settings.SETTINGS[len(name) % len(known)]
@@ -217,7 +219,7 @@ def setting(data: bytes) -> None:
 
 
 def settings_file(data: bytes) -> None:
-    """The text of the file that --conf names."""
+    """Parse any text as the file of --conf."""
     told = data.decode(errors="surrogateescape")
     with refused(SettingsError, saying=f"^{CONF} line "):
         lines = sources.read_lines(settings.GROUPS, told, CONF)
@@ -230,7 +232,7 @@ _PARSER = sources.make_parser(settings.GROUPS)
 
 
 def settings_given(data: bytes) -> None:
-    """Flags, variables and a file at once, a line for each."""
+    """Parse flags, variables and a file together; each has some lines of the input."""
     argv, environ, lines = [], {}, []
     for line in data.decode(errors="surrogateescape").replace("\0", "").split("\n"):
         if line.startswith("-"):
@@ -252,7 +254,7 @@ def settings_given(data: bytes) -> None:
 
 
 def web_config(data: bytes) -> None:
-    """The YAML of --web-config, as its reader decodes it."""
+    """Parse any text as the file of --web-config."""
     text = data.decode(errors="surrogateescape")
     with refused(WebConfigError, saying=r"^web.yml"):
         found = webformat.parse(text, "web.yml", lambda name: f"content of {name}")
@@ -268,19 +270,19 @@ def web_config(data: bytes) -> None:
 
 
 def authorization(data: bytes) -> None:
-    """The value of an Authorization header, as the server decodes it."""
+    """Parse any value of an Authorization header."""
     credentials = access._basic_credentials(data.decode("latin-1"))
     assert credentials is None or sum(map(len, credentials)) < len(data)
 
 
-# --- What an exporter before this one left ---
+# --- Files of a previous exporter ---
 
 PLACE_OF_PIN = Path("/sys/fs/bpf/tcpexporter/1/layout")
 MOST_RECORD_BYTES = 4096
 
 
 def pinned(data: bytes) -> None:
-    """The words of a layout, and records of that."""
+    """Read a pinned layout, and records of that layout."""
     choices = Choices(data)
     words = np.frombuffer(choices.exactly(4 * pins.LAYOUT_WORDS), np.uint32)
     with refused(PinError, saying="is not an object that an exporter has pinned"):
@@ -294,7 +296,7 @@ def pinned(data: bytes) -> None:
 
 
 def fdinfo(data: bytes) -> None:
-    """What the kernel shows of a pinned object."""
+    """Parse any text as the kernel's description of a pinned object."""
     shown = pins._shown(data)
     with refused(PinError, saying="is not an object that an exporter has pinned"):
         pins._require(PLACE_OF_PIN, shown, value_size=64, max_entries=1)
@@ -303,7 +305,7 @@ def fdinfo(data: bytes) -> None:
 
 
 def state(data: bytes) -> None:
-    """An area of the file of --state, as it is or with the checksum that it should have."""
+    """Parse an area of the file of --state, some with a corrected checksum."""
     choices = Choices(data)
     is_mended, area = choices.pick([False, True]), choices.rest()
     if is_mended and len(area) >= saved_ages.HEADER.itemsize:
@@ -318,7 +320,7 @@ def state(data: bytes) -> None:
         assert again.rows.tobytes() == save.rows.tobytes()
 
 
-# --- What the kernel and the loader tell ---
+# --- Data of the kernel and of the loader ---
 
 BTF_HEADER = struct.Struct("=HBBIIIII")
 BTF_NAMES = b"\0sock_common\0skc_net\0inum\0btf_trace_inet_sock_set_state\0\xff\0"
@@ -326,7 +328,7 @@ BTF_PLACES = (0, 1, 13, 21, 26, len(BTF_NAMES) - 2, 10**6)
 
 
 def btf(data: bytes) -> None:
-    """Types that refer to any others, in a file that libbpf takes."""
+    """Read BTF that libbpf accepts, with types that refer to any others."""
     choices = Choices(data)
     types = b"".join(_type(choices) for _ in range(choices.number() % 16))
     names = BTF_NAMES
@@ -358,7 +360,7 @@ def _type(choices: Choices) -> bytes:
 
 
 def loaded(data: bytes) -> None:
-    """What the loader sends its parent: a number of descriptors, and a message."""
+    """Receive a number of descriptors and a message, as from the loader."""
     number, message = data[0] % 32 if data else 0, data[1:]
     lowest = _lowest_descriptor()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -370,7 +372,7 @@ def loaded(data: bytes) -> None:
                 theirs.send(message)
         received = loader_protocol.receive_descriptors(ours)
         undo.callback(received.close)
-    assert _lowest_descriptor() == lowest, "descriptors are left"
+    assert _lowest_descriptor() == lowest, "descriptors stay open"
 
 
 def _lowest_descriptor() -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Bad input, in seconds: all seeds, and variations of them that are always the same."""
+"""Runs all fuzz targets in seconds, with all seeds and fixed variations of them."""
 
 import random
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from tests.fuzz.choices import SEEDS
 from tests.fuzz.targets import TARGETS
 
 VARIATIONS = 3001
-"""Without hypothesis, which takes ten times as long to make them."""
+"""Number of variations. They are made without hypothesis, which requires ten times as
+long."""
 
 FUZZED = [pytest.param(name, run, id=name) for name, run in TARGETS.items()]
 
@@ -21,7 +22,7 @@ def seeds(target: str) -> list[Path]:
 
 
 def varied(seed: bytes, chance: random.Random) -> bytes:
-    """With a part replaced by something, or repeated, or left out."""
+    """Replace, repeat or remove a part of the input."""
     at, size = chance.randint(0, len(seed)), chance.choice([0, 1, 2, 4, 16, 64])
     instead = chance.choice(
         [b"", b"\0", b"\xff" * 4, chance.randbytes(chance.randint(0, 8))]
@@ -34,23 +35,25 @@ def varied(seed: bytes, chance: random.Random) -> bytes:
     )
 
 
-def test_there_are_seeds_for_each_target_and_no_others() -> None:
-    """Atheris begins with them."""
+def test_each_target_has_seeds_and_each_seed_a_target() -> None:
+    """Atheris begins with these inputs."""
     assert {each.name for each in SEEDS.iterdir()} == TARGETS.keys()
     assert all(seeds(each) for each in TARGETS)
 
 
 @pytest.mark.parametrize(("target", "run"), FUZZED)
-def test_seeds(target: str, run: Callable[[bytes], None]) -> None:
-    """What was captured, what is odd, and all that was ever a finding."""
+def test_no_seed_is_a_finding(target: str, run: Callable[[bytes], None]) -> None:
+    """Seeds are captured data, odd data, and all previous findings."""
     for seed in seeds(target):
         run(seed.read_bytes())
 
 
 @pytest.mark.parametrize(("target", "run"), FUZZED)
-def test_variations(target: str, run: Callable[[bytes], None]) -> None:
-    """A few thousand, without atheris: up to three changes to a seed."""
-    chance = random.Random(target)  # noqa: S311  no secret
+def test_no_variation_of_a_seed_is_a_finding(
+    target: str, run: Callable[[bytes], None]
+) -> None:
+    """Each of a few thousand variations has up to three changes of a seed."""
+    chance = random.Random(target)  # noqa: S311  not a secret
     known = [each.read_bytes() for each in seeds(target)]
     for _ in range(VARIATIONS):
         data = chance.choice(known)

@@ -171,7 +171,7 @@ def test_cap_bpf_is_kept_only_if_required() -> None:
     """If maps require CAP_BPF it is kept, and a line is logged; otherwise it is dropped.
 
     If it cannot be kept, or if only CAP_SYS_ADMIN would help, the start ends with one
-    sentence. The kind of fault: the error has a reason other than that of the failed attempt.
+    sentence. The kind of fault: the error has another reason than the failed attempt.
     The object here requires CAP_BPF or CAP_SYS_ADMIN on every kernel.
     """
     cases = [

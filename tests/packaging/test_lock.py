@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""setup.sh installs what is locked, and that is what pyproject.toml asks for."""
+"""setup.sh installs the locked files, which satisfy the requirements in pyproject.toml."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ ASKED: Mapping[str, list[str]] = {
     "run": [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]],
     **PROJECT["project"]["optional-dependencies"],
 }
-"""By the name of the lock, what pyproject.toml has."""
+"""The requirements in pyproject.toml, by the name of their lock file."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -39,23 +39,23 @@ def locked(name: str) -> dict[str, Locked]:
     return {each.name: each for each in read_lock(path)}
 
 
-def test_there_is_a_lock_for_each_extra() -> None:
-    """And one for the exporter itself."""
+def test_each_extra_has_a_lock_file() -> None:
+    """The exporter itself has one too."""
     assert [each.stem for each in LOCKS] == sorted(ASKED)
 
 
 @pytest.mark.parametrize("name", ASKED)
 def test_the_lock_satisfies_the_project(name: str) -> None:
-    """Whatever is asked for is there, in a version that is allowed."""
+    """Each required package is locked, in a version that is allowed."""
     there = locked("run") | locked(name)
     for asked in map(Requirement, ASKED[name]):
         assert there[canonicalize_name(asked.name)].version in asked.specifier
 
 
-def test_the_lowest_versions_are_those_of_the_project() -> None:
-    """So `make lowest` tests the bounds, and each bound is a version that exists.
+def test_the_lowest_versions_are_the_lower_bounds() -> None:
+    """`make lowest` tests these versions, and each of them exists.
 
-    The kind of fault: a lower bound that nobody has tried.
+    The kind of fault: nobody has tested a lower bound.
     """
     there = {each.name: each for each in read_lock(LOWEST)}
     for asked in map(Requirement, [*ASKED["run"], *ASKED["test"]]):
@@ -64,8 +64,8 @@ def test_the_lowest_versions_are_those_of_the_project() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_file_has_its_hash(path: Path) -> None:
-    """One version of each package, and nothing that says where to get it."""
+def test_each_locked_file_has_a_hash(path: Path) -> None:
+    """Each package has one version, and no line says where to download it."""
     entries = list(read_lock(path))
     assert len({each.name for each in entries}) == len(entries) > 0
     for each in entries:
@@ -78,8 +78,9 @@ def test_every_file_has_its_hash(path: Path) -> None:
     assert "://" not in path.read_text()
 
 
-def test_locks_are_of_one_mind() -> None:
-    """What is in two of them is the same in both, as they are installed together."""
+def test_lock_files_agree() -> None:
+    """A package in two lock files has one version, because both files are installed
+    together."""
     seen: dict[str, Locked] = {}
     for path in LOCKS:
         for each in read_lock(path):
@@ -88,7 +89,7 @@ def test_locks_are_of_one_mind() -> None:
 
 
 def make_wheel(directory: Path) -> Path:
-    """As little as pip takes for one."""
+    """Make the smallest wheel that pip accepts."""
     path = directory / "tiny-1-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(
@@ -103,7 +104,7 @@ def make_wheel(directory: Path) -> Path:
 
 
 def test_a_changed_byte_is_refused(tmp_path: Path) -> None:
-    """setup.sh installs nothing, and does not take itself for done."""
+    """setup.sh installs nothing, and does not record a complete installation."""
     wheel = make_wheel(tmp_path)
     right = hashlib.sha256(wheel.read_bytes()).hexdigest()
     with wheel.open("ab") as file:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The bill of materials, made from this tree."""
+"""The software bill of materials of this tree."""
 
 import json
 import os
@@ -36,20 +36,20 @@ def bom(text: str) -> dict[str, Any]:
     return parsed
 
 
-def test_it_is_valid(text: str) -> None:
-    """By the schema of CycloneDX, which allows nothing but what it has."""
+def test_the_bill_is_valid(text: str) -> None:
+    """It satisfies the schema of CycloneDX, which allows no other keys."""
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
 
 
-def test_it_is_of_this_version(bom: dict[str, Any]) -> None:
-    """And of the time that it was told."""
+def test_the_bill_is_of_this_version(bom: dict[str, Any]) -> None:
+    """Its time is the one given to the program."""
     described = bom["metadata"]["component"]
     assert (described["name"], described["version"]) == ("tcpexporter", VERSION)
     assert bom["metadata"]["timestamp"] == "2023-11-14T22:13:20+00:00"
 
 
-def test_it_lists_what_is_locked(bom: dict[str, Any]) -> None:
-    """Each package in its version, with every hash and a licence; and no other."""
+def test_the_bill_lists_all_locked_packages(bom: dict[str, Any]) -> None:
+    """Each package has its version, every hash and a licence; there is no other package."""
     listed = {
         each["purl"]: {
             digest["content"] for digest in each["externalReferences"][0]["hashes"]
@@ -63,14 +63,14 @@ def test_it_lists_what_is_locked(bom: dict[str, Any]) -> None:
     assert all(each["licenses"] for each in bom["components"] if each["purl"] in listed)
 
 
-def test_it_names_what_the_distribution_brings(bom: dict[str, Any]) -> None:
-    """Without a version, which is the host's."""
+def test_the_bill_names_packages_of_the_distribution(bom: dict[str, Any]) -> None:
+    """They have no version, because the host's distribution decides it."""
     named = [each for each in bom["components"] if "version" not in each]
     assert {each["name"] for each in named} == set(DISTRIBUTIONS)
 
 
-def test_it_tells_who_needs_whom(bom: dict[str, Any]) -> None:
-    """Whatever is there is needed by the exporter or by what that needs."""
+def test_the_bill_lists_dependencies(bom: dict[str, Any]) -> None:
+    """Each package is a dependency of the exporter or of another package."""
     needs = {each["ref"]: each.get("dependsOn", []) for each in bom["dependencies"]}
     reached, left = set(), [bom["metadata"]["component"]["bom-ref"]]
     while left:
@@ -80,6 +80,6 @@ def test_it_tells_who_needs_whom(bom: dict[str, Any]) -> None:
     assert apart == ["setuptools"]
 
 
-def test_the_same_tree_gives_the_same_bytes(text: str, tmp_path: Path) -> None:
-    """In another process, with another time zone, home and order of sets."""
+def test_the_bill_of_the_same_tree_has_the_same_bytes(text: str, tmp_path: Path) -> None:
+    """Process, time zone, home directory and hash seed differ."""
     assert make(TZ="Asia/Kolkata", HOME=str(tmp_path), PYTHONHASHSEED="7") == text

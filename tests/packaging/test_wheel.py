@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The wheel: the same bytes wherever it is built, and what is in it."""
+"""The wheel has the right files, and is reproducible."""
 
 import hashlib
 import os
@@ -19,7 +19,8 @@ EPOCH_S = 1_700_000_000
 
 
 def copy_tree(into: Path, *, mode: int, age_s: int, backwards: bool) -> None:
-    """A checkout, as far as building is concerned, made in another way each time."""
+    """Copy the tree to a repository; file modes, times and order depend on the
+    arguments."""
     archive = into.with_suffix(".tar")
     pack_tree(archive)
     with tarfile.open(archive) as packed:
@@ -71,16 +72,16 @@ def wheel(trees: tuple[Path, Path]) -> Path:
     return build(trees[0], 0o022, TZ="UTC", LC_ALL="C")
 
 
-def test_two_builds_are_the_same(trees: tuple[Path, Path], wheel: Path) -> None:
-    """Another place, umask, time, zone, locale and order of files."""
+def test_two_builds_have_the_same_bytes(trees: tuple[Path, Path], wheel: Path) -> None:
+    """Directory, umask, time, time zone, locale and order of files differ."""
     other = build(trees[1], 0o077, TZ="Asia/Kolkata", LC_ALL="C.UTF-8", PYTHONHASHSEED="7")
     assert other.name == wheel.name == f"tcpexporter-{VERSION}-py3-none-any.whl"
     first, second = (hashlib.sha256(each.read_bytes()).digest() for each in (wheel, other))
     assert first == second
 
 
-def test_it_has_all_that_runs_and_no_test(wheel: Path) -> None:
-    """The package, the C program with its headers, and the licence; no more than these."""
+def test_the_wheel_has_the_program_and_no_tests(wheel: Path) -> None:
+    """It has the package, the C program with its headers, and the licence only."""
     expected = {
         "tcpexporter/py.typed",
         "tcpexporter/revision.txt",
@@ -97,17 +98,15 @@ def test_it_has_all_that_runs_and_no_test(wheel: Path) -> None:
         assert all(each.external_attr >> 16 & 0o444 == 0o444 for each in packed.infolist())
 
 
-def test_it_shows_the_commit_that_it_was_built_from(
-    trees: tuple[Path, Path], wheel: Path
-) -> None:
-    """The exporter reads it there and does not run git."""
+def test_the_wheel_contains_its_commit(trees: tuple[Path, Path], wheel: Path) -> None:
+    """The exporter reads the commit from a file, and does not run git."""
     head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=trees[0])
     with zipfile.ZipFile(wheel) as packed:
         assert packed.read("tcpexporter/revision.txt") == head
 
 
-def test_it_asks_for_what_the_project_asks_for(wheel: Path) -> None:
-    """BCC is not among it: the package index has another project of that name."""
+def test_the_wheel_requires_the_packages_of_the_project(wheel: Path) -> None:
+    """BCC is not required, because the package index has another project of that name."""
     with zipfile.ZipFile(wheel) as packed:
         metadata = packed.read(f"tcpexporter-{VERSION}.dist-info/METADATA").decode()
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]

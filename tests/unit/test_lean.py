@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Importing a part of a package, each time in a Python of its own."""
+"""Importing a submodule without its package; each test starts another Python process."""
 
 import subprocess
 import sys
@@ -8,12 +8,12 @@ import pytest
 
 
 def run(program: str) -> str:
-    """What a program prints."""
+    """Run a program and return its output."""
     return subprocess.check_output([sys.executable, "-c", program], text=True)
 
 
-def test_a_part_is_imported_alone() -> None:
-    """What only the package's ``__init__`` asks for is not imported."""
+def test_a_submodule_is_imported_without_its_package() -> None:
+    """Imports of the package's ``__init__`` are not executed."""
     assert (
         run("""
 import sys
@@ -26,8 +26,8 @@ print(SS_LISTEN, "pyroute2.ndb" in sys.modules, "pyroute2" in sys.modules)
     )
 
 
-def test_the_package_is_whole_afterwards() -> None:
-    """Who imports it later, or has imported it before, gets all of it and the same part."""
+def test_the_package_can_be_imported_afterwards() -> None:
+    """The package is complete and has the same submodule, imported before or after."""
     for before in ("pass", "import pyroute2"):
         assert (
             run(f"""
@@ -43,8 +43,8 @@ print(pyroute2.IPRoute.__name__, diag.inet_diag_req is ours)
         )
 
 
-def test_a_package_that_is_missing() -> None:
-    """It is reported as Python does."""
+def test_a_missing_package_is_an_import_error() -> None:
+    """The error is Python's own."""
     program = 'from tcpexporter.lean import part_of\nwith part_of("nowhere"): pass'
     with pytest.raises(subprocess.CalledProcessError) as failed:
         subprocess.run(

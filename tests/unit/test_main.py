@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The wiring: logging, which source is taken, what --once prints, exit codes."""
+"""Start-up: logging, the choice of the source, the output of --once, exit codes."""
 
 import contextlib
 import json
@@ -51,8 +51,8 @@ def log_something() -> None:
     log.warning('reading %s instead:\n"%s"', "/proc/net/tcp", "näh")
 
 
-def test_a_log_line_as_text(capsys: pytest.CaptureFixture[str]) -> None:
-    """Time, level, logger and message, on standard error."""
+def test_a_log_line_can_be_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """It has time, level, logger and message, and goes to standard error."""
     with set_up_logging(Settings(log_format="text")):
         log_something()
     out, err = capsys.readouterr()
@@ -63,8 +63,8 @@ def test_a_log_line_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_a_log_line_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    """One JSON object per line, for any characters in the message."""
+def test_a_log_line_can_be_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line is one JSON object, whatever characters the message has."""
     with set_up_logging(Settings(log_format="json")):
         log_something()
     out, err = capsys.readouterr()
@@ -80,10 +80,10 @@ def test_a_log_line_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_the_log_level_is_the_least_that_is_logged(
+def test_the_log_level_limits_what_is_logged(
     log_format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With error no warning is logged, with debug everything except asyncio's lines."""
+    """With error no warning is logged; with debug everything except asyncio's lines."""
     with set_up_logging(Settings(log_level="error", log_format=log_format)):
         log_something()
     assert capsys.readouterr().err == ""
@@ -96,7 +96,7 @@ def test_the_log_level_is_the_least_that_is_logged(
 
 
 class Sources:
-    """In place of `_open_named_source`: gives a source in memory, or raises an error."""
+    """Replaces `_open_named_source`: returns a source in memory, or raises an error."""
 
     def __init__(self, **broken: SourceError) -> None:
         self.broken = broken
@@ -133,7 +133,7 @@ NO_PROC = SocketTableError("/proc is not mounted")
         ),
     ],
 )
-def test_auto_takes_the_first_source_that_works(
+def test_auto_chooses_the_first_source_that_works(
     sources: Sources,
     asked: list[str],
     warning: str | None,
@@ -169,8 +169,8 @@ def test_a_named_source_that_does_not_work_is_an_error(
 
 
 @pytest.mark.parametrize("name", ["sock_diag", "procfs"])
-def test_a_named_source_is_the_one_that_is_opened(name: str) -> None:
-    """The polling sources are opened for real: they require no root."""
+def test_a_named_source_is_opened(name: str) -> None:
+    """The polling sources are really opened, because they require no root."""
     source = startup._open_source(Settings(source=name))
     assert source.name == name
     source.start()
@@ -199,10 +199,10 @@ def connections(port: int, number: int, direction: Direction) -> Records:
         (Settings(listen_port=443, once=True), {"443": 3}),
     ],
 )
-def test_once_prints_what_was_chosen(
+def test_once_prints_the_selected_series(
     settings: Settings, expected: dict[str, int], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A page on standard output, of the ports and directions in the settings."""
+    """Standard output has the ports and directions in the settings."""
     source = MemorySource(
         [connections(443, 3, Direction.INBOUND), connections(40001, 5, Direction.OUTBOUND)]
     )
@@ -235,7 +235,7 @@ class SlowSource(MemorySource):
 
 @pytest.fixture
 def stopped() -> Iterator[threading.Event]:
-    """Whether SIGTERM came; the handlers of `main` are gone afterwards."""
+    """Return whether SIGTERM has arrived; the handlers of `main` are removed afterwards."""
     came = threading.Event()
     before = {
         number: signal.getsignal(number)
@@ -248,14 +248,14 @@ def stopped() -> Iterator[threading.Event]:
 
 
 def join_start() -> None:
-    """Wait for the start to be over, and for Python to have handled its signal."""
+    """Wait until the start has ended, and Python has handled its signal."""
     for thread in threading.enumerate():
         if thread.name == "start":
             thread.join(10)
 
 
-def test_starting_is_awaited(stopped: threading.Event) -> None:
-    """The reason for 503 is given until the source has started."""
+def test_readiness_waits_for_the_start(stopped: threading.Event) -> None:
+    """Until the source has started, the reason for 503 is that it is starting."""
     source = SlowSource()
     starting = Starting(source.start)
     told = []
@@ -302,7 +302,7 @@ def test_an_error_is_one_line_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """2 for a wrong setting, 1 for a failure; no traceback."""
+    """2 for an invalid setting, 1 for a failure; there is no traceback."""
     monkeypatch.setattr(sys, "argv", ["tcpexporter", *arguments])
     monkeypatch.setattr(startup, "_open_named_source", Sources(ebpf=NO_BPF).open)
     with pytest.raises(SystemExit) as ended:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The revision that a source tree shows, read from the files of its repository."""
+"""The revision of a source tree, read from the files of its repository."""
 
 import subprocess
 from collections.abc import Callable
@@ -26,8 +26,8 @@ def _git(tmp_path: Path) -> Git:
     return run
 
 
-def test_the_revision_of_a_branch(git: Git, tmp_path: Path) -> None:
-    """From the file of the branch, and from packed-refs."""
+def test_the_revision_of_a_branch_is_read(git: Git, tmp_path: Path) -> None:
+    """It is in the file of the branch, or in packed-refs."""
     commit = git("rev-parse", "HEAD")
     assert version._commit_of(tmp_path) == commit
     git("pack-refs", "--all")
@@ -35,20 +35,20 @@ def test_the_revision_of_a_branch(git: Git, tmp_path: Path) -> None:
     assert version._commit_of(tmp_path) == commit
 
 
-def test_the_revision_of_a_detached_head(git: Git, tmp_path: Path) -> None:
-    """The commit itself is in HEAD."""
+def test_the_revision_of_a_detached_head_is_read(git: Git, tmp_path: Path) -> None:
+    """The file HEAD has the commit itself."""
     git("checkout", "-q", "--detach")
     assert version._commit_of(tmp_path) == git("rev-parse", "HEAD")
 
 
-def test_the_revision_of_a_worktree(git: Git, tmp_path: Path) -> None:
-    """Its .git is a file, and its branches are in the repository."""
+def test_the_revision_of_a_worktree_is_read(git: Git, tmp_path: Path) -> None:
+    """Its .git is a file, and its branches are in the main repository."""
     git("worktree", "add", "-q", str(tmp_path / "other"), "-b", "feature/x")
     assert version._commit_of(tmp_path / "other") == git("rev-parse", "feature/x")
 
 
 def test_a_tree_without_a_commit_has_an_unknown_revision(tmp_path: Path) -> None:
-    """As one that is not in a repository, and one whose HEAD is damaged."""
+    """One tree is not in a repository, another has a damaged HEAD."""
     with pytest.raises(OSError, match="No such file"):
         version._commit_of(tmp_path)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
@@ -61,10 +61,10 @@ def test_a_tree_without_a_commit_has_an_unknown_revision(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("stamp", "expected"), [("a" * 40 + "\n", "a" * 40), (None, "unknown")]
 )
-def test_a_wheel_shows_the_revision_that_it_was_stamped_with(
+def test_a_wheel_has_the_revision_of_its_build(
     stamp: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a stamp and without a repository the revision is unknown."""
+    """Without the file of the build and without a repository the revision is unknown."""
     path = tmp_path / "tcpexporter" / "revision.txt"
     path.parent.mkdir()
     if stamp:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Debian's kernels under qemu's emulation, and the tests of the kernel in each of them."""
+"""Runs the kernel tests on Debian's kernels, in guests that qemu emulates."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,8 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tcpexporter-vm"
-"""Kernels and root images: outside of the tree, as they are large and outlive it."""
+"""Directory of kernels and root images; they are large, so it is outside of the tree."""
 
 
 class VmError(Exception):
-    """A guest cannot be made or run; the message says why."""
+    """A guest cannot be built or run; the message has the reason."""

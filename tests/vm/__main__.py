@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Runs the tests of the kernel in a guest of each kernel, one guest a CPU at once."""
+"""Runs the kernel tests in a guest of each kernel; each CPU runs one guest at a time."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ from tests.vm.outcome import Outcome
 OUTPUT = ROOT / ".cache" / "vm"
 
 LIMIT_S = 1800
-"""More than a guest takes on a machine that has other work, too."""
+"""Time limit of a guest, which suffices even on a busy machine."""
 
 TEST = """
 .venv/bin/python -m tests.vm.facts >/share/facts.json || exit
@@ -33,20 +33,20 @@ SHELL = "TERM=linux exec bash </dev/ttyS0 >/dev/ttyS0 2>&1"
 
 @dataclass(frozen=True)
 class Run:
-    """A kernel, and what it is tested with."""
+    """A kernel, and the userland and tests that run with it."""
 
     kernel: Kernel
     userland: Userland
     tests: str = "tests/kernel"
     title: str = ""
-    """Of these tests, where others are run with the same kernel and userland."""
+    """A name of these tests, if the same kernel and userland run others too."""
     init: Path = guest.SESSION
     is_extra: bool = False
-    """Only run when its kernel is asked for."""
+    """Whether it only runs if its kernel is named by --kernel."""
 
     @property
     def what(self) -> str:
-        """All but the kernel."""
+        """Return the description of the run without its kernel."""
         return ", ".join(filter(None, [self.userland.name, self.title]))
 
     @property
@@ -58,19 +58,19 @@ NEWEST, *OLDER = reversed(KERNELS)
 
 RUNS = (
     Run(NEWEST, TRIXIE),
-    # Debian has no such kernel for its older release.
+    # Debian's older release does not have this kernel.
     Run(NEWEST, BOOKWORM, is_extra=True),
     *(Run(each, BOOKWORM) for each in OLDER),
     Run(KERNELS[1], VAGRANT, "tests/vm/service.py", init=guest.BOOT),
-    # The newest, and one that gives up less.
+    # The newest of these kernels, and one on which the exporter keeps more privileges.
     *(Run(KERNELS[each], BOOKWORM, "tests/vm/faults.py", "faults") for each in (2, 0)),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernel", default="", help="only this one, as 6.12")
-    parser.add_argument("--shell", action="store_true", help="give a shell in it instead")
+    parser.add_argument("--kernel", default="", help="run this kernel only, such as 6.12")
+    parser.add_argument("--shell", action="store_true", help="open a shell in the guest")
     arguments = parser.parse_args()
     runs = [
         each
@@ -79,9 +79,9 @@ def main() -> None:
     ]
     if not runs:
         names = ", ".join(each.name for each in KERNELS)
-        sys.exit(f"there is no kernel {arguments.kernel!r}, only {names}")
+        sys.exit(f"unknown kernel {arguments.kernel!r}: choose one of {names}")
     if os.geteuid() != 0:
-        sys.exit("the file systems of guests are made by root: use sudo")
+        sys.exit("building root images requires root: use sudo")
     CACHE.mkdir(parents=True, exist_ok=True)
     OUTPUT.mkdir(parents=True, exist_ok=True)
     try:
@@ -114,17 +114,17 @@ def _test(runs: Sequence[Run], kept: Path) -> int:
             )
         )
     outcome.write(outcomes, kept)
-    sys.stdout.write(f"\n{table.plain(outcomes)}\n\nwhat the guests printed: {OUTPUT}\n")
+    sys.stdout.write(f"\n{table.plain(outcomes)}\n\nlogs of the guests: {OUTPUT}\n")
     return int(not all(each.is_good for each in outcomes))
 
 
 def _outcome(run: Run, unpacked: Future[Unpacked], image: Future[Path]) -> Outcome:
-    """The tests' results; whatever keeps them from being there is said in their place."""
+    """Run the tests in a guest; return their results, or the reason why there are none."""
     result = Outcome(kernel=run.kernel.name, userland=run.what)
     log = OUTPUT / f"{run.kernel.name}-{images.slug(run.what)}.log"
     try:
         kernel, root = unpacked.result(), image.result()
-        _say(f"{run.name}: boots {kernel.image.name}")
+        _say(f"{run.name}: booting {kernel.image.name}")
         began_s = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
             share = Path(directory)
@@ -139,7 +139,7 @@ def _outcome(run: Run, unpacked: Future[Unpacked], image: Future[Path]) -> Outco
                 **outcome.count(share / "results.xml"),
             )
         if code and not result.failed:
-            result = replace(result, why_not=f"pytest ended with {code}, see {log}")
+            result = replace(result, why_not=f"pytest: exit code {code}, see {log}")
     except (VmError, OSError) as error:
         result = replace(result, why_not=str(error))
     _say(

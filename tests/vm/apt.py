@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Packages of other suites than the host's, from where the host has its own."""
+"""Downloads packages of other Debian suites, from the host's package mirror."""
 
 import re
 import subprocess
@@ -13,33 +13,34 @@ DEPENDENCY = re.compile(r"^ +Depends: ([^<\s]+)$", re.MULTILINE)
 
 
 def mirror(label: str = "Debian") -> str:
-    """Where the host has packages of that label from.
+    """Return the host's mirror of packages with this label.
 
     Raises:
-        VmError: it has none; it is no Debian.
+        VmError: the host has no such mirror, because it is not a Debian system.
     """
     targets = ("Created-By: Packages", f"Label: {label}")
     found = _run("apt-get", "indextargets", "--format", "$(REPO_URI)", *targets).split()
     if not found:
         raise VmError(
-            f"apt knows no source of packages that is labelled {label!r}: add Debian's to "
+            f"apt has no source labelled {label!r}: add Debian's to "
             "/etc/apt/sources.list.d, and its keys (debian-archive-keyring)"
         )
     return found[0]
 
 
 class Apt:
-    """apt with lists and sources of its own, which installs nothing."""
+    """Runs apt with its own lists and sources; it installs nothing on the host."""
 
     def __init__(self, state: Path, *suites: str) -> None:
-        """Fetch the lists of packages.
+        """Download the lists of packages.
 
         Args:
-            state: a directory for them.
-            suites: as ``bookworm-backports``; security's are found by their name.
+            state: Directory of the lists.
+            suites: Names of suites such as ``bookworm-backports``. A suite of security
+                updates is recognized by its name.
 
         Raises:
-            VmError: they cannot be had; says why.
+            VmError: the lists cannot be downloaded; the message has the reason.
         """
         for each in ("lists/partial", "cache/archives/partial", "parts"):
             (state / each).mkdir(parents=True, exist_ok=True)
@@ -63,18 +64,18 @@ class Apt:
         return _run(command, *self._options, *arguments, cwd=cwd)
 
     def version(self, package: str) -> str:
-        """Of the newest that there is."""
+        """Return the newest version of a package."""
         shown = self("apt-cache", "show", "--no-all-versions", package)
         return next(
             line.split()[1] for line in shown.splitlines() if line.startswith("Version:")
         )
 
     def dependencies(self, package: str) -> list[str]:
-        """The packages that it cannot be without."""
+        """Return the packages that a package depends on."""
         return DEPENDENCY.findall(self("apt-cache", "depends", package))
 
     def unpack(self, packages: Sequence[str], into: Path) -> None:
-        """Download packages, and unpack them without installing anything."""
+        """Download packages and unpack them, without installing them."""
         archives = into.with_name(f"{into.name}.archives")
         archives.mkdir(parents=True)
         self("apt-get", "download", "-q", *packages, cwd=archives)
@@ -85,7 +86,7 @@ class Apt:
 
 
 def source(suite: str) -> str:
-    """A line of sources.list(5)."""
+    """Return a line of sources.list(5)."""
     label = "Debian-Security" if suite.endswith("-security") else "Debian"
     return f"deb [signed-by={KEYRING}] {mirror(label)} {suite} main"
 

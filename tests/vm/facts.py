@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What a guest is, as a line of JSON: written in it, for its row of the table."""
+"""Prints facts about the guest in which it runs, as one JSON line for the table."""
 
 import json
 import os

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What must not be done to a machine in use: run by `make vm-test` in a guest.
+"""Tests that are too disruptive for a machine in use; `make vm-test` runs them in a guest.
 
-The tests share an exporter that none of that is to disturb, and run in their order: what
-cannot be undone comes last.
+They share an exporter, which none of them may disturb. Their order matters: changes that
+cannot be undone are last.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ from tests.support import (
 )
 
 if "vm.init=" not in Path("/proc/cmdline").read_text():
-    raise RuntimeError("this suspends the machine and locks its kernel down: not here")
+    raise RuntimeError("these tests suspend the machine: run them in a guest")
 
 DURATION_S = 19
 ASLEEP_S = 23
-"""Longer than that, so that what is long-term after it has become so in its sleep."""
+"""Longer than `DURATION_S`, so connections can become long-term during the sleep."""
 DAYS_S = 11 * 24 * 3600
 
 SHARING = Path("/sys/bus/virtio/drivers/9pnet_virtio")
@@ -67,7 +67,7 @@ def peers() -> Iterator[Peers]:
 
 
 def assert_counts(exporter: Exporter, peers: Peers) -> None:
-    """It says how many there are as ss(8) does, and is told when some come and go."""
+    """Check that the counts equal those of ss(8), also after connections open and close."""
     before = len(peers.pairs)
     peers.connect(11)
     assert ss_established(peers.port)["4"] == before + 11
@@ -83,8 +83,9 @@ def assert_counts(exporter: Exporter, peers: Peers) -> None:
 
 
 @contextlib.contextmanager
-def nothing_shared() -> Iterator[None]:
-    """Without what the host shares by 9p, the driver of which knows no suspend."""
+def without_shared_directories() -> Iterator[None]:
+    """Unmount directories that the host shares by 9p: their driver does not support
+    suspend."""
     lines = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     mounts = [each for each in lines if each[2] == "9p"]
     devices = [each.name for each in SHARING.glob("virtio*")]
@@ -104,13 +105,14 @@ def nothing_shared() -> Iterator[None]:
 
 
 def asleep_s() -> float:
-    """For how long the machine has slept since it booted: clock_gettime(2)."""
+    """Return how long the machine has slept since it booted: clock_gettime(2)."""
     boottime_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     return boottime_s - time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
 def suspend(seconds: int) -> None:
-    """Suspend to RAM until the clock's alarm: Documentation/power/states of the kernel."""
+    """Suspend to RAM until the alarm of the clock: Documentation/power/states of the
+    kernel."""
     Path("/sys/power/mem_sleep").write_text("deep")
     ALARM.write_text(f"+{seconds}")
     Path("/sys/power/state").write_text("mem")
@@ -118,19 +120,20 @@ def suspend(seconds: int) -> None:
 
 @contextlib.contextmanager
 def connecting(peers: Peers) -> Iterator[None]:
-    """Connections are opened all the while, and stay."""
+    """Open connections continuously during the block, and keep them open."""
     with meanwhile(lambda: peers.connect(1), pause_s=0.02):
         yield
 
 
-def test_ages_go_on_while_the_machine_sleeps(exporter: Exporter, peers: Peers) -> None:
-    """Connections grow old; of those that open as it falls asleep none is lost."""
+def test_ages_increase_while_the_machine_sleeps(exporter: Exporter, peers: Peers) -> None:
+    """Connections become long-term; those that open just before the sleep are counted
+    too."""
     began_s = time.monotonic()
     peers.connect(7)
     assert exporter.established(peers.port) == 7
     assert exporter.long_term(peers.port) == 0
     slept_s = -asleep_s()
-    with nothing_shared(), connecting(peers):
+    with without_shared_directories(), connecting(peers):
         suspend(ASLEEP_S)
     slept_s += asleep_s()
     assert slept_s > DURATION_S
@@ -150,7 +153,7 @@ def test_ages_go_on_while_the_machine_sleeps(exporter: Exporter, peers: Peers) -
 
 @contextlib.contextmanager
 def clock_set(by_s: int) -> Iterator[None]:
-    """Another time of day, as by ``date -s``."""
+    """Change the time of day during the block, as ``date -s`` does."""
 
     def step(seconds: int) -> None:
         time.clock_settime(time.CLOCK_REALTIME, time.time() + seconds)
@@ -163,21 +166,21 @@ def clock_set(by_s: int) -> Iterator[None]:
 
 
 def test_a_clock_step_changes_no_age(exporter: Exporter, peers: Peers) -> None:
-    """What is long-term stays so, what is not does not become so; HTTP goes on, too.
+    """No connection becomes long-term by the step or loses that state, and HTTP continues.
 
-    Only when the last reconciliation was is told by the wall clock.
+    Only the time of the last reconciliation uses the wall clock.
     """
     eventually(lambda: exporter.long_term(peers.port) == len(peers.pairs))
     old = len(peers.pairs)
     kept = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=DEADLINE_S)
     kept.connect()
-    kept.auto_open = 0  # another connection would show nothing
+    kept.auto_open = 0  # with a new connection the test would show nothing
     began_s = time.monotonic()
     peers.connect(5)
     for by_s in (DAYS_S, -DAYS_S):
         with clock_set(by_s):
             long_term = exporter.long_term(peers.port)
-            assert time.monotonic() - began_s < DURATION_S, "too slow to tell"
+            assert time.monotonic() - began_s < DURATION_S, "the machine is too slow"
             assert long_term == old
             assert exporter.established(peers.port) == old + 5
             kept.request("GET", "/-/healthy")
@@ -192,16 +195,16 @@ def reconciled_s(exporter: Exporter) -> float:
     return exporter.value("tcpexporter_last_reconcile_timestamp_seconds") or 0
 
 
-# --- What the kernel can be told to refuse ---
+# --- Restrictions of the kernel ---
 
 
-@pytest.mark.parametrize("value", [0, 2, 1])  # from 1 there is no way back
-def test_unprivileged_bpf_can_be_disabled(
+@pytest.mark.parametrize("value", [0, 2, 1])  # the kernel does not permit a change from 1
+def test_the_exporter_works_with_any_unprivileged_bpf_disabled(
     exporter: Exporter, peers: Peers, value: int
 ) -> None:
-    """However that is set, the program is loaded, root is given up and counts are right.
+    """With any value the program is loaded, root is dropped and counts are right.
 
-    CAP_BPF is kept only where it is not 0, and by kernels that demand it then.
+    CAP_BPF is kept only if the value is not 0 and this kernel requires it.
     """
     UNPRIVILEGED_BPF.write_text(str(value))
     is_kept = value != 0 and not Kernel().has(UNPRIVILEGED_MAPS)
@@ -212,15 +215,16 @@ def test_unprivileged_bpf_can_be_disabled(
 
 
 @pytest.mark.parametrize("level", ["integrity", "confidentiality"])
-def test_the_kernel_can_be_locked_down(
+def test_the_exporter_works_under_lockdown(
     exporter: Exporter, peers: Peers, level: str
 ) -> None:
-    """BPF works and is chosen, though the kernel refuses it to read memory at will.
+    """BPF works and is chosen, although the kernel restricts its access to memory.
 
-    As from the command line: security/lockdown/lockdown.c. Helpers that read at any
-    address are refused with confidentiality, Linux kernel commit 9d1f8be5cf42 ("bpf:
-    Restrict bpf when kernel lockdown is in confidentiality mode") (in v5.4); our program
-    reads through pointers whose type the verifier knows, and calls none of these.
+    The command line has the same effect: security/lockdown/lockdown.c. Level
+    confidentiality refuses helpers that read at any address, Linux kernel commit
+    9d1f8be5cf42 ("bpf: Restrict bpf when kernel lockdown is in confidentiality mode") (in
+    v5.4). Our program calls none of these; it reads through pointers whose type the
+    verifier knows.
     """
     LOCKDOWN.write_text(level)
     assert f"[{level}]" in LOCKDOWN.read_text()
@@ -236,7 +240,7 @@ def test_the_kernel_can_be_locked_down(
 
 
 def may_read_kernel() -> bool:
-    """Whether the kernel takes a program that reads its memory at any address."""
+    """Return whether the kernel accepts a program that reads its memory at any address."""
     code = READ_KERNEL + RETURN_0
     with contextlib.suppress(OSError):
         os.close(program.load(code, Btf.of_kernel().function(program.TRACEPOINT)))

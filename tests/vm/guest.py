@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""One guest: a kernel and an image, booted under emulation, that does one thing."""
+"""Runs a command in a guest: boots a kernel and a root image in an emulator."""
 
 import shutil
 import subprocess
@@ -10,26 +10,26 @@ from tests.vm.images import pack_tree
 from tests.vm.kernels import Unpacked
 
 SESSION = HERE / "session"
-"""Nothing runs in the guest but the command."""
+"""The init program of a guest that runs a command only."""
 
 BOOT = HERE / "boot"
-"""It is a machine with its services."""
+"""The init program of a guest that starts systemd and its services."""
 
 MEMORY_MIB = 2048
 
 APPEND = (
     "console=ttyS0 quiet loglevel=3 panic=-1 net.ifnames=0 rdinit=/init",
-    # What the emulator has translated it finds again at the same address only: with
-    # addresses at random each process takes twice as long.
+    # The emulator caches translated code by address: with random addresses each process
+    # would be twice as slow.
     "norandmaps mitigations=off",
 )
 
 QEMU = (
-    # However we end, it ends with us: prctl(2), PR_SET_PDEATHSIG.
+    # The kernel kills the guest when this process ends: prctl(2), PR_SET_PDEATHSIG.
     *("setpriv", "--pdeathsig=KILL"),
     "qemu-system-x86_64",
     *("-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-m", str(MEMORY_MIB)),
-    # A second one makes some kernels panic now and then.
+    # With a second CPU some kernels panic now and then.
     *("-smp", "1"),
     *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-net", "none"),
     *("-device", "virtio-rng-pci"),
@@ -46,22 +46,22 @@ def run(
     log: Path | None = None,
     limit_s: float | None = None,
 ) -> int:
-    """Boot, have the guest do a command in /tcpexporter, and wait until it has ended.
+    """Boot a guest, run a command in /tcpexporter, and wait until it has ended.
 
     Args:
-        kernel: what to boot.
-        image: its root file system, which stays as it is.
-        share: a directory that is /share in the guest.
-        command: for sh(1), with the tree of the host in /tcpexporter.
+        kernel: The kernel to boot.
+        image: The root file system, which is not changed.
+        share: A directory that the guest has as /share.
+        command: A command for sh(1); the source tree is in /tcpexporter.
         init: `SESSION` or `BOOT`.
-        log: where what the guest prints goes; None: it has this terminal.
-        limit_s: for how long.
+        log: The file for the guest's output; None: this terminal.
+        limit_s: Time limit.
 
     Returns:
         The command's exit code.
 
     Raises:
-        VmError: the guest ended without one.
+        VmError: the guest ended without an exit code of the command.
     """
     result = share / "result"
     result.unlink(missing_ok=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Root file systems of Debian's releases, with what the exporter needs and no kernel."""
+"""Builds root file systems of Debian's releases, without a kernel, for the tests."""
 
 import hashlib
 import re
@@ -14,12 +14,12 @@ from tests.vm import CACHE, ROOT, VmError
 from tests.vm.apt import source
 
 SIZE = "2G"
-"""At most: the file has holes."""
+"""Maximum size of an image; its file is sparse."""
 
 ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
     "LANG": "C.UTF-8",
-    # Packages are there as wheels: a chroot does not know how the host reaches an index.
+    # Packages are copied as wheels, because a chroot cannot reach the package index.
     "PIP_NO_INDEX": "1",
     "PIP_FIND_LINKS": "/wheels",
 }
@@ -27,21 +27,21 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Userland:
-    """What a guest has besides its kernel."""
+    """The root file system of a guest, without its kernel."""
 
     name: str
     suite: str
     """The release of Debian."""
     python: str
     packages: tuple[str, ...] = ("kmod", "python3")
-    """That a machine has which somebody has installed, and minbase has not."""
+    """Packages of an installed machine that the variant minbase does not have."""
     command: str = "deploy/setup.sh guest"
-    """What makes it, in /tcpexporter."""
+    """Command that installs the rest, in /tcpexporter."""
 
 
 BOOKWORM = Userland("Debian 12", "bookworm", "3.11")
 TRIXIE = Userland("Debian 13", "trixie", "3.13")
-"""With BCC and its dependencies, Python packages, iproute2: no compiler, no headers."""
+"""Has BCC, its dependencies, Python packages and iproute2; no compiler and no headers."""
 
 VAGRANT = Userland(
     "Debian 12, vagrant/",
@@ -50,10 +50,10 @@ VAGRANT = Userland(
     ("kmod", "python3", "systemd-sysv", "udev", "dbus"),
     "vagrant/provision.sh; deploy/setup.sh guest",
 )
-"""A machine that systemd boots, with services in it."""
+"""A machine with systemd and services, as in ``vagrant/``."""
 
 LOCKS = ("run.txt", "test.txt")
-"""What `deploy/setup.sh guest` installs from."""
+"""Lock files that `deploy/setup.sh guest` installs."""
 
 INPUTS = (
     Path(__file__),
@@ -65,14 +65,14 @@ INPUTS = (
     ),
     *sorted((ROOT / "vagrant").iterdir()),
 )
-"""What an image is made from; when one of them changes, so does the image."""
+"""Files that an image depends on: if one of them changes, the image is built again."""
 
 
 def build(userland: Userland) -> Path:
-    """The image, from the cache unless what it is made from has changed.
+    """Return the image; build it unless it is in the cache and its inputs are unchanged.
 
     Raises:
-        VmError: it cannot be made; says why.
+        VmError: it cannot be built; the message has the reason.
     """
     name = f"{slug(userland.name)}-"
     image = CACHE / "images" / f"{name}{_fingerprint(userland)}.img"
@@ -95,7 +95,7 @@ def build(userland: Userland) -> Path:
 
 
 def slug(name: str) -> str:
-    """What it is in the name of a file."""
+    """Return a userland's name for file names."""
     return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
@@ -107,7 +107,7 @@ def _fingerprint(userland: Userland) -> str:
 
 
 def pack_tree(archive: Path) -> None:
-    """All files that git knows or would add, as they are now."""
+    """Pack all files that git tracks or would add, in their present state."""
     listed = subprocess.check_output(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -120,7 +120,7 @@ def pack_tree(archive: Path) -> None:
 
 
 def _download_wheels(python: str, into: Path) -> None:
-    """What pip will install, for a Python that need not be the host's."""
+    """Download wheels for pip, for a Python version that may differ from the host's."""
     _run(
         sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:",
         f"--python-version={python}", f"--dest={into}", "--require-hashes",
@@ -129,7 +129,7 @@ def _download_wheels(python: str, into: Path) -> None:
 
 
 def _install(userland: Userland, directory: Path) -> None:
-    """Let mmdebstrap install the release, and in it what `Userland.command` does."""
+    """Let mmdebstrap install the release, and run `Userland.command` in it."""
     hooks = [
         'mkdir "$1/tcpexporter"',
         f'tar -C "$1/tcpexporter" -xf {directory / "tree.tar"}',

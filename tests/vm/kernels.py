@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The kernels of Debian's releases: fetched, unpacked, and made ready to boot."""
+"""Downloads and unpacks the kernels of Debian's releases, and prepares them for booting."""
 
 import hashlib
 import shutil
@@ -20,19 +20,19 @@ MODULES = (
     "ext4",
     "overlay",
 )
-"""What a guest takes to come to its root file system."""
+"""Kernel modules that a guest requires before it has its root file system."""
 
 INIT = HERE / "init"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One that the exporter is tested with."""
+    """A kernel to test the exporter with."""
 
     name: str
-    """As docs/kernels.md names it."""
+    """The name of the kernel in docs/kernels.md."""
     suites: tuple[str, ...]
-    """The release of Debian that has it."""
+    """The Debian release that has this kernel."""
 
 
 KERNELS = (
@@ -41,24 +41,24 @@ KERNELS = (
     Kernel("6.12", ("bookworm-backports",)),
     Kernel("7", ("trixie-backports",)),
 )
-"""The newest of each of these suites; of the last one whatever 7.x there is."""
+"""The newest kernel of each of these suites; of the last suite the newest 7.x."""
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What qemu boots."""
+    """The files of a kernel for qemu."""
 
     image: Path
     initramfs: Path
     modules: Path
-    """A directory to be mounted at /usr/lib/modules."""
+    """Directory to mount at /usr/lib/modules."""
 
 
 def fetch(kernel: Kernel) -> Unpacked:
-    """The newest of its suites, from the cache unless there is a newer one now.
+    """Return the newest kernel of its suites; download it unless it is in the cache.
 
     Raises:
-        VmError: it cannot be had; says why.
+        VmError: it cannot be downloaded; the message has the reason.
     """
     try:
         apt = Apt(CACHE / "apt" / kernel.name, *kernel.suites)
@@ -67,14 +67,15 @@ def fetch(kernel: Kernel) -> Unpacked:
         if not tree.exists():
             _unpack(apt, package, tree)
     except VmError as error:
-        raise VmError(f"kernel {kernel.name} cannot be fetched: {error}") from error
+        raise VmError(f"kernel {kernel.name} cannot be downloaded: {error}") from error
     modules = tree / "usr/lib/modules"
     (release,) = (each.name for each in modules.iterdir())
     return Unpacked(_image(tree), _initramfs(tree, release), modules)
 
 
 def _package(apt: Apt) -> str:
-    """The one that the package without a version stands for."""
+    """Return the package with a version in its name, on which the general package
+    depends."""
     found = [
         each
         for each in apt.dependencies("linux-image-amd64")
@@ -86,18 +87,19 @@ def _package(apt: Apt) -> str:
 
 
 def _unpack(apt: Apt, package: str, tree: Path) -> None:
-    """Image and modules, which are packages of their own since 7; no headers."""
+    """Unpack image and modules, which are separate packages since Linux 7, without
+    headers."""
     for old in tree.parent.glob("*"):
         shutil.rmtree(old)
     release = package.removeprefix("linux-image-")
     parts = [each for each in apt.dependencies(package) if each.endswith(release)]
     new = tree.with_name(f"{tree.name}.new")
     apt.unpack([package, *parts], new)
-    if (new / "lib").is_dir():  # before Debian 13
+    if (new / "lib").is_dir():  # until Debian 12
         (new / "usr").mkdir(exist_ok=True)
         shutil.copytree(new / "lib", new / "usr/lib", dirs_exist_ok=True)
         shutil.rmtree(new / "lib")
-    (new / "lib").symlink_to("usr/lib")  # where depmod and modprobe look
+    (new / "lib").symlink_to("usr/lib")  # depmod and modprobe search there
     _run("depmod", "-b", new, release)
     new.rename(tree)
 
@@ -110,7 +112,7 @@ def _image(tree: Path) -> Path:
 
 
 def _initramfs(tree: Path, release: str) -> Path:
-    """A shell, `MODULES`, and `INIT`; made anew when one of these has changed."""
+    """Build the initramfs of a shell, `MODULES` and `INIT`, if one of these has changed."""
     made_from = hashlib.sha256(INIT.read_bytes() + " ".join(MODULES).encode()).hexdigest()
     archive = tree / f"initramfs-{made_from[:16]}.cpio"
     if archive.exists():
@@ -122,7 +124,7 @@ def _initramfs(tree: Path, release: str) -> Path:
     shutil.copy(_busybox(), root / "bin/busybox")
     shutil.copy(INIT, root / "init")
     for number, module in enumerate(_with_dependencies(tree, release)):
-        # Without compression, which not every kernel can undo by itself.
+        # Without compression, because not every kernel supports it.
         name = f"{number:03}-{module.name.removesuffix('.xz')}"
         content = (
             module.read_bytes() if module.suffix != ".xz" else _run("xz", "-dc", module)
@@ -148,13 +150,14 @@ def _busybox() -> str:
 
 
 def _with_dependencies(tree: Path, release: str) -> Iterator[Path]:
-    """The files of `MODULES` in the order in which they are to be loaded."""
+    """Return the files of `MODULES` and of their dependencies, in loading order."""
     seen = set()
     for module in MODULES:
         shown = _run("modprobe", "-d", tree, "-S", release, "--show-depends", module)
         for line in shown.decode().splitlines():
             deed, _, path = line.partition(" ")
-            if deed == "insmod" and path not in seen:  # else it is built in
+            # otherwise it is built into the kernel
+            if deed == "insmod" and path not in seen:
                 seen.add(path)
                 yield Path(path.strip())
 

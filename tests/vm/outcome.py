@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What came of the tests in each guest, and the file that keeps it."""
+"""The results of the tests in each guest, and the file that contains them."""
 
 import json
 from collections.abc import Sequence
@@ -11,35 +11,35 @@ from xml.etree import ElementTree as ET
 
 @dataclass(frozen=True)
 class Guest:
-    """What a guest was: see `tests.vm.facts`."""
+    """Facts about a guest: see `tests.vm.facts`."""
 
     release: str
     version: str
     python: str
     bcc: str
     lacks: list[str]
-    """The names of features that its kernel has not."""
+    """Names of the features that its kernel lacks."""
     has_headers: bool
     has_compiler: bool
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one kernel with one userland."""
+    """The test results of one kernel with one userland."""
 
     kernel: str
-    """As ``make vm-test KERNEL=`` takes it."""
+    """The name for ``make vm-test KERNEL=``."""
     userland: str
-    """What all else is of."""
+    """The userland and the name of the tests."""
     seconds: float = 0.0
-    """From starting the emulator until it has ended."""
+    """Time from the start of the emulator to its end."""
     passed: int = 0
     failed: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    """The reason of each test."""
+    """The reason of each skipped test."""
     guest: Guest | None = None
     why_not: str = ""
-    """Why there is no result, or no whole one."""
+    """The reason why there is no result or only a part of it; empty if it is complete."""
 
     @property
     def is_good(self) -> bool:
@@ -47,12 +47,12 @@ class Outcome:
 
 
 def read_guest(path: Path) -> Guest:
-    """What a guest has written of itself."""
+    """Read the facts that a guest has written."""
     return Guest(**json.loads(path.read_text()))
 
 
 class Counts(TypedDict):
-    """Those fields of `Outcome` that pytest knows."""
+    """The fields of `Outcome` that pytest's results have."""
 
     passed: int
     failed: list[str]
@@ -60,11 +60,12 @@ class Counts(TypedDict):
 
 
 def count(junit: Path) -> Counts:
-    """What pytest has written in JUnit's format."""
+    """Count the results in pytest's JUnit file."""
     passed = 0
     failed: list[str] = []
     skipped: dict[str, str] = {}
-    for case in ET.parse(junit).iter("testcase"):  # noqa: S314  our own guest wrote it
+    # Our own guest wrote the file.
+    for case in ET.parse(junit).iter("testcase"):  # noqa: S314
         name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         skip = case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
@@ -77,13 +78,13 @@ def count(junit: Path) -> Counts:
 
 
 def write(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Keep them as JSON."""
+    """Write outcomes as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(each) for each in outcomes], indent=1) + "\n")
 
 
 def read(path: Path) -> list[Outcome]:
-    """What `write` has kept."""
+    """Read the outcomes that `write` has written."""
     kept = json.loads(path.read_text())
     return [
         Outcome(**{**each, "guest": Guest(**each["guest"]) if each["guest"] else None})

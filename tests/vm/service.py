@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The machine of ``vagrant/``, seen from within: run by `make vm-test` in a guest."""
+"""Tests the machine of ``vagrant/`` from within; `make vm-test` runs them in a guest."""
 
 import contextlib
 import json
@@ -45,30 +45,31 @@ def is_active(service: str) -> bool:
 
 
 def prometheus(query: str) -> float | None:
-    """What Prometheus knows of one series."""
+    """Return the value of a series in Prometheus."""
     url = f"http://localhost:9090/api/v1/query?{urlencode({'query': query})}"
     with urllib.request.urlopen(url) as response:
         results = json.load(response)["data"]["result"]
     return float(results[0]["value"][1]) if results else None
 
 
-def test_the_services_start_with_the_machine() -> None:
-    """Nobody has started them since it booted."""
+def test_the_services_start_at_boot() -> None:
+    """No command has started them since the machine booted."""
     for service in SERVICES:
         assert state(service, "UnitFileState") == "enabled"
         eventually(partial(is_active, service))
 
 
 def test_provisioning_again_changes_nothing() -> None:
-    """It takes no network, says that Prometheus scrapes, and leaves what it installed."""
+    """It requires no network, reports that Prometheus scrapes, and keeps what is
+    installed."""
     before = [path.read_bytes() for path in INSTALLED]
     subprocess.run(["vagrant/provision.sh"], check=True)
     assert [path.read_bytes() for path in INSTALLED] == before
     assert prometheus('up{job="tcpexporter"}') == 1
 
 
-def test_prometheus_shows_what_is_connected() -> None:
-    """Connections to a port of this machine, by way of the service and a scrape."""
+def test_prometheus_has_the_connections_of_the_machine() -> None:
+    """Connections to a port of this machine are exported by the service and scraped."""
     with Peers() as peers:
         peers.connect(7)
         query = f'{ESTABLISHED}{{port="{peers.port}",tcp_version="4"}}'
@@ -76,7 +77,7 @@ def test_prometheus_shows_what_is_connected() -> None:
 
 
 def test_the_exporter_has_no_privilege() -> None:
-    """It has loaded its program, and is neither root nor anything else by now."""
+    """After loading its program it is not root, and has no capability."""
     eventually(lambda: prometheus('tcpexporter_source_info{source="ebpf"}') == 1)
     pid = int(state("tcpexporter", "MainPID"))
     shown = status(pid, pid)
@@ -87,16 +88,16 @@ def test_the_exporter_has_no_privilege() -> None:
     assert shown["Seccomp"] == ["2"]
 
 
-def test_its_unit_is_hardened() -> None:
-    """What systemd makes of it is 2.0 or better."""
+def test_the_unit_is_hardened() -> None:
+    """The exposure level of systemd-analyze(1) is 2.0 or better."""
     subprocess.run(
         ["systemd-analyze", "security", "--no-pager", "--threshold=20", "tcpexporter"],
         check=True,
     )
 
 
-def test_a_killed_exporter_is_started_again() -> None:
-    """systemd does so, and the new one knows the connections from before."""
+def test_a_killed_exporter_is_restarted() -> None:
+    """systemd restarts it, and it knows the pre-existing connections."""
     killed = int(state("tcpexporter", "MainPID"))
     with Peers() as peers:
         peers.connect(11)
@@ -107,7 +108,7 @@ def test_a_killed_exporter_is_started_again() -> None:
 
 
 def get(path: str) -> str | None:
-    """A page of the service, None while it has none."""
+    """Return a page of the service, or None if there is none."""
     url = f"http://localhost:9690{path}"
     with contextlib.suppress(OSError), urllib.request.urlopen(url) as page:
         text: str = page.read().decode()
@@ -116,14 +117,15 @@ def get(path: str) -> str | None:
 
 
 def long_term(port: int) -> int:
-    """How many connections to a port are, as the service itself shows it."""
+    """Return the number of long-term connections to a port that the service reports."""
     series = f'{LONG_TERM}{{port="{port}",tcp_version="4"}}'
     lines = (get("/metrics") or "").splitlines()
     return sum(int(float(line.split()[1])) for line in lines if line.startswith(series))
 
 
 def is_ready(before: int) -> bool:
-    """Whether another process than that serves, and knows what was there."""
+    """Return whether a process other than this one serves, and knows earlier
+    connections."""
     another = int(state("tcpexporter", "MainPID")) not in (0, before)
     return another and get("/-/ready") is not None
 
@@ -133,7 +135,7 @@ KILL = ("kill", "--signal=KILL")
 
 
 def end_by(ending: tuple[str, ...]) -> None:
-    """Have the service end and start again."""
+    """End the service with a command, and wait until it has started again."""
     before = int(state("tcpexporter", "MainPID"))
     subprocess.run(["systemctl", *ending, "tcpexporter"], check=True)
     eventually(partial(is_ready, before))
@@ -141,7 +143,7 @@ def end_by(ending: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def with_settings(*lines: str) -> Iterator[None]:
-    """The service has them, until it is started the next time."""
+    """Restart the service with these settings, which stay until its next start."""
     SETTINGS.write_text("".join(f"{line}\n" for line in lines))
     try:
         end_by(RESTART)
@@ -152,7 +154,8 @@ def with_settings(*lines: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def busy(peers: Peers) -> Iterator[None]:
-    """Always something just sent: the socket tables do not know how old they are."""
+    """Send data on all connections repeatedly, so that the socket tables do not show
+    their ages."""
 
     def talk() -> None:
         for client, server in peers.pairs:
@@ -171,10 +174,10 @@ def busy(peers: Peers) -> Iterator[None]:
         pytest.param("TCPEXPORTER_PIN=", (RESTART,), id="saved"),
     ],
 )
-def test_an_age_goes_on_over_a_restart(
+def test_an_age_continues_after_a_restart(
     without: str, endings: tuple[tuple[str, ...], ...]
 ) -> None:
-    """A connection that is long-term stays so, from when the service is ready."""
+    """A long-term connection counts as such from the moment the service is ready."""
     with (
         with_settings("TCPEXPORTER_DURATION=20", without),
         Peers() as peers,
@@ -189,8 +192,8 @@ def test_an_age_goes_on_over_a_restart(
                     time.sleep(0.1)
 
 
-def test_settings_are_read_again() -> None:
-    """`systemctl reload` does that, and the status says that it counts all the while."""
+def test_systemctl_reload_applies_settings() -> None:
+    """The process is the same before and after, and its status does not change."""
     CONF.write_text("duration 7\nport 9090\n")
     with with_settings(f"TCPEXPORTER_CONF={CONF}"):
         before = state("tcpexporter", "MainPID")
@@ -205,8 +208,9 @@ def test_settings_are_read_again() -> None:
     CONF.unlink()
 
 
-def test_root_unpins_what_the_service_left() -> None:
-    """It belongs to a user who is gone; the service starts all the same."""
+def test_root_can_unpin_the_state_of_the_service() -> None:
+    """The state belongs to a user that no longer exists; the service starts
+    nevertheless."""
     end_by(RESTART)
     subprocess.run(["systemctl", "stop", "tcpexporter"], check=True)
     assert list(PINNED.iterdir())

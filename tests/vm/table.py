@@ -19,7 +19,7 @@ END = "<!-- end of kernels -->"
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
-    """A row for each guest."""
+    """Return the headings and a row for each guest."""
     headings = ["kernel", "with", "BCC", "Python", "passed", "failed", "skipped", "seconds"]
     return [[*headings, "the kernel lacks"], *map(_row, outcomes)]
 
@@ -40,7 +40,7 @@ def _row(each: Outcome) -> list[str]:
 
 
 def remarks(outcomes: Sequence[Outcome]) -> list[str]:
-    """A sentence for each failed test and for each reason to skip tests."""
+    """Return a sentence for each failed test, and for each reason of skipped tests."""
     said = []
     for each in outcomes:
         name = f"{each.kernel} with {each.userland}"
@@ -61,7 +61,7 @@ def remarks(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def plain(outcomes: Sequence[Outcome]) -> str:
-    """For a terminal."""
+    """Format the table and the remarks for a terminal."""
     return "\n".join([tables.aligned(table(outcomes)), "", *remarks(outcomes)]).strip()
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, help="written by python -m tests.vm")
     parser.add_argument(
-        "--write", type=Path, help="a file with the markers to put it between"
+        "--write", type=Path, help="replace the text between the marker lines of this file"
     )
     arguments = parser.parse_args()
     text = markdown(outcome.read(arguments.file))

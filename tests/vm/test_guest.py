@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What guests are to this machine: they end with who runs them, and keep to themselves."""
+"""Guests end with their parent process, and disruptive tests only run in guests."""
 
 import contextlib
 import importlib
@@ -32,12 +32,13 @@ with ThreadPoolExecutor() as testing:
 
 def is_running(process: int) -> bool:
     with contextlib.suppress(FileNotFoundError):
-        return Path(f"/proc/{process}/cmdline").read_text() != ""  # empty: it has ended
+        # an empty state means that it has ended
+        return Path(f"/proc/{process}/cmdline").read_text() != ""
     return False
 
 
-def test_a_guest_ends_with_who_runs_it(tmp_path: Path) -> None:
-    """However that ends; the emulator here only says who it is, and waits."""
+def test_a_guest_ends_with_its_parent_process(tmp_path: Path) -> None:
+    """This holds for any signal; the emulator here writes its process id and waits."""
     emulator = tmp_path / "qemu-system-x86_64"
     emulator.write_text(EMULATOR)
     emulator.chmod(0o755)
@@ -54,7 +55,7 @@ def test_a_guest_ends_with_who_runs_it(tmp_path: Path) -> None:
     eventually(lambda: not is_running(guest))
 
 
-def test_faults_are_for_guests_alone() -> None:
-    """Where there is no guest, not one of these tests can be had."""
-    with pytest.raises(RuntimeError, match="suspends the machine"):
+def test_disruptive_tests_run_in_guests_only() -> None:
+    """Outside of a guest the tests cannot even be imported."""
+    with pytest.raises(RuntimeError, match="suspend the machine"):
         importlib.import_module("tests.vm.faults")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the table of kernels is made from; the guests themselves are `make vm-test`."""
+"""The results that the table of kernels is made from; `make vm-test` runs the guests."""
 
 import shutil
 import subprocess
@@ -54,8 +54,8 @@ GOOD = Outcome(
 )
 
 
-def test_every_kind_of_result_is_counted(tmp_path: Path) -> None:
-    """An error is a failure, a skip has its reason: by what pytest itself writes."""
+def test_each_kind_of_result_is_counted(tmp_path: Path) -> None:
+    """An error counts as a failure, and a skip has its reason, in a file of pytest."""
     (tmp_path / "test_it.py").write_text(SUITE)
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--junitxml=results.xml"],
@@ -79,39 +79,39 @@ def test_every_kind_of_result_is_counted(tmp_path: Path) -> None:
         {"why_not": "the guest ended without a result"},
     ],
 )
-def test_what_is_not_whole_is_not_good(change: dict[str, object]) -> None:
-    """No test, a failed one, or a guest that broke down: none of these is a success."""
+def test_an_incomplete_result_is_not_a_success(change: dict[str, object]) -> None:
+    """There is no test, a failed test, or a guest that ended too early."""
     assert GOOD.is_good
     assert not replace(GOOD, **change).is_good  # type: ignore[arg-type]
 
 
-def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
-    """Also of a kernel that there is no guest of."""
+def test_written_outcomes_can_be_read(tmp_path: Path) -> None:
+    """One of them is of a kernel without a guest."""
     outcomes = [GOOD, Outcome(kernel="5.10", userland="Debian 12", why_not="no network")]
     outcome.write(outcomes, tmp_path / "kernels.json")
     assert outcome.read(tmp_path / "kernels.json") == outcomes
 
 
-def test_the_table_says_what_was_not_tested() -> None:
-    """Beside the numbers: why a guest broke down, what failed, what was skipped and why."""
+def test_the_table_has_remarks_about_missing_results() -> None:
+    """They have each failed test, the reasons of skips, and of a guest without results."""
     shown = table.plain(
         [
             replace(GOOD, skipped={"a": "no MPTCP", "b": "no MPTCP", "c": "one CPU"}),
             replace(GOOD, kernel="6.12", failed=["test_slots::test_it"]),
-            Outcome(kernel="7", userland="Debian 13", why_not="it cannot be fetched"),
+            Outcome(kernel="7", userland="Debian 13", why_not="it cannot be downloaded"),
         ]
     )
     assert "6.1 with Debian 12: 2 skipped: no MPTCP" in shown
     assert "6.1 with Debian 12: 1 skipped: one CPU" in shown
     assert "6.12 with Debian 12: test_slots::test_it failed" in shown
-    assert "7 with Debian 13: it cannot be fetched" in shown
+    assert "7 with Debian 13: it cannot be downloaded" in shown
 
 
 @pytest.mark.skipif(not shutil.which("apt-get"), reason="there is no apt here")
-def test_a_kernel_that_cannot_be_fetched_is_a_failure(
+def test_a_kernel_that_cannot_be_downloaded_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its row has the reason; nothing is booted, and nothing is skipped."""
+    """Its row has the reason; no guest boots, and no test counts as skipped."""
     monkeypatch.setattr(kernels, "CACHE", tmp_path)
     kernel = Kernel("2.6", ("no-such-release",))
     unpacked: Future[Unpacked] = Future()
@@ -123,5 +123,5 @@ def test_a_kernel_that_cannot_be_fetched_is_a_failure(
     image.set_result(tmp_path)
     result = matrix._outcome(matrix.Run(kernel, BOOKWORM), unpacked, image)
     assert not result.is_good
-    assert result.why_not.startswith("kernel 2.6 cannot be fetched: ")
+    assert result.why_not.startswith("kernel 2.6 cannot be downloaded: ")
     assert "no-such-release" in result.why_not

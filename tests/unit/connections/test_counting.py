@@ -79,12 +79,12 @@ Shown = dict[tuple[int, int], int]
 
 
 def established(counts: Counts) -> Shown:
-    """Counts of established connections above 0, by port and IP version."""
+    """Return counts of established connections above 0, by port and IP version."""
     return shown(counts.series, counts.established.tolist())
 
 
 def long_term(counts: Counts) -> Shown:
-    """Counts of long-term connections above 0, by port and IP version."""
+    """Return counts of long-term connections above 0, by port and IP version."""
     return shown(counts.series, counts.long_term.tolist())
 
 
@@ -101,7 +101,7 @@ def ports_of(series: Series) -> set[tuple[int, int]]:
 
 
 def test_each_port_and_ip_version_has_its_own_count() -> None:
-    """Each local port has a count for each IP version; so have the ports 1 and 65535."""
+    """Each local port, including 1 and 65535, has one count for each IP version."""
     connections = (
         [Connection(443, 4)] * 7
         + [Connection(443, 6)] * 5
@@ -136,7 +136,7 @@ def test_an_empty_list_of_ports_selects_all_ports() -> None:
     assert selection().ip_versions == (4, 6)
 
 
-def test_without_tcpv6_nothing_of_ipv6_is_counted() -> None:
+def test_without_tcpv6_no_ipv6_connection_is_counted() -> None:
     """There is no count and no listener of IP version 6."""
     selected = selection(443, 8443, tcpv6=False)
     counts = counted([Connection(443, 4)] * 3 + [Connection(443, 6)] * 5, selected)
@@ -163,7 +163,7 @@ def test_directions_are_selected(directions: Sequence[Direction], expected: int)
 
 
 def test_own_listener_is_never_counted() -> None:
-    """Connections to the exporter are not counted; the same port elsewhere is."""
+    """Connections to the exporter are not counted; those to the same port elsewhere are."""
     selected = replace(selection(own_listener=(OWN_NETNS, 9690)), by_netns=True)
     connections = (
         [Connection(9690, netns=OWN_NETNS)] * 3
@@ -177,7 +177,7 @@ def test_own_listener_is_never_counted() -> None:
 
 
 def test_own_port_is_not_counted_without_counts_per_namespace() -> None:
-    """All connections are then of the namespace that the exporter listens in."""
+    """All connections are then of the exporter's own namespace."""
     connections = [Connection(9690)] * 3 + [Connection(9691)] * 11
     counts = counted(connections, selection(own_listener=(OWN_NETNS, 9690)))
     assert established(counts) == {(9691, 4): 11}
@@ -185,7 +185,7 @@ def test_own_port_is_not_counted_without_counts_per_namespace() -> None:
 
 
 def test_own_listener_has_no_series() -> None:
-    """The port of the exporter has no series; the same port in another namespace has."""
+    """The same port in another namespace has a series."""
     selected = selection(own_listener=(OWN_NETNS, 9690))
     listeners = np.array(
         [(OWN_NETNS, 9690, 4), (0, 9690, 4), (OTHER_NETNS, 9690, 6), (OWN_NETNS, 80, 4)],
@@ -201,7 +201,7 @@ def test_without_an_own_listener_every_port_counts() -> None:
 
 
 def test_only_listeners_of_selected_ports_have_series() -> None:
-    """A listener at another port has none, and without listeners there is none."""
+    """A listener at another port has no series."""
     listeners = np.array([(1, 443, 4), (1, 443, 4), (1, 443, 6), (1, 80, 4)], LISTENER)
     assert ports_of(listened(listeners, selection(443, 8443))) == {(443, 4), (443, 6)}
     assert ports_of(listened(listeners[:0], selection())) == set()
@@ -374,7 +374,7 @@ def folded(
     named: Iterable[SeriesKey] = (),
     published: Iterable[SeriesKey] = (),
 ) -> tuple[dict[SeriesKey, int], int]:
-    """Established connections of each exposed series, and how many series are left out."""
+    """Return the connections of each exposed series, and the number of folded series."""
     exposed, number = fold(
         counts_of(numbers),
         listening=series_of(listening),
@@ -388,7 +388,7 @@ def folded(
 
 
 OTHER = SeriesKey(0, 0)
-"""The series that others are folded into."""
+"""Return the series that contain folded ones."""
 
 
 def test_nothing_is_folded_below_the_limit() -> None:
@@ -452,7 +452,7 @@ def test_a_series_that_is_not_in_use_is_dropped_and_not_folded() -> None:
 
 
 def test_named_ports_are_never_folded() -> None:
-    """Their number may exceed the limit, and other series get what capacity remains."""
+    """The limit may be exceeded, and other series share the remaining capacity."""
     named_ports = ports_in(22, 80, 443)
     numbers = dict(zip(ports_in(443, 5432, 8443), (1, 13, 17), strict=True))
     shown = folded(numbers, 2, named=named_ports)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The loader fails, dies or cannot be started: one sentence says why."""
+"""If the loader fails, dies or cannot be started, one sentence has the reason."""
 
 import errno
 import os
@@ -51,7 +51,7 @@ def test_the_limit_that_refuses_the_largest_map_is_named(
         ("exit 3", "code 3"),
     ],
 )
-def test_how_a_silent_loader_ended_is_reported(
+def test_the_end_of_a_silent_loader_is_reported(
     ending: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error has the signal or exit code of a loader that sends no message."""

@@ -20,7 +20,7 @@ ALL = len(fields(Descriptors))
 
 
 def receive(message: bytes, descriptors: int) -> Descriptors:
-    """Send a message with so many descriptors, and return what the exporter receives."""
+    """Send a message with this many descriptors; return what the exporter receives."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         socket.send_fds(theirs, [message], [theirs.fileno()] * descriptors)

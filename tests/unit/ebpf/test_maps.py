@@ -26,7 +26,7 @@ def test_cpus_of_all_ranges_are_counted(ranges: str, expected: int) -> None:
     assert possible_cpus(ranges) == expected
 
 
-def test_the_kernels_own_file_is_understood() -> None:
+def test_the_file_of_this_kernel_is_parsed() -> None:
     """It has at least as many CPUs as are in use."""
     possible = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
     assert possible >= (os.cpu_count() or 1)

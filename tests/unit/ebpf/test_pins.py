@@ -52,7 +52,7 @@ def test_our_own_layout_is_accepted() -> None:
     ],
 )
 def test_a_field_outside_of_its_record_is_refused(words: dict[str, int]) -> None:
-    """numpy alone would have read there, and ended the process."""
+    """numpy alone would read there, which would crash the process."""
     with pytest.raises(PinError, match="is not an object that an exporter has pinned"):
         record(**words)
 
@@ -67,7 +67,7 @@ def test_a_field_outside_of_its_record_is_refused(words: dict[str, int]) -> None
         b"max_entries:" + b"9" * 5003,
     ],
 )
-def test_what_the_kernel_does_not_show_is_refused(fdinfo: bytes) -> None:
-    """As an object of another kind, or another kernel's."""
+def test_an_object_with_missing_properties_is_refused(fdinfo: bytes) -> None:
+    """The object is of another kind, or the kernel shows less of it."""
     with pytest.raises(PinError, match="is not an object that an exporter has pinned"):
         pins._number(PATH, pins._shown(fdinfo), "max_entries")

@@ -22,8 +22,13 @@ OTHER_PORT = 10009
 OTHER_NETNS = 4026532009
 
 STEPS = ("dump", "known", "handles", "add")
-"""After which something happens: the socket-table dump; the reading of the tracker; when
-the program finds the new seeds and no reader counts them yet; when they are complete."""
+"""Steps of seeding, after each of which a test can act.
+
+- ``dump``: the socket tables have been read.
+- ``known``: the tracker has been read.
+- ``handles``: the program finds the new seeds, and no reader counts them yet.
+- ``add``: the seeds are complete.
+"""
 
 
 @pytest.fixture

@@ -77,12 +77,13 @@ def status(
         ),
     ],
 )
-def test_without_capabilities(
+def test_the_advice_for_missing_capabilities_can_help(
     context: Context, advised: tuple[str, ...], not_advised: tuple[str, ...]
 ) -> None:
     """The advice depends on the user, the bounding set, no_new_privs and the container.
 
-    The fault: advice that cannot help, such as sudo if root lacks the same capabilities.
+    The kind of fault: the advice cannot help, such as sudo if root lacks the same
+    capabilities.
     """
     sentence = without_capabilities(context)
     assert all(each in sentence for each in (*advised, "--source sock_diag")), sentence
@@ -105,7 +106,7 @@ def test_without_capabilities(
         ),
     ],
 )
-def test_despite_capabilities(context: Context, advised: str) -> None:
+def test_the_advice_despite_capabilities_can_help(context: Context, advised: str) -> None:
     """The advice depends on the seccomp filter, the user namespace and the container."""
     sentence = despite_capabilities(context)
     assert advised in sentence

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Background threads whose work fails, hangs or ends: such a fault froze the numbers."""
+"""Background threads report failing, hanging and ended work.
+
+The kind of fault: such a thread stopped silently, and counts stayed at their old values.
+"""
 
 import errno
 import logging
@@ -44,7 +47,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Work:
-    """The loop of a task, each round of which does what it is told."""
+    """The loop of a task; a test controls what each round does."""
 
     def __init__(self, limit_s: float = 60) -> None:
         self.error: BaseException | None = None
@@ -75,10 +78,10 @@ def work() -> Iterator[Work]:
 
 
 @pytest.mark.parametrize(("error", "sentence"), FAULTS)
-def test_a_round_that_fails_is_told_once_counted_and_tried_again(
+def test_a_failing_round_is_logged_once_counted_and_repeated(
     work: Work, error: Exception, sentence: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Any error is logged in one line without a traceback, and the next success too."""
+    """Any error is logged as one line without a traceback, and so is the next success."""
     caplog.set_level(logging.INFO)
     work.task.begin()
     work.do(3)
@@ -99,8 +102,8 @@ def test_a_round_that_fails_is_told_once_counted_and_tried_again(
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), SystemExit(), GeneratorExit()])
-def test_a_loop_that_breaks_off_is_run_again(error: BaseException) -> None:
-    """An error outside of a round is reported, even one that ends threads silently."""
+def test_a_loop_that_raises_is_run_again(error: BaseException) -> None:
+    """This includes exceptions that end a thread silently, such as SystemExit."""
     entered = []
 
     def loop() -> None:
@@ -118,15 +121,15 @@ def test_a_loop_that_breaks_off_is_run_again(error: BaseException) -> None:
     assert task.stop(10)
 
 
-def test_a_loop_that_ends_by_itself_is_trouble() -> None:
-    """A thread that has ended is reported; nothing else would detect it."""
+def test_a_loop_that_returns_is_a_failure() -> None:
+    """Without this check nothing would detect the ended thread."""
     task = Task("work", lambda: None, without="nothing is done", limit_s=60)
     task.begin()
     eventually(lambda: task.trouble() is not None)
     assert task.trouble() == "nothing is done: the thread has ended: restart the exporter"
 
 
-def test_a_round_that_hangs_is_told_once_and_counted(
+def test_a_hanging_round_is_logged_once_and_counted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The counter increases while the thread hangs, and does not decrease afterwards."""
@@ -178,8 +181,8 @@ class FaultyTables(FakeTables):
 
 
 @pytest.mark.parametrize(("error", "sentence"), FAULTS)
-def test_polling_goes_on_after_any_fault(error: Exception, sentence: str) -> None:
-    """The source gives no numbers meanwhile, instead of stale ones."""
+def test_polling_continues_after_any_error(error: Exception, sentence: str) -> None:
+    """Until a poll succeeds, the source gives an error instead of old counts."""
     tables = FaultyTables()
     source = PollingSource(tables, interval_s=0.001)
     source.start()
@@ -195,7 +198,7 @@ def test_polling_goes_on_after_any_fault(error: Exception, sentence: str) -> Non
 
 
 def test_a_poll_that_hangs_gives_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hanging poll does not prevent the end, and its tables stay open until then."""
+    """The exporter can still end, and the tables stay open until the poll has ended."""
     monkeypatch.setattr("tcpexporter.socket_tables.polling.LIMIT_S", 0.1)
     monkeypatch.setattr("tcpexporter.socket_tables.polling.STOP_TIMEOUT_S", 0.1)
     tables = FaultyTables()
@@ -209,7 +212,7 @@ def test_a_poll_that_hangs_gives_no_numbers(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class CountingTracker:
-    """What a tracker counts; a comparison fails before it asks for more."""
+    """The counters of a tracker; a reconciliation fails before it uses anything else."""
 
     def __init__(self) -> None:
         self.missed = 0
@@ -232,10 +235,10 @@ class CountingTracker:
 
 
 @pytest.mark.parametrize(("error", "sentence"), FAULTS)
-def test_without_comparing_numbers_are_right_until_events_are_missed(
+def test_counts_are_refused_after_missed_events_without_reconciliation(
     error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There are no numbers until a comparison succeeds; each failure is counted."""
+    """Reading fails until a reconciliation succeeds; each failure is counted."""
     tracker, tables = CountingTracker(), FaultyTables()
     tables.fault = error
     reconciler = Reconciler(cast("Tracker", tracker), tables, interval_s=0.01, cpu_share=1)
@@ -254,10 +257,10 @@ def test_without_comparing_numbers_are_right_until_events_are_missed(
 
 
 class StubReader:
-    """Sends one message whenever it is asked."""
+    """Replaces the reader process: sends one message for each request."""
 
     def __init__(self) -> None:
-        self.fileno = ReloadSignal().fileno  # which nothing comes by
+        self.fileno = ReloadSignal().fileno  # nothing arrives on this socket
         self.telling: list[Message] = []
 
     def ask(self) -> None:
@@ -268,10 +271,10 @@ class StubReader:
 
 
 @pytest.mark.parametrize(("error", "sentence"), FAULTS[3:4] + FAULTS[5:])
-def test_a_reload_that_fails_is_done_again(
+def test_a_failed_reload_is_repeated(
     error: Exception, sentence: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A reload that failed is tried again without another SIGHUP."""
+    """It is tried again without another SIGHUP."""
     faults, taken = [error] * 3, []
 
     def take(told: Message) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Native code in daemon threads; each test runs another Python."""
+"""Native code in daemon threads; each test starts another Python process."""
 
 import subprocess
 import sys
@@ -25,8 +25,8 @@ sys.exit(7)
 """
 
 
-def test_the_exit_code_while_native_code_runs() -> None:
-    """The exit code is the chosen one. Otherwise Python aborts one time in three."""
+def test_the_exit_code_is_kept_while_native_code_runs() -> None:
+    """Without `exit_if_running` Python would abort in one case of three."""
     for _ in range(12):
         ended = subprocess.run(
             [sys.executable, "-c", PROGRAM], check=False, capture_output=True, text=True
@@ -34,8 +34,8 @@ def test_the_exit_code_while_native_code_runs() -> None:
         assert (ended.returncode, ended.stderr) == (7, "")
 
 
-def test_without_native_code_the_process_goes_on() -> None:
-    """Nothing ends while no native code runs."""
+def test_without_native_code_the_process_continues() -> None:
+    """`exit_if_running` does nothing then."""
     program = (
         "from tcpexporter.host import daemon_threads; daemon_threads.exit_if_running(7);"
         " print('after')"

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
+"""Names of network namespaces as labels, and settings that name a namespace."""
+
 import os
 from pathlib import Path
 
@@ -8,12 +10,12 @@ from tcpexporter.errors import SettingsError, SourceError
 from tcpexporter.host import namespaces
 
 NUMBERS = [2, 3, 5, 7]
-"""Inodes of namespaces that are held."""
+"""Inodes of the namespaces that are held open."""
 
 
 @pytest.fixture
 def named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A directory in place of /run/netns: an inode has the name of a file."""
+    """Create a directory in place of /run/netns; each inode is that of a file."""
     monkeypatch.setattr(namespaces, "NAMED", tmp_path)
     return tmp_path
 
@@ -30,7 +32,8 @@ def names_of(containers: dict[int, str], held: list[int]) -> namespaces.Names:
 
 
 def test_no_two_namespaces_have_the_same_name(named: Path) -> None:
-    """Each series is told apart from those of other namespaces, and ours is ``self``."""
+    """Series of different namespaces have different labels, and our namespace is
+    ``self``."""
     another, blue = (touched(named / name) for name in ("self", "blue"))
     containers = {2: "container:abc", 3: "container:abc", 5: "container:def"}
     assert names_of(containers, NUMBERS).read() == {
@@ -45,28 +48,29 @@ def test_no_two_namespaces_have_the_same_name(named: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["other", "self", "4026532177", "blue:7", "7"])
-def test_a_name_that_another_series_can_have_is_told_apart(named: Path, name: str) -> None:
-    """Two series with the same labels: Prometheus would refuse the whole page."""
+def test_a_name_that_collides_with_another_label_is_changed(named: Path, name: str) -> None:
+    """Otherwise two series would have equal labels, and Prometheus would refuse the
+    scrape."""
     number = touched(named / name)
     assert names_of({}, []).read()[number] == f"{name}:{number}"
 
 
-def test_a_name_that_is_not_text_is_shown(named: Path) -> None:
-    """A name is bytes; as a label it could not be encoded, and no page be had."""
+def test_a_name_that_is_not_utf_8_is_escaped(named: Path) -> None:
+    """Names are bytes, and a label that cannot be encoded would break the exposition."""
     number = touched(named / os.fsdecode(b"blue\xff"))
     assert names_of({}, []).read()[number] == "blue\ufffd"
 
 
-def test_the_first_of_several_names_is_the_label(named: Path) -> None:
-    """Not the one that the directory has last, which may be another at each scrape."""
+def test_the_first_of_several_names_in_order_is_the_label(named: Path) -> None:
+    """The order of the directory may change between scrapes, so names are sorted."""
     number = touched(named / "green")
     for name in ("red", "blue", "white"):
         os.link(named / "green", named / name)
     assert names_of({}, []).read()[number] == "blue"
 
 
-def test_a_container_loses_its_name_with_its_namespace() -> None:
-    """A name bound to a number: what is not held can be another namespace by now."""
+def test_a_container_loses_its_name_when_its_namespace_is_closed() -> None:
+    """The inode of a namespace that is not held open may belong to another one by now."""
     held = list(NUMBERS)
     names = names_of({2: "container:abc", 3: "container:def"}, held)
     assert names.read().get(3) == "container:def"
@@ -86,13 +90,15 @@ def test_a_container_loses_its_name_with_its_namespace() -> None:
         ("/proc/self/ns/uts", "/proc/self/ns/uts is not a network namespace"),
     ],
 )
-def test_what_is_no_network_namespace_is_a_wrong_setting(name: str, complaint: str) -> None:
-    """A setting that is refused will be refused again: systemd is not to try for ever."""
+def test_a_path_that_is_not_a_network_namespace_is_refused(
+    name: str, complaint: str
+) -> None:
+    """It is an invalid setting, so systemd does not restart the exporter."""
     with pytest.raises(SettingsError, match=complaint):
         namespaces.find(name)
 
 
-def test_a_namespace_that_is_another_already_is_not_watched() -> None:
-    """It was made anew between being entered and being watched."""
+def test_a_replaced_namespace_is_refused() -> None:
+    """The namespace was replaced after it was entered, before it was watched."""
     with pytest.raises(SourceError, match="is another network namespace now"):
         namespaces.Watch("/proc/self/ns/net", namespaces.inode() + 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Standard error that no process reads; each test runs another Python."""
+"""Standard error that no process reads; each test starts another Python process."""
 
 import contextlib
 import fcntl
@@ -41,7 +41,7 @@ def pair() -> tuple[int, int]:
 
 
 def run(descriptor: int) -> subprocess.Popen[bytes]:
-    """The program, which writes 1.4 MB there before it reads anything."""
+    """Run the program, which writes 1.4 MB to standard error before it reads anything."""
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
         stdin=subprocess.PIPE,
@@ -53,17 +53,18 @@ def run(descriptor: int) -> subprocess.Popen[bytes]:
 def wait_for_dropped(running: subprocess.Popen[bytes]) -> int:
     assert running.stdout
     readable, _, _ = select.select([running.stdout], [], [], DEADLINE_S)
-    assert readable, "it waits for its standard error to be read"
+    assert readable, "the program is blocked by its standard error"
     return int(running.stdout.readline())
 
 
 @pytest.mark.parametrize("opened", [pipe, pair, pty.openpty])
-def test_nobody_waits_for_a_reader_that_has_stalled(
+def test_a_stalled_reader_does_not_block_the_writer(
     opened: Callable[[], tuple[int, int]],
 ) -> None:
-    """A pipe, a socket and a terminal: what does not fit is dropped, later lines are not.
+    """In a pipe, a socket or a terminal, lines that do not fit are dropped; later lines are
+    not.
 
-    Nor is O_NONBLOCK set for other processes that write there.
+    O_NONBLOCK is not set, because other processes may write to the same file.
     """
     ours, theirs = opened()
     with run(theirs) as running:
@@ -86,8 +87,8 @@ def test_nobody_waits_for_a_reader_that_has_stalled(
     assert last == "the last line"
     whole = [each for each in lines if len(each) == LINE_LENGTH]
     assert len(whole) > 53
-    # The kernel can make room in a terminal meanwhile, so there may be gaps: no line is
-    # out of its order, and each that is torn is the beginning of one.
+    # The kernel may free space in a terminal in between, so there can be gaps. Lines are in
+    # order, and an incomplete line is the beginning of a whole one.
     assert whole == sorted(set(whole))
     assert all(f"{each[:10]:0<10} {'x' * 60}".startswith(each) for each in lines)
 
@@ -100,8 +101,9 @@ def drain(descriptor: int) -> str:
     return text.decode()
 
 
-def test_a_file_is_written_on_from_where_it_is(tmp_path: Path) -> None:
-    """All of it, longer than a pipe takes at once, behind what is there."""
+def test_a_file_is_written_from_its_current_position(tmp_path: Path) -> None:
+    """All lines are written after the present content; they exceed the capacity of a
+    pipe."""
     path = tmp_path / "log"
     with path.open("w") as file:
         file.write("before\n")

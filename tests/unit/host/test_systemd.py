@@ -20,10 +20,11 @@ from tcpexporter.host.systemd import Supervisor
         ({"WATCHDOG_USEC": ""}, None),
     ],
 )
-def test_the_watchdog_is_for_one_process(
+def test_the_watchdog_belongs_to_one_process(
     environ: dict[str, str], watchdog_s: float | None
 ) -> None:
-    """An invalid time is ignored; the variables are removed, so no child inherits them."""
+    """An invalid time is ignored. The variables are removed, so no child process
+    inherits them."""
     environ = {**environ, "HOME": "/"}
     supervisor = Supervisor.of(environ)
     assert supervisor._watchdog_s == watchdog_s
@@ -31,8 +32,10 @@ def test_the_watchdog_is_for_one_process(
     assert environ == {"HOME": "/"}
 
 
-def test_an_address_of_another_kind(caplog: pytest.LogCaptureFixture) -> None:
-    """An address of another family (vsock) gives one warning, and nothing is sent."""
+def test_an_address_of_another_family_gives_one_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The address is of family vsock; nothing is sent."""
     supervisor = Supervisor("vsock:2:1234", None)
     supervisor.tell("READY=1")
     (warning,) = caplog.messages

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Metrics of a scrape, from a source in memory to the exposition."""
+"""Metrics of a scrape: from connections in memory to the exposition."""
 
 import platform
 import re
@@ -105,7 +105,7 @@ def serving_registry(
 
 
 def family(collected: ConnectionCollector, name: str) -> Metric | None:
-    """Scrape once and return the family of that name."""
+    """Scrape once and return the family with this name."""
     return {each.name: each for each in collected.collect()}.get(name)
 
 
@@ -119,10 +119,10 @@ def values(collected: ConnectionCollector, name: str) -> Shown:
     }
 
 
-def test_a_page_shows_the_corrections_of_the_reconciliation_that_it_reports() -> None:
+def test_the_exposition_has_the_corrections_of_its_reconciliation() -> None:
     """The report is read before the connections.
 
-    Otherwise a page could show the end of a reconciliation without its corrections.
+    Otherwise an exposition could have the end of a reconciliation without its corrections.
     """
 
     class Correcting(MemorySource):
@@ -208,7 +208,7 @@ def test_a_named_port_has_a_series_at_0() -> None:
     }
 
 
-def test_without_ipv6_there_is_no_series_of_it() -> None:
+def test_without_ipv6_there_is_no_ipv6_series() -> None:
     """With tcpv6=False no port, listener or connection has an IPv6 series."""
     source = MemorySource(
         [connections(443, 3, ip_version=6)], listeners=listeners((443, 6), (8443, 6))
@@ -217,7 +217,7 @@ def test_without_ipv6_there_is_no_series_of_it() -> None:
     assert values(collected, ESTABLISHED) == {("443", "4"): 0}
 
 
-def test_a_published_port_stays() -> None:
+def test_a_published_port_keeps_its_series() -> None:
     """After its connections or listener are gone, a port keeps its series at 0."""
     source = MemorySource(
         [connections(443, 3), connections(8443, 5, ip_version=6)],
@@ -233,8 +233,8 @@ def test_a_published_port_stays() -> None:
     assert values(collected, LONG_TERM) == dict.fromkeys(first, 0)
 
 
-def test_a_series_at_0_is_not_shared() -> None:
-    """Series that one collector has published are not published by another."""
+def test_two_collectors_share_no_series_at_0() -> None:
+    """A collector does not publish series that only another one has published."""
     source = MemorySource([connections(443, 3)])
     selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
     choice = Choice(selection, named((), NETNS, selection), 0)
@@ -252,7 +252,7 @@ def choice(*ports: int, duration_s: int = DURATION_S) -> Choice:
     return Choice(selection, named(ports, NETNS, selection), duration_s)
 
 
-def test_another_duration_counts_from_the_next_scrape_on() -> None:
+def test_a_new_duration_applies_from_the_next_scrape() -> None:
     """It applies to all connections, its metric changes, and no series is removed."""
     source = MemorySource([connections(443, 3, age_s=20), connections(80, 5, age_s=10)])
     collected = collector_of(source)
@@ -262,7 +262,7 @@ def test_another_duration_counts_from_the_next_scrape_on() -> None:
     assert duration(collected) == [15]
 
 
-def test_other_ports_count_from_the_next_scrape_on() -> None:
+def test_new_ports_apply_from_the_next_scrape() -> None:
     """Series of ports no longer selected are removed; newly named ports have a series."""
     source = MemorySource([connections(443, 3), connections(80, 5)])
     collected = collector_of(source)
@@ -289,8 +289,8 @@ def test_the_folded_series_is_removed_with_its_ports() -> None:
     assert values(collected, ESTABLISHED) == {("443", "4"): 3, ("443", "6"): 0}
 
 
-def test_reload_metrics() -> None:
-    """One file that failed makes the result a failure until it succeeds."""
+def test_a_failed_reload_is_a_metric() -> None:
+    """If one file fails, the result stays a failure until that file succeeds."""
     reloads = Reloads()
     registry = serving_registry(collector_of(MemorySource()), reloads)
     name = "tcpexporter_config_last_reload"
@@ -311,8 +311,8 @@ def test_reload_metrics() -> None:
     assert reloads.succeeded_s > began_s
 
 
-def test_simple_is_one_number_without_labels() -> None:
-    """--simple is the sum over all ports and both IP versions."""
+def test_simple_exports_one_number_without_labels() -> None:
+    """The number is the sum over all ports and both IP versions."""
     source = MemorySource(
         [
             connections(443, 3),
@@ -329,7 +329,7 @@ def test_simple_is_one_number_without_labels() -> None:
 
 
 def test_simple_adds_up_selected_ports_only() -> None:
-    """--simple --port is the sum over those ports."""
+    """The number is the sum over the ports of --port."""
     source = MemorySource([connections(443, 3), connections(80, 5)])
     found = family(collector_of(source, simple=True, ports=[443]), LONG_TERM)
     assert found
@@ -369,7 +369,7 @@ def test_the_smallest_series_are_folded_into_other() -> None:
     assert folded(collected) == 5
 
 
-def test_other_exists_from_its_first_use_on() -> None:
+def test_the_folded_series_exists_from_its_first_use() -> None:
     """Before any series is folded it does not exist; afterwards it stays at 0."""
     source = MemorySource([connections(443, 13)])
     collected = collector_of(source, max_series=1)
@@ -384,7 +384,7 @@ def test_other_exists_from_its_first_use_on() -> None:
 
 
 def test_ports_seen_once_are_kept_up_to_max_series() -> None:
-    """New ports at each scrape do not increase the page or the memory; none is folded."""
+    """New ports at each scrape do not increase the exposition or memory; none is folded."""
     source = MemorySource()
     collected = collector_of(source, max_series=7)
     for port in range(1, 212):
@@ -409,8 +409,8 @@ def test_named_ports_are_not_folded() -> None:
     assert folded(collected) == 1
 
 
-def test_simple_folds_nothing() -> None:
-    """With --simple neither max_series nor listeners matter."""
+def test_simple_ignores_max_series() -> None:
+    """Listeners do not matter either."""
     source = SourceWithoutListeners([connections(443, 3), connections(80, 5)])
     collected = collector_of(source, simple=True, max_series=1)
     found = family(collected, ESTABLISHED)
@@ -420,9 +420,9 @@ def test_simple_folds_nothing() -> None:
 
 
 def test_help_is_the_same_in_every_run() -> None:
-    """Help texts do not depend on settings: node_exporter refuses two for one name.
+    """Help texts do not depend on settings: node_exporter refuses two texts for one name.
 
-    A fault of this kind: a help text with a value that may differ between runs.
+    The kind of fault: a help text has a value that may differ between runs.
     """
     by_default, *others = (
         collector_of(example()),
@@ -441,8 +441,8 @@ def test_the_duration_is_a_metric() -> None:
     assert duration(collector_of(MemorySource())) == [6]
 
 
-def test_a_page_for_node_exporter_has_nothing_of_the_process() -> None:
-    """Those metrics would collide with node_exporter's own; a scrape has them."""
+def test_an_exposition_for_node_exporter_has_no_process_metrics() -> None:
+    """Node_exporter has process metrics of its own; a scrape has ours."""
     printed = {each.name for each in make_registry(collector_of(example())).collect()}
     registry = serving_registry(collector_of(example()))
     served = {each.name for each in registry.collect()}
@@ -627,18 +627,18 @@ class SourceWithoutListeners(MemorySource):
     "broken", [BrokenSource([connections(443, 3)]), SourceWithoutListeners()]
 )
 @pytest.mark.parametrize("generate", [generate_latest, generate_openmetrics])
-def test_a_source_that_cannot_be_read_gives_no_page(
+def test_a_source_that_cannot_be_read_gives_an_error(
     broken: MemorySource, generate: Generate
 ) -> None:
-    """Collecting raises the error; it does not return a part of the page."""
+    """Collecting raises the error instead of returning some families."""
     registry = CollectorRegistry()
     registry.register(collector_of(broken))
     with pytest.raises(SourceError):
         generate(registry)
 
 
-def test_a_source_recovers() -> None:
-    """The scrape after a failed one is complete."""
+def test_a_source_recovers_after_an_error() -> None:
+    """The next scrape is complete."""
     source = BrokenSource([connections(443, 3)])
     collected = collector_of(source)
     with pytest.raises(SourceError):
@@ -648,7 +648,7 @@ def test_a_source_recovers() -> None:
 
 
 def example() -> MemorySource:
-    """A source whose page has every metric of the ebpf source."""
+    """A source whose exposition has every metric of the ebpf source."""
     return MemorySource(
         [
             connections(443, 7),
@@ -701,8 +701,8 @@ def test_both_formats_parse(generate: Generate, parse: Parse, *, simple: bool) -
     assert (LONG_TERM, ()) in shown if simple else (LONG_TERM, ()) not in shown
 
 
-def test_the_page_is_the_golden_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names, help texts, labels and order are those of the golden file."""
+def test_the_exposition_equals_the_golden_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names, help texts, labels and their order are equal."""
     monkeypatch.setattr(version, "VERSION", "1.2.3")
     monkeypatch.setattr(version, "REVISION", "0123456789abcdef0123456789abcdef01234567")
     monkeypatch.setattr(platform, "python_version", lambda: "3.11.2")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Shared collections, counted in turns of the event loop; pages in each format."""
+"""Collections that requests share, and expositions in each format."""
 
 import asyncio
 import gzip
@@ -21,7 +21,7 @@ from tcpexporter.metrics.exposition import (
 
 
 class Numbered(Collector):
-    """A collector whose page has the number of the collection."""
+    """A collector whose exposition has the number of the collection."""
 
     collections = 0
     trouble: Exception | None = None
@@ -30,7 +30,7 @@ class Numbered(Collector):
         self.collections += 1
         if self.trouble:
             raise self.trouble
-        yield GaugeMetricFamily("number", "Of this collection.", self.collections)
+        yield GaugeMetricFamily("number", "Number of this collection.", self.collections)
         yield CounterMetricFamily("seen", "Of something.", 7)
 
 
@@ -60,8 +60,9 @@ def test_concurrent_requests_share_one_collection() -> None:
     assert collector.collections == 4
 
 
-def test_no_page_is_older_than_its_request() -> None:
-    """In whatever turn of the loop a request comes, its collection begins afterwards."""
+def test_no_exposition_is_older_than_its_request() -> None:
+    """In whatever turn of the event loop a request comes, its collection begins
+    afterwards."""
     collector, collections = make()
 
     async def ask(turns: int) -> tuple[int, float]:
@@ -79,8 +80,8 @@ def test_no_page_is_older_than_its_request() -> None:
 
 
 @pytest.mark.parametrize("trouble", [SourceError("gone"), ZeroDivisionError("a fault")])
-def test_an_error_reaches_all_requests_that_wait(trouble: Exception) -> None:
-    """Each raises the error; the next request collects again."""
+def test_an_error_reaches_all_waiting_requests(trouble: Exception) -> None:
+    """Each of them raises the error; the next request collects again."""
     collector, collections = make()
 
     async def run() -> None:
@@ -125,7 +126,7 @@ class Families(Collector):
 
 
 @pytest.mark.parametrize("form", [TEXT, OPENMETRICS])
-def test_a_page_is_written_once(form: Format) -> None:
+def test_an_exposition_is_encoded_once(form: Format) -> None:
     """Each family is encoded once for all requests, as if all were encoded together."""
     families = [GaugeMetricFamily("number", "One.", 5), CounterMetricFamily("seen", "", 7)]
     written: list[str] = []
@@ -155,8 +156,8 @@ def test_a_page_is_written_once(form: Format) -> None:
         ([], ["number 5.0", "seen_total 7.0"]),
     ],
 )
-def test_names(names: list[str], lines: list[str]) -> None:
-    """Names of samples select families; OpenMetrics always has its end marker."""
+def test_names_select_families(names: list[str], lines: list[str]) -> None:
+    """Names of samples are accepted; OpenMetrics always has its end marker."""
     page = Exposition(
         [GaugeMetricFamily("number", "One.", 5), CounterMetricFamily("seen", "Some.", 7)]
     )

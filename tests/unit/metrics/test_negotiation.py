@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Accept and Accept-Encoding: cases by hand, and random headers against another algorithm.
+"""Accept and Accept-Encoding: chosen headers, and random ones against another algorithm.
 
-Faults of this kind give a client a format that it has excluded, or not the one it prefers.
+The kind of fault: a client gets a format that it has excluded or likes less.
 """
 
 import itertools
@@ -66,7 +66,7 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
         # Equal weights: the first one
         (f"{OM}, text/plain", OPENMETRICS),
         (f"text/plain, {OM}", TEXT),
-        # Versions that the exporter has
+        # Versions that the exporter supports
         (f"{OM};version=1.0.0", OPENMETRICS),
         (f"{OM};version=0.0.1", TEXT),
         (f"{OM};version=1.2.3", TEXT),
@@ -103,8 +103,8 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
         (f"text/plain;q=2, {OM};q=0.1", OPENMETRICS),
     ],
 )
-def test_accept(accept: str, form: Format) -> None:
-    """The acceptable format with the largest weight, else the text format."""
+def test_the_format_with_the_largest_weight_is_chosen(accept: str, form: Format) -> None:
+    """Only acceptable formats count; without any it is the text format."""
     assert negotiate(accept) is form
 
 
@@ -126,7 +126,7 @@ def test_accept(accept: str, form: Format) -> None:
         ("br", False),
         ("br, gzip;q=0.8", True),
         ("notgzip", False),
-        # Not compressed at all
+        # No compression
         ("identity, gzip", True),
         ("identity;q=0, gzip", True),
         ("identity;q=0, gzip;q=0.1", True),
@@ -144,7 +144,7 @@ def test_accept(accept: str, form: Format) -> None:
         ("*, identity;q=0", True),
         ("*, identity;q=0.5", True),
         ("*;q=0.5, identity", False),
-        # Neither coding is acceptable: not refused
+        # No coding is acceptable: the request is not refused
         ("identity;q=0", False),
         ("identity;q=0, br", False),
         ("identity;q=0, *;q=0", False),
@@ -156,19 +156,20 @@ def test_accept(accept: str, form: Format) -> None:
         ("gzip;q=2, *;q=0", False),
     ],
 )
-def test_accept_encoding(accept_encoding: str, *, gzip: bool) -> None:
-    """gzip is chosen if it is acceptable and preferred to no compression."""
+def test_gzip_is_chosen_if_it_is_preferred(accept_encoding: str, *, gzip: bool) -> None:
+    """It must be acceptable, and preferred to no compression."""
     assert prefers_gzip(accept_encoding) == gzip
 
 
 class Said(NamedTuple):
-    """One element of a header, and its spelling."""
+    """One element of a header and its spelling."""
 
     name: str
     parameters: tuple[tuple[str, str], ...]
     thousandths: int | None
     spelling: tuple[bool, ...]
-    """Write it with capital letters, spaces, quotation marks, or the weight first."""
+    """Write the element with capital letters, spaces, quotation marks, or the weight
+    first."""
 
     def __str__(self) -> str:
         capitals, spaces, quoted, first = self.spelling
@@ -225,7 +226,7 @@ OURS = (
 
 
 def format_by_elimination(said: list[Said]) -> Format:
-    """Choose by elimination, in a different way than the code under test."""
+    """Choose by elimination, with another algorithm than the code under test."""
     left: list[tuple[Format, Said, int]] = []
     for form, names, values in OURS:
         admitting = [
@@ -246,7 +247,8 @@ def format_by_elimination(said: list[Said]) -> Format:
             for each in admitting
             if len(dict(each.parameters).keys() - {"escaping"}) == longest
         ]
-        decisive = max(admitting, key=lambda each: each.weight)  # the first of equals
+        # the first of equal formats
+        decisive = max(admitting, key=lambda each: each.weight)
         if decisive.weight:
             left.append((form, decisive, exactest))
     if len(left) < 2:
@@ -265,14 +267,14 @@ def format_by_elimination(said: list[Said]) -> Format:
 
 
 @given(st.lists(RANGES, max_size=5))
-def test_any_accept_header(said: list[Said]) -> None:
-    """The choice is the same for random weights, ranges, parameters and spelling."""
+def test_any_accept_header_gives_the_reference_choice(said: list[Said]) -> None:
+    """Weights, ranges, parameters and spelling are random."""
     assert negotiate(",".join(map(str, said))) is format_by_elimination(said)
 
 
 @given(st.lists(CODINGS, max_size=5))
-def test_any_accept_encoding_header(said: list[Said]) -> None:
-    """The choice follows from a table of the weight of each coding."""
+def test_any_accept_encoding_header_gives_the_reference_choice(said: list[Said]) -> None:
+    """The reference is a table of the weight of each coding."""
 
     def worth(*names: str) -> int | None:
         weights = [each.weight for each in said if each.name in names]
@@ -288,8 +290,8 @@ def test_any_accept_encoding_header(said: list[Said]) -> None:
 
 
 @given(st.text(st.sampled_from('aq/*;=,." \t\\01\xe9')) | st.text(max_size=50))
-def test_any_text(header: str) -> None:
-    """Any text is parsed without error, and weights are from 0 to 1."""
+def test_any_text_is_parsed(header: str) -> None:
+    """There is no error, and weights are from 0 to 1."""
     assert all(0 <= each.weight <= 1 for each in parse(header))
     assert negotiate(header) in (TEXT, OPENMETRICS)
     assert prefers_gzip(header) in (True, False)
@@ -298,10 +300,10 @@ def test_any_text(header: str) -> None:
 @pytest.mark.parametrize(
     "repeated", ['"', '"\\', ";", "; ", " ", ",", "a;a=a", "a=", "/", '";"']
 )
-def test_a_long_header_takes_no_long_time(repeated: str) -> None:
+def test_a_long_header_is_parsed_fast(repeated: str) -> None:
     """No pattern backtracks: 2 ** 17 bytes are parsed within the time limit of the test.
 
-    With time that grows by the square, each would take minutes.
+    In quadratic time each header would require minutes.
     """
     for before, after in itertools.product(("", "a;a="), ("", "\x7f")):
         parse(before + repeated * ((1 << 17) // len(repeated)) + after)

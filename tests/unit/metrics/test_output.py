@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Writing a file atomically, with real files and the real child process.
 
-The kind of fault: a reader of the file sees half a page, or the old file disappears.
+The kind of fault: a reader of the file sees a part of an exposition, or the old file
+disappears.
 """
 
 import os
@@ -29,8 +30,11 @@ def names(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
-def test_a_page_is_in_place_when_it_is_published(tmp_path: Path, old: bytes | None) -> None:
-    """Not before; it is readable for every user with any umask; no other file is left."""
+def test_a_page_replaces_the_file_when_it_is_published(
+    tmp_path: Path, old: bytes | None
+) -> None:
+    """Until then the file is unchanged; afterwards every user can read it, with any
+    umask."""
     path = tmp_path / "x.prom"
     if old:
         path.write_bytes(old)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Sockets for tests of the socket tables: captured ones, and ones made by a test."""
+"""Sockets for tests of the socket tables: captured ones, and invented ones."""
 
 import socket
 import struct
@@ -51,7 +51,7 @@ SOURCES = ("sock_diag", "procfs")
 
 
 class Socket(NamedTuple):
-    """A socket, as any of the tables describes it."""
+    """A socket in a form that does not depend on the kind of table."""
 
     local: str
     local_port: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Serves pages over real sockets on loopback, and the clients that ask for them."""
+"""Serves pages over real sockets on loopback, and sends requests to them."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ LOOPBACK = "127.0.0.1"
 
 
 PATIENCE_S = 10
-"""Time limit for everything that should happen at once."""
+"""Time limit for steps that should be immediate."""
 
 
 LANDING = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -107,7 +107,7 @@ def serving(app: pages.App, sockets: list[socket.socket]) -> Iterator[None]:
 def ask(
     port: int, path: str, method: str = "GET", *, host: str = LOOPBACK, **headers: str
 ) -> Answer:
-    """Send one request on a connection of its own; ``accept_encoding`` is a header, too."""
+    """Send one request on a new connection; ``accept_encoding`` is a header."""
     client = http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
     with contextlib.closing(client):
         names = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -129,7 +129,7 @@ def read_until(sock: socket.socket, end: bytes) -> None:
 
 
 def read_all(sock: socket.socket, enough: int | None = None) -> bytes:
-    """Read until the server closes the connection, or until ``enough`` bytes have come."""
+    """Read until the server closes the connection, or ``enough`` bytes have arrived."""
     received = b""
     with contextlib.suppress(ConnectionResetError):
         while (enough is None or len(received) < enough) and (chunk := sock.recv(65536)):
@@ -138,7 +138,7 @@ def read_all(sock: socket.socket, enough: int | None = None) -> bytes:
 
 
 def dropped_while_sending(sock: socket.socket, data: bytes, *, every_s: float) -> bool:
-    """Whether the server closes a connection that keeps on sending."""
+    """Return whether the server closes a connection on which the client keeps sending."""
     sock.settimeout(every_s)
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
@@ -164,7 +164,7 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
 
 
 def until_refused(sock: socket.socket) -> bool:
-    """Whether the server resets a connection from which nothing is read."""
+    """Return whether the server resets a connection that the client does not read."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Parsing the web configuration: accepted values, and the messages of refusals."""
+"""The parser of the web configuration: valid values, and the errors for invalid ones."""
 
 import json
 from dataclasses import asdict
@@ -54,12 +54,12 @@ def of_tls(text: str) -> Tls:
     ],
 )
 def test_an_empty_configuration_requires_nothing(text: str) -> None:
-    """No TLS, header, user or limit, from an empty file or from empty sections."""
+    """An empty file and empty sections require no TLS, header, user or limit."""
     assert parsed(text) == WebConfig()
 
 
-def test_defaults() -> None:
-    """A certificate and its key suffice; the defaults are those of exporter-toolkit."""
+def test_a_certificate_and_a_key_suffice() -> None:
+    """The defaults of other keys are those of exporter-toolkit."""
     tls = of_tls(with_tls())
     assert (tls.cert, tls.key, tls.client_ca) == ("CRT", "KEY", None)
     assert (tls.min_version, tls.max_version) == ("TLS12", "TLS13")
@@ -118,19 +118,19 @@ def test_defaults() -> None:
         ),
     ],
 )
-def test_tls(lines: str, name: str, value: object) -> None:
-    """Every key of tls_server_config has an effect on the result."""
+def test_each_tls_key_has_an_effect(lines: str, name: str, value: object) -> None:
+    """The sample for each key of tls_server_config changes the result."""
     assert getattr(of_tls(with_tls(lines)), name) == value
 
 
-def test_inline_pem() -> None:
-    """The file itself may contain the certificate and its key."""
+def test_the_file_may_contain_certificate_and_key() -> None:
+    """They are PEM texts in the file instead of paths."""
     tls = of_tls("tls_server_config:\n  cert: |\n    A\n    B\n  key: |\n    C\n")
     assert (tls.cert, tls.key) == ("A\nB\n", "C\n")
 
 
-def test_headers() -> None:
-    """Every header that can be added; one with an empty value is left out."""
+def test_each_header_can_be_added() -> None:
+    """A header with an empty value is left out."""
     config = parsed("""
 http_server_config:
   http2: no
@@ -149,8 +149,8 @@ http_server_config:
     }
 
 
-def test_users() -> None:
-    """User names stay text where YAML would read another type."""
+def test_user_names_are_text() -> None:
+    """YAML would read some of them as another type."""
     config = parsed(f"basic_auth_users:\n  alice: {HASH}\n  no: {HASH}\n  1_0: '{HASH}'\n")
     assert config.users == {"alice": HASH, "no": HASH, "1_0": HASH}
 
@@ -166,8 +166,8 @@ def test_users() -> None:
         (".5s", 0.5),
     ],
 )
-def test_rate_limit(interval: str, seconds: float) -> None:
-    """An interval has the format of Go's durations."""
+def test_the_rate_limit_is_parsed(interval: str, seconds: float) -> None:
+    """The interval has the format of Go's durations."""
     limit = parsed(f"rate_limit: {{interval: '{interval}', burst: 0}}").rate_limit
     assert limit is not None
     assert limit.interval_s == pytest.approx(seconds)
@@ -284,8 +284,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("text", "line", "sentence"), REFUSED)
-def test_refused(text: str, line: int, sentence: str) -> None:
-    """The message says in one sentence where, what is wrong, and what is allowed."""
+def test_an_invalid_configuration_is_refused(text: str, line: int, sentence: str) -> None:
+    """One sentence has the place, the error and the valid values."""
     with pytest.raises(WebConfigError) as refused:
         parsed(text)
     message = str(refused.value)
@@ -303,15 +303,15 @@ def test_refused(text: str, line: int, sentence: str) -> None:
         "basic_auth_users:\n  john: s3cret\n s3cret",
     ],
 )
-def test_a_secret_is_not_told(text: str) -> None:
-    """A message about a password or a key does not contain it: many people read logs."""
+def test_an_error_contains_no_secret(text: str) -> None:
+    """Many people read logs, so a message never contains a password or a key."""
     with pytest.raises(WebConfigError) as refused:
         parsed(text)
     assert "s3cret" not in str(refused.value)
 
 
-def test_what_is_not_text_is_refused() -> None:
-    """A character that YAML does not allow is refused."""
+def test_a_file_that_is_not_text_is_refused() -> None:
+    """YAML does not allow some characters."""
     with pytest.raises(WebConfigError, match=r"web\.yml: not YAML: "):
         parsed("a: \0")
 
@@ -363,7 +363,7 @@ def test_aliases_are_not_multiplied() -> None:
         f"rate_limit: {{interval: 1s, burst: 2}}\nbasic_auth_users: {{a: {HASH}}}",
     ],
 )
-def test_it_survives_json(text: str) -> None:
-    """JSON carries a configuration from the reader process to the serving process."""
+def test_a_configuration_survives_json(text: str) -> None:
+    """The reader process sends it to the serving process as JSON."""
     config = parsed(text)
     assert WebConfig.from_json(json.loads(json.dumps(asdict(config)))) == config

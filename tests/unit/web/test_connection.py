@@ -34,8 +34,8 @@ from tests.unit.web.support import (
 )
 
 
-def test_keep_alive(start: Start) -> None:
-    """Consecutive scrapes use one connection."""
+def test_consecutive_scrapes_use_one_connection(start: Start) -> None:
+    """The server keeps a connection open after a response."""
     port = start(make_app(Flaky()))
     client = http.client.HTTPConnection(LOOPBACK, port, timeout=PATIENCE_S)
     with contextlib.closing(client):
@@ -48,27 +48,31 @@ def test_keep_alive(start: Start) -> None:
 
 
 @pytest.mark.parametrize("requests", [0, 1, 2])
-def test_slow_request(start: Start, monkeypatch: pytest.MonkeyPatch, requests: int) -> None:
+def test_a_slow_request_is_dropped(
+    start: Start, monkeypatch: pytest.MonkeyPatch, requests: int
+) -> None:
     """A client that sends its first or a later request slowly is dropped in time."""
     monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.3)
     with dial(start(make_app())) as sock:
         for _ in range(requests):
             sock.sendall(HEALTHY)
             read_until(sock, b"healthy\n")
-            time.sleep(0.5)  # idle: this time is not part of a request's deadline
+            time.sleep(0.5)  # idle time is not part of a request's deadline
         sock.sendall(b"GET / HTTP/1.1\r\nX: ")
         assert dropped_while_sending(sock, b"x", every_s=0.05)
 
 
-def test_silent_client(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_client_is_dropped(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that connects and sends nothing is dropped."""
     monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.3)
     with dial(start(make_app())) as sock:
         assert read_all(sock) == b""
 
 
-def test_idle_connection_is_closed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An idle connection is closed after KEEP_ALIVE_S."""
+def test_an_idle_connection_is_closed(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit is KEEP_ALIVE_S."""
     monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.3)
     with dial(start(make_app())) as sock:
         sock.sendall(LANDING)
@@ -84,10 +88,10 @@ def test_idle_connection_is_closed(start: Start, monkeypatch: pytest.MonkeyPatch
         (HEALTHY + LANDING, b"healthy\n"),
     ],
 )
-def test_slow_reader(
+def test_a_client_that_does_not_read_is_dropped(
     start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes, read: bytes
 ) -> None:
-    """A client that does not read a response is dropped in time, whatever it sends."""
+    """The limit applies whatever the client sends."""
     monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.5)
     bind = listen._bind
 
@@ -110,8 +114,8 @@ def test_slow_reader(
         assert until_refused(sock)
 
 
-def test_patient_reader(start: Start) -> None:
-    """A response of 20 MB arrives completely, and so does the next one."""
+def test_a_large_response_arrives_completely(start: Start) -> None:
+    """The response has 20 MB, and the next response arrives too."""
     port = start(make_app(Flaky(), settings={"setting": "x" * 20_000_000}))
     client = http.client.HTTPConnection(LOOPBACK, port, timeout=PATIENCE_S)
     with contextlib.closing(client):
@@ -122,8 +126,10 @@ def test_patient_reader(start: Start) -> None:
         assert client.getresponse().status == 200
 
 
-def test_more_clients_than_slots(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slow clients are evicted, longest waiting first, and a scrape gets its response."""
+def test_slow_clients_are_evicted_when_all_slots_are_taken(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest waiting client is evicted first, and a scrape gets its response."""
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
     port = start(make_app(Flaky()))
     with contextlib.ExitStack() as opened:
@@ -221,23 +227,23 @@ def test_memory_is_returned_after_many_connections(
 @pytest.mark.parametrize(
     "size", [connection.MAX_HEAD_BYTES + connection.READ_BYTES, 10_000_000]
 )
-def test_head_without_end(start: Start, size: int) -> None:
-    """A head that is too long is refused, also if it is complete."""
+def test_a_head_that_is_too_long_is_refused(start: Start, size: int) -> None:
+    """This includes a complete head."""
     with dial(start(make_app())) as sock:
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * size + b"\r\n\r\n")
         assert b" 200 " not in read_all(sock)
 
 
-def test_head_of_a_scrape_behind_proxies(start: Start) -> None:
-    """A long head within the limit is accepted."""
+def test_a_long_head_of_proxies_is_accepted(start: Start) -> None:
+    """Proxies add headers, but the head stays within the limit."""
     assert ask(start(make_app()), "/", cookie="x" * 15_000).status == 200
 
 
 @pytest.mark.parametrize(
     "framing", ["Content-Length: 10000000000", "Transfer-Encoding: chunked"]
 )
-def test_endless_body(start: Start, framing: str) -> None:
+def test_an_endless_body_is_ignored(start: Start, framing: str) -> None:
     """The response does not wait for a body, and the body is not parsed as a request."""
     with dial(start(make_app())) as sock:
         sock.sendall(f"GET / HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode())
@@ -245,8 +251,8 @@ def test_endless_body(start: Start, framing: str) -> None:
         assert dropped_while_sending(sock, b"x" * 1000, every_s=0.01)
 
 
-def test_expect_continue(start: Start) -> None:
-    """A client with Expect: 100-continue gets the response, not 100."""
+def test_expect_continue_gets_the_response(start: Start) -> None:
+    """A client with Expect: 100-continue gets the response and no status 100."""
     with dial(start(make_app())) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
         sock.sendall(b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n")
@@ -269,10 +275,14 @@ FIN_CASES = [
 
 
 @pytest.mark.parametrize(("sent", "expected"), FIN_CASES)
-def test_request_and_fin(start: Start, sent: bytes, expected: list[int]) -> None:
-    """Requests sent before the client's FIN get responses, as from node_exporter.
+def test_requests_before_a_fin_get_responses(
+    start: Start, sent: bytes, expected: list[int]
+) -> None:
+    """Node_exporter does the same.
 
-    A fault of this kind leaves ``printf ... | nc`` without a response.
+    The kind of fault: ``printf ...
+
+    nc`` gets no response.
     """
     with dial(start(make_app(Flaky()))) as sock:
         sock.sendall(sent)
@@ -300,8 +310,8 @@ class Waiting:
 WAIT = HEALTHY.replace(b"/-/healthy", b"/wait")
 
 
-def test_fin_long_before_the_response(start: Start) -> None:
-    """The client gets the response, then the connection is closed."""
+def test_a_client_that_sent_fin_gets_a_late_response(start: Start) -> None:
+    """The connection is closed after the response."""
     waiting = Waiting()
     port = start(waiting.app)
     with dial(port) as sock:
@@ -313,10 +323,10 @@ def test_fin_long_before_the_response(start: Start) -> None:
         assert read_all(sock).endswith(b"at last\n")
 
 
-def test_fin_with_a_response_that_is_not_read(
+def test_a_client_that_sent_fin_and_does_not_read_is_dropped(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that has sent FIN and reads nothing is dropped in time."""
+    """The client is dropped within the time limit."""
     monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.5)
     with dial(start(make_app(settings={"setting": "x" * 20_000_000}))) as sock:
         sock.sendall(LANDING)
@@ -324,10 +334,10 @@ def test_fin_with_a_response_that_is_not_read(
         assert until_refused(sock)
 
 
-def test_fin_with_a_response_that_does_not_come(
+def test_the_deadline_applies_after_a_fin(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The deadline of a request also applies to clients that have sent FIN."""
+    """It also drops clients whose response does not come."""
     monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.3)
     waiting = Waiting()
     with dial(start(waiting.app)) as sock:
@@ -340,10 +350,10 @@ def test_fin_with_a_response_that_does_not_come(
 def test_half_closed_connections_lose_their_slots_first(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that has sent FIN may be gone: it keeps no slot that another client needs.
+    """A client that has sent FIN may be gone, so it keeps no slot that another client
+    needs.
 
-    A fault of this kind lets clients that send a request and leave hold all slots for ten
-    seconds.
+    The kind of fault: clients send a request, leave, and hold all slots for ten seconds.
     """
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
     waiting = Waiting()
@@ -360,8 +370,8 @@ def test_half_closed_connections_lose_their_slots_first(
         read_until(waits, b"at last\n")
 
 
-def test_pipelining(start: Start) -> None:
-    """Pipelined requests get their responses in order."""
+def test_pipelined_requests_get_responses_in_order(start: Start) -> None:
+    """The client sends all requests before it reads."""
     paths = ("/-/healthy", "/nowhere", "/-/ready")
     requests = [f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths]
     with dial(start(make_app())) as sock:
@@ -381,8 +391,10 @@ def test_pipelining(start: Start) -> None:
         b"\r\n\r\n",
     ],
 )
-def test_not_http(start: Start, caplog: pytest.LogCaptureFixture, sent: bytes) -> None:
-    """Input that is not HTTP/1 gets 400, the connection is closed, nothing is logged."""
+def test_input_that_is_not_http_is_refused(
+    start: Start, caplog: pytest.LogCaptureFixture, sent: bytes
+) -> None:
+    """The response is 400, the connection is closed, and nothing is logged."""
     port = start(make_app(Flaky()))
     caplog.clear()
     with dial(port) as sock:
@@ -392,8 +404,10 @@ def test_not_http(start: Start, caplog: pytest.LogCaptureFixture, sent: bytes) -
     assert caplog.messages == []
 
 
-def test_body_that_is_not_http(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    """An invalid body that arrives during the response logs nothing."""
+def test_a_body_that_is_not_http_logs_nothing(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The body arrives during the response."""
     port = start(make_app())
     caplog.clear()
     with dial(port) as sock:
@@ -402,8 +416,8 @@ def test_body_that_is_not_http(start: Start, caplog: pytest.LogCaptureFixture) -
     assert caplog.messages == []
 
 
-def test_upgrade(start: Start) -> None:
-    """WebSocket is not supported: the response is that of a request without upgrade."""
+def test_upgrade_is_ignored(start: Start) -> None:
+    """The response is that of a request without upgrade: WebSocket is not supported."""
     answer = ask(
         start(make_app()),
         "/",
@@ -415,8 +429,8 @@ def test_upgrade(start: Start) -> None:
 
 
 @pytest.mark.parametrize(("sent", "read"), [(HEALTHY, b"healthy\n"), (b"GET /", b"")])
-def test_resets_leave_nothing_behind(start: Start, sent: bytes, read: bytes) -> None:
-    """After a reset no timer keeps the connection in memory."""
+def test_a_reset_connection_is_freed(start: Start, sent: bytes, read: bytes) -> None:
+    """No timer keeps the connection in memory."""
     port = start(make_app())
     for _ in range(20):
         with dial(port) as sock:

@@ -11,7 +11,7 @@ def any_client(_client: str) -> bool:
 
 
 def slots_of(*clients: str) -> ConnectionSlots[str]:
-    """Slots of clients in the order in which they connect, each named "network client"."""
+    """Allocate slots to clients in this order of connecting; names are "network client"."""
     slots = ConnectionSlots[str]()
     for now_s, client in enumerate(clients):
         slots.hold(client, client.split()[0], now_s)
@@ -66,6 +66,8 @@ def test_a_freed_slot_does_not_count() -> None:
         ("", "", True),
     ],
 )
-def test_source_network(one: str, other: str, *, same: bool) -> None:
+def test_the_source_network_depends_on_the_ip_version(
+    one: str, other: str, *, same: bool
+) -> None:
     """An IPv4 address is a network of its own; an IPv6 network is a /64."""
     assert (source_network(one) == source_network(other)) is same

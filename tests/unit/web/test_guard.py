@@ -166,13 +166,13 @@ def handshake(served: Served, context: ssl.SSLContext) -> tuple[str, str] | None
 # Clients that may connect
 
 
-def test_plain(serve: Serve) -> None:
-    """With an empty file there is no protection."""
+def test_an_empty_configuration_serves_every_client(serve: Serve) -> None:
+    """Neither TLS nor a password is required."""
     assert serve("").ask().status == 200
 
 
-def test_tls(serve: Serve) -> None:
-    """A client that trusts the CA gets the page, several times on one connection."""
+def test_tls_clients_that_trust_the_ca_are_served(serve: Serve) -> None:
+    """One connection serves several requests."""
     served = serve(TLS)
     client = served.connect(client_context())
     with contextlib.closing(client):
@@ -183,12 +183,13 @@ def test_tls(serve: Serve) -> None:
 
 @pytest.mark.parametrize(("notify", "fin"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_request_and_the_end_of_its_direction(
+def test_requests_before_the_end_of_input_get_responses(
     serve: Serve, version: ssl.TLSVersion, *, notify: bool, fin: bool
 ) -> None:
-    """Requests followed by close_notify, FIN or both get responses, then close_notify.
+    """The client ends with close_notify, FIN or both; the server responds, then sends
+    close_notify.
 
-    A fault of this kind treats the end of one direction as the end of both.
+    The kind of fault: the end of one direction is treated as the end of both.
     """
     served = serve(TLS)
     context = client_context()
@@ -224,8 +225,10 @@ def test_request_and_the_end_of_its_direction(
     assert received.count(b"\nconnections 7.0\n") == 3
 
 
-def test_inline_pem(serve: Serve, tmp_path: Path) -> None:
-    """The configuration itself can contain the certificate and its key."""
+def test_the_configuration_may_contain_certificate_and_key(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """They are PEM texts in the file instead of paths."""
     pair = write_pair(tmp_path)
     cert = pair.cert_chain_pems[0].bytes().decode()
     key = pair.private_key_pem.bytes().decode()
@@ -233,8 +236,8 @@ def test_inline_pem(serve: Serve, tmp_path: Path) -> None:
     assert certificate_of(served) == ssl.PEM_cert_to_DER_cert(cert)
 
 
-def test_a_password_that_is_checked_after_fin(serve: Serve) -> None:
-    """The response comes after the check, whether the password is correct or wrong."""
+def test_a_password_is_checked_after_a_fin(serve: Serve) -> None:
+    """The response comes after the check, for a correct and for a wrong password."""
     served = serve(users(alice="wonderland"))
     for password, status in (("looking-glass", 401), ("wonderland", 200)):
         authorization = basic("alice", password)["Authorization"]
@@ -246,8 +249,8 @@ def test_a_password_that_is_checked_after_fin(serve: Serve) -> None:
             assert read_all(sock).startswith(f"HTTP/1.1 {status} ".encode())
 
 
-def test_plain_http_to_a_tls_port(serve: Serve) -> None:
-    """A client that speaks plain HTTP is told to use HTTPS, and the connection closes."""
+def test_plain_http_to_a_tls_port_gets_a_hint(serve: Serve) -> None:
+    """The response names HTTPS, and the connection is closed."""
     served = serve(TLS)
     with dial(served.port) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -276,10 +279,10 @@ def test_plain_http_to_a_tls_port(serve: Serve) -> None:
         ("client_auth_type: RequireAndVerifyClientCert", False, False, False),
     ],
 )
-def test_client_auth_type(
+def test_client_auth_type_selects_accepted_certificates(
     serve: Serve, policy: str, *, without: bool, trusted: bool, untrusted: bool
 ) -> None:
-    """Clients without a certificate, with one of the trusted CA, with one of another CA."""
+    """Clients have no certificate, one of the trusted CA, or one of another CA."""
     served = serve(f"{TLS}  {policy}\n")
     assert accepted(served, None) == without
     assert accepted(served, CLIENT) == trusted
@@ -305,14 +308,17 @@ def accepted(served: Served, certificate: trustme.LeafCert | None) -> bool:
         ("[]", False),
     ],
 )
-def test_client_allowed_sans(serve: Serve, allowed: str, *, accepts: bool) -> None:
-    """The certificate must have exactly one of the names; other clients get no response."""
+def test_client_allowed_sans_selects_certificates(
+    serve: Serve, allowed: str, *, accepts: bool
+) -> None:
+    """The certificate must have exactly one of the names; otherwise there is no
+    response."""
     served = serve(f"{MTLS}  client_allowed_sans: {allowed}\n")
     assert accepted(served, CLIENT) == accepts
 
 
-def test_allowed_sans_ask_for_a_certificate(serve: Serve) -> None:
-    """client_allowed_sans requires a certificate even where client_auth_type does not."""
+def test_client_allowed_sans_requires_a_certificate(serve: Serve) -> None:
+    """This holds even if client_auth_type does not require one."""
     policy = "client_auth_type: VerifyClientCertIfGiven\n  client_ca_file: ca.pem"
     served = serve(f"{TLS}  {policy}\n  client_allowed_sans: [scraper.example]\n")
     assert accepted(served, CLIENT)
@@ -340,8 +346,8 @@ def client_of(*, version: str | None = None, ciphers: str | None = None) -> ssl.
         ("cipher_suites: [TLS_AES_128_GCM_SHA256]", ["TLSv1_3"]),
     ],
 )
-def test_versions(serve: Serve, lines: str, versions: list[str]) -> None:
-    """The TLS versions with which a handshake succeeds."""
+def test_tls_versions_are_limited(serve: Serve, lines: str, versions: list[str]) -> None:
+    """A handshake succeeds with each allowed version only."""
     served = serve(f"{TLS}  {lines}\n")
     every = ["TLSv1", "TLSv1_1", "TLSv1_2", "TLSv1_3"]
     succeeded = [each for each in every if handshake(served, client_of(version=each))]
@@ -370,10 +376,10 @@ GO128, GO256 = (
         ),
     ],
 )
-def test_cipher_suites(
+def test_the_cipher_suite_is_negotiated(
     serve: Serve, lines: str, offered: list[str], agreed: str | None
 ) -> None:
-    """The negotiated TLS 1.2 cipher suite, by the server's or the client's preference."""
+    """TLS 1.2 uses the server's or the client's preference, as configured."""
     served = serve(f"{TLS}  {lines}\n")
     client = client_of(version="TLSv1_2", ciphers=":".join(offered))
     found = handshake(served, client)
@@ -389,7 +395,7 @@ def test_cipher_suites(
         ("CurveP384", "secp384r1", True),
     ],
 )
-def test_curve_preferences(
+def test_the_curve_is_required(
     serve: Serve, configured: str, curve: str, *, agreed: bool
 ) -> None:
     """The handshake succeeds with the configured curve only."""
@@ -402,8 +408,8 @@ def test_curve_preferences(
 # Passwords, headers, rate limit
 
 
-def test_passwords(serve: Serve) -> None:
-    """Every page requires a known name with its password, also health and readiness."""
+def test_each_page_requires_a_password(serve: Serve) -> None:
+    """The pages of health and readiness require a name and its password too."""
     served = serve(users(alice="wonderland"))
     for path in ("/", "/metrics", "/-/healthy", "/-/ready", "/nowhere"):
         for headers in ({}, basic("alice", "wrong"), basic("eve", "wonderland")):
@@ -415,8 +421,8 @@ def test_passwords(serve: Serve) -> None:
         assert served.ask(None, path, **ALICE).status == expected
 
 
-def test_headers(serve: Serve) -> None:
-    """All responses have the headers; they replace the exporter's own of the same name."""
+def test_configured_headers_are_in_all_responses(serve: Serve) -> None:
+    """They replace the exporter's own headers of the same name."""
     served = serve(f"""
 http_server_config:
   headers:
@@ -429,8 +435,8 @@ http_server_config:
         assert answer.headers.get_all("content-security-policy") == ["default-src 'self'"]
 
 
-def test_rate_limit(serve: Serve) -> None:
-    """Requests beyond the burst are refused."""
+def test_requests_beyond_the_rate_limit_are_refused(serve: Serve) -> None:
+    """The limit allows a burst."""
     served = serve("rate_limit: {interval: 1h, burst: 3}")
     statuses = [served.ask().status for _ in range(5)]
     assert statuses == [200, 200, 200, 429, 429]
@@ -555,8 +561,8 @@ def test_a_large_page_arrives_completely(
     assert serve(TLS).ask(client_context()).body == body
 
 
-def test_pipelining(serve: Serve) -> None:
-    """Pipelined requests get responses, although reading was paused between them."""
+def test_pipelined_tls_requests_get_responses(serve: Serve) -> None:
+    """Responses continue after reading was paused between requests."""
     served = serve(TLS)
     with (
         dial(served.port) as sock,
@@ -591,8 +597,8 @@ def reloads(caplog: pytest.LogCaptureFixture) -> int:
     return caplog.messages.count("web configuration reloaded")
 
 
-def test_a_new_certificate(serve: Serve) -> None:
-    """New connections get the new certificate; existing connections continue."""
+def test_new_connections_get_the_new_certificate(serve: Serve) -> None:
+    """Existing connections continue with the old one."""
     served = serve(MTLS)
     before = certificate_of(served)
     client = served.connect(client_context(CLIENT))
@@ -603,8 +609,8 @@ def test_a_new_certificate(serve: Serve) -> None:
         assert ask_on(client, "/metrics").status == 200
 
 
-def test_new_users(serve: Serve) -> None:
-    """A remembered password is refused after a reload, also on the same connection."""
+def test_removed_users_are_refused_after_a_reload(serve: Serve) -> None:
+    """A remembered password is refused too, even on the same connection."""
     served = serve(users(alice="wonderland"))
     client = served.connect()
     with contextlib.closing(client):
@@ -615,8 +621,8 @@ def test_new_users(serve: Serve) -> None:
         assert ask_on(client, "/metrics", **new).status == 200
 
 
-def test_a_file_that_a_reload_names_is_watched(serve: Serve) -> None:
-    """Changes of a file that the first configuration did not name have an effect."""
+def test_a_file_named_by_a_reload_is_watched(serve: Serve) -> None:
+    """A change of a file that only the second configuration names has an effect."""
     served = serve(TLS)
     assert served.ask(client_context()).status == 200
     served.write(MTLS)
@@ -737,7 +743,9 @@ def test_no_scrape_fails_during_reloads(
         (MTLS.replace("ca.pem", "server.key"), "it contains no certificate"),
     ],
 )
-def test_refused_at_the_start(tmp_path: Path, config: str, sentence: str) -> None:
+def test_an_invalid_configuration_is_refused_at_the_start(
+    tmp_path: Path, config: str, sentence: str
+) -> None:
     """The error is one sentence that begins with the path of the file."""
     path = write_web(tmp_path, config)
     with pytest.raises(SettingsError) as refused:
@@ -748,14 +756,14 @@ def test_refused_at_the_start(tmp_path: Path, config: str, sentence: str) -> Non
     assert "\n" not in message
 
 
-def test_no_file(tmp_path: Path) -> None:
-    """The web configuration does not exist."""
+def test_a_missing_configuration_is_refused(tmp_path: Path) -> None:
+    """The error has the path of the file."""
     with pytest.raises(SettingsError, match="cannot be read: No such file"):
         make_guard(str(tmp_path / "absent"))
 
 
-def test_a_key_with_a_passphrase(tmp_path: Path) -> None:
-    """It is refused; OpenSSL would ask for the passphrase on the terminal."""
+def test_a_key_with_a_passphrase_is_refused(tmp_path: Path) -> None:
+    """OpenSSL would otherwise ask for the passphrase on the terminal."""
     path = write_web(tmp_path, TLS)
     pem = write_pair(tmp_path).private_key_pem.bytes()
     encrypted = serialization.load_pem_private_key(pem, None).private_bytes(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The landing page."""
+"""The content of the landing page."""
 
 import base64
 import hashlib
@@ -40,8 +40,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_landing_page(start: Start) -> None:
-    """The page shows the version, the settings as escaped text, and links."""
+def test_the_landing_page_has_version_settings_and_links(start: Start) -> None:
+    """The settings are escaped."""
     hostile = '<script>alert("1")</script>&amp;'
     settings = {"ports": (80, 443), "conf": None, "<b>user": hostile}
     port = start(make_app(settings=settings))
@@ -58,16 +58,16 @@ def test_landing_page(start: Start) -> None:
     assert "default-src 'none'" in answer.headers["content-security-policy"]
 
 
-def test_landing_page_style_is_permitted(start: Start) -> None:
-    """The policy permits the hash of the style that the page has."""
+def test_the_style_of_the_landing_page_is_permitted(start: Start) -> None:
+    """The content security policy has the hash of the page's style."""
     answer = ask(start(make_app()), "/")
     (style,) = re.findall(r"<style>(.*?)</style>", answer.body.decode(), re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert f"'sha256-{digest}'" in answer.headers["content-security-policy"]
 
 
-def test_replaced_settings_are_shown(start: Start) -> None:
-    """After a reload the page shows the new settings."""
+def test_reloaded_settings_are_shown(start: Start) -> None:
+    """The next request shows the new settings."""
     app = make_app(settings={"duration_s": 6})
     port = start(app)
     app.show_settings({"duration_s": 61})

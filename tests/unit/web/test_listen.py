@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Listening: addresses, host names, and errors of the kernel."""
+"""Listeners: addresses, host names, and errors of the kernel."""
 
 import contextlib
 import errno
@@ -24,16 +24,16 @@ from tests.unit.web.support import (
 
 
 @needs_ipv6
-def test_every_address(start: Start) -> None:
-    """Without an address the server listens for IPv4 and IPv6, on one port."""
+def test_without_an_address_all_addresses_are_served(start: Start) -> None:
+    """IPv4 and IPv6 have the same port."""
     port = start(make_app(), None)
     assert [ask(port, "/-/healthy", host=h).status for h in (LOOPBACK, "::1")] == [200, 200]
 
 
 @needs_ipv6
 @pytest.mark.parametrize(("address", "other"), [(LOOPBACK, "::1"), ("::1", LOOPBACK)])
-def test_one_address(start: Start, address: str, other: str) -> None:
-    """With an address the server does not listen at any other."""
+def test_with_an_address_no_other_is_served(start: Start, address: str, other: str) -> None:
+    """Other addresses of the host refuse connections."""
     port = start(make_app(), address)
     assert ask(port, "/-/healthy", host=address).status == 200
     with pytest.raises(ConnectionRefusedError):
@@ -44,8 +44,8 @@ def test_one_address(start: Start, address: str, other: str) -> None:
 def test_the_ipv6_wildcard_includes_ipv4(start: Start) -> None:
     """``[::]`` means IPv4 and IPv6, as in exporters written in Go.
 
-    IPv4 clients must have IPv4 addresses: as IPv4-mapped addresses all of them would be in
-    one source network.
+    IPv4 clients must have IPv4 addresses: their IPv4-mapped addresses would all be in one
+    source network.
     """
     app = make_app()
     seen: list[str] = []
@@ -62,7 +62,7 @@ def test_the_ipv6_wildcard_includes_ipv4(start: Start) -> None:
 
 
 @needs_ipv6
-def test_every_address_of_ipv4(start: Start) -> None:
+def test_the_ipv4_wildcard_excludes_ipv6(start: Start) -> None:
     """``0.0.0.0`` means IPv4 only."""
     port = start(make_app(), "0.0.0.0")
     assert ask(port, "/-/healthy").status == 200
@@ -70,21 +70,21 @@ def test_every_address_of_ipv4(start: Start) -> None:
         ask(port, "/-/healthy", host="::1")
 
 
-def test_host_name(start: Start) -> None:
-    """A host name is accepted like an address."""
+def test_a_host_name_is_an_address(start: Start) -> None:
+    """Names are resolved."""
     assert ask(start(make_app(), "localhost"), "/-/healthy").status == 200
 
 
-def test_name_found_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that resolves twice to one address is bound once."""
+def test_an_address_found_twice_is_bound_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name may resolve to the same address twice."""
     found = socket.getaddrinfo(LOOPBACK, 0, type=socket.SOCK_STREAM)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_kwargs: found * 2)
     (sock,) = listen_at("localhost", 0)
     sock.close()
 
 
-def test_restart() -> None:
-    """A port can be bound again at once, although a connection of it is in TIME_WAIT."""
+def test_a_port_can_be_bound_again_at_once() -> None:
+    """A connection of the port may be in TIME_WAIT."""
     (listener,) = listen_at(LOOPBACK, 0)
     port = listener.getsockname()[1]
     with dial(port) as client:
@@ -95,8 +95,8 @@ def test_restart() -> None:
     listener.close()
 
 
-def test_port_in_use() -> None:
-    """The error for a port in use says so, and what to do."""
+def test_a_port_in_use_is_refused() -> None:
+    """The error names the port and the remedy."""
     with contextlib.ExitStack() as opened:
         for sock in listen_at(LOOPBACK, 0):
             opened.enter_context(sock)
@@ -117,8 +117,10 @@ def test_port_in_use() -> None:
         (errno.ENOBUFS, "cannot listen at 127.0.0.1 on port 80: No buffer space available"),
     ],
 )
-def test_refusals(monkeypatch: pytest.MonkeyPatch, number: int, sentence: str) -> None:
-    """Each error of bind(2) has its sentence, and no socket is left open."""
+def test_each_error_of_bind_has_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, number: int, sentence: str
+) -> None:
+    """No socket stays open."""
 
     def bind(_sock: socket.socket, _address: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -131,8 +133,10 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, number: int, sentence: str) -
 @pytest.mark.parametrize(
     "error", [socket.gaierror(-2, "unknown"), UnicodeError("too long")]
 )
-def test_unknown_name(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """The error for a name that cannot be resolved contains the name."""
+def test_an_unknown_host_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The error contains the name."""
 
     def getaddrinfo(*_args: object, **_kwargs: object) -> None:
         raise error
@@ -162,10 +166,10 @@ def ipv6_error(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
 @pytest.mark.parametrize("address", [None, "::"])
-def test_host_without_ipv6(
+def test_a_host_without_ipv6_listens_for_ipv4(
     ipv6_error: Callable[[int], None], number: int, address: str | None
 ) -> None:
-    """Without IPv6 on the host the server listens for IPv4; an IPv6 address is an error."""
+    """An IPv6 address is an error on such a host."""
     ipv6_error(number)
     (sock,) = listen_at(address, 0)
     sock.close()
@@ -175,8 +179,8 @@ def test_host_without_ipv6(
 
 
 @needs_ipv6
-def test_port_in_use_for_ipv6_only(ipv6_error: Callable[[int], None]) -> None:
-    """A port in use for one family only is an error too; no socket is left open."""
+def test_a_port_in_use_for_ipv6_alone_is_refused(ipv6_error: Callable[[int], None]) -> None:
+    """No socket stays open."""
     ipv6_error(errno.EADDRINUSE)
     with pytest.raises(ServerError, match=r"^port \d+ is already in use"):
         listen_at(None, 0)

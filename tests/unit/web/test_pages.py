@@ -30,8 +30,8 @@ from tests.unit.web.support import (
 )
 
 
-def test_text_format(start: Start) -> None:
-    """Without an Accept header the response is in the text format."""
+def test_the_default_format_is_text(start: Start) -> None:
+    """The request has no Accept header."""
     answer = ask(start(make_app(Flaky())), "/metrics")
     assert answer.status == 200
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -39,8 +39,8 @@ def test_text_format(start: Start) -> None:
     assert [(s.name, s.value) for s in family.samples] == [("connections", 7)]
 
 
-def test_openmetrics_format(start: Start) -> None:
-    """Prometheus' Accept header gets OpenMetrics, which its parser accepts."""
+def test_prometheus_gets_openmetrics(start: Start) -> None:
+    """Prometheus' own parser accepts the response to its Accept header."""
     wanted = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
     answer = ask(start(make_app(Flaky())), "/metrics", accept=wanted)
     assert answer.headers["content-type"].startswith(
@@ -57,8 +57,8 @@ def test_an_invalid_accept_header_is_ignored(start: Start) -> None:
     assert (answer.status, b"connections 7" in answer.body) == (200, True)
 
 
-def test_gzip(start: Start) -> None:
-    """A client that accepts gzip gets the same page compressed, with its length."""
+def test_a_client_that_accepts_gzip_gets_it(start: Start) -> None:
+    """The page is the same, and the response has the compressed length."""
     port = start(make_app(Flaky()))
     plain = ask(port, "/metrics")
     packed = ask(port, "/metrics", accept_encoding="deflate, gzip;q=0.8")
@@ -68,8 +68,8 @@ def test_gzip(start: Start) -> None:
     assert gzip.decompress(packed.body) == plain.body
 
 
-def test_names(start: Start) -> None:
-    """name[] selects metrics, also of a collector without ``describe``."""
+def test_name_selects_metrics(start: Start) -> None:
+    """The parameter name[] works for collectors without ``describe`` too."""
     port = start(make_app(Flaky()))
     for query in (
         "name[]=connections",
@@ -81,8 +81,8 @@ def test_names(start: Start) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_vary(start: Start, method: str) -> None:
-    """Vary names the request headers that chose the response, for caches."""
+def test_vary_names_the_headers_that_matter(start: Start, method: str) -> None:
+    """Caches require the names of the request headers that chose the response."""
     port = start(make_app(Flaky()))
     for encoding in ("", "gzip"):
         answer = ask(port, "/metrics", method, accept_encoding=encoding)
@@ -91,8 +91,8 @@ def test_vary(start: Start, method: str) -> None:
     assert "vary" not in ask(port, "/", method).headers
 
 
-def test_accept_in_several_lines(start: Start) -> None:
-    """Header lines of one name are one list, in upper or lower case."""
+def test_several_accept_lines_are_one_list(start: Start) -> None:
+    """The name of the header may be in upper or lower case."""
     with dial(start(make_app(Flaky()))) as sock:
         sock.sendall(
             b"GET /metrics HTTP/1.1\r\nHost: x\r\nACCEPT: text/plain;q=0.5\r\n"
@@ -106,8 +106,8 @@ def test_accept_in_several_lines(start: Start) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/-/healthy", "/-/ready", "/nowhere"])
-def test_head(start: Start, path: str) -> None:
-    """HEAD gets the headers of GET, with length and date, and no body."""
+def test_head_gets_headers_without_a_body(start: Start, path: str) -> None:
+    """The headers are those of GET, with length and date."""
     port = start(make_app(Flaky()))
     got = ask(port, path)
     with dial(port) as sock:
@@ -130,8 +130,8 @@ def test_head(start: Start, path: str) -> None:
         *("/metrics;x", "/metrics%3Fx", "/metrics%00", "/metrics%23"),
     ],
 )
-def test_no_such_page(start: Start, path: str) -> None:
-    """Other paths than the four pages are 404."""
+def test_an_unknown_path_is_not_found(start: Start, path: str) -> None:
+    """There are four pages; other paths give 404."""
     assert ask(start(make_app()), path).status == 404
 
 
@@ -163,13 +163,13 @@ def test_no_such_page(start: Start, path: str) -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_targets(
+def test_each_target_has_the_status_of_node_exporter(
     start: Start, method: str, target: str, status: int, where: str | None
 ) -> None:
-    """Each target gets the status that node_exporter 1.5 responds with.
+    """The status is that of node_exporter 1.5.
 
-    The exception is a target without scheme and slash: 400 instead of a redirect. A fault
-    of this kind fails scrapes through a proxy.
+    The exception is a target without scheme and slash: 400 instead of a redirect. The kind
+    of fault: scrapes through a proxy fail.
     """
     port = start(make_app(Flaky()))
     with dial(port) as sock:
@@ -184,16 +184,16 @@ def test_targets(
         assert body == b""
 
 
-def test_options_of_the_server(start: Start) -> None:
-    """RFC 9110, section 9.3.7: ``OPTIONS *`` is a ping; the response has Allow."""
+def test_options_of_the_whole_server_are_answered(start: Start) -> None:
+    """``OPTIONS *`` is a ping (RFC 9110, section 9.3.7); the response has Allow."""
     answer = ask(start(make_app()), "*", "OPTIONS")
     assert (answer.status, answer.body) == (200, b"")
     assert answer.headers["allow"] == "GET, HEAD"
 
 
 @pytest.mark.parametrize("target", ["x:80", "/", "*"])
-def test_connect(start: Start, target: str) -> None:
-    """CONNECT, a request to a proxy, is refused."""
+def test_connect_is_refused(start: Start, target: str) -> None:
+    """It is a request to a proxy."""
     with dial(start(make_app())) as sock:
         sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         sock.shutdown(socket.SHUT_WR)
@@ -228,21 +228,24 @@ def test_connect(start: Start, target: str) -> None:
         ("HTTP/0.9\r\n", 505),
     ],
 )
-def test_heads(start: Start, head: str, status: int) -> None:
-    """Each head gets the status that node_exporter 1.5 responds with.
+def test_each_head_has_the_status_of_node_exporter(
+    start: Start, head: str, status: int
+) -> None:
+    """The status is that of node_exporter 1.5.
 
-    The exception is the longest one: node_exporter allows 1 MiB.
+    The exception is the longest head: node_exporter allows 1 MiB.
     """
     with dial(start(make_app(Flaky()))) as sock:
         sock.sendall(f"GET /metrics {head}\r\n".encode())
-        with contextlib.suppress(OSError):  # the response to a long head can be first
+        # the response to a long head may come before its end
+        with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
         assert read_all(sock).startswith(f"HTTP/1.1 {status} ".encode())
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"])
-def test_other_methods(start: Start, method: str) -> None:
-    """Other methods get 405 with the allowed ones, and nothing is collected."""
+def test_other_methods_are_refused(start: Start, method: str) -> None:
+    """The response is 405 with the allowed methods, and nothing is collected."""
     collector = Flaky()
     answer = ask(start(make_app(collector)), "/metrics", method)
     assert answer.status == 405
@@ -250,8 +253,8 @@ def test_other_methods(start: Start, method: str) -> None:
     assert collector.collections == 0
 
 
-def test_not_ready_then_ready(start: Start) -> None:
-    """Until the exporter is ready nothing is collected, and both pages say why."""
+def test_readiness_changes_after_the_start(start: Start) -> None:
+    """Until the exporter is ready nothing is collected, and both pages have the reason."""
     awaited: str | None = "the socket tables are being read"
     collector = Flaky()
     port = start(make_app(collector, ready=lambda: awaited))
@@ -285,8 +288,8 @@ def test_concurrent_scrapes_share_a_collection(start: Start) -> None:
         assert f"connections {number}.0".encode() in ask(port, "/metrics").body
 
 
-def test_source_error(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    """A failing source gives 503 with its error, which is logged when it changes."""
+def test_a_failing_source_gives_503(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """The response has the error, which is logged when it changes."""
     caplog.set_level(logging.INFO, pages.__name__)
     collector = Flaky()
     port = start(make_app(collector))
@@ -322,12 +325,13 @@ def test_an_unexpected_error_gives_503(
     assert ask(port, "/metrics").status == 200
 
 
-def test_check_collects_unless_a_scrape_has_worked(start: Start) -> None:
-    """A check after a successful scrape does not collect; a failing one returns why."""
+def test_check_collects_unless_a_scrape_succeeded(start: Start) -> None:
+    """After a successful scrape a check does not collect; a failing check returns the
+    reason."""
     flaky = Flaky()
     app = make_app(flaky)
     port = start(app)
-    before = flaky.collections  # the registry asks for names when it is registered
+    before = flaky.collections  # registering collects the names of metrics
     assert ask(port, "/metrics").status == 200
     assert asyncio.run(app.check()) is None
     assert flaky.collections == before + 1
@@ -353,8 +357,8 @@ def test_check_returns_unexpected_errors(
     assert asyncio.run(app.check()) is None
 
 
-def test_check_before_it_is_ready() -> None:
-    """It returns what must happen before, and collects nothing."""
+def test_check_before_the_start_collects_nothing() -> None:
+    """It returns the step that must happen first."""
     flaky = Flaky()
     app = make_app(flaky, ready=lambda: "patience")
     before = flaky.collections
@@ -363,7 +367,7 @@ def test_check_before_it_is_ready() -> None:
 
 
 def test_without_memory_a_scrape_is_503(start: Start) -> None:
-    """The response says that memory is short."""
+    """The response says that there is not enough memory."""
     flaky = Flaky()
     port = start(make_app(flaky))
     flaky.trouble = MemoryError()

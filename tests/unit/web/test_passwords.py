@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Authentication and the rate limit, measured in checks and requests, not in seconds."""
+"""Authentication and the rate limit; tests count checks and requests instead of seconds."""
 
 import asyncio
 import base64
@@ -85,7 +85,7 @@ def test_only_a_known_name_with_its_password_is_accepted(
 
 
 def test_the_first_72_bytes_of_a_password_count() -> None:
-    """Programs that make bcrypt hashes use as many."""
+    """Programs that make bcrypt hashes use the same number."""
     hashed = bcrypt.hashpw(b"x" * 72, bcrypt.gensalt(4)).decode()
     assert judge(make(Checks(), long=hashed), basic("long", "x" * 80)) == [OK]
     assert judge(make(Checks(), long=hashed), basic("long", "x" * 71)) == [UNAUTHORIZED]
@@ -199,8 +199,8 @@ def test_the_network_with_fewest_checks_is_next() -> None:
     asyncio.run(run())
 
 
-def test_more_networks_than_the_queue_has_entries() -> None:
-    """With one request for each network, the first ones stay in the queue."""
+def test_each_of_many_networks_has_one_queue_entry() -> None:
+    """The first requests stay in the queue when it is full."""
     checks = Checks()
     requests = [
         (basic("eve", str(each)), f"192.0.2.{each}") for each in range(MAX_WAITING + 3)
@@ -248,7 +248,7 @@ def test_a_cancelled_request_does_not_cancel_the_check_it_shares() -> None:
 
 
 def test_cancelling_the_checker_refuses_all_requests() -> None:
-    """The one whose check is running, and those in the queue."""
+    """This includes the request whose check is running, and those in the queue."""
     checks = Checks()
     checker = Checker(checks)
     users = Users({"alice": ALICES}, checker)
@@ -275,7 +275,7 @@ class Panic(BaseException):
 def test_a_failing_check_does_not_block_later_ones(
     fault: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each request is refused for now, one line is logged, and the next check works."""
+    """The request is refused for now, one line is logged, and the next check works."""
     faults = [fault] * 3
 
     def check(password: bytes, hashed: bytes) -> bool:
@@ -294,7 +294,7 @@ def test_a_failing_check_does_not_block_later_ones(
 def test_without_threads_requests_are_refused_for_now(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The kernel allows no more threads: 503, one line in the log, no traceback."""
+    """The kernel allows no more threads: 503, one logged line, no traceback."""
 
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -333,8 +333,8 @@ def test_a_burst_and_then_one_each_interval() -> None:
     assert allowed(limiter, 10) == 3
 
 
-def test_a_burst_of_none_allows_none() -> None:
-    """A burst of 0 refuses all requests, as exporter-toolkit's test requires."""
+def test_a_burst_of_0_allows_no_request() -> None:
+    """The test of exporter-toolkit requires this."""
     clock = Clock()
     limiter = Limiter(RateLimit(interval_s=1.0, burst=0), clock)
     clock.now_s += 100.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Accepting clients and stopping."""
+"""The server accepts clients, and stops."""
 
 import asyncio
 import contextlib
@@ -46,7 +46,8 @@ def test_a_request_sent_at_once_is_answered_whatever_connects_later(
             opened.enter_context(dial(port))
         opened.enter_context(serving(make_app(), sockets))
         read_until(first, b"healthy\n")
-        ask(port, "/")  # all are accepted: if stopped while it accepts, asyncio warns
+        # all clients are accepted: asyncio would warn if it stopped while accepting
+        ask(port, "/")
 
 
 def test_the_kernel_queues_more_clients_than_are_accepted_at_once(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Request targets: cleaning a path never changes which page it means."""
+"""Request targets: cleaning a path does not change which page it means."""
 
 import posixpath
 import re
@@ -15,7 +15,7 @@ PATHS = st.lists(st.sampled_from(("a", "b", ".", "..", "", "...", "\n", "\xff", 
 
 
 @given(PATHS.map("/".join))
-def test_clean(path: str) -> None:
+def test_a_path_is_cleaned_like_normpath(path: str) -> None:
     """The result is that of posixpath.normpath, except for the final slash."""
     cleaned = clean(path)
     assert cleaned.rstrip("/") == posixpath.normpath(f"/{path.lstrip('/')}").rstrip("/")
@@ -23,14 +23,14 @@ def test_clean(path: str) -> None:
     assert clean(cleaned) == cleaned
 
 
-def test_clean_does_not_end_at_nul() -> None:
+def test_cleaning_does_not_end_at_a_null_character() -> None:
     """posixpath.normpath of Debian 12's Python truncates such a path."""
     assert clean("/metrics\0//x") == "/metrics\0/x"
 
 
 @given(st.binary().map(lambda each: each.decode("latin-1")), st.sampled_from(("", "a=%2F")))
-def test_location(path: str, query: str) -> None:
-    """The value is the cleaned path on this host, without bytes that would end a header."""
+def test_a_redirect_stays_on_this_host(path: str, query: str) -> None:
+    """The Location header has the cleaned path, without bytes that would end the header."""
     cleaned = clean(path)
     where = location(cleaned, query)
     assert re.fullmatch(r"/(?:[^/\\\s][!-~]*)?", where)
@@ -79,7 +79,7 @@ def test_path_is_decoded_to_bytes(path: bytes) -> None:
         ("http://host/%zz", None),
     ],
 )
-def test_path_of(target: str, path: str | None) -> None:
+def test_the_path_of_a_target_is_found(target: str, path: str | None) -> None:
     """Targets in origin-form and absolute-form have a path; others have none."""
     assert path_of(target) == path
 
@@ -94,6 +94,6 @@ def test_path_of(target: str, path: str | None) -> None:
         ),
     ],
 )
-def test_is_host(host: str, *, valid: bool) -> None:
-    """RFC 9112, section 3.2: an invalid value is answered with 400."""
+def test_an_invalid_host_is_detected(host: str, *, valid: bool) -> None:
+    """A server must respond with 400 (RFC 9112, section 3.2)."""
     assert is_host(host) == valid
