@@ -28,8 +28,8 @@ from tcpexporter.ebpf.libbpf import load_libbpf
 LONG_TERM = "netstat_tcp_longterm_connections_total"
 ESTABLISHED = "tcp_established_connections"
 DEADLINE_S = 101.0
-"""Time limit of steps that require a second or two; an emulated guest is 15 times
-slower."""
+"""Time limit of steps that usually require a second or two. An emulated guest is 15
+times slower."""
 
 BPF_PROG_NAME = slice(64, 80)
 """Offset of the name in ``struct bpf_prog_info``, include/uapi/linux/bpf.h."""
@@ -79,7 +79,7 @@ def eventually(check: Callable[[], bool]) -> None:
     """Wait until ``check`` returns True; fail at the deadline."""
     until = time.monotonic() + DEADLINE_S
     while not check():
-        assert time.monotonic() < until, "the condition is not true in time"
+        assert time.monotonic() < until, "the condition was not true before the deadline"
         time.sleep(0.05)
 
 
@@ -212,7 +212,7 @@ class Exporter:
     def value(self, name: str, **labels: str | int) -> float | None:
         """Scrape once; return one value, or None if there is no such series."""
         wanted = tuple(sorted((key, str(value)) for key, value in labels.items()))
-        # Parsing only possible lines is faster on a page with thousands of series.
+        # Parsing only lines that can match is faster on a page with thousands of series.
         shown = [f'{key}="{value}"' for key, value in wanted]
         lines = [
             line
@@ -238,8 +238,7 @@ class Exporter:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(ProcessLookupError):
-            # Also end child processes of the command: unshare(1) starts the exporter as
-            # one.
+            # This also ends child processes: unshare(1) starts the exporter as its child.
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
 

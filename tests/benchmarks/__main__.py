@@ -35,7 +35,7 @@ def main() -> None:
     )
     path: Path = parser.parse_args().output
     if reasons := [*filter(None, [why_no_bpf()]), *machine.absent()]:
-        sys.exit(f"the benchmarks cannot run: {'; '.join(reasons)}")
+        sys.exit(f"cannot run the benchmarks: {'; '.join(reasons)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     report = _run(QUICK if is_quick else FULL)
     report.write(path)

@@ -4,11 +4,11 @@
 from pathlib import Path
 
 SOCKET_BYTES = 4 * 1024
-"""Measured kernel memory of an idle TCP socket with its file, inode and directory entry. It
-includes the descriptor in the process that holds the socket."""
+"""Kernel memory of an idle TCP socket, measured: the socket, its file, inode, directory
+entry and descriptor."""
 
 CONTENDER_BYTES = 1024
-"""Largest memory of a compared method per socket: several Python objects."""
+"""Largest memory per socket of any compared method, which makes several Python objects."""
 
 OTHER_BYTES = 1 << 30
 OTHER_FILES = 10_000

@@ -11,9 +11,9 @@ from tests.support import reset
 
 PORT = 19_999
 ADDRESSES = range(60_000, 60_031)
-"""Numbers of loopback addresses (`hold.address`) that held connections do not use. There
-are many: half of the connections closed by FIN leave an ephemeral port of the address in
-TIME_WAIT for a minute."""
+"""Numbers of the loopback addresses (`hold.address`) for this module; held connections
+use others. One address does not suffice, because half of the connections closed by FIN
+leave an ephemeral port in TIME_WAIT for a minute."""
 
 Ending = Callable[[socket.socket, socket.socket], None]
 

@@ -21,7 +21,8 @@ from tests.benchmarks.hold import PORTS
 from tests.support import ESTABLISHED, free_port
 
 ASLEEP_S = 0.002
-"""Wait after an answer, until the process sleeps: then its CPU account is up to date."""
+"""Pause after an answer, in which the process goes to sleep and the kernel updates its
+CPU time."""
 
 NODE_EXPORTER_NAMES = ("prometheus-node-exporter", "node_exporter")
 NODE_EXPORTER_SETTINGS = ("--collector.disable-defaults", "--collector.tcpstat")
@@ -50,8 +51,8 @@ class Sample:
 
     wall_s: float
     cpu_s: float
-    """CPU time of all processes that count, user and system; without the requesting
-    process."""
+    """CPU time, user and system, of all processes that count. The process that requests
+    the count is not included."""
     count: Count
 
 
@@ -129,7 +130,8 @@ class Worker:
         """Return the next message of the process.
 
         Raises:
-            NoNumberError: the process ended, or sent nothing in time and was killed.
+            NoNumberError: the process has ended, or sent no message within the time limit
+                and was killed.
         """
         stdout = self._process.stdout
         assert stdout is not None
@@ -167,7 +169,7 @@ def worker(name: str, sockets: int) -> Iterator[Worker]:
             yield started
         finally:
             with contextlib.suppress(ProcessLookupError):
-                # also ends the child processes of its shell
+                # this also ends child processes of the shell
                 os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -179,10 +181,10 @@ def node_exporter_command() -> str | None:
 
 @contextlib.contextmanager
 def node_exporter() -> Iterator[Scraped]:
-    """Run node_exporter with its collector of TCP states alone.
+    """Run node_exporter with no other collector than that of TCP states.
 
     Raises:
-        NoNumberError: node_exporter does not listen in time.
+        NoNumberError: node_exporter does not listen within the time limit.
     """
     port = free_port()
     command = node_exporter_command()

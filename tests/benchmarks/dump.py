@@ -58,7 +58,7 @@ def _request(family: int, *, tcp_info: bool) -> bytes:
 
 
 def _is_last(datagram: memoryview) -> bool:
-    """Return whether the datagram ends with NLMSG_DONE, perhaps its only message."""
+    """Return whether the datagram ends with NLMSG_DONE."""
     if len(datagram) < DONE.size:
         return False
     length, kind, *_ = DONE.unpack_from(datagram, len(datagram) - DONE.size)

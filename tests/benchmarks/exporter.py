@@ -26,7 +26,7 @@ AS_PROMETHEUS = {
 
 
 class NoNumberError(Exception):
-    """A method gives no number. The message completes "not measured, because"."""
+    """Raised if a method gives no number. The message follows "not measured, because"."""
 
 
 class Started(NamedTuple):
@@ -42,8 +42,8 @@ def running(*arguments: str) -> Iterator[Started]:
     """Start an exporter in this network namespace, and wait until it is ready.
 
     Raises:
-        RuntimeError: the exporter ended too early; the message has its output.
-        NoNumberError: the exporter is not ready in time.
+        RuntimeError: the exporter ended before it was ready; the message has its output.
+        NoNumberError: the exporter is not ready within the time limit.
     """
     start_s = time.perf_counter()
     with Exporter(*arguments, command=COMMAND, wait=False) as exporter:
@@ -87,7 +87,7 @@ class Scraper:
 
         Raises:
             RuntimeError: the status is not 200; the message has the response.
-            NoNumberError: the response does not arrive in time.
+            NoNumberError: there is no response within the time limit.
         """
         try:
             self._connection.request("GET", "/metrics", headers=dict(headers))

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from tests.benchmarks.hold import PORTS
 
 CONNECTIONS = 10_000
-"""Connections held on loopback; both ends are here, so the tracker has two entries each."""
+"""Connections that are held on loopback. The tracker has two entries for each, because
+both ends are on this host."""
 
 TRACKED = 2 * CONNECTIONS
 MIB_BYTES = 1 << 20
@@ -18,8 +19,8 @@ STATE_CHANGES_BY_FIN = 10
 """State changes of a loopback connection when one end closes, and then the other.
 
 The client passes SYN_SENT, ESTABLISHED, FIN_WAIT1, FIN_WAIT2 and CLOSE. The server passes
-SYN_RECV, ESTABLISHED, CLOSE_WAIT, LAST_ACK and CLOSE. If the server closes first, the
-states after ESTABLISHED are exchanged. The tracepoint does not report TIME_WAIT.
+SYN_RECV, ESTABLISHED, CLOSE_WAIT, LAST_ACK and CLOSE. If the server closes first, each end
+passes the closing states of the other. The tracepoint does not report TIME_WAIT.
 """
 
 STATE_CHANGES_BY_RST = 6
@@ -50,9 +51,9 @@ class Figure:
     at_least: float | None = None
     """The target: the median must be at least this."""
     compared_with: str | None = None
-    """Name of the figure to divide this one by; the ratio is shown."""
+    """Name of another figure; the table shows the ratio of this figure to that one."""
     known_as: str = ""
-    """Short name of this figure, shown with such a ratio."""
+    """Short name of this figure for the ratios of other figures."""
     samples: tuple[float, ...] = ()
     """The measured values; empty if this run could not measure the figure."""
 

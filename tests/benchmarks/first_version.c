@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The hash map of a first version, as one writes it with BCC: the whole address
- * pair is the key. Nothing is attached, userspace fills it.
+ * A hash map for comparison, as in a simple BCC program: the key is the whole address
+ * pair. No program is attached; userspace fills the map.
  */
 struct connection_key {
 	__u8 local_address[16];

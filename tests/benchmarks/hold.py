@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from tests.benchmarks import ROOT
 
 PORTS = range(20_000, 20_050)
-"""Ports that are listened on, below the ephemeral ports so that no client gets one."""
+"""Ports of the listeners. They are below the ephemeral ports, so that no client gets
+one."""
 
 PER_PROCESS = 27_000
 """Maximum number of connections of a process; each requires two descriptors."""

@@ -69,7 +69,7 @@ def absent() -> list[str]:
 
 
 def command() -> str:
-    """Return the command that repeats this run."""
+    """Return the command line of this run."""
     quick = "QUICK=1 " if os.environ.get("QUICK") else ""
     return quick + shlex.join(["python", "-m", "tests.benchmarks", *sys.argv[1:]])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Measures the figures that require one number of connections only."""
+"""Measures all figures except those that compare several numbers of connections."""
 
 import logging
 import socket
@@ -27,21 +27,23 @@ from tests.support import Exporter, inside, new_netns
 log = logging.getLogger(__name__)
 
 SETTLE_S = 1.0
-"""Wait for processes that started or ended just before."""
+"""Pause in which processes that have just started or ended finish their work."""
 
 WARM_UP = 10
 """Scrapes before the first measured one."""
 
 BATCHES = 65
 BATCH_CONNECTIONS = 97
-"""Connections of a batch. A round of batches closes half by FIN and half by RST, which is
-100,880 state changes. A prime number cannot hide effects of a table size."""
+"""Number of connections of a batch. A round of batches has 100,880 state changes: half
+of the connections are closed by FIN, half by RST. The number is prime, so that it is no
+multiple of a table's size."""
 
 ATTEMPTS = 20
 """Attempts to measure a batch of 5 ms without state changes elsewhere on the host."""
 
 IDLE_ATTEMPTS = 3
-"""Attempts to be idle: an event missed anywhere on the host causes a reconciliation."""
+"""Attempts to measure idle CPU time. A missed event of any namespace causes a
+reconciliation, and then the attempt is repeated."""
 
 WARM_UP_CONNECTIONS = 5_003
 
@@ -71,10 +73,10 @@ class Samples:
 
 
 def measure(plan: Plan) -> Samples:
-    """Measure all figures that require one number of connections only.
+    """Measure all figures except those that compare several numbers of connections.
 
     Raises:
-        RuntimeError: the exporter does not work as it should.
+        RuntimeError: the exporter ends, or its count is wrong.
     """
     samples = Samples()
     with new_netns() as netns, inside(netns):
@@ -118,7 +120,7 @@ def _scrapes(samples: Samples, plan: Plan, exporter: Exporter) -> None:
 
 
 def _warm_up(scraper: Scraper) -> int:
-    """Scrape until scrapes are fast; return the number of tracked connections.
+    """Scrape `WARM_UP` times; return the number of tracked connections.
 
     Raises:
         RuntimeError: the count is wrong.
@@ -139,7 +141,7 @@ def _timed_s(act: Callable[[], object]) -> float:
 
 def _idle(samples: Samples, plan: Plan, exporter: Exporter) -> None:
     log.info("measuring the idle exporter for %s s, after %s s", plan.idle_s, plan.settle_s)
-    # One connection during the whole time, because opening one would be an event.
+    # The connection stays open, because opening another one would be an event.
     with Scraper(exporter.port) as scraper:
         scraper.get()
         time.sleep(plan.settle_s)

@@ -56,7 +56,8 @@ STYLES: Mapping[str, Style] = {
     OURS: Style("tcpexporter", "#d6006c"),
     "scan": Style("sum of 64 bytes each", "#777777", dashed=True),
 }
-"""Styles by method. Polling sources are absent: they counted before the request."""
+"""Styles by method. There is no line for polling sources, because a scrape does not
+count."""
 
 
 def draw(sizes: Sequence[Size], path: Path) -> Path:
@@ -125,7 +126,8 @@ def _line(axes: Axes, points: Points, style: Style, *, bold: bool) -> None:
 
 def _labels(axes: Axes, lines: Mapping[str, Points]) -> None:
     """Label each line at its end; move labels apart where they would overlap."""
-    axes.autoscale_view()  # this fixes the scale, which `_on_axes` requires
+    # from here on the scale does not change, which `_on_axes` requires
+    axes.autoscale_view()
     ends = {name: _on_axes(axes, points[-1]) for name, points in lines.items()}
     heights = _apart({name: y for name, (_, y) in ends.items()})
     for name, height in heights.items():
@@ -144,13 +146,13 @@ def _labels(axes: Axes, lines: Mapping[str, Points]) -> None:
 
 
 def _on_axes(axes: Axes, point: tuple[int, float]) -> tuple[float, float]:
-    """Return a point in shares of the axes' width and height."""
+    """Return the position of a point, as shares of the axes' width and height."""
     x, y = axes.transAxes.inverted().transform(axes.transData.transform(point))
     return float(x), float(y)
 
 
 def _apart(heights: Mapping[str, float]) -> dict[str, float]:
-    """Return the heights, each at least a line of text above the next lower one."""
+    """Move labels up until each is at least a line of text above the next lower one."""
     apart: dict[str, float] = {}
     lowest = float("-inf")
     for name in sorted(heights, key=lambda each: heights[each]):

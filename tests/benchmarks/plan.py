@@ -22,18 +22,19 @@ class Plan:
     """Time after which there is no further start at a size."""
     scrapes: int
     settle_s: float
-    """Pause before CPU use is measured while idle. It is longer than --reconcile-interval,
-    so that reconciliation has finished. It is too short for the server to close an idle
-    connection."""
+    """Pause before idle CPU time is measured. It is longer than --reconcile-interval, so
+    that reconciliation has ended, and shorter than the server's limit for idle
+    connections."""
     idle_s: float
     polling_idle_s: float
     event_rounds: int
     rate_rounds: int
     """Rounds that compare rates; each round has two pairs of rates."""
     rate_connections: int
-    """Connections in each sample of a rate, once closed by FIN and once by RST."""
+    """Number of connections in each sample that are closed by FIN; as many are closed by
+    RST."""
     last_size_after_s: float
-    """Time after which no larger size is begun, because the machine is too busy."""
+    """Time after which no larger size is begun. It is exceeded only on a busy machine."""
     limit_s: int
     """Time limit for the whole run, which then stops."""
 

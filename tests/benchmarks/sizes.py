@@ -30,11 +30,11 @@ POLLING = ("sock_diag", "procfs")
 NODE_EXPORTER = "node_exporter"
 
 DEFAULT_MAX_CONNECTIONS = 262_144
-"""Minimum of --max-connections here, which is its default; or twice the sockets."""
+"""Default of --max-connections, which is also its minimum here."""
 
 TOLERANCE = 0.01
-"""Largest error of a count, as a share of the sockets. Some events are missed, which does
-not matter here. A larger error means that something else was measured."""
+"""Largest allowed error of a count, as a share of the sockets. Missed events cause small
+errors. After a larger error the measurement would be of something else."""
 
 POLL_S = 1.0
 """The default of --interval."""
@@ -47,11 +47,13 @@ class Measured:
     name: str
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
-    """CPU time of each count; for a polling source one mean, of counts a second apart."""
+    """CPU time of each count. For a polling source there is one value: the mean of
+    several counts, one second apart."""
     memory: kernel.Memory | None = None
     """Memory of the process after counting."""
     why_not: str = ""
-    """The reason if there are no samples; it completes "not measured, because"."""
+    """The reason why there are no samples; empty if there are. It follows "not measured,
+    because"."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Size:
 
     sockets: int
     why_not: str = ""
-    """The reason if there are none; it completes "not measured, because"."""
+    """The reason why there are none; empty if there are. It follows "not measured,
+    because"."""
     opening_s: float = 0.0
     max_connections: int = 0
     contenders: list[Measured] = field(default_factory=list)

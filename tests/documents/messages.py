@@ -21,7 +21,8 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 
 VARIABLE = "…"
 FEWEST_LETTERS = 8
-"""Minimum number of letters of a symptom; a shorter one only frames another message."""
+"""Minimum number of letters of a symptom. A shorter symptom is only a frame around
+another message."""
 FEWEST_WORDS = 5
 """Minimum number of words of a returned string that counts as a sentence."""
 FEWEST_WORDS_FOR_HELPERS = 3

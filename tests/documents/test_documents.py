@@ -58,7 +58,7 @@ COMMANDS = sorted({each for path in DOCUMENTS for each in commands_in(path)})
 
 @pytest.mark.parametrize("path", documents.DOCUMENTS, ids=lambda each: each.name)
 def test_a_generated_document_is_up_to_date(path: Path) -> None:
-    """If a setting, metric or module was changed, `make documents` is necessary."""
+    """After a change of a setting, metric or module, run `make documents`."""
     text = path.read_text()
     assert documents.DOCUMENTS[path](text) == text, "run make documents"
 
@@ -87,7 +87,7 @@ def links_of(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda each: each.name)
 def test_links_within_the_tree_resolve(path: Path) -> None:
-    """Files may have moved, and headings may have been reworded."""
+    """A link is broken if a file was moved or a heading was reworded."""
     broken = []
     for link in links_of(path):
         name, _, anchor = link.partition("#")
@@ -104,7 +104,7 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 
 def test_the_files_that_the_documents_name_exist() -> None:
-    """Modules and tests may have moved or been renamed."""
+    """A name is wrong if a module or test was moved or renamed."""
     named = {
         (document.name, path)
         for document in DOCUMENTS
@@ -117,7 +117,7 @@ def test_the_files_that_the_documents_name_exist() -> None:
 
 
 def test_the_metrics_that_the_documents_name_exist() -> None:
-    """Metrics may have been renamed."""
+    """A name is wrong if a metric was renamed."""
     page = {
         sample.name for each in documents.registry().collect() for sample in each.samples
     }
@@ -147,7 +147,7 @@ def test_every_message_is_in_troubleshooting() -> None:
 
 
 def test_a_message_that_the_page_lacks_is_reported() -> None:
-    """An empty page lacks messages of every kind."""
+    """With an empty page, messages of every kind are reported."""
     found = {each.path.name for each in messages.missing("")}
     assert {"settings.py", "loader.py", "config_file.py", "privileges.py"} <= found
 
@@ -193,7 +193,7 @@ def run_python(program: str) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_works_or_has_a_reason_not_to_be_run(command: str) -> None:
-    """Make targets, flags and files may have been removed."""
+    """A command fails if a make target, flag or file was removed."""
     assert command in NOT_RUN or try_command(command), "say in NOT_RUN why it is not run"
 
 

@@ -70,7 +70,7 @@ def read_terminal(controller: int, last: str | None = None) -> str:
 
 
 def shown_settings(page: str) -> dict[str, str]:
-    """The settings in the table of the landing page."""
+    """Return the settings in the table of the landing page."""
     rows = re.findall('<tr><th scope="row">(.*?)</th><td>(.*?)</td></tr>', page)
     return {html.unescape(name): html.unescape(value) for name, value in rows}
 
@@ -89,7 +89,7 @@ def test_promtool_objects_to_the_inherited_name_only_when_simple() -> None:
         assert objections(exporter.get("/metrics")) == [INHERITED]
 
 
-def test_once_prints_the_page_and_nothing_else() -> None:
+def test_once_prints_the_exposition_and_nothing_else() -> None:
     """In a pipe ``--once`` prints metrics, nothing to standard error, and exits with 0."""
     with Peers("::") as peers:
         peers.connect(7, "127.0.0.1")
@@ -102,7 +102,8 @@ def test_once_prints_the_page_and_nothing_else() -> None:
 
 
 def test_once_counts_down_on_a_terminal() -> None:
-    """Standard error shows the seconds left; connections opened meanwhile are counted."""
+    """Standard error shows the seconds left. Connections that open meanwhile are
+    counted."""
     controller, terminal = pty.openpty()
     try:
         with Peers() as peers:
@@ -163,7 +164,7 @@ def test_settings_come_from_flag_environment_and_file(tmp_path: Path) -> None:
     assert count(page, LONG_TERM, 443) == {"4": 0, "6": 0}
 
 
-def test_a_wrong_line_in_the_file_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_line_in_the_file_is_refused(tmp_path: Path) -> None:
     """Exit code 2, and one line with the file, the line number and the valid values."""
     conf = tmp_path / "tcpexporter.conf"
     conf.write_text("simple\nport https\n")
@@ -176,7 +177,7 @@ def test_a_wrong_line_in_the_file_is_refused(tmp_path: Path) -> None:
     assert "443" in sentence
 
 
-def test_without_root_it_polls_and_says_why() -> None:
+def test_without_root_the_exporter_polls_and_logs_why() -> None:
     """As nobody, ``auto`` uses sock_diag and logs one warning with the remedy."""
     with Peers("::") as peers:
         peers.connect(7, "127.0.0.1")

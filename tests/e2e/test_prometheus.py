@@ -93,7 +93,7 @@ def test_an_ipv6_target_is_scraped(tmp_path: Path) -> None:
         assert_no_scrape_failed(prometheus)
 
 
-def test_the_readme_works_as_it_stands(tmp_path: Path) -> None:
+def test_the_example_of_the_readme_works_unchanged(tmp_path: Path) -> None:
     """The command without flags serves at the target of the README's example."""
     no_flag = ("sh", "-c", f'exec "{COMMAND}"')  # sh does not pass the flags to the command
     with (
@@ -106,8 +106,9 @@ def test_the_readme_works_as_it_stands(tmp_path: Path) -> None:
         assert exporter.value("tcpexporter_duration_seconds") == 6
 
 
-def test_a_restart_costs_at_most_one_scrape(tmp_path: Path) -> None:
-    """Pre-existing connections count at once after a restart; series have short gaps."""
+def test_a_restart_loses_at_most_one_scrape(tmp_path: Path) -> None:
+    """Pre-existing connections count at once after a restart, so gaps of series are
+    short."""
     # Intervals are usually 15 s or more; a restart must fit between two scrapes.
     interval_s = 3
     port = free_port()
@@ -128,7 +129,7 @@ def test_a_restart_costs_at_most_one_scrape(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ACCEPT)
-def test_openmetrics_is_what_prometheus_asks_for(version: str) -> None:
+def test_prometheus_requests_openmetrics(version: str) -> None:
     """The strict OpenMetrics parser accepts the exposition, which has the right value."""
     with Peers() as peers, Command("--duration", "0") as exporter:
         peers.connect(3)

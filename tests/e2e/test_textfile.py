@@ -73,11 +73,11 @@ def fetch(url: str) -> str:
             time.sleep(0.05)
 
 
-def test_node_exporter_serves_what_was_written(textfiles: Path) -> None:
-    """It reports no error after each of two runs with different settings.
+def test_node_exporter_serves_the_written_file(textfiles: Path) -> None:
+    """Node_exporter reports no error after each of two runs with different settings.
 
-    The kind of fault: node_exporter reports an error at each scrape, because a metric of
-    ours is one of its own, or because a help text changes.
+    The kind of fault: an error at each scrape, because node_exporter has a metric of the
+    same name, or because a help text has changed.
     """
     with Peers() as peers, node_exporter(textfiles) as url:
         peers.connect(7)
@@ -96,7 +96,7 @@ def test_node_exporter_serves_what_was_written(textfiles: Path) -> None:
                 assert count(page, LONG_TERM, peers.port) == {"4": 7}
 
 
-def test_without_root_it_writes_to_its_own_directory(tmp_path: Path) -> None:
+def test_without_root_the_file_is_written_to_an_own_directory(tmp_path: Path) -> None:
     """The owner of a directory can write there; in another directory it is an error."""
     nobody = 65534
     as_nobody = ("setpriv", f"--reuid={nobody}", f"--regid={nobody}", "--clear-groups")
@@ -123,7 +123,7 @@ def test_without_root_it_writes_to_its_own_directory(tmp_path: Path) -> None:
     )
 
 
-def test_a_signal_while_it_watches_leaves_the_old_file(textfiles: Path) -> None:
+def test_a_signal_during_the_wait_leaves_the_old_file(textfiles: Path) -> None:
     """The old file is unchanged, no other file is left, and the exit code is not 0."""
     path = textfiles / "x.prom"
     path.write_text("old 1\n")

@@ -180,7 +180,7 @@ def test_a_signal_during_a_password_check_ends_the_exporter(tmp_path: Path) -> N
             sock.sendall(
                 b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Basic Ym9iOng=\r\n\r\n"
             )
-            # alice's password was checked, bob's check is running
+            # the check of alice's password has ended, and that of bob's is running
             assert exporter.get("/-/ready")
             code, log = exporter.stop()
     assert code == 0
@@ -198,10 +198,10 @@ def test_a_signal_during_a_password_check_ends_the_exporter(tmp_path: Path) -> N
         (TLS.replace("server.key", "absent"), "line 3: key_file"),
     ],
 )
-def test_a_wrong_configuration_is_refused(
+def test_an_invalid_configuration_is_refused(
     tmp_path: Path, config: str, sentence: str
 ) -> None:
-    """Exit code 2 and one sentence, as for an invalid setting."""
+    """It has exit code 2 and one sentence, like an invalid setting."""
     ended = subprocess.run(
         [COMMAND, "--web-config", write_web(tmp_path, config)],
         check=False,

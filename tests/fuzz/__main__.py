@@ -16,8 +16,8 @@ from tests.tables import aligned
 AT_ONCE = 2
 
 RUNS_OF_A_PROCESS = 100_000
-"""Number of inputs of a process: atheris never frees compared data, up to 1 KiB an
-input."""
+"""Number of inputs of a process. Atheris never frees the data that it compares, up to 1
+KiB for each input."""
 
 COLUMNS = ["target", "inputs", "seconds", "inputs/s", "findings"]
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Makes choices from the bytes of an input, so that a few bytes make a whole message."""
+"""Makes choices from the bytes of an input, so that a few bytes describe a whole
+message."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -27,7 +27,7 @@ def main(target: str, runs: str, seconds: str) -> None:
         from tests.fuzz.targets import TARGETS  # noqa: PLC0415
 
     warnings.simplefilter("error")  # numpy's warnings too
-    os.environ["LANGUAGE"] = "C"  # argparse would look for translations each time
+    os.environ["LANGUAGE"] = "C"  # otherwise argparse searches for translations each time
     corpus = FOUND / target / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     arguments = [

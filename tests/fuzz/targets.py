@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """A function for each input of the exporter, which must return for any bytes.
 
-It ignores documented errors after a check of their text, and checks the result. Any other
-exception is a finding.
+It accepts documented errors and checks their text. If there is no error, it checks the
+result. Any other exception is a finding.
 """
 
 import contextlib

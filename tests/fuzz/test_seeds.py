@@ -11,7 +11,7 @@ from tests.fuzz.choices import SEEDS
 from tests.fuzz.targets import TARGETS
 
 VARIATIONS = 3001
-"""Number of variations. They are made without hypothesis, which requires ten times as
+"""Number of variations. This module makes them, because hypothesis requires ten times as
 long."""
 
 FUZZED = [pytest.param(name, run, id=name) for name, run in TARGETS.items()]

@@ -54,7 +54,7 @@ class Figures:
     peak_mib: float
     after: Used
     settled_s: float
-    """Time from the end of the attack until as many descriptors were open as before."""
+    """Time from the end of the attack until no more descriptors were open than before."""
     is_same: bool
     """Whether the page has the same connections as before."""
 

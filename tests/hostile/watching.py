@@ -104,7 +104,7 @@ class Scraped:
     slowest_s: float = 0.0
     failures: list[str] = field(default_factory=list)
     reconnected: int = 0
-    """How often the server had closed a kept connection."""
+    """Number of times the server had closed a kept connection."""
 
 
 class Watcher:

@@ -4,9 +4,9 @@
     python -m tests.kernel.churn [--changes NUMBER] [--least SECONDS] [--most SECONDS]
 
 The kernel skips a BPF program in an interrupt of the same program. To make this frequent,
-the test steers packets over two CPUs, so that packets of one CPU interrupt the other. Then
-connections stop changing, and the exporter reconciles once more. Now its counts must equal
-those of ss(8), and its memory must not have grown.
+the test steers packets over two CPUs, so that packets of one CPU interrupt the other. At
+the end no connection opens or closes, and the exporter reconciles once more. Its counts
+must then equal those of ss(8), and its memory must not have grown.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from tests.kernel.helpers.worker import Worker
 from tests.support import Exporter, inside, new_netns
 
 PORTS = (10007, 10009, 10037, 10039)
-"""Local ports of the processes, each with its own port; the processes alternate between
-two CPUs."""
+"""Local ports of the processes. Each process has its own port; every second one runs on
+the second CPU."""
 
 MOST_SOCKETS = len(PORTS) * MOST_DESCRIPTORS
 
@@ -79,7 +79,7 @@ class Figures:
         """List the reasons why the exporter or this test failed."""
         problems = [*self.complaints, *self.differences]
         if not self.has_missed:
-            problems.append("no event was missed, so the test shows nothing")
+            problems.append("no event was missed: increase --changes")
         if self.wrong:
             problems.append(f"{self.wrong} connections are wrong after reconciling")
         if self.seconds >= LONG_S and self.growth.is_more_than_noise:
@@ -237,15 +237,14 @@ def churn(
 
 @dataclass(frozen=True)
 class Point:
-    """The comparison at one quiet point."""
+    """The comparison of counts at one quiet point."""
 
     page: Page
     wrong_at_first: int
     wrong: int
-    """After at most one reconciliation."""
+    """The sum of the errors after at most one reconciliation."""
     difference: str
-    """The differences after it, with details of these connections; empty if there are
-    none."""
+    """The series that are then wrong, with their connections; empty if all are right."""
 
 
 def compare(exporter: Exporter) -> Point:
@@ -268,8 +267,8 @@ def compare(exporter: Exporter) -> Point:
 
 
 def _make_busy(workers: Sequence[Worker], is_enough: Callable[[int], bool]) -> int:
-    """Let the processes open and close until this is enough; return the number of
-    changes."""
+    """Let the processes open and close connections until ``is_enough`` returns True;
+    return the number of changes."""
     done = 0
     with selectors.DefaultSelector() as busy:
         for worker in workers:

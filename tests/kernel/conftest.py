@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Every kernel test runs in a network namespace made for tests.
+"""Every kernel test runs in a network namespace that is created for tests.
 
-A test has its own namespace, unless it uses a shared exporter or tracker. Those have a
-namespace for the whole run.
+A test has its own namespace, unless it uses a shared exporter or tracker. A shared one has
+a namespace for the whole run.
 """
 
 import os
@@ -117,8 +117,8 @@ def peers() -> Iterator[Peers]:
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """The path of a missing directory in the BPF file system, which is mounted if
-    necessary."""
+    """The path of a directory that does not exist, in the BPF file system. The file
+    system is mounted if necessary."""
     if not pins._is_bpf_file_system(BPF_FS):
         subprocess.run(["mount", "-t", "bpf", "bpf", BPF_FS], check=True)
     path = BPF_FS / f"tcpexporter-test-{os.getpid()}"

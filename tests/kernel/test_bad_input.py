@@ -47,7 +47,8 @@ class Truncated(SockDiagReader):
 
 @pytest.mark.any_kernel
 def test_a_truncated_dump_changes_nothing(tracker: Tracker, peers: Peers) -> None:
-    """Seeding and reconciling fail without a change; after the next dump they succeed."""
+    """Seeding and reconciling raise an error and change nothing. After a complete dump
+    they correct the tracker."""
     reader = Truncated()
     with contextlib.closing(SocketTables([reader])) as tables:
         peers.connect(7)
@@ -68,7 +69,7 @@ def test_a_truncated_dump_changes_nothing(tracker: Tracker, peers: Peers) -> Non
 
 
 def test_only_the_kernel_can_answer_a_dump(peers: Peers) -> None:
-    """Root of the namespace cannot send to the netlink socket that reads socket tables."""
+    """Even root of the namespace cannot send to the exporter's netlink socket."""
     peers.connect(3)
     reader = SockDiagReader(namespaces.OWN)
     target = reader._for_entries._socket.getsockname()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""What the serving process is allowed to do, seen from outside and from within."""
+"""Which operations the serving process may execute, seen from outside and from within."""
 
 import contextlib
 import ctypes
@@ -89,7 +89,7 @@ def test_a_system_call_of_another_abi_ends_the_process() -> None:
 
 
 def test_without_landlock_system_calls_are_refused() -> None:
-    """On such a kernel reading world-readable files is the only operation allowed."""
+    """Only one operation is allowed: reading files that are readable for every user."""
     before = "from tcpexporter.host import landlock; landlock.abi_version = lambda: 0"
     with Exporter("--source", "sock_diag", command=within(before)) as exporter:
         assert attempts(exporter) == {
@@ -306,8 +306,8 @@ def test_root_of_a_user_namespace_is_served() -> None:
 
 @pytest.mark.any_kernel
 def test_bpf_refused_by_a_seccomp_filter_is_reported_as_such() -> None:
-    """This holds for each answer of the filter; "no bpf(2)" would suggest a useless
-    remedy."""
+    """This holds for each error number of the filter. For some of them "this kernel has
+    no bpf(2)" would be a wrong conclusion."""
     for answer in (errno.EPERM, errno.ENOSYS):
         ended = once(*within_filter([("bpf",)], answer), "--source", "ebpf")
         assert ended.returncode == 1
@@ -346,11 +346,11 @@ AS_NOBODY = (
 
 
 def test_ebpf_requires_two_capabilities_and_drops_them() -> None:
-    """systemd starts it like this: an unprivileged user, with ambient CAP_BPF and
+    """The unit of systemd starts an unprivileged user with ambient CAP_BPF and
     CAP_PERFMON."""
     kept = 0 if found(features.UNPRIVILEGED_MAPS) else 1 << CAP_BPF
-    # Before Linux 5.11 maps count as locked memory, and the unit sets LimitMEMLOCK. If that
-    # is above root's own limit, the kernel is newer.
+    # Before Linux 5.11 maps count as locked memory, so the unit sets LimitMEMLOCK. Raising
+    # the limit fails in some containers, in which no test runs on such an old kernel.
     with contextlib.suppress(ValueError):
         unlimited = resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (unlimited, unlimited))
@@ -401,7 +401,7 @@ def test_every_page_is_served_while_confined(
 
 
 def test_the_installed_files_stay_readable(exporters: Exporters) -> None:
-    """They stay readable after the kernel has dropped its cache of /proc."""
+    """They stay readable after the kernel has dropped cached entries of /proc."""
     exporter = exporters(*POLLING, "sock_diag")
     for _ in range(2):
         Path("/proc/sys/vm/drop_caches").write_text("2")  # proc(5)

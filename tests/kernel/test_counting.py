@@ -109,7 +109,7 @@ def test_a_half_closed_connection_is_not_counted(exporters: Exporters, end: int)
 
 @pytest.mark.parametrize("end", [0, 1], ids=["client", "server"])
 def test_a_reset_connection_is_not_counted(exporters: Exporters, end: int) -> None:
-    """RST takes both ends from ESTABLISHED to CLOSE."""
+    """By RST both ends change from ESTABLISHED to CLOSE."""
     exporter = exporters(*ALWAYS_LONG_TERM)
     with Peers() as peers:
         peers.connect(5)
@@ -118,7 +118,7 @@ def test_a_reset_connection_is_not_counted(exporters: Exporters, end: int) -> No
 
 
 def test_a_disconnected_socket_is_not_counted(exporters: Exporters) -> None:
-    """connect(AF_UNSPEC) takes a socket from ESTABLISHED to CLOSE."""
+    """By connect(AF_UNSPEC) a socket changes from ESTABLISHED to CLOSE."""
     exporter = exporters(*BOTH_ENDS)
     with Peers() as peers:
         peers.connect(2)

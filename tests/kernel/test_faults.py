@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Faults that the tests cause on purpose, and the documented reaction to each."""
+"""Faults that the tests cause, and the documented reaction of the exporter."""
 
 import contextlib
 import ctypes
@@ -148,7 +148,8 @@ def test_a_named_sock_diag_source_does_not_fall_back() -> None:
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("part", [0, 0.2, 0.4, 0.6, 0.8])
 def test_a_killed_loader_leaves_no_half_loaded_program(load_s: float, part: float) -> None:
-    """Its parent process reports that the loader died, or has everything it requires."""
+    """Its parent process reports that the loader died, unless the loader had already
+    finished."""
     with loader_is_killed(part * load_s):
         tracker, reason = attach_or_reason()
     if tracker is None:
@@ -203,8 +204,8 @@ def ask_on(connection: http.client.HTTPConnection) -> str:
 
 @pytest.mark.any_kernel
 def test_new_clients_wait_while_no_descriptor_is_free() -> None:
-    """Connected clients are served, there is one warning, and later all clients are
-    served."""
+    """Connected clients are served and one warning is logged. New clients are served
+    when a descriptor is free."""
     with Exporter("--source", "ebpf") as exporter, Peers() as peers:
         kept = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=DEADLINE_S)
         ask_on(kept)
@@ -256,7 +257,7 @@ def cpu_s(exporter: Exporter) -> float:
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("source", ["ebpf", "sock_diag", "procfs"])
 def test_without_free_memory_the_answer_is_503(source: str) -> None:
-    """The answer has one sentence; scrapes and threads work again when memory is
+    """The response has one sentence. Scrapes and threads work again when memory is
     available."""
     arguments = ("--source", source, "--interval", "0.1", "--reconcile-interval", "1")
     with Exporter(*arguments) as exporter, Peers() as peers:
@@ -366,7 +367,8 @@ main()
     ],
 )
 def test_a_poll_that_fails_or_hangs_gives_503(fault: str, limit: str, told: str) -> None:
-    """After an unexpected fault there are no metrics, two log lines, and a normal end."""
+    """After an unexpected fault scrapes fail, there are two log lines, and the exporter
+    still ends normally."""
     command = (sys.executable, "-c", POLL_FAILS.format(fault=fault, limit=limit))
     arguments = ("--source", "sock_diag", "--interval", "0.1")
     with Exporter(*arguments, command=command) as exporter:
@@ -460,7 +462,7 @@ def test_the_exit_code_does_not_depend_on_the_log(output: str) -> None:
 
 @pytest.mark.any_kernel
 def test_the_log_continues_when_the_disk_has_space_again(tmp_path: Path) -> None:
-    """The file has whole log lines only, from before and after the disk was full."""
+    """The file only has whole lines, which were logged when there was space."""
     tmp_path.chmod(0o755)
     log = tmp_path / "log"
     small = ("unshare", "--mount", "sh", "-c")
@@ -571,7 +573,8 @@ def test_the_listen_address_may_disappear_and_return() -> None:
 
 @pytest.mark.any_kernel
 def test_other_programs_at_the_tracepoint_take_no_events() -> None:
-    """They attach before and after ours, and one detaches; all programs get every event."""
+    """One attaches before ours, one after ours, and one detaches; each program gets
+    every event."""
     with Counter() as before, Exporter("--source", "ebpf") as exporter, Peers() as peers:
         peers.connect(101)
         with Counter() as after:
@@ -618,7 +621,7 @@ HIDING = "mount -t proc -o hidepid=invisible proc /proc"
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("before", ["true", HIDING])
 def test_hidden_namespaces_are_warned_of(before: str) -> None:
-    """These are namespaces of other users' processes, even if /proc hides the processes."""
+    """The warning covers processes of other users, even if /proc hides these processes."""
     admin = (
         *("unshare", "--mount", "sh", "-c", f'{before} && exec "$@"', "sh"),
         *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The features of this kernel are detected, and the exporter works without each of them."""
+"""The exporter detects the features of this kernel, and works without each optional one."""
 
 import os
 import subprocess
@@ -116,7 +116,7 @@ def found(feature: Feature) -> bool:
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda each: each.name)
 def test_a_feature_is_detected(feature: Feature) -> None:
-    """``--features`` agrees with another way to detect the feature, on every version."""
+    """``--features`` agrees with another way to detect the feature."""
     assert found(feature) is CHECKS[feature]()
 
 
@@ -139,7 +139,7 @@ def test_recursion_is_prevented_by_kernels_that_count_it() -> None:
 
 @pytest.mark.any_kernel
 def test_features_are_listed_before_anything_is_opened() -> None:
-    """The command succeeds even if the port is in use and the user does not exist."""
+    """``--features`` succeeds even if the port is in use and the user does not exist."""
     with Peers() as peers:
         occupied = ("--listen", f"127.0.0.1:{peers.port}", "--user", "no-such-user")
         _, ended = listed(*COMMAND, *occupied)
@@ -148,8 +148,8 @@ def test_features_are_listed_before_anything_is_opened() -> None:
 
 @pytest.mark.any_kernel
 def test_without_root_unknown_features_are_marked() -> None:
-    """Without root, BTF is still readable. Loading programs requires root, so those
-    features are marked "?"."""
+    """BTF is readable without root. Loading programs requires root, so other features
+    are marked "?"."""
     there, ended = listed(*AS_NOBODY)
     assert ended.returncode == 0
     assert ended.stderr == ""

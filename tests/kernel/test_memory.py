@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Limits the resident memory of the exporter."""
+"""The resident memory of the exporter stays below a limit."""
 
 import sys
 from pathlib import Path

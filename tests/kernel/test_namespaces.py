@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Namespaces that end, while other namespaces get their names or inodes.
+"""Namespaces end, and other namespaces get their names or inodes.
 
-The kind of fault: counts or labels belong to a name or an inode that means another
-namespace by now.
+The kind of fault: the exporter identifies a namespace by a name or inode that another
+namespace has by now.
 """
 
 import contextlib
@@ -59,11 +59,10 @@ def refusal(exporter: Exporter, path: str) -> str:
 def process(
     *prefix: str, program: str = STAY, argument: str = ""
 ) -> Iterator[subprocess.Popen[str]]:
-    """Start a Python program in the namespace that ``prefix`` enters, and wait for its
-    first line.
+    """Start a Python program and wait for its first line.
 
-    ``argument`` is the program's argument. At the end of the block its standard input is
-    closed, which ends it.
+    ``prefix`` is a command that enters a namespace, ``argument`` is the program's argument.
+    At the end of the block the program's standard input is closed, which ends it.
     """
     with subprocess.Popen(
         [*prefix, sys.executable, "-c", program, argument],
@@ -80,8 +79,7 @@ def process(
 
 @pytest.mark.parametrize("source", ["ebpf", "sock_diag", "procfs"])
 def test_a_recreated_namespace_is_not_counted_as_the_old_one(source: str) -> None:
-    """Without the namespace the answer is 503, with one warning; another one ends the
-    exporter.
+    """While the name is missing the response is 503; when it returns, the exporter ends.
 
     Only a new process can enter the new namespace: systemd starts one after exit code 1.
     """
@@ -161,7 +159,7 @@ def test_a_path_in_proc_is_invalid_after_the_process_has_ended() -> None:
 
 
 def test_a_path_in_proc_follows_a_process_to_another_namespace() -> None:
-    """The exporter detects this although it may not inspect the process."""
+    """The exporter detects the change, although it may not inspect the process."""
     with new_netns() as another, process(program=MOVE, argument=another) as mover:
         path = f"/proc/{mover.pid}/ns/net"
         with Exporter("--netns", path, "--source", "sock_diag") as exporter:
@@ -283,7 +281,7 @@ def inode_of(process: int) -> int:
 def test_a_container_keeps_its_name_while_its_namespace_is_held(
     cgroups: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only after the namespace is closed can its inode belong to another namespace."""
+    """Another namespace can only get its inode after the namespace has been closed."""
     with container(cgroups["a" * 64], "unshare", "--net") as process:
         number = inode_of(process)
         tables = open_tables("sock_diag", "all")
@@ -313,8 +311,8 @@ def test_a_namespace_shared_by_two_containers_has_no_name(
 def test_each_namespace_is_read_once_while_processes_change(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Between finding and opening, one process ends, one enters our namespace, one
-    another."""
+    """Between finding and opening them, one process ends, one enters our namespace, and
+    one another namespace."""
     with new_netns() as name:
         path = NAMED / name
         number = namespaces.inode(path)

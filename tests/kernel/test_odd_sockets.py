@@ -78,7 +78,7 @@ def local_port(opened: socket.socket) -> int:
 
 
 def set_sysctl(name: str, value: int) -> None:
-    """Sets a value in the namespace of this thread, whose values /proc/sys/net shows."""
+    """Set a value in the network namespace of this thread, which /proc/sys/net shows."""
     Path("/proc/sys/net", name).write_text(f"{value}\n")
 
 

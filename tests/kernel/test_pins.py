@@ -60,8 +60,7 @@ def known(opened: EbpfSource, port: int) -> Records:
 
 
 class Timed:
-    """Opens connections, and measures an interval that contains each time of
-    establishment."""
+    """Connections, each with an interval that contains its time of establishment."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
@@ -114,8 +113,7 @@ def test_ages_survive_a_killed_exporter(directory: Path) -> None:
 
 @pytest.mark.any_kernel
 def test_preexisting_connections_keep_their_ages(directory: Path) -> None:
-    """Three runs report the same ages, although the openings were before the first of
-    them."""
+    """Three runs report the same ages, although all connections are older than the runs."""
     with Peers() as peers:
         peers.connect(7)
         seen = []
@@ -142,7 +140,7 @@ def test_only_the_last_run_is_recorded(directory: Path) -> None:
 
 @pytest.mark.any_kernel
 def test_unpin_leaves_nothing(directory: Path) -> None:
-    """There is no file, directory or program left; running it twice is no error."""
+    """No file, directory or program remains, and a second ``--unpin`` is no error."""
     before = set(bpf_programs_by_id())
     with run_by_events(directory):
         pass
@@ -154,7 +152,7 @@ def test_unpin_leaves_nothing(directory: Path) -> None:
 
 @pytest.mark.any_kernel
 def test_root_unpins_the_directory_of_another_user(directory: Path, tmp_path: Path) -> None:
-    """One case is the directory of the unit. The target of a symbolic link is not
+    """One such directory is that of the unit. The target of a symbolic link is not
     removed."""
     with run_by_events(directory):
         pass

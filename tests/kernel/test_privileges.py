@@ -115,11 +115,13 @@ def assert_given_up(case: Case, outcome: Outcome, kept: int = 0) -> None:
 
 
 def test_every_privilege_that_can_be_dropped_is_dropped() -> None:
-    """A refused step is no error: a warning names the missing capability and what remains.
+    """If a step is refused the start continues; a warning has the missing capability and
+    what remains.
 
     The kind of fault: dropping one privilege requires another one, which a container may
-    lack. The cases are: root or not; with and without each capability that a step requires;
-    effective, ambient, or permitted only; with no_new_privs; with each of the securebits.
+    lack. The cases are combinations of these: root or not; each capability that a step
+    requires, or not; effective, ambient or permitted; no_new_privs or not; each of the
+    securebits.
     """
     starts = itertools.product(
         (ROOT, UNPRIVILEGED, MIXED),
@@ -139,7 +141,7 @@ def test_every_privilege_that_can_be_dropped_is_dropped() -> None:
 
 
 def test_the_reader_process_keeps_one_capability() -> None:
-    """It keeps CAP_DAC_READ_SEARCH, or stays root without capabilities if it cannot.
+    """It keeps CAP_DAC_READ_SEARCH. If it cannot, it stays root without capabilities.
 
     It logs no warning, because the serving process lacks the same capabilities and warns.
     """
@@ -168,11 +170,11 @@ def test_the_reader_process_keeps_one_capability() -> None:
 
 
 def test_cap_bpf_is_kept_only_if_required() -> None:
-    """If maps require CAP_BPF it is kept, and a line is logged; otherwise it is dropped.
+    """CAP_BPF is kept and this is logged, if reading maps requires it.
 
     If it cannot be kept, or if only CAP_SYS_ADMIN would help, the start ends with one
-    sentence. The kind of fault: the error has another reason than the failed attempt.
-    The object here requires CAP_BPF or CAP_SYS_ADMIN on every kernel.
+    sentence. The kind of fault: the error has another reason than the failed attempt. The
+    object here requires CAP_BPF or CAP_SYS_ADMIN on every kernel.
     """
     cases = [
         Case(uids, holds, securebits=securebits, needs_bpf=True)
@@ -203,7 +205,8 @@ def test_cap_bpf_is_kept_only_if_required() -> None:
 def test_a_dangerous_privilege_that_remains_ends_the_start(answer: int) -> None:
     """A seccomp filter refuses the system call, or returns success without executing it.
 
-    The kind of fault: the exporter trusts a result instead of checking the privileges.
+    The kind of fault: the exporter trusts the result of a system call, and does not check
+    the privileges afterwards.
     """
     dangerous = (*FOR_BPF, *DANGEROUS)
     cases = [

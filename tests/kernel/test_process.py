@@ -157,7 +157,8 @@ def test_a_signal_during_loading_ends_the_exporter_normally(
         code, complaints = exporter.stop()
         assert code == 0, complaints
         assert "Traceback" not in complaints
-    # A loader that has hardly begun is not waited for; it ends when it gets no request.
+    # The exporter does not wait for a loader that has just begun. The loader ends when its
+    # socket to the exporter is closed.
     eventually(lambda: not Path(f"/proc/{child}").exists())
     wait_until_programs_are_gone(programs)
 

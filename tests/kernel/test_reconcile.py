@@ -100,7 +100,7 @@ def test_a_connection_that_both_dumps_show_by_chance_does_not_stay(
 def test_a_missed_closing_is_removed(
     tracker: Tracker, peers: Peers, know: Callable[[Tracker, Records], object]
 ) -> None:
-    """l: The tracker has it but it is not open: it is removed, whatever its key is."""
+    """l: The tracker has it but it is not open: it is removed, whatever its handle is."""
     peers.connect(7)
     with Dumps() as dumps:
         reconcile.seed(tracker, dumps)
@@ -129,7 +129,7 @@ def test_the_older_of_two_connections_with_one_key_is_removed(
 
 
 def test_a_seed_of_a_reported_connection_is_removed(tracker: Tracker, peers: Peers) -> None:
-    """r: This holds even for a newer seed, because the kernel's times are exact."""
+    """r: The seed is removed even if it is newer, because the kernel's times are exact."""
     peers.connect(3)
     reported = at_port(tracker, peers.port)
     doubles = reported.copy()
@@ -167,8 +167,8 @@ def test_the_next_connection_of_a_socket_shows_that_a_closing_was_missed(
 def test_a_connection_that_opens_after_the_first_dump_is_not_judged(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """m: The tracker has it but the first dump does not: it is newer, so there is no
-    second dump."""
+    """m: The first dump does not show it but the tracker does: it is newer, and no
+    second dump is made."""
     with Dumps() as dumps:
         reconcile.seed(tracker, dumps)
     with Dumps(lambda: peers.connect(3)) as dumps:
@@ -183,7 +183,7 @@ def test_a_connection_that_opens_after_the_first_dump_is_not_judged(
 def test_a_connection_that_one_dump_does_not_show_stays(
     tracker: Tracker, peers: Peers, dump: int
 ) -> None:
-    """n, p: Connections next to it hid it from the dump, or its state was not stored
+    """n, p: The dump skipped it because of its neighbours, or its state was not stored
     yet."""
     peers.connect(5)
     with Dumps() as dumps:
@@ -355,8 +355,7 @@ def test_a_full_tracker_warns_and_recovers(effort: Effort) -> None:
 
 
 def test_an_idle_preexisting_connection_has_its_age() -> None:
-    """It counts as long-term at once, because the socket tables show when it was last
-    active."""
+    """It is long-term at once, because the socket tables show how long it has been idle."""
     with Peers() as peers:
         peers.connect(3)
         time.sleep(2.1)
@@ -394,8 +393,8 @@ def test_netns_selects_another_namespace() -> None:
 
 
 def test_namespaces_are_shown_by_name(exporters: Exporters) -> None:
-    """``--netns all`` shows the exporter's own namespace as ``self``, others by their
-    names."""
+    """``--netns all`` shows the exporter's own namespace as ``self`` and other
+    namespaces by name."""
     exporter = exporters(*EVERY_NAMESPACE)
     with new_netns() as elsewhere:
         with inside(elsewhere):

@@ -52,8 +52,8 @@ def test_preexisting_connections_are_seeded(peers: Peers) -> None:
 
 
 def test_reported_connections_do_not_become_seeds(tracker: Tracker, peers: Peers) -> None:
-    """b: It opened before the dump, with the program attached. It counts once, with its
-    time."""
+    """b: It opened before the dump, when the program was attached. It counts once, and
+    keeps its exact time."""
     peers.connect(5)
     opened_ns = boottime_ns()
     seed(tracker)
@@ -66,7 +66,7 @@ def test_reported_connections_do_not_become_seeds(tracker: Tracker, peers: Peers
 def test_a_connection_that_opens_after_the_dump_keeps_its_time(
     late_tracker: Tracker, reusable: Reusable, peers: Peers
 ) -> None:
-    """c: It counts once, with the kernel's time, next to the seed."""
+    """c: It counts once, and keeps the exact time from the kernel."""
     del reusable
     times_ns = []
 
@@ -86,7 +86,7 @@ def test_a_connection_that_opens_after_the_dump_keeps_its_time(
 
 @pytest.fixture
 def reusable(tracker: Tracker, peers: Peers) -> Iterator[Reusable]:
-    """A connection that is closed before the next test gets the tracker."""
+    """A connection, which is closed before another test uses the tracker."""
     del tracker
     made = Reusable(peers)
     yield made

@@ -115,7 +115,7 @@ def test_a_socket_used_during_a_release_keeps_its_connection(
     step: str,
     ends: str,
 ) -> None:
-    """h, and g as far as possible: after step 1 the socket's address is used again."""
+    """h, g: The socket's address is used again between two steps of the release."""
     peers.connect(1)
     stale = slots_at(tracker, peers.port)
     for each in peers.pairs.pop():
@@ -174,9 +174,10 @@ def test_the_old_slot_of_a_handle_with_a_new_slot_is_freed(
 def test_a_slot_whose_connection_is_opening_is_not_freed(
     tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """g: The program has stored the new time but not ``group`` when both are read.
+    """g: The program has stored the new time but not yet ``group`` when the release reads
+    both.
 
-    The fault: the slot of an open connection was freed without any error.
+    The fault: the release freed the slot of an open connection, without any error.
     """
     peers.connect(1)
     slots = slots_at(tracker, peers.port)
@@ -204,7 +205,7 @@ def test_a_slot_whose_connection_is_opening_is_not_freed(
 def test_a_program_run_with_a_wrong_slot_changes_nothing(
     tracker: Tracker, peers: Peers, close: bool
 ) -> None:
-    """k: A run reads the slot of another handle, whose connection stays as it was."""
+    """k: The program reads the slot of another handle, whose connection must not change."""
     peers.connect(2)
     (first, second), other = peers.pairs
     slots = {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The exporter starts with any directory, environment, limits, signals and little memory.
 
-The kind of fault: the loader or the reader process inherits something that makes it fail,
-and the error names another cause.
+The kind of fault: the loader or the reader process fails because of something inherited,
+and the error has another cause.
 """
 
 import contextlib

@@ -30,7 +30,8 @@ EXEC = """
 import os, sys
 os.environ["WATCHDOG_PID"] = str(os.getpid() + int(sys.argv.pop(1)))
 """
-"""systemd forks itself, so it knows the process id before the exporter starts."""
+"""The start of a script, which sets WATCHDOG_PID to its process id plus an argument. It
+replaces systemd, which knows the process id before the exporter starts."""
 
 RUN = "from tcpexporter.__main__ import main; main()"
 
@@ -209,7 +210,8 @@ main()
 def test_the_watchdog_is_not_fed_while_a_thread_hangs(
     manager: Manager, tmp_path: Path
 ) -> None:
-    """This includes a thread that counts do not depend on; a metric counts the failures."""
+    """Even the thread that saves ages matters, although counts do not depend on it. A
+    metric counts the failures."""
     saving = ("--state", str(tmp_path / "state"))
     with manager.start(*POLLING, *saving, watchdog=True, run=STUCK) as exporter:
         manager.wait_for("STATUS=the thread state hangs")
@@ -277,7 +279,8 @@ def test_duration_and_ports_change_at_a_reload(configured: Configured) -> None:
 
 
 def test_a_reload_names_settings_that_require_a_restart(configured: Configured) -> None:
-    """The same line has the changed settings, and is logged at any old log level."""
+    """The same log line has the changed settings. It is written whatever the old log
+    level is."""
     with configured.start() as exporter:
         configured.reload(
             exporter, "duration 7\nlisten 127.0.0.1:1\nmax-series 7\nsimple\n"
@@ -340,7 +343,7 @@ def test_sighup_without_a_file_is_logged() -> None:
     assert "there is nothing to read again" in log
 
 
-def test_many_sighups_in_short_order_apply_the_last_file(configured: Configured) -> None:
+def test_many_sighups_apply_the_last_content_of_the_file(configured: Configured) -> None:
     """The last content of the file is in force, and every scrape gets a response."""
     with configured.start() as exporter:
         for duration in range(101):
@@ -355,7 +358,7 @@ def test_many_sighups_in_short_order_apply_the_last_file(configured: Configured)
 
 
 def test_a_sighup_during_the_start_is_handled_later(configured: Configured) -> None:
-    """The exporter reloads when it is ready, and does not send READY=1 too early."""
+    """The exporter handles it after READY=1, which is not sent early."""
     starting = Exporter(
         *("--source", "ebpf", "--conf", str(configured.conf)),
         command=(

@@ -52,13 +52,13 @@ def seed() -> int:
 
 
 class Walk:
-    """Processes that hold sockets, an exporter, and random events."""
+    """Processes that hold sockets, and an exporter, with random events."""
 
     def __init__(self, seed: int, direction: str, effort: Effort) -> None:
         self.operations = 0
         self.compared = 0
         self.exact_at_once = 0
-        """Number of comparisons that had to be equal without a reconciliation."""
+        """Number of comparisons that required equal counts without a reconciliation."""
         self._seed = seed
         self._random = random.Random(seed)  # noqa: S311  # noqa: S311  # repeatable
         self._direction = direction
@@ -122,8 +122,8 @@ class Walk:
             seed=self._random.randrange(1 << 32),
             operations=self._operations_each,
             longest_pause_s=self._longest_pause_s,
-            # If the opening of a connection was missed, only its listener shows that the
-            # connection is inbound.
+            # If the opening of a connection was missed, only its listener shows its
+            # direction.
             may_stop_listening=self._direction == "all",
         )
 

@@ -64,7 +64,7 @@ def test_the_bill_lists_all_locked_packages(bom: dict[str, Any]) -> None:
 
 
 def test_the_bill_names_packages_of_the_distribution(bom: dict[str, Any]) -> None:
-    """They have no version, because the host's distribution decides it."""
+    """They have no version, because it depends on the host."""
     named = [each for each in bom["components"] if "version" not in each]
     assert {each["name"] for each in named} == set(DISTRIBUTIONS)
 

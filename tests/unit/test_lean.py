@@ -27,7 +27,8 @@ print(SS_LISTEN, "pyroute2.ndb" in sys.modules, "pyroute2" in sys.modules)
 
 
 def test_the_package_can_be_imported_afterwards() -> None:
-    """The package is complete and has the same submodule, imported before or after."""
+    """The package is complete and has the same submodule, whether it is imported before
+    or after."""
     for before in ("pass", "import pyroute2"):
         assert (
             run(f"""

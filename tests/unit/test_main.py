@@ -140,7 +140,8 @@ def test_auto_chooses_the_first_source_that_works(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One warning says why each preferred source does not work, with the remedy."""
+    """One warning has, for each preferred source, the reason why it does not work and
+    the remedy."""
     monkeypatch.setattr(startup, "_open_named_source", sources.open)
     assert startup._open_source(Settings(source="auto")).name == asked[-1]
     assert sources.asked == asked

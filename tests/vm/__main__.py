@@ -39,7 +39,7 @@ class Run:
     userland: Userland
     tests: str = "tests/kernel"
     title: str = ""
-    """A name of these tests, if the same kernel and userland run others too."""
+    """A name of these tests, necessary if other tests have the same kernel and userland."""
     init: Path = guest.SESSION
     is_extra: bool = False
     """Whether it only runs if its kernel is named by --kernel."""

@@ -142,7 +142,7 @@ def test_ages_increase_while_the_machine_sleeps(exporter: Exporter, peers: Peers
     long_term = exporter.long_term(peers.port)
     assert long_term is not None
     assert 7 <= long_term <= opened
-    assert time.monotonic() - began_s < DURATION_S, "too slow to tell sleep from waiting"
+    assert time.monotonic() - began_s < DURATION_S, "the machine is too slow"
     assert_counts(exporter, peers)
     for kind in ("missed_open", "missed_close"):
         assert exporter.value("tcpexporter_corrections_total", kind=kind) == 0
@@ -166,7 +166,7 @@ def clock_set(by_s: int) -> Iterator[None]:
 
 
 def test_a_clock_step_changes_no_age(exporter: Exporter, peers: Peers) -> None:
-    """No connection becomes long-term by the step or loses that state, and HTTP continues.
+    """The step makes no connection long-term, and none loses that state. HTTP continues.
 
     Only the time of the last reconciliation uses the wall clock.
     """
@@ -218,13 +218,13 @@ def test_the_exporter_works_with_any_unprivileged_bpf_disabled(
 def test_the_exporter_works_under_lockdown(
     exporter: Exporter, peers: Peers, level: str
 ) -> None:
-    """BPF works and is chosen, although the kernel restricts its access to memory.
+    """The exporter uses ebpf, although lockdown restricts BPF programs.
 
-    The command line has the same effect: security/lockdown/lockdown.c. Level
-    confidentiality refuses helpers that read at any address, Linux kernel commit
-    9d1f8be5cf42 ("bpf: Restrict bpf when kernel lockdown is in confidentiality mode") (in
-    v5.4). Our program calls none of these; it reads through pointers whose type the
-    verifier knows.
+    Writing to securityfs has the effect of the kernel parameter:
+    security/lockdown/lockdown.c. Level confidentiality refuses helpers that read at any
+    address, Linux kernel commit 9d1f8be5cf42 ("bpf: Restrict bpf when kernel lockdown is in
+    confidentiality mode") (in v5.4). Our program calls none of these; it reads through
+    pointers whose type the verifier knows.
     """
     LOCKDOWN.write_text(level)
     assert f"[{level}]" in LOCKDOWN.read_text()

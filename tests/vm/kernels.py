@@ -74,15 +74,14 @@ def fetch(kernel: Kernel) -> Unpacked:
 
 
 def _package(apt: Apt) -> str:
-    """Return the package with a version in its name, on which the general package
-    depends."""
+    """Return the package with a version in its name that linux-image-amd64 depends on."""
     found = [
         each
         for each in apt.dependencies("linux-image-amd64")
         if each.startswith("linux-image-")
     ]
     if len(found) != 1:
-        raise VmError(f"linux-image-amd64 stands for {found or 'nothing'}")
+        raise VmError(f"linux-image-amd64 depends on {found or 'nothing'}")
     return found[0]
 
 

@@ -124,7 +124,7 @@ def long_term(port: int) -> int:
 
 
 def is_ready(before: int) -> bool:
-    """Return whether a process other than this one serves, and knows earlier
+    """Return whether another process than ``before`` serves, and knows pre-existing
     connections."""
     another = int(state("tcpexporter", "MainPID")) not in (0, before)
     return another and get("/-/ready") is not None
@@ -154,8 +154,7 @@ def with_settings(*lines: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def busy(peers: Peers) -> Iterator[None]:
-    """Send data on all connections repeatedly, so that the socket tables do not show
-    their ages."""
+    """Send data on all connections repeatedly, so that the socket tables show no age."""
 
     def talk() -> None:
         for client, server in peers.pairs:
@@ -177,7 +176,7 @@ def busy(peers: Peers) -> Iterator[None]:
 def test_an_age_continues_after_a_restart(
     without: str, endings: tuple[tuple[str, ...], ...]
 ) -> None:
-    """A long-term connection counts as such from the moment the service is ready."""
+    """It is long-term from the moment at which the service is ready."""
     with (
         with_settings("TCPEXPORTER_DURATION=20", without),
         Peers() as peers,

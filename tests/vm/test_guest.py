@@ -38,7 +38,7 @@ def is_running(process: int) -> bool:
 
 
 def test_a_guest_ends_with_its_parent_process(tmp_path: Path) -> None:
-    """This holds for any signal; the emulator here writes its process id and waits."""
+    """The parent is killed. The emulator of this test writes its process id, and waits."""
     emulator = tmp_path / "qemu-system-x86_64"
     emulator.write_text(EMULATOR)
     emulator.chmod(0o755)
@@ -56,6 +56,6 @@ def test_a_guest_ends_with_its_parent_process(tmp_path: Path) -> None:
 
 
 def test_disruptive_tests_run_in_guests_only() -> None:
-    """Outside of a guest the tests cannot even be imported."""
+    """Importing them anywhere else raises an error."""
     with pytest.raises(RuntimeError, match="suspend the machine"):
         importlib.import_module("tests.vm.faults")

@@ -93,7 +93,8 @@ def test_written_outcomes_can_be_read(tmp_path: Path) -> None:
 
 
 def test_the_table_has_remarks_about_missing_results() -> None:
-    """They have each failed test, the reasons of skips, and of a guest without results."""
+    """The remarks name failed tests, reasons of skips, and the reason why a guest has no
+    result."""
     shown = table.plain(
         [
             replace(GOOD, skipped={"a": "no MPTCP", "b": "no MPTCP", "c": "one CPU"}),

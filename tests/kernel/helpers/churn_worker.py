@@ -19,8 +19,8 @@ MOST_DESCRIPTORS = 127
 """Limit of open files, and so of sockets, of such a process."""
 
 AT_ONE_ADDRESS = 101
-"""Number of connections to an address before the next address is used: closed ones stay
-in TIME_WAIT."""
+"""Number of connections to an address before the next address is used. An address would
+run out of ports, because closed connections stay in TIME_WAIT."""
 
 BACKLOG = 127
 
@@ -61,8 +61,8 @@ class Churn:
         return 2
 
     def _close(self, client: socket.socket, server: socket.socket) -> int:
-        """Close a connection by FIN, by RST, or by RST because of unread data, at a
-        random end."""
+        """Close a connection by FIN or by RST, beginning at a random end. Unread data
+        causes the RST in one of three cases."""
         first, second = self._random.choice([(client, server), (server, client)])
         way = self._random.choice(["FIN", "RST", "unread"])
         if way == "unread":

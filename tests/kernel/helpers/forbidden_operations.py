@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Runs an exporter with two additional pages that attempt what an attacker would attempt.
+"""Runs an exporter with two additional pages, which attempt forbidden operations.
 
 A test runs it with ``python -c`` and a call of `serve`. The product does not have these
 pages.
@@ -114,7 +114,7 @@ REFUSED: Mapping[str, Callable[[], object]] = {
         if each not in MAP_COMMANDS
     },
 }
-"""Operations that are refused on every kernel; none does harm if it is allowed by
+"""Operations that are refused on every kernel. None does harm if a kernel allows it by
 mistake."""
 
 READING: Mapping[str, Callable[[], object]] = {

@@ -32,7 +32,7 @@ def attach(
 
 
 class Dumps:
-    """Socket tables that run the next action of ``after`` at the end of each dump."""
+    """Socket tables; after each dump the next action of ``after`` is executed."""
 
     def __init__(self, *after: Callable[[], object], hidden_from: int = 0) -> None:
         self.taken = 0
@@ -110,7 +110,7 @@ def put_reported(tracker: Tracker, connections: Records) -> None:
     """Add connections to the tracker as if the kernel had reported them."""
     slots = tracker._allocate(len(connections))
     reported = connections.copy()
-    # These handles belong to no socket: they are even, and not kernel addresses.
+    # No socket has these handles: they are even, and not addresses of the kernel.
     reported["handle"] = 2 * (1 + np.arange(len(reported)))
     everything = tracker._array.upto(int(slots.max()) + 1)
     everything[slots] = reported

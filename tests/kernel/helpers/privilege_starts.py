@@ -36,10 +36,11 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Case:
-    """How a process starts, and what it does."""
+    """The user, the capabilities and the role with which a process starts."""
 
     uids: Sequence[int] = (0, 0, 0)
-    """Real, effective and saved user id. If the real one is root's, so are the groups."""
+    """Real, effective and saved user id. If the real one is 0, the process has root's
+    groups."""
     holds: Sequence[int] = ()
     """Capabilities in the permitted set and in the bounding set."""
     mode: str = "effective"
@@ -47,12 +48,13 @@ class Case:
     no_new_privs: bool = False
     securebits: int = 0
     reads: bool = False
-    """Whether it is the reader process rather than the serving process."""
+    """Whether the process is the reader process; otherwise it is the serving process."""
     needs_bpf: bool = False
     """Whether it requires CAP_BPF or CAP_SYS_ADMIN later, as maps do before Linux 5.19."""
     refused: str = ""
-    """A system call that a seccomp filter answers without executing it. For prctl this
-    applies to no_new_privs only. Loading the filter requires CAP_SYS_ADMIN."""
+    """A system call that a seccomp filter answers without executing it; empty for none.
+    For prctl the filter only applies to no_new_privs. Loading the filter requires
+    CAP_SYS_ADMIN."""
     answer: int = errno.EPERM
     """The answer of the filter: an error number, or 0 for success."""
 

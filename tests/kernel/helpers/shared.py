@@ -18,7 +18,7 @@ from tests.support import Exporter, inside, new_netns
 ALWAYS_LONG_TERM = ("--duration", "0")
 AFTER_A_SECOND = ("--duration", "1")
 EVERY_NAMESPACE = (*ALWAYS_LONG_TERM, "--netns", "all")
-# Each outbound connection adds a series, whose label is its local port.
+# Each outbound connection adds a series for its local port.
 _MANY = (*ALWAYS_LONG_TERM, "--source", "ebpf", "--max-series", "65535")
 BOTH_ENDS = (*_MANY, "--direction", "all")
 OUTBOUND = (*_MANY, "--direction", "outbound", "--user", "daemon")

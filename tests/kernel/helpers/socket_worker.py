@@ -21,7 +21,8 @@ LISTENING = (
 BACKLOG = 1021
 
 MOST_CONNECTIONS = 199
-"""Maximum number of open ends of a process; above it, each operation closes one."""
+"""Limit of open ends of a process; when it is reached, each operation also closes an
+end."""
 
 
 class Sockets:
@@ -68,7 +69,7 @@ class Sockets:
             operation = self.close
         try:
             return f"{operation.__name__} {operation()}"
-        # the operation was refused, nothing waits to be accepted, or the other end sent RST
+        # refused, no connection to accept, or reset by the other end
         except OSError as error:
             return f"{operation.__name__} ({error})"
 

@@ -28,7 +28,8 @@ may be missed too. The kernel assigns this port to no other connection."""
 _own_addresses = (
     f"127.{x}.{y}.2" for x, y in itertools.cycle(itertools.product(range(1, 251), repeat=2))
 )
-"""Yields a new address for each scrape: the previous address pair is in TIME_WAIT."""
+"""Addresses to scrape at. Each scrape has a new one, because the previous address pair
+is in TIME_WAIT."""
 
 Ends = Counter[tuple[str, str]]
 """Connections, each as its local and its remote end, as ss prints them."""
@@ -156,8 +157,7 @@ class Page:
 
 
 def look(exporter: Exporter) -> tuple[Page, Counts]:
-    """Scrape; return the page, and the counts of ss, which did not change during the
-    scrape."""
+    """Scrape until the counts of ss(8) are equal before and after; return both results."""
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until:
         before = established()
@@ -183,8 +183,8 @@ def _of_others(ends: Ends, exporter: Exporter) -> Ends:
 def look_reconciled(exporter: Exporter) -> tuple[Page, Counts]:
     """Scrape like `look`, after a reconciliation that begins after this call.
 
-    No connection of this namespace may open or close. Those of other namespaces may: the
-    kernel runs the program for them too, and may always miss their events.
+    No connection of this namespace may open or close. Those of other namespaces may. The
+    kernel runs the program for them too, so it can miss events at any time.
     """
     moment_s = time.time()
     until = time.monotonic() + RECONCILED_S

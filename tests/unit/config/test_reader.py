@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The reader process reads changed files again. Each poll is a step of the test, so that
-no test waits."""
+"""The reader process reads files again when they have changed.
+
+Each poll of the reader executes a step of a test, so that no test waits.
+"""
 
 import contextlib
 import json

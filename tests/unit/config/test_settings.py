@@ -152,7 +152,7 @@ def in_environment(name: str) -> str:
 
 
 def test_an_empty_command_line_gives_the_defaults() -> None:
-    """The defaults in the help are those of the dataclass."""
+    """These are the defaults of the dataclass, which the help shows too."""
     assert parse([], {}) == Settings()
 
 
@@ -315,7 +315,7 @@ def test_an_empty_path_means_no_file(argv: list[str]) -> None:
 
 
 def test_flags_win_over_environment_and_file(write_file: WriteFile) -> None:
-    """The order is: flag, variable with prefix, variable without prefix, file, default."""
+    """The order is: flag, prefixed variable, unprefixed variable, file, default."""
     conf = ["--conf", write_file("port 1")]
     variable, prefixed = {"PORT": "2"}, {"TCPEXPORTER_PORT": "3"}
     flag = ["--port", "4"]
@@ -328,7 +328,8 @@ def test_flags_win_over_environment_and_file(write_file: WriteFile) -> None:
 
 @pytest.mark.parametrize("text", ["true", "false"])
 def test_a_switch_can_be_turned_off_by_precedence(write_file: WriteFile, text: str) -> None:
-    """Both true and false override the other value from a lower origin."""
+    """Either value of a switch overrides the opposite value from an origin with less
+    precedence."""
     other = "false" if text == "true" else "true"
     conf = ["--conf", write_file(f"simple {other}")]
     expected = text == "true"
@@ -375,7 +376,7 @@ def test_a_switch_without_a_value_is_on(dashes: str) -> None:
     [(word, True) for word in ("1", "t", "T", "TRUE", "true", "True")]
     + [(word, False) for word in ("0", "f", "F", "FALSE", "false", "False")],
 )
-def test_booleans_have_the_words_of_go(word: str, expected: bool) -> None:
+def test_booleans_are_those_of_go(word: str, expected: bool) -> None:
     """The words of Go's ParseBool are valid in flags and in the environment."""
     assert parse([f"--simple={word}"], {}).simple is expected
     assert parse([], {"TCPV6": word}).tcpv6 is expected
@@ -417,7 +418,7 @@ RANGES = st.lists(
 @unhurried
 @given(RANGES)
 def test_any_list_of_ports_is_parsed(ranges: list[range]) -> None:
-    """The parsed ports are those that were formatted."""
+    """Formatting ports and parsing the text gives the same ports."""
     text = ",".join(
         f"{span[0]}-{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in ranges
     )
@@ -453,7 +454,8 @@ def test_a_listen_address_may_have_a_host(
 @unhurried
 @given(st.ip_addresses(), st.integers(1, 65535))
 def test_any_listen_address_is_parsed(address: Any, port: int) -> None:
-    """The parsed address is the formatted one, or the IPv4 address that it contains."""
+    """Formatting an address and parsing the text gives the same address. A v4-mapped
+    address becomes IPv4."""
     text = f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
     chosen = parse([], {"LISTEN": text})
     meant = getattr(address, "ipv4_mapped", None) or address
@@ -484,7 +486,7 @@ def test_a_duration_is_seconds_or_has_units(text: str, seconds: int) -> None:
 @unhurried
 @given(st.integers(0, 9223372036))
 def test_any_duration_is_parsed(seconds: int) -> None:
-    """Seconds alone and every unit give the same duration."""
+    """A duration in seconds and one with units are equal."""
     minutes, second = divmod(seconds, 60)
     hour, minute = divmod(minutes, 60)
     for text in (f"{seconds}", f"{seconds}s", f"{hour}h{minute}m{second}s"):
@@ -512,7 +514,7 @@ def test_an_interval_may_have_a_fraction(text: str, seconds: float) -> None:
 @unhurried
 @given(st.floats(0.1, 3600))
 def test_any_interval_is_parsed(seconds: float) -> None:
-    """The parsed interval is the formatted one."""
+    """Formatting an interval and parsing the text gives the same interval."""
     assert parse([f"--interval={seconds!r}"], {}).interval_s == seconds
 
 
@@ -569,7 +571,8 @@ def test_a_path_with_a_null_character_is_refused(write_file: WriteFile, name: st
 
 
 def test_many_ranges_of_ports_are_parsed_fast() -> None:
-    """A hundred thousand overlapping ranges require no time beyond their own length."""
+    """The time for a hundred thousand overlapping ranges is proportional to the length
+    of the text."""
     ranges = ["1-65535", "2-65535", "65535"] * 33_333
     assert parse(["--port", ",".join(ranges)], {}).ports == tuple(range(1, 65536))
 
@@ -722,10 +725,10 @@ def test_an_unknown_name_in_the_file_is_refused(
     )
 
 
-def test_an_unknown_name_in_the_file_is_refused_despite_an_equal_flag(
+def test_an_unknown_name_in_the_file_is_refused_before_flags(
     write_file: WriteFile,
 ) -> None:
-    """The error about the file comes first."""
+    """The error is about the file, although an unknown flag has the same name."""
     conf = write_file("prot 443")
     assert f"{conf} line 1: 'prot'" in refusal(["--conf", conf, "--prot=443"])
 

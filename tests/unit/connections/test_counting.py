@@ -208,7 +208,7 @@ def test_only_listeners_of_selected_ports_have_series() -> None:
 
 
 def test_a_named_port_has_a_series_for_each_selected_ip_version() -> None:
-    """All of them are of the given namespace."""
+    """All series are of the given namespace."""
     assert ports_of(named((443, 80), OWN_NETNS, selection())) == {
         (443, 4),
         (443, 6),
@@ -421,7 +421,8 @@ def test_the_smallest_are_folded() -> None:
 
 
 def test_a_listener_counts_as_one_connection() -> None:
-    """A listener without connections is preferred to a port with 1, but not with 2."""
+    """A listener without connections is kept rather than a port with 1 connection, but
+    not rather than one with 2."""
     numbers = dict(zip(ports_in(443, 50021, 50023), (2, 1, 1), strict=True))
     (listener,) = ports_in(60013)
     assert folded(numbers, 2, listening=[listener]) == (
@@ -437,7 +438,7 @@ def test_a_listener_counts_as_one_connection() -> None:
 
 
 def test_among_equal_series_published_ones_stay() -> None:
-    """A new series of equal size replaces none, not even one with a higher port."""
+    """A new series of equal size replaces no published one, even if its port is lower."""
     listening = ports_in(22, 80, 443, 8443)
     shown, number = folded({}, 2, listening=listening, published=ports_in(443, 8443))
     assert shown == dict.fromkeys([OTHER, *ports_in(443, 8443)], 0)
@@ -446,7 +447,7 @@ def test_among_equal_series_published_ones_stay() -> None:
 
 
 def test_a_series_that_is_not_in_use_is_dropped_and_not_folded() -> None:
-    """A published port without connections gives way to one that has some."""
+    """A published series without connections is replaced by one that has some."""
     shown = folded({SeriesKey(0, 443): 3}, 2, published=ports_in(22, 80))
     assert shown == ({SeriesKey(0, 22): 0, SeriesKey(0, 443): 3}, 0)
 

@@ -85,7 +85,7 @@ def layout_of(name: str, dtype: np.dtype[np.void]) -> dict[str, int | list[int]]
 
 
 def test_structs_have_the_same_layout_in_python_and_c(tmp_path: Path) -> None:
-    """Every size, offset and constant equals what gcc makes of the shared header."""
+    """Every size, offset and constant equals that of the shared header, compiled by gcc."""
     (tmp_path / "layout.c").write_text(LAYOUT)
     program = tmp_path / "layout"
     subprocess.run(
@@ -146,7 +146,7 @@ def test_ip_versions_of_keys_within_records_and_of_no_keys() -> None:
 
 
 def test_a_group_has_port_ip_version_and_direction() -> None:
-    """All three can be read from it, and no group is 0, which means no connection."""
+    """A group shows all three. No group is 0, because 0 means no connection."""
     keys = np.zeros(4, KEY)
     keys["local_port"] = [1, 443, 65535, 443]
     keys["local_address"][1::2, :12] = IPV4_PREFIX

@@ -61,7 +61,8 @@ def test_a_connection_that_changes_while_it_is_copied_is_left_out() -> None:
 
 
 def test_invalid_fields_of_a_record_are_corrected() -> None:
-    """A group that differs from the key, port 0, a future time: all can be counted."""
+    """The group differs from the key, the port is 0, or the time is in the future. All
+    are counted."""
     left = np.zeros(4, CONNECTION)
     left["key"]["local_port"] = [443, 80, 0, 22]
     left["key"]["local_address"] = 1
@@ -77,7 +78,7 @@ def test_invalid_fields_of_a_record_are_corrected() -> None:
 
 
 def test_a_known_connection_keeps_its_time() -> None:
-    """A new connection has its own time, and one that is not there now is left out."""
+    """A new connection has its own time; a closed one is left out."""
     before = connections(1, 2, 3, 5, seen_ns=100)
     now = connections(7, 5, 3, 11, 2, seen_ns=200)
     found = first_seen(now, [before])
@@ -85,7 +86,8 @@ def test_a_known_connection_keeps_its_time() -> None:
 
 
 def test_a_known_connection_keeps_its_direction() -> None:
-    """Connections stay inbound when the service stops listening; new ones are not."""
+    """Connections stay inbound when the service stops listening, but new ones are
+    outbound."""
     before = connections(1, 2, direction=Direction.INBOUND)
     now = connections(1, 2, 3, direction=Direction.OUTBOUND)
     found = first_seen(now, [before])
@@ -100,7 +102,7 @@ def test_a_known_connection_keeps_its_direction() -> None:
 def test_there_may_be_no_connections_now_or_before(
     now: tuple[int, ...], before: tuple[int, ...]
 ) -> None:
-    """The result has the connections of now, with their own times."""
+    """The result has the present connections with their own times."""
     found = first_seen(connections(*now, seen_ns=200), [connections(*before, seen_ns=100)])
     assert ages(found) == dict.fromkeys(now, 200)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""An in-memory kernel with sockets, socket tables and a tracker, to test without root.
+"""A kernel in memory with sockets, socket tables and a tracker, to test without root.
 
-`FakeTracker` implements `reconcile.TrackedConnections`. It is the tracker and the BPF
-program in one: its methods `opened` and `closed` do what bpf/tcp_tracker.c does for an
-event. A test decides whether an event is missed, when a socket's state is stored, and what
-happens after each step of seeding or reconciling.
+`FakeTracker` implements `reconcile.TrackedConnections`. It is both the tracker and the BPF
+program: its methods `opened` and `closed` handle events like bpf/tcp_tracker.c. A test
+decides whether an event is missed, and when a socket's state is stored. It can also act
+after each step of seeding or reconciling.
 """
 
 import contextlib
@@ -42,15 +42,19 @@ class FakeSocket:
 class FakeTracker:
     """Connections in memory.
 
-    ``after`` maps a step to what happens after it, once: ``known`` (the tracker was read),
-    ``handles`` (the program finds the new seeds, which no reader counts yet), ``add`` (the
-    seeds are complete), ``release`` (a release has begun and compares times next).
+    ``after`` maps a step to an action that is executed once, after the step:
+
+    - ``known``: the tracker was read.
+    - ``handles``: the program finds the new seeds, and no reader counts them yet.
+    - ``add``: the seeds are complete.
+    - ``release``: a release has begun, and compares times next.
     """
 
     def __init__(self, *, slots: int = 97, max_closings: int = 101) -> None:
         self.restored = 0
         self.misses = False
-        """Whether the kernel skips the program from now on, which it counts."""
+        """Whether the kernel skips the program from now on; it counts each skipped
+        event."""
         self.after: dict[str, Action] = {}
         self.connections = np.zeros(slots, CONNECTION)
         self._slot_of: dict[int, int] = {}
@@ -229,11 +233,11 @@ class FakeKernel:
         """Establish a connection.
 
         Args:
-            remote_port: the only part of the key that differs between sockets.
-            address: of a socket that has been closed; None: a new one.
-            netns: inode of the network namespace.
-            is_missed: whether the kernel skips the BPF program.
-            is_stored: whether the socket tables show the new state already.
+            remote_port: The only part of the key that differs between sockets.
+            address: The address of a closed socket; None: a new one.
+            netns: Inode of the network namespace.
+            is_missed: Whether the kernel skips the BPF program.
+            is_stored: Whether the socket tables show the new state already.
         """
         key = np.zeros(1, KEY)
         key["netns"], key["local_port"], key["remote_port"] = netns, LOCAL_PORT, remote_port

@@ -43,7 +43,7 @@ def test_a_kernel_error_is_an_answer(asked: Feature, answer: features.Answer) ->
 
 
 def test_an_answer_can_be_forced() -> None:
-    """A feature that a test names as missing is not even probed."""
+    """A feature that a test declares missing is not probed."""
     assert kernel(PRESENT.name).has(PRESENT) is False
     assert kernel(FORBIDDEN.name).has(FORBIDDEN) is False
 
@@ -67,7 +67,7 @@ def test_missing_features_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_feature_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The columns are name, availability, use, and what happens without it."""
+    """The columns are the name, the answer, the use, and the effect of its absence."""
     monkeypatch.setattr(features, "FEATURES", (PRESENT, LACKING, FORBIDDEN, OPTIONAL))
     assert table(kernel()).splitlines() == [
         "FEATURE    AVAILABLE  USED BY            WITHOUT IT",

@@ -69,7 +69,7 @@ def seed_with(kernel: FakeKernel, step: str, act: Action) -> None:
 
 
 def test_a_preexisting_connection_becomes_a_seed(kernel: FakeKernel) -> None:
-    """a: open before the program was attached; its closing removes the seed."""
+    """a: It opened before the program was attached. Its closing removes the seed."""
     before_ns = boottime_ns()
     open_before = kernel.open(PORT, is_missed=True)
     seed(kernel.tracker, FakeTables(kernel))
@@ -81,7 +81,7 @@ def test_a_preexisting_connection_becomes_a_seed(kernel: FakeKernel) -> None:
 
 
 def test_a_reported_connection_does_not_become_a_seed(kernel: FakeKernel) -> None:
-    """b: opened before the dump while the program was attached."""
+    """b: It opened before the dump, when the program was attached."""
     kernel.open(PORT)
     times_ns = kernel.tracker.known().established_ns
     seed(kernel.tracker, FakeTables(kernel))
@@ -90,7 +90,8 @@ def test_a_reported_connection_does_not_become_a_seed(kernel: FakeKernel) -> Non
 
 
 def test_a_connection_that_opens_after_the_dump_keeps_its_time(kernel: FakeKernel) -> None:
-    """c: the tracker has the kernel's time, and the seed of the other connection."""
+    """c: The tracker has the exact time of the new connection, and a seed of the old
+    one."""
     kernel.open(PORT, is_missed=True)
     times_ns: list[int] = []
 
@@ -111,7 +112,8 @@ def test_a_connection_that_opens_after_the_dump_keeps_its_time(kernel: FakeKerne
 def test_a_connection_that_closes_after_the_dump_does_not_stay(
     kernel: FakeKernel, step: str, is_missed: bool
 ) -> None:
-    """d: the dump shows it, whether the program knows it or not, and it closes before 2."""
+    """d: The dump shows it, whether the program knows it or not. It closes before step
+    2."""
     closing = kernel.open(PORT, is_missed=is_missed)
     seed_with(kernel, step, lambda: kernel.close(closing))
     assert remote_ports(kernel) == []
@@ -120,7 +122,7 @@ def test_a_connection_that_closes_after_the_dump_does_not_stay(
 def test_a_connection_that_closes_while_seeds_are_added_does_not_stay(
     kernel: FakeKernel,
 ) -> None:
-    """e: the program finds the handle of a seed that is not complete: 3 removes it."""
+    """e: The program finds the handle of an incomplete seed; step 3 removes the seed."""
     closing = kernel.open(PORT, is_missed=True)
     seed_with(kernel, "handles", lambda: kernel.close(closing))
     assert remote_ports(kernel) == []
@@ -131,7 +133,7 @@ def test_a_connection_that_closes_while_seeds_are_added_does_not_stay(
 def test_a_connection_that_reopens_while_seeding_has_its_own_time(
     kernel: FakeKernel, step: str, is_same_socket: bool
 ) -> None:
-    """f: the same address pair again, by the same socket or another one: counted once."""
+    """f: The same or another socket opens the same address pair again. It counts once."""
     old = kernel.open(PORT, is_missed=True)
     times_ns: list[int] = []
 
@@ -149,7 +151,7 @@ def test_a_connection_that_reopens_while_seeding_has_its_own_time(
 def test_a_connection_that_closes_as_a_complete_seed_does_not_stay(
     kernel: FakeKernel,
 ) -> None:
-    """g: the program finds the seed, and a connection that opens at once stays."""
+    """g: The program removes the seed. A connection that opens right afterwards stays."""
     closing = kernel.open(PORT, is_missed=True)
 
     def close_and_open_another() -> None:
@@ -163,7 +165,7 @@ def test_a_connection_that_closes_as_a_complete_seed_does_not_stay(
 def test_a_missed_closing_during_seeding_is_counted_and_corrected(
     kernel: FakeKernel,
 ) -> None:
-    """h: the kernel skips the program: a stale seed, until the next reconciliation."""
+    """h: The kernel skips the program. The seed is stale until the next reconciliation."""
     closing = kernel.open(PORT, is_missed=True)
     missed = kernel.tracker.missed_events()
     seed_with(kernel, "dump", lambda: kernel.close(closing, is_missed=True))
@@ -174,7 +176,7 @@ def test_a_missed_closing_during_seeding_is_counted_and_corrected(
 
 
 def test_a_closing_without_capacity_in_the_log_is_counted_and_corrected() -> None:
-    """h: the closings log is full: a stale seed, until the next reconciliation."""
+    """h: The closings log is full. The seed is stale until the next reconciliation."""
     kernel = FakeKernel(FakeTracker(max_closings=0))
     closing = kernel.open(PORT, is_missed=True)
     seed_with(kernel, "dump", lambda: kernel.close(closing))
@@ -185,7 +187,7 @@ def test_a_closing_without_capacity_in_the_log_is_counted_and_corrected() -> Non
 
 
 def test_a_missed_opening_is_added(kernel: FakeKernel) -> None:
-    """i: both dumps show it and the tracker never has it."""
+    """i: Both dumps show it, and the tracker does not have it."""
     kernel.open(PORT, is_missed=True)
     assert run(kernel) == Corrections(missed_open=1)
     assert remote_ports(kernel) == [PORT]
@@ -196,7 +198,7 @@ def test_a_missed_opening_is_added(kernel: FakeKernel) -> None:
 def test_a_connection_that_closes_before_the_tracker_is_read_is_not_added(
     kernel: FakeKernel,
 ) -> None:
-    """j: only the first dump shows it."""
+    """j: Only the first dump shows it."""
     closing = kernel.open(PORT)
     assert run(kernel, lambda: kernel.close(closing)) == NOTHING
     assert remote_ports(kernel) == []
@@ -205,7 +207,8 @@ def test_a_connection_that_closes_before_the_tracker_is_read_is_not_added(
 def test_a_connection_that_both_dumps_show_by_chance_does_not_stay(
     kernel: FakeKernel,
 ) -> None:
-    """k: closed at each reading of the tracker, open at each dump: 3 removes its seed."""
+    """k: It is open at each dump, but closed when the tracker is read. Step 3 removes
+    its seed."""
     current: list[FakeSocket] = [kernel.open(PORT)]
 
     def close() -> None:
@@ -221,7 +224,8 @@ def test_a_connection_that_both_dumps_show_by_chance_does_not_stay(
 
 @pytest.mark.parametrize("is_seed", [False, True], ids=["event", "seed"])
 def test_a_missed_closing_is_removed(kernel: FakeKernel, is_seed: bool) -> None:
-    """l: neither dump shows it, whatever it is identified by; the other one stays."""
+    """l: Neither dump shows it, so it is removed, whatever its handle is. The other one
+    stays."""
     kernel.open(OTHER_PORT)
     closing = kernel.open(PORT, is_missed=is_seed)
     seed(kernel.tracker, FakeTables(kernel))
@@ -234,7 +238,7 @@ def test_a_missed_closing_is_removed(kernel: FakeKernel, is_seed: bool) -> None:
 def test_the_program_corrects_a_missed_closing_when_it_sees_the_socket_again(
     kernel: FakeKernel,
 ) -> None:
-    """l: the next connection of the same socket replaces the record."""
+    """l: The next connection of the same socket replaces the stale record."""
     stale = kernel.open(PORT)
     kernel.close(stale, is_missed=True)
     kernel.open(OTHER_PORT, address=stale.address)
@@ -246,7 +250,7 @@ def test_the_program_corrects_a_missed_closing_when_it_sees_the_socket_again(
 def test_a_connection_that_opens_after_the_first_dump_is_not_judged(
     kernel: FakeKernel,
 ) -> None:
-    """m: the tracker has it, the dump does not, and no second dump is necessary."""
+    """m: The tracker has it and the dump does not. No second dump is necessary."""
     tables = FakeTables(kernel, lambda: kernel.open(PORT))
     assert reconcile(kernel.tracker, tables) == NOTHING
     assert tables.dumps == 1
@@ -255,7 +259,7 @@ def test_a_connection_that_opens_after_the_first_dump_is_not_judged(
 
 
 def test_an_opening_that_is_reported_before_it_is_stored_stays(kernel: FakeKernel) -> None:
-    """n: the first dump does not show it yet, the second one does."""
+    """n: The first dump does not show it yet, but the second one does."""
     opening = kernel.open(PORT, is_stored=False)
 
     def store() -> None:
@@ -266,9 +270,9 @@ def test_an_opening_that_is_reported_before_it_is_stored_stays(kernel: FakeKerne
 
 
 def test_a_namespace_that_the_tables_do_not_cover_is_not_judged(kernel: FakeKernel) -> None:
-    """o: the tables do not show it, and it stays."""
+    """o: The socket tables do not show its namespace, so it stays."""
     there = kernel.open(PORT, netns=OTHER_NETNS)
-    there.is_established = False  # as far as the tables show
+    there.is_established = False  # the namespaces that the socket tables cover
     assert run(kernel) == NOTHING
     assert remote_ports(kernel) == [PORT]
 
@@ -277,7 +281,7 @@ def test_a_namespace_that_the_tables_do_not_cover_is_not_judged(kernel: FakeKern
 def test_a_connection_that_one_dump_does_not_show_stays(
     kernel: FakeKernel, dump: int
 ) -> None:
-    """p: hidden from one dump by the connections next to it."""
+    """p: The connections next to it hide it from one dump."""
     kernel.open(PORT)
     seed(kernel.tracker, FakeTables(kernel))
     assert run(kernel, hidden_from=dump) == NOTHING
@@ -289,7 +293,7 @@ def test_a_connection_that_one_dump_does_not_show_stays(
 def test_a_connection_that_reopens_before_its_removal_keeps_its_time(
     kernel: FakeKernel, is_same_socket: bool
 ) -> None:
-    """q: its closing was missed, and its reopening is reported just before the removal."""
+    """q: Its closing was missed. Its reopening is reported just before the removal."""
     stale = kernel.open(PORT)
     kernel.close(stale, is_missed=True)
     times_ns: list[int] = []
@@ -310,10 +314,11 @@ def test_a_connection_that_reopens_before_its_removal_keeps_its_time(
 
 
 @pytest.mark.parametrize("is_seed", [False, True], ids=["event", "seed"])
-def test_the_older_of_two_with_one_key_is_removed(
+def test_the_older_of_two_connections_with_one_key_is_removed(
     kernel: FakeKernel, is_seed: bool
 ) -> None:
-    """r: its closing was missed, and another socket has the same key: one is too many."""
+    """r: Its closing was missed, and another socket has the same key. Only one can be
+    right."""
     stale = kernel.open(PORT, is_missed=is_seed)
     seed(kernel.tracker, FakeTables(kernel))
     kernel.close(stale, is_missed=True)
@@ -329,7 +334,7 @@ def test_the_older_of_two_with_one_key_is_removed(
 def test_a_seed_is_removed_before_a_reported_connection_with_its_key(
     kernel: FakeKernel,
 ) -> None:
-    """r: even a seed that seems to be newer."""
+    """r: This holds even if the seed seems to be newer."""
     kernel.open(PORT)
     reported_ns = kernel.tracker.known().established_ns
     kernel.tracker.add(FakeTables(kernel).established(with_ages=True))
@@ -341,7 +346,8 @@ def test_a_seed_is_removed_before_a_reported_connection_with_its_key(
 def test_a_closing_that_is_stored_late_is_corrected_by_the_next_run(
     kernel: FakeKernel,
 ) -> None:
-    """s: reported before both dumps and stored after them: added wrongly, then removed."""
+    """s: Its closing is reported before both dumps, but stored after them. It is added
+    and later removed."""
     preempted = kernel.open(PORT)
     kernel.close(preempted, is_stored=False)
     assert run(kernel) == Corrections(missed_open=1)
@@ -353,7 +359,7 @@ def test_a_closing_that_is_stored_late_is_corrected_by_the_next_run(
 def test_a_missed_closing_that_is_stored_late_is_corrected_by_the_next_run(
     kernel: FakeKernel,
 ) -> None:
-    """s: tables and tracker agree at first, and differ when the state is stored."""
+    """s: Tables and tracker agree at first. They differ after the state is stored."""
     preempted = kernel.open(PORT)
     kernel.close(preempted, is_missed=True, is_stored=False)
     assert run(kernel) == NOTHING
@@ -363,7 +369,8 @@ def test_a_missed_closing_that_is_stored_late_is_corrected_by_the_next_run(
 
 
 def test_a_closing_that_is_stored_after_seeding_is_corrected(kernel: FakeKernel) -> None:
-    """s: reported before closings are recorded: a seed until the next reconciliation."""
+    """s: Its closing is reported before closings are recorded. The seed is stale until
+    the next reconciliation."""
     preempted = kernel.open(PORT)
     kernel.close(preempted, is_stored=False)
     seed(kernel.tracker, FakeTables(kernel))
@@ -375,7 +382,8 @@ def test_a_closing_that_is_stored_after_seeding_is_corrected(kernel: FakeKernel)
 
 @pytest.fixture
 def under_stale_record(kernel: FakeKernel) -> FakeSocket:
-    """A socket whose opening was missed, under the record of its previous connection."""
+    """Return a socket whose opening was missed; it still has the record of its previous
+    connection."""
     stale = kernel.open(OTHER_PORT)
     kernel.close(stale, is_missed=True)
     opened = kernel.open(PORT, address=stale.address, is_missed=True)
@@ -386,7 +394,8 @@ def under_stale_record(kernel: FakeKernel) -> FakeSocket:
 def test_a_socket_under_a_stale_record_is_corrected(
     kernel: FakeKernel, under_stale_record: FakeSocket
 ) -> None:
-    """t: one run adds the connection and removes the stale record; its closing is found."""
+    """t: One run adds the connection and removes the stale record. Its closing is then
+    handled."""
     assert run(kernel) == Corrections(missed_open=1, missed_close=1)
     assert remote_ports(kernel) == [PORT]
     kernel.close(under_stale_record)
@@ -396,14 +405,14 @@ def test_a_socket_under_a_stale_record_is_corrected(
 def test_a_socket_under_a_stale_record_that_closes_removes_both(
     kernel: FakeKernel, under_stale_record: FakeSocket
 ) -> None:
-    """t: it closes when it is a seed: the program sees another key in the record."""
+    """t: It is a seed when it closes. The program finds another key in the record."""
     seed_with(kernel, "add", lambda: kernel.close(under_stale_record))
     assert remote_ports(kernel) == []
     assert run(kernel) == NOTHING
 
 
 def test_a_full_tracker_refuses_and_is_corrected_later() -> None:
-    """With no free slot, an opening is refused and counted; a later run adds it."""
+    """Without a free slot, an opening is refused and counted. A later run adds it."""
     kernel = FakeKernel(FakeTracker(slots=1))
     first = kernel.open(PORT)
     kernel.open(OTHER_PORT)

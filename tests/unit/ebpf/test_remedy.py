@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""If bpf(2) is refused, the error only advises what can help in that context."""
+"""If the kernel refuses bpf(2), the error only has advice that can help in that context."""
 
 from pathlib import Path
 

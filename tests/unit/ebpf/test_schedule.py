@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The schedule says when a run is due, without a kernel."""
+"""The schedule decides when a reconciliation is due; no kernel is necessary."""
 
 import pytest
 
@@ -20,7 +20,7 @@ class Clocked:
     def watch(
         self, seconds: int, counts: EventCounts, *, finds: int = 0, rest_s: float = 0
     ) -> None:
-        """Ask for so many seconds; the first ``finds`` runs find a difference."""
+        """Ask for this number of seconds; the first ``finds`` runs find a difference."""
         for _ in range(seconds):
             self.now_s += 1
             if not self.schedule.is_due(counts, self.now_s):
@@ -38,14 +38,14 @@ class Clocked:
 
 
 def test_seeding_is_confirmed_at_once_and_then_at_the_interval() -> None:
-    """s: a seed of a connection that was closing is found by the first run."""
+    """s: The first run finds a seed whose connection was closing during seeding."""
     clocked = Clocked()
     clocked.watch(100, EventCounts(0, 7))
     assert clocked.runs == [1, 62]
 
 
 def test_runs_are_skipped_after_two_an_interval_apart() -> None:
-    """Both found nothing, and nothing was counted since the first of them."""
+    """Both runs found no difference, and no event was counted since the first one."""
     clocked = Clocked()
     clocked.watch(200, EventCounts(0, 7))
     assert clocked.runs == [1, 62]
@@ -55,10 +55,10 @@ def test_runs_are_skipped_after_two_an_interval_apart() -> None:
 
 
 def test_agreement_right_after_a_missed_event_is_checked_again() -> None:
-    """s: the state of the missed event may not have been stored when tables were read.
+    """s: The state of the missed event may not have been stored when the tables were read.
 
-    The fault: after one agreement all runs were skipped, so on a quiet host a wrong count
-    stayed for ever.
+    The fault: after one run without differences all runs were skipped, so on a quiet host a
+    wrong count never changed.
     """
     clocked = Clocked()
     clocked.watch(5, EventCounts(0, 7))
@@ -78,7 +78,7 @@ def test_a_correction_is_followed_by_a_run_until_nothing_is_found(
 
 
 def test_without_an_interval_only_missed_events_are_a_reason() -> None:
-    """--reconcile-interval 0: events that the program has handled require no run."""
+    """With --reconcile-interval 0, events that the program has handled cause no run."""
     clocked = Clocked(interval_s=0)
     clocked.watch(100, EventCounts(0, 7))
     clocked.watch(100, EventCounts(0, 1009))
@@ -88,14 +88,14 @@ def test_without_an_interval_only_missed_events_are_a_reason() -> None:
 
 
 def test_no_reason_overrides_the_share_of_cpu() -> None:
-    """No run begins before the rest after the previous one is over."""
+    """No run begins before the pause after the previous run has ended."""
     clocked = Clocked()
     clocked.watch(31, EventCounts(0, 7), finds=31, rest_s=11)
     assert clocked.runs == [1, 12, 23]
 
 
 def test_a_failed_run_stays_due() -> None:
-    """It is tried again at the next check."""
+    """The next check starts it again."""
     clocked = Clocked()
     assert clocked.schedule.is_due(EventCounts(0, 7), 1)
     clocked.schedule.record_failure(1)

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: GPL-3.0-only
+# x
 """Slots are encoded as ranges, and decoded again."""
 
 import numpy as np
@@ -15,7 +15,7 @@ LAST = (1 << 24) - 1
     st.lists(st.integers(0, 3 * RANGE_SLOTS) | st.integers(LAST - 99, LAST), unique=True)
 )
 def test_ranges_decode_to_the_same_slots(slots: list[int]) -> None:
-    """No slot is lost or duplicated, and the order stays."""
+    """No slot is lost or duplicated, and the order does not change."""
     found = [
         slot
         for each in ranges(np.array(slots, np.uint32)).tolist()

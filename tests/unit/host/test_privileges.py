@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Which user the exporter accepts; tests/kernel switches to one."""
+"""The exporter accepts some users for --user; tests/kernel switches to one."""
 
 import pwd
 import re

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The environment variables of systemd."""
+"""The environment variables that systemd sets."""
 
 import os
 

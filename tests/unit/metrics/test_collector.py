@@ -513,7 +513,8 @@ def netns_labels(collected: ConnectionCollector) -> dict[str, float]:
 
 
 def test_a_namespace_has_its_name_or_its_inode() -> None:
-    """With series per namespace, the label netns is the name, or else the inode."""
+    """With series per namespace, the label netns is the name. Without a name it is the
+    inode."""
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
     source = MemorySource([connections(443, 3), elsewhere])
@@ -521,7 +522,7 @@ def test_a_namespace_has_its_name_or_its_inode() -> None:
 
 
 def test_series_of_a_namespace_that_is_gone_are_removed() -> None:
-    """They are removed after FORGET_NS without socket and name, not at once."""
+    """They are removed FORGET_NS after the last socket and name, not at once."""
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
     source = MemorySource([connections(443, 3), elsewhere])
@@ -534,7 +535,7 @@ def test_series_of_a_namespace_that_is_gone_are_removed() -> None:
 
 
 def test_a_namespace_with_a_name_keeps_its_series() -> None:
-    """They stay while the namespace has a name, however long it has no socket."""
+    """They stay while the namespace has a name, even without any socket."""
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
     source = MemorySource([connections(443, 3), elsewhere])

@@ -61,8 +61,7 @@ def test_concurrent_requests_share_one_collection() -> None:
 
 
 def test_no_exposition_is_older_than_its_request() -> None:
-    """In whatever turn of the event loop a request comes, its collection begins
-    afterwards."""
+    """This holds for a request in any turn of the event loop."""
     collector, collections = make()
 
     async def ask(turns: int) -> tuple[int, float]:
@@ -127,7 +126,7 @@ class Families(Collector):
 
 @pytest.mark.parametrize("form", [TEXT, OPENMETRICS])
 def test_an_exposition_is_encoded_once(form: Format) -> None:
-    """Each family is encoded once for all requests, as if all were encoded together."""
+    """All requests share the encoded text, which equals that of the whole exposition."""
     families = [GaugeMetricFamily("number", "One.", 5), CounterMetricFamily("seen", "", 7)]
     written: list[str] = []
 

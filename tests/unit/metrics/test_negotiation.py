@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Accept and Accept-Encoding: chosen headers, and random ones against another algorithm.
+"""Accept and Accept-Encoding: fixed headers, and random ones against another algorithm.
 
-The kind of fault: a client gets a format that it has excluded or likes less.
+The kind of fault: a client gets a format that it has excluded, or not the format that it
+prefers.
 """
 
 import itertools

@@ -43,7 +43,7 @@ def ports(runs: list[Bytes]) -> list[list[int]]:
 
 
 def test_the_request_is_as_the_kernel_expects_it() -> None:
-    """It has 72 bytes. An error of the kernel repeats the request, and was captured."""
+    """The request has 72 bytes. The kernel repeats it in an error, which was captured."""
     echoed = captured("diag-error.bin")[20:].tobytes()
     assert dump_request(FAMILY_WITHOUT_DIAG, 0xFFF, 0, SEQUENCE) == echoed
     assert len(echoed) == 72
@@ -54,7 +54,7 @@ def test_the_request_is_as_the_kernel_expects_it() -> None:
 
 
 def test_done_ends_a_dump() -> None:
-    """It is the only message of a datagram, as captured, or follows other messages."""
+    """The message is alone in its datagram, as captured, or follows other messages."""
     assert decode(captured("diag-inet-1.bin").tobytes()) == ([], True)
     runs, finished = decode(diag_message(443) + DONE)
     assert (ports(runs), finished) == ([[443]], True)
@@ -179,7 +179,7 @@ any_message = st.builds(
 
 
 def decode_or_refuse(reply: Bytes) -> None:
-    """Decodes a reply as the reader does; lets only SocketTableError pass."""
+    """Decode a reply as the reader does; SocketTableError is allowed."""
     try:
         runs, _ = split_messages(reply, SEQUENCE)
     except SocketTableError:
@@ -191,7 +191,7 @@ def decode_or_refuse(reply: Bytes) -> None:
 @settings(deadline=None)
 @given(reply=st.one_of(st.binary(), st.lists(any_message, max_size=7).map(b"".join)))
 def test_any_reply_is_decoded_or_refused(reply: bytes) -> None:
-    """Decoding any bytes ends, and raises nothing but SocketTableError."""
+    """Decoding ends for any bytes; the only exception is SocketTableError."""
     decode_or_refuse(np.frombuffer(reply, np.uint8))
 
 
@@ -215,7 +215,7 @@ def v6only(*attributes: bytes) -> list[bool]:
 
 
 def test_an_attribute_is_found_at_any_position() -> None:
-    """It is the first, the last or between others, or is missing or empty."""
+    """It is the first or last attribute, between others, missing, or empty."""
     yes, other = attribute(INET_DIAG_SKV6ONLY, b"\1"), attribute(8, b"\1\1\1\1\1")
     assert v6only(yes) == v6only(yes, other) == v6only(other, yes) == [True]
     assert v6only(other, other, yes, other) == [True]
@@ -225,7 +225,7 @@ def test_an_attribute_is_found_at_any_position() -> None:
 
 
 def test_messages_of_one_run_can_have_different_attributes() -> None:
-    """They have the same length, and their attributes another order."""
+    """They have equal lengths, but their attributes have another order."""
     yes, no, other = (
         attribute(INET_DIAG_SKV6ONLY, b"\1"),
         attribute(INET_DIAG_SKV6ONLY, b"\0"),
@@ -271,7 +271,7 @@ def age_ns(*attributes: bytes) -> int:
 
 
 def test_the_longest_time_is_the_age() -> None:
-    """The time since data was sent, received or acknowledged, or with data in flight."""
+    """It is the longest of several times: since data was sent, received or acknowledged."""
     busy_ns = 13_000_000_000
     assert age_ns(attribute(INET_DIAG_INFO, AGE)) == busy_ns - JIFFY_NS
     idle = attribute(INET_DIAG_INFO, AGE[:168] + bytes(8))
@@ -286,6 +286,6 @@ def test_data_in_the_syn_does_not_count_for_the_age() -> None:
 
 
 def test_a_missing_age_is_0() -> None:
-    """There is no attribute, or it is too short, as in an old kernel."""
+    """The attribute is missing, or too short as in old kernels."""
     assert age_ns() == 0
     assert age_ns(attribute(INET_DIAG_INFO, AGE[:100])) == 0

@@ -78,7 +78,8 @@ def test_connections_have_a_direction_and_a_time(name: str) -> None:
 def test_there_is_a_listener_for_each_accepted_ip_version(
     name: str, extra: set[tuple[int, int]]
 ) -> None:
-    """:: accepts both versions unless it is v6only, an address accepts its own."""
+    """The address :: accepts both versions unless it is v6only. Any other address
+    accepts its own version."""
     listeners = SocketTables([CapturedReader(name)]).listeners()
     assert (listeners["netns"] == NETNS).all()
     assert [(int(port), int(version)) for _, port, version in listeners.tolist()] == sorted(

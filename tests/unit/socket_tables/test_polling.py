@@ -96,7 +96,7 @@ def eventually(is_so: Callable[[], bool]) -> None:
 
 
 def after_polls(tables: FakeTables, number: int) -> None:
-    """Waits until that many more dumps have ended."""
+    """Wait until this number of further dumps has ended."""
     enough = tables.dumps + number + 1
     eventually(lambda: tables.dumps >= enough)
 
@@ -109,7 +109,8 @@ def read(source: PollingSource) -> Records:
 def test_new_connections_are_added_and_closed_ones_removed(
     tables: FakeTables, source: PollingSource
 ) -> None:
-    """A read returns the connections of the last poll, with the times of their first."""
+    """Reading returns the connections of the last poll. Each has the time of the first
+    poll that found it."""
     source.start()
     assert ages(read(source)) == dict.fromkeys((1, 2, 3), 1)
     after_polls(tables, 3)
@@ -166,7 +167,8 @@ def failing(source: PollingSource) -> bool:
 def test_a_failed_poll_is_an_error_until_one_succeeds(
     tables: FakeTables, source: PollingSource, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Reads fail meanwhile, there is one warning, and then the old times are back."""
+    """Until then reads fail, and one warning is logged. Afterwards the old times are
+    restored."""
     source.start()
     tables.error = SocketTableError("no sock_diag")
     eventually(lambda: failing(source))

@@ -85,7 +85,7 @@ def test_a_line_can_be_split_between_pieces(
 
 
 def test_files_with_a_heading_only_are_empty(net: Path) -> None:
-    """This is how the files of a namespace without sockets are."""
+    """A namespace without sockets has such files."""
     for name in ("tcp", "tcp6"):
         heading, _, _ = captured(f"proc-net-{name}.txt").tobytes().partition(b"\n")
         (net / name).write_bytes(heading + b"\n")
@@ -105,7 +105,7 @@ def test_a_missing_file_is_an_error(net: Path) -> None:
 
 
 def test_listening_leaves_out_connections(net: Path) -> None:
-    """It returns all listeners, and nothing else."""
+    """All listeners are returned."""
     put(net, "tcp", "tcp6")
     reader = ProcfsReader(namespaces.OWN)
     found = sockets_of(reader.listening())
@@ -122,7 +122,7 @@ def line(number: int, port: int, rest: str = " 00000000:00000000 00:00000000") -
 
 @pytest.mark.parametrize("numbers", [(0, 1, 2), (9998, 9999, 10000), (7, 123456, 10**9)])
 def test_the_first_column_can_be_wide(numbers: Sequence[int]) -> None:
-    """It has more than four characters from 10,000 sockets on."""
+    """From the 10,000th socket on it has more than four characters."""
     text = b"".join(line(number, 443 + place) for place, number in enumerate(numbers))
     entries = decode_lines(text, 1, NETNS)
     assert entries["key"]["local_port"].tolist() == [443, 444, 445]
@@ -186,7 +186,7 @@ nearly_lines = st.lists(
 @settings(deadline=None)
 @given(text=st.one_of(st.binary(), nearly_lines), words=st.sampled_from([1, 4]))
 def test_any_text_is_decoded_or_refused(text: bytes, words: int) -> None:
-    """Decoding any bytes ends, and raises nothing but SocketTableError."""
+    """Decoding ends for any bytes; the only exception is SocketTableError."""
     try:
         entries = decode_lines(text, words, NETNS)
     except SocketTableError:
@@ -232,7 +232,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_incomplete_or_unknown_file_is_refused(
     table: Path, text: bytes, reason: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error has the byte in the file, however long the pieces are."""
+    """The error has the offset in the file, whatever the size of the pieces is."""
     monkeypatch.setattr(procfs, "PIECE_BYTES", piece_bytes)
     reader = ProcfsReader(namespaces.OWN)
     table.write_bytes(text)

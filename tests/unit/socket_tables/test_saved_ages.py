@@ -102,7 +102,7 @@ def test_ages_and_directions_are_restored(path: Path) -> None:
 
 
 def test_another_socket_or_another_key_is_another_connection(path: Path) -> None:
-    """One has another socket for the same address pair, one another port."""
+    """Another socket has the same address pair, or the same socket has another port."""
     saved(path, connections(1, 2, 3, seen_ns=100))
     shown = connections(1, 2, 3, seen_ns=900)
     shown["cookie"][0] = 11
@@ -129,7 +129,8 @@ def test_without_cookies_nothing_is_saved_or_restored(
 
 
 def test_an_earlier_time_from_the_tables_is_kept(path: Path) -> None:
-    """The saved time can be an upper bound, and the tables can have a lower one."""
+    """The time from the tables can be earlier than the saved one, which is an upper
+    bound."""
     saved(path, connections(1, seen_ns=500))
     assert restored(path, connections(1, seen_ns=300)) == {1: (300, 0)}
 
@@ -164,7 +165,7 @@ def test_an_unchanged_save_is_not_written_again(path: Path) -> None:
 
 
 def test_the_number_of_a_save_wraps_around(path: Path) -> None:
-    """A file can have the highest number of 64 bits: the next save has number 0."""
+    """After the highest number of 64 bits, the next save has number 0."""
     save = Save(2**64 - 1, bytes(16), (1, 2), np.zeros(0, ROW))
     path.write_bytes(compose(save))
     path.chmod(0o600)
@@ -205,7 +206,7 @@ def test_a_damaged_area_leaves_the_other_one(
 def test_two_damaged_areas_are_logged_and_replaced(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is restored then, and the next save is."""
+    """No age is restored at first. The next save is complete, and is restored."""
     saved(path, connections(1, seen_ns=100), connections(1, seen_ns=101))
     for number in (0, 1):
         overwrite(path, number * PIECE_BYTES + HEADER.itemsize, b"torn")
@@ -258,7 +259,7 @@ def test_nothing_is_restored_after_another_boot(
 def test_a_save_of_another_version_is_not_restored(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """That is logged, and the next save replaces it."""
+    """A line is logged, and the next save replaces it."""
     saved(path, connections(1, seen_ns=100))
     _, at = HEADER.fields["version"][:2]  # type: ignore[index]
     overwrite(path, at, (2).to_bytes(4, "little"))
@@ -282,7 +283,7 @@ def test_a_second_exporter_gets_an_error(path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_trusted_is_refused(path: Path, tmp_path: Path) -> None:
-    """It has other content, others may read it, or it is a link, a fifo or a directory."""
+    """It has other content, other users may read it, or it is no regular file."""
     path.write_text("# something that somebody needs\n")
     path.chmod(0o600)
     assert "is not a file of --state" in refused(path)
@@ -333,7 +334,7 @@ def test_a_failing_disk_does_not_prevent_the_start(
 
 
 def test_a_deleted_file_is_an_error(path: Path) -> None:
-    """The next run could not find what is saved."""
+    """The next run could not find the saved ages."""
     with contextlib.closing(reopened(path)) as run:
         path.unlink()
         with pytest.raises(StateError, match=f"{path} was deleted or replaced"):

@@ -63,7 +63,7 @@ def complete(first: int, *, ports: tuple[int, int] = (443, 80)) -> list[bytes]:
     ],
 )
 def test_answers_to_another_request_are_ignored(stale: bytes) -> None:
-    """Sockets, the end, or an error of an abandoned dump do not count for the next one."""
+    """Sockets, the end or an error of an abandoned dump do not belong to the next one."""
     assert ports(sent(stale, *complete(1))) == [443, 80]
 
 
@@ -90,7 +90,7 @@ def test_answers_to_another_request_are_ignored(stale: bytes) -> None:
     ],
 )
 def test_an_incomplete_dump_is_an_error(datagrams: list[bytes], reason: str) -> None:
-    """The message has the byte, and the next dump ignores the rest of the failed one."""
+    """The error has the offset. The next dump ignores the rest of the failed one."""
     end = [] if datagrams[-1].endswith(done(1)) and "no end" not in reason else [done(1)]
     opened = Datagrams(datagrams)
     dumps = DumpSocket(cast("socket.socket", opened))
@@ -101,7 +101,8 @@ def test_an_incomplete_dump_is_an_error(datagrams: list[bytes], reason: str) -> 
 
 
 def test_runs_have_the_right_length() -> None:
-    """They are shorter than, about as long as, and longer than what is compared first."""
+    """They are shorter than the number of messages that is compared first, about as
+    long, or longer."""
     sizes = [FEW - 1, FEW, FEW + 1, 1, 7 * FEW, 2, FEW]
     messages = [
         diag_message(number, *[attribute(8, bytes(4))] * (number % 2), sequence=1) * size

@@ -115,7 +115,7 @@ class NoSockDiag:
 def test_auto_reads_procfs_if_sock_diag_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """That is logged with its cause. ``sock_diag`` is an error instead."""
+    """A line is logged with the reason. With ``sock_diag`` this is an error instead."""
     tables = open_tables("auto", "self")
     assert (tables.name, caplog.text) == ("sock_diag", "")
     tables.close()
@@ -129,7 +129,7 @@ def test_auto_reads_procfs_if_sock_diag_does_not_answer(
 
 
 def test_a_missing_namespace_is_an_error() -> None:
-    """The message has its path."""
+    """The error has its path."""
     with pytest.raises(
         SettingsError, match=r"no network namespace /run/netns/none-such \("
     ):

@@ -208,7 +208,8 @@ def test_unsent_data_is_limited(start: Start, monkeypatch: pytest.MonkeyPatch) -
 def test_memory_is_returned_after_many_connections(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is returned when most are closed, once each time there were many."""
+    """It is returned when most of them are closed, once after each time that there were
+    many."""
     returned = []
     monkeypatch.setattr(malloc, "return_memory", lambda: returned.append(True))
     port = start(make_app())
@@ -278,11 +279,10 @@ FIN_CASES = [
 def test_requests_before_a_fin_get_responses(
     start: Start, sent: bytes, expected: list[int]
 ) -> None:
-    """Node_exporter does the same.
+    """Responses are the same as those of node_exporter.
 
-    The kind of fault: ``printf ...
-
-    nc`` gets no response.
+    The kind of fault: ``nc`` gets no response, because it closes its sending direction
+    first.
     """
     with dial(start(make_app(Flaky()))) as sock:
         sock.sendall(sent)
@@ -318,7 +318,7 @@ def test_a_client_that_sent_fin_gets_a_late_response(start: Start) -> None:
         sock.sendall(WAIT)
         assert waiting.asked.acquire(timeout=PATIENCE_S)
         sock.shutdown(socket.SHUT_WR)
-        ask(port, "/")  # the server has seen the FIN when it has answered this
+        ask(port, "/")  # this response shows that the server has read the FIN
         waiting.go_on.set()
         assert read_all(sock).endswith(b"at last\n")
 

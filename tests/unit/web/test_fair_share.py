@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Choosing the client to evict, without sockets: clients are names here."""
+"""The choice of the client to evict, without sockets: clients are names here."""
 
 import pytest
 
@@ -32,12 +32,12 @@ def slots_of(*clients: str) -> ConnectionSlots[str]:
 def test_the_longest_waiting_client_of_the_largest_network_is_evicted(
     clients: list[str], evicted: str | None
 ) -> None:
-    """Waiting begins anew with each request."""
+    """A client's waiting time begins again with each request."""
     assert slots_of(*clients).evictable(any_client) == evicted
 
 
 def test_clients_that_may_not_be_evicted_are_passed_over() -> None:
-    """If no client of the largest network may be evicted, the next network loses one."""
+    """If no client of the largest network may be evicted, one of the next network is."""
     slots = slots_of("a 1", "a 2", "b 1")
     assert slots.evictable(lambda client: client != "a 1") == "a 2"
     assert slots.evictable(lambda client: client.startswith("b")) == "b 1"
@@ -69,5 +69,5 @@ def test_a_freed_slot_does_not_count() -> None:
 def test_the_source_network_depends_on_the_ip_version(
     one: str, other: str, *, same: bool
 ) -> None:
-    """An IPv4 address is a network of its own; an IPv6 network is a /64."""
+    """An IPv4 address is one source network; in IPv6 a source network is a /64."""
     assert (source_network(one) == source_network(other)) is same

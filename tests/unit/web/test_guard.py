@@ -186,10 +186,10 @@ def test_tls_clients_that_trust_the_ca_are_served(serve: Serve) -> None:
 def test_requests_before_the_end_of_input_get_responses(
     serve: Serve, version: ssl.TLSVersion, *, notify: bool, fin: bool
 ) -> None:
-    """The client ends with close_notify, FIN or both; the server responds, then sends
-    close_notify.
+    """The client ends with close_notify, FIN or both.
 
-    The kind of fault: the end of one direction is treated as the end of both.
+    The server responds first, and then sends close_notify. The kind of fault: the server
+    closes both directions when one ends.
     """
     served = serve(TLS)
     context = client_context()
@@ -436,7 +436,7 @@ http_server_config:
 
 
 def test_requests_beyond_the_rate_limit_are_refused(serve: Serve) -> None:
-    """The limit allows a burst."""
+    """The number of requests up to the burst is allowed."""
     served = serve("rate_limit: {interval: 1h, burst: 3}")
     statuses = [served.ask().status for _ in range(5)]
     assert statuses == [200, 200, 200, 429, 429]
@@ -577,7 +577,7 @@ def test_pipelined_tls_requests_get_responses(serve: Serve) -> None:
 
 
 def test_a_connection_ends_with_close_notify(serve: Serve) -> None:
-    """Without it the client would have to assume a truncated response."""
+    """Without it a client cannot distinguish the end of a response from a truncated one."""
     served = serve(TLS)
     with (
         dial(served.port) as sock,
@@ -646,7 +646,7 @@ def test_a_file_named_by_a_reload_is_watched(serve: Serve) -> None:
 def test_after_a_failed_reload_the_previous_configuration_stays(
     serve: Serve, caplog: pytest.LogCaptureFixture, config: str, sentence: str
 ) -> None:
-    """One warning says why, scrapes continue, and a later valid file is used."""
+    """One warning has the reason, scrapes continue, and a later valid file is used."""
     caplog.set_level(logging.INFO)
     served = serve(TLS)
     served.write(config)

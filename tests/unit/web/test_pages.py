@@ -68,8 +68,8 @@ def test_a_client_that_accepts_gzip_gets_it(start: Start) -> None:
     assert gzip.decompress(packed.body) == plain.body
 
 
-def test_name_selects_metrics(start: Start) -> None:
-    """The parameter name[] works for collectors without ``describe`` too."""
+def test_the_name_parameter_selects_metrics(start: Start) -> None:
+    """The parameter is name[]. It works for collectors without ``describe`` too."""
     port = start(make_app(Flaky()))
     for query in (
         "name[]=connections",
@@ -270,7 +270,7 @@ def test_readiness_changes_after_the_start(start: Start) -> None:
 
 
 def test_concurrent_scrapes_share_a_collection(start: Start) -> None:
-    """Scrapes that arrive before a collection begins share it; a later one does not."""
+    """Scrapes that arrive before a collection begins share it, but later scrapes do not."""
     collector = Held()
     port = start(make_app(collector))
     with ThreadPoolExecutor() as threads, contextlib.ExitStack() as opened:
@@ -358,7 +358,7 @@ def test_check_returns_unexpected_errors(
 
 
 def test_check_before_the_start_collects_nothing() -> None:
-    """It returns the step that must happen first."""
+    """The result is the step of the start that must happen first."""
     flaky = Flaky()
     app = make_app(flaky, ready=lambda: "patience")
     before = flaky.collections

@@ -85,7 +85,7 @@ def test_only_a_known_name_with_its_password_is_accepted(
 
 
 def test_the_first_72_bytes_of_a_password_count() -> None:
-    """Programs that make bcrypt hashes use the same number."""
+    """Programs that make bcrypt hashes use 72 bytes too."""
     hashed = bcrypt.hashpw(b"x" * 72, bcrypt.gensalt(4)).decode()
     assert judge(make(Checks(), long=hashed), basic("long", "x" * 80)) == [OK]
     assert judge(make(Checks(), long=hashed), basic("long", "x" * 71)) == [UNAUTHORIZED]
@@ -106,7 +106,7 @@ def test_a_correct_password_is_checked_once() -> None:
 
 
 def test_unknown_names_are_checked_like_users() -> None:
-    """An unknown name causes as many checks, of a hash with the same cost."""
+    """An unknown name causes the same number of checks, of a hash with the same cost."""
     checks = Checks()
     users = make(checks)
     for name in ("alice", "eve"):
@@ -165,7 +165,8 @@ async def authenticate_in_order(
 
 
 def test_other_networks_do_not_wait_for_all_attempts_of_one() -> None:
-    """A request of another network waits for one or two checks, and replaces an attempt."""
+    """A request of another network replaces an attempt in the queue, and waits for one
+    or two checks."""
     checks = Checks()
     attempts = [(basic("eve", str(each)), THERE) for each in range(1 + MAX_WAITING)]
     requests = [*attempts, (basic("alice", "a"), HERE), (basic("bob", "b"), HERE)]
@@ -268,7 +269,7 @@ def test_cancelling_the_checker_refuses_all_requests() -> None:
 
 
 class Panic(BaseException):
-    """Like pyo3's class for Rust panics: not an Exception."""
+    """Replaces pyo3's class for Rust panics, which is not an Exception."""
 
 
 @pytest.mark.parametrize("fault", [Panic("at its end"), MemoryError()])
@@ -320,7 +321,7 @@ def allowed(limiter: Limiter, asked: int) -> int:
     return sum(limiter.allow() for _ in range(asked))
 
 
-def test_a_burst_and_then_one_each_interval() -> None:
+def test_a_burst_is_allowed_and_then_one_request_each_interval() -> None:
     """The bucket starts full, gets one token each interval, and never exceeds its size."""
     clock = Clock()
     limiter = Limiter(RateLimit(interval_s=2.0, burst=3), clock)

@@ -30,9 +30,10 @@ from tests.unit.web.support import (
 def test_a_request_sent_at_once_is_answered_whatever_connects_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A client that sends its request with its connect gets a response.
+    """A client that sends its request right after connecting gets a response, even if many
+    other clients connect.
 
-    Twice as many clients as there are slots connect after it.
+    There are twice as many of them as slots.
     """
     assert 3 * 2 * server.ACCEPTED_AT_ONCE < connection.MAX_CONNECTIONS
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 3 * server.ACCEPTED_AT_ONCE + 1)
@@ -104,7 +105,8 @@ print("returned")
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_server(number: signal.Signals) -> None:
-    """It stops soon and without output, with silent, idle, slow and reading clients."""
+    """The server stops soon and logs nothing, whether clients are silent, idle, slow or
+    reading."""
     with (
         subprocess.Popen(
             [sys.executable, "-W", "error", "-c", PROGRAM],

@@ -40,8 +40,8 @@ def test_a_redirect_stays_on_this_host(path: str, query: str) -> None:
 
 
 @given(st.binary().map(lambda each: b"/" + each))
-def test_path_is_decoded_to_bytes(path: bytes) -> None:
-    """Each escaped byte becomes one character, whatever the client's encoding is."""
+def test_a_path_is_decoded_to_bytes(path: bytes) -> None:
+    """Each escaped byte becomes one character, whatever encoding the client uses."""
     assert path_of(quote(path)) == path.decode("latin-1")
 
 
