@@ -84,7 +84,7 @@ def eventually(check: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def meanwhile(work: Callable[[], None], *, pause_s: float) -> Iterator[None]:
+def repeating(work: Callable[[], None], *, pause_s: float) -> Iterator[None]:
     """Call ``work`` repeatedly in a thread until the end of the block."""
     ended = threading.Event()
 

@@ -38,7 +38,7 @@ class Count:
     ports: Sequence[float] | None = None
     """Connections at each of the local ports `hold.PORTS`."""
 
-    def off(self, sockets: int) -> float:
+    def error(self, sockets: int) -> float:
         """Return the error of the count when ``sockets`` sockets are held."""
         if self.ports is not None:
             return sum(abs(each - sockets / 2 / len(PORTS)) for each in self.ports)
@@ -97,7 +97,7 @@ class Scraped:
         return kernel.memory(self._pid)
 
 
-def counted_by_us(page: bytes) -> Count:
+def counted_by_tcpexporter(page: bytes) -> Count:
     """Return the count from an exposition of tcpexporter, which has inbound connections."""
     shown = values(page)
     return Count(ports=[shown.get((ESTABLISHED, str(port)), 0.0) for port in PORTS])
@@ -121,12 +121,14 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.write(b"\n")
         self._process.stdin.flush()
-        said = self.said()
+        answer = self.receive()
         return Sample(
-            said["wall_s"], said["cpu_s"], Count(total=said["total"], ports=said["ports"])
+            answer["wall_s"],
+            answer["cpu_s"],
+            Count(total=answer["total"], ports=answer["ports"]),
         )
 
-    def said(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         """Return the next message of the process.
 
         Raises:
@@ -142,8 +144,8 @@ class Worker:
         line = stdout.readline()
         if not line:
             raise NoNumberError(f"it ended with {self._process.wait()}")
-        said: dict[str, Any] = json.loads(line)
-        return said
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def memory(self) -> kernel.Memory:
         return kernel.memory(self._process.pid)
@@ -165,7 +167,7 @@ def worker(name: str, sockets: int) -> Iterator[Worker]:
     ) as process:
         try:
             started = Worker(name, process)
-            started.said()
+            started.receive()
             yield started
         finally:
             with contextlib.suppress(ProcessLookupError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from tests.benchmarks import empty_program
 from tests.benchmarks.churn import Ending, by_fin, by_rst, churn, listening
-from tests.benchmarks.contenders import counted_by_us
+from tests.benchmarks.contenders import counted_by_tcpexporter
 from tests.benchmarks.exporter import AS_PROMETHEUS, Scraper, running, values
 from tests.benchmarks.figures import (
     CONNECTIONS,
@@ -80,7 +80,7 @@ def measure(plan: Plan) -> Samples:
     """
     samples = Samples()
     with new_netns() as netns, inside(netns):
-        _starts_with_none_there(samples, plan)
+        _starts_without_connections(samples, plan)
         with running("--source", "ebpf") as started, held(CONNECTIONS):
             _scrapes(samples, plan, started.exporter)
             _idle(samples, plan, started.exporter)
@@ -92,7 +92,7 @@ def measure(plan: Plan) -> Samples:
     return samples
 
 
-def _starts_with_none_there(samples: Samples, plan: Plan) -> None:
+def _starts_without_connections(samples: Samples, plan: Plan) -> None:
     log.info("starting %s times", plan.starts)
     for _ in range(plan.starts):
         with running("--source", "ebpf") as started:
@@ -127,9 +127,9 @@ def _warm_up(scraper: Scraper) -> int:
     """
     for _ in range(WARM_UP):
         page = scraper.get()
-    off = counted_by_us(page).off(TRACKED)
-    if off > TOLERANCE * TRACKED:
-        raise RuntimeError(f"/metrics is off by {off:.0f} of {TRACKED:,} sockets")
+    error = counted_by_tcpexporter(page).error(TRACKED)
+    if error > TOLERANCE * TRACKED:
+        raise RuntimeError(f"/metrics is off by {error:.0f} of {TRACKED:,} sockets")
     return int(values(page)["tcpexporter_tracked_connections", ""])
 
 

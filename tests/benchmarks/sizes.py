@@ -13,7 +13,7 @@ from tests.benchmarks.contenders import (
     Contender,
     Sample,
     Scraped,
-    counted_by_us,
+    counted_by_tcpexporter,
     node_exporter,
     worker,
 )
@@ -116,22 +116,25 @@ def measure_size(sockets: int, plan: Plan) -> Size:
             log.info("%s sockets: opened in %.1f s", f"{sockets:,}", size.opening_s)
             size.contenders += _side_by_side(watching, sockets, plan)
             size.kept = _kept(watching)
-        _measure_older(size, plan)
+        _measure_preexisting(size, plan)
     return size
 
 
-def _measure_older(size: Size, plan: Plan) -> None:
+def _measure_preexisting(size: Size, plan: Plan) -> None:
     """Measure exporters that start when the sockets are already open."""
-    with _noted(size, "from start to ready"):
+    with _recording_failure(size, "from start to ready"):
         for start in _starts(size.max_connections, plan):
             size.starts.append(start)
-    with _noted(size, "kernel memory with full maps"), _tracker(size.sockets) as full:
+    with (
+        _recording_failure(size, "kernel memory with full maps"),
+        _tracker(size.sockets) as full,
+    ):
         size.kept_full = _kept(full)
     size.contenders += [_polling(source, size.sockets, plan) for source in POLLING]
 
 
 @contextlib.contextmanager
-def _noted(size: Size, what: str) -> Iterator[None]:
+def _recording_failure(size: Size, what: str) -> Iterator[None]:
     """Record in `Size.missing` why a measurement gives no number, and continue."""
     try:
         yield
@@ -203,9 +206,9 @@ def checked(sample: Sample, sockets: int) -> Sample:
     Raises:
         NoNumberError: the count is wrong by more than `TOLERANCE`.
     """
-    off = sample.count.off(sockets)
-    if off > TOLERANCE * sockets:
-        raise NoNumberError(f"its count was off by {off:,.0f} of {sockets:,}")
+    error = sample.count.error(sockets)
+    if error > TOLERANCE * sockets:
+        raise NoNumberError(f"its count was off by {error:,.0f} of {sockets:,}")
     return sample
 
 
@@ -230,7 +233,7 @@ def _side_by_side(started: Started, sockets: int, plan: Plan) -> Iterator[Measur
 
 def _scraped(stack: ExitStack, name: str, started: Started) -> Scraped:
     scraper = stack.enter_context(Scraper(started.exporter.port))
-    return Scraped(name, started.exporter.process.pid, scraper, counted_by_us)
+    return Scraped(name, started.exporter.process.pid, scraper, counted_by_tcpexporter)
 
 
 def _others(sockets: int) -> dict[str, Callable[[], AbstractContextManager[Contender]]]:

@@ -128,7 +128,7 @@ def _ours(sizes: Sequence[Size]) -> Table:
         "kernel memory": lambda each: (
             format_bytes(each.kept.total_bytes) if each.kept else ""
         ),
-        "… for each of `--max-connections`": _kept_per_place,
+        "… for each of `--max-connections`": _kept_per_slot,
         "… for each tracked, as many as `--max-connections`": _kept_per_tracked,
     }
     headings = [
@@ -168,7 +168,7 @@ def _resident(each: Size) -> str:
     return format_bytes(ours.memory.resident_bytes) if ours and ours.memory else ""
 
 
-def _kept_per_place(each: Size) -> str:
+def _kept_per_slot(each: Size) -> str:
     if each.kept is None:
         return ""
     return format_bytes(each.kept.total_bytes / each.kept.max_connections)

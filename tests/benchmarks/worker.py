@@ -23,9 +23,9 @@ METHODS = {
 def main() -> None:
     name, sockets = sys.argv[1:]
     method = METHODS[name](int(sockets))
-    _say({"ready": name})
+    _send({"ready": name})
     for _ in sys.stdin:
-        _say(_once(method))
+        _send(_once(method))
 
 
 def _once(method: counting_methods.CountMethod) -> dict[str, object]:
@@ -52,7 +52,7 @@ def _count(counted: Mapping[int, int] | int) -> dict[str, object]:
     }
 
 
-def _say(what: Mapping[str, object]) -> None:
+def _send(what: Mapping[str, object]) -> None:
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()
 

@@ -56,7 +56,7 @@ def messages(package: Path = ROOT / "tcpexporter") -> list[Message]:
     found = [
         Message(path, node.lineno, _template(node))
         for path, tree in trees.items()
-        for node in [*_said(tree, helpers), *_returned(tree)]
+        for node in [*_message_texts(tree, helpers), *_returned(tree)]
     ]
     return [each for each in found if _letters(each.symptom) >= FEWEST_LETTERS]
 
@@ -86,7 +86,7 @@ def _makers_of_errors(tree: ast.Module) -> Iterator[str]:
             yield function.name
 
 
-def _said(tree: ast.Module, helpers: set[str]) -> Iterator[ast.expr]:
+def _message_texts(tree: ast.Module, helpers: set[str]) -> Iterator[ast.expr]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue

@@ -250,10 +250,10 @@ class Point:
 def compare(exporter: Exporter) -> Point:
     """Compare the counts with those of ss(8); if they differ, compare again after a
     reconciliation."""
-    page, true = oracle.look(exporter)
+    page, true = oracle.scrape_and_count(exporter)
     wrong_at_first = _wrong(page, true)
     if wrong_at_first:
-        page, true = oracle.look_reconciled(exporter)
+        page, true = oracle.scrape_reconciled(exporter)
     differing = oracle.difference(page.counts(), true)
     lines = [
         f"{series} shows {shown} and should be {wanted}\n"
@@ -261,7 +261,7 @@ def compare(exporter: Exporter) -> Point:
         for series, (shown, wanted) in differing.items()
     ]
     if lines:
-        after, true = oracle.look(exporter)
+        after, true = oracle.scrape_and_count(exporter)
         lines.append(f"after a reconciliation the error is {_wrong(after, true)}")
     return Point(page, wrong_at_first, _wrong(page, true), "\n".join(lines))
 

@@ -22,7 +22,12 @@ from tcpexporter.errors import SocketTableError
 from tcpexporter.host import namespaces
 from tcpexporter.socket_tables.sock_diag import SockDiagReader
 from tcpexporter.socket_tables.tables import SocketTables
-from tests.kernel.helpers.in_process import at_port, everything, forget, made
+from tests.kernel.helpers.in_process import (
+    all_connections,
+    at_port,
+    invented,
+    remove_records,
+)
 from tests.support import DEADLINE_S, Peers
 from tests.unit.socket_tables.samples import message
 
@@ -53,15 +58,15 @@ def test_a_truncated_dump_changes_nothing(tracker: Tracker, peers: Peers) -> Non
     with contextlib.closing(SocketTables([reader])) as tables:
         peers.connect(7)
         reconcile.seed(tracker, tables)
-        forget(tracker, peers.port)
+        remove_records(tracker, peers.port)
         peers.connect(5)
-        tracker.add(made(3, local_port=peers.port))
-        before = everything(tracker)
+        tracker.add(invented(3, local_port=peers.port))
+        before = all_connections(tracker)
         for act in (reconcile.seed, reconcile.reconcile, reconcile.reconcile):
             reader.dumps_to_break = 1
             with pytest.raises(SocketTableError, match="byte 4711"):
                 act(tracker, tables)
-            assert everything(tracker).tobytes() == before.tobytes()
+            assert all_connections(tracker).tobytes() == before.tobytes()
         corrections = reconcile.reconcile(tracker, tables)
         assert corrections.missed_close >= 3
         assert reconcile.reconcile(tracker, tables) == NOTHING

@@ -356,7 +356,7 @@ main()
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize(
-    ("fault", "limit", "told"),
+    ("fault", "limit", "error"),
     [
         ("1 / 0", "", "ZeroDivisionError: division by zero"),
         (
@@ -366,15 +366,15 @@ main()
         ),
     ],
 )
-def test_a_poll_that_fails_or_hangs_gives_503(fault: str, limit: str, told: str) -> None:
+def test_a_poll_that_fails_or_hangs_gives_503(fault: str, limit: str, error: str) -> None:
     """After an unexpected fault scrapes fail, there are two log lines, and the exporter
     still ends normally."""
     command = (sys.executable, "-c", POLL_FAILS.format(fault=fault, limit=limit))
     arguments = ("--source", "sock_diag", "--interval", "0.1")
     with Exporter(*arguments, command=command) as exporter:
-        eventually(lambda: told in error_of_scrape(exporter))
+        eventually(lambda: error in error_of_scrape(exporter))
         for _ in range(3):
-            assert error_of_scrape(exporter).startswith(f"503 {told}")
+            assert error_of_scrape(exporter).startswith(f"503 {error}")
         code, log = exporter.stop()
     assert code == 0
     assert "Traceback" not in log

@@ -121,7 +121,7 @@ def test_the_watchdog_does_not_restart_for_a_missing_namespace(tmp_path: Path) -
             manager.wait_for("READY=1")
             subprocess.run(["ip", "netns", "del", name], check=True)
             refusal(exporter, "/-/ready")
-            manager.forget()
+            manager.discard_messages()
             for _ in range(3):
                 status, fed = manager.wait_for("WATCHDOG=1")
                 assert status.startswith(f"STATUS=there is no network namespace {NAMED}")

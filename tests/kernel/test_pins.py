@@ -225,9 +225,9 @@ def test_pins_that_were_given_to_another_user_are_adopted(directory: Path) -> No
             "--source", "ebpf", "--pin", str(directory), command=AS_NOBODY
         ) as exporter:
             assert exporter.established(peers.port) == 7
-            code, said = exporter.stop()
+            code, log = exporter.stop()
         assert code == 0
-        assert re.search("adopted [0-9]+ connections of the previous run", said)
+        assert re.search("adopted [0-9]+ connections of the previous run", log)
         assert pinned(directory) == {f"2/{name}" for name in (LINK, CONNECTIONS, LAYOUT)}
 
 

@@ -102,16 +102,16 @@ def assert_given_up(case: Case, outcome: Outcome, kept: int = 0) -> None:
             is_root and has_bounding
         ),
     }
-    (told,) = outcome.warnings or [""]
-    for words, is_told in expected_words.items():
-        assert (words in told) == is_told, told
-    assert bool(told) == any(expected_words.values())
+    (warning,) = outcome.warnings or [""]
+    for words, is_expected in expected_words.items():
+        assert (words in warning) == is_expected, warning
+    assert bool(warning) == any(expected_words.values())
     missing = [
-        each for each in FOR_IDS if f"{privileges.names(1 << each)} is missing" in told
+        each for each in FOR_IDS if f"{privileges.names(1 << each)} is missing" in warning
     ]
-    if told:
+    if warning:
         lacking = privileges.names(bits(sorted(missing)))
-        assert f"start the exporter with {lacking} as well" in told
+        assert f"start the exporter with {lacking} as well" in warning
 
 
 def test_every_privilege_that_can_be_dropped_is_dropped() -> None:
@@ -185,9 +185,10 @@ def test_cap_bpf_is_kept_only_if_required() -> None:
     for case, outcome in outcomes(cases):
         is_lost = case.securebits and case.uids == ROOT and CAP_SETUID in case.holds
         if CAP_BPF in case.holds and not is_lost:
-            told, *others = outcome.warnings
+            warning, *others = outcome.warnings
             assert (
-                told == "keeping CAP_BPF, which this kernel requires for reading a BPF map"
+                warning
+                == "keeping CAP_BPF, which this kernel requires for reading a BPF map"
             )
             expected = Outcome(outcome.before, outcome.after, others, outcome.refusal)
             assert_given_up(case, expected, kept=1 << CAP_BPF)
@@ -228,6 +229,6 @@ def test_a_dangerous_privilege_that_remains_ends_the_start(answer: int) -> None:
     assert "cannot set no_new_privs" in no_new_privs.refusal
     assert setresuid.refusal is None
     assert capabilities(setresuid.after, "CapPrm") == 0
-    (told,) = setresuid.warnings
-    assert "user 0 (refused despite CAP_SETUID, by a seccomp filter" in told
-    assert "group" not in told
+    (warning,) = setresuid.warnings
+    assert "user 0 (refused despite CAP_SETUID, by a seccomp filter" in warning
+    assert "group" not in warning

@@ -18,7 +18,7 @@ from tcpexporter.ebpf import features
 from tcpexporter.ebpf.features import Kernel
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.host import privileges
-from tests.kernel.helpers.in_process import everything, made
+from tests.kernel.helpers.in_process import all_connections, invented
 from tests.kernel.helpers.loader_child import wait_for_loader
 from tests.kernel.helpers.shared import BOTH_ENDS, OUTBOUND, Exporters
 from tests.support import (
@@ -121,10 +121,10 @@ def test_maps_can_be_used_without_privilege(tracker: Tracker) -> None:
         outcome = 1
         with contextlib.suppress(BaseException):
             privileges.drop(privileges.find_user("nobody"), tracker.events)
-            slots = tracker.add(made(7))
+            slots = tracker.add(invented(7))
             tracker.release(slots[:2], np.ones(2, np.uint64))
             tracker.events()
-            outcome = 0 if tracker.seeds() == len(everything(tracker)) == 5 else 2
+            outcome = 0 if tracker.seeds() == len(all_connections(tracker)) == 5 else 2
         os._exit(outcome)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

@@ -17,12 +17,12 @@ from tests.kernel.helpers.effort import Effort
 from tests.kernel.helpers.in_process import (
     Dumps,
     Reusable,
+    all_connections,
     at_port,
     attach,
-    everything,
-    forget,
-    made,
+    invented,
     put_reported,
+    remove_records,
     seeds,
     slots_at,
 )
@@ -52,7 +52,7 @@ def test_a_missed_opening_is_added(tracker: Tracker, peers: Peers) -> None:
     """i: It is added with the right direction, and with at most its true age."""
     opened_ns = boottime_ns()
     peers.connect(5)
-    forget(tracker, peers.port)
+    remove_records(tracker, peers.port)
     corrections = run(tracker)
     assert corrections.missed_open == 5
     known = at_port(tracker, peers.port)
@@ -104,7 +104,7 @@ def test_a_missed_closing_is_removed(
     peers.connect(7)
     with Dumps() as dumps:
         reconcile.seed(tracker, dumps)
-    know(tracker, made(3, local_port=peers.port))
+    know(tracker, invented(3, local_port=peers.port))
     assert len(at_port(tracker, peers.port)) == 10
     assert run(tracker) == Corrections(missed_close=3)
     assert len(at_port(tracker, peers.port)) == 7
@@ -195,9 +195,9 @@ def test_a_connection_that_one_dump_does_not_show_stays(
 
 def test_a_namespace_that_is_not_covered_is_not_judged(tracker: Tracker) -> None:
     """o: The socket tables do not cover the namespace, so its connections stay."""
-    tracker.add(made(5, netns=1))
+    tracker.add(invented(5, netns=1))
     assert run(tracker).missed_close == 0
-    assert len(seeds(everything(tracker))) == 5
+    assert len(seeds(all_connections(tracker))) == 5
 
 
 def test_a_connection_that_reopens_before_its_removal_keeps_its_time(
@@ -270,7 +270,7 @@ def test_the_thread_runs_at_its_interval(tracker: Tracker, peers: Peers) -> None
     with Dumps() as dumps:
         with reconciling(tracker, dumps, interval_s=1) as reconciler:
             peers.connect(3)
-            forget(tracker, peers.port)
+            remove_records(tracker, peers.port)
             eventually(lambda: len(at_port(tracker, peers.port)) == 3)
         assert reconciler.state.runs >= 1
         assert reconciler.state.missed_open >= 3

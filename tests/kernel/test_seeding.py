@@ -15,11 +15,11 @@ from tests.kernel.helpers.in_process import (
     SLOTS,
     Dumps,
     Reusable,
+    all_connections,
     at_port,
     attach,
-    everything,
-    forget,
-    made,
+    invented,
+    remove_records,
     seeds,
 )
 from tests.support import Exporter, Peers, eventually, inside, new_netns
@@ -96,9 +96,9 @@ def reusable(tracker: Tracker, peers: Peers) -> Iterator[Reusable]:
 @pytest.fixture
 def late_tracker(tracker: Tracker, reusable: Reusable, peers: Peers) -> Tracker:
     """A tracker that was attached after the connection had opened."""
-    forget(tracker, peers.port)
-    forget(tracker, reusable.client.getsockname()[1])
-    assert len(everything(tracker)) == 0
+    remove_records(tracker, peers.port)
+    remove_records(tracker, reusable.client.getsockname()[1])
+    assert len(all_connections(tracker)) == 0
     return tracker
 
 
@@ -158,7 +158,7 @@ def test_a_connection_that_closes_while_seeding_does_not_stay(
     """d, e, g: It closes after any of the steps, and is not in the tracker at the end."""
     seed_with(late_tracker, monkeypatch, step, reusable.close)
     assert len(at_port(late_tracker, peers.port)) == 0
-    assert late_tracker.seeds() == len(seeds(everything(late_tracker)))
+    assert late_tracker.seeds() == len(seeds(all_connections(late_tracker)))
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -224,9 +224,9 @@ def test_closings_are_only_recorded_during_a_comparison(
 
 def test_refused_seeds_are_counted(tracker: Tracker) -> None:
     """A seed without a free slot is counted as refused; the others are added."""
-    assert len(tracker.add(made(1031))) == SLOTS
+    assert len(tracker.add(invented(1031))) == SLOTS
     assert tracker.seeds_refused == 1031 - SLOTS
-    assert len(seeds(everything(tracker))) == tracker.seeds() == SLOTS
+    assert len(seeds(all_connections(tracker))) == tracker.seeds() == SLOTS
 
 
 def test_the_program_finds_a_seed_by_its_key(peers: Peers) -> None:
@@ -242,7 +242,7 @@ def test_the_program_finds_a_seed_by_its_key(peers: Peers) -> None:
             peers.close()
             both.close()
             assert tracker.seeds() == 0
-            assert len(everything(tracker)) == 0
+            assert len(all_connections(tracker)) == 0
         finally:
             tracker.close()
 
@@ -250,11 +250,11 @@ def test_the_program_finds_a_seed_by_its_key(peers: Peers) -> None:
 def test_a_key_is_not_added_twice(tracker: Tracker) -> None:
     """Two sockets with one key on two devices cannot be distinguished: there is one
     seed."""
-    twice = np.concatenate((made(5), made(3)))
+    twice = np.concatenate((invented(5), invented(3)))
     assert len(tracker.add(twice)) == 5
     assert len(tracker.add(twice)) == 0
     assert tracker.seeds_refused == 0
-    assert len(seeds(everything(tracker))) == 5
+    assert len(seeds(all_connections(tracker))) == 5
 
 
 def test_a_seed_can_be_added_again_when_it_has_closed(
@@ -265,7 +265,7 @@ def test_a_seed_can_be_added_again_when_it_has_closed(
     reusable.close()
     assert len(at_port(late_tracker, peers.port)) == 0
     reusable.open()
-    forget(late_tracker, peers.port)
+    remove_records(late_tracker, peers.port)
     seed(late_tracker)
     assert len(seeds(at_port(late_tracker, peers.port))) == 1
     reusable.close()

@@ -19,11 +19,11 @@ from tests.kernel.helpers.effort import Effort
 from tests.kernel.helpers.in_process import (
     SLOTS,
     Dumps,
+    all_connections,
     at_port,
     attach,
-    everything,
     free_slots,
-    made,
+    invented,
     slots_at,
     taken_slots,
 )
@@ -68,7 +68,7 @@ def test_a_closed_connection_keeps_its_slot_for_the_next_one(
         for each in peers.pairs.pop():
             each.close()
     assert len(taken_slots(tracker)) < 503
-    assert len(everything(tracker)) == 0
+    assert len(all_connections(tracker)) == 0
     assert_each_has_one_owner(tracker)
 
 
@@ -92,7 +92,7 @@ def test_spare_slots_are_reclaimed(
 
 def test_refused_connections_are_added_later(tracker: Tracker) -> None:
     """While all slots are in use, openings are counted as refused, and no slot is lost."""
-    slots = tracker.add(made(SLOTS))
+    slots = tracker.add(invented(SLOTS))
     assert len(slots) == SLOTS
     with Peers() as peers:
         peers.connect(7)
@@ -213,17 +213,17 @@ def test_a_program_run_with_a_wrong_slot_changes_nothing(
         for slot, each in enumerate(tracker._all())
         if each["group"] and each["key"]["local_port"] == peers.port
     }
-    mine, others = (slots[each.getsockname()[1]] for each in (first, other[0]))
-    before = tracker._all()[others].copy()
-    handle = tracker._all()["handle"][mine]
-    tracker._handles.put(handle, np.uint32(others))
+    own_slot, other_slot = (slots[each.getsockname()[1]] for each in (first, other[0]))
+    before = tracker._all()[other_slot].copy()
+    handle = tracker._all()["handle"][own_slot]
+    tracker._handles.put(handle, np.uint32(other_slot))
     if not close:
-        tracker._all()["group"][mine] = 0
+        tracker._all()["group"][own_slot] = 0
     first.close()
     second.close()
     if not close:  # some new socket has the same address, and so the same handle
         peers.connect(97)
-    assert tracker._all()[others] == before
+    assert tracker._all()[other_slot] == before
 
 
 def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
@@ -266,7 +266,7 @@ def test_a_slot_whose_release_is_refused_twice_is_freed_once(
     orphan."""
     peers.connect(1)
     slots = slots_at(tracker, peers.port)
-    told_ns = tracker._all()["established_ns"][slots].copy()
+    reported_ns = tracker._all()["established_ns"][slots].copy()
 
     def refuse(*_: object) -> bool:
         raise OSError(errno.EBUSY, "refused")
@@ -274,14 +274,14 @@ def test_a_slot_whose_release_is_refused_twice_is_freed_once(
     with monkeypatch.context() as refusing:
         refusing.setattr(tracker._handles, "put_new", refuse)
         # Step 4: the connection has another time, so its handle must be restored.
-        assert tracker.release(slots, told_ns - 1) == 0
+        assert tracker.release(slots, reported_ns - 1) == 0
         assert tracker._orphans == {*slots.tolist()}
     with monkeypatch.context() as refusing:
         refusing.setattr(tracker._barrier, "put", refuse)
         with pytest.raises(TrackerError):
-            tracker.release(slots, told_ns)
+            tracker.release(slots, reported_ns)
     assert len(at_port(tracker, peers.port)) == 1
-    assert tracker.release(slots, told_ns) == 1
+    assert tracker.release(slots, reported_ns) == 1
     assert_each_has_one_owner(tracker)
 
 
@@ -343,7 +343,7 @@ def add_and_release(tracker: Tracker, churned: Callable[[], int], effort: Effort
     seeded = 0
     cycles, least_churned = effort.of(CYCLES), effort.of(CHURNED)
     while seeded + churned() < cycles or churned() < least_churned:
-        slots = tracker.add(made(SEEDS))
+        slots = tracker.add(invented(SEEDS))
         seeded += len(slots)
         expected_ns = np.ones(len(slots), np.uint64)
         # The first seeds get another time: they stay, and are released below.

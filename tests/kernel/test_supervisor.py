@@ -44,7 +44,7 @@ class Manager:
         self._socket.bind(f"\0{address[1:]}" if address.startswith("@") else address)
         self._socket.settimeout(DEADLINE_S)
         self.address = address
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def start(
         self,
@@ -70,12 +70,12 @@ class Manager:
     def wait_for(self, line: str) -> list[str]:
         """Wait for a message with a line that begins with ``line``; return its lines."""
         while True:
-            self.told.append(self._socket.recv(4096).decode())
-            lines = self.told[-1].splitlines()
+            self.messages.append(self._socket.recv(4096).decode())
+            lines = self.messages[-1].splitlines()
             if any(each.startswith(line) for each in lines):
                 return lines
 
-    def forget(self) -> None:
+    def discard_messages(self) -> None:
         """Discard all messages received so far."""
         self._socket.setblocking(False)
         with contextlib.suppress(BlockingIOError):
@@ -107,14 +107,14 @@ def test_readiness_status_and_end_are_reported(manager: Manager) -> None:
             "READY=1",
             "STATUS=counting connections by ebpf",
         ]
-        before = [line for each in manager.told for line in each.splitlines()]
+        before = [line for each in manager.messages for line in each.splitlines()]
         assert set(before[:-2]) <= {"STATUS=the pre-existing connections are being read"}
         peers.connect(3)
         assert exporter.established(peers.port) == 3
         code, _ = exporter.stop()
         assert code == 0
     manager.wait_for("STOPPING=1")
-    assert not any("WATCHDOG" in each for each in manager.told)
+    assert not any("WATCHDOG" in each for each in manager.messages)
 
 
 def test_notifications_reach_an_abstract_socket() -> None:
@@ -177,7 +177,7 @@ def test_the_watchdog_of_another_process_is_not_fed(manager: Manager) -> None:
         manager.wait_for("READY=1")
         exporter.stop()
     manager.wait_for("STOPPING=1")
-    assert not any("WATCHDOG" in each for each in manager.told)
+    assert not any("WATCHDOG" in each for each in manager.messages)
 
 
 def test_the_watchdog_is_not_fed_while_there_are_no_metrics(manager: Manager) -> None:

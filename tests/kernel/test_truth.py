@@ -68,7 +68,7 @@ class Walk:
 
     def _start_exporter(self) -> None:
         self._exporter = Exporter("--direction", self._direction, *SETTINGS)
-        self._known_trouble: float | None = 0.0
+        self._missed_or_refused_before: float | None = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -159,14 +159,14 @@ class Walk:
     def _wrong(self) -> dict[str, dict[oracle.Series, tuple[int, int]]]:
         """Return the exporter's and the true counts where they differ."""
         self.compared += 1
-        page, true = oracle.look(self._exporter)
+        page, true = oracle.scrape_and_count(self._exporter)
         wrong = self._differences(page, true)
-        if page.trouble == self._known_trouble:
+        if page.missed_or_refused == self._missed_or_refused_before:
             self.exact_at_once += 1
         elif wrong:
-            page, true = oracle.look_reconciled(self._exporter)
+            page, true = oracle.scrape_reconciled(self._exporter)
             wrong = self._differences(page, true)
-        self._known_trouble = page.trouble
+        self._missed_or_refused_before = page.missed_or_refused
         return wrong
 
     def _differences(

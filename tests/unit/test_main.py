@@ -259,14 +259,14 @@ def test_readiness_waits_for_the_start(stopped: threading.Event) -> None:
     """Until the source has started, the reason for 503 is that it is starting."""
     source = SlowSource()
     starting = Starting(source.start)
-    told = []
-    starting.begin(lambda: told.append(starting.awaited()))
+    reports = []
+    starting.begin(lambda: reports.append(starting.awaited()))
     assert starting.awaited() == "the pre-existing connections are being read"
-    assert told == []
+    assert reports == []
     source.go_on.set()
     join_start()
     assert starting.awaited() is None
-    assert told == [None]
+    assert reports == [None]
     starting.raise_failure()
     assert not stopped.is_set()
 

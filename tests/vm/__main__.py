@@ -124,7 +124,7 @@ def _outcome(run: Run, unpacked: Future[Unpacked], image: Future[Path]) -> Outco
     log = OUTPUT / f"{run.kernel.name}-{images.slug(run.what)}.log"
     try:
         kernel, root = unpacked.result(), image.result()
-        _say(f"{run.name}: booting {kernel.image.name}")
+        _print_line(f"{run.name}: booting {kernel.image.name}")
         began_s = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
             share = Path(directory)
@@ -142,14 +142,14 @@ def _outcome(run: Run, unpacked: Future[Unpacked], image: Future[Path]) -> Outco
             result = replace(result, why_not=f"pytest: exit code {code}, see {log}")
     except (VmError, OSError) as error:
         result = replace(result, why_not=str(error))
-    _say(
+    _print_line(
         f"{run.name}: {result.passed} passed, {len(result.failed)} failed, "
         f"{len(result.skipped)} skipped{result.why_not and f': {result.why_not}'}"
     )
     return result
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

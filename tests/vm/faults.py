@@ -26,7 +26,7 @@ from tests.support import (
     Exporter,
     Peers,
     eventually,
-    meanwhile,
+    repeating,
     ss_established,
 )
 
@@ -121,7 +121,7 @@ def suspend(seconds: int) -> None:
 @contextlib.contextmanager
 def connecting(peers: Peers) -> Iterator[None]:
     """Open connections continuously during the block, and keep them open."""
-    with meanwhile(lambda: peers.connect(1), pause_s=0.02):
+    with repeating(lambda: peers.connect(1), pause_s=0.02):
         yield
 
 

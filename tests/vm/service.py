@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import pytest
 
 from tests.kernel.test_process import status
-from tests.support import ESTABLISHED, LONG_TERM, Peers, eventually, meanwhile
+from tests.support import ESTABLISHED, LONG_TERM, Peers, eventually, repeating
 
 SETTINGS = Path("/etc/default/tcpexporter")
 CONF = Path("/etc/tcpexporter.conf")
@@ -162,7 +162,7 @@ def busy(peers: Peers) -> Iterator[None]:
             client.recv(1)
             server.recv(1)
 
-    with meanwhile(talk, pause_s=0.1):
+    with repeating(talk, pause_s=0.1):
         yield
 
 

@@ -57,7 +57,7 @@ class Dumps:
         self._tables.close()
 
 
-def everything(tracker: Tracker) -> Records:
+def all_connections(tracker: Tracker) -> Records:
     """Return all connections of the tracker, both reported and seeded."""
     known = np.concatenate([chunk.copy() for chunk in tracker.read()])
     there: Records = known[known["group"] != 0]
@@ -66,7 +66,7 @@ def everything(tracker: Tracker) -> Records:
 
 def at_port(tracker: Tracker, port: int) -> Records:
     """Return the connections of a local port."""
-    known = everything(tracker)
+    known = all_connections(tracker)
     here: Records = known[known["key"]["local_port"] == port]
     return here
 
@@ -77,7 +77,7 @@ def seeds(known: Records) -> Records:
     return found
 
 
-def made(number: int, **key: object) -> Records:
+def invented(number: int, **key: object) -> Records:
     """Return records of invented connections, each with a different remote port."""
     connections = np.zeros(number, CONNECTION)
     connections["key"]["local_port"] = 1
@@ -90,7 +90,7 @@ def made(number: int, **key: object) -> Records:
     return connections
 
 
-def forget(tracker: Tracker, port: int) -> None:
+def remove_records(tracker: Tracker, port: int) -> None:
     """Remove the connections of a local port, as if the tracker had missed their
     openings."""
     known = tracker.known()
@@ -112,8 +112,8 @@ def put_reported(tracker: Tracker, connections: Records) -> None:
     reported = connections.copy()
     # No socket has these handles: they are even, and not addresses of the kernel.
     reported["handle"] = 2 * (1 + np.arange(len(reported)))
-    everything = tracker._array.upto(int(slots.max()) + 1)
-    everything[slots] = reported
+    records = tracker._array.upto(int(slots.max()) + 1)
+    records[slots] = reported
     for handle, slot in zip(reported["handle"], slots, strict=True):
         assert tracker._handles.put_new(handle, slot)
 

@@ -60,9 +60,9 @@ class Exporters:
         complaints = []
         for arguments, running in self._running.items():
             with running:
-                code, said = running.stop()
-            if code or "Traceback" in said:
-                complaints.append(f"{' '.join(arguments)} ended with {code}:\n{said}")
+                code, log = running.stop()
+            if code or "Traceback" in log:
+                complaints.append(f"{' '.join(arguments)} ended with {code}:\n{log}")
         assert not complaints, "\n".join(complaints)
 
 

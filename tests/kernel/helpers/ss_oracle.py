@@ -131,7 +131,7 @@ class Page:
         return self.value("tcpexporter_missed_events_total")
 
     @property
-    def trouble(self) -> float | None:
+    def missed_or_refused(self) -> float | None:
         """The number of missed and refused events, which can make counts wrong."""
         refused = self.value("tcpexporter_kernel_events_total", action="refused")
         if self.missed is None or refused is None:
@@ -156,7 +156,7 @@ class Page:
         return ended_s - took_s > moment_s
 
 
-def look(exporter: Exporter) -> tuple[Page, Counts]:
+def scrape_and_count(exporter: Exporter) -> tuple[Page, Counts]:
     """Scrape until the counts of ss(8) are equal before and after; return both results."""
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until:
@@ -180,8 +180,8 @@ def _of_others(ends: Ends, exporter: Exporter) -> Ends:
     )
 
 
-def look_reconciled(exporter: Exporter) -> tuple[Page, Counts]:
-    """Scrape like `look`, after a reconciliation that begins after this call.
+def scrape_reconciled(exporter: Exporter) -> tuple[Page, Counts]:
+    """Scrape like `scrape_and_count`, after a reconciliation that begins after this call.
 
     No connection of this namespace may open or close. Those of other namespaces may. The
     kernel runs the program for them too, so it can miss events at any time.
@@ -189,7 +189,7 @@ def look_reconciled(exporter: Exporter) -> tuple[Page, Counts]:
     moment_s = time.time()
     until = time.monotonic() + RECONCILED_S
     while time.monotonic() < until:
-        page, true = look(exporter)
+        page, true = scrape_and_count(exporter)
         if page.is_reconciled_since(moment_s):
             return page, true
         time.sleep(0.1)

@@ -162,8 +162,8 @@ def test_a_request_is_answered_with_all_files(
     )
     pairs, parent = watch(monkeypatch, tmp_path, *steps, settings=str(conf))
     assert pairs == [("1", "1")] * 4
-    web, *told = parent.sent
-    assert told == [
+    web, *following = parent.sent
+    assert following == [
         web,
         reader.Message(
             "settings", refused=f"{conf} cannot be read: No such file or directory"

@@ -875,7 +875,7 @@ def test_any_environment_is_parsed_or_refused(environ: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--output=x.prom"], "output requires once: add --once, or leave out --output"),
         (["--output=x", "--features"], "output requires once"),
@@ -884,9 +884,11 @@ def test_any_environment_is_parsed_or_refused(environ: dict[str, str]) -> None:
         (["--unpin", "--features"], "unpin and features exclude each other"),
     ],
 )
-def test_settings_that_exclude_each_other_are_refused(argv: list[str], said: str) -> None:
+def test_settings_that_exclude_each_other_are_refused(
+    argv: list[str], message: str
+) -> None:
     """Otherwise the exporter would silently ignore one of them."""
-    assert refusal(argv).startswith(said)
+    assert refusal(argv).startswith(message)
 
 
 def test_output_is_accepted_with_once(write_file: WriteFile) -> None:
@@ -900,7 +902,7 @@ def test_output_is_accepted_with_once(write_file: WriteFile) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         ("--direction outbound --port 15432", "port names local ports, "),
         ("--port 443,9690", "port names 9690, which is the exporter's own "),
@@ -927,10 +929,10 @@ def test_output_is_accepted_with_once(write_file: WriteFile) -> None:
         ),
     ],
 )
-def test_a_misleading_combination_is_reported(argv: str, said: str) -> None:
+def test_a_misleading_combination_is_reported(argv: str, message: str) -> None:
     """The kind of fault: a number that is always 0, or a setting without any effect."""
     (sentence,) = misleading(parse(argv.split(), {}))
-    assert sentence.startswith(said)
+    assert sentence.startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -967,7 +969,7 @@ def test_a_given_text_replaces_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "message"),
     [
         ("port 443", "port 80,443,8000-8100,8102", "port is 80,443,8000-8100,8102"),
         ("port 443", "", "port is -1"),
@@ -979,13 +981,13 @@ def test_a_given_text_replaces_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_reload_changes_what_it_can_and_names_the_rest(
-    before: str, after: str, said: str
+    before: str, after: str, message: str
 ) -> None:
     """Some settings change at once, the others require a restart; the text has both."""
     argv = ["--conf", "conf"]
     was, wanted = parse(argv, {}, before), parse(argv, {}, after)
     done = reread(was, wanted)
-    assert str(done) == said
+    assert str(done) == message
     assert done.settings.duration_s == wanted.duration_s
     assert done.settings.ports == wanted.ports
     assert done.settings.log_level == wanted.log_level

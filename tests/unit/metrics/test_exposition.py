@@ -24,12 +24,12 @@ class Numbered(Collector):
     """A collector whose exposition has the number of the collection."""
 
     collections = 0
-    trouble: Exception | None = None
+    error: Exception | None = None
 
     def collect(self) -> Iterator[Metric]:
         self.collections += 1
-        if self.trouble:
-            raise self.trouble
+        if self.error:
+            raise self.error
         yield GaugeMetricFamily("number", "Number of this collection.", self.collections)
         yield CounterMetricFamily("seen", "Of something.", 7)
 
@@ -78,18 +78,18 @@ def test_no_exposition_is_older_than_its_request() -> None:
     assert collector.collections > 2
 
 
-@pytest.mark.parametrize("trouble", [SourceError("gone"), ZeroDivisionError("a fault")])
-def test_an_error_reaches_all_waiting_requests(trouble: Exception) -> None:
+@pytest.mark.parametrize("error", [SourceError("gone"), ZeroDivisionError("a fault")])
+def test_an_error_reaches_all_waiting_requests(error: Exception) -> None:
     """Each of them raises the error; the next request collects again."""
     collector, collections = make()
 
     async def run() -> None:
-        collector.trouble = trouble
+        collector.error = error
         outcomes = await asyncio.gather(
             *(collections.next() for _ in range(5)), return_exceptions=True
         )
-        assert outcomes == [trouble] * 5
-        collector.trouble = None
+        assert outcomes == [error] * 5
+        collector.error = None
         assert number(await collections.next()) == 2
 
     asyncio.run(run())
@@ -106,7 +106,7 @@ def test_a_cancelled_scrape_does_not_cancel_the_collection_it_shares() -> None:
         first.cancel()
         assert number(await second) == 1
         assert first.cancelled()
-        collector.trouble = SourceError("gone")
+        collector.error = SourceError("gone")
         third = asyncio.ensure_future(collections.next())
         await asyncio.sleep(0)
         third.cancel()

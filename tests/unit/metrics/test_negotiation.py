@@ -162,7 +162,7 @@ def test_gzip_is_chosen_if_it_is_preferred(accept_encoding: str, *, gzip: bool) 
     assert prefers_gzip(accept_encoding) == gzip
 
 
-class Said(NamedTuple):
+class Element(NamedTuple):
     """One element of a header and its spelling."""
 
     name: str
@@ -205,7 +205,7 @@ PARAMETERS = st.lists(
 ).map(tuple)
 
 RANGES = st.builds(
-    Said,
+    Element,
     st.sampled_from((OM, "text/plain", "application/*", "text/*", "*/*", "text/html")),
     PARAMETERS,
     WEIGHTS,
@@ -213,7 +213,7 @@ RANGES = st.builds(
 )
 
 CODINGS = st.builds(
-    Said,
+    Element,
     st.sampled_from(("gzip", "x-gzip", "identity", "*", "br")),
     st.just(()),
     WEIGHTS,
@@ -226,13 +226,13 @@ OURS = (
 )
 
 
-def format_by_elimination(said: list[Said]) -> Format:
+def format_by_elimination(elements: list[Element]) -> Format:
     """Choose by elimination, with another algorithm than the code under test."""
-    left: list[tuple[Format, Said, int]] = []
+    left: list[tuple[Format, Element, int]] = []
     for form, names, values in OURS:
         admitting = [
             each
-            for each in said
+            for each in elements
             if each.name in names
             and all(value in values for key, value in each.parameters if key != "escaping")
         ]
@@ -262,23 +262,26 @@ def format_by_elimination(said: list[Said]) -> Format:
         if ours != theirs:
             return OPENMETRICS if ours > theirs else TEXT
     positions = [
-        next(i for i, each in enumerate(said) if each is one) for one in (openmetrics, text)
+        next(i for i, each in enumerate(elements) if each is one)
+        for one in (openmetrics, text)
     ]
     return OPENMETRICS if positions[0] < positions[1] else TEXT
 
 
 @given(st.lists(RANGES, max_size=5))
-def test_any_accept_header_gives_the_reference_choice(said: list[Said]) -> None:
+def test_any_accept_header_gives_the_reference_choice(elements: list[Element]) -> None:
     """Weights, ranges, parameters and spelling are random."""
-    assert negotiate(",".join(map(str, said))) is format_by_elimination(said)
+    assert negotiate(",".join(map(str, elements))) is format_by_elimination(elements)
 
 
 @given(st.lists(CODINGS, max_size=5))
-def test_any_accept_encoding_header_gives_the_reference_choice(said: list[Said]) -> None:
+def test_any_accept_encoding_header_gives_the_reference_choice(
+    elements: list[Element],
+) -> None:
     """The reference is a table of the weight of each coding."""
 
     def worth(*names: str) -> int | None:
-        weights = [each.weight for each in said if each.name in names]
+        weights = [each.weight for each in elements if each.name in names]
         return max(weights) if weights else None
 
     named, star, plain = worth("gzip", "x-gzip"), worth("*"), worth("identity")
@@ -287,7 +290,7 @@ def test_any_accept_encoding_header_gives_the_reference_choice(said: list[Said])
     expected = compressed > 0 and (
         compressed > uncompressed or (compressed == uncompressed and named is not None)
     )
-    assert prefers_gzip(", ".join(map(str, said))) == expected
+    assert prefers_gzip(", ".join(map(str, elements))) == expected
 
 
 @given(st.text(st.sampled_from('aq/*;=,." \t\\01\xe9')) | st.text(max_size=50))

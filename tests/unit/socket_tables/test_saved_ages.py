@@ -284,12 +284,12 @@ def test_a_second_exporter_gets_an_error(path: Path) -> None:
 
 def test_a_file_that_cannot_be_trusted_is_refused(path: Path, tmp_path: Path) -> None:
     """It has other content, other users may read it, or it is no regular file."""
-    path.write_text("# something that somebody needs\n")
+    path.write_text("# another file\n")
     path.chmod(0o600)
     assert "is not a file of --state" in refused(path)
     path.chmod(0o640)
     assert "cannot be trusted" in refused(path)
-    assert path.read_text() == "# something that somebody needs\n"
+    assert path.read_text() == "# another file\n"
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "elsewhere")
     assert refused(link) == f"{link} cannot be used: Too many levels of symbolic links"

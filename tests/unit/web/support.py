@@ -42,15 +42,15 @@ class Answer(NamedTuple):
 
 
 class Flaky(Collector):
-    """A collector that raises ``trouble`` if it is set."""
+    """A collector that raises ``error`` if it is set."""
 
-    trouble: Exception | None = None
+    error: Exception | None = None
     collections = 0
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         self.collections += 1
-        if self.trouble:
-            raise self.trouble
+        if self.error:
+            raise self.error
         yield GaugeMetricFamily("connections", "How many.", 7)
 
 

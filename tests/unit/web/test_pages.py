@@ -295,11 +295,11 @@ def test_a_failing_source_gives_503(start: Start, caplog: pytest.LogCaptureFixtu
     port = start(make_app(collector))
     caplog.clear()
     for sentence in ("the map is gone", "the map is gone", "no descriptors left"):
-        collector.trouble = SourceError(sentence)
+        collector.error = SourceError(sentence)
         answer = ask(port, "/metrics")
         assert answer.status == 503
         assert sentence in answer.body.decode()
-    collector.trouble = None
+    collector.error = None
     for _ in range(2):
         assert ask(port, "/metrics").status == 200
     assert caplog.messages == [
@@ -315,13 +315,13 @@ def test_an_unexpected_error_gives_503(
 ) -> None:
     """It is logged in one line without a traceback, and the next scrape works."""
     collector = Flaky()
-    collector.trouble = ZeroDivisionError("not expected")
+    collector.error = ZeroDivisionError("not expected")
     port = start(make_app(collector))
     for _ in range(3):
         assert ask(port, "/metrics").status == 503
     (message,) = caplog.messages
     assert message == "cannot collect metrics: ZeroDivisionError: not expected"
-    collector.trouble = None
+    collector.error = None
     assert ask(port, "/metrics").status == 200
 
 
@@ -337,9 +337,9 @@ def test_check_collects_unless_a_scrape_succeeded(start: Start) -> None:
     assert flaky.collections == before + 1
     assert asyncio.run(app.check()) is None
     assert flaky.collections == before + 2
-    flaky.trouble = SourceError("the tables are gone")
+    flaky.error = SourceError("the tables are gone")
     assert asyncio.run(app.check()) == "the tables are gone"
-    flaky.trouble = None
+    flaky.error = None
     assert asyncio.run(app.check()) is None
 
 
@@ -350,10 +350,10 @@ def test_check_returns_unexpected_errors(
     """An exception would end the task that calls it."""
     flaky = Flaky()
     app = make_app(flaky)
-    flaky.trouble = fault
-    assert "memory" in (trouble := asyncio.run(app.check()) or "") or "a fault" in trouble
+    flaky.error = fault
+    assert "memory" in (error := asyncio.run(app.check()) or "") or "a fault" in error
     assert "cannot collect" in caplog.text
-    flaky.trouble = None
+    flaky.error = None
     assert asyncio.run(app.check()) is None
 
 
@@ -370,7 +370,7 @@ def test_without_memory_a_scrape_is_503(start: Start) -> None:
     """The response says that there is not enough memory."""
     flaky = Flaky()
     port = start(make_app(flaky))
-    flaky.trouble = MemoryError()
+    flaky.error = MemoryError()
     answer = ask(port, "/metrics")
     assert answer.status == 503
     assert b"not enough memory" in answer.body
