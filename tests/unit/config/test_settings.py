@@ -533,9 +533,9 @@ def test_the_bounds_of_max_series_are_valid(number: int) -> None:
 # Invalid values and their errors.
 
 
-@pytest.mark.parametrize(("name", "text", "takes"), REFUSED)
+@pytest.mark.parametrize(("name", "text", "valid"), REFUSED)
 def test_an_invalid_value_is_refused(
-    write_file: WriteFile, name: str, text: str, takes: str
+    write_file: WriteFile, name: str, text: str, valid: str
 ) -> None:
     """The error has the setting, its origin, the valid values, and the invalid one."""
     variable = f"TCPEXPORTER_{in_environment(name)}"
@@ -545,7 +545,7 @@ def test_an_invalid_value_is_refused(
         f"environment variable {variable}": refusal([], {variable: text}),
         f"{conf} line 2": refusal([f"--conf={conf}"]),
     }.items():
-        assert message.startswith(f"{origin}: {name} takes {takes}")
+        assert message.startswith(f"{origin}: {name} takes {valid}")
         assert message.endswith(f", not {quoted(text)}")
 
 
