@@ -169,8 +169,8 @@ GROUPS: Groups = {
             "max-series",
             "2000",
             SERIES,
-            "maximum number of series of a metric, one per port and IP version; of more,"
-            " the smallest are added up as port other, except ports that --port selects",
+            "maximum number of series of a metric; if there are more, the smallest are"
+            " added up as port other, except ports that --port selects",
         ),
         Setting(
             "once",
