@@ -211,8 +211,8 @@ GROUPS: Groups = {
             "max-series",
             "2000",
             SERIES,
-            "maximum number of series of a metric; beyond it the smallest are added up as"
-            " port other, except ports that --port names",
+            "maximum number of series of a metric; if there are more, the smallest are"
+            " added up as port other, except ports that --port selects",
         ),
         Setting(
             "once",

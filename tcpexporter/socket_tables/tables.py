@@ -83,7 +83,7 @@ class SocketTables:
             reader.close()
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
-        """The inodes of the namespaces that are read and held open.
+        """Return the inodes of the namespaces that are read and held open.
 
         The first one is the namespace of --netns, or that of the exporter. Any thread may
         call this.

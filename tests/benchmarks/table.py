@@ -248,7 +248,7 @@ def _where(measured: Report) -> Iterator[str]:
     yield f"{measured.date[:10]}, revision {versions['revision']};"
     yield f"load average {measured.load_average[0]:.1f} at the start."
     if measured.other_exporters:
-        yield f"{measured.other_exporters} other exporters ran on the host."
+        yield f"Other exporters on the host: {measured.other_exporters}."
     if measured.kernel["bpf_stats_enabled"]:
         yield "kernel.bpf_stats_enabled was 1."
 

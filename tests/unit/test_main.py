@@ -110,7 +110,7 @@ class Sources:
         return MemorySource(name=name)
 
 
-NO_BPF = LoadError("BPF takes root")
+NO_BPF = LoadError("BPF requires root")
 NO_DIAG = SocketTableError("modprobe tcp_diag may help")
 NO_PROC = SocketTableError("/proc is not mounted")
 
@@ -122,13 +122,13 @@ NO_PROC = SocketTableError("/proc is not mounted")
         (
             Sources(ebpf=NO_BPF),
             ["ebpf", "sock_diag"],
-            "polling sock_diag, because ebpf does not work: BPF takes root",
+            "polling sock_diag, because ebpf does not work: BPF requires root",
         ),
         (
             Sources(ebpf=NO_BPF, sock_diag=NO_DIAG),
             ["ebpf", "sock_diag", "procfs"],
             (
-                "polling procfs, because ebpf does not work: BPF takes root;"
+                "polling procfs, because ebpf does not work: BPF requires root;"
                 " sock_diag does not work: modprobe tcp_diag may help"
             ),
         ),
@@ -153,7 +153,7 @@ def test_auto_without_any_source_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     """The error has the reason of each source."""
     sources = Sources(ebpf=NO_BPF, sock_diag=NO_DIAG, procfs=NO_PROC)
     monkeypatch.setattr(startup, "_open_named_source", sources.open)
-    with pytest.raises(SourceError, match=r"takes root.*modprobe.*is not mounted"):
+    with pytest.raises(SourceError, match=r"requires root.*modprobe.*is not mounted"):
         startup._open_source(Settings(source="auto"))
 
 
@@ -300,7 +300,7 @@ def test_a_failed_start_ends_the_exporter(stopped: threading.Event) -> None:
         (
             ["--once", "--source", "ebpf", "--user", "nobody"],
             1,
-            "tcpexporter: BPF takes root\n",
+            "tcpexporter: BPF requires root\n",
         ),
     ],
 )
