@@ -80,8 +80,12 @@ class Values:
 
     def summed(self, place: npt.NDArray[np.intp], size: int) -> "Values":
         """Return, for each place below ``size``, the sums of the rows that belong there."""
+        is_distinct = bool(np.bincount(place, minlength=size).max(initial=0) <= 1)
         return Values(
-            *(_sums(place, getattr(self, each.name), size) for each in fields(self))
+            *(
+                _sums(place, getattr(self, each.name), size, is_distinct=is_distinct)
+                for each in fields(self)
+            )
         )
 
     def only(self, chosen: npt.NDArray[Any]) -> "Values":
@@ -134,10 +138,44 @@ def kernel_parts(
     return Parts(outbound_port, by_netns)
 
 
+class Projection:
+    """Adds up the series that are equal when only the labels of a selection are compared.
+
+    It keeps what depends on the series alone: from scrape to scrape, they rarely change.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+        self._series: Series = np.empty(0, np.uint64)
+        self._chosen: npt.NDArray[np.intp] = np.empty(0, np.intp)
+        self._merged: Series = np.empty(0, np.uint64)
+        self._place: npt.NDArray[np.intp] = np.empty(0, np.intp)
+
+    def of(self, series: Series, values: Values) -> tuple[Series, Values]:
+        """Return the series in use, in ascending order, and their values.
+
+        Args:
+            series: of each number; 0: the number is free.
+            values: of each number.
+        """
+        if not np.array_equal(series, self._series):
+            self._series = series
+            self._chosen = np.flatnonzero(_is_selected(series, self.selection))
+            self._merged, self._place = np.unique(
+                projected(series[self._chosen], self.selection), return_inverse=True
+            )
+        summed = values.only(self._chosen).summed(self._place, len(self._merged))
+        is_used = summed.established | summed.opened | summed.failed | summed.pre_existing
+        used = np.flatnonzero(is_used)
+        if len(used) == len(self._merged):
+            return self._merged, summed
+        return self._merged[used], summed.only(used)
+
+
 def count(
     chunks: Iterable[Words],
     ledger: Callable[[], Ledger],
-    selection: Selection,
+    projection: Projection,
     since_ns: Sequence[int],
     *,
     now_ns: int | None = None,
@@ -148,7 +186,7 @@ def count(
         chunks: arrays of ``series_and_time``. Each chunk is used only until the next one is
             requested. The kernel may write to it meanwhile.
         ledger: called when all chunks have been counted: so it has all their series.
-        selection: which connections are counted.
+        projection: of the selection of connections that are counted.
         since_ns: times on CLOCK_BOOTTIME, the latest first. For each of them, `Values.ages`
             has how many connections were established then or before. None was before 0.
         now_ns: the present time on that clock, if ages are to be added up.
@@ -178,9 +216,7 @@ def count(
         entries.lifetimes_sum,
         entries.lifetimes,
     )
-    chosen = np.flatnonzero(_is_selected(series, selection) & _is_used(values))
-    merged, place = np.unique(projected(series[chosen], selection), return_inverse=True)
-    summed = values.only(chosen).summed(place, len(merged))
+    merged, summed = projection.of(series, values)
     return Counts(merged, summed, int(ages[0, 1:].sum()))
 
 
@@ -216,13 +252,6 @@ def _tally(
     return bins.reshape(-1, NUMBERS), times
 
 
-def _is_used(values: Values) -> npt.NDArray[np.bool_]:
-    used: npt.NDArray[np.bool_] = (
-        values.established | values.opened | values.failed | values.pre_existing
-    ) != 0
-    return used
-
-
 def _is_selected(series: Series, selection: Selection) -> npt.NDArray[np.bool_]:
     """Return which series are selected; a free number (0) is not."""
     parts = series.view(SERIES)
@@ -246,6 +275,16 @@ def is_still_selected(published: Series, selection: Selection) -> npt.NDArray[np
     return is_selected
 
 
+def folding_steps(selection: Selection) -> list[str]:
+    """Return the fields that a series is folded by, in order."""
+    steps = []
+    if {"port", "remote_port"} & {*selection.labels}:
+        steps.append("port")
+    if "netns" in selection.labels:
+        steps.append("netns")
+    return steps
+
+
 def projected(series: Series, selection: Selection) -> Series:
     """Return the series without the parts that are not among the labels."""
     found = series.copy()
@@ -259,7 +298,7 @@ def projected(series: Series, selection: Selection) -> Series:
         parts["netns"] = 0
     if "port" not in labels:
         parts["port"][parts["flags"] & REMOTE_PORT == 0] = 0
-    if not _steps(selection):
+    if not folding_steps(selection):
         parts["flags"] &= np.uint8(~FOLDED & 0xFF)
     return found
 
@@ -301,116 +340,12 @@ def _present(series: Records, selection: Selection) -> Series:
     return np.unique(projected(found, selection))
 
 
-def fold(
-    counts: Counts,
-    *,
-    listening: Series,
-    named: Series,
-    published: Series,
-    max_series: int,
-    selection: Selection,
-) -> tuple[Counts, int]:
-    """Limit the number of series in an exposition.
-
-    The connections of a series that is left out are added to a folded series, without port.
-    There is one for each combination of the other labels, so the sums do not change. If
-    there are more than ``max_series`` of these, the rest are added to the folded series for
-    all other namespaces.
-
-    Args:
-        counts: the counts of all series.
-        listening: the series that have a listener now.
-        named: the series that are never left out.
-        published: the series of the previous exposition, including folded ones. A series
-            that is not in use any more stays, at 0, while there is capacity. A folded
-            series always stays.
-        max_series: the maximum number of series that are not folded, unless more are named.
-        selection: what the series were selected and projected by.
-
-    Returns:
-        The counts of the exposition, and the number of series in use that are left out.
-    """
-    steps = _steps(selection)
-    is_folded = published.view(SERIES)["flags"] & FOLDED != 0
-    limit = max_series if steps else np.iinfo(np.int64).max
-    kept = _kept(counts, listening, named, published[~is_folded], limit)
-    used = np.union1d(counts.series, listening)
-    folded = np.setdiff1d(used, kept, assume_unique=True)
-    others = _others(folded, published[is_folded], max_series, steps)
-    exposed = np.union1d(kept, others)
-    place = np.searchsorted(exposed, _found(counts.series, exposed, steps))
-    values = counts.values.summed(place, len(exposed))
-    left_out = folded.view(SERIES)["flags"] & FOLDED == 0
-    return Counts(exposed, values, counts.total), int(left_out.sum())
-
-
-def _steps(selection: Selection) -> list[str]:
-    """Return the fields that a series is folded by, in order."""
-    steps = []
-    if {"port", "remote_port"} & {*selection.labels}:
-        steps.append("port")
-    if "netns" in selection.labels:
-        steps.append("netns")
-    return steps
-
-
-def _kept(
-    counts: Counts, listening: Series, named: Series, published: Series, max_series: int
-) -> Series:
-    """Return the series that are not folded: those with the most connections.
-
-    A listener counts as one connection, and is preferred among series of equal size.
-    """
-    is_own = counts.series.view(SERIES)["flags"] & FOLDED == 0
-    counted = counts.series[is_own]
-    series = np.unique(np.concatenate((counted, listening, named, published)))
-    rank = np.zeros(len(series), np.int64)
-    rank[np.searchsorted(series, counted)] = 4 * counts.values.established[is_own]
-    rank[np.searchsorted(series, listening)] += 4 + 2
-    # Among series of equal size, those of the previous exposition are preferred. So series
-    # do not alternate between scrapes.
-    rank[np.searchsorted(series, published)] += 1
-    rank[np.searchsorted(series, named)] = np.iinfo(np.int64).max
-    order = np.argsort(-rank, kind="stable")
-    return np.sort(series[order[: max(max_series, len(named))]])
-
-
-def _others(
-    folded: Series, published: Series, max_series: int, steps: Sequence[str]
-) -> Series:
-    """Return the folded series: published ones, and those that ``folded`` needs."""
-    if not steps:
-        return np.empty(0, np.uint64)
-    needed = np.setdiff1d(_without(steps[0], folded), published)
-    others = np.concatenate((published, needed))
-    is_shared = others.view(SERIES)["netns"] == 0
-    own = others[~is_shared]
-    shared = (others[is_shared], _without("netns", own[max_series:]))
-    return np.unique(np.concatenate((own[:max_series], *shared)))
-
-
-def _found(series: Series, exposed: Series, steps: Sequence[str]) -> Series:
-    """Return the series of ``exposed`` that each of ``series`` is counted in.
-
-    It is the series itself, or the folded one in its namespace, or the folded one for all
-    other namespaces.
-    """
-    found = series
-    for field in steps:
-        found = np.where(np.isin(found, exposed), found, _without(field, found))
-    return found
-
-
-def _without(field: str, series: Series) -> Series:
-    """Return ``series`` folded by a field."""
-    blank = series.copy()
-    blank.view(SERIES)[field] = 0
-    blank.view(SERIES)["flags"] |= FOLDED
-    return blank
-
-
-def _sums(place: npt.NDArray[np.intp], rows: Counters, size: int) -> Counters:
+def _sums(
+    place: npt.NDArray[np.intp], rows: Counters, size: int, *, is_distinct: bool
+) -> Counters:
     sums = np.zeros((size, *rows.shape[1:]), np.int64)
-    if rows.size:
+    if is_distinct:
+        sums[place] = rows
+    elif rows.size:
         np.add.at(sums, place, rows)
     return sums

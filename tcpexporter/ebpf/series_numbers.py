@@ -27,10 +27,10 @@ e. A run has found the entry of a series and not yet read its value; 1 deletes t
    not found: c.
 f. Two runs, or a run and this module, allocate a number for the same series: the map takes
    the first. The other pushes its number back and uses the first. For an instant the ledger
-   has the series at that number, too: it is neither in the map nor an orphan, so this module
-   does not free it.
-g. The kernel refuses 1 or 2: all are restored and nothing is freed. One that the kernel
-   refuses to restore is an orphan.
+   has the series at that number, too. It is neither in the map nor an orphan, so this
+   module does not free it.
+g. The kernel refuses 1 or 2: all are restored and nothing is freed. A number that the
+   kernel refuses to restore is an orphan.
 
 Counters of a series that is freed are forgotten. This is done only when few numbers are
 free, or when a network namespace has gone; it does not change the sums
@@ -275,8 +275,8 @@ class SeriesNumbers:
         """
         series = self._entries()["series"].copy()
         series[:SERIES_FIRST] = 0
-        is_wanted = np.isin(series.view(SERIES)["netns"], [*self._forgotten])
-        self._forgotten.clear()
+        forgotten, self._forgotten = self._forgotten, set()
+        is_wanted = np.isin(series.view(SERIES)["netns"], [*forgotten])
         if np.count_nonzero(series) > FULL_SHARE * self.max_series:
             is_wanted[:] = True
         is_wanted &= series != 0

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import (
-    CounterMetricFamily,
     GaugeHistogramMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
@@ -21,12 +20,13 @@ from tcpexporter import clock
 from tcpexporter.connections.counting import (
     Counters,
     Counts,
+    Projection,
     Selection,
     count,
-    fold,
     is_still_selected,
     listened,
 )
+from tcpexporter.connections.folding import fold
 from tcpexporter.connections.record import TIME_SHIFT, Direction
 from tcpexporter.connections.series import OUTBOUND, SERIES, Series
 from tcpexporter.connections.source import Source
@@ -37,7 +37,8 @@ from tcpexporter.metrics.exporter_status import (
     ReloadCollector,
 )
 from tcpexporter.metrics.reload_status import Reloads
-from tcpexporter.metrics.series_labels import Labels, label_values
+from tcpexporter.metrics.series_family import LabelSets, SeriesFamily
+from tcpexporter.metrics.series_labels import label_values
 from tcpexporter.metrics.source_families import source_families
 
 FORGET_NS = 300_000_000_000
@@ -88,6 +89,9 @@ class ConnectionCollector(Collector):
         self._bounds_s = tuple(bounds_s)
         self._boottime_ns = boottime_ns
         self._published = choice.named
+        self._projection = Projection(choice.selection)
+        self._labelled_by: object = None
+        self._label_sets = LabelSets((), ())
         self._gone_ns: dict[int, int] = {}
         self._forgotten: set[int] = set()
         self._names_before: Mapping[int, str] = {}
@@ -116,7 +120,7 @@ class ConnectionCollector(Collector):
         counts = count(
             self._source.read(),
             self._source.ledger,
-            choice.selection,
+            self._project(choice.selection),
             [now_ns - round(each * 1e9) for each in ages_s],
             now_ns=now_ns if self._bounds_s else None,
         )
@@ -145,6 +149,11 @@ class ConnectionCollector(Collector):
             "Time needed to read and count the connections for this scrape.",
             time.perf_counter() - started_s,
         )
+
+    def _project(self, selection: Selection) -> Projection:
+        if self._projection.selection is not selection:
+            self._projection = Projection(selection)
+        return self._projection
 
     def _publish(
         self,
@@ -233,82 +242,92 @@ class ConnectionCollector(Collector):
     ) -> Iterator[Metric]:
         labels = choice.selection.labels
         failed = counts.values.failed != 0
-        opened = (
-            counts.values.established | counts.values.opened | counts.values.pre_existing
-        )
+        opened = counts.values.established | counts.values.opened
+        opened |= counts.values.pre_existing
         if Direction.OUTBOUND in choice.selection.directions:
             is_outbound = counts.series.view(SERIES)["flags"] & OUTBOUND != 0
             attempts = counts.only(np.flatnonzero(failed | is_outbound))
-            yield _filled(
-                CounterMetricFamily(
-                    "tcp_connections_failed",
-                    "Outbound TCP connection attempts that ended before ESTABLISHED.",
-                    labels=labels,
-                ),
-                label_values(attempts.series, labels, names),
-                attempts.values.failed,
+            yield SeriesFamily(
+                "tcp_connections_failed",
+                "Outbound TCP connection attempts that ended before ESTABLISHED.",
+                "counter",
+                LabelSets(labels, label_values(attempts.series, labels, names)),
+                attempts.values.failed.tolist(),
             )
         # A series in which every attempt has failed has no connections.
         counts = counts.only(np.flatnonzero(~failed | (opened != 0)))
         values = counts.values
-        rows = label_values(counts.series, labels, names)
-        gauges = {
-            "netstat_tcp_longterm_connections_total": (
+        label_sets = self._labels(counts.series, labels, names)
+        long_term = values.ages[:, ages_s.index(choice.duration_s)]
+        families = (
+            (
+                "netstat_tcp_longterm_connections_total",
                 "TCP connections established for at least tcpexporter_duration_seconds.",
-                values.ages[:, ages_s.index(choice.duration_s)],
+                "gauge",
+                long_term,
             ),
-            "tcp_established_connections": (
+            (
+                "tcp_established_connections",
                 "TCP connections that are established, of any age.",
+                "gauge",
                 values.established,
             ),
-        }
-        for name, (text, numbers) in gauges.items():
-            yield _filled(GaugeMetricFamily(name, text, labels=labels), rows, numbers)
-        counters = {
-            "tcp_connections_opened": (
+            (
+                "tcp_connections_opened",
                 "TCP connections that were established since counting began.",
+                "counter",
                 values.opened,
             ),
-            "tcp_connections_closed": (
+            (
+                "tcp_connections_closed",
                 "TCP connections that left the state ESTABLISHED since counting began.",
+                "counter",
                 values.closed,
             ),
-        }
-        for name, (text, numbers) in counters.items():
-            yield _filled(CounterMetricFamily(name, text, labels=labels), rows, numbers)
+        )
+        for name, text, kind, numbers in families:
+            yield SeriesFamily(name, text, kind, label_sets, numbers.tolist())
         if self._bounds_s:
             chosen = [ages_s.index(each) for each in self._bounds_s]
-            yield self._lifetimes(counts, labels, rows)
-            yield self._ages(counts, labels, rows, values.ages[:, chosen])
+            yield self._lifetimes(counts, label_sets)
+            yield self._ages(counts, label_sets, values.ages[:, chosen])
 
-    def _lifetimes(
-        self, counts: Counts, labels: Sequence[str], rows: Sequence[Labels]
-    ) -> Metric:
+    def _labels(
+        self, series: Series, labels: Sequence[str], names: Mapping[int, str]
+    ) -> LabelSets:
+        """Return the labels of series; those of the last scrape if nothing has changed."""
+        key = (series.tobytes(), tuple(names.items()))
+        if key != self._labelled_by:
+            self._labelled_by = key
+            self._label_sets = LabelSets(labels, label_values(series, labels, names))
+        return self._label_sets
+
+    def _lifetimes(self, counts: Counts, labels: LabelSets) -> Metric:
         family = HistogramMetricFamily(
             "tcp_connection_duration_seconds",
             "How long closed TCP connections were established; long-lived ones appear here"
             " only when they close.",
-            labels=labels,
+            labels=labels.names,
         )
         values = counts.values
         cumulative = values.lifetimes.cumsum(axis=1)
-        for row, each, total in zip(rows, cumulative, values.lifetimes_sum, strict=True):
+        for row, each, total in zip(
+            labels.rows, cumulative, values.lifetimes_sum, strict=True
+        ):
             family.add_metric(row, self._buckets(each), _seconds(total))
         return family
 
-    def _ages(
-        self, counts: Counts, labels: Sequence[str], rows: Sequence[Labels], older: Counters
-    ) -> Metric:
+    def _ages(self, counts: Counts, labels: LabelSets, older: Counters) -> Metric:
         family = GaugeHistogramMetricFamily(
             "tcp_established_connection_age_seconds",
             "For how long the open TCP connections have been established.",
-            labels=labels,
+            labels=labels.names,
         )
         values = counts.values
         cumulative = np.column_stack(
             (values.established[:, np.newaxis] - older, values.established)
         )
-        for row, each, total in zip(rows, cumulative, values.ages_sum, strict=True):
+        for row, each, total in zip(labels.rows, cumulative, values.ages_sum, strict=True):
             family.add_metric(row, self._buckets(each), _seconds(total))
         return family
 
@@ -320,16 +339,6 @@ class ConnectionCollector(Collector):
 def _namespaces(*series: Series) -> Iterator[int]:
     """Yield the inodes of the namespaces of series, each once."""
     yield from np.unique(np.concatenate(series).view(SERIES)["netns"]).tolist()
-
-
-def _filled(
-    family: GaugeMetricFamily | CounterMetricFamily,
-    rows: Sequence[Labels],
-    numbers: Counters,
-) -> Metric:
-    for values, number in zip(rows, numbers.tolist(), strict=True):
-        family.add_metric(values, number)
-    return family
 
 
 def _seconds(units: np.int64) -> float:

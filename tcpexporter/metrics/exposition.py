@@ -12,6 +12,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from tcpexporter.metrics.negotiation import choose
+from tcpexporter.metrics.series_family import SeriesFamily
 
 _END = b"# EOF\n"
 
@@ -43,10 +44,31 @@ class _FamilyCollector(Collector):
 
     def __init__(self, family: Metric) -> None:
         self._family = family
-        self.names = {each.name for each in family.samples}
+
+    @property
+    def names(self) -> set[str]:
+        """The names of the samples."""
+        if isinstance(self._family, SeriesFamily):
+            return {self._family.sample_name}
+        return {each.name for each in self._family.samples}
 
     def collect(self) -> Iterator[Metric]:
         yield self._family
+
+    def written(self, form: Format) -> bytes:
+        """Return the family in a text format, without the text after the last family."""
+        if isinstance(self._family, SeriesFamily):
+            family = self._family
+            head = _head(form, family.name, family.documentation, family.type)
+            return head + family.sample_lines()
+        return form.encode(self).removesuffix(form.end)
+
+
+@lru_cache(maxsize=64)
+def _head(form: Format, name: str, documentation: str, kind: str) -> bytes:
+    """Return the lines before the samples of a family, as the library writes them."""
+    empty = _FamilyCollector(Metric(name, documentation, kind))
+    return form.encode(empty).removesuffix(form.end)
 
 
 class Exposition:
@@ -85,8 +107,7 @@ class Exposition:
 
     def _families(self, form: Format) -> Sequence[bytes]:
         if form not in self._written:
-            texts = (form.encode(each) for each in self._collectors)
-            self._written[form] = [text.removesuffix(form.end) for text in texts]
+            self._written[form] = [each.written(form) for each in self._collectors]
         return self._written[form]
 
 

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Limits the number of series in an exposition, by adding up the smallest ones."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tcpexporter.connections.counting import Counts, Selection, folding_steps
+from tcpexporter.connections.series import FOLDED, SERIES, Series
+
+
+def fold(
+    counts: Counts,
+    *,
+    listening: Series,
+    named: Series,
+    published: Series,
+    max_series: int,
+    selection: Selection,
+) -> tuple[Counts, int]:
+    """Limit the number of series in an exposition.
+
+    The connections of a series that is left out are added to a folded series, without port.
+    There is one for each combination of the other labels, so the sums do not change. If
+    there are more than ``max_series`` of these, the rest are added to the folded series for
+    all other namespaces.
+
+    Args:
+        counts: the counts of all series.
+        listening: the series that have a listener now.
+        named: the series that are never left out.
+        published: the series of the previous exposition, including folded ones. A series
+            that is not in use any more stays, at 0, while there is capacity. A folded
+            series always stays.
+        max_series: the maximum number of series that are not folded, unless more are named.
+        selection: what the series were selected and projected by.
+
+    Returns:
+        The counts of the exposition, and the number of series in use that are left out.
+    """
+    steps = folding_steps(selection)
+    limit = max(max_series, len(named)) if steps else np.iinfo(np.int64).max
+    own = [_not_folded(each) for each in (counts.series, published)]
+    everything = np.unique(np.concatenate((*own, listening, named)))
+    is_folded = published.view(SERIES)["flags"] & FOLDED != 0
+    if len(everything) <= limit:
+        kept = everything
+        if len(own[0]) == len(counts.series) and not is_folded.any():
+            values = counts.values.summed(np.searchsorted(kept, own[0]), len(kept))
+            return Counts(kept, values, counts.total), 0
+    else:
+        kept = _kept(everything, counts, listening, own[1], named)[:limit]
+    folded = np.setdiff1d(np.union1d(counts.series, listening), kept, assume_unique=True)
+    others = _others(folded, published[is_folded], max_series, steps)
+    exposed = np.union1d(kept, others)
+    place = np.searchsorted(exposed, _found(counts.series, exposed, steps))
+    values = counts.values.summed(place, len(exposed))
+    return Counts(exposed, values, counts.total), len(_not_folded(folded))
+
+
+def _not_folded(series: Series) -> Series:
+    chosen: Series = series[series.view(SERIES)["flags"] & FOLDED == 0]
+    return chosen
+
+
+def _kept(
+    series: Series, counts: Counts, listening: Series, published: Series, named: Series
+) -> Series:
+    """Return the series in the order in which they are kept: most connections first.
+
+    A listener counts as one connection, and is preferred among series of equal size.
+    """
+    rank = np.zeros(len(series), np.int64)
+    counted = counts.series.view(SERIES)["flags"] & FOLDED == 0
+    rank[np.searchsorted(series, counts.series[counted])] = (
+        4 * counts.values.established[counted]
+    )
+    rank[np.searchsorted(series, listening)] += 4 + 2
+    # This decides only between equals, so that series do not alternate between scrapes.
+    rank[np.searchsorted(series, published)] += 1
+    rank[np.searchsorted(series, named)] = np.iinfo(np.int64).max
+    ordered: Series = series[np.argsort(-rank, kind="stable")]
+    return ordered
+
+
+def _others(
+    folded: Series, published: Series, max_series: int, steps: Sequence[str]
+) -> Series:
+    """Return the folded series: published ones, and those that ``folded`` needs."""
+    if not steps:
+        return np.empty(0, np.uint64)
+    needed = np.setdiff1d(_without(steps[0], folded), published)
+    others = np.concatenate((published, needed))
+    is_shared = others.view(SERIES)["netns"] == 0
+    own = others[~is_shared]
+    shared = (others[is_shared], _without("netns", own[max_series:]))
+    return np.unique(np.concatenate((own[:max_series], *shared)))
+
+
+def _found(series: Series, exposed: Series, steps: Sequence[str]) -> Series:
+    """Return the series of ``exposed`` that each of ``series`` is counted in.
+
+    It is the series itself, or the folded one in its namespace, or the folded one for all
+    other namespaces.
+    """
+    found = series
+    for field in steps:
+        found = np.where(np.isin(found, exposed), found, _without(field, found))
+    return found
+
+
+def _without(field: str, series: Series) -> Series:
+    """Return ``series`` folded by a field."""
+    blank = series.copy()
+    blank.view(SERIES)[field] = 0
+    blank.view(SERIES)["flags"] |= FOLDED
+    return blank
