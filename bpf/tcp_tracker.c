@@ -55,6 +55,8 @@ BPF_F_TABLE("hash", __u64, __u32, slots, MAX_CONNECTIONS, MAP_FLAGS);
 BPF_F_TABLE("array", __u32, struct connection, connections, MAX_CONNECTIONS,
 	    BPF_F_MMAPABLE);
 
+BPF_F_TABLE("array", __u32, __u64, series_and_time, MAX_CONNECTIONS, BPF_F_MMAPABLE);
+
 BPF_STACK(free_slots, __u32, MAX_CONNECTIONS);
 
 /* The number of each series. */
@@ -63,7 +65,8 @@ BPF_F_TABLE("hash", struct series_key, __u32, series_numbers, MAX_SERIES, MAP_FL
 BPF_F_TABLE("array", __u32, struct ledger_entry, ledger, SERIES_FIRST + MAX_SERIES,
 	    BPF_F_MMAPABLE);
 
-/* Of the same layout, written by userspace: it corrects the ledger after missed events. */
+/* Of the same layout, written by userspace: it corrects the ledger after missed events.
+ */
 BPF_F_TABLE("array", __u32, struct ledger_entry, corrections, SERIES_FIRST + MAX_SERIES,
 	    BPF_F_MMAPABLE);
 
@@ -189,18 +192,21 @@ static __u64 handle_of_seed(const struct connection_key *key)
 }
 
 /*
- * Returns the connection with this handle, or NULL. When userspace deletes an entry of
- * a hash map, the kernel can reuse the memory of the entry for another handle, while
- * this run has a pointer to the value. So the value may be the slot of another handle.
- * Therefore the handle in the record of the slot is compared: userspace clears it
- * before it frees the slot.
+ * Returns the connection with this handle, and its word in `word`; or NULL. When
+ * userspace deletes an entry of a hash map, the kernel can reuse the memory of the
+ * entry for another handle, while this run has a pointer to the value. So the value may
+ * be the slot of another handle. Therefore the handle in the record of the slot is
+ * compared: userspace clears it before it frees the slot.
  */
-static struct connection *find(__u64 handle)
+static struct connection *find(__u64 handle, __u64 **word)
 {
 	__u32 *slot = slots.lookup(&handle);
 	struct connection *connection = slot ? connections.lookup(slot) : NULL;
 
-	return connection && connection->handle == handle ? connection : NULL;
+	if (!connection || connection->handle != handle)
+		return NULL;
+	*word = series_and_time.lookup(slot);
+	return *word ? connection : NULL;
 }
 
 static void push_free(__u32 range)
@@ -212,7 +218,7 @@ static void push_free(__u32 range)
 }
 
 /* Allocates a slot for a handle without a slot; returns NULL if no slot is free. */
-static struct connection *allocate(__u64 handle)
+static struct connection *allocate(__u64 handle, __u64 **word)
 {
 	__u32 range, slot;
 
@@ -225,7 +231,8 @@ static struct connection *allocate(__u64 handle)
 		push_free(slot << RANGE_BITS);
 		return NULL;
 	}
-	return connections.lookup(&slot);
+	*word = series_and_time.lookup(&slot);
+	return *word ? connections.lookup(&slot) : NULL;
 }
 
 static struct series_key series_of(const struct connection_key *key, bool is_outbound,
@@ -324,9 +331,9 @@ static void record_opened(__u32 number)
 		ADD(entry->opened, 1);
 }
 
-static void record_closed(__u64 series_and_time)
+static void record_closed(__u64 word)
 {
-	__u32 number = series_and_time & SERIES_MASK;
+	__u32 number = word & SERIES_MASK;
 	struct ledger_entry *entry = ledger.lookup(&number);
 
 	if (!entry)
@@ -335,7 +342,7 @@ static void record_closed(__u64 series_and_time)
 #ifdef BUCKETS
 	static const __u64 bounds[] = {BOUNDS};
 	__u64 lifetime =
-	    (bpf_ktime_get_boot_ns() >> TIME_SHIFT) - (series_and_time >> SERIES_BITS);
+	    (bpf_ktime_get_boot_ns() >> TIME_SHIFT) - (word >> SERIES_BITS);
 	__u32 bucket = 0;
 
 #pragma unroll
@@ -347,12 +354,17 @@ static void record_closed(__u64 series_and_time)
 #endif
 }
 
-static void remove_from(struct connection *connection, struct tracker_events *count)
+static bool is_open(__u64 word)
 {
-	__u64 series_and_time = connection->series_and_time;
+	return word & SERIES_MASK;
+}
 
-	STORE(__u64, connection->series_and_time, 0);
-	record_closed(series_and_time);
+static void remove_from(__u64 *word, struct tracker_events *count)
+{
+	__u64 removed = *word;
+
+	STORE(__u64, *word, CLOSED);
+	record_closed(removed);
 	count->removed++;
 }
 
@@ -360,12 +372,13 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 		   struct tracker_events *count)
 {
 	__u64 handle = (__u64)sk;
-	struct connection *connection = find(handle);
+	__u64 *word = NULL;
+	struct connection *connection = find(handle, &word);
 	struct series_key series;
 	__u32 number;
 
 	if (!connection) {
-		connection = allocate(handle);
+		connection = allocate(handle, &word);
 		if (!connection) {
 			count->refused++;
 			return;
@@ -373,16 +386,16 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 		count->allocated++;
 	}
 	/* The closing of the last connection at this address was missed. */
-	if (connection->series_and_time)
-		remove_from(connection, count);
+	if (is_open(*word))
+		remove_from(word, count);
 	connection->handle = handle;
 	load_key(&connection->key, sk, netns, LOAD(__u16, sk, SKC_NUM_OFFSET));
 	connection->is_outbound = oldstate == TCP_SYN_SENT;
 	series = series_of(&connection->key, oldstate == TCP_SYN_SENT,
 			   outbound_port_of(&connection->key));
 	number = counted_in(&series);
-	STORE(__u64, connection->series_and_time,
-	      bpf_ktime_get_boot_ns() >> TIME_SHIFT << SERIES_BITS | number);
+	*(volatile __u64 *)word =
+	    bpf_ktime_get_boot_ns() >> TIME_SHIFT << SERIES_BITS | number;
 	record_opened(number);
 	count->inserted++;
 }
@@ -399,13 +412,14 @@ static bool is_same(const struct connection_key *one,
 
 static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 {
-	struct connection *connection = find((__u64)sk);
+	__u64 *word = NULL;
+	struct connection *connection = find((__u64)sk, &word);
 	struct connection_key key;
 	__u32 nothing = 0;
 	int first = 0;
 	__u32 *flag = recording.lookup(&first);
 	bool is_recording = flag && *flag;
-	bool has_record = connection && connection->series_and_time;
+	bool has_record = connection && is_open(*word);
 	bool is_known;
 	__u64 handle;
 
@@ -417,7 +431,7 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 	 */
 	is_known = has_record && is_same(&connection->key, &key);
 	if (has_record)
-		remove_from(connection, count);
+		remove_from(word, count);
 	if (is_known && !is_recording)
 		return;
 	handle = handle_of_seed(&key);
@@ -429,15 +443,14 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 		count->unrecorded++;
 	if (is_known)
 		return;
-	connection = find(handle);
-	if (!connection || !connection->series_and_time)
+	connection = find(handle, &word);
+	if (!connection || !is_open(*word))
 		return;
-	remove_from(connection, count);
+	remove_from(word, count);
 	count->removed_seeds++;
 }
 
-/* Counts an outbound attempt; the local port of one that failed is never in a series.
- */
+/* Counts an outbound attempt that has failed. Its local port is in no series. */
 static void failed(const void *sk, __u32 netns)
 {
 	struct connection_key key;

@@ -42,17 +42,21 @@ struct series_key {
 #define TIME_SHIFT 13
 
 /*
- * A slot for a connection, one cache line. Userspace maps the array of slots and reads
- * it at any time. All that a count requires is in one word, so one store opens a
- * connection and one store closes it.
+ * A slot for a connection, one cache line. Whether it has one, since when, and in which
+ * series, is in another array: one word for each slot, time << SERIES_BITS | number. So
+ * one store opens a connection, one store closes it, and userspace counts a million
+ * connections by reading 8 MB. The word of a slot without connection is CLOSED, or 0 if
+ * the slot was never used; the number in both is 0.
  */
 struct connection {
-	__u64 series_and_time; /* time << SERIES_BITS | number; 0: no connection */
-	__u64 handle;	       /* identifies the owner of this slot, 0: none */
+	__u64 handle; /* the socket's address, or the hash of a seed; 0: none */
 	struct connection_key key;
 	__u32 is_outbound; /* 0 or 1 */
 	__u32 pad;	   /* zero */
+	__u64 reserved;	   /* zero */
 };
+
+#define CLOSED (1ULL << SERIES_BITS)
 
 /* What has happened in a series. Both ends of a loopback connection are connections. */
 struct ledger_entry {

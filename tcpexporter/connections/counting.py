@@ -183,8 +183,8 @@ def count(
     """Count the selected connections of all chunks.
 
     Args:
-        chunks: arrays of ``series_and_time``. Each chunk is used only until the next one is
-            requested. The kernel may write to it meanwhile.
+        chunks: of words, some of which have no connection. Each chunk is used only until
+            the next one is requested. The kernel may write to it meanwhile.
         ledger: called when all chunks have been counted: so it has all their series.
         projection: of the selection of connections that are counted.
         since_ns: times on CLOCK_BOOTTIME, the latest first. For each of them, `Values.ages`

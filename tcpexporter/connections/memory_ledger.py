@@ -57,7 +57,7 @@ class MemoryLedger:
         self._forgotten |= {*netns}
 
     def count(self, connections: Records) -> Words:
-        """Return ``series_and_time`` of connections of dtype `SOCKET`."""
+        """Return the words of connections of dtype `SOCKET`."""
         numbers = self._numbers(series_of(connections, self._parts))
         return words(numbers, connections["established_ns"])
 
@@ -127,5 +127,5 @@ class MemoryLedger:
         return found
 
 
-def _numbers_of(series_and_time: Words) -> npt.NDArray[np.int64]:
-    return (series_and_time & np.uint64(SERIES_MASK)).astype(np.int64)
+def _numbers_of(found: Words) -> npt.NDArray[np.int64]:
+    return (found & np.uint64(SERIES_MASK)).astype(np.int64)

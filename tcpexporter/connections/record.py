@@ -32,18 +32,17 @@ Addresses are bytes in network order, IPv4 as ::ffff:a.b.c.d. Ports are in host 
 
 CONNECTION = np.dtype(
     [
-        ("series_and_time", "u8"),
         ("handle", "u8"),
         ("key", KEY),
         ("is_outbound", "u4"),
         ("pad", "u4"),
+        ("reserved", "u8"),
     ]
 )
 """``struct connection``: a slot of the tracker, which the BPF program writes to.
 
-``series_and_time`` has the number of the connection's series and the time at which it was
-established; 0: the slot has no connection. ``handle`` identifies the slot to the BPF
-program (see `ebpf.tracker`). ``is_outbound`` is a `Direction`.
+``handle`` identifies the slot to the BPF program (see `ebpf.tracker`). ``is_outbound`` is a
+`Direction`. Whether the slot has a connection is in the slot's element of `Words`.
 """
 
 SOCKET = np.dtype(
@@ -63,12 +62,15 @@ host boots again (sock_gen_cookie in the kernel's net/core/sock_diag.c); 0 if it
 """
 
 SERIES_BITS = 18
-"""Bits of a series number, the lower part of ``series_and_time``."""
+"""Bits of a series number, the lower part of a word of `Words`."""
 
 SERIES_MASK = (1 << SERIES_BITS) - 1
 
 TIME_SHIFT = 13
-"""The upper part of ``series_and_time`` is a time in units of 2^13 ns."""
+"""The upper part of such a word is a time in units of 2^13 ns."""
+
+CLOSED = np.uint64(1 << SERIES_BITS)
+"""The word of a slot whose connection has closed."""
 
 LISTENER = np.dtype([("netns", "u4"), ("port", "u2"), ("ip_version", "u1")])
 """A listening port and an IP version, 4 or 6, that its socket accepts."""
@@ -77,7 +79,11 @@ Records: TypeAlias = npt.NDArray[np.void]
 """A one-dimensional array of one of the dtypes above."""
 
 Words: TypeAlias = npt.NDArray[np.uint64]
-"""A one-dimensional array of ``series_and_time``."""
+"""One word for each slot: the number of the connection's series, and its time.
+
+The time is when the connection was established, on CLOCK_BOOTTIME. The number is 0 if the
+slot has no connection. The word is 0 if the slot was never used.
+"""
 
 Numbers: TypeAlias = npt.NDArray[np.uint32]
 """A one-dimensional array of series numbers."""
@@ -104,11 +110,16 @@ def ip_versions(keys: Records) -> npt.NDArray[np.uint8]:
 
 
 def words(numbers: Numbers, established_ns: npt.NDArray[np.uint64]) -> Words:
-    """Return ``series_and_time`` for series numbers and times in ns of CLOCK_BOOTTIME."""
+    """Return the words for series numbers and times in ns of CLOCK_BOOTTIME."""
     time = established_ns.astype(np.uint64) >> np.uint64(TIME_SHIFT)
     return time << np.uint64(SERIES_BITS) | numbers
 
 
-def times_ns(series_and_time: Words) -> npt.NDArray[np.uint64]:
-    """Return the times of ``series_and_time`` in ns, each up to 8,191 ns too early."""
-    return series_and_time >> np.uint64(SERIES_BITS) << np.uint64(TIME_SHIFT)
+def numbers(words: Words) -> Numbers:
+    """Return the series number of each word; 0: no connection."""
+    return (words & np.uint64(SERIES_MASK)).astype(np.uint32)
+
+
+def times_ns(words: Words) -> npt.NDArray[np.uint64]:
+    """Return the times of words in ns, each up to 8,191 ns too early."""
+    return words >> np.uint64(SERIES_BITS) << np.uint64(TIME_SHIFT)

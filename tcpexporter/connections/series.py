@@ -90,8 +90,8 @@ def folded_number(series: Series) -> Numbers:
 def entry_dtype(buckets: int) -> "np.dtype[np.void]":
     """Return the dtype of ``struct ledger_entry`` with this number of lifetime buckets.
 
-    ``series`` is 0 if the number is free. ``lifetimes_sum`` is in units of time, as in
-    ``series_and_time``; ``lifetimes`` are not cumulative. These two are there only if
+    ``series`` is 0 if the number is free. ``lifetimes_sum`` is in units of time, as in a
+    word; ``lifetimes`` are not cumulative. These two are there only if
     ``buckets`` is not 0.
     """
     fields = [("series", "u8"), ("opened", "u8"), ("closed", "u8"), ("failed", "u8")]

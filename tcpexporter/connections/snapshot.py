@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Copies connections that the kernel may be writing to, and joins them with earlier ones.
 
-A connection exists in a slot if ``series_and_time`` is not 0. The BPF program writes it
-last when a connection opens, and nothing else when it closes. No two connections in a slot
-have the same value: one would have to close, and the next to open, within 8,192 ns. So if
-the value is the same before and after other fields were read, these belong to the same
+A slot has a connection if its word has a series number. The BPF program writes the word
+last when a connection opens, and only the word when it closes. No two connections in a slot
+have the same word: one would have to close, and the next to open, within 8,192 ns. So if
+the word is the same before and after other fields were read, these belong to the same
 connection.
 """
 
@@ -16,73 +16,81 @@ import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import hashes
-from tcpexporter.connections.record import KEY, SOCKET, Records, times_ns
+from tcpexporter.connections.record import (
+    KEY,
+    SERIES_MASK,
+    SOCKET,
+    Records,
+    Words,
+    times_ns,
+)
 
 OLD_OUTBOUND_BIT = 17
 """The bit of ``group`` that is set for outbound connections, in records of version 1."""
 
 
 def consistent_fields(
-    window: Records, *names: str
-) -> tuple[npt.NDArray[np.intp], dict[str, npt.NDArray[Any]]]:
+    window: Records, words: Words, *names: str
+) -> tuple[npt.NDArray[np.intp], Words, dict[str, npt.NDArray[Any]]]:
     """Copy fields of the connections that do not change while they are copied.
 
     Args:
         window: slots that the kernel may write to at any time.
-        names: the fields to copy besides ``series_and_time``.
+        words: of the same slots.
+        names: the fields to copy.
 
     Returns:
-        The indices in ``window`` of these connections; and the copied fields by name, each
-        an array with one element per index.
+        The index in ``window`` of each such connection, its word, and the copies of the
+        fields, by name, with one element for each index.
     """
-    return _consistent(window, ("series_and_time",), names)
-
-
-def _consistent(
-    window: Records, marks: tuple[str, ...], names: tuple[str, ...]
-) -> tuple[npt.NDArray[np.intp], dict[str, npt.NDArray[Any]]]:
-    """Do that for slots in which the fields ``marks`` together identify a connection.
-
-    The first of them is 0 if there is none.
-    """
-    before = {mark: window[mark].copy() for mark in marks}
-    index = np.flatnonzero(before[marks[0]])
+    before = words.copy()
+    index = np.flatnonzero(before & np.uint64(SERIES_MASK))
     fields = {name: window[name][index] for name in names}
-    fields |= {mark: before[mark][index] for mark in marks}
-    is_same = np.ones(len(index), np.bool_)
-    for mark in marks:
-        is_same &= window[mark][index] == fields[mark]
-    if not is_same.all():
-        index = index[is_same]
-        fields = {name: field[is_same] for name, field in fields.items()}
-    return index, fields
+    is_same = words[index] == before[index]
+    index = index[is_same]
+    return index, before[index], {name: field[is_same] for name, field in fields.items()}
 
 
-def valid_connections(window: Records) -> Records:
+def valid_old_connections(window: Records) -> Records:
+    """Do as `valid_connections` for a window of version 1 of the layout.
+
+    Args:
+        window: with the fields ``key``, ``established_ns`` and ``group``. A slot has a
+            connection if ``group`` is not 0.
+    """
+    before = window[["group", "established_ns"]].copy()
+    index = np.flatnonzero(before["group"])
+    keys = window["key"][index]
+    is_same = window[["group", "established_ns"]][index] == before[index]
+    index = index[is_same]
+    is_outbound = before["group"][index] >> np.uint32(OLD_OUTBOUND_BIT) & np.uint32(1)
+    return _valid(keys[is_same], is_outbound, before["established_ns"][index])
+
+
+def valid_connections(window: Records, words: Words) -> Records:
     """Copy the connections that do not change and that a socket can have.
 
     A connection without a local port is left out, and ``established_ns`` is at most the
     present time. So wrong records of another version of the exporter do no harm.
 
     Args:
-        window: as in `consistent_fields`. Its dtype has the field ``key``, and
-            ``series_and_time`` and ``is_outbound``, or, in version 1 of the layout,
-            ``group`` and ``established_ns``, at any offsets.
+        window: as in `consistent_fields`. Its dtype has the fields ``key`` and
+            ``is_outbound``, at any offsets.
+        words: as in `consistent_fields`.
 
     Returns:
         The connections, of dtype `SOCKET`, with ``cookie`` 0.
     """
-    if "group" in (window.dtype.names or ()):
-        index, fields = _consistent(window, ("group", "established_ns"), ("key",))
-        established_ns = fields["established_ns"]
-        is_outbound = fields["group"] >> np.uint32(OLD_OUTBOUND_BIT) & np.uint32(1)
-    else:
-        index, fields = consistent_fields(window, "key", "is_outbound")
-        established_ns = times_ns(fields["series_and_time"])
-        is_outbound = (fields["is_outbound"] != 0).astype(np.uint32)
-    connections = np.zeros(len(index), SOCKET)
+    _, found, fields = consistent_fields(window, words, "key", "is_outbound")
+    return _valid(fields["key"], fields["is_outbound"] != 0, times_ns(found))
+
+
+def _valid(
+    keys: Records, is_outbound: npt.NDArray[Any], established_ns: npt.NDArray[np.uint64]
+) -> Records:
+    connections = np.zeros(len(keys), SOCKET)
     for name in KEY.names or ():
-        connections["key"][name] = fields["key"][name]
+        connections["key"][name] = keys[name]
     connections["is_outbound"] = is_outbound
     connections["established_ns"] = np.minimum(established_ns, boottime_ns())
     valid: Records = connections[connections["key"]["local_port"] != 0]

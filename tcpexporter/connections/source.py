@@ -109,7 +109,7 @@ class Source(Protocol):
         ...
 
     def read(self) -> Iterator[Words]:
-        """Return ``series_and_time`` of every established connection, in chunks.
+        """Yield a word for each established connection, in chunks; or CLOSED or 0.
 
         A chunk is valid until the next one is requested. So the memory in use does not
         depend on the number of connections.

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.identity import Hashes, hashes
-from tcpexporter.connections.record import Records, Words, times_ns
+from tcpexporter.connections.record import CONNECTION, Records, Words, times_ns
 from tcpexporter.connections.snapshot import consistent_fields
 from tcpexporter.ebpf.free_numbers import Slots
 from tcpexporter.ebpf.mapped_array import MappedArray
@@ -35,7 +35,7 @@ class Known:
     slots: Slots
     hashes: Hashes
     words: Words
-    """``series_and_time``, which identifies a connection in its slot."""
+    """Each identifies a connection in its slot."""
     netns: npt.NDArray[np.uint32]
     is_seed: npt.NDArray[np.bool_]
 
@@ -49,8 +49,83 @@ class Known:
         return Known(*(getattr(self, each.name)[chosen] for each in fields(self)))
 
 
-def windows(array: MappedArray, slots: int) -> Iterator[Records]:
-    """Yield the used part of an array, in chunks of `WINDOW` records.
+class ConnectionArray:
+    """The slots of connections: their records, and their words, of two mapped arrays.
+
+    Only the windows that are read are mapped. Counting reads the words alone.
+    """
+
+    def __init__(
+        self,
+        records: int,
+        words: int,
+        slots: int,
+        record: "np.dtype[np.void]" = CONNECTION,
+    ) -> None:
+        """Use the descriptors of both maps, which the caller keeps open.
+
+        Args:
+            records: of the map of records.
+            words: of the map of words.
+            slots: the length of both.
+            record: the dtype of a record.
+
+        Raises:
+            OSError: the kernel refuses to reserve addresses.
+        """
+        self._slots = slots
+        self._records = MappedArray(records, record, slots, WINDOW)
+        self._words = MappedArray(words, np.dtype("u8"), slots, WINDOW)
+
+    def word_windows(self) -> Iterator[Words]:
+        """Yield the words of all slots that were ever used, in chunks of `WINDOW`.
+
+        Raises:
+            OSError: the kernel refuses to map them.
+        """
+        for first in range(0, self._slots, WINDOW):
+            window = self._words.upto(first + WINDOW)[first:]
+            yield window
+            if not window[-UNTOUCHED:].any():
+                return
+
+    def windows(self) -> Iterator[tuple[Records, Words]]:
+        """Yield the records and words of these slots, in the same chunks.
+
+        Raises:
+            OSError: the kernel refuses to map them.
+        """
+        for at, words in enumerate(self.word_windows()):
+            yield self._records.upto((at + 1) * WINDOW)[at * WINDOW :], words
+
+    def upto(self, slots: int) -> tuple[Records, Words]:
+        """Return the records and words of at least the first ``slots`` slots.
+
+        Raises:
+            OSError: the kernel refuses to map them.
+        """
+        return self._records.upto(slots), self._words.upto(slots)
+
+    def used(self) -> tuple[Records, Words]:
+        """Return the records and words of all slots that were ever used.
+
+        Raises:
+            OSError: the kernel refuses to map them.
+        """
+        return self.upto(sum(len(words) for words in self.word_windows()))
+
+    def known(self) -> Known:
+        """Return all connections; those that change meanwhile may be missing.
+
+        Raises:
+            OSError: the kernel refuses to map the arrays.
+        """
+        parts = [_known(*window, at * WINDOW) for at, window in enumerate(self.windows())]
+        return Known(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
+def old_windows(array: MappedArray, slots: int) -> Iterator[Records]:
+    """Yield the used part of an array of version 1 of the layout, in chunks of `WINDOW`.
 
     Args:
         array: of records with the field ``key``.
@@ -66,18 +141,8 @@ def windows(array: MappedArray, slots: int) -> Iterator[Records]:
             return
 
 
-def known_in(array: MappedArray, slots: int) -> Known:
-    """Return all connections of an array; connections that change meanwhile may be missing.
-
-    Raises:
-        OSError: the kernel refuses to map the array.
-    """
-    parts = [_known(each, at * WINDOW) for at, each in enumerate(windows(array, slots))]
-    return Known(*(np.concatenate(each) for each in zip(*parts, strict=True)))
-
-
 def _known(
-    window: Records, first: int
+    window: Records, words: Words, first: int
 ) -> tuple[
     Slots,
     Hashes,
@@ -86,8 +151,8 @@ def _known(
     npt.NDArray[np.bool_],
 ]:
     """Return the fields of `Known` for a window that begins at the slot ``first``."""
-    at, found = consistent_fields(window, "key", "handle")
+    at, found, fields = consistent_fields(window, words, "key", "handle")
     slots = at.astype(np.uint32) + np.uint32(first)
-    is_seed = found["handle"] & HANDLE_SEEDED != 0
-    netns = found["key"]["netns"].copy()
-    return slots, hashes(found["key"]), found["series_and_time"], netns, is_seed
+    is_seed = fields["handle"] & HANDLE_SEEDED != 0
+    netns = fields["key"]["netns"].copy()
+    return slots, hashes(fields["key"]), found, netns, is_seed

@@ -74,6 +74,7 @@ BPF_F_NO_PREALLOC = 1
 MAPS = (
     "slots",
     "connections",
+    "series_and_time",
     "free_slots",
     "series_numbers",
     "ledger",

@@ -57,6 +57,7 @@ class Descriptors:
 
     slots: int
     connections: int
+    series_and_time: int
     free_slots: int
     series_numbers: int
     ledger: int

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from tcpexporter.connections.record import Records
 from tcpexporter.host import libc
 
 PROT_NONE = 0
@@ -53,9 +53,9 @@ class MappedArray:
         room = (ctypes.c_char * self._bytes).from_address(self._address)
         # Unmap when the last numpy array that refers to this memory has been deleted.
         weakref.finalize(room, libc.munmap, self._address, self._bytes)
-        self._entries: Records = np.frombuffer(memoryview(room), dtype, entries)
+        self._entries: npt.NDArray[Any] = np.frombuffer(memoryview(room), dtype, entries)
 
-    def upto(self, entries: int) -> Records:
+    def upto(self, entries: int) -> npt.NDArray[Any]:
         """Map whole windows until the first ``entries`` are mapped, and return them.
 
         The BPF program may write to them at any time.

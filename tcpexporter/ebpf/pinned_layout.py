@@ -21,7 +21,7 @@ MAGIC = 0x74637079
 OLD_MAGIC = 0x74637078
 """Of layouts of version 0.2 and before, which have no ledger."""
 
-FIELDS = ("series_and_time", "key", "is_outbound")
+FIELDS = ("key", "is_outbound")
 """The fields of `CONNECTION` that the next run adopts."""
 
 OLD_FIELDS = ("established_ns", "key", "group")
@@ -32,7 +32,7 @@ KEY_FIELDS = ("local_address", "remote_address", "netns", "local_port", "remote_
 """The fields of `KEY`. Their order is part of the layout and must not change."""
 
 WORD_FORMAT = SERIES_BITS << 8 | TIME_SHIFT
-"""How ``series_and_time`` is divided."""
+"""How a word is divided into number and time."""
 
 _FORMAT_AT = 3 + len(FIELDS) + len(KEY_FIELDS)
 
@@ -42,6 +42,8 @@ class Layout(NamedTuple):
 
     record: np.dtype[Any]
     """Of a connection: the adopted fields, at the offsets of the version that pinned it."""
+    is_old: bool
+    """Whether a record has the time and the direction, and there are no words."""
     is_continued: bool
     """Whether it counted the same series, so that its ledger can be adopted."""
 
@@ -72,10 +74,12 @@ def read(words: npt.NDArray[np.uint32], counted: Request) -> Layout:
     if magic not in (MAGIC, OLD_MAGIC) or record_bytes % 8:
         raise ValueError(magic)
     key_formats = {name: KEY[name] for name in KEY_FIELDS}
-    key = _laid_out(key_formats, offsets[len(FIELDS) :], key_bytes)
+    fields = OLD_FIELDS if magic == OLD_MAGIC else FIELDS
+    key = _laid_out(key_formats, offsets[len(fields) :], key_bytes)
     if magic == OLD_MAGIC:
         formats = {name: OLD_FORMATS.get(name, key) for name in OLD_FIELDS}
-        return Layout(_laid_out(formats, offsets, record_bytes), is_continued=False)
+        record = _laid_out(formats, offsets, record_bytes)
+        return Layout(record, is_old=True, is_continued=False)
     found = words[_FORMAT_AT:]
     if found[0] != WORD_FORMAT:
         raise ValueError(int(found[0]))
@@ -83,6 +87,7 @@ def read(words: npt.NDArray[np.uint32], counted: Request) -> Layout:
     expected = [_entry(counted).itemsize, checksum(counted)]
     return Layout(
         _laid_out(formats, offsets, record_bytes),
+        is_old=False,
         is_continued=found[1:3].tolist() == expected,
     )
 

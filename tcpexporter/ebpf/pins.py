@@ -28,9 +28,11 @@ generation is complete once it has its attachment, which is pinned last and remo
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -39,9 +41,9 @@ import numpy.typing as npt
 
 from tcpexporter.connections.record import Records
 from tcpexporter.connections.series import Ledger, entry_dtype
-from tcpexporter.connections.snapshot import valid_connections
+from tcpexporter.connections.snapshot import valid_connections, valid_old_connections
 from tcpexporter.ebpf import pinned_layout, reconcile
-from tcpexporter.ebpf.connection_array import WINDOW, windows
+from tcpexporter.ebpf.connection_array import WINDOW, ConnectionArray, old_windows
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
 from tcpexporter.ebpf.loader_protocol import Descriptors, Request
 from tcpexporter.ebpf.mapped_array import MappedArray
@@ -59,6 +61,7 @@ DEFAULT = "/sys/fs/bpf/tcpexporter"
 LINK = "link"
 CONNECTIONS = "connections"
 LAYOUT = "layout"
+WORDS = "series_and_time"
 LEDGER = "ledger"
 CORRECTIONS = "corrections"
 
@@ -166,6 +169,7 @@ class Pins:
             _pin(layout, generation / LAYOUT)
             os.close(layout)
             _pin(descriptors.connections, generation / CONNECTIONS)
+            _pin(descriptors.series_and_time, generation / WORDS)
             _pin(descriptors.ledger, generation / LEDGER)
             _pin(descriptors.corrections, generation / CORRECTIONS)
             _pin(descriptors.link, generation / LINK)
@@ -231,16 +235,14 @@ class _Generation:
 
     def __init__(
         self,
-        array: MappedArray,
-        entries: int,
+        read: Callable[[], Iterator[Records]],
         netns: int,
         ledger: Callable[[], Ledger | None],
     ) -> None:
         self.found = 0
         self.ledger = ledger
         """Returns what has happened in each series; None: other series were counted."""
-        self._array = array
-        self._entries = entries
+        self._read = read
         self._netns = netns
 
     @classmethod
@@ -250,17 +252,27 @@ class _Generation:
             _, shown = _get(directory / LINK, undo)
             if "link_type" not in shown:
                 raise _not_ours(directory / LINK)
-            record, is_continued = _read_layout(directory, counted, undo)
+            layout = _read_layout(directory, counted, undo)
             connections, shown = _get(directory / CONNECTIONS, undo)
-            _require(directory / CONNECTIONS, shown, value_size=record.itemsize)
-            entries = _number(directory / CONNECTIONS, shown, "max_entries")
-            with map_errors():
-                array = MappedArray(connections, record, entries, WINDOW)
+            _require(directory / CONNECTIONS, shown, value_size=layout.record.itemsize)
+            slots = _number(directory / CONNECTIONS, shown, "max_entries")
+            if layout.is_old:
+                with map_errors():
+                    array = MappedArray(connections, layout.record, slots, WINDOW)
+                read = partial(_old_connections, array, slots)
+            else:
+                words, shown = _get(directory / WORDS, undo)
+                _require(directory / WORDS, shown, value_size=8, max_entries=slots)
+                with map_errors():
+                    pair = ConnectionArray(connections, words, slots, layout.record)
+                read = partial(_connections, pair)
 
             def read_ledger() -> Ledger | None:
-                return _read_ledger(directory, counted, undo) if is_continued else None
+                if not layout.is_continued:
+                    return None
+                return _read_ledger(directory, counted, undo)
 
-            yield cls(array, entries, counted.netns, read_ledger)
+            yield cls(read, counted.netns, read_ledger)
 
     def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  all have ages
         """Return the connections, the newest first, of dtype `SOCKET`.
@@ -269,8 +281,7 @@ class _Generation:
         the newest: the program missed the closings of the older ones.
         """
         with map_errors():
-            parts = map(valid_connections, windows(self._array, self._entries))
-            known = np.concatenate(list(parts))
+            known = np.concatenate(list(self._read()))
         if self._netns:
             known = known[known["key"]["netns"] == self._netns]
         self.found = len(known)
@@ -279,6 +290,14 @@ class _Generation:
     def namespaces(self) -> npt.NDArray[np.uint32]:
         """Return no namespace: a generation may lack connections of any namespace."""
         return np.empty(0, np.uint32)
+
+
+def _connections(array: ConnectionArray) -> Iterator[Records]:
+    return itertools.starmap(valid_connections, array.windows())
+
+
+def _old_connections(array: MappedArray, slots: int) -> Iterator[Records]:
+    return map(valid_old_connections, old_windows(array, slots))
 
 
 def _make_layout(counted: Request) -> int:

@@ -267,7 +267,7 @@ class SeriesNumbers:
         """Free numbers without connections: forgotten ones, or all if few are free.
 
         Args:
-            connections: returns ``series_and_time`` of all slots.
+            connections: returns the words of all slots.
             wait_for_runs: waits until every run of the program that is under way has ended.
 
         Raises:

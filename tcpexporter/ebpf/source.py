@@ -2,6 +2,7 @@
 """Implements the source ``ebpf``: the tracker, and its reconciliation with the tables."""
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -170,7 +171,7 @@ class EbpfSource:
         connection could get the age of the old one.
         """
         shown = self._tables.established(with_ages=False)
-        return first_seen(shown, map(valid_connections, self._tracker.read()))
+        return first_seen(shown, itertools.starmap(valid_connections, self._tracker.read()))
 
     def _warn_at_capacity(self) -> None:
         refused = self._tracker.events()["refused"] + self._tracker.seeds_refused

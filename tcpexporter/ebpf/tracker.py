@@ -7,9 +7,9 @@ anything. Any thread may call the methods that read.
 
 Reading at any time
 -------------------
-A slot has a connection if ``series_and_time`` is not 0. The program stores that word last
-when a connection opens, and stores 0 when it closes. A reader that counts reads this word
-only, once. So a connection is counted like this, on any CPU:
+A slot has a connection if its word has a series number. The program stores the word last
+when a connection opens, and stores `CLOSED` when it closes. A reader that counts reads only
+the words, and each once. So a connection is counted like this, on any CPU:
 
 a. Open all the while: counted once, in its series, with its own time. It keeps its slot.
 b. Closes after its word was read: counted. It was open.
@@ -48,25 +48,24 @@ import numpy as np
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import Hashes, hashes
 from tcpexporter.connections.record import (
+    CLOSED,
     CONNECTION,
-    SERIES_MASK,
     Numbers,
     Records,
     Words,
     words,
 )
+from tcpexporter.connections.record import numbers as numbers_of
 from tcpexporter.connections.series import Parts, series_of
 from tcpexporter.ebpf.connection_array import (
     HANDLE_SEEDED,
     WINDOW,
+    ConnectionArray,
     Known,
-    known_in,
-    windows,
 )
 from tcpexporter.ebpf.event_counters import EventCounters
 from tcpexporter.ebpf.free_numbers import FreeNumbers, Slots
 from tcpexporter.ebpf.loader_protocol import Descriptors
-from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import FIRST, Map, map_errors
 from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.errors import TrackerError
@@ -112,8 +111,8 @@ class Tracker(EventCounters):
         self._recording = Map(descriptors.recording, "recording")
         self._barrier = Map(descriptors.barrier, "barrier")
         with map_errors():
-            self._array = MappedArray(
-                descriptors.connections, CONNECTION, max_connections, WINDOW
+            self._array = ConnectionArray(
+                descriptors.connections, descriptors.series_and_time, max_connections
             )
         self._seed_slots: Slots = np.empty(0, np.uint32)
         self._orphans: set[int] = set()
@@ -129,25 +128,27 @@ class Tracker(EventCounters):
 
     # Reading
 
-    def read(self) -> Iterator[Records]:
-        """Yield all slots that were ever used, in chunks of dtype `CONNECTION`.
+    def read(self) -> Iterator[tuple[Records, Words]]:
+        """Yield the records and words of all slots that were ever used, in chunks.
 
-        The chunks are the kernel's memory. A connection that stays open is read exactly
-        once; one that opens or closes meanwhile, at most once.
+        The records have dtype `CONNECTION`. The chunks are the kernel's memory. A
+        connection that stays open is read exactly once; one that opens or closes meanwhile,
+        at most once.
+
+        Raises:
+            TrackerError: the kernel refuses to map the arrays.
+        """
+        with map_errors():
+            yield from self._array.windows()
+
+    def words(self) -> Iterator[Words]:
+        """Yield the words alone, as `read` does.
 
         Raises:
             TrackerError: the kernel refuses to map the array.
         """
         with map_errors():
-            yield from windows(self._array, self._slots)
-
-    def words(self) -> Iterator[Words]:
-        """Return ``series_and_time`` of all slots that `read` returns, in chunks.
-
-        Raises:
-            TrackerError: the kernel refuses to map the array.
-        """
-        return (window["series_and_time"] for window in self.read())
+            yield from self._array.word_windows()
 
     @map_errors()
     def known(self) -> Known:
@@ -156,7 +157,7 @@ class Tracker(EventCounters):
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        return known_in(self._array, self._slots)
+        return self._array.known()
 
     def seeds(self) -> int:
         """Return how many of the connections are seeds.
@@ -190,18 +191,18 @@ class Tracker(EventCounters):
         _, first = np.unique(handles, return_index=True)
         is_new = np.zeros(len(seeds), np.bool_)
         is_new[first] = True
-        is_new &= ~np.isin(handles, self._all()["handle"][self._seed_slots])
+        is_new &= ~np.isin(handles, self._used()[0]["handle"][self._seed_slots])
         chosen = np.flatnonzero(is_new)
         numbers = self.series.numbers(series_of(seeds, self._parts))
         slots = self._allocate(len(chosen))
         for at in range(0, len(slots), WINDOW):
             of = chosen[at : at + WINDOW][: len(slots) - at]
             new = np.zeros(len(of), CONNECTION)
-            new["series_and_time"] = words(numbers[of], seeds["established_ns"][of])
             new["handle"] = handles[of]
             for field in ("key", "is_outbound"):
                 new[field] = seeds[field][of]
-            if not self._write_seeds(slots[at : at + WINDOW], new):
+            new_words = words(numbers[of], seeds["established_ns"][of])
+            if not self._write_seeds(slots[at : at + WINDOW], new, new_words):
                 self._free(slots[at:])
                 slots = slots[:at]
                 break
@@ -218,20 +219,18 @@ class Tracker(EventCounters):
             self.series.record_opened(numbers, change)
 
     @map_errors()
-    def _write_seeds(self, slots: Slots, seeds: Records) -> bool:
+    def _write_seeds(self, slots: Slots, seeds: Records, seed_words: Words) -> bool:
         """Write all seeds and return True; or none, if the map cannot hold all of them."""
-        series_and_time = seeds["series_and_time"].copy()
-        seeds["series_and_time"] = 0
-        everything = self._array.upto(int(slots.max()) + 1)
-        everything[slots] = seeds
+        records, all_words = self._array.upto(int(slots.max()) + 1)
+        records[slots] = seeds
         done = self._handles.put_all(seeds["handle"].copy(), slots)
         if done == len(slots):
             # Readers may count a seed only when the program finds it and sees its closing.
-            everything["series_and_time"][slots] = series_and_time
+            all_words[slots] = seed_words
             return True
         self._handles.delete_all(seeds["handle"][:done])
         self.wait_for_runs()  # as in `release`: a run may have found one of the slots
-        everything["handle"][slots] = 0
+        records["handle"][slots] = 0
         return False
 
     @map_errors()
@@ -240,8 +239,8 @@ class Tracker(EventCounters):
         parts = [np.empty(0, np.uint32)]
         missing = wanted
         while missing > 0 and (slots := self._free_slots.pop()) is not None:
-            # So that `windows` does not stop here before the slots are used.
-            self._array.upto(int(slots[-1]) + 1)["key"]["netns"][slots] = 1
+            # So that reading does not stop here before the slots are used.
+            self._array.upto(int(slots[-1]) + 1)[1][slots] = CLOSED
             parts.append(slots)
             missing -= len(slots)
         taken = np.concatenate(parts)
@@ -288,11 +287,10 @@ class Tracker(EventCounters):
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        connections = self._all()
-        has_closed = np.isin(connections["handle"][slots], self._pop_closings())
-        closed = slots[has_closed]
-        removed = self._release(closed, connections["series_and_time"][closed])
-        self._record_added(_numbers(removed), -1, pre_existing=pre_existing)
+        records, all_words = self._used()
+        closed = slots[np.isin(records["handle"][slots], self._pop_closings())]
+        removed = self._release(closed, all_words[closed])
+        self._record_added(numbers_of(removed), -1, pre_existing=pre_existing)
         return len(removed)
 
     @map_errors()
@@ -305,8 +303,8 @@ class Tracker(EventCounters):
 
         Args:
             slots: the slots of the connections, without duplicates.
-            words: the expected ``series_and_time`` of each; a slot with another one stays,
-                unless it is empty.
+            words: the expected word of each; a slot with another one stays, unless it has
+                no connection.
 
         Returns:
             How many of the removed connections were open. The ledger has them as closed.
@@ -319,11 +317,11 @@ class Tracker(EventCounters):
         return len(removed)
 
     def _release(self, slots: Slots, words: Words) -> Words:
-        """Do that; return ``series_and_time`` of those that were open."""
+        """Do that; return the words of those that were open."""
         if not len(slots):
             return words
-        connections = self._all()
-        handles = connections["handle"][slots]
+        records, all_words = self._used()
+        handles = records["handle"][slots]
         try:
             with map_errors():
                 self._handles.delete_all(handles)
@@ -333,16 +331,16 @@ class Tracker(EventCounters):
                 if not self._restore(handle, slot):
                     self._orphan(slot)
             raise
-        now = connections["series_and_time"][slots]
-        has_changed = (now != words) & (now != 0)
+        now = all_words[slots]
+        has_changed = (now != words) & (numbers_of(now) != 0)
         for at in np.flatnonzero(has_changed):
             has_changed[at] = self._restore(handles[at], slots[at])
         released = np.sort(slots[~has_changed])
-        found: Words = connections["series_and_time"][released]
-        was_open = found != 0
-        was_seed = connections["handle"][released] & HANDLE_SEEDED != 0
-        connections["series_and_time"][released] = 0
-        connections["handle"][released] = 0
+        found = all_words[released]
+        was_open = numbers_of(found) != 0
+        was_seed = records["handle"][released] & HANDLE_SEEDED != 0
+        all_words[released] = CLOSED
+        records["handle"][released] = 0
         self._closed += int(was_open.sum())
         self._seeds_closed += int((was_open & was_seed).sum())
         self._seed_slots = np.setdiff1d(self._seed_slots, released, assume_unique=True)
@@ -365,13 +363,15 @@ class Tracker(EventCounters):
         still_open = opened - events["removed"] - self._closed
         spare = min(still_open + SPARE_SLOTS, (self._slots - still_open) // 2)
         if kept - still_open > spare:
-            self._release_empty(np.flatnonzero(self._all()["handle"]).astype(np.uint32))
+            records, _ = self._used()
+            self._release_empty(np.flatnonzero(records["handle"]).astype(np.uint32))
         self.series.reclaim(self.words, self.wait_for_runs)
 
     def _release_empty(self, slots: Slots) -> None:
         """Release those of ``slots`` that have no open connection."""
-        empty = slots[self._all()["series_and_time"][slots] == 0]
-        self._release(empty, np.zeros(len(empty), np.uint64))
+        _, all_words = self._used()
+        empty = slots[numbers_of(all_words[slots]) == 0]
+        self._release(empty, np.full(len(empty), CLOSED))
 
     def _restore(self, handle: np.uint64, slot: np.uint32) -> bool:
         """Restore the handle of a slot; return False if the slot must be freed."""
@@ -385,7 +385,8 @@ class Tracker(EventCounters):
 
     def _orphan(self, slot: np.uint32) -> None:
         # A later release of this slot must not delete the entry of the handle.
-        self._all()["handle"][slot] = 0
+        records, _ = self._used()
+        records["handle"][slot] = 0
         self._orphans.add(int(slot))
         self.restored += 1
 
@@ -409,13 +410,7 @@ class Tracker(EventCounters):
         """
         self._barrier.put(FIRST, np.uint32(self._descriptors.events))
 
-    def _all(self) -> Records:
-        """Return all slots that were ever used as one array; only these are mapped."""
-        used = 0
-        for window in self.read():
-            used += len(window)
-        return self._array.upto(used)
-
-
-def _numbers(series_and_time: Words) -> Numbers:
-    return (series_and_time & np.uint64(SERIES_MASK)).astype(np.uint32)
+    @map_errors()
+    def _used(self) -> tuple[Records, Words]:
+        """Return the records and words of all slots that were ever used."""
+        return self._array.used()
