@@ -36,7 +36,7 @@ ONE = np.int32(1)
 NUMBERS = 1 << SERIES_BITS
 """How many series numbers a connection can have; number 0 is that of no connection."""
 
-PIECE = 16384
+PIECE = 32768
 """Number of connections that are counted at once: they fit into the cache of a CPU."""
 
 

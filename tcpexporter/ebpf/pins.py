@@ -39,6 +39,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.record import Records
 from tcpexporter.connections.series import Ledger, entry_dtype
 from tcpexporter.connections.snapshot import valid_connections, valid_old_connections
@@ -275,21 +276,32 @@ class _Generation:
             yield cls(read, counted.netns, read_ledger)
 
     def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  all have ages
-        """Return the connections, the newest first, of dtype `SOCKET`.
+        """Return the connections, of dtype `SOCKET`; of those with equal keys, the newest.
 
-        `Tracker.add` adds only the first of several connections with the same key. That is
-        the newest: the program missed the closings of the older ones.
+        The program missed the closings of the older ones.
         """
         with map_errors():
             known = np.concatenate(list(self._read()))
         if self._netns:
             known = known[known["key"]["netns"] == self._netns]
         self.found = len(known)
-        return known[np.argsort(known["established_ns"])[::-1]]
+        return _newest(known)
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
         """Return no namespace: a generation may lack connections of any namespace."""
         return np.empty(0, np.uint32)
+
+
+def _newest(connections: Records) -> Records:
+    """Return the connections, or only the newest of each key if keys are not distinct."""
+    found = hashes(connections["key"])
+    ordered = np.sort(found)
+    if not (ordered[1:] == ordered[:-1]).any():
+        return connections
+    newest_first = np.argsort(connections["established_ns"])[::-1]
+    _, first = np.unique(found[newest_first], return_index=True)
+    newest: Records = connections[newest_first[first]]
+    return newest
 
 
 def _connections(array: ConnectionArray) -> Iterator[Records]:

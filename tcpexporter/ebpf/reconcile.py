@@ -216,7 +216,8 @@ def _differences(
     established = tables.established(with_ages=with_ages)
     known = tracker.known()
     found = hashes(established["key"])
-    missing = established[_surplus(found, known.hashes)]
+    is_missing = _surplus(found, known.hashes)
+    missing = established if is_missing.all() else established[is_missing]
     is_judged = np.isin(known.netns, tables.namespaces())  # o
     judged = known.only(is_judged & (known.established_ns < before_ns))  # m
     precedence = np.where(judged.is_seed, np.uint64(0), judged.established_ns)
