@@ -11,7 +11,7 @@ from tcpexporter.connections.identity import Hashes, hashes
 from tcpexporter.connections.record import CONNECTION, Records, Words, times_ns
 from tcpexporter.connections.snapshot import consistent_fields
 from tcpexporter.ebpf.free_numbers import Slots
-from tcpexporter.ebpf.mapped_array import MappedArray
+from tcpexporter.ebpf.mapped_array import MappedArray, map_entries
 from tcpexporter.ebpf.ranges import RANGE_SLOTS
 
 WINDOW = 8192
@@ -52,7 +52,8 @@ class Known:
 class ConnectionArray:
     """The slots of connections: their records, and their words, of two mapped arrays.
 
-    Only the windows that are read are mapped. Counting reads the words alone.
+    Counting reads the words alone, which stay mapped. Records are mapped only while they
+    are used, because the kernel charges mapped pages to the process.
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class ConnectionArray:
             OSError: the kernel refuses to reserve addresses.
         """
         self._slots = slots
-        self._records = MappedArray(records, record, slots, WINDOW)
+        self._descriptor = records
+        self._record = record
         self._words = MappedArray(words, np.dtype("u8"), slots, WINDOW)
 
     def word_windows(self) -> Iterator[Words]:
@@ -96,7 +98,7 @@ class ConnectionArray:
             OSError: the kernel refuses to map them.
         """
         for at, words in enumerate(self.word_windows()):
-            yield self._records.upto((at + 1) * WINDOW)[at * WINDOW :], words
+            yield self._mapped(at * WINDOW, at * WINDOW + len(words)), words
 
     def upto(self, slots: int) -> tuple[Records, Words]:
         """Return the records and words of at least the first ``slots`` slots.
@@ -104,7 +106,8 @@ class ConnectionArray:
         Raises:
             OSError: the kernel refuses to map them.
         """
-        return self._records.upto(slots), self._words.upto(slots)
+        words = self._words.upto(slots)
+        return self._mapped(0, len(words)), words
 
     def used(self) -> tuple[Records, Words]:
         """Return the records and words of all slots that were ever used.
@@ -113,6 +116,9 @@ class ConnectionArray:
             OSError: the kernel refuses to map them.
         """
         return self.upto(sum(len(words) for words in self.word_windows()))
+
+    def _mapped(self, first: int, last: int) -> Records:
+        return map_entries(self._descriptor, self._record, first, last)
 
     def known(self) -> Known:
         """Return all connections; those that change meanwhile may be missing.

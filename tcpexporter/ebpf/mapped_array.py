@@ -85,6 +85,31 @@ class MappedArray:
             )
 
 
+def map_entries(
+    descriptor: int, dtype: np.dtype[Any], first: int, last: int
+) -> npt.NDArray[Any]:
+    """Map some entries of an array map, until the returned array is deleted.
+
+    Args:
+        descriptor: of the map, which the caller keeps open.
+        dtype: of an entry.
+        first: the first entry; it begins a page.
+        last: the entry after the last one.
+
+    Raises:
+        OSError: the kernel refuses to map them.
+    """
+    size = _whole_pages((last - first) * dtype.itemsize)
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    with _refusals():
+        address = libc.mmap(
+            None, size, access, mmap.MAP_SHARED, descriptor, first * dtype.itemsize
+        )
+    memory = (ctypes.c_char * size).from_address(address)
+    weakref.finalize(memory, libc.munmap, address, size)
+    return np.frombuffer(memoryview(memory), dtype, last - first)
+
+
 def _whole_pages(size: int) -> int:
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
