@@ -180,8 +180,16 @@ def seed(tracker: TrackedConnections, tables: ConnectionTables) -> None:
         _add(tracker, missing, pre_existing=True)
 
 
-def reconcile(tracker: TrackedConnections, tables: ConnectionTables) -> Corrections:
+def reconcile(
+    tracker: TrackedConnections, tables: ConnectionTables, *, pre_existing: bool = False
+) -> Corrections:
     """Correct the tracker where two comparisons show the same difference to the tables.
+
+    Args:
+        tracker: the tracker to correct.
+        tables: the socket tables.
+        pre_existing: whether the ledger has added connections as such, because this is the
+            first comparison after a start; otherwise, as opened.
 
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
@@ -195,7 +203,8 @@ def reconcile(tracker: TrackedConnections, tables: ConnectionTables) -> Correcti
     with tracker.recording_closings():
         second = _differences(tracker, tables, began_ns, with_ages=True)
         is_missing = np.isin(hashes(second.missing["key"]), hashes(first.missing["key"]))
-        added = _add(tracker, second.missing[is_missing])
+        missing = second.missing[is_missing]
+        added = _add(tracker, missing, pre_existing=pre_existing)
     gone = first.gone.only(np.isin(first.gone.slots, second.gone.slots))
     # A new connection in the same slot has another time, and stays.
     removed = tracker.release(gone.slots, gone.words)

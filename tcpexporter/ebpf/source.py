@@ -114,7 +114,7 @@ class EbpfSource:
 
     def start(self) -> None:
         if self._pins and self._pins.adopted:
-            reconcile(self._tracker, self._tables)
+            reconcile(self._tracker, self._tables, pre_existing=True)
         else:
             tables = self._state.aged(self._tables) if self._state else self._tables
             seed(self._tracker, tables)
