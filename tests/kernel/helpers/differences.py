@@ -14,7 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections.record import CONNECTION, PORTS, Records
+from tcpexporter.connections.record import (
+    CONNECTION,
+    SERIES_MASK,
+    Records,
+    times_ns,
+)
 from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, WINDOW
 from tcpexporter.ebpf.libbpf import load_libbpf
 from tcpexporter.ebpf.mapped_array import MappedArray
@@ -40,8 +45,7 @@ def explain(process: int, port: int) -> str:
     slot_of = dict(zip(handles.tolist(), slots.tolist(), strict=True))
     shown = shown[shown["key"]["local_port"] == port]
     is_here = records["key"]["local_port"] == port
-    is_here |= records["group"] % PORTS == port
-    is_here &= records["group"] != 0
+    is_here &= records["series_and_time"] != 0
     lines = [f"port {port}: {len(shown)} in the tables, {is_here.sum()} in the map"]
     lines += [f"  table  {_key(each)}" for each in shown]
     lines += [
@@ -55,10 +59,11 @@ def _record(record: Records, slot: int, slot_of: dict[int, int]) -> str:
     handle = int(record["handle"])
     owner = slot_of.get(handle)
     origin = "table" if handle & int(HANDLE_SEEDED) else "event"
-    age_s = (boottime_ns() - int(record["established_ns"])) / 1e9
+    word = record["series_and_time"]
+    age_s = (boottime_ns() - int(times_ns(word))) / 1e9
     owned = "owned" if owner == slot else f"its handle has slot {owner}"
     return (
-        f"{_key(record)} group {int(record['group']):#x} from {origin}, {age_s:.3f} s,"
+        f"{_key(record)} series {int(word) & SERIES_MASK} from {origin}, {age_s:.3f} s,"
         f" handle {handle:#x} {owned}"
     )
 
