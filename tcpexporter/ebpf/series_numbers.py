@@ -19,15 +19,18 @@ b. A run found the number before 1 and stores a connection with it after 1: the 
 c. A connection opens after 1: the program finds no number and allocates another. The old
    one is freed, and its counters are added to those of the new one.
 d. As b, and c happens before 4: the series has two numbers. The map has the new one; the
-   ledger has the series at both, so both are counted. The old number is freed when no
-   connection has it any more.
+   ledger has the series at both, so both are counted. The old number is an orphan: it is
+   freed later, when no connection has it.
 e. A run has found the entry of a series and not yet read its value; 1 deletes the entry,
    and the kernel uses its memory for another series. The run reads the number of the other
    series. The program compares its series with the one in the ledger, and treats its own as
    not found: c.
 f. Two runs, or a run and this module, allocate a number for the same series: the map takes
-   the first. The other pushes its number back and uses the first.
-g. The kernel refuses 1 or 2: all are restored and nothing is freed.
+   the first. The other pushes its number back and uses the first. For an instant the ledger
+   has the series at that number, too: it is neither in the map nor an orphan, so this module
+   does not free it.
+g. The kernel refuses 1 or 2: all are restored and nothing is freed. One that the kernel
+   refuses to restore is an orphan.
 
 Counters of a series that is freed are forgotten. This is done only when few numbers are
 free, or when a network namespace has gone; it does not change the sums
@@ -99,6 +102,7 @@ class SeriesNumbers:
         self._free = FreeNumbers(descriptors.free_series, "free series numbers")
         self._size = SERIES_FIRST + max_series
         self._forgotten: set[int] = set()
+        self._orphans: set[int] = set()
         self._used = 0
         entry = entry_dtype(len(bounds) + 1 if bounds else 0)
         with map_errors():
@@ -152,12 +156,10 @@ class SeriesNumbers:
         """
         distinct = np.sort(series)
         distinct = distinct[np.flatnonzero(np.diff(distinct, prepend=np.uint64(0)))]
-        known = self._entries()["series"].copy()
-        order = np.argsort(known, kind="stable")
-        at = np.minimum(np.searchsorted(known[order], distinct), len(known) - 1)
-        numbers = order[at].astype(np.uint32)
-        for missing in np.flatnonzero(known[numbers] != distinct):
-            numbers[missing] = self._allocate(distinct[missing])
+        # The ledger alone does not prove that a number is that of a series: f.
+        numbers = np.array(
+            [self._number_of(each) or self._allocate(each) for each in distinct], np.uint32
+        )
         found: Numbers = numbers[np.searchsorted(distinct, series)]
         return found
 
@@ -272,13 +274,14 @@ class SeriesNumbers:
             TrackerError: the kernel refuses a map operation.
         """
         series = self._entries()["series"].copy()
+        series[:SERIES_FIRST] = 0
         is_wanted = np.isin(series.view(SERIES)["netns"], [*self._forgotten])
-        if self.in_use() > FULL_SHARE * self.max_series:
-            is_wanted[:] = True
-        is_wanted &= (series != 0) & ~self._is_referred_to(connections)
-        is_wanted[:SERIES_FIRST] = False
         self._forgotten.clear()
+        if np.count_nonzero(series) > FULL_SHARE * self.max_series:
+            is_wanted[:] = True
+        is_wanted &= series != 0
         if is_wanted.any():
+            is_wanted &= ~self._is_referred_to(connections)
             self.free(
                 np.flatnonzero(is_wanted).astype(np.uint32), connections, wait_for_runs
             )
@@ -295,16 +298,15 @@ class SeriesNumbers:
             TrackerError: the kernel refuses a map operation.
         """
         entries = self._entries()
+        with map_errors():
+            own = [self._number_of(each) for each in entries["series"][numbers]]
+        is_own = np.array(own, np.uint32) == numbers
+        # A run may be about to push a number that is neither: f.
+        numbers = numbers[is_own | np.isin(numbers, [*self._orphans])]
         series = entries["series"][numbers]
         try:
             with map_errors():
-                is_own = np.array(
-                    [
-                        self._number_of(each) == number
-                        for each, number in zip(series, numbers, strict=True)
-                    ]
-                )
-                self._numbers.delete_all(series[is_own])
+                self._numbers.delete_all(series[~np.isin(numbers, [*self._orphans])])
             wait_for_runs()
         except TrackerError:  # g
             self._restore(numbers, series)
@@ -320,12 +322,17 @@ class SeriesNumbers:
             zero = np.zeros(1, entries.dtype)
             entries[freed] = zero
             corrections[freed] = zero
+            self._orphans.difference_update(freed.tolist())
             self._free.push(np.sort(freed))
 
     def _restore(self, numbers: Numbers, series: Series) -> None:
-        with map_errors():
-            for each, number in zip(series, numbers, strict=True):
-                self._numbers.put_new(each, number)
+        for number, each in zip(numbers, series, strict=True):
+            try:
+                is_restored = self._numbers.put_new(each, number)
+            except OSError:
+                is_restored = False
+            if not is_restored:  # d; or the kernel refuses it
+                self._orphans.add(int(number))
 
     def _is_referred_to(
         self, connections: Callable[[], Iterator[Words]]
