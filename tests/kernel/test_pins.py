@@ -2,6 +2,7 @@
 """The kernel records while no exporter runs, and the next exporter adopts the records."""
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -12,21 +13,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import record as connections
-from tcpexporter.connections.record import KEY, Records
-from tcpexporter.ebpf import libbpf, pins
+from tcpexporter.connections.identity import SECRET
+from tcpexporter.connections.record import KEY, SERIES_BITS, TIME_SHIFT, Records
+from tcpexporter.connections.source import INBOUND
+from tcpexporter.ebpf import libbpf, pinned_layout, pins
 from tcpexporter.ebpf.connection_array import WINDOW
+from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.mapped_array import MappedArray
-from tcpexporter.ebpf.pins import CONNECTIONS, KEY_FIELDS, LAYOUT, LINK
+from tcpexporter.ebpf.pinned_layout import KEY_FIELDS
+from tcpexporter.ebpf.pins import CONNECTIONS, CORRECTIONS, LAYOUT, LEDGER, LINK, WORDS
 from tcpexporter.ebpf.source import EbpfSource
+from tcpexporter.host import namespaces
 from tests.kernel.test_confinement import AS_NOBODY
 from tests.support import Exporter, Peers, bpf_programs_by_id, eventually, ss_established
 
 EXACT_NS = 10_000_000
 COMMAND = (sys.executable, "-m", "tcpexporter")
+GENERATION = (LINK, CONNECTIONS, LAYOUT, LEDGER, CORRECTIONS)
 
 
 def pinned(directory: Path) -> set[str]:
@@ -42,6 +50,7 @@ def source(directory: Path, *, max_connections: int = 8191) -> Iterator[EbpfSour
     """Open the source in this process, as the exporter does."""
     opened = EbpfSource(
         netns="self",
+        parts=INBOUND,
         max_connections=max_connections,
         reconcile_interval_s=0,
         reconcile_cpu_share=1,
@@ -53,8 +62,7 @@ def source(directory: Path, *, max_connections: int = 8191) -> Iterator[EbpfSour
 
 def known(opened: EbpfSource, port: int) -> Records:
     """Return the connections of a local port that the source has recorded."""
-    everything = np.concatenate([chunk.copy() for chunk in opened.read()])
-    there = everything[everything["group"] != 0]
+    there = all_connections(opened._tracker)
     found: Records = there[there["key"]["local_port"] == port]
     return found
 
@@ -132,9 +140,7 @@ def test_only_the_last_run_is_recorded(directory: Path) -> None:
     for number in (1, 2, 3):
         with run_by_events(directory) as exporter:
             assert exporter.stop()[0] == 0
-        assert pinned(directory) == {
-            f"{number}/{name}" for name in (LINK, CONNECTIONS, LAYOUT)
-        }
+        assert pinned(directory) == {f"{number}/{name}" for name in GENERATION}
         eventually(lambda: len(set(bpf_programs_by_id()) - before) == 1)
 
 
@@ -232,19 +238,16 @@ def test_pins_that_were_given_to_another_user_are_adopted(directory: Path) -> No
             code, log = exporter.stop()
         assert code == 0
         assert re.search("adopted [0-9]+ connections of the previous run", log)
-        assert pinned(directory) == {f"2/{name}" for name in (LINK, CONNECTIONS, LAYOUT)}
+        assert pinned(directory) == {f"2/{name}" for name in GENERATION}
 
 
 @pytest.mark.any_kernel
-@pytest.mark.parametrize("name", [LINK, LAYOUT, CONNECTIONS])
+@pytest.mark.parametrize("name", GENERATION)
 def test_a_pinned_object_of_another_kind_is_refused(directory: Path, name: str) -> None:
     """A map of another size or with invalid content is not read."""
     with run_by_events(directory):
         pass
-    other = libbpf.create_map(libbpf.BPF_MAP_TYPE_ARRAY, 4, 8)
-    (directory / "1" / name).unlink()
-    pins._pin(other, directory / "1" / name)
-    os.close(other)
+    replace_pin(directory, name, libbpf.create_map(libbpf.BPF_MAP_TYPE_ARRAY, 4, 8))
     sentence = refused(directory, "--once", "--source", "ebpf")
     assert f"{directory}/1/{name} is not an object that an exporter has pinned" in sentence
     assert "--unpin" in sentence
@@ -255,11 +258,9 @@ def test_an_invalid_pinned_layout_is_refused(directory: Path) -> None:
     """One case is a layout with fields outside of the record."""
     with run_by_events(directory):
         pass
-    layout = libbpf.call("bpf_obj_get", os.fsencode(directory / "1" / LAYOUT))
-    words = np.full(pins.LAYOUT_WORDS, 2**31, np.uint32)
-    words[0] = pins.LAYOUT_MAGIC
-    pins._write(layout, words)
-    os.close(layout)
+    words = np.full(pinned_layout.WORDS, 2**31, np.uint32)
+    words[0] = pinned_layout.MAGIC
+    pin_layout(directory, words)
     assert "is not an object that an exporter has pinned" in refused(directory, "--once")
 
 
@@ -270,9 +271,8 @@ def test_records_of_another_version_are_adopted(
     other = np.dtype(
         [
             ("more", "u4", 3),
-            ("group", "u4"),
+            ("is_outbound", "u4"),
             ("key", np.dtype([(name, KEY[name]) for name in reversed(KEY_FIELDS)])),
-            ("established_ns", "u8"),
             ("handle", "u8"),
         ]
     )
@@ -286,7 +286,9 @@ def test_records_of_another_version_are_adopted(
         with source(directory) as opened:
             opened.start()
             found = known(opened, peers.port)
-        assert sorted(found["established_ns"].tolist()) == [11 * (n + 1) for n in range(11)]
+        assert sorted(found["established_ns"].tolist()) == [
+            11 * (n + 1) << TIME_SHIFT for n in range(11)
+        ]
 
 
 def pin_as_another_version(
@@ -302,15 +304,36 @@ def pin_as_another_version(
     records = np.zeros(len(found), other)
     for name in KEY_FIELDS:
         records["key"][name] = found["key"][name]
-    records["group"] = found["group"]
-    records["established_ns"] = 11 * (1 + np.arange(len(found)))
+    records["is_outbound"] = found["is_outbound"]
     mapped = MappedArray(array, other, 8191, WINDOW)
     mapped.upto(len(records))[: len(records)] = records
+    all_words = libbpf.create_map(
+        libbpf.BPF_MAP_TYPE_ARRAY, 4, 8, entries=8191, flags=1 << 10
+    )
+    word = 11 * (1 + np.arange(len(found), dtype=np.uint64)) << np.uint64(SERIES_BITS)
+    MappedArray(all_words, np.dtype("u8"), 8191, WINDOW).upto(len(word))[: len(word)] = (
+        word | 1
+    )
     with monkeypatch.context() as changed:
-        changed.setattr(pins, "CONNECTION", other)
-        changed.setattr(pins, "KEY", other["key"])
-        layout = pins._make_layout()
-    for name, descriptor in ((CONNECTIONS, array), (LAYOUT, layout)):
-        (directory / "1" / name).unlink()
-        pins._pin(descriptor, directory / "1" / name)
-        os.close(descriptor)
+        changed.setattr(pinned_layout, "CONNECTION", other)
+        changed.setattr(pinned_layout, "KEY", other["key"])
+        layout = pinned_layout.make(Request(8191, namespaces.inode(), SECRET))
+    replace_pin(directory, CONNECTIONS, array)
+    replace_pin(directory, WORDS, all_words)
+    pin_layout(directory, layout)
+
+
+def pin_layout(directory: Path, words: npt.NDArray[np.uint32]) -> None:
+    """Replace the layout of the first generation."""
+    descriptor = libbpf.create_map(libbpf.BPF_MAP_TYPE_ARRAY, 4, words.nbytes)
+    key = ctypes.byref(ctypes.c_uint32(0))
+    value = words.ctypes.data_as(ctypes.c_void_p)
+    libbpf.call("bpf_map_update_elem", descriptor, key, value, ctypes.c_uint64(0))
+    replace_pin(directory, LAYOUT, descriptor)
+
+
+def replace_pin(directory: Path, name: str, descriptor: int) -> None:
+    """Replace an object of the first generation, and close the descriptor."""
+    (directory / "1" / name).unlink()
+    pins._pin(descriptor, directory / "1" / name)
+    os.close(descriptor)

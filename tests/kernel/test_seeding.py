@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections.record import Direction, directions
+from tcpexporter.connections.record import Direction
 from tcpexporter.ebpf import loader, reconcile
 from tcpexporter.ebpf.tracker import Tracker
 from tests.kernel.helpers.in_process import (
@@ -19,6 +19,7 @@ from tests.kernel.helpers.in_process import (
     at_port,
     attach,
     invented,
+    now_ns,
     remove_records,
     seeds,
 )
@@ -35,7 +36,7 @@ def seed(tracker: Tracker, *after: Callable[[], object]) -> None:
 def test_preexisting_connections_are_seeded(peers: Peers) -> None:
     """a: It was open before the program was attached. It is added with at most its true
     age."""
-    opened_ns = boottime_ns()
+    opened_ns = now_ns()
     peers.connect(5)
     tracker = attach()
     try:
@@ -44,7 +45,7 @@ def test_preexisting_connections_are_seeded(peers: Peers) -> None:
         assert len(found) == 5
         assert (found["established_ns"] >= opened_ns).all()
         assert (found["established_ns"] <= boottime_ns()).all()
-        assert (directions(found["group"]) == Direction.INBOUND).all()
+        assert (found["is_outbound"] == Direction.INBOUND).all()
         peers.pairs[0][0].close()
         assert len(at_port(tracker, peers.port)) == 4
     finally:
@@ -55,7 +56,7 @@ def test_reported_connections_do_not_become_seeds(tracker: Tracker, peers: Peers
     """b: It opened before the dump, when the program was attached. It counts once, and
     keeps its exact time."""
     peers.connect(5)
-    opened_ns = boottime_ns()
+    opened_ns = now_ns()
     seed(tracker)
     known = at_port(tracker, peers.port)
     assert len(known) == 5
@@ -71,9 +72,9 @@ def test_a_connection_that_opens_after_the_dump_keeps_its_time(
     times_ns = []
 
     def open_more() -> None:
-        times_ns.append(boottime_ns())
+        times_ns.append(now_ns())
         peers.connect(3)
-        times_ns.append(boottime_ns())
+        times_ns.append(now_ns())
 
     seed(late_tracker, open_more)
     known = at_port(late_tracker, peers.port)
@@ -127,8 +128,8 @@ def seed_with(
     def then_act(owner: object, name: str) -> None:
         real = getattr(owner, name)
 
-        def wrapped(*arguments: object) -> object:
-            outcome = real(*arguments)
+        def wrapped(*arguments: object, **named: object) -> object:
+            outcome = real(*arguments, **named)
             act_once()
             return outcome
 
@@ -173,7 +174,7 @@ def test_a_connection_that_reopens_while_seeding_has_its_own_time(
     times_ns = []
 
     def reopen() -> None:
-        times_ns.append(boottime_ns())
+        times_ns.append(now_ns())
         reusable.reopen()
 
     seed_with(late_tracker, monkeypatch, step, reopen)

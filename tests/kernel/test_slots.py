@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from tcpexporter.connections.record import CLOSED, SERIES_BITS, numbers
 from tcpexporter.ebpf import reconcile
 from tcpexporter.ebpf import tracker as tracker_module
 from tcpexporter.ebpf.tracker import Tracker
@@ -26,6 +27,7 @@ from tests.kernel.helpers.in_process import (
     invented,
     slots_at,
     taken_slots,
+    words_at,
 )
 from tests.kernel.helpers.worker import Worker
 from tests.support import Peers, ss_established
@@ -36,6 +38,9 @@ CHURNED = 10_009
 """Minimum number of cycles with real connections."""
 
 SEEDS = 211
+
+ONE_UNIT = np.uint64(1 << SERIES_BITS)
+"""The difference of two words that have the same series and consecutive times."""
 
 
 @pytest.fixture
@@ -98,7 +103,7 @@ def test_refused_connections_are_added_later(tracker: Tracker) -> None:
         peers.connect(7)
         assert tracker.events()["refused"] == 14
         assert len(at_port(tracker, peers.port)) == 0
-        assert tracker.release(slots, np.ones(SLOTS, np.uint64)) == SLOTS
+        assert tracker.release(slots, words_at(tracker, slots)) == SLOTS
         assert_each_has_one_owner(tracker)
         with Dumps() as dumps:
             assert reconcile.reconcile(tracker, dumps).missed_open == 14
@@ -118,9 +123,9 @@ def test_a_socket_used_during_a_release_keeps_its_connection(
     """h, g: The socket's address is used again between two steps of the release."""
     peers.connect(1)
     stale = slots_at(tracker, peers.port)
+    words = words_at(tracker, stale)
     for each in peers.pairs.pop():
         each.close()
-    established_ns = tracker._all()["established_ns"][stale].copy()
     owner = tracker if step == "wait_for_runs" else tracker._handles
     real = getattr(owner, step)
 
@@ -137,7 +142,7 @@ def test_a_socket_used_during_a_release_keeps_its_connection(
             peers.connect(23)
 
     monkeypatch.setattr(owner, step, then_use)
-    assert tracker.release(stale, established_ns) == 0
+    assert tracker.release(stale, words) == 0
     monkeypatch.undo()
     expected = 0 if ends == "closed" else 23
     assert len(at_port(tracker, peers.port)) == expected
@@ -151,11 +156,8 @@ def test_the_old_slot_of_a_handle_with_a_new_slot_is_freed(
     """j: Step 4 does not restore the old slot, because the handle has another one."""
     peers.connect(1)
     old = slots_at(tracker, peers.port)
-    connections = tracker._all()
-    handle, reported_ns = (
-        connections["handle"][old][0],
-        connections["established_ns"][old][0],
-    )
+    connections, _ = tracker._used()
+    handle = connections["handle"][old][0]
     (new,) = tracker._allocate(1)
     connections["handle"][new] = handle
     real = tracker.wait_for_runs
@@ -166,7 +168,7 @@ def test_the_old_slot_of_a_handle_with_a_new_slot_is_freed(
         assert tracker._handles.put_new(handle, new)
 
     tracker.wait_for_runs = reopened  # type: ignore[method-assign]
-    assert tracker.release(old, np.array([reported_ns - 1])) == 1
+    assert tracker.release(old, words_at(tracker, old) - ONE_UNIT) == 1
     assert tracker.restored == 0
     assert_each_has_one_owner(tracker)
 
@@ -174,23 +176,23 @@ def test_the_old_slot_of_a_handle_with_a_new_slot_is_freed(
 def test_a_slot_whose_connection_is_opening_is_not_freed(
     tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """g: The program has stored the new time but not yet ``group`` when the release reads
-    both.
+    """g: The program has found the slot but not yet stored the time and series when the
+    release reads both.
 
     The fault: the release freed the slot of an open connection, without any error.
     """
     peers.connect(1)
     slots = slots_at(tracker, peers.port)
-    connections = tracker._all()
-    group = connections["group"][slots].copy()
-    connections["group"][slots] = 0  # the state between the two stores
+    _, all_words = tracker._used()
+    words = words_at(tracker, slots)
+    all_words[slots] = CLOSED  # the state before the store
     real = tracker.wait_for_runs
 
-    def store_group() -> None:
-        connections["group"][slots] = group
+    def store_words() -> None:
+        all_words[slots] = words
         real()
 
-    monkeypatch.setattr(tracker, "wait_for_runs", store_group)
+    monkeypatch.setattr(tracker, "wait_for_runs", store_words)
     tracker._release_empty(slots)
     monkeypatch.undo()
     assert len(at_port(tracker, peers.port)) == 1
@@ -210,20 +212,21 @@ def test_a_program_run_with_a_wrong_slot_changes_nothing(
     (first, second), other = peers.pairs
     slots = {
         int(each["key"]["remote_port"]): int(slot)
-        for slot, each in enumerate(tracker._all())
-        if each["group"] and each["key"]["local_port"] == peers.port
+        for slot, (each, word) in enumerate(zip(*tracker._used(), strict=True))
+        if numbers(word) and each["key"]["local_port"] == peers.port
     }
     own_slot, other_slot = (slots[each.getsockname()[1]] for each in (first, other[0]))
-    before = tracker._all()[other_slot].copy()
-    handle = tracker._all()["handle"][own_slot]
+    connections, all_words = tracker._used()
+    before = connections[other_slot].copy(), all_words[other_slot]
+    handle = connections["handle"][own_slot]
     tracker._handles.put(handle, np.uint32(other_slot))
     if not close:
-        tracker._all()["group"][own_slot] = 0
+        all_words[own_slot] = CLOSED
     first.close()
     second.close()
     if not close:  # some new socket has the same address, and so the same handle
         peers.connect(97)
-    assert tracker._all()[other_slot] == before
+    assert (connections[other_slot], all_words[other_slot]) == before
 
 
 def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
@@ -232,21 +235,20 @@ def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
     """l: The kernel refuses the release, and the handle already has another slot."""
     peers.connect(1)
     (old,) = slots_at(tracker, peers.port)
-    connections = tracker._all()
-    handle, reported_ns = connections["handle"][old], connections["established_ns"][old]
     (new,) = tracker._allocate(1)
+    connections, all_words = tracker._used()
+    handle, word = connections["handle"][old], all_words[old]
 
     def refuse() -> None:
         connections["handle"][new] = handle
         connections["key"][new] = connections["key"][old]
-        connections["established_ns"][new] = reported_ns + 1
-        connections["group"][new] = connections["group"][old]
+        all_words[new] = word + ONE_UNIT
         assert tracker._handles.put_new(handle, new)  # as the program does
         raise TrackerError("refused")
 
     monkeypatch.setattr(tracker, "wait_for_runs", refuse)
     with pytest.raises(TrackerError):
-        tracker.release(np.array([old], np.uint32), np.array([reported_ns]))
+        tracker.release(np.array([old], np.uint32), np.array([word]))
     monkeypatch.undo()
     assert tracker.restored == 1  # this causes a reconciliation
     with Dumps() as dumps:
@@ -266,7 +268,7 @@ def test_a_slot_whose_release_is_refused_twice_is_freed_once(
     orphan."""
     peers.connect(1)
     slots = slots_at(tracker, peers.port)
-    reported_ns = tracker._all()["established_ns"][slots].copy()
+    words = words_at(tracker, slots)
 
     def refuse(*_: object) -> bool:
         raise OSError(errno.EBUSY, "refused")
@@ -274,14 +276,14 @@ def test_a_slot_whose_release_is_refused_twice_is_freed_once(
     with monkeypatch.context() as refusing:
         refusing.setattr(tracker._handles, "put_new", refuse)
         # Step 4: the connection has another time, so its handle must be restored.
-        assert tracker.release(slots, reported_ns - 1) == 0
+        assert tracker.release(slots, words - ONE_UNIT) == 0
         assert tracker._orphans == {*slots.tolist()}
     with monkeypatch.context() as refusing:
         refusing.setattr(tracker._barrier, "put", refuse)
         with pytest.raises(TrackerError):
-            tracker.release(slots, reported_ns)
+            tracker.release(slots, words)
     assert len(at_port(tracker, peers.port)) == 1
-    assert tracker.release(slots, reported_ns) == 1
+    assert tracker.release(slots, words) == 1
     assert_each_has_one_owner(tracker)
 
 
@@ -345,12 +347,13 @@ def add_and_release(tracker: Tracker, churned: Callable[[], int], effort: Effort
     while seeded + churned() < cycles or churned() < least_churned:
         slots = tracker.add(invented(SEEDS))
         seeded += len(slots)
-        expected_ns = np.ones(len(slots), np.uint64)
+        words = words_at(tracker, slots)
+        expected = words.copy()
         # The first seeds get another time: they stay, and are released below.
-        expected_ns[: chosen.randrange(7)] = 2
-        tracker.release(slots, expected_ns)
-        stayed = slots[expected_ns == 2]
-        tracker.release(stayed, np.ones(len(stayed), np.uint64))
+        expected[: chosen.randrange(7)] += ONE_UNIT
+        tracker.release(slots, expected)
+        has_stayed = expected != words
+        tracker.release(slots[has_stayed], words[has_stayed])
         if chosen.randrange(11) == 0:
             tracker.reclaim()
     return seeded

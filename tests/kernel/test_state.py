@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tcpexporter.clock import boottime_ns
+from tcpexporter.connections.source import INBOUND
 from tcpexporter.ebpf.source import EbpfSource
 from tcpexporter.socket_tables.polling import PollingSource
 from tcpexporter.socket_tables.saved_ages import State
@@ -76,6 +77,7 @@ def source(
     assert state
     opened = EbpfSource(
         netns=netns,
+        parts=INBOUND,
         max_connections=8191,
         reconcile_interval_s=0,
         reconcile_cpu_share=1,
@@ -188,11 +190,12 @@ def test_ages_are_kept_by_polling_runs(path: Path) -> None:
                     one.send(b"x")
                     other.recv(1)
             state = State.open(path)
-            opened = PollingSource(open_tables("sock_diag", "self"), 0.05, state)
+            tables = open_tables("sock_diag", "self")
+            opened = PollingSource(tables, 0.05, state, parts=INBOUND)
             assert state
             with contextlib.closing(opened), contextlib.closing(state):
                 opened.start()
-                (found,) = opened.read()
+                found = opened._last
                 here = found[found["key"]["local_port"] == peers.port]
                 seen.append(sorted(here["established_ns"].tolist()))
     assert len(seen[0]) == 7

@@ -14,10 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections.record import CONNECTION, PORTS, Records
-from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, WINDOW
+from tcpexporter.connections.record import (
+    SERIES_MASK,
+    Records,
+    numbers,
+    times_ns,
+)
+from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, ConnectionArray
 from tcpexporter.ebpf.libbpf import load_libbpf
-from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import Map
 from tcpexporter.socket_tables.tables import open_tables
 
@@ -36,29 +40,30 @@ def explain(process: int, port: int) -> str:
     with _maps(process) as maps:
         handles, slots = Map(maps["slots"][0], "slots").items(np.uint64, np.uint32)
         descriptor, entries = maps["connections"]
-        records = MappedArray(descriptor, CONNECTION, entries, WINDOW).upto(entries).copy()
+        words_descriptor, _ = maps["series_and_time"]
+        array = ConnectionArray(descriptor, words_descriptor, entries)
+        records, words = (each.copy() for each in array.upto(entries))
     slot_of = dict(zip(handles.tolist(), slots.tolist(), strict=True))
     shown = shown[shown["key"]["local_port"] == port]
     is_here = records["key"]["local_port"] == port
-    is_here |= records["group"] % PORTS == port
-    is_here &= records["group"] != 0
+    is_here &= numbers(words) != 0
     lines = [f"port {port}: {len(shown)} in the tables, {is_here.sum()} in the map"]
     lines += [f"  table  {_key(each)}" for each in shown]
     lines += [
-        f"  slot {slot} {_record(records[slot], slot, slot_of)}"
+        f"  slot {slot} {_record(records[slot], words[slot], slot, slot_of)}"
         for slot in np.flatnonzero(is_here).tolist()
     ]
     return "\n".join(lines)
 
 
-def _record(record: Records, slot: int, slot_of: dict[int, int]) -> str:
+def _record(record: Records, word: np.uint64, slot: int, slot_of: dict[int, int]) -> str:
     handle = int(record["handle"])
     owner = slot_of.get(handle)
     origin = "table" if handle & int(HANDLE_SEEDED) else "event"
-    age_s = (boottime_ns() - int(record["established_ns"])) / 1e9
+    age_s = (boottime_ns() - int(times_ns(np.array([word]))[0])) / 1e9
     owned = "owned" if owner == slot else f"its handle has slot {owner}"
     return (
-        f"{_key(record)} group {int(record['group']):#x} from {origin}, {age_s:.3f} s,"
+        f"{_key(record)} series {int(word) & SERIES_MASK} from {origin}, {age_s:.3f} s,"
         f" handle {handle:#x} {owned}"
     )
 

@@ -2,18 +2,33 @@
 """A tracker in the test's process, and socket tables that act between their dumps."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import SECRET
-from tcpexporter.connections.record import CONNECTION, Direction, Records, groups
+from tcpexporter.connections.record import (
+    CONNECTION,
+    KEY,
+    SOCKET,
+    TIME_SHIFT,
+    Direction,
+    Records,
+    Words,
+    times_ns,
+    words,
+)
+from tcpexporter.connections.record import numbers as numbers_of
+from tcpexporter.connections.series import Parts, series_of
+from tcpexporter.connections.source import INBOUND
 from tcpexporter.ebpf import loader
 from tcpexporter.ebpf.connection_array import HANDLE_SEEDED
-from tcpexporter.ebpf.loader_protocol import Request
-from tcpexporter.ebpf.slot_ranges import Slots
+from tcpexporter.ebpf.free_numbers import Slots
+from tcpexporter.ebpf.loader_protocol import MAX_SERIES, Descriptors, Request
+from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.host import namespaces
 from tcpexporter.socket_tables.tables import open_tables
@@ -23,12 +38,46 @@ SLOTS = 1021
 """The default number of slots of a tracker."""
 
 
+SEEN = np.dtype(
+    [("established_ns", "u8"), ("handle", "u8"), ("key", KEY), ("is_outbound", "u4")]
+)
+"""A connection of a tracker, with its time in ns."""
+
+
 def attach(
-    max_connections: int = SLOTS, *, lose_one_in: int = 0, without: tuple[str, ...] = ()
+    max_connections: int = SLOTS,
+    *,
+    parts: Parts = INBOUND,
+    max_series: int = MAX_SERIES,
+    bounds_s: Sequence[float] = (),
+    lose_one_in: int = 0,
+    without: tuple[str, ...] = (),
 ) -> Tracker:
     """Load the program for this namespace, and return a tracker that is not seeded."""
-    request = Request(max_connections, namespaces.inode(), SECRET, lose_one_in, without)
-    return Tracker(loader.load(request), max_connections)
+    request = Request(
+        max_connections,
+        0 if parts.by_netns else namespaces.inode(),
+        SECRET,
+        max_series=max_series,
+        outbound_port=parts.outbound_port,
+        lifetime_bounds=tuple(round(each * 1e9) >> TIME_SHIFT for each in bounds_s),
+        lose_one_in=lose_one_in,
+        without=without,
+    )
+    return tracker_of(loader.load(request), request, parts)
+
+
+def tracker_of(
+    descriptors: Descriptors, request: Request, parts: Parts = INBOUND
+) -> Tracker:
+    """Return a tracker for a program that was loaded as requested."""
+    series = SeriesNumbers(descriptors, request.max_series, request.lifetime_bounds)
+    return Tracker(descriptors, request.max_connections, parts, series)
+
+
+def now_ns() -> int:
+    """Return the present time, rounded as times of connections are."""
+    return boottime_ns() >> TIME_SHIFT << TIME_SHIFT
 
 
 class Dumps:
@@ -59,9 +108,18 @@ class Dumps:
 
 def all_connections(tracker: Tracker) -> Records:
     """Return all connections of the tracker, both reported and seeded."""
-    known = np.concatenate([chunk.copy() for chunk in tracker.read()])
-    there: Records = known[known["group"] != 0]
-    return there
+    return np.concatenate([seen(*window) for window in tracker.read()])
+
+
+def seen(records: Records, all_words: Words) -> Records:
+    """Return the connections of slots, of dtype `SEEN`."""
+    is_open = numbers_of(all_words) != 0
+    there = records[is_open]
+    found = np.zeros(len(there), SEEN)
+    found["established_ns"] = times_ns(all_words[is_open])
+    for name in ("handle", "key", "is_outbound"):
+        found[name] = there[name]
+    return found
 
 
 def at_port(tracker: Tracker, port: int) -> Records:
@@ -79,14 +137,13 @@ def seeds(known: Records) -> Records:
 
 def invented(number: int, **key: object) -> Records:
     """Return records of invented connections, each with a different remote port."""
-    connections = np.zeros(number, CONNECTION)
+    connections = np.zeros(number, SOCKET)
     connections["key"]["local_port"] = 1
     connections["key"]["remote_port"] = np.arange(number)
     connections["key"]["netns"] = namespaces.inode()
     for field, value in key.items():
         connections["key"][field] = value
-    connections["established_ns"] = 1
-    connections["group"] = groups(connections["key"], Direction.INBOUND)
+    connections["is_outbound"] = Direction.INBOUND
     return connections
 
 
@@ -96,24 +153,35 @@ def remove_records(tracker: Tracker, port: int) -> None:
     known = tracker.known()
     stale = np.isin(known.slots, slots_at(tracker, port))
     forgotten = known.only(stale)
-    tracker.release(forgotten.slots, forgotten.established_ns)
+    tracker.release(forgotten.slots, forgotten.words)
 
 
 def slots_at(tracker: Tracker, port: int) -> Slots:
     """Return the slots of the connections of a local port."""
-    known = tracker._all()
-    is_here = (known["group"] != 0) & (known["key"]["local_port"] == port)
+    known, all_words = tracker._used()
+    is_here = (numbers_of(all_words) != 0) & (known["key"]["local_port"] == port)
     return np.flatnonzero(is_here).astype(np.uint32)
+
+
+def words_at(tracker: Tracker, slots: Slots) -> Words:
+    """Return the words of slots."""
+    _, all_words = tracker._used()
+    return all_words[slots]
 
 
 def put_reported(tracker: Tracker, connections: Records) -> None:
     """Add connections to the tracker as if the kernel had reported them."""
     slots = tracker._allocate(len(connections))
-    reported = connections.copy()
+    numbers = tracker.series.numbers(series_of(connections, tracker._parts))
+    tracker.series.record_opened(numbers, 1)
+    reported = np.zeros(len(connections), CONNECTION)
+    for name in ("key", "is_outbound"):
+        reported[name] = connections[name]
     # No socket has these handles: they are even, and not addresses of the kernel.
     reported["handle"] = 2 * (1 + np.arange(len(reported)))
-    records = tracker._array.upto(int(slots.max()) + 1)
+    records, all_words = tracker._array.upto(int(slots.max()) + 1)
     records[slots] = reported
+    all_words[slots] = words(numbers, connections["established_ns"])
     for handle, slot in zip(reported["handle"], slots, strict=True):
         assert tracker._handles.put_new(handle, slot)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import bcc
 
+from tcpexporter.ebpf.event_counters import RECURSION_MISSES_BYTES
 from tcpexporter.ebpf.maps import program_info
-from tcpexporter.ebpf.tracker import RECURSION_MISSES_BYTES
 
 SOURCE = """
 BPF_ARRAY(depth, u32, 1);

@@ -7,11 +7,15 @@ import itertools
 
 import numpy as np
 
+from tcpexporter.connections.identity import SECRET
+from tcpexporter.connections.series import SERIES_FIRST
 from tcpexporter.ebpf import loader
+from tcpexporter.ebpf.event_counters import EVENT_KINDS
+from tcpexporter.ebpf.loader_protocol import MAX_SERIES, Request
 from tcpexporter.ebpf.maps import FIRST
-from tcpexporter.ebpf.tracker import EVENT_KINDS, Tracker
+from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.socket_tables.tables import open_tables
-from tests.kernel.helpers.in_process import SLOTS, attach
+from tests.kernel.helpers.in_process import SLOTS, attach, tracker_of
 from tests.support import Exporter, inside, new_netns
 
 # The arguments of exporters that are shared.
@@ -79,20 +83,30 @@ class SharedTracker:
 
     def fresh(self) -> Tracker:
         """Return a tracker with empty maps, as after loading."""
-        tracker = Tracker(self._descriptors, SLOTS)
+        tracker = tracker_of(self._descriptors, Request(SLOTS, 0, SECRET))
+        series = tracker.series
         tracker._recording.put(FIRST, np.uint32(False))
         tracker._handles.items(np.uint64, np.uint32, delete=True)
         tracker._pop_closings()
         tracker.wait_for_runs()
-        while tracker._free_slots.pop(np.uint32) is not None:
-            pass
-        loader._fill(self._descriptors.free_slots, SLOTS)
+        for free in (tracker._free_slots, series._free):
+            while free.pop() is not None:
+                pass
+        loader._fill(self._descriptors.free_slots, range(SLOTS))
+        series._numbers.items(np.uint64, np.uint32, delete=True)
+        used = len(series._entries())
+        series._ledger.upto(used)[SERIES_FIRST:] = 0
+        series._ledger.upto(used)[["opened", "closed", "failed"]] = 0
+        series._corrections.upto(used)[:] = 0
+        numbers = range(SERIES_FIRST, SERIES_FIRST + MAX_SERIES)
+        loader._fill(self._descriptors.free_series, numbers)
         counts = np.zeros((tracker._cpus, len(EVENT_KINDS)), np.uint64)
         zero_flags = ctypes.c_uint64(0)
         assert tracker._counters._call(
             "bpf_map_update_elem", np.array([FIRST]), counts, zero_flags
         )
-        tracker._array.upto(SLOTS)[:] = 0
+        for slots in tracker._array.upto(SLOTS):
+            slots[:] = 0
         return tracker
 
     def is_quiet(self) -> bool:
