@@ -29,12 +29,13 @@ from tcpexporter.ebpf.pinned_layout import KEY_FIELDS
 from tcpexporter.ebpf.pins import CONNECTIONS, CORRECTIONS, LAYOUT, LEDGER, LINK, WORDS
 from tcpexporter.ebpf.source import EbpfSource
 from tcpexporter.host import namespaces
+from tests.kernel.helpers.in_process import all_connections
 from tests.kernel.test_confinement import AS_NOBODY
 from tests.support import Exporter, Peers, bpf_programs_by_id, eventually, ss_established
 
 EXACT_NS = 10_000_000
 COMMAND = (sys.executable, "-m", "tcpexporter")
-GENERATION = (LINK, CONNECTIONS, LAYOUT, LEDGER, CORRECTIONS)
+GENERATION = (LINK, CONNECTIONS, LAYOUT, WORDS, LEDGER, CORRECTIONS)
 
 
 def pinned(directory: Path) -> set[str]:
@@ -270,7 +271,7 @@ def test_records_of_another_version_are_adopted(
     """Records of another version have more fields, and all fields at other offsets."""
     other = np.dtype(
         [
-            ("more", "u4", 3),
+            ("more", "u4", 5),
             ("is_outbound", "u4"),
             ("key", np.dtype([(name, KEY[name]) for name in reversed(KEY_FIELDS)])),
             ("handle", "u8"),
