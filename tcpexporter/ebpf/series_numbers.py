@@ -302,11 +302,12 @@ class SeriesNumbers:
             own = [self._number_of(each) for each in entries["series"][numbers]]
         is_own = np.array(own, np.uint32) == numbers
         # A run may be about to push a number that is neither: f.
-        numbers = numbers[is_own | np.isin(numbers, [*self._orphans])]
+        is_known = is_own | np.isin(numbers, [*self._orphans])
+        numbers, is_own = numbers[is_known], is_own[is_known]
         series = entries["series"][numbers]
         try:
             with map_errors():
-                self._numbers.delete_all(series[~np.isin(numbers, [*self._orphans])])
+                self._numbers.delete_all(series[is_own])
             wait_for_runs()
         except TrackerError:  # g
             self._restore(numbers, series)
@@ -329,9 +330,12 @@ class SeriesNumbers:
         for number, each in zip(numbers, series, strict=True):
             try:
                 is_restored = self._numbers.put_new(each, number)
+                is_restored = is_restored or self._number_of(each) == number
             except OSError:
                 is_restored = False
-            if not is_restored:  # d; or the kernel refuses it
+            if is_restored:
+                self._orphans.discard(int(number))
+            else:  # d; or the kernel refuses it
                 self._orphans.add(int(number))
 
     def _is_referred_to(

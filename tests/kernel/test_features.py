@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcpexporter.ebpf import features, reconcile
-from tcpexporter.ebpf import tracker as tracker_module
+from tcpexporter.ebpf import event_counters, features, reconcile
 from tcpexporter.ebpf.features import FEATURES, Feature
 from tcpexporter.ebpf.loader import BPF_F_NO_PREALLOC
 from tcpexporter.host.privileges import CAP_BPF
@@ -298,7 +297,7 @@ def test_without_a_count_of_missed_events_it_still_reconciles(
     """On an old kernel bpf_prog_info has 0; reconciling at the interval corrects the
     misses."""
     monkeypatch.setattr(
-        tracker_module, "program_info", lambda _descriptor: np.zeros(64, np.uint64)
+        event_counters, "program_info", lambda _descriptor: np.zeros(64, np.uint64)
     )
     tracker = attach(lose_one_in=1)
     with Dumps() as dumps, Peers() as peers:

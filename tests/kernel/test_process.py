@@ -11,14 +11,13 @@ import time
 import urllib.request
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tcpexporter.ebpf import features
 from tcpexporter.ebpf.features import Kernel
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.host import privileges
-from tests.kernel.helpers.in_process import all_connections, invented
+from tests.kernel.helpers.in_process import all_connections, invented, words_at
 from tests.kernel.helpers.loader_child import wait_for_loader
 from tests.kernel.helpers.shared import BOTH_ENDS, OUTBOUND, Exporters
 from tests.support import (
@@ -122,7 +121,7 @@ def test_maps_can_be_used_without_privilege(tracker: Tracker) -> None:
         with contextlib.suppress(BaseException):
             privileges.drop(privileges.find_user("nobody"), tracker.events)
             slots = tracker.add(invented(7))
-            tracker.release(slots[:2], np.ones(2, np.uint64))
+            tracker.release(slots[:2], words_at(tracker, slots[:2]))
             tracker.events()
             outcome = 0 if tracker.seeds() == len(all_connections(tracker)) == 5 else 2
         os._exit(outcome)

@@ -5,20 +5,28 @@ Processes open and close connections at random, while the exporter is paused, st
 killed and started again. The counts are compared whenever the processes are quiet. They
 must be equal at once if no event was missed. If the kernel has counted a missed event, they
 must be equal after one more reconciliation. TCPEXPORTER_TEST_SEED=NUMBER repeats a walk.
+
+Two more exporters, with other labels, run during the whole walk. At each quiet point their
+counters agree with their gauges, whatever was missed. What they count as opened and closed
+is what the processes opened and closed.
 """
 
+import contextlib
 import os
 import random
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import pytest
 
 from tests.kernel.helpers import ss_oracle as oracle
 from tests.kernel.helpers.effort import Effort
+from tests.kernel.helpers.identities import CLOSED, OPENED, violated
 from tests.kernel.helpers.socket_worker import LISTENING
 from tests.kernel.helpers.worker import Worker
 from tests.support import ESTABLISHED, LONG_TERM, Exporter
@@ -31,9 +39,20 @@ SEED_IN_CI = 1009
 LISTENED = {port for ports in LISTENING for port in ports}
 
 SETTINGS = (
-    *("--source", "ebpf", "--duration", "0"),
+    *("--source", "ebpf", "--duration", "0", "--histograms"),
     *("--reconcile-interval", "1", "--reconcile-cpu", "100"),
 )
+
+LABELS = ("auto", "port,tcp_version,direction", "tcp_version,port")
+"""Label sets of the exporter that is stopped and started; each start has another one."""
+
+EVERY_LABEL = "port,tcp_version,direction,remote_port"
+
+CONNECTED = re.compile(r".*: connect \d+ to (?P<address>\S+) (?P<port>\d+)$")
+"""What a process reports when it has connected."""
+
+Side = tuple[str, int, str]
+"""A direction, the port of the listener, and the IP version."""
 
 
 @pytest.fixture(autouse=True)
@@ -64,10 +83,25 @@ class Walk:
         self._direction = direction
         self._effort = effort
         self._workers = [_start_worker(index) for index in range(len(LISTENING))]
+        self._others = contextlib.ExitStack()
+        self._auditor, self._total = (
+            self._others.enter_context(
+                Exporter("--direction", "all", "--labels", labels, *SETTINGS)
+            )
+            for labels in (EVERY_LABEL, "none")
+        )
+        self._counted: dict[str, Counter[Side]] = {}
+        self._missed_by_auditor: float | None = 0.0
+        self._is_every_answer_known = True
+        self.audited = 0
+        """Number of quiet points at which opened and closed were compared."""
         self._start_exporter()
 
     def _start_exporter(self) -> None:
-        self._exporter = Exporter("--direction", self._direction, *SETTINGS)
+        labels = self._random.choice(LABELS)
+        self._exporter = Exporter(
+            "--direction", self._direction, "--labels", labels, *SETTINGS
+        )
         self._missed_or_refused_before: float | None = 0.0
 
     def __enter__(self) -> Self:
@@ -75,6 +109,7 @@ class Walk:
 
     def __exit__(self, *_: object) -> None:
         self._exporter.__exit__()
+        self._others.close()
         for worker in self._workers:
             worker.kill()
 
@@ -99,6 +134,11 @@ class Walk:
                 raise AssertionError(
                     f"seed {self._seed}, step {number}, {happening.__name__}: "
                     f"(shown, true) by port and version: {wrong}\n" + "\n".join(done)
+                )
+            if complaints := self._audit(done):
+                raise AssertionError(
+                    f"seed {self._seed}, step {number}, {happening.__name__}:\n"
+                    + "\n".join([*complaints, *done])
                 )
 
     def _step(self, happening: Callable[[], None], longest_pause_s: float) -> list[str]:
@@ -151,6 +191,7 @@ class Walk:
     def process_is_killed(self) -> None:
         """Kill a process with all its sockets, and start another one."""
         time.sleep(self._random.uniform(0, 0.1))
+        self._is_every_answer_known = False
         index = self._random.randrange(len(self._workers))
         self._workers[index].kill()
         self._workers[index] = _start_worker(index)
@@ -180,6 +221,81 @@ class Walk:
             if (wrong := oracle.difference(page.counts(name), true))
         }
 
+    def _audit(self, done: Sequence[str]) -> list[str]:
+        """Return what is wrong with the counters; ``done`` has what the processes did."""
+        complaints = []
+        for exporter in (self._exporter, self._total, self._auditor):
+            page, _ = oracle.scrape_and_count(exporter)
+            complaints += violated(page)
+        true = sides(oracle.established())
+        counted = {
+            "opened": at_sides(page, OPENED),
+            "closed": at_sides(page, CLOSED),
+            "open": true,
+        }
+        before, self._counted = self._counted, counted
+        missed_before, self._missed_by_auditor = self._missed_by_auditor, page.missed
+        is_known, self._is_every_answer_known = self._is_every_answer_known, True
+        # A listener that closes resets clients that have just connected.
+        if is_known and before and page.missed == missed_before and not self._may_reset:
+            self.audited += 1
+            grown = {name: minus(counted[name], before[name]) for name in counted}
+            opened = connected(done)
+            closed = minus(opened, grown["open"])
+            for name, expected in (("opened", opened), ("closed", closed)):
+                if minus(grown[name], expected):
+                    complaints.append(f"{name}: {grown[name]} instead of {expected}")
+        return complaints
+
+    @property
+    def _may_reset(self) -> bool:
+        return self._direction == "all"
+
+
+def sides(ends: oracle.Ends) -> Counter[Side]:
+    """Return how many connections of the listeners ss(8) shows, each at both ends."""
+    found: Counter[Side] = Counter()
+    for (local, remote), number in ends.items():
+        for direction, end in (("inbound", local), ("outbound", remote)):
+            address, _, port = end.rpartition(":")
+            is_ipv6 = address.startswith("[") and not address.startswith("[::ffff:")
+            if int(port) in LISTENED:
+                found[direction, int(port), "6" if is_ipv6 else "4"] += number
+    return found
+
+
+def at_sides(page: oracle.Page, name: str) -> Counter[Side]:
+    """Return the values of a metric that has every label."""
+    found: Counter[Side] = Counter()
+    for each in page.samples(name):
+        labels = each.labels
+        is_inbound = labels["direction"] == "inbound"
+        port = int(labels["port" if is_inbound else "remote_port"])
+        if port in LISTENED:
+            found[labels["direction"], port, labels["tcp_version"]] += int(each.value)
+    return found
+
+
+def connected(done: Sequence[str]) -> Counter[Side]:
+    """Return how many connections the processes opened, each at both ends."""
+    found: Counter[Side] = Counter()
+    for each in filter(None, map(CONNECTED.match, done)):
+        version = "6" if each["address"] == "::1" else "4"
+        for direction in ("inbound", "outbound"):
+            found[direction, int(each["port"]), version] += 1
+    return found
+
+
+def minus(some: Counter[Side], others: Counter[Side]) -> Counter[Side]:
+    """Return the differences, also negative ones, without those that are 0."""
+    return Counter(
+        {
+            each: some[each] - others[each]
+            for each in {*some, *others}
+            if some[each] != others[each]
+        }
+    )
+
 
 def _start_worker(index: int) -> Worker:
     return Worker("tests.kernel.helpers.socket_worker", index)
@@ -197,6 +313,7 @@ def test_the_counts_equal_those_of_ss_after_any_events(
         walk.go()
     sys.stdout.write(
         f"seed {seed}: {walk.operations} operations,"
-        f" {walk.exact_at_once} of {walk.compared} comparisons without waiting\n"
+        f" {walk.exact_at_once} of {walk.compared} comparisons without waiting,"
+        f" {walk.audited} of opened and closed\n"
     )
     assert walk.operations > effort.of(10_007)

@@ -22,7 +22,7 @@ from tests.unit.ebpf.test_loader_protocol import open_descriptors
         (errno.EPERM, "BCC cannot .* 64 KiB are allowed: LimitMEMLOCK"),
         (
             errno.ENOMEM,
-            "^out of memory while compiling; the exporter requires about 68 MiB",
+            "^out of memory while compiling; the exporter requires about 72 MiB",
         ),
         (None, "^BCC cannot compile the BPF program \\(no\\), .* its output$"),
     ],
@@ -43,7 +43,9 @@ def test_the_limit_that_refuses_the_largest_map_is_named(
 
     monkeypatch.setattr(loader, "create_map", create_map)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
-    assert re.search(said, loader._why_not_compiled(Exception("no"), 1009))
+    assert re.search(
+        said, loader._why_not_compiled(Exception("no"), Request(1009, 0, (0, 0)))
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_a_loader_killed_for_memory_is_reported(
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(loader, "VMSTAT", vmstat)
     with pytest.raises(
-        LoadError, match="out of memory while compiling; the exporter requires about 89 MiB"
+        LoadError, match="out of memory while compiling; the exporter requires about 93 MiB"
     ):
         loader.load(Request(262144, 0, (0, 0)))
 
