@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from tcpexporter.connections.record import SERIES_MASK, Numbers
+from tcpexporter.connections.record import CLOSED, SERIES_MASK, Numbers
 from tcpexporter.connections.series import (
     SERIES,
     SERIES_FIRST,
@@ -143,12 +143,12 @@ def test_a_number_with_a_connection_is_restored(tracker: Tracker, peers: Peers) 
     number = number_of(tracker, peers.port)
     slots = slots_at(tracker, peers.port)
     words = words_at(tracker, slots)
-    connections = tracker._all()
-    connections["series_and_time"][slots] = 0  # the state before the store
+    _, all_words = tracker._used()
+    all_words[slots] = CLOSED  # the state before the store
 
     def store() -> None:
         assert number_of(tracker, peers.port) == 0
-        connections["series_and_time"][slots] = words
+        all_words[slots] = words
         tracker.wait_for_runs()
 
     free(tracker, number, store)
@@ -189,11 +189,11 @@ def test_a_series_with_two_numbers_is_counted_in_both(
     number = number_of(tracker, peers.port)
     slots = slots_at(tracker, peers.port)
     words = words_at(tracker, slots)
-    connections = tracker._all()
-    connections["series_and_time"][slots] = 0  # the state before the store
+    _, all_words = tracker._used()
+    all_words[slots] = CLOSED  # the state before the store
 
     def store_and_open() -> None:
-        connections["series_and_time"][slots] = words
+        all_words[slots] = words
         peers.connect(2)
         tracker.wait_for_runs()
 
