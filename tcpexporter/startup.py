@@ -159,7 +159,7 @@ class _Counting(NamedTuple):
     watch: namespaces.Watch | None
     """Detects that the namespace of --netns NAME was replaced; None: no name was given."""
     choose: Callable[[Settings], Choice]
-    """Returns the selection of connections for the settings in force."""
+    """Return the selection of connections for the settings in force."""
     collector: ConnectionCollector
 
 
