@@ -132,7 +132,7 @@ class Connection(asyncio.BufferedProtocol):
         return False
 
     def pause_writing(self) -> None:
-        """Limit the unsent data of all clients, as the kernel accepts no more of this one."""
+        """Limit the unsent data of all clients: the kernel accepts no more of this one."""
         self.is_slow = True
         self._clients.limit_unsent_data(self)
 
