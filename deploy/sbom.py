@@ -62,7 +62,7 @@ class Locked:
 
 
 def read_lock(path: Path) -> Iterator[Locked]:
-    """The requirements in a file of deploy/lock."""
+    """Return the requirements in a file of deploy/lock."""
     text = path.read_text().replace("\\\n", " ")
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -71,7 +71,7 @@ def read_lock(path: Path) -> Iterator[Locked]:
 
 
 def make_bom(epoch_s: int) -> Bom:
-    """The bill of materials of this tree, as of a time.
+    """Return the bill of materials of this tree, as of a time.
 
     Raises:
         importlib.metadata.PackageNotFoundError: the exporter is not installed here.

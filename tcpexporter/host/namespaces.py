@@ -45,7 +45,7 @@ LIKE_INODE = re.compile("(.*:)?[0-9]{1,10}", re.DOTALL)
 
 
 def inode(path: Path = OWN) -> int:
-    """The inode number that identifies a network namespace.
+    """Return the inode number that identifies a network namespace.
 
     Raises:
         SourceError: there is no such namespace, or permission is missing.
@@ -58,7 +58,7 @@ def inode(path: Path = OWN) -> int:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A descriptor that holds a namespace until the end of the block.
+    """Yield a descriptor that holds a namespace until the end of the block.
 
     Raises:
         SourceError: there is no such namespace, or permission is missing.
@@ -78,7 +78,7 @@ def _unseen(path: Path, error: OSError) -> SourceError:
 
 
 def find(name: str) -> Path:
-    """The path of a namespace, which a user names ``self``, by its name, or by a path.
+    """Return the path of a namespace that a user gives as ``self``, a name, or a path.
 
     Raises:
         SettingsError: there is no network namespace.
@@ -217,7 +217,7 @@ def _warn_once(warning: str) -> None:
 
 
 def others() -> Iterator[tuple[int, Path]]:
-    """The inode and a path of each namespace of a process or with a name, except our own.
+    """Yield the inode and a path of each namespace of a process or name, except our own.
 
     A namespace appears once for each process and name, as some of them may end before the
     path is opened. At the end a warning is logged if processes are hidden from us.
@@ -256,7 +256,7 @@ def _sees_processes_of_host() -> bool:
 
 
 def _names() -> list[Path]:
-    """The paths of namespaces that ip-netns(8) has named, sorted."""
+    """Return the paths of namespaces that ip-netns(8) has named, sorted."""
     try:
         return sorted(NAMED.iterdir())
     except FileNotFoundError:  # ip-netns(8) creates it with the first name
@@ -270,7 +270,7 @@ def _names() -> list[Path]:
 
 
 def named() -> dict[int, str]:
-    """The name that ip-netns(8) has given to each inode; the first one of several."""
+    """Return the name that ip-netns(8) has given to each inode; the first of several."""
     found: dict[int, str] = {}
     for path in _names():
         try:
@@ -305,7 +305,7 @@ class Names:
         }
 
     def read(self) -> dict[int, str]:
-        """The label of each namespace that is held or named, by inode; no two are the same.
+        """Return the label of each namespace that is held or named, by inode, all distinct.
 
         A namespace without a name has its inode as the label. Equal names get the inode
         added: a container can have several namespaces, and cgroups can have equal names.
@@ -329,7 +329,7 @@ class Names:
 
 
 def _containers() -> dict[int, str]:
-    """The container of each namespace that only one container uses, by inode."""
+    """Return the container of each namespace that only one container uses, by inode."""
     found: defaultdict[int, set[str]] = defaultdict(set)
     for process in Path("/proc").glob("[0-9]*"):
         try:

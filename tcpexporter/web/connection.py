@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Speaks HTTP/1.1 with one client, within limits on its time and memory."""
+"""Serves one HTTP/1.1 client, within limits on its time and memory."""
 
 import asyncio
-import gc
+import logging
 import socket
 import struct
-import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-from tcpexporter.host import malloc
-from tcpexporter.lean import part_of
-from tcpexporter.web.fair_share import ConnectionSlots, source_network
-
-with part_of("uvicorn"):  # importing its command line too would take 2 MiB
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+from tcpexporter.errors import reason
+from tcpexporter.web.clients import Clients
+from tcpexporter.web.fair_share import source_network
+from tcpexporter.web.http1 import Http1, InvalidRequestError, Request, Response, text
 
 if TYPE_CHECKING:  # saves the memory of bcrypt and ssl when there is no --web-config
     from tcpexporter.web.guard import Guard
@@ -31,100 +27,84 @@ scrape after 10 s by default, so a later response would not be read.
 KEEP_ALIVE_S = 75
 """How long an idle connection stays open. Scrape intervals are shorter: 15 to 60 s."""
 
-MAX_CONNECTIONS = 256
-"""Far more than there are scrapers, far fewer than the usual 1,024 file descriptors."""
-
-MANY_CONNECTIONS = 64
-"""From this number on, freed memory is returned to the kernel when most are closed."""
-
 MAX_HEAD_BYTES = 16 * 1024
 """Longer request heads are refused. The head of a scrape has 300 bytes."""
 
+MAX_IGNORED_BYTES = 64 * 1024
+"""How much of a request's body is read, and discarded, before the response is complete.
+
+When a connection with unread data is closed, the kernel resets it, and the client can lose
+the response.
+"""
+
 READ_BYTES = 4 * 1024
 """Size of a connection's read buffer. asyncio's 256 KiB would be 64 MiB for all of them."""
-
-MAX_UNSENT_BYTES = 16 << 20
-"""Limit for response data that the kernel has not accepted, of all clients together."""
 
 # Closing a socket with this SO_LINGER value resets the connection. Otherwise the kernel
 # would try for minutes to send the remaining data to a client that does not read.
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
+Respond = Callable[[Request], Awaitable[Response]]
 
-class _MemoryReturn:
-    """Returns memory to the kernel after many connections were open."""
-
-    def __init__(self) -> None:
-        self._were_many = False
-
-    def update(self, connections: int) -> None:
-        """Call this when a connection has closed; ``connections`` are still open."""
-        if connections >= MANY_CONNECTIONS:
-            self._were_many = True
-        elif self._were_many and connections <= MANY_CONNECTIONS // 4:
-            self._were_many = False
-            gc.collect()  # the objects of a connection refer to each other
-            malloc.return_memory()
+log = logging.getLogger(__name__)
 
 
-class Connection(H11Protocol, asyncio.BufferedProtocol):
-    """uvicorn's HTTP/1.1 protocol with limits on the time and memory of a client.
+class Connection(asyncio.BufferedProtocol):
+    """The asyncio protocol of one client.
 
     A connection is busy from the connect, or from the first byte of a later request,
-    until the client has received the response. After that it is idle. The deadline here is
-    for busy connections; uvicorn closes idle ones after KEEP_ALIVE_S.
+    until the client has received the response. After that it is idle.
     """
 
-    _network = ""
+    network = ""
+    """Source network of the client."""
+    is_slow = False
+    """Whether the kernel has not yet accepted all of a response."""
+    _is_idle = False
+    _is_reading = True
+    _is_stopping = False
+    """Whether the connection closes after the present response."""
     _has_sent_fin = False
     """Whether the client has closed its sending direction."""
-    _deadline: asyncio.TimerHandle
+    _transport: asyncio.Transport
+    _http: Http1
     _buffer: bytearray
+    _timer: asyncio.TimerHandle | None = None
+    """Drops the client if it is busy for too long, closes the connection if idle."""
+    _task: asyncio.Task[None]
+    """Makes the response. The event loop itself keeps only weak references to tasks."""
 
-    def __init__(
-        self,
-        slots: "ConnectionSlots[Connection]",
-        memory_return: _MemoryReturn,
-        **of_uvicorn: Any,
-    ) -> None:
+    def __init__(self, clients: Clients, respond: Respond) -> None:
         """Prepare for a client.
 
         Args:
-            slots: Slots of all connections, shared by them.
-            memory_return: Shared by all connections.
-            of_uvicorn: Arguments of uvicorn's protocol.
+            clients: All clients, this one too while it is connected.
+            respond: Makes the responses.
         """
-        super().__init__(**of_uvicorn)
-        self._slots = slots
-        self._memory_return = memory_return
+        self._clients = clients
+        self._respond = respond
+        self._loop = asyncio.get_running_loop()
 
-    def allocate_slot(self, transport: asyncio.Transport) -> None:
-        """Allocate a slot to the client; if all are taken, evict another client."""
-        if len(self.connections) >= MAX_CONNECTIONS:
-            self._evict_one()
-        self.connections.add(self)
-        self.transport = transport
+    # Called by asyncio or `TlsTransport`
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Allocate a slot to the client. With TLS, the handshake is still to come."""
+        self._transport = transport
         host, *_ = transport.get_extra_info("peername") or ("",)
-        self._network = source_network(host)
+        self.network = source_network(host)
+        self._http = Http1(host, MAX_HEAD_BYTES, MAX_IGNORED_BYTES)
         # With a limit of 0, writing is paused whenever the kernel has not accepted all.
         transport.set_write_buffer_limits(0)
         self._buffer = bytearray(READ_BYTES)
-        self._become_busy()
+        self._clients.add(self)
+        self._set_timer(REQUEST_TIMEOUT_S, self.drop)
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start HTTP. With TLS, the slot was allocated before the handshake."""
-        if self.transport is None:
-            self.allocate_slot(transport)
-        super().connection_made(transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Free the slot, and cancel timers: they would keep the connection in memory."""
-        self._deadline.cancel()
-        self._slots.free(self, self._network)
-        super().connection_lost(exc)
-        # uvicorn does this only if the connection was lost without an error.
-        self._unset_keepalive_if_required()
-        self._memory_return.update(len(self.connections))
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """Free the slot, and cancel the timer: it would keep the connection in memory."""
+        if self._timer:
+            self._timer.cancel()
+        self._clients.remove(self)
+        self._clients.return_memory()
 
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002
         """Return the buffer that asyncio reads into."""
@@ -132,11 +112,12 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Process the bytes that asyncio has read."""
-        if self._is_idle():
+        if self._is_idle:
             self._become_busy()
-        self.data_received(bytes(self._buffer[:nbytes]))
+        self._http.receive(bytes(memoryview(self._buffer)[:nbytes]))
+        self._process()
 
-    def eof_received(self) -> bool:  # type: ignore[override]
+    def eof_received(self) -> bool:
         """Record that the client sends no more; return whether the connection stays open.
 
         The client may have closed its direction or the whole connection: the kernel
@@ -144,61 +125,24 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         within their deadline, but it may be evicted before (`is_being_answered`).
         """
         self._has_sent_fin = True
-        if self._has_request():
+        if self._http.has_request:
             return True
-        if self.conn.trailing_data[0]:
-            self.send_400_response("the request is incomplete")
+        if self._http.has_incomplete_request:
+            self._refuse(HTTPStatus.BAD_REQUEST)
         return False
 
-    def on_response_complete(self) -> None:
-        """Become idle, or continue with the next pipelined request."""
-        if self.flow.write_paused:
-            return  # resume_writing() calls this again
-        self._deadline.cancel()
-        self._renew_slot()
-        super().on_response_complete()
-        if not self._is_idle():
-            self._become_busy()
-        elif self._has_sent_fin:
-            self.transport.close()
-
     def pause_writing(self) -> None:
-        """Called when the kernel accepts no more data: limit unsent data of all clients."""
-        super().pause_writing()
-        others = self._all() - {self}
-        unsent = sum(each.transport.get_write_buffer_size() for each in others)
-        if unsent > MAX_UNSENT_BYTES:
-            slow = self._slots.evictable(lambda each: each in others and each.is_slow)
-            if slow:
-                slow.drop()
+        """Limit the unsent data of all clients: the kernel accepts no more of this one."""
+        self.is_slow = True
+        self._clients.limit_unsent_data(self)
 
     def resume_writing(self) -> None:
-        """Called when the kernel has accepted all data: complete the response."""
-        super().resume_writing()
-        if self.cycle is not None and self.cycle.response_complete:
-            self.on_response_complete()
+        """Complete the response, as the kernel has accepted all its data."""
+        self.is_slow = False
+        if self._http.has_response:
+            self._complete_response()
 
-    def send_400_response(self, msg: str) -> None:
-        """Refuse a request that is not HTTP; in the middle of a response, drop the client.
-
-        uvicorn calls this while it handles h11's error, which has a more exact status for a
-        head that is too long (431) and for an unknown transfer coding (501).
-        """
-        if self._has_request():
-            self.drop()
-            return
-        status = HTTPStatus(getattr(sys.exception(), "error_status_hint", 400))
-        self.transport.write(
-            f"HTTP/1.1 {status} {status.phrase}\r\n"
-            "content-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
-            f"content-length: {len(msg)}\r\n\r\n{msg}".encode()
-        )
-        self.transport.close()
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether the kernel has not yet accepted all of a response."""
-        return self.flow is not None and self.flow.write_paused
+    # Called by `Clients`
 
     @property
     def is_being_answered(self) -> bool:
@@ -206,55 +150,117 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
         A client that has sent FIN may be gone.
         """
-        return self._has_request() and not self.is_slow and not self._has_sent_fin
+        return self._http.has_request and not self.is_slow and not self._has_sent_fin
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Size of response data that the kernel has not accepted."""
+        return self._transport.get_write_buffer_size()
+
+    def stop(self) -> None:
+        """Close the connection, after the response if there is a request."""
+        if self._http.has_request:
+            self._is_stopping = True
+        else:
+            self._transport.close()
 
     def drop(self) -> None:
         """Reset the connection at once; unsent data is discarded."""
-        self.connections.discard(self)
-        self._slots.free(self, self._network)
-        self.transport.get_extra_info("socket").setsockopt(
+        self._clients.remove(self)
+        self._transport.get_extra_info("socket").setsockopt(
             socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE
         )
-        self.transport.abort()
+        self._transport.abort()
 
-    def _evict_one(self) -> None:
-        # Clients that are being answered come last: the response takes a few turns of the
-        # event loop, and longer only while a password is checked.
-        for may_evict in (lambda each: not each.is_being_answered, lambda _: True):
-            if evicted := self._slots.evictable(may_evict):
-                evicted.drop()
-                return
+    # Requests and responses
+
+    def _process(self) -> None:
+        """Begin to respond to the next request, if it has arrived."""
+        try:
+            while request := self._http.next_request():
+                self._task = self._loop.create_task(self._answer(request))
+        except InvalidRequestError as error:
+            self._refuse(error.status)
+            return
+        if self._is_reading != self._http.accepts_data:
+            self._is_reading = self._http.accepts_data
+            if self._is_reading:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+
+    async def _answer(self, request: Request) -> None:
+        try:
+            response = await self._respond(request)
+        except Exception as error:
+            log.error("cannot make a response: %s", reason(error))  # noqa: TRY400
+            log.debug("cannot make a response", exc_info=error)
+            response = text(500, "internal server error", connection="close")
+        if not self._transport.is_closing():
+            self._send(response)
+            self._complete_response()
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        """Respond to what is not HTTP; in the middle of a response, drop the client."""
+        if self._http.has_request:
+            self.drop()
+            return
+        sentence = f"the request is refused: {status.phrase.lower()}"
+        self._send(text(status, sentence, connection="close"))
+
+    def _send(self, response: Response) -> None:
+        for part in self._http.encode(response):
+            self._transport.write(part)
+        if self._is_stopping or self._http.must_close:
+            self._transport.close()
+
+    def _complete_response(self) -> None:
+        """Begin the next request or become idle, if the kernel has the whole response."""
+        if self.is_slow:
+            return  # resume_writing() calls this again
+        if self._transport.is_closing():
+            return  # the deadline stays
+        self._http.start_next()
+        self._process()
+        if self._http.has_request or self._transport.is_closing():
+            self._become_busy()
+        elif self._has_sent_fin:
+            self._transport.close()
+        else:
+            self._become_idle()
 
     def _become_busy(self) -> None:
-        self._renew_slot()
-        self._deadline = self.loop.call_later(REQUEST_TIMEOUT_S, self.drop)
+        self._is_idle = False
+        self._clients.renew(self)
+        self._set_timer(REQUEST_TIMEOUT_S, self.drop)
 
-    def _renew_slot(self) -> None:
-        self._slots.hold(self, self._network, self.loop.time())
+    def _become_idle(self) -> None:
+        self._is_idle = True
+        self._clients.renew(self)
+        self._set_timer(KEEP_ALIVE_S, self._transport.close)
 
-    def _all(self) -> "set[Connection]":
-        return cast("set[Connection]", self.connections)
-
-    def _has_request(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _is_idle(self) -> bool:
-        return self.timeout_keep_alive_task is not None and not self.transport.is_closing()
+    def _set_timer(self, seconds: float, expire: Callable[[], None]) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(seconds, expire)
 
 
-def protocol_factory(guard: "Guard | None") -> Callable[..., asyncio.BaseProtocol]:
+def protocol_factory(
+    clients: Clients, respond: Respond, guard: "Guard | None"
+) -> Callable[[], asyncio.BaseProtocol]:
     """Return a function that makes the asyncio protocol of a new client.
 
     Args:
+        clients: All clients.
+        respond: Makes the responses.
         guard: None, or one without TLS: the protocol is HTTP; otherwise HTTP over TLS.
     """
-    plain = partial(Connection, ConnectionSlots[Connection](), _MemoryReturn())
     if guard is None or guard.tls_policy is None:
-        return plain
+        return lambda: Connection(clients, respond)
     from tcpexporter.web.tls import TlsTransport  # noqa: PLC0415  # imported with guard
 
-    def secure(**of_uvicorn: Any) -> TlsTransport:
+    def secure() -> TlsTransport:
         assert guard.tls_policy is not None  # noqa: S101
-        return TlsTransport(guard.tls_policy, plain(**of_uvicorn))
+        return TlsTransport(guard.tls_policy, Connection(clients, respond))
 
     return secure

@@ -2,7 +2,7 @@
 """Chooses which client connection to evict when all slots are taken."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Generic, TypeVar
 
@@ -31,6 +31,12 @@ class ConnectionSlots(Generic[_Client]):
     def __init__(self) -> None:
         """Start without clients."""
         self._networks: dict[str, dict[_Client, float]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._networks.values()))
+
+    def __iter__(self) -> Iterator[_Client]:
+        return chain.from_iterable(self._networks.values())
 
     def hold(self, client: _Client, network: str, now_s: float) -> None:
         """Allocate a slot to the client, or renew its slot: its wait begins now."""

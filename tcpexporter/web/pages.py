@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Serves the pages: routes, responses and readiness, as an ASGI application."""
+"""Makes the response to each request: routes, pages and readiness."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
-from email.utils import formatdate
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from prometheus_client import CollectorRegistry
@@ -15,33 +14,14 @@ from tcpexporter.errors import SourceError, enough_memory, reason
 from tcpexporter.metrics.exposition import Collections, Exposition, negotiate
 from tcpexporter.metrics.negotiation import prefers_gzip
 from tcpexporter.web.fair_share import source_network
+from tcpexporter.web.http1 import Request, Response, text
 from tcpexporter.web.landing import CONTENT_SECURITY_POLICY, landing_page
 from tcpexporter.web.targets import clean, is_host, location, path_of
 
 if TYPE_CHECKING:  # saves the memory of bcrypt and ssl when there is no --web-config
     from tcpexporter.web.guard import Guard
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Response:
-    """A response, without the headers that `App` adds to all of them."""
-
-    status: int
-    body: bytes
-    content_type: str = "text/plain; charset=utf-8"
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-def text(status: int, sentence: str, **headers: str) -> Response:
-    """Return a response with a sentence as plain text."""
-    return Response(status, f"{sentence}\n".encode(), headers=headers)
 
 
 _ALLOW = {"allow": "GET, HEAD"}
@@ -61,7 +41,7 @@ _REFUSALS = {
 
 
 class App:
-    """The pages, as an ASGI application."""
+    """The pages."""
 
     def __init__(
         self,
@@ -88,7 +68,7 @@ class App:
         self.show_settings(settings)
         self._trouble: str | None = None
         self._has_worked = False
-        self._pages: Mapping[str, Callable[[Scope], Awaitable[Response]]] = {
+        self._pages: Mapping[str, Callable[[Request], Awaitable[Response]]] = {
             "/": self._landing,
             "/metrics": self._metrics,
             "/-/healthy": self._health,
@@ -114,29 +94,14 @@ class App:
         self._has_worked = False
         return None
 
-    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
-        """Respond to one request."""
+    async def respond(self, request: Request) -> Response:
+        """Return the response to a request."""
         response = (
-            _objection(scope) or await self._refusal(scope) or await self._respond(scope)
+            _objection(request) or await self._refusal(request) or await self._page(request)
         )
-        headers = {
-            "date": formatdate(usegmt=True),
-            "content-type": response.content_type,
-            "content-length": str(len(response.body)),
-            **response.headers,
-            **(self.guard.headers if self.guard else {}),
-        }
-        if _has_body(scope):
-            # The body is not read, so the start of a next request is unknown.
-            headers["connection"] = "close"
-        await send(
-            {
-                "type": "http.response.start",
-                "status": response.status,
-                "headers": [(k.encode(), v.encode("latin-1")) for k, v in headers.items()],
-            }
-        )
-        await send({"type": "http.response.body", "body": response.body})
+        if self.guard is None:
+            return response
+        return replace(response, headers={**response.headers, **self.guard.headers})
 
     async def collect(self) -> Exposition:
         """Return an exposition collected after this call; concurrent callers share it.
@@ -154,32 +119,33 @@ class App:
         self._has_worked = True
         return exposition
 
-    async def _refusal(self, scope: Scope) -> Response | None:
+    async def _refusal(self, request: Request) -> Response | None:
         if self.guard is None:
             return None
-        host, _ = scope["client"] or ("", 0)
-        authorization = _header(scope, b"authorization")
-        return _REFUSALS.get(
-            await self.guard.authorize(authorization, source_network(host))
-        )
+        authorization = request.header("authorization")
+        network = source_network(request.client)
+        return _REFUSALS.get(await self.guard.authorize(authorization, network))
 
-    async def _respond(self, scope: Scope) -> Response:
-        target = scope["raw_path"].decode("ascii")
-        if (scope["method"], target) == ("OPTIONS", "*"):  # asks about the whole server
+    async def _page(self, request: Request) -> Response:
+        # This asks about the whole server.
+        if (request.method, request.target) == (
+            "OPTIONS",
+            "*",
+        ):
             return Response(200, b"", headers=_ALLOW)
-        if scope["method"] not in ("GET", "HEAD"):
+        if request.method not in ("GET", "HEAD"):
             return text(405, "only GET and HEAD are allowed", **_ALLOW)
-        path = path_of(target)
+        path = path_of(request.target)
         if path is None:
             return text(400, "the request target is neither a path nor a URL")
         if path != (cleaned := clean(path)):
-            target = location(cleaned, scope["query_string"].decode("ascii"))
+            target = location(cleaned, request.query)
             return text(301, f"moved permanently: {target}", location=target)
         if page := self._pages.get(path):
-            return await page(scope)
+            return await page(request)
         return text(404, "not found: metrics are at /metrics")
 
-    async def _landing(self, _scope: Scope) -> Response:
+    async def _landing(self, _request: Request) -> Response:
         return Response(
             200,
             self._landing_page,
@@ -187,21 +153,21 @@ class App:
             {"content-security-policy": CONTENT_SECURITY_POLICY},
         )
 
-    async def _health(self, _scope: Scope) -> Response:
+    async def _health(self, _request: Request) -> Response:
         return text(200, "healthy")
 
-    async def _readiness(self, _scope: Scope) -> Response:
+    async def _readiness(self, _request: Request) -> Response:
         pending = self._ready()
         return text(503, f"not ready: {pending}") if pending else text(200, "ready")
 
-    async def _metrics(self, scope: Scope) -> Response:
-        readiness = await self._readiness(scope)
+    async def _metrics(self, request: Request) -> Response:
+        readiness = await self._readiness(request)
         if readiness.status != 200:
             return readiness
         try:
             exposition = await self.collect()
             with enough_memory():
-                return _exposition_response(exposition, scope)
+                return _exposition_response(exposition, request)
         except SourceError as error:
             return text(503, str(error))
 
@@ -215,37 +181,26 @@ class App:
             log.info("collecting metrics works again")
 
 
-def _objection(scope: Scope) -> Response | None:
+def _objection(request: Request) -> Response | None:
     """Return the refusal of a request whose version or headers are invalid, else None."""
-    if not scope["http_version"].startswith("1."):
+    if not request.version.startswith("1."):
         return text(505, "only HTTP/1.0 and HTTP/1.1 are supported", connection="close")
-    if not is_host(_header(scope, b"host")):
+    if not is_host(request.header("host")):
         return text(400, "the Host header is invalid")
-    if _header(scope, b"expect").lower() not in ("", "100-continue"):
+    if request.header("expect").lower() not in ("", "100-continue"):
         return text(417, "the only expectation supported is 100-continue")
     return None
 
 
-def _exposition_response(exposition: Exposition, scope: Scope) -> Response:
-    form = negotiate(_header(scope, b"accept"))
-    query = parse_qs(scope["query_string"].decode("latin-1"))
+def _exposition_response(exposition: Exposition, request: Request) -> Response:
+    form = negotiate(request.header("accept"))
+    query = parse_qs(request.query)
     if names := query.get("name[]"):
         # Not compressed: each selection of names would have to be compressed separately.
         vary = {"vary": "Accept"}
         return Response(200, exposition.body(form, names), form.content_type, vary)
     vary = {"vary": "Accept, Accept-Encoding"}
-    if not prefers_gzip(_header(scope, b"accept-encoding")):
+    if not prefers_gzip(request.header("accept-encoding")):
         return Response(200, exposition.body(form), form.content_type, vary)
     headers = {"content-encoding": "gzip", **vary}
     return Response(200, exposition.compressed(form), form.content_type, headers)
-
-
-def _header(scope: Scope, name: bytes) -> str:
-    return b",".join(value for key, value in scope["headers"] if key == name).decode(
-        "latin-1"
-    )
-
-
-def _has_body(scope: Scope) -> bool:
-    length = _header(scope, b"content-length")
-    return length not in ("", "0") or bool(_header(scope, b"transfer-encoding"))

@@ -10,22 +10,12 @@ import math
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
-from tcpexporter.lean import part_of
-from tcpexporter.web import connection
+from tcpexporter.web.clients import Clients
+from tcpexporter.web.connection import protocol_factory
 from tcpexporter.web.listen import BACKLOG
 from tcpexporter.web.pages import App
-
-with part_of("uvicorn") as uvicorn:  # importing its command line too would take 2 MiB
-    from uvicorn.config import Config
-
-    vars(uvicorn).update(Config=Config)  # lifespan.off imports it from the package
-
-    # uvicorn imports this module when it starts to serve. By then the exporter is not root,
-    # and may not have permission to read where it is installed, for example below /root.
-    from uvicorn.lifespan import off as _off  # noqa: F401
-    from uvicorn.server import HANDLED_SIGNALS, Server
 
 ACCEPTED_AT_ONCE = 32
 """Clients that asyncio accepts per listening socket in one turn of the event loop.
@@ -41,68 +31,65 @@ one such network, only as many as its share are safe.
 GRACE_S = 0.3
 """Time that clients have to receive the rest of a response when the exporter stops."""
 
+_TURNS_TO_CONNECT = 3
+"""Turns of the event loop after which a client that was accepted is among the clients."""
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 _NO_CAPACITY = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Errors of accept(2) that pass when resources are freed."""
 
 QUIET_S = 60.0
 """accept(2) must have worked for this long before its next error is logged again."""
 
+Alongside = Callable[[], Coroutine[Any, Any, None]]
+
 log = logging.getLogger(__name__)
 
 
-class _Server(Server):
-    """uvicorn's server, woken by a signal instead of polling for it ten times a second."""
+class Server:
+    """Serves clients until ``stop`` is set."""
 
-    def __init__(
-        self,
-        config: Config,
-        alongside: Callable[[], Coroutine[Any, Any, None]] | None = None,
-    ) -> None:
-        super().__init__(config)
+    def __init__(self, app: App) -> None:
+        """Prepare to serve an application."""
         self.stop = asyncio.Event()
-        self._alongside = alongside
+        self._app = app
+        self._clients = Clients()
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Stop on a signal; uvicorn would raise it again, which ends the process."""
+    async def serve(
+        self, sockets: Sequence[socket.socket], alongside: Alongside | None = None
+    ) -> None:
+        """Accept clients at listening sockets, then stop within half a second."""
         loop = asyncio.get_running_loop()
-        before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
-        for number in before:
-            loop.add_signal_handler(number, self.stop.set)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                loop.remove_signal_handler(number)
-                signal.signal(number, handler)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start serving, with a longer kernel queue than asyncio sets.
-
-        asyncio uses one number for the queue and for the clients accepted at once.
-        """
-        asyncio.get_running_loop().set_exception_handler(_LoopErrors())
-        await super().startup(sockets)
-        for sock in sockets or ():
+        loop.set_exception_handler(_LoopErrors())
+        make = protocol_factory(self._clients, self._app.respond, self._app.guard)
+        servers = []
+        for sock in sockets:
+            servers.append(
+                await loop.create_server(make, sock=sock, backlog=ACCEPTED_AT_ONCE)
+            )
+            # asyncio uses one number for the clients that it accepts at once and for the
+            # kernel's queue, which has to be longer.
             sock.listen(BACKLOG)
-
-    async def main_loop(self) -> None:
-        """Wait for the signal to stop."""
-        alongside = asyncio.create_task(self._alongside()) if self._alongside else None
+        task = loop.create_task(alongside()) if alongside else None
         await self.stop.wait()
-        if alongside:
-            alongside.cancel()
+        if task:
+            task.cancel()
+        for each in servers:
+            each.close()
+        await self._shut_down()
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+    async def _shut_down(self) -> None:
         """Let clients receive responses that have begun, for GRACE_S at most."""
-        asyncio.get_running_loop().call_later(GRACE_S, self._drop_all)
-        await super().shutdown(sockets)
-
-    def _drop_all(self) -> None:
-        for each in list(cast("set[connection.Connection]", self.server_state.connections)):
-            each.drop()
-        if guard := cast("App", self.config.app).guard:
+        for _ in range(_TURNS_TO_CONNECT):
+            await asyncio.sleep(0)
+        self._clients.stop()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._clients.wait_until_none(), GRACE_S)
+        self._clients.drop()
+        if guard := self._app.guard:
             guard.cancel_checks()
+        await asyncio.sleep(0)  # asyncio closes the sockets of dropped clients
 
 
 class _LoopErrors:
@@ -124,9 +111,7 @@ class _LoopErrors:
 
 
 def serve(
-    sockets: Sequence[socket.socket],
-    app: App,
-    alongside: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    sockets: Sequence[socket.socket], app: App, alongside: Alongside | None = None
 ) -> None:
     """Serve until SIGTERM or SIGINT, then return within half a second.
 
@@ -138,23 +123,27 @@ def serve(
         alongside: Runs in the same event loop; cancelled on the signal.
     """
     gc.freeze()  # existing objects stay: no need to scan them at each collection
-    asyncio.run(_Server(_config(app), alongside).serve(list(sockets)))
+    asyncio.run(_serve_until_signal(sockets, app, alongside))
 
 
-def _config(app: App) -> Config:
-    return Config(
-        app,
-        interface="asgi3",
-        http=cast("type[asyncio.Protocol]", connection.protocol_factory(app.guard)),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="error",  # its warnings would let clients fill the log with bad requests
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        date_header=False,  # needs uvicorn's polling to stay correct: `App` adds the date
-        backlog=ACCEPTED_AT_ONCE,
-        timeout_keep_alive=connection.KEEP_ALIVE_S,
-        h11_max_incomplete_event_size=connection.MAX_HEAD_BYTES,
-    )
+async def _serve_until_signal(
+    sockets: Sequence[socket.socket], app: App, alongside: Alongside | None
+) -> None:
+    server = Server(app)
+    with _calling_on_signal(server.stop.set):
+        await server.serve(sockets, alongside)
+
+
+@contextlib.contextmanager
+def _calling_on_signal(stop: Callable[[], object]) -> Iterator[None]:
+    """Until the end of the block, call ``stop`` on SIGTERM and SIGINT."""
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    for number in before:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)

@@ -160,11 +160,10 @@ def _refuse_password() -> str:
 class Http(Protocol):
     """The HTTP protocol above TLS.
 
-    ``allocate_slot`` is called when the client connects, and ``connection_made`` after the
-    handshake. asyncio's documentation describes when the other methods are called.
+    ``connection_made`` is called when the client connects, before its handshake. asyncio's
+    documentation describes when the other methods are called.
     """
 
-    def allocate_slot(self, transport: asyncio.Transport) -> None: ...
     def connection_made(self, transport: asyncio.Transport) -> None: ...
     def connection_lost(self, exc: Exception | None) -> None: ...
     def get_buffer(self, sizehint: int) -> bytearray: ...
@@ -200,7 +199,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._raw = transport
-        self._http.allocate_slot(self)
+        self._http.connection_made(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._http.connection_lost(exc)
@@ -248,7 +247,6 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
         self._flush()
         if self._policy.allows(self._tls.getpeercert()):
             self._secure = True
-            self._http.connection_made(self)
         else:
             log.debug("TLS connection refused: no allowed name in the client certificate")
             self._raw.close()

@@ -38,7 +38,7 @@ def kernel() -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
-    packages = ("bcc", "numpy", "prometheus_client", "uvicorn", "psutil", "matplotlib")
+    packages = ("bcc", "numpy", "prometheus_client", "h11", "psutil", "matplotlib")
     return {
         "tcpexporter": VERSION,
         "revision": _revision(),

@@ -22,7 +22,7 @@ from typing import Any
 
 from tcpexporter.__main__ import main
 from tcpexporter.host.seccomp import MAP_COMMANDS
-from tcpexporter.web import pages
+from tcpexporter.web import http1, pages
 
 PTRACE_SEIZE = 0x4206
 PR_SET_DUMPABLE = 4
@@ -177,14 +177,14 @@ class _App(pages.App):
         self._pages = {**self._pages, "/attempts": _attempts, "/other-abi": _other_abi}
 
 
-async def _attempts(_scope: pages.Scope) -> pages.Response:
+async def _attempts(_request: http1.Request) -> http1.Response:
     acts = {**REFUSED, **READING}
     if sock := _systemds():
         acts |= _misuse(sock)
     outcomes = {name: _outcome(act) for name, act in acts.items()}
     if sock:
         sock.detach()
-    return pages.text(200, json.dumps(outcomes))
+    return http1.text(200, json.dumps(outcomes))
 
 
 def _outcome(act: Callable[[], object]) -> str:
@@ -195,6 +195,6 @@ def _outcome(act: Callable[[], object]) -> str:
     return DONE
 
 
-async def _other_abi(_scope: pages.Scope) -> pages.Response:
+async def _other_abi(_request: http1.Request) -> http1.Response:
     _libc.syscall(ctypes.c_long(X32_GETPID))
-    return pages.text(200, f"the system call did not cause {signal.SIGSYS.name}")
+    return http1.text(200, f"the system call did not cause {signal.SIGSYS.name}")

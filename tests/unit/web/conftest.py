@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tcpexporter.web import pages, server
+from tcpexporter.web import pages
 from tcpexporter.web.listen import listen as listen_at
 from tests.unit.web.support import (
     LOOPBACK,
@@ -16,10 +16,8 @@ from tests.unit.web.support import (
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+def start() -> Iterator[Start]:
     """Serve in a thread, at a free port, until the end of the test."""
-    # Signals are for the main thread.
-    monkeypatch.setattr(server._Server, "capture_signals", contextlib.nullcontext)
     with contextlib.ExitStack() as running:
 
         def start_one(app: pages.App, address: str | None = LOOPBACK) -> int:

@@ -84,14 +84,14 @@ def make_app(
 
 @contextlib.contextmanager
 def serving(app: pages.App, sockets: list[socket.socket]) -> Iterator[None]:
-    uvicorn_server = server._Server(server._config(app))
+    running_server = server.Server(app)
     loops: list[asyncio.AbstractEventLoop] = []
     running = threading.Event()
 
     async def run() -> None:
         loops.append(asyncio.get_running_loop())
         running.set()
-        await uvicorn_server.serve(sockets)
+        await running_server.serve(sockets)
 
     thread = threading.Thread(target=lambda: asyncio.run(run()))
     thread.start()
@@ -99,7 +99,7 @@ def serving(app: pages.App, sockets: list[socket.socket]) -> Iterator[None]:
     try:
         yield
     finally:
-        loops[0].call_soon_threadsafe(uvicorn_server.stop.set)
+        loops[0].call_soon_threadsafe(running_server.stop.set)
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
 

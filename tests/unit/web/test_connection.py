@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tcpexporter.host import malloc
-from tcpexporter.web import connection, listen, pages
+from tcpexporter.web import clients, connection, http1, listen
 from tests.unit.web.support import (
     HEALTHY,
     LANDING,
@@ -130,7 +130,7 @@ def test_slow_clients_are_evicted_when_all_slots_are_taken(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest waiting client is evicted first, and a scrape gets its response."""
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 8)
     port = start(make_app(Flaky()))
     with contextlib.ExitStack() as opened:
         slow = []
@@ -145,7 +145,7 @@ def test_many_clients_of_one_network_do_not_evict_clients_of_others(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An idle and a slow client in other networks keep their connections."""
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 8)
     port = start(make_app())
     with contextlib.ExitStack() as opened:
         kept, slow = (
@@ -167,14 +167,14 @@ def test_a_client_that_is_being_answered_is_not_evicted(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This holds however long the response takes, for example for a password check."""
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 8)
     asked, go_on = threading.Event(), threading.Event()
     app = make_app()
 
-    async def wait(_scope: pages.Scope) -> pages.Response:
+    async def wait(_request: http1.Request) -> http1.Response:
         asked.set()
         await asyncio.to_thread(go_on.wait, PATIENCE_S)
-        return pages.text(200, "at last")
+        return http1.text(200, "at last")
 
     app._pages = {**app._pages, "/wait": wait}
     port = start(app)
@@ -192,7 +192,7 @@ def test_a_client_that_is_being_answered_is_not_evicted(
 def test_unsent_data_is_limited(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that do not read are dropped, longest waiting first, until the rest fits."""
     page_bytes, fit = 4_000_000, 3
-    monkeypatch.setattr(connection, "MAX_UNSENT_BYTES", fit * page_bytes)
+    monkeypatch.setattr(clients, "MAX_UNSENT_BYTES", fit * page_bytes)
     port = start(make_app(settings={"setting": "x" * page_bytes}))
     with contextlib.ExitStack() as opened:
         readers = []
@@ -215,7 +215,7 @@ def test_memory_is_returned_after_many_connections(
     port = start(make_app())
     for rounds in (1, 2):
         with contextlib.ExitStack() as opened:
-            for _ in range(connection.MANY_CONNECTIONS):
+            for _ in range(clients.MANY_CONNECTIONS):
                 opened.enter_context(dial(port))
             ask(port, "/")
         while len(returned) < rounds:
@@ -300,11 +300,11 @@ class Waiting:
         self.app = make_app()
         self.app._pages = {**self.app._pages, "/wait": self._wait}
 
-    async def _wait(self, _scope: pages.Scope) -> pages.Response:
+    async def _wait(self, _request: http1.Request) -> http1.Response:
         self.asked.release()
         while not self.go_on.is_set():
             await asyncio.sleep(0.01)
-        return pages.text(200, "at last")
+        return http1.text(200, "at last")
 
 
 WAIT = HEALTHY.replace(b"/-/healthy", b"/wait")
@@ -355,7 +355,7 @@ def test_half_closed_connections_lose_their_slots_first(
 
     The kind of fault: clients send a request, leave, and hold all slots for ten seconds.
     """
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 8)
     waiting = Waiting()
     port = start(waiting.app)
     with contextlib.ExitStack() as opened:
@@ -368,6 +368,23 @@ def test_half_closed_connections_lose_their_slots_first(
         assert ask(port, "/-/healthy").status == 200
         waiting.go_on.set()
         read_until(waits, b"at last\n")
+
+
+def test_a_fault_gives_500(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """A fault of a page is logged in one line, and the connection is closed."""
+    app = make_app()
+
+    async def fail(_request: http1.Request) -> http1.Response:
+        raise ZeroDivisionError("not expected")
+
+    app._pages = {**app._pages, "/fail": fail}
+    port = start(app)
+    caplog.clear()
+    with dial(port) as sock:
+        sock.sendall(HEALTHY.replace(b"/-/healthy", b"/fail"))
+        assert statuses(read_all(sock)) == [500]
+    assert ask(port, "/-/healthy").status == 200
+    assert caplog.messages == ["cannot make a response: ZeroDivisionError: not expected"]
 
 
 def test_pipelined_requests_get_responses_in_order(start: Start) -> None:

@@ -27,7 +27,7 @@ from tcpexporter.config.reload import Reloading, ReloadSignal
 from tcpexporter.errors import SettingsError
 from tcpexporter.host.systemd import Supervisor
 from tcpexporter.metrics.reload_status import Reloads
-from tcpexporter.web import connection, pages, server
+from tcpexporter.web import clients, connection, http1, pages
 from tcpexporter.web.guard import Guard
 from tcpexporter.web.listen import listen
 from tests.pki import (
@@ -128,9 +128,8 @@ Serve = Callable[[str], Served]
 
 
 @pytest.fixture
-def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+def serve(tmp_path: Path) -> Iterator[Serve]:
     """Serve with a configuration, until the end of the test."""
-    monkeypatch.setattr(server._Server, "capture_signals", contextlib.nullcontext)
     with contextlib.ExitStack() as running:
 
         def serve_one(config: str) -> Served:
@@ -491,7 +490,7 @@ def test_unfinished_tls_handshakes_count_against_the_connection_limit(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest waiting of them are evicted, and a scrape gets its response."""
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 8)
     served = serve(TLS)
     with contextlib.ExitStack() as held:
         socks = [held.enter_context(dial(served.port)) for _ in range(20)]
@@ -534,7 +533,7 @@ def test_a_client_that_does_not_read_the_page_is_dropped(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit for slow readers also works with TLS."""
-    page = pages.Response(200, bytes(1 << 24))
+    page = http1.Response(200, bytes(1 << 24))
     monkeypatch.setattr(pages, "_exposition_response", lambda *_: page)
     served = serve(TLS)
     with (
@@ -557,7 +556,7 @@ def test_a_large_page_arrives_completely(
 ) -> None:
     """A page of 5 MB needs many TLS records and writes."""
     body = os.urandom(5_000_003)
-    monkeypatch.setattr(pages, "_exposition_response", lambda *_: pages.Response(200, body))
+    monkeypatch.setattr(pages, "_exposition_response", lambda *_: http1.Response(200, body))
     assert serve(TLS).ask(client_context()).body == body
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from tcpexporter.errors import ServerError
-from tcpexporter.web import listen, pages
+from tcpexporter.web import http1, listen
 from tcpexporter.web.listen import listen as listen_at
 from tests.unit.web.support import (
     LOOPBACK,
@@ -50,9 +50,9 @@ def test_the_ipv6_wildcard_includes_ipv4(start: Start) -> None:
     app = make_app()
     seen: list[str] = []
 
-    async def show(scope: pages.Scope) -> pages.Response:
-        seen.append(scope["client"][0])
-        return pages.text(200, "seen")
+    async def show(request: http1.Request) -> http1.Response:
+        seen.append(request.client)
+        return http1.text(200, "seen")
 
     app._pages = {**app._pages, "/show": show}
     port = start(app, "::")

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tcpexporter.web import connection, server
+from tcpexporter.web import clients, server
 from tcpexporter.web.listen import listen as listen_at
 from tests.unit.web.support import (
     HEALTHY,
@@ -35,15 +35,14 @@ def test_a_request_sent_at_once_is_answered_whatever_connects_later(
 
     There are twice as many of them as slots.
     """
-    assert 3 * 2 * server.ACCEPTED_AT_ONCE < connection.MAX_CONNECTIONS
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 3 * server.ACCEPTED_AT_ONCE + 1)
-    monkeypatch.setattr(server._Server, "capture_signals", contextlib.nullcontext)
+    assert 3 * 2 * server.ACCEPTED_AT_ONCE < clients.MAX_CONNECTIONS
+    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 3 * server.ACCEPTED_AT_ONCE + 1)
     sockets = listen_at(LOOPBACK, 0)
     port = sockets[0].getsockname()[1]
     with contextlib.ExitStack() as opened:
         first = opened.enter_context(dial(port))
         first.sendall(HEALTHY)
-        for _ in range(2 * connection.MAX_CONNECTIONS):
+        for _ in range(2 * clients.MAX_CONNECTIONS):
             opened.enter_context(dial(port))
         opened.enter_context(serving(make_app(), sockets))
         read_until(first, b"healthy\n")
@@ -51,11 +50,8 @@ def test_a_request_sent_at_once_is_answered_whatever_connects_later(
         ask(port, "/")
 
 
-def test_the_kernel_queues_more_clients_than_are_accepted_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_kernel_queues_more_clients_than_are_accepted_at_once() -> None:
     """The listener's backlog is longer than ACCEPTED_AT_ONCE."""
-    monkeypatch.setattr(server._Server, "capture_signals", contextlib.nullcontext)
     sockets = listen_at(LOOPBACK, 0)
     with serving(make_app(), sockets):
         ask(sockets[0].getsockname()[1], "/")
