@@ -127,7 +127,7 @@ def _open_named_source(name: str, settings: Settings, state: "State | None") -> 
 
 
 def chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]:
-    """Returns what makes the collector's choice from settings that were read again.
+    """Return what makes the collector's choice from settings that were read again.
 
     Only their ports and duration can differ from ``settings``.
     """

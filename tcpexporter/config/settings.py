@@ -328,7 +328,7 @@ def _refuse_contradictions(settings: Settings) -> None:
 
 
 def misleading(settings: Settings) -> Iterator[str]:
-    """A sentence for each setting that has no effect, or can only give 0."""
+    """Yield a sentence for each setting that has no effect, or can only give 0."""
     has_remote_port = "remote_port" in settings.series_labels
     if settings.direction == "outbound" and settings.ports and not has_remote_port:
         yield (

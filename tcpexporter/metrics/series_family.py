@@ -73,7 +73,7 @@ class SeriesFamily(Metric):
 
     @samples.setter
     def samples(self, _: list[Sample]) -> None:
-        """The library initializes them with an empty list, which is not kept."""
+        """Ignore the empty list with which the library initializes them."""
 
     def sample_lines(self) -> bytes:
         """Return all samples as they are written in every text format."""
