@@ -10,8 +10,10 @@
  * MAX_SERIES       number of series numbers
  * MAP_FLAGS        flags of the hash maps: BPF_F_NO_PREALLOC, or 0
  * NETNS            inode of the only network namespace to observe, 0: all
- * OUTBOUND_PORT    which port is part of the series of an outbound connection:
- *                  LOCAL_PORT, REMOTE_PORT, or 0: none, and failed attempts are not
+ * BY_NETNS         whether network namespaces are counted separately
+ * OWN_PORT         local port of the exporter's own listener in the namespace
+ * OWN_NETNS; 0: it has none OUTBOUND_PORT    which port is part of the series of an
+ * outbound connection: LOCAL_PORT, REMOTE_PORT, or 0: none, and failed attempts are not
  *                  counted
  * BUCKETS          number of lifetime buckets; undefined: none are counted
  * BOUNDS           the upper bounds of all buckets but the last, in units of time
@@ -243,12 +245,14 @@ static struct series_key series_of(const struct connection_key *key, bool is_out
 	struct series_key series = {
 	    .ip_version = is_ipv4 ? 4 : 6,
 	    .port = is_outbound ? outbound_port : key->local_port,
-	    .netns = NETNS ? 0 : key->netns,
+	    .netns = BY_NETNS ? key->netns : 0,
 	};
 
 	if (is_outbound)
 		series.flags = SERIES_OUTBOUND |
 			       (OUTBOUND_PORT == REMOTE_PORT ? SERIES_REMOTE_PORT : 0);
+	else if (OWN_PORT && key->local_port == OWN_PORT && key->netns == OWN_NETNS)
+		series.flags = SERIES_OWN;
 	return series;
 }
 

@@ -28,6 +28,7 @@ struct series_key {
 
 #define SERIES_OUTBOUND 1
 #define SERIES_REMOTE_PORT 2 /* `port` is the remote port */
+#define SERIES_OWN 8	     /* the exporter's own listener, which is not counted */
 #define SERIES_FOLDED 4	     /* for connections that have no series of their own */
 
 /*

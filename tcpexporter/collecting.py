@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tcpexporter.config.settings import Settings
 from tcpexporter.connections.counting import kernel_parts, named, select
 from tcpexporter.connections.record import Direction
+from tcpexporter.connections.series import NO_LISTENER
 from tcpexporter.connections.source import Source
 from tcpexporter.ebpf.source import EbpfSource
 from tcpexporter.errors import SourceError
@@ -101,9 +102,7 @@ def open_source(settings: Settings, state: "State | None" = None) -> Source:
 
 def _open_named_source(name: str, settings: Settings, state: "State | None") -> Source:
     parts = kernel_parts(
-        DIRECTIONS[settings.direction],
-        settings.series_labels,
-        by_netns=settings.netns == "all",
+        DIRECTIONS[settings.direction], settings.series_labels, _own_listener(settings)
     )
     if name == "ebpf":
         return EbpfSource(
@@ -132,8 +131,8 @@ def chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]:
     Only their ports and duration can differ from ``settings``.
     """
     own_netns = namespaces.inode()
-    listens_there = own_netns in source.namespaces() and not settings.once
-    own_listener = (own_netns, settings.listen_port) if listens_there else None
+    listens_there = own_netns in source.namespaces()
+    own_listener = _own_listener(settings) if listens_there else NO_LISTENER
 
     def choose(chosen: Settings) -> Choice:
         selection = select(
@@ -142,13 +141,16 @@ def chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]:
             directions=DIRECTIONS[settings.direction],
             own_listener=own_listener,
             labels=settings.series_labels,
-            by_netns=settings.netns == "all",
         )
         return Choice(
             selection, named(chosen.ports, own_netns, selection), chosen.duration_s
         )
 
     return choose
+
+
+def _own_listener(settings: Settings) -> tuple[int, int]:
+    return NO_LISTENER if settings.once else (namespaces.inode(), settings.listen_port)
 
 
 def make_collector(

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.record import (
+    LISTENER,
     PORTS,
     SERIES_BITS,
     SERIES_MASK,
@@ -19,7 +20,9 @@ from tcpexporter.connections.record import (
 )
 from tcpexporter.connections.series import (
     FOLDED,
+    NO_LISTENER,
     OUTBOUND,
+    OWN,
     REMOTE_PORT,
     SERIES,
     Ledger,
@@ -48,16 +51,15 @@ class Selection:
     """For each of the 65536 ports, whether it is selected."""
     ip_versions: Sequence[int]
     directions: Sequence[Direction]
-    own_listener: tuple[int, int] | None
-    """Namespace and port of the exporter's own listener, which is never selected.
-
-    None if the exporter has no listener, or if its namespace is not counted.
-    """
+    own_listener: tuple[int, int]
+    """Namespace and port of the exporter's own listener, which is never selected."""
     labels: Sequence[str]
     """The labels of a series, in the order of an exposition."""
 
-    by_netns: bool
-    """Whether connections of more than one network namespace are read."""
+    @property
+    def by_netns(self) -> bool:
+        """Whether network namespaces are counted separately."""
+        return "netns" in self.labels
 
 
 @dataclass(frozen=True)
@@ -113,20 +115,21 @@ def select(
     *,
     tcpv6: bool,
     directions: Sequence[Direction],
-    own_listener: tuple[int, int] | None,
+    own_listener: tuple[int, int] = NO_LISTENER,
     labels: Sequence[str] = ("port", "tcp_version"),
-    by_netns: bool = False,
 ) -> Selection:
     """Return the selection for these settings; an empty ``ports`` selects all ports."""
     mask = np.zeros(PORTS, np.bool_)
     mask[list(ports) if ports else slice(None)] = True
     versions = (4, 6) if tcpv6 else (4,)
     chosen = tuple(directions)
-    return Selection(mask, versions, chosen, own_listener, tuple(labels), by_netns)
+    return Selection(mask, versions, chosen, own_listener, tuple(labels))
 
 
 def kernel_parts(
-    directions: Sequence[Direction], labels: Sequence[str], *, by_netns: bool
+    directions: Sequence[Direction],
+    labels: Sequence[str],
+    own_listener: tuple[int, int] = NO_LISTENER,
 ) -> Parts:
     """Return what a source has to count separately for a selection with these fields."""
     if Direction.OUTBOUND not in directions:
@@ -135,7 +138,7 @@ def kernel_parts(
         outbound_port = OutboundPort.REMOTE
     else:
         outbound_port = OutboundPort.LOCAL
-    return Parts(outbound_port, by_netns)
+    return Parts(outbound_port, "netns" in labels, own_listener)
 
 
 class Projection:
@@ -255,15 +258,11 @@ def _tally(
 def _is_selected(series: Series, selection: Selection) -> npt.NDArray[np.bool_]:
     """Return which series are selected; a free number (0) is not."""
     parts = series.view(SERIES)
-    port, netns = parts["port"], parts["netns"]
-    is_selected: npt.NDArray[np.bool_] = selection.ports[port] & np.isin(
+    is_selected: npt.NDArray[np.bool_] = selection.ports[parts["port"]] & np.isin(
         parts["ip_version"], selection.ip_versions
     )
     is_selected &= np.isin(parts["flags"] & OUTBOUND, selection.directions)
-    if selection.own_listener is not None:
-        own_netns, own_port = selection.own_listener
-        is_own = (port == own_port) & (parts["flags"] & REMOTE_PORT == 0)
-        is_selected &= ~is_own | ((netns != own_netns) & (netns != 0))
+    is_selected &= parts["flags"] & OWN == 0
     return is_selected
 
 
@@ -305,26 +304,29 @@ def projected(series: Series, selection: Selection) -> Series:
 
 def listened(listeners: Records, selection: Selection) -> Series:
     """Return the selected series of ``listeners``, of dtype `LISTENER`."""
+    own_netns, own_port = selection.own_listener
+    is_own = (listeners["netns"] == own_netns) & (listeners["port"] == own_port)
     series = np.zeros(len(listeners), SERIES)
     series["ip_version"] = listeners["ip_version"]
     series["port"] = listeners["port"]
-    if selection.by_netns:
-        series["netns"] = listeners["netns"]
+    series["netns"] = listeners["netns"]
+    series["flags"] = np.where(is_own, np.uint8(OWN), np.uint8(0))
     return _present(series, selection)
 
 
 def named(ports: Sequence[int], netns: int, selection: Selection) -> Series:
     """Return the selected series of ``ports`` in one namespace."""
-    series = np.zeros((2, len(ports)), SERIES)
-    series["port"] = np.array(ports, np.uint16)
-    series["ip_version"] = [[4], [6]]
-    if selection.by_netns:
-        series["netns"] = netns
-    outbound = series.copy()
-    outbound["flags"] = OUTBOUND | REMOTE_PORT
-    found = [_present(series.ravel(), selection)]
+    listeners = np.zeros((2, len(ports)), LISTENER)
+    listeners["netns"] = netns
+    listeners["port"] = np.array(ports, np.uint16)
+    listeners["ip_version"] = [[4], [6]]
+    found = [listened(listeners.ravel(), selection)]
     if Direction.OUTBOUND in selection.directions and "remote_port" in selection.labels:
-        found.append(_present(outbound.ravel(), selection))
+        series = np.zeros((2, len(ports)), SERIES)
+        series["flags"] = OUTBOUND | REMOTE_PORT
+        for name in ("ip_version", "port", "netns"):
+            series[name] = listeners[name]
+        found.append(_present(series.ravel(), selection))
     if not selection.labels:
         found.append(np.zeros(1, np.uint64))
     return np.unique(np.concatenate(found))

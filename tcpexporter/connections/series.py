@@ -21,6 +21,8 @@ OUTBOUND = 1
 """The connections are outbound."""
 REMOTE_PORT = 2
 """``port`` is the remote port."""
+OWN = 8
+"""The connections are those of the exporter's own listener, which are not counted."""
 FOLDED = 4
 """The series has the connections that have no series of their own; ``port`` is 0."""
 
@@ -29,6 +31,10 @@ Series: TypeAlias = npt.NDArray[np.uint64]
 
 SERIES_FIRST = 5
 """The lowest number that a series can get. The lower ones are those of `FOLDED_SERIES`."""
+
+
+NO_LISTENER = (0, 0)
+"""The namespace and port of an exporter that has no listener where it counts."""
 
 
 class OutboundPort(enum.IntEnum):
@@ -45,7 +51,9 @@ class Parts:
 
     outbound_port: OutboundPort
     by_netns: bool
-    """Whether more than one network namespace is observed."""
+    """Whether network namespaces are counted separately."""
+    own_listener: tuple[int, int] = NO_LISTENER
+    """Namespace and port of the exporter's own listener, which is not counted."""
 
 
 def series_of(connections: Records, parts: Parts) -> Series:
@@ -65,7 +73,12 @@ def series_of(connections: Records, parts: Parts) -> Series:
         port = np.where(is_outbound, key["remote_port"], port)
     elif parts.outbound_port == OutboundPort.NONE:
         port = np.where(is_outbound, np.uint16(0), port)
-    series["flags"] = np.where(is_outbound, np.uint8(flags), np.uint8(0))
+    own_netns, own_port = parts.own_listener
+    is_own = (key["local_port"] == own_port) & (key["netns"] == own_netns)
+    if parts.own_listener == NO_LISTENER:
+        is_own[:] = False
+    inbound = np.where(is_own, np.uint8(OWN), np.uint8(0))
+    series["flags"] = np.where(is_outbound, np.uint8(flags), inbound)
     series["port"] = port
     if parts.by_netns:
         series["netns"] = key["netns"]

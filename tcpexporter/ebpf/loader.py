@@ -368,6 +368,9 @@ def _cflags(
         # Allocate memory when an entry is added, if this kernel does that safely.
         "MAP_FLAGS": BPF_F_NO_PREALLOC if has_allocator else 0,
         "NETNS": request.netns,
+        "BY_NETNS": int(request.by_netns),
+        "OWN_NETNS": request.own_listener[0],
+        "OWN_PORT": request.own_listener[1],
         "OUTBOUND_PORT": request.outbound_port,
         "SECRET_0": f"{request.secret[0]}ULL",
         "SECRET_1": f"{request.secret[1]}ULL",

@@ -40,6 +40,10 @@ class Request:
     """The number of series numbers."""
     outbound_port: int = 0
     """Which port is part of the series of an outbound connection: an `OutboundPort`."""
+    by_netns: bool = False
+    """Whether namespaces are counted separately."""
+    own_listener: tuple[int, int] = (0, 0)
+    """Namespace and port of the exporter's own listener; port 0: it has none."""
     lifetime_bounds: tuple[int, ...] = ()
     """The upper bounds of lifetime buckets, in units of 2^13 ns; empty: no histogram."""
     lose_one_in: int = 0

@@ -94,7 +94,12 @@ def read(words: npt.NDArray[np.uint32], counted: Request) -> Layout:
 
 def checksum(counted: Request) -> int:
     """Return a number that is equal for programs that count the same series."""
-    parts = (counted.netns, int(counted.outbound_port), counted.lifetime_bounds)
+    parts = (
+        counted.netns,
+        counted.by_netns,
+        int(counted.outbound_port),
+        counted.lifetime_bounds,
+    )
     return zlib.crc32(repr(parts).encode())
 
 

@@ -32,9 +32,11 @@ f. Two runs, or a run and this module, allocate a number for the same series: th
 g. The kernel refuses 1 or 2: all are restored and nothing is freed. A number that the
    kernel refuses to restore is an orphan.
 
-Counters of a series that is freed are forgotten. This is done only when few numbers are
-free, or when a network namespace has gone; it does not change the sums
-opened - closed - open + pre-existing, because that is 0 for a series without connection.
+If few numbers are free, those without connections are freed. Their counters are added to
+those of the folded series: no sum over series decreases. When a network namespace is gone,
+its numbers are freed, and their counters are forgotten: its series are not published any
+more. Neither changes the sum opened - closed - open + pre-existing, because that is 0 for a
+series without connections.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -276,27 +278,37 @@ class SeriesNumbers:
         series = self._entries()["series"].copy()
         series[:SERIES_FIRST] = 0
         forgotten, self._forgotten = self._forgotten, set()
-        is_wanted = np.isin(series.view(SERIES)["netns"], [*forgotten])
-        if np.count_nonzero(series) > FULL_SHARE * self.max_series:
-            is_wanted[:] = True
-        is_wanted &= series != 0
-        if is_wanted.any():
-            is_wanted &= ~self._is_referred_to(connections)
-            self.free(
-                np.flatnonzero(is_wanted).astype(np.uint32), connections, wait_for_runs
-            )
+        is_forgotten = np.isin(series.view(SERIES)["netns"], [*forgotten])
+        is_full = np.count_nonzero(series) > FULL_SHARE * self.max_series
+        is_wanted = (series != 0) & (is_forgotten | is_full)
+        if not is_wanted.any():
+            return
+        is_wanted &= ~self._is_referred_to(connections)
+        for chosen, keep in ((is_forgotten, False), (~is_forgotten, True)):
+            numbers = np.flatnonzero(is_wanted & chosen).astype(np.uint32)
+            self.free(numbers, connections, wait_for_runs, keep_counters=keep)
 
     def free(
         self,
         numbers: Numbers,
         connections: Callable[[], Iterator[Words]],
         wait_for_runs: Callable[[], None],
+        *,
+        keep_counters: bool = False,
     ) -> None:
         """Free numbers, as the module's docstring argues.
+
+        Args:
+            numbers: without duplicates.
+            connections: as for `reclaim`.
+            wait_for_runs: as for `reclaim`.
+            keep_counters: whether the folded series get their counters.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
+        if not len(numbers):
+            return
         entries = self._entries()
         with map_errors():
             own = [self._number_of(each) for each in entries["series"][numbers]]
@@ -318,7 +330,10 @@ class SeriesNumbers:
         corrections = self._corrections.upto(self._used)
         with map_errors():
             for number, each in zip(freed, of, strict=True):
-                if successor := self._number_of(each):  # c
+                successor = self._number_of(each)  # c
+                if keep_counters and not successor:
+                    successor = folded_number(each.reshape(1))[0]
+                if successor:
                     _move(entries[number : number + 1], corrections, number, successor)
             zero = np.zeros(1, entries.dtype)
             entries[freed] = zero

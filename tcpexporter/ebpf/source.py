@@ -82,6 +82,8 @@ class EbpfSource:
                 only,
                 SECRET,
                 outbound_port=parts.outbound_port,
+                by_netns=parts.by_netns,
+                own_listener=parts.own_listener,
                 lifetime_bounds=tuple(
                     round(each * 1e9) >> TIME_SHIFT for each in lifetime_bounds_s
                 ),
