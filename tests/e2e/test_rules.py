@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tcpexporter.collecting import SOURCES
 from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import LISTENER, Direction
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
-from tcpexporter.ebpf.tracker import EVENT_KINDS
+from tcpexporter.ebpf.event_counters import EVENT_KINDS
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.collector import (
     Choice,
@@ -21,7 +22,6 @@ from tcpexporter.metrics.collector import (
 )
 from tcpexporter.metrics.exporter_status import ConfinementCollector
 from tcpexporter.metrics.reload_status import Reloads
-from tcpexporter.startup import SOURCES
 
 ROOT = Path(__file__).parents[2]
 RULES = sorted(ROOT.glob("deploy/prometheus/*.rules.yml"))

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from tcpexporter.connections.identity import SECRET
-from tcpexporter.connections.record import CONNECTION, Direction, groups
-from tcpexporter.ebpf import loader, pins
+from tcpexporter.connections.record import CONNECTION, words
+from tcpexporter.ebpf import loader, pinned_layout, pins
 from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.maps import FIRST, Map
 from tcpexporter.socket_tables.diag_messages import INET_DIAG_INFO
@@ -31,11 +31,12 @@ def main() -> None:
         for choice, name in ((0, "tcp"), (1, "tcp6")):
             text = Path("/proc/thread-self/net", name).read_bytes()
             _write("procfs", name, bytes([choice, 255]) + text)
-    layout = pins._make_layout()
-    words = np.zeros(pins.LAYOUT_WORDS, np.uint32)
-    Map(layout, "layouts").read(FIRST, words)
-    _write("pinned", "layout", words.tobytes() + _records().tobytes())
-    descriptors = loader.load(Request(max_connections=1, netns=0, secret=SECRET))
+    counted = Request(max_connections=1, netns=0, secret=SECRET)
+    layout = pins._make_layout(counted)
+    said = np.zeros(pinned_layout.WORDS, np.uint32)
+    Map(layout, "layouts").read(FIRST, said)
+    _write("pinned", "words", said.tobytes() + _records_and_words())
+    descriptors = loader.load(counted)
     for name, descriptor in (
         ("layout", layout),
         ("connections", descriptors.connections),
@@ -46,13 +47,12 @@ def main() -> None:
     os.close(layout)
 
 
-def _records() -> np.ndarray:
+def _records_and_words() -> bytes:
     records = np.zeros(3, CONNECTION)
-    records["established_ns"] = np.arange(1, 4) * 10**9
     records["key"]["local_address"][:2, 10:12] = 0xFF
     records["key"]["local_port"] = [443, 443, 0]
-    records["group"] = groups(records["key"], Direction.INBOUND)
-    return records
+    times = np.arange(1, 4, dtype=np.uint64) * np.uint64(10**9)
+    return records.tobytes() + words(np.full(3, 5, np.uint32), times).tobytes()
 
 
 def _write(target: str, name: str, content: bytes) -> None:

@@ -24,9 +24,12 @@ from pyroute2.netlink import NLMSG_DONE, NLMSG_ERROR
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY, SS_ESTABLISHED, SS_LISTEN
 
 from tcpexporter.config import settings, sources
-from tcpexporter.connections.record import GROUP_BITS, SOCKET, Records
-from tcpexporter.connections.snapshot import valid_connections
-from tcpexporter.ebpf import loader_protocol, pins
+from tcpexporter.config.values import LABELS, TEN_YEARS_S
+from tcpexporter.connections.memory_ledger import MemoryLedger
+from tcpexporter.connections.record import SOCKET, Records, numbers
+from tcpexporter.connections.series import OutboundPort, Parts
+from tcpexporter.connections.snapshot import valid_connections, valid_old_connections
+from tcpexporter.ebpf import loader_protocol, pinned_layout, pins
 from tcpexporter.ebpf.btf import KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, KIND_UNION, Btf
 from tcpexporter.ebpf.libbpf import load_libbpf
 from tcpexporter.errors import (
@@ -75,10 +78,13 @@ def refused(*errors: type[TcpExporterError], saying: str = "") -> Iterator[None]
 
 
 def check_connections(connections: Records) -> None:
-    """Check that `counting` can use these connections: it uses groups as indices of an
-    array."""
+    """Check that these connections can be numbered: numbers are indices of an array."""
     assert connections.dtype == SOCKET
-    assert (connections["group"] < 1 << GROUP_BITS).all()
+    assert (connections["is_outbound"] <= 1).all()
+    ledger = MemoryLedger(Parts(OutboundPort.LOCAL, by_netns=True))
+    found = numbers(ledger.count(connections))
+    assert found.all()
+    assert (found < len(ledger.snapshot().series)).all()
 
 
 # --- The kernel's socket tables ---
@@ -203,6 +209,10 @@ def _check(chosen: settings.Settings) -> None:
     assert 0 <= chosen.duration_s * 10**9 < 1 << 63
     assert 0.1 <= chosen.interval_s <= 3600
     assert 0 <= chosen.reconcile_interval_s <= 86400
+    assert list(chosen.buckets) == sorted(set(chosen.buckets))
+    assert 0.001 <= chosen.buckets[0] <= chosen.buckets[-1] <= TEN_YEARS_S
+    assert set(chosen.series_labels) <= set(LABELS)
+    assert len(set(chosen.series_labels)) == len(chosen.series_labels)
 
 
 def setting(data: bytes) -> None:
@@ -210,7 +220,7 @@ def setting(data: bytes) -> None:
     name, _, text = data.decode(errors="surrogateescape").partition(" ")
     known = {each.name: each for each in settings.SETTINGS}
     chosen = known.get(name) or settings.SETTINGS[len(name) % len(known)]
-    with refused(SettingsError, saying=f"^flag --{chosen.name}: {chosen.name} takes "):
+    with refused(SettingsError, saying=f"^flag --{chosen.name}: {chosen.name} must be "):
         value: Any = chosen.value(sources.Text(text, f"flag --{chosen.name}"))
         values = {chosen.field: value}
         if chosen.name == "listen":
@@ -279,20 +289,27 @@ def authorization(data: bytes) -> None:
 
 PLACE_OF_PIN = Path("/sys/fs/bpf/tcpexporter/1/layout")
 MOST_RECORD_BYTES = 4096
+WORD_BYTES = 8
+COUNTED = loader_protocol.Request(max_connections=3, netns=0, secret=(0, 0))
 
 
 def pinned(data: bytes) -> None:
     """Read a pinned layout, and records of that layout."""
     choices = Choices(data)
-    words = np.frombuffer(choices.exactly(4 * pins.LAYOUT_WORDS), np.uint32)
-    with refused(PinError, saying="is not an object that an exporter has pinned"):
-        record = pins._record(PLACE_OF_PIN, words)
-        if record.itemsize <= MOST_RECORD_BYTES:
-            content = choices.rest()
-            content = content[: len(content) // record.itemsize * record.itemsize]
-            known = valid_connections(np.frombuffer(content, record))
-            check_connections(known)
-            assert known["group"].all()
+    said = np.frombuffer(choices.exactly(4 * pinned_layout.WORDS), np.uint32)
+    with contextlib.suppress(ValueError):
+        layout = pinned_layout.read(said, COUNTED)
+        record_bytes = layout.record.itemsize
+        if record_bytes > MOST_RECORD_BYTES:
+            return
+        content = choices.rest()
+        slots = len(content) // (record_bytes + WORD_BYTES)
+        records = np.frombuffer(content[: slots * record_bytes], layout.record)
+        words = np.frombuffer(content[slots * record_bytes :], np.uint64, slots)
+        if layout.is_old:
+            check_connections(valid_old_connections(records))
+        else:
+            check_connections(valid_connections(records, words))
 
 
 def fdinfo(data: bytes) -> None:

@@ -15,15 +15,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tcpexporter import __main__ as main
-from tcpexporter import startup
+from tcpexporter import collecting, startup
 from tcpexporter.config.settings import Settings
 from tcpexporter.connections.record import (
-    CONNECTION,
     IPV4_PREFIX,
+    SOCKET,
     Direction,
     Records,
-    groups,
 )
+from tcpexporter.connections.series import OutboundPort, Parts
 from tcpexporter.connections.source import MemorySource, Source
 from tcpexporter.errors import LoadError, SocketTableError, SourceError
 from tcpexporter.host import namespaces, stdout
@@ -143,8 +143,8 @@ def test_auto_chooses_the_first_source_that_works(
 ) -> None:
     """One warning has, for each preferred source, the reason why it does not work and
     the remedy."""
-    monkeypatch.setattr(startup, "_open_named_source", sources.open)
-    assert startup._open_source(Settings(source="auto")).name == asked[-1]
+    monkeypatch.setattr(collecting, "_open_named_source", sources.open)
+    assert collecting.open_source(Settings(source="auto")).name == asked[-1]
     assert sources.asked == asked
     assert caplog.messages == ([warning] if warning else [])
 
@@ -152,20 +152,20 @@ def test_auto_chooses_the_first_source_that_works(
 def test_auto_without_any_source_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error has the reason of each source."""
     sources = Sources(ebpf=NO_BPF, sock_diag=NO_DIAG, procfs=NO_PROC)
-    monkeypatch.setattr(startup, "_open_named_source", sources.open)
+    monkeypatch.setattr(collecting, "_open_named_source", sources.open)
     with pytest.raises(SourceError, match=r"requires root.*modprobe.*is not mounted"):
-        startup._open_source(Settings(source="auto"))
+        collecting.open_source(Settings(source="auto"))
 
 
-@pytest.mark.parametrize("name", startup.SOURCES)
+@pytest.mark.parametrize("name", collecting.SOURCES)
 def test_a_named_source_that_does_not_work_is_an_error(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No other source is tried."""
     sources = Sources(ebpf=NO_BPF, sock_diag=NO_DIAG, procfs=NO_PROC)
-    monkeypatch.setattr(startup, "_open_named_source", sources.open)
+    monkeypatch.setattr(collecting, "_open_named_source", sources.open)
     with pytest.raises(SourceError) as raised:
-        startup._open_source(Settings(source=name))
+        collecting.open_source(Settings(source=name))
     assert raised.value is sources.broken[name]
     assert sources.asked == [name]
 
@@ -173,7 +173,7 @@ def test_a_named_source_that_does_not_work_is_an_error(
 @pytest.mark.parametrize("name", ["sock_diag", "procfs"])
 def test_a_named_source_is_opened(name: str) -> None:
     """The polling sources are really opened, because they require no root."""
-    source = startup._open_source(Settings(source=name))
+    source = collecting.open_source(Settings(source=name))
     assert source.name == name
     source.start()
     assert sum(map(len, source.read())) >= 0
@@ -181,10 +181,10 @@ def test_a_named_source_is_opened(name: str) -> None:
 
 
 def connections(port: int, number: int, direction: Direction) -> Records:
-    made = np.zeros(number, CONNECTION)
+    made = np.zeros(number, SOCKET)
     made["key"]["local_port"] = port
     made["key"]["local_address"][:, :12] = IPV4_PREFIX
-    made["group"] = groups(made["key"], direction)
+    made["is_outbound"] = direction
     return made
 
 
@@ -213,10 +213,11 @@ def test_once_prints_the_selected_series(
 ) -> None:
     """Standard output has the ports and directions in the settings."""
     source = SourceHere(
-        [connections(443, 3, Direction.INBOUND), connections(40001, 5, Direction.OUTBOUND)]
+        [connections(443, 3, Direction.INBOUND), connections(40001, 5, Direction.OUTBOUND)],
+        parts=Parts(OutboundPort.LOCAL, by_netns=False),
     )
-    choice = startup._chooser(settings, source)(settings)
-    registry = make_registry(startup._make_collector(source, settings, choice))
+    choice = collecting.chooser(settings, source)(settings)
+    registry = make_registry(collecting.make_collector(source, settings, choice))
     stdout.write(startup._page_after(0, registry, None))
     out, err = capfd.readouterr()
     assert err == ""
@@ -313,7 +314,7 @@ def test_an_error_is_one_line_and_an_exit_code(
 ) -> None:
     """2 for an invalid setting, 1 for a failure; there is no traceback."""
     monkeypatch.setattr(sys, "argv", ["tcpexporter", *arguments])
-    monkeypatch.setattr(startup, "_open_named_source", Sources(ebpf=NO_BPF).open)
+    monkeypatch.setattr(collecting, "_open_named_source", Sources(ebpf=NO_BPF).open)
     with pytest.raises(SystemExit) as ended:
         main.main()
     assert ended.value.code == code

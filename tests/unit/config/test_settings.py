@@ -14,6 +14,7 @@ from hypothesis import settings as run_with
 from hypothesis import strategies as st
 
 from tcpexporter.config.settings import Settings, misleading, parse, reread
+from tcpexporter.config.values import LABELS
 from tcpexporter.errors import SettingsError, quoted
 
 SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
@@ -26,6 +27,9 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("netns", "all", {"netns": "all"}),
     ("source", "sock_diag", {"source": "sock_diag"}),
     ("interval", "0.5", {"interval_s": 0.5}),
+    ("labels", "direction,port", {"labels": ("port", "direction")}),
+    ("histograms", "true", {"histograms": True}),
+    ("buckets", "1m,0.5", {"buckets": (0.5, 60.0)}),
     ("max-series", "101", {"max_series": 101}),
     ("web-config", "/etc/web.yml", {"web_config": "/etc/web.yml"}),
     ("max-connections", "1000", {"max_connections": 1000}),
@@ -50,7 +54,7 @@ OTHER_SAMPLES = [sample for sample in SAMPLES if sample[0] not in FROM_GO]
 REFUSED = [
     *[
         (name, value, "true or false")
-        for name in ("simple", "tcpv6", "once", "features", "unpin")
+        for name in ("simple", "tcpv6", "once", "features", "unpin", "histograms")
         for value in ("", "yes", "on", "TrUe", "2")
     ],
     *[
@@ -98,6 +102,21 @@ REFUSED = [
     *[
         ("max-series", value, "a whole number from 1 to 16777216")
         for value in ("", "0", "16777217", "-1", "1e3", "1_000", "auto")
+    ],
+    *[
+        ("labels", value, "auto, none, or some of port, tcp_version, direction, netns, ")
+        for value in (
+            *("", ",", "port,", ",port", "port,port", "port,none", "auto,port", "ports"),
+            *("PORT", "port, direction", "port;direction", "pid", "remote-port"),
+        )
+    ],
+    *[
+        ("buckets", value, "at most 24 times from 0.001 seconds to 10 years, ")
+        for value in (
+            *("", ",", "1,", ",1", "0", "0,1", "0.0009", "-1", "1,-1", "1 2", "1, 2"),
+            *("inf", "nan", "1e3", "1d", "1.2.3", "87601h", "315360000.1", "9" * 5000),
+            ",".join(map(str, range(1, 26))),
+        )
     ],
     *[("direction", value, "inbound, outbound or all") for value in ("", "in", "ALL")],
     *[("netns", value, "self, all, a name") for value in ("", "two words", "a:b")],
@@ -518,6 +537,53 @@ def test_any_interval_is_parsed(seconds: float) -> None:
     assert parse([f"--interval={seconds!r}"], {}).interval_s == seconds
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("", ("port", "tcp_version")),
+        ("--labels auto", ("port", "tcp_version")),
+        ("--netns all", ("port", "tcp_version", "netns")),
+        ("--netns all --labels port", ("port",)),
+        ("--labels remote_port,tcp_version,port", ("port", "tcp_version", "remote_port")),
+        ("--labels none", ()),
+        ("--simple", ()),
+        ("--simple --netns all", ()),
+        ("--simple --labels port", ()),
+    ],
+)
+def test_labels_are_those_of_a_series(argv: str, expected: tuple[str, ...]) -> None:
+    """Their order is that of the exposition, whatever order they are given in."""
+    assert parse(argv.split(), {}).series_labels == expected
+
+
+@unhurried
+@given(st.permutations(LABELS), st.integers(0, len(LABELS)))
+def test_any_set_of_labels_is_parsed(labels: list[str], number: int) -> None:
+    """Each label may be there or not, in any order."""
+    chosen = labels[:number]
+    parsed = parse([f"--labels={','.join(chosen) or 'none'}", "--netns=all"], {})
+    assert parsed.series_labels == tuple(each for each in LABELS if each in chosen)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--histograms", (1, 6, 60, 600, 3600, 21600, 86400, 604800)),
+        ("--histograms --duration 30", (1, 6, 30, 60, 600, 3600, 21600, 86400, 604800)),
+        ("--histograms --duration 0 --buckets 7", (7,)),
+        ("--histograms --buckets 1h,0.5,5,5 --duration 5", (0.5, 5, 3600)),
+        ("--histograms --buckets 0.001,87600h --duration 5", (0.001, 5, 315360000)),
+        ("--buckets 7", ()),
+        ("", ()),
+    ],
+)
+def test_the_duration_is_a_bound_of_the_histograms(
+    argv: str, expected: tuple[float, ...]
+) -> None:
+    """Bounds are ascending and unique. Without --histograms there are none."""
+    assert parse(argv.split(), {}).bounds_s == expected
+
+
 @pytest.mark.parametrize("number", [1, 16_777_216])
 def test_the_bounds_of_max_connections_are_valid(number: int) -> None:
     """Both bounds are valid values."""
@@ -884,6 +950,9 @@ def test_any_environment_is_parsed_or_refused(environ: dict[str, str]) -> None:
         (["--once", "--features"], "once and features exclude each other: choose one"),
         (["--once", "--unpin"], "once and unpin exclude each other"),
         (["--unpin", "--features"], "unpin and features exclude each other"),
+        (["--labels=netns"], "labels has netns, but only one network namespace is "),
+        (["--labels=port,netns", "--netns=blue"], "labels has netns, "),
+        (["--simple", "--labels=netns"], "labels has netns, "),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(
@@ -906,7 +975,20 @@ def test_output_is_accepted_with_once(write_file: WriteFile) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--direction outbound --port 15432", "--port selects local ports, "),
+        ("--direction outbound --port 15432", "port names local ports, "),
+        (
+            "--direction outbound --port 15432 --labels direction",
+            "port names local ports, ",
+        ),
+        ("--labels remote_port", "labels has remote_port, which is that of outbound "),
+        ("--labels port,remote_port --port 443", "labels has remote_port, "),
+        ("--simple --labels port", "labels has no effect with simple"),
+        ("--simple --labels none", "labels has no effect with simple"),
+        (
+            "--simple --labels port --max-series 7",
+            "max-series, labels has no effect with simple",
+        ),
+        ("--buckets 1,2", "buckets has no effect with no --histograms"),
         ("--port 443,9690", "--port selects 9690, the exporter's own port, "),
         ("--port 7 --listen [::1]:7", "--port selects 7, the exporter's own port, "),
         (
@@ -942,6 +1024,13 @@ def test_a_misleading_combination_is_reported(argv: str, message: str) -> None:
     [
         "",
         "--direction all --port 443",
+        "--direction outbound --port 15432 --labels remote_port",
+        "--direction all --port 443 --labels port,remote_port",
+        "--labels none --max-series 7",
+        "--labels auto",
+        "--histograms --buckets 1,2",
+        "--buckets 1,6,1m,10m,1h,6h,24h,168h",
+        "--netns all --labels netns",
         "--direction outbound",
         "--once --port 9690",
         "--netns blue --port 9690",
@@ -986,6 +1075,11 @@ def test_a_given_text_replaces_the_file(tmp_path: Path) -> None:
             "",
             "listen 1\nuser x\nduration 1",
             "duration is 1; restart required for listen, user",
+        ),
+        (
+            "labels port\nhistograms",
+            "buckets 7",
+            "restart required for labels, histograms, buckets",
         ),
         (
             "reconcile-interval 5",

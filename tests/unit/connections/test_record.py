@@ -7,24 +7,34 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tcpexporter.connections.record import (
+    CLOSED,
     CONNECTION,
-    DIRECTION_BIT,
-    GROUP_BITS,
-    GROUP_IPV6,
     IPV4_PREFIX,
     KEY,
-    PORTS,
+    SERIES_BITS,
+    SERIES_MASK,
     SOCKET,
-    Direction,
-    directions,
-    groups,
+    TIME_SHIFT,
     ip_versions,
+    numbers,
+    times_ns,
+    words,
 )
+from tcpexporter.connections.series import (
+    FOLDED,
+    OUTBOUND,
+    REMOTE_PORT,
+    SERIES,
+    SERIES_FIRST,
+    entry_dtype,
+)
+from tcpexporter.ebpf import ranges
 from tcpexporter.ebpf.connection_array import HANDLE_SEEDED
-from tcpexporter.ebpf.slot_ranges import RANGE_BITS, RANGE_SLOTS
-from tcpexporter.ebpf.tracker import EVENT_KINDS
+from tcpexporter.ebpf.event_counters import EVENT_KINDS
 
 BPF = Path(__file__).parents[3] / "bpf"
 
@@ -32,6 +42,7 @@ LAYOUT = """
 #include <linux/types.h>
 #include <stddef.h>
 #include <stdio.h>
+#define BUCKETS 9
 #include "tcp_tracker.h"
 
 #define SIZE(struct_name) \\
@@ -40,7 +51,7 @@ LAYOUT = """
     printf("\\"%s.%s\\": [%zu, %zu],", #struct_name, #field, \\
            offsetof(struct struct_name, field), \\
            sizeof(((struct struct_name *)0)->field))
-#define VALUE(name) printf("\\"%s\\": %d,", #name, name)
+#define VALUE(name) printf("\\"%s\\": %lld,", #name, (long long)(name))
 
 int main(void)
 {
@@ -52,11 +63,23 @@ int main(void)
     FIELD(connection_key, local_port);
     FIELD(connection_key, remote_port);
     SIZE(connection);
-    FIELD(connection, established_ns);
     FIELD(connection, handle);
     FIELD(connection, key);
-    FIELD(connection, group);
+    FIELD(connection, is_outbound);
     FIELD(connection, pad);
+    FIELD(connection, reserved);
+    SIZE(series_key);
+    FIELD(series_key, ip_version);
+    FIELD(series_key, flags);
+    FIELD(series_key, port);
+    FIELD(series_key, netns);
+    SIZE(ledger_entry);
+    FIELD(ledger_entry, series);
+    FIELD(ledger_entry, opened);
+    FIELD(ledger_entry, closed);
+    FIELD(ledger_entry, failed);
+    FIELD(ledger_entry, lifetimes_sum);
+    FIELD(ledger_entry, lifetimes);
     SIZE(tracker_events);
     FIELD(tracker_events, inserted);
     FIELD(tracker_events, removed);
@@ -64,9 +87,14 @@ int main(void)
     FIELD(tracker_events, removed_seeds);
     FIELD(tracker_events, allocated);
     FIELD(tracker_events, unrecorded);
-    VALUE(GROUP_IPV6);
-    VALUE(GROUP_OUTBOUND);
-    VALUE(GROUPS);
+    VALUE(SERIES_OUTBOUND);
+    VALUE(SERIES_REMOTE_PORT);
+    VALUE(SERIES_FOLDED);
+    VALUE(SERIES_BITS);
+    VALUE(SERIES_MASK);
+    VALUE(SERIES_FIRST);
+    VALUE(TIME_SHIFT);
+    VALUE(CLOSED);
     VALUE(HANDLE_SEEDED);
     VALUE(RANGE_BITS);
     VALUE(RANGE_MASK);
@@ -97,20 +125,27 @@ def test_structs_have_the_same_layout_in_python_and_c(tmp_path: Path) -> None:
     assert in_c == {
         **layout_of("connection_key", KEY),
         **layout_of("connection", CONNECTION),
+        **layout_of("series_key", SERIES),
+        **layout_of("ledger_entry", entry_dtype(9)),
         **layout_of("tracker_events", events),
-        "GROUP_IPV6": GROUP_IPV6,
-        "GROUP_OUTBOUND": Direction.OUTBOUND << DIRECTION_BIT,
-        "GROUPS": 1 << GROUP_BITS,
+        "SERIES_OUTBOUND": OUTBOUND,
+        "SERIES_REMOTE_PORT": REMOTE_PORT,
+        "SERIES_FOLDED": FOLDED,
+        "SERIES_BITS": SERIES_BITS,
+        "SERIES_MASK": SERIES_MASK,
+        "SERIES_FIRST": SERIES_FIRST,
+        "TIME_SHIFT": TIME_SHIFT,
+        "CLOSED": int(CLOSED),
         "HANDLE_SEEDED": int(HANDLE_SEEDED),
-        "RANGE_BITS": RANGE_BITS,
-        "RANGE_MASK": RANGE_SLOTS - 1,
+        "RANGE_BITS": ranges.RANGE_BITS,
+        "RANGE_MASK": ranges.RANGE_SLOTS - 1,
         "end": 0,
     }
 
 
 def test_keys_and_records_have_no_padding() -> None:
     """Every byte belongs to a field, so comparing bytes compares all fields."""
-    for dtype in (KEY, CONNECTION, SOCKET):
+    for dtype in (KEY, CONNECTION, SOCKET, SERIES, entry_dtype(9), entry_dtype(0)):
         assert dtype.fields is not None
         sizes = [kind.itemsize for kind, *_ in dtype.fields.values()]
         assert sum(sizes) == dtype.itemsize
@@ -145,21 +180,29 @@ def test_ip_versions_of_keys_within_records_and_of_no_keys() -> None:
     assert ip_versions(np.empty(0, KEY)).tolist() == []
 
 
-def test_a_group_has_port_ip_version_and_direction() -> None:
-    """A group shows all three. No group is 0, because 0 means no connection."""
-    keys = np.zeros(4, KEY)
-    keys["local_port"] = [1, 443, 65535, 443]
-    keys["local_address"][1::2, :12] = IPV4_PREFIX
-    ways = np.array([0, 0, 1, 1], np.uint8)
-    group = groups(keys, ways)
-    assert (group & (PORTS - 1)).tolist() == [1, 443, 65535, 443]
-    assert (group & GROUP_IPV6 != 0).tolist() == [True, False, True, False]
-    assert directions(group).tolist() == ways.tolist()
-    assert (group > 0).all()
-    assert (group < 1 << GROUP_BITS).all()
-    assert groups(keys, Direction.INBOUND).tolist() == [
-        1 | GROUP_IPV6,
-        443,
-        65535 | GROUP_IPV6,
-        443,
-    ]
+def test_both_sides_have_the_same_lowest_series_number() -> None:
+    """The loader does not import numpy, so it has a constant of its own."""
+    assert ranges.SERIES_FIRST == SERIES_FIRST
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, SERIES_MASK),
+            st.integers(0, 2**59 - 1) | st.sampled_from([8191, 8192, 8193]),
+        )
+    )
+)
+def test_a_word_has_number_and_time(pairs: list[tuple[int, int]]) -> None:
+    """The number is exact, and the time is less than 8,192 ns too early."""
+    given_numbers = np.array([number for number, _ in pairs], np.uint32)
+    given_ns = np.array([time for _, time in pairs], np.uint64)
+    made = words(given_numbers, given_ns)
+    assert numbers(made).tolist() == given_numbers.tolist()
+    assert all(0 <= late < 1 << TIME_SHIFT for late in (given_ns - times_ns(made)).tolist())
+
+
+def test_a_slot_without_connection_has_no_number() -> None:
+    """This is so for a slot that was never used, and for one whose connection closed."""
+    assert numbers(np.array([0, CLOSED], np.uint64)).tolist() == [0, 0]
+    assert CLOSED

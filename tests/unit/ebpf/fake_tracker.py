@@ -17,12 +17,24 @@ import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import hashes
-from tcpexporter.connections.record import CONNECTION, KEY, Direction, Records, groups
+from tcpexporter.connections.record import (
+    CLOSED,
+    CONNECTION,
+    KEY,
+    SOCKET,
+    TIME_SHIFT,
+    Records,
+    Words,
+    numbers,
+    words,
+)
 from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, Known
-from tcpexporter.ebpf.slot_ranges import Slots
+from tcpexporter.ebpf.free_numbers import Slots
 
 NETNS = 4026531840
 LOCAL_PORT = 443
+NUMBER = np.uint32(7)
+"""The number of the only series."""
 
 Action = Callable[[], object]
 
@@ -39,6 +51,17 @@ class FakeSocket:
     """The state that the socket tables show."""
 
 
+def new_time_ns() -> int:
+    """Wait for the next unit of the times in words, and return its beginning.
+
+    So that a time is neither that of an earlier event nor before it.
+    """
+    unit = boottime_ns() >> TIME_SHIFT
+    while boottime_ns() >> TIME_SHIFT == unit:
+        pass
+    return boottime_ns() >> TIME_SHIFT << TIME_SHIFT
+
+
 class FakeTracker:
     """Connections in memory.
 
@@ -52,11 +75,15 @@ class FakeTracker:
 
     def __init__(self, *, slots: int = 97, max_closings: int = 101) -> None:
         self.restored = 0
+        self.seeds_refused = 0
+        self.ledger: Counter[str] = Counter()
+        """What has happened: ``opened``, ``closed``, and ``pre_existing``."""
         self.misses = False
         """Whether the kernel skips the program from now on; it counts each skipped
         event."""
         self.after: dict[str, Action] = {}
         self.connections = np.zeros(slots, CONNECTION)
+        self.words = np.zeros(slots, np.uint64)
         self._slot_of: dict[int, int] = {}
         self._free = list(range(slots))
         self._max_closings = max_closings
@@ -76,9 +103,12 @@ class FakeTracker:
                 self._events["refused"] += 1
                 return
             slot = self._slot_of[address] = self._free.pop(0)
-        self._events["removed"] += int(self.connections["group"][slot] != 0)
+        if self._is_open(slot):
+            self._remove(slot)
         self._events["inserted"] += 1
-        self._write(slot, address, key, boottime_ns())
+        self.ledger["opened"] += 1
+        self._write(slot, address, key)
+        self.words[slot] = _word(new_time_ns())
 
     def closed(self, address: int, key: Records) -> None:
         """Handle an event: a socket leaves ESTABLISHED."""
@@ -108,53 +138,61 @@ class FakeTracker:
 
     def _open_slot(self, handle: int) -> int | None:
         slot = self._slot_of.get(handle)
-        return slot if slot is not None and self.connections["group"][slot] else None
+        return slot if slot is not None and self._is_open(slot) else None
+
+    def _is_open(self, slot: int) -> bool:
+        return bool(numbers(self.words)[slot])
 
     def _remove(self, slot: int) -> None:
-        self.connections["group"][slot] = 0
+        self.words[slot] = CLOSED
         self._events["removed"] += 1
+        self.ledger["closed"] += 1
 
-    def _write(self, slot: int, handle: int, key: Records, established_ns: int) -> None:
+    def _write(self, slot: int, handle: int, key: Records) -> None:
         self.connections["handle"][slot] = handle
         self.connections["key"][slot] = key[0]
-        self.connections["established_ns"][slot] = established_ns
-        self.connections["group"][slot] = groups(key, Direction.INBOUND)[0]
 
     # TrackedConnections
 
     def known(self) -> Known:
-        slots = np.flatnonzero(self.connections["group"]).astype(np.uint32)
+        slots = np.flatnonzero(numbers(self.words)).astype(np.uint32)
         found = self.connections[slots]
         known = Known(
             slots,
             hashes(found["key"]),
-            found["established_ns"].copy(),
+            self.words[slots],
             found["key"]["netns"].copy(),
             found["handle"] & HANDLE_SEEDED != 0,
         )
         self._then("known")
         return known
 
-    def add(self, seeds: Records) -> Slots:
-        added = []
+    def is_balanced(self) -> bool:
+        """Return whether opened - closed is open - pre-existing."""
+        happened = self.ledger["opened"] - self.ledger["closed"]
+        is_open = np.count_nonzero(numbers(self.words))
+        return happened == is_open - self.ledger["pre_existing"]
+
+    def add(self, seeds: Records, *, pre_existing: bool = False) -> Slots:
+        added, new_words = [], []
         for seed in seeds:
             handle = _seed_handle(np.array([seed["key"]]))
             slot = self._slot_of.get(handle)
             if slot is not None:
-                if self.connections["group"][slot]:
+                if self._is_open(slot):
                     continue
                 self._forget(slot)
             if not self._free:
-                break
+                self.seeds_refused += 1
+                continue
             slot = self._slot_of[handle] = self._free.pop(0)
-            self._write(slot, handle, np.array([seed["key"]]), int(seed["established_ns"]))
-            self.connections["group"][slot] = 0
+            self._write(slot, handle, np.array([seed["key"]]))
             added.append(slot)
+            new_words.append(_word(int(seed["established_ns"])))
         self._then("handles")
         slots = np.array(added, np.uint32)
-        self.connections["group"][slots] = groups(
-            self.connections["key"][slots], Direction.INBOUND
-        )
+        self.words[slots] = new_words
+        self.ledger[_added_as(pre_existing)] += len(slots)
         self._then("add")
         return slots
 
@@ -167,26 +205,33 @@ class FakeTracker:
         finally:
             self._is_recording = False
 
-    def release_closed(self, slots: Slots) -> int:
+    def release_closed(self, slots: Slots, *, pre_existing: bool = False) -> int:
         handles = self.connections["handle"][slots].tolist()
         has_closed = np.array([each in self._closings for each in handles], np.bool_)
         closed = slots[has_closed]
-        return self.release(closed, self.connections["established_ns"][closed])
+        released = self._release(closed, self.words[closed])
+        self.ledger[_added_as(pre_existing)] -= released
+        return released
 
-    def release(self, slots: Slots, established_ns: npt.NDArray[np.uint64]) -> int:
+    def release(self, slots: Slots, words: Words) -> int:
+        released = self._release(slots, words)
+        self.ledger["closed"] += released
+        return released
+
+    def _release(self, slots: Slots, words: Words) -> int:
         self._then("release")
         released = 0
-        for slot, expected_ns in zip(slots.tolist(), established_ns.tolist(), strict=True):
-            if self.connections["established_ns"][slot] != expected_ns:
+        for slot, expected in zip(slots.tolist(), words.tolist(), strict=True):
+            if self._is_open(slot) and self.words[slot] != expected:
                 self.restored += 1
                 continue
-            released += int(self.connections["group"][slot] != 0)
+            released += self._is_open(slot)
             self._forget(slot)
         return released
 
     def _forget(self, slot: int) -> None:
         del self._slot_of[int(self.connections["handle"][slot])]
-        self.connections["group"][slot] = 0
+        self.words[slot] = CLOSED
         self.connections["handle"][slot] = 0
         self._free.append(slot)
 
@@ -208,6 +253,15 @@ class FakeTracker:
     def _then(self, step: str) -> None:
         if action := self.after.pop(step, None):
             action()
+
+
+def _word(established_ns: int) -> np.uint64:
+    found: np.uint64 = words(np.array([NUMBER]), np.array([established_ns], np.uint64))[0]
+    return found
+
+
+def _added_as(pre_existing: bool) -> str:
+    return "pre_existing" if pre_existing else "opened"
 
 
 def _seed_handle(key: Records) -> int:
@@ -278,12 +332,11 @@ class FakeTables:
         shown = [each for each in self._kernel.sockets if each.is_established]
         if self.dumps == self._hidden_from:
             shown = []
-        connections = np.zeros(len(shown), CONNECTION)
+        connections = np.zeros(len(shown), SOCKET)
         for at, each in enumerate(shown):
             connections["key"][at] = each.key[0]
         # Without any activity of the connection the tables do not know its age.
-        connections["established_ns"] = boottime_ns()
-        connections["group"] = groups(connections["key"], Direction.INBOUND)
+        connections["established_ns"] = new_time_ns()
         if self._after:
             self._after.pop(0)()
         return connections

@@ -1,4 +1,4 @@
-# x
+# SPDX-License-Identifier: GPL-3.0-only
 """Slots are encoded as ranges, and decoded again."""
 
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.ebpf.free_numbers import RANGE_SLOTS, numbers_of, ranges
+from tcpexporter.ebpf.free_numbers import numbers_of, ranges
+from tcpexporter.ebpf.ranges import RANGE_SLOTS
 
 LAST = (1 << 24) - 1
 

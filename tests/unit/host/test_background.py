@@ -27,7 +27,12 @@ from tcpexporter.host.systemd import Supervisor
 from tcpexporter.metrics.reload_status import Reloads
 from tcpexporter.socket_tables.polling import PollingSource
 from tests.support import eventually
-from tests.unit.socket_tables.test_polling import FakeTables, ages, failing, read
+from tests.unit.socket_tables.test_polling import (
+    BY_REMOTE_PORT,
+    FakeTables,
+    ages_of,
+    failing,
+)
 
 NO_THREAD = RuntimeError("can't start new thread")
 FAULTS = [
@@ -184,7 +189,7 @@ class FaultyTables(FakeTables):
 def test_polling_continues_after_any_error(error: Exception, sentence: str) -> None:
     """Until a poll succeeds, the source gives an error instead of old counts."""
     tables = FaultyTables()
-    source = PollingSource(tables, interval_s=0.001)
+    source = PollingSource(tables, interval_s=0.001, parts=BY_REMOTE_PORT)
     source.start()
     tables.fault = error
     eventually(lambda: failing(source))
@@ -192,8 +197,8 @@ def test_polling_continues_after_any_error(error: Exception, sentence: str) -> N
     tables.ports = (2, 3, 5)
     tables.fault = None
     eventually(lambda: not failing(source))
-    eventually(lambda: ages(read(source)).keys() == {2, 3, 5})
-    assert ages(read(source))[2] == 1
+    eventually(lambda: ages_of(source).keys() == {2, 3, 5})
+    assert ages_of(source)[2] == 1
     source.close()
 
 
@@ -202,7 +207,7 @@ def test_a_poll_that_hangs_gives_no_numbers(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("tcpexporter.socket_tables.polling.LIMIT_S", 0.1)
     monkeypatch.setattr("tcpexporter.socket_tables.polling.STOP_TIMEOUT_S", 0.1)
     tables = FaultyTables()
-    source = PollingSource(tables, interval_s=0.001)
+    source = PollingSource(tables, interval_s=0.001, parts=BY_REMOTE_PORT)
     source.start()
     tables.answers.clear()
     eventually(lambda: failing(source))

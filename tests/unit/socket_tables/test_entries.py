@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY
 
-from tcpexporter.connections.record import Direction, directions
+from tcpexporter.connections.record import Direction
 from tcpexporter.socket_tables.diag_messages import decode_messages
 from tcpexporter.socket_tables.procfs import decode_lines
 from tcpexporter.socket_tables.tables import SocketTables
@@ -58,12 +58,12 @@ def test_connections_have_a_direction_and_a_time(name: str) -> None:
     before_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     found = SocketTables([CapturedReader(name)]).established()
     after_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    is_inbound = directions(found["group"]) == Direction.INBOUND
+    is_inbound = found["is_outbound"] == Direction.INBOUND
     assert (
         sorted(found["key"]["local_port"][is_inbound])
         == [8001] * 4 + [8003] * 2 + [8005] * 5
     )
-    is_outbound = directions(found["group"]) == Direction.OUTBOUND
+    is_outbound = found["is_outbound"] == Direction.OUTBOUND
     assert sorted(found["key"]["local_port"][is_outbound]) == list(range(40001, 40012))
     assert (found["established_ns"] >= before_ns).all()
     assert (found["established_ns"] <= after_ns).all()

@@ -11,14 +11,20 @@ import pytest
 from tcpexporter.connections.record import (
     LISTENER,
     SOCKET,
+    TIME_SHIFT,
     Direction,
     Records,
-    groups,
+    Words,
+    numbers,
+    times_ns,
 )
+from tcpexporter.connections.series import SERIES, OutboundPort, Parts
 from tcpexporter.connections.source import Report
 from tcpexporter.errors import SocketTableError, SourceError
 from tcpexporter.socket_tables.polling import PollingSource
 from tcpexporter.socket_tables.tables import SocketTables
+
+BY_REMOTE_PORT = Parts(OutboundPort.REMOTE, by_netns=False)
 
 PATIENCE_S = 10
 """Time after which a test fails if the next poll does not have the expected effect."""
@@ -31,7 +37,7 @@ def connections(
     made["key"]["remote_port"] = ports
     made["established_ns"] = seen_ns
     made["key"]["local_port"] = 443
-    made["group"] = groups(made["key"], direction)
+    made["is_outbound"] = direction
     return made
 
 
@@ -48,7 +54,10 @@ def ages(found: Records) -> dict[int, int]:
 
 
 class FakeTables(SocketTables):
-    """Tables in which a dump finds ``ports``, or fails; the clock counts dumps."""
+    """Tables in which a dump finds outbound connections to ``ports``, or fails.
+
+    The time of a connection is the number of the dump, in units of 2^13 ns.
+    """
 
     def __init__(self, *ports: int) -> None:
         self.name = "fake"
@@ -65,7 +74,11 @@ class FakeTables(SocketTables):
         self.readers.add(threading.current_thread())
         if self.error:
             raise self.error
-        return connections(*self.ports, seen_ns=self.dumps)
+        return connections(
+            *self.ports,
+            seen_ns=self.dumps << TIME_SHIFT,
+            direction=Direction.OUTBOUND,
+        )
 
     def listeners(self) -> Records:
         return np.array([(1, 443, 4)], LISTENER)
@@ -83,7 +96,7 @@ def tables() -> FakeTables:
 
 @pytest.fixture
 def source(tables: FakeTables) -> Iterator[PollingSource]:
-    made = PollingSource(tables, interval_s=0.001)
+    made = PollingSource(tables, interval_s=0.001, parts=BY_REMOTE_PORT)
     yield made
     made.close()
 
@@ -101,9 +114,18 @@ def after_polls(tables: FakeTables, number: int) -> None:
     eventually(lambda: tables.dumps >= enough)
 
 
-def read(source: PollingSource) -> Records:
+def read(source: PollingSource) -> Words:
     (only,) = source.read()
     return only
+
+
+def ages_of(source: PollingSource) -> dict[int, int]:
+    """Number of the dump that first found each connection, by remote port."""
+    found = read(source)
+    ports = source.ledger().series.view(SERIES)["port"][numbers(found)].tolist()
+    times = (times_ns(found) >> np.uint64(TIME_SHIFT)).tolist()
+    assert len(set(ports)) == len(ports)
+    return dict(zip(ports, times, strict=True))
 
 
 def test_new_connections_are_added_and_closed_ones_removed(
@@ -112,16 +134,16 @@ def test_new_connections_are_added_and_closed_ones_removed(
     """Reading returns the connections of the last poll. Each has the time of the first
     poll that found it."""
     source.start()
-    assert ages(read(source)) == dict.fromkeys((1, 2, 3), 1)
+    assert ages_of(source) == dict.fromkeys((1, 2, 3), 1)
     after_polls(tables, 3)
     tables.ports = (2, 3, 5)
-    eventually(lambda: 5 in ages(read(source)))
-    first_seen_at = ages(read(source))
+    eventually(lambda: 5 in ages_of(source))
+    first_seen_at = ages_of(source)
     assert first_seen_at.keys() == {2, 3, 5}
     assert first_seen_at[2] == first_seen_at[3] == 1
     assert first_seen_at[5] > 3
     after_polls(tables, 3)
-    assert ages(read(source)) == first_seen_at
+    assert ages_of(source) == first_seen_at
 
 
 def test_a_connection_that_reappears_is_new(
@@ -130,15 +152,15 @@ def test_a_connection_that_reappears_is_new(
     """A connection that one poll did not find has age 0 at the next one."""
     source.start()
     tables.ports = (1, 2)
-    eventually(lambda: 3 not in ages(read(source)))
+    eventually(lambda: 3 not in ages_of(source))
     tables.ports = (1, 2, 3)
-    eventually(lambda: 3 in ages(read(source)))
-    assert ages(read(source))[3] > ages(read(source))[1] == 1
+    eventually(lambda: 3 in ages_of(source))
+    assert ages_of(source)[3] > ages_of(source)[1] == 1
 
 
 def test_reading_does_not_poll(tables: FakeTables) -> None:
     """Only the thread reads the tables, once per interval."""
-    source = PollingSource(tables, interval_s=3600)
+    source = PollingSource(tables, interval_s=3600, parts=BY_REMOTE_PORT)
     source.start()
     for _ in range(7):
         read(source)
@@ -178,9 +200,9 @@ def test_a_failed_poll_is_an_error_until_one_succeeds(
     tables.ports = (2, 3, 5)
     tables.error = None
     eventually(lambda: not failing(source))
-    assert ages(read(source)).keys() == {2, 3, 5}
-    assert ages(read(source))[2] == 1
-    assert ages(read(source))[5] > 4
+    assert ages_of(source).keys() == {2, 3, 5}
+    assert ages_of(source)[2] == 1
+    assert ages_of(source)[5] > 4
     (warning,) = caplog.messages
     assert warning == "cannot count connections: no sock_diag"
 
@@ -212,7 +234,7 @@ def test_closing_ends_the_thread_before_the_tables(
 
 def test_closing_does_not_wait_for_the_interval(tables: FakeTables) -> None:
     """The interval is an hour."""
-    source = PollingSource(tables, interval_s=3600)
+    source = PollingSource(tables, interval_s=3600, parts=BY_REMOTE_PORT)
     source.start()
     started_s = time.monotonic()
     source.close()

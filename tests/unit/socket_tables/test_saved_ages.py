@@ -18,8 +18,6 @@ from tcpexporter.connections.record import (
     SOCKET,
     Direction,
     Records,
-    directions,
-    groups,
 )
 from tcpexporter.errors import StateError
 from tcpexporter.socket_tables import saved_ages
@@ -44,7 +42,7 @@ def connections(
     made["key"]["remote_port"] = numbers
     made["key"]["local_port"] = 443
     made["established_ns"] = seen_ns
-    made["group"] = groups(made["key"], direction)
+    made["is_outbound"] = direction
     return made
 
 
@@ -86,7 +84,7 @@ def restored(path: Path, shown: Records) -> dict[int, tuple[int, int]]:
     found = run.aged(Tables(shown)).established(with_ages=True)
     run.close()
     values = zip(
-        found["established_ns"].tolist(), directions(found["group"]).tolist(), strict=True
+        found["established_ns"].tolist(), found["is_outbound"].tolist(), strict=True
     )
     return dict(zip(found["cookie"].tolist(), values, strict=True))
 

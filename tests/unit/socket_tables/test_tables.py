@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pyroute2.netlink.diag import SS_ESTABLISHED, SS_LISTEN
 
-from tcpexporter.connections.record import Direction, directions
+from tcpexporter.connections.record import Direction
 from tcpexporter.errors import SettingsError, SocketTableError
 from tcpexporter.host import namespaces
 from tcpexporter.socket_tables.procfs import ProcfsReader
@@ -25,7 +25,7 @@ def test_a_listener_makes_only_its_own_namespace_inbound() -> None:
     there = MadeReader(2, (443, SS_ESTABLISHED), (80, SS_LISTEN))
     found = SocketTables([here, there]).established()
     assert found["key"]["netns"].tolist() == [1, 1, 2]
-    assert directions(found["group"]).tolist() == [
+    assert found["is_outbound"].tolist() == [
         Direction.INBOUND,
         Direction.INBOUND,
         Direction.OUTBOUND,
@@ -82,7 +82,7 @@ def test_this_kernel_answers(name: str) -> None:
         tables.close()
     assert tables.name == name
     at_port = found[found["key"]["local_port"] == peers.port]
-    assert directions(at_port["group"]).tolist() == [Direction.INBOUND] * 3
+    assert at_port["is_outbound"].tolist() == [Direction.INBOUND] * 3
     assert (namespaces.inode(), peers.port, 4) in listeners.tolist()
 
 
