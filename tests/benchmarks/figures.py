@@ -99,6 +99,14 @@ FIGURES = (
         compared_with="event_fin_ns",
     ),
     Figure(
+        "event_times",
+        "BPF program, mean per state change, divided by that of the earlier program, which"
+        " had no series numbers",
+        Unit.TIMES,
+        at_most=1.3,
+    ),
+    Figure("event_histograms_times", "… with `--histograms`", Unit.TIMES),
+    Figure(
         "rate_times",
         "connect, accept and close on loopback: rate with the exporter running,"
         " divided by the rate without it",
@@ -109,6 +117,12 @@ FIGURES = (
         "rate_empty_times",
         "… with a program on the same tracepoint that does nothing",
         Unit.TIMES,
+    ),
+    Figure(
+        "rate_to_empty_times",
+        "… with the exporter running, divided by the rate with that program",
+        Unit.TIMES,
+        at_least=0.985,
     ),
     Figure("rate_with_per_s", "… with the exporter running", Unit.PER_SECOND),
     Figure("rate_without_per_s", "… without it", Unit.PER_SECOND),
