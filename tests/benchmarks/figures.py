@@ -146,6 +146,27 @@ FIGURES = (
         compared_with="scrape_s",
     ),
     Figure(
+        "scrape_node_exporter_times",
+        f"GET /metrics, 1,000 sockets on {len(PORTS)} ports, divided by that of"
+        " node_exporter's tcpstat",
+        Unit.TIMES,
+        at_most=0.6,
+    ),
+    Figure(
+        "scrape_million_times",
+        "GET /metrics, 1,000,000 sockets, divided by that with 1,000",
+        Unit.TIMES,
+        at_most=2.5,
+        known_as="default labels",
+    ),
+    Figure(
+        "scrape_million_netns_all_times",
+        "… the former with `--netns all`",
+        Unit.TIMES,
+        at_most=2.5,
+        compared_with="scrape_million_times",
+    ),
+    Figure(
         "idle_cpu_ratio",
         f"CPU when idle, without scrapes, {TRACKED:,} tracked, of a core",
         Unit.RATIO,
@@ -168,6 +189,12 @@ FIGURES = (
         at_most=48 * MIB_BYTES,
     ),
     Figure(
+        "resident_million_bytes",
+        "… with 1,000,000 pre-existing sockets, after the first reconciliation",
+        Unit.BYTES,
+        at_most=128 * MIB_BYTES,
+    ),
+    Figure(
         "kernel_bytes",
         "kernel memory for each tracked connection, with full maps",
         Unit.BYTES,
@@ -185,8 +212,27 @@ FIGURES = (
         at_most=5,
     ),
     Figure(
+        "ready_million_dumps_times",
+        "… divided by the time of the kernel's dump with `tcp_info`",
+        Unit.TIMES,
+        at_most=3,
+    ),
+    Figure(
         "seeding_bytes",
         "… temporary memory during the start (VmHWM − VmRSS)",
+        Unit.BYTES,
+        at_most=200 * MIB_BYTES,
+    ),
+    Figure(
+        "adopting_million_times",
+        "time from start to ready with pinned state of 1,000,000 sockets, divided by that"
+        " of a first start",
+        Unit.TIMES,
+        at_most=1.3,
+    ),
+    Figure(
+        "adopting_bytes",
+        "… peak of memory until then, above that after the first reconciliation",
         Unit.BYTES,
         at_most=200 * MIB_BYTES,
     ),

@@ -140,17 +140,13 @@ def _idle(samples: Samples, plan: Plan, exporter: Exporter) -> None:
         scraper.get()
         time.sleep(plan.settle_s)
         for _ in range(IDLE_ATTEMPTS):
-            before = _reconciliations(scraper)
+            before = scraper.reconciliations()
             cpu_ratio = _cpu_ratio(exporter, plan.idle_s)
-            reconciliations = _reconciliations(scraper) - before
+            reconciliations = scraper.reconciliations() - before
             if not reconciliations:
                 break
     samples.add("idle_cpu_ratio", cpu_ratio)
     samples.idle_reconciliations = reconciliations
-
-
-def _reconciliations(scraper: Scraper) -> int:
-    return int(scraper.values()["tcpexporter_reconciliations_total", ""])
 
 
 def _cpu_ratio(exporter: Exporter, period_s: float) -> float:

@@ -26,7 +26,7 @@ size."""
 ATTEMPTS = 20
 """Attempts to measure a batch of 5 ms without state changes elsewhere on the host."""
 
-TURNS = 14
+TURNS = 10
 """How many times a round attaches each of the compared programs. It is even, because the
 order is reversed each time."""
 
