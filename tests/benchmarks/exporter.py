@@ -3,6 +3,8 @@
 
 import contextlib
 import http.client
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support import Exporter
 
 COMMAND = (str(Path(sys.executable).with_name("tcpexporter")),)
+BPF_FS = Path("/sys/fs/bpf")
 POLL_SHARE = 0.02
 """Pause between two readiness requests, as a share of the time since the start. A request
 delays the exporter, so there must not be many."""
@@ -103,6 +106,10 @@ class Scraper:
         """Scrape, and return values by metric name and port ("" if there is no port)."""
         return values(self.get())
 
+    def reconciliations(self) -> int:
+        """Scrape, and return how many reconciliations the exporter has completed."""
+        return int(self.values()["tcpexporter_reconciliations_total", ""])
+
     def __enter__(self) -> Self:
         return self
 
@@ -111,12 +118,40 @@ class Scraper:
 
 
 def values(page: bytes) -> dict[tuple[str, str], float]:
-    """Return values of an exposition by metric name and port ("" if there is no port)."""
+    """Return values of an exposition by metric name and port ("" if there is no port).
+
+    With --netns all, only those of the exporter's own network namespace are returned.
+    """
     return {
         (sample.name, sample.labels.get("port", "")): sample.value
         for family in text_string_to_metric_families(page.decode())
         for sample in family.samples
+        if sample.labels.get("netns", "self") == "self"
     }
+
+
+def wait_for_reconciliation(exporter: Exporter) -> None:
+    """Wait until the first reconciliation after the start has ended.
+
+    Raises:
+        NoNumberError: it does not end within the time limit.
+    """
+    until_s = time.monotonic() + DEADLINE_S
+    with Scraper(exporter.port) as scraper:
+        while not scraper.reconciliations():
+            if time.monotonic() > until_s:
+                raise NoNumberError(f"it did not reconcile within {DEADLINE_S:.0f} s")
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def pin_directory() -> Iterator[Path]:
+    """Yield a directory for --pin; at the end remove what was pinned there."""
+    path = BPF_FS / f"tcpexporter-bench-{os.getpid()}"
+    try:
+        yield path
+    finally:
+        subprocess.run([*COMMAND, "--unpin", "--pin", path], check=True)
 
 
 def _connection(port: int) -> http.client.HTTPConnection:

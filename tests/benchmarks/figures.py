@@ -99,6 +99,14 @@ FIGURES = (
         compared_with="event_fin_ns",
     ),
     Figure(
+        "event_times",
+        "BPF program, mean per state change, divided by that of the earlier program, which"
+        " had no series numbers",
+        Unit.TIMES,
+        at_most=1.3,
+    ),
+    Figure("event_histograms_times", "… with `--histograms`", Unit.TIMES),
+    Figure(
         "rate_times",
         "connect, accept and close on loopback: rate with the exporter running,"
         " divided by the rate without it",
@@ -109,6 +117,12 @@ FIGURES = (
         "rate_empty_times",
         "… with a program on the same tracepoint that does nothing",
         Unit.TIMES,
+    ),
+    Figure(
+        "rate_to_empty_times",
+        "… with the exporter running, divided by the rate with that program",
+        Unit.TIMES,
+        at_least=0.985,
     ),
     Figure("rate_with_per_s", "… with the exporter running", Unit.PER_SECOND),
     Figure("rate_without_per_s", "… without it", Unit.PER_SECOND),
@@ -130,6 +144,27 @@ FIGURES = (
         f"… with the {TRACKED:,} pre-existing",
         Unit.SECONDS,
         compared_with="scrape_s",
+    ),
+    Figure(
+        "scrape_node_exporter_times",
+        f"GET /metrics, 1,000 sockets on {len(PORTS)} ports, divided by that of"
+        " node_exporter's tcpstat",
+        Unit.TIMES,
+        at_most=0.6,
+    ),
+    Figure(
+        "scrape_million_times",
+        "GET /metrics, 1,000,000 sockets, divided by that with 1,000",
+        Unit.TIMES,
+        at_most=2.5,
+        known_as="default labels",
+    ),
+    Figure(
+        "scrape_million_netns_all_times",
+        "… the former with `--netns all`",
+        Unit.TIMES,
+        at_most=2.5,
+        compared_with="scrape_million_times",
     ),
     Figure(
         "idle_cpu_ratio",
@@ -154,6 +189,12 @@ FIGURES = (
         at_most=48 * MIB_BYTES,
     ),
     Figure(
+        "resident_million_bytes",
+        "… with 1,000,000 pre-existing sockets, after the first reconciliation",
+        Unit.BYTES,
+        at_most=128 * MIB_BYTES,
+    ),
+    Figure(
         "kernel_bytes",
         "kernel memory for each tracked connection, with full maps",
         Unit.BYTES,
@@ -171,8 +212,27 @@ FIGURES = (
         at_most=5,
     ),
     Figure(
+        "ready_million_dumps_times",
+        "… divided by the time of the kernel's dump with `tcp_info`",
+        Unit.TIMES,
+        at_most=3,
+    ),
+    Figure(
         "seeding_bytes",
         "… temporary memory during the start (VmHWM − VmRSS)",
+        Unit.BYTES,
+        at_most=200 * MIB_BYTES,
+    ),
+    Figure(
+        "adopting_million_times",
+        "time from start to ready with pinned state of 1,000,000 sockets, divided by that"
+        " of a first start",
+        Unit.TIMES,
+        at_most=1.3,
+    ),
+    Figure(
+        "adopting_bytes",
+        "… peak of memory until then, above that after the first reconciliation",
         Unit.BYTES,
         at_most=200 * MIB_BYTES,
     ),

@@ -144,16 +144,25 @@ class ProgramRuns:
         return self.run_time_ns / self.run_count
 
 
-class Program:
-    """The only BPF program of a process.
+NO_RUNS = ProgramRuns(0, 0, 0)
 
-    It is identified by its descriptor, because other exporters on this host have programs
-    of the same name.
+
+class Program:
+    """A BPF program.
+
+    It is identified by a descriptor of it, because other exporters on this host have
+    programs of the same name.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, fdinfo: Path) -> None:
+        """Read the kernel's account from this file in ``/proc/PID/fdinfo``."""
+        self._fdinfo = fdinfo
+
+    @classmethod
+    def of_process(cls, pid: int) -> Self:
+        """Return the only BPF program of a process."""
         descriptors = Path(f"/proc/{pid}/fdinfo").iterdir()
-        self._fdinfo = next(each for each in descriptors if "run_cnt" in _fields(each))
+        return cls(next(each for each in descriptors if "run_cnt" in _fields(each)))
 
     def runs(self) -> ProgramRuns:
         """Return its runs since it was loaded (bpf_prog_show_fdinfo in

@@ -15,6 +15,7 @@ from pathlib import Path
 from tcpexporter.version import VERSION
 from tests.benchmarks import ROOT
 from tests.benchmarks.contenders import node_exporter_command
+from tests.benchmarks.exporter import BPF_FS
 
 KIB_BYTES = 1024
 
@@ -52,7 +53,7 @@ def versions() -> dict[str, str]:
 
 
 def absent() -> list[str]:
-    """Return a sentence for each compared program that is not installed."""
+    """Return a sentence for each thing that the benchmarks require and that is absent."""
     sentences = [
         f"the Python package {name} is not installed: run `make bench`"
         for name in ("psutil", "matplotlib")
@@ -63,6 +64,8 @@ def absent() -> list[str]:
         for name in ("ss", "awk")
         if shutil.which(name) is None
     ]
+    if not BPF_FS.is_mount():
+        sentences.append(f"bpffs is not mounted: mount -t bpf bpf {BPF_FS}")
     if node_exporter_command() is None:
         sentences.append("node_exporter is not installed: run `make bench`")
     return sentences

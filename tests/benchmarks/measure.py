@@ -6,21 +6,23 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from tests.benchmarks import empty_program
-from tests.benchmarks.churn import Ending, by_fin, by_rst, churn, listening
+from tests.benchmarks import empty_program, program_runs
+from tests.benchmarks.churn import by_fin, by_rst, churn, listening
 from tests.benchmarks.contenders import counted_by_tcpexporter
 from tests.benchmarks.exporter import AS_PROMETHEUS, Scraper, running, values
-from tests.benchmarks.figures import (
-    CONNECTIONS,
-    STATE_CHANGES_BY_FIN,
-    STATE_CHANGES_BY_RST,
-    TRACKED,
-)
+from tests.benchmarks.figures import CONNECTIONS, TRACKED
 from tests.benchmarks.hold import held
-from tests.benchmarks.kernel import Program, ProgramRuns, bpf_stats, cpu_ns
+from tests.benchmarks.kernel import NO_RUNS, Program, bpf_stats, cpu_ns
 from tests.benchmarks.plan import Plan
+from tests.benchmarks.program_runs import (
+    BATCH_CONNECTIONS,
+    STATE_CHANGES,
+    Attachable,
+    batch_runs,
+)
 from tests.benchmarks.sizes import TOLERANCE
 from tests.support import Exporter, inside, new_netns
 
@@ -33,25 +35,14 @@ WARM_UP = 10
 """Scrapes before the first measured one."""
 
 BATCHES = 65
-BATCH_CONNECTIONS = 97
-"""Number of connections of a batch. A round of batches has 100,880 state changes: half
-of the connections are closed by FIN, half by RST. The number is prime, so that it is no
-multiple of a table's size."""
-
-ATTEMPTS = 20
-"""Attempts to measure a batch of 5 ms without state changes elsewhere on the host."""
+"""Number of batches. A round of batches has 100,880 state changes: half of the connections
+are closed by FIN, half by RST."""
 
 IDLE_ATTEMPTS = 3
 """Attempts to measure idle CPU time. A missed event of any namespace causes a
 reconciliation, and then the attempt is repeated."""
 
 WARM_UP_CONNECTIONS = 5_003
-
-STATE_CHANGES: Mapping[Ending, int] = {
-    by_fin: STATE_CHANGES_BY_FIN,
-    by_rst: STATE_CHANGES_BY_RST,
-}
-NO_RUNS = ProgramRuns(0, 0, 0)
 
 
 @dataclass
@@ -85,7 +76,10 @@ def measure(plan: Plan) -> Samples:
             _scrapes(samples, plan, started.exporter)
             _idle(samples, plan, started.exporter)
             _events(samples, plan, started.exporter)
-        with held(CONNECTIONS):
+        with program_runs.compared_programs() as programs, ExitStack() as stack:
+            with program_runs.all_attached(programs.values()):
+                stack.enter_context(held(CONNECTIONS))
+            _compare_programs(samples, plan, programs)
             for source in ("sock_diag", "procfs"):
                 _polling(samples, plan, source)
     _rates(samples, plan)
@@ -146,17 +140,13 @@ def _idle(samples: Samples, plan: Plan, exporter: Exporter) -> None:
         scraper.get()
         time.sleep(plan.settle_s)
         for _ in range(IDLE_ATTEMPTS):
-            before = _reconciliations(scraper)
+            before = scraper.reconciliations()
             cpu_ratio = _cpu_ratio(exporter, plan.idle_s)
-            reconciliations = _reconciliations(scraper) - before
+            reconciliations = scraper.reconciliations() - before
             if not reconciliations:
                 break
     samples.add("idle_cpu_ratio", cpu_ratio)
     samples.idle_reconciliations = reconciliations
-
-
-def _reconciliations(scraper: Scraper) -> int:
-    return int(scraper.values()["tcpexporter_reconciliations_total", ""])
 
 
 def _cpu_ratio(exporter: Exporter, period_s: float) -> float:
@@ -168,14 +158,14 @@ def _cpu_ratio(exporter: Exporter, period_s: float) -> float:
 
 def _events(samples: Samples, plan: Plan, exporter: Exporter) -> None:
     log.info("timing the BPF program in %s rounds", plan.event_rounds)
-    program = Program(exporter.process.pid)
+    program = Program.of_process(exporter.process.pid)
     total = NO_RUNS
     with listening() as listeners, bpf_stats():
         churn(listeners, WARM_UP_CONNECTIONS, by_fin)
         for _ in range(plan.event_rounds):
             by_ending = {by_fin: NO_RUNS, by_rst: NO_RUNS}
             for ending in (by_fin, by_rst) * BATCHES:
-                by_ending[ending] += _runs(program, listeners, ending)
+                by_ending[ending] += batch_runs(program, listeners, ending)
             both = by_ending[by_fin] + by_ending[by_rst]
             samples.add("event_ns", both.mean_ns)
             samples.add("event_fin_ns", by_ending[by_fin].mean_ns)
@@ -193,21 +183,14 @@ def _events(samples: Samples, plan: Plan, exporter: Exporter) -> None:
     }
 
 
-def _runs(
-    program: Program, listeners: Sequence[socket.socket], ending: Ending
-) -> ProgramRuns:
-    """Measure one batch, if possible without state changes of other sockets on the host.
-
-    The program runs for every network namespace. For other namespaces it returns early,
-    which would lower the mean.
-    """
-    for _ in range(ATTEMPTS):
-        before = program.runs()
-        churn(listeners, BATCH_CONNECTIONS, ending)
-        runs = program.runs() - before
-        if runs.run_count <= BATCH_CONNECTIONS * STATE_CHANGES[ending]:
-            break
-    return runs
+def _compare_programs(
+    samples: Samples, plan: Plan, programs: Mapping[str, Attachable]
+) -> None:
+    log.info("comparing BPF programs in %s rounds", plan.event_rounds)
+    with listening() as listeners, bpf_stats():
+        for _ in range(plan.event_rounds):
+            for figure, ratio in program_runs.ratios(programs, listeners).items():
+                samples.add(figure, ratio)
 
 
 def _polling(samples: Samples, plan: Plan, source: str) -> None:
@@ -220,32 +203,31 @@ def _polling(samples: Samples, plan: Plan, source: str) -> None:
 
 
 def _rates(samples: Samples, plan: Plan) -> None:
-    """Measure rates without a program, with ours and with an empty one, many times in turn.
+    """Measure rates without a program, with an empty one and with ours, many times in turn.
 
-    Other load on the machine changes a rate by more than all programs together.
+    Other load on the machine changes a rate by more than all programs together. So each
+    round is symmetric, and only neighbouring rates are compared.
     """
     log.info("opening and closing connections in %s rounds", plan.rate_rounds)
     with new_netns() as netns, inside(netns), listening() as listeners:
         for _ in range(plan.rate_rounds):
-            before, with_empty = _rates_of_empty(listeners, plan)
+            without = [_rate_per_s(listeners, plan)]
+            with_empty = [_rate_with_empty_per_s(listeners, plan)]
             with running("--source", "ebpf"):
                 ours = [_rate_per_s(listeners, plan) for _ in range(2)]
-            after = _rate_per_s(listeners, plan)
-            samples.add("rate_empty_times", with_empty / before)
-            for with_it, without in zip(ours, (before, after), strict=True):
-                samples.add("rate_with_per_s", with_it)
-                samples.add("rate_without_per_s", without)
-                samples.add("rate_times", with_it / without)
+            with_empty.append(_rate_with_empty_per_s(listeners, plan))
+            without.append(_rate_per_s(listeners, plan))
+            for none, empty, exporter in zip(without, with_empty, ours, strict=True):
+                samples.add("rate_with_per_s", exporter)
+                samples.add("rate_without_per_s", none)
+                samples.add("rate_times", exporter / none)
+                samples.add("rate_empty_times", empty / none)
+                samples.add("rate_to_empty_times", exporter / empty)
 
 
-def _rates_of_empty(listeners: Sequence[socket.socket], plan: Plan) -> tuple[float, float]:
-    """Return the rate without a program, and the mean of two with an empty program."""
+def _rate_with_empty_per_s(listeners: Sequence[socket.socket], plan: Plan) -> float:
     with empty_program.attached():
-        first = _rate_per_s(listeners, plan)
-    without = _rate_per_s(listeners, plan)
-    with empty_program.attached():
-        last = _rate_per_s(listeners, plan)
-    return without, (first + last) / 2
+        return _rate_per_s(listeners, plan)
 
 
 def _rate_per_s(listeners: Sequence[socket.socket], plan: Plan) -> float:

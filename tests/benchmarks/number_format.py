@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from tests.benchmarks.figures import MIB_BYTES, Unit
 
-SMALLEST_KIB = 1 << 12
+MOST_BYTES = 10_000
 
 
 def format_value(value: float, unit: Unit) -> str:
@@ -35,7 +35,7 @@ def format_seconds(value_s: float) -> str:
 
 
 def format_bytes(value_bytes: float) -> str:
-    if value_bytes < SMALLEST_KIB:
+    if value_bytes < MOST_BYTES:
         return f"{value_bytes:.0f} bytes"
     return f"{format_digits(value_bytes / MIB_BYTES)} MiB"
 

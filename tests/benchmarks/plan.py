@@ -19,7 +19,9 @@ class Plan:
     starts: int
     """Maximum number of starts with all connections of a size already open."""
     starts_s: float
-    """Time after which there is no further start at a size."""
+    """Time after which there is no further start at a size, first or adopting."""
+    adoptions: int
+    """Maximum number of starts that adopt the pinned state of the previous exporter."""
     scrapes: int
     settle_s: float
     """Pause before idle CPU time is measured. It is longer than --reconcile-interval, so
@@ -46,6 +48,7 @@ QUICK = Plan(
     polls=2,
     starts=3,
     starts_s=3,
+    adoptions=1,
     scrapes=101,
     settle_s=1,
     idle_s=5,
@@ -62,7 +65,8 @@ FULL = Plan(
     contender_s=10,
     polls=7,
     starts=5,
-    starts_s=20,
+    starts_s=40,
+    adoptions=5,
     scrapes=503,
     settle_s=65,
     idle_s=60,

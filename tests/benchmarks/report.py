@@ -56,13 +56,23 @@ def _size(fields: dict[str, Any]) -> Size:
         Measured(**{**each, "memory": _memory(each["memory"])})
         for each in fields.pop("contenders")
     ]
-    starts = [
-        Start(each["took_s"], Memory(**each["memory"])) for each in fields.pop("starts")
-    ]
+    starts, adoptions = (
+        [_start(each) for each in fields.pop(name)] for name in ("starts", "adoptions")
+    )
     kept, kept_full = _kept(fields.pop("kept")), _kept(fields.pop("kept_full"))
     return Size(
-        contenders=contenders, starts=starts, kept=kept, kept_full=kept_full, **fields
+        contenders=contenders,
+        starts=starts,
+        adoptions=adoptions,
+        kept=kept,
+        kept_full=kept_full,
+        **fields,
     )
+
+
+def _start(fields: dict[str, Any]) -> Start:
+    memory, settled = (Memory(**fields[name]) for name in ("memory", "settled"))
+    return Start(fields["took_s"], memory, settled)
 
 
 def _memory(fields: dict[str, Any] | None) -> Memory | None:

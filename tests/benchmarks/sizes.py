@@ -3,6 +3,7 @@
 
 import contextlib
 import logging
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -17,7 +18,14 @@ from tests.benchmarks.contenders import (
     node_exporter,
     worker,
 )
-from tests.benchmarks.exporter import NoNumberError, Scraper, Started, running
+from tests.benchmarks.exporter import (
+    NoNumberError,
+    Scraper,
+    Started,
+    pin_directory,
+    running,
+    wait_for_reconciliation,
+)
 from tests.benchmarks.hold import held
 from tests.benchmarks.plan import Plan
 from tests.benchmarks.worker import METHODS
@@ -26,8 +34,12 @@ from tests.support import inside, new_netns
 log = logging.getLogger(__name__)
 
 OURS = "ebpf"
+NETNS_ALL = "netns_all"
+"""The same with --netns all."""
+
 POLLING = ("sock_diag", "procfs")
 NODE_EXPORTER = "node_exporter"
+DUMP_INFO = "dump_info"
 
 DEFAULT_MAX_CONNECTIONS = 262_144
 """Default of --max-connections, which is also its minimum here."""
@@ -38,6 +50,9 @@ errors. After a larger error the measurement would be of something else."""
 
 POLL_S = 1.0
 """The default of --interval."""
+
+ADOPTED = " connections of the previous run"
+"""Part of the message of an exporter that has adopted pinned state."""
 
 
 @dataclass
@@ -62,6 +77,13 @@ class Start:
 
     took_s: float
     memory: kernel.Memory
+    settled: kernel.Memory
+    """Memory after the first reconciliation, which follows the start."""
+
+    @property
+    def above_settled_bytes(self) -> int:
+        """The peak until the exporter was ready, above the resident memory afterwards."""
+        return max(self.memory.peak_bytes - self.settled.resident_bytes, 0)
 
 
 @dataclass(frozen=True)
@@ -89,6 +111,8 @@ class Size:
     max_connections: int = 0
     contenders: list[Measured] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
+    adoptions: list[Start] = field(default_factory=list)
+    """Starts that adopted the pinned state of the previous exporter."""
     kept: Kept | None = None
     """Kernel memory with `max_connections` of this size."""
     kept_full: Kept | None = None
@@ -114,7 +138,7 @@ def measure_size(sockets: int, plan: Plan) -> Size:
             stack.enter_context(held(sockets // 2))
             size.opening_s = time.perf_counter() - start_s
             log.info("%s sockets: opened in %.1f s", f"{sockets:,}", size.opening_s)
-            size.contenders += _side_by_side(watching, sockets, plan)
+            size.contenders += _side_by_side(watching, size, plan)
             size.kept = _kept(watching)
         _measure_preexisting(size, plan)
     return size
@@ -123,8 +147,9 @@ def measure_size(sockets: int, plan: Plan) -> Size:
 def _measure_preexisting(size: Size, plan: Plan) -> None:
     """Measure exporters that start when the sockets are already open."""
     with _recording_failure(size, "from start to ready"):
-        for start in _starts(size.max_connections, plan):
-            size.starts.append(start)
+        size.starts += _starts(size.max_connections, plan)
+    with _recording_failure(size, "adopting pinned state"):
+        size.adoptions += _adoptions(size.max_connections, plan)
     with (
         _recording_failure(size, "kernel memory with full maps"),
         _tracker(size.sockets) as full,
@@ -143,8 +168,10 @@ def _recording_failure(size: Size, what: str) -> Iterator[None]:
         log.info("  %s", size.missing[-1])
 
 
-def _tracker(max_connections: int) -> AbstractContextManager[Started]:
-    return running("--source", "ebpf", "--max-connections", str(max_connections))
+def _tracker(max_connections: int, *arguments: str) -> AbstractContextManager[Started]:
+    return running(
+        "--source", "ebpf", "--max-connections", str(max_connections), *arguments
+    )
 
 
 def _kept(started: Started) -> Kept:
@@ -212,18 +239,18 @@ def checked(sample: Sample, sockets: int) -> Sample:
     return sample
 
 
-def _side_by_side(started: Started, sockets: int, plan: Plan) -> Iterator[Measured]:
+def _side_by_side(started: Started, size: Size, plan: Plan) -> Iterator[Measured]:
     """Let the methods count in turn, so that disturbances affect all of them alike."""
     with ExitStack() as stack:
         ours = _scraped(stack, OURS, started)
-        turns = [_Turns(ours, sockets, plan)]
-        for name, entered in _others(sockets).items():
+        turns = [_Turns(ours, size.sockets, plan)]
+        for name, entered in _others(size).items():
             try:
                 contender = stack.enter_context(entered())
             except NoNumberError as error:
                 yield logged(Measured(name, why_not=str(error)))
             else:
-                turns.append(_Turns(contender, sockets, plan))
+                turns.append(_Turns(contender, size.sockets, plan))
         going = turns
         while going:
             going = [each for each in going if each.take()]
@@ -236,11 +263,22 @@ def _scraped(stack: ExitStack, name: str, started: Started) -> Scraped:
     return Scraped(name, started.exporter.process.pid, scraper, counted_by_tcpexporter)
 
 
-def _others(sockets: int) -> dict[str, Callable[[], AbstractContextManager[Contender]]]:
+def _others(size: Size) -> dict[str, Callable[[], AbstractContextManager[Contender]]]:
     def of_worker(name: str) -> Callable[[], AbstractContextManager[Contender]]:
-        return lambda: worker(name, sockets)
+        return lambda: worker(name, size.sockets)
 
-    return {NODE_EXPORTER: node_exporter, **{name: of_worker(name) for name in METHODS}}
+    return {
+        NETNS_ALL: lambda: _netns_all(size.max_connections),
+        NODE_EXPORTER: node_exporter,
+        **{name: of_worker(name) for name in METHODS},
+    }
+
+
+@contextlib.contextmanager
+def _netns_all(max_connections: int) -> Iterator[Scraped]:
+    """Run an exporter that counts the connections of all network namespaces."""
+    with _tracker(max_connections, "--netns", "all") as started, ExitStack() as stack:
+        yield _scraped(stack, NETNS_ALL, started)
 
 
 def logged(measured: Measured) -> Measured:
@@ -288,11 +326,40 @@ def _starts(max_connections: int, plan: Plan) -> Iterator[Start]:
     until_s = time.monotonic() + plan.starts_s
     for _ in range(plan.starts):
         with _tracker(max_connections) as started:
-            start = Start(started.took_s, kernel.memory(started.exporter.process.pid))
+            start = _settled(started)
         log.info("  ready after %.2f s", start.took_s)
         yield start
         if time.monotonic() > until_s:
             break
+
+
+def _adoptions(max_connections: int, plan: Plan) -> Iterator[Start]:
+    """Start exporters, of which each but the first adopts the state of the previous one.
+
+    Raises:
+        RuntimeError: an exporter adopted nothing.
+    """
+    until_s = time.monotonic() + plan.starts_s
+    with pin_directory() as path:
+        with _tracker(max_connections, "--pin", str(path)):
+            pass
+        for _ in range(plan.adoptions):
+            with _tracker(max_connections, "--pin", str(path)) as started:
+                start = _settled(started)
+                _, messages = started.exporter.stop()
+            if ADOPTED not in messages:
+                raise RuntimeError(f"the exporter adopted nothing:\n{messages}")
+            log.info("  ready after %.2f s, with adopted state", start.took_s)
+            yield start
+            if time.monotonic() > until_s:
+                break
+
+
+def _settled(started: Started) -> Start:
+    pid = started.exporter.process.pid
+    memory = kernel.memory(pid)
+    wait_for_reconciliation(started.exporter)
+    return Start(started.took_s, memory, kernel.memory(pid))
 
 
 # --- Figures for the table of single figures ---
@@ -302,20 +369,54 @@ def figure_samples(sizes: Sequence[Size]) -> dict[str, list[float]]:
     """Return samples by the names in `figures.FIGURES`; sizes not measured have none."""
     by_sockets = {size.sockets: size for size in sizes if not size.why_not}
     samples: dict[str, list[float]] = {}
-    if small := by_sockets.get(1_000):
+    small, million = by_sockets.get(1_000), by_sockets.get(1_000_000)
+    if small:
+        ours = _wall_s(small, OURS)
         samples["resident_bytes"] = _resident_bytes(small)
-    if million := by_sockets.get(1_000_000):
-        samples["ready_million_s"] = [start.took_s for start in million.starts]
-        samples["seeding_bytes"] = [start.memory.above_bytes for start in million.starts]
+        samples["scrape_node_exporter_times"] = _ratios(ours, _wall_s(small, NODE_EXPORTER))
+    if million:
+        samples |= _samples_of_million(million)
+    if small and million:
+        for figure, name in (
+            ("scrape_million_times", OURS),
+            ("scrape_million_netns_all_times", NETNS_ALL),
+        ):
+            samples[figure] = _ratios(_wall_s(million, name), _wall_s(small, OURS))
     full = [each.kept_full for each in by_sockets.values() if each.kept_full]
     if full:
         samples["kernel_bytes"] = [full[-1].total_bytes / full[-1].tracked]
     return samples
 
 
+def _samples_of_million(million: Size) -> dict[str, list[float]]:
+    """Return the samples of figures that only a million sockets have."""
+    starts_s = [start.took_s for start in million.starts]
+    adoptions_s = [start.took_s for start in million.adoptions]
+    return {
+        "resident_million_bytes": [
+            start.settled.resident_bytes for start in million.starts
+        ],
+        "ready_million_s": starts_s,
+        "ready_million_dumps_times": _ratios(starts_s, _wall_s(million, DUMP_INFO)),
+        "seeding_bytes": [start.memory.above_bytes for start in million.starts],
+        "adopting_million_times": _ratios(adoptions_s, starts_s),
+        "adopting_bytes": [start.above_settled_bytes for start in million.adoptions],
+    }
+
+
+def _wall_s(size: Size, name: str) -> list[float]:
+    measured = size.contender(name)
+    return measured.wall_s if measured else []
+
+
+def _ratios(samples: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return each sample, divided by the median of the others; nothing without others."""
+    return [each / statistics.median(others) for each in samples] if others else []
+
+
 def _resident_bytes(size: Size) -> list[float]:
     """Return resident memory of exporters, started before and after the connections."""
     watching = size.contender(OURS)
     used = [watching.memory] if watching and watching.memory else []
-    used += [start.memory for start in size.starts]
+    used += [start.settled for start in size.starts]
     return [each.resident_bytes for each in used]

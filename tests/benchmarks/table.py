@@ -24,7 +24,16 @@ from tests.benchmarks.number_format import (
     format_value,
 )
 from tests.benchmarks.report import Report
-from tests.benchmarks.sizes import OURS, Kept, Measured, Size
+from tests.benchmarks.sizes import (
+    DUMP_INFO,
+    NETNS_ALL,
+    NODE_EXPORTER,
+    OURS,
+    Kept,
+    Measured,
+    Size,
+    Start,
+)
 from tests.tables import Table
 
 BEGIN = "<!-- figures: written by python -m tests.benchmarks.table -->"
@@ -34,14 +43,15 @@ GIB_BYTES = 1 << 30
 
 CONTENDERS = {
     OURS: "**tcpexporter**, `--source ebpf`: GET /metrics",
+    NETNS_ALL: "tcpexporter, the same with `--netns all`",
     "sock_diag": "tcpexporter, `--source sock_diag`, which polls: GET /metrics",
     "procfs": "tcpexporter, `--source procfs`, which polls: GET /metrics",
-    "node_exporter": "node_exporter, collector tcpstat, no ports: GET /metrics",
+    NODE_EXPORTER: "node_exporter, collector tcpstat, no ports: GET /metrics",
     "ss": "`ss -Htn state established`, counted by awk",
     "psutil": "psutil `net_connections`, counted in Python",
     "items": "BCC's `items()` on a hash map, counted in Python",
     "dump": "lower bound: the kernel's own dump, not parsed",
-    "dump_info": "lower bound: the same with `tcp_info`",
+    DUMP_INFO: "lower bound: the same with `tcp_info`",
     "scan": "lower bound: numpy's sum of 64 bytes per connection",
 }
 """Names of the methods, in the order of the table."""
@@ -124,7 +134,13 @@ def _ours(sizes: Sequence[Size]) -> Table:
         "time from start to ready, with this many pre-existing connections": _ready,
         "… compared with the kernel's dump with `tcp_info`": _ready_in_dumps,
         "… temporary memory during the start": _seeding,
+        "time from start to ready, with pinned state of this many": _adopting,
+        "… compared with a first start": _adopting_in_starts,
+        "… peak of memory until then, above that after the first reconciliation": (
+            _adopting_memory
+        ),
         "resident memory while serving": _resident,
+        "… of an exporter that found them, after its first reconciliation": _settled,
         "kernel memory": lambda each: (
             format_bytes(each.kept.total_bytes) if each.kept else ""
         ),
@@ -139,28 +155,44 @@ def _ours(sizes: Sequence[Size]) -> Table:
 
 
 def _ready(each: Size) -> str:
-    if not each.starts:
-        return ""
-    return format_seconds(_ready_s(each))
+    return format_seconds(_ready_s(each.starts)) if each.starts else ""
 
 
 def _ready_in_dumps(each: Size) -> str:
-    dump = each.contender("dump_info")
+    dump = each.contender(DUMP_INFO)
     if not each.starts or dump is None or dump.why_not:
         return ""
-    return f"×{format_digits(_ready_s(each) / statistics.median(dump.wall_s))}"
+    return f"×{format_digits(_ready_s(each.starts) / statistics.median(dump.wall_s))}"
 
 
-def _ready_s(each: Size) -> float:
-    return statistics.median(start.took_s for start in each.starts)
+def _ready_s(starts: Sequence[Start]) -> float:
+    return statistics.median(start.took_s for start in starts)
 
 
 def _seeding(each: Size) -> str:
-    if not each.starts:
+    return _median_bytes([start.memory.above_bytes for start in each.starts])
+
+
+def _adopting(each: Size) -> str:
+    return format_seconds(_ready_s(each.adoptions)) if each.adoptions else ""
+
+
+def _adopting_in_starts(each: Size) -> str:
+    if not each.starts or not each.adoptions:
         return ""
-    return format_bytes(
-        statistics.median(start.memory.above_bytes for start in each.starts)
-    )
+    return f"×{format_digits(_ready_s(each.adoptions) / _ready_s(each.starts))}"
+
+
+def _adopting_memory(each: Size) -> str:
+    return _median_bytes([start.above_settled_bytes for start in each.adoptions])
+
+
+def _settled(each: Size) -> str:
+    return _median_bytes([start.settled.resident_bytes for start in each.starts])
+
+
+def _median_bytes(samples: Sequence[int]) -> str:
+    return format_bytes(statistics.median(samples)) if samples else ""
 
 
 def _resident(each: Size) -> str:

@@ -7,13 +7,14 @@ import pytest
 
 from tests.benchmarks import capacity, report, table
 from tests.benchmarks.contenders import Count, Sample
-from tests.benchmarks.exporter import NoNumberError
+from tests.benchmarks.exporter import NoNumberError, values
 from tests.benchmarks.figures import filled
 from tests.benchmarks.hold import PORTS
 from tests.benchmarks.kernel import Map, Memory
 from tests.benchmarks.sizes import Kept, Measured, Size, Start, checked, figure_samples
 
 MEMORY = Memory(50 << 20, 60 << 20, 40 << 20, 10 << 20)
+SETTLED = Memory(45 << 20, 60 << 20, 40 << 20, 5 << 20)
 KEPT = Kept(1_000, 1_000, [Map(1, 1, 8, 16, 1_000, "0x1", 100_000)])
 SIZES = [
     Size(
@@ -23,9 +24,11 @@ SIZES = [
         contenders=[
             Measured("ebpf", [0.001, 0.002, 0.003], [0.001], MEMORY),
             Measured("ss", [0.008, 0.012], [0.004], MEMORY),
+            Measured("node_exporter", [0.004], [0.004], MEMORY),
             Measured("psutil", why_not="it gave no number within 60 s"),
         ],
-        starts=[Start(0.5, MEMORY)],
+        starts=[Start(0.5, MEMORY, SETTLED)],
+        adoptions=[Start(0.6, MEMORY, SETTLED)],
         kept=KEPT,
         kept_full=KEPT,
     ),
@@ -75,6 +78,53 @@ def test_the_table_shows_why_a_number_is_missing(measured: report.Report) -> Non
     assert "counted in Python | it gave no number within 60 s |" in shown
     assert "1,000,000 sockets: not measured, because memory does not suffice." in shown
     assert "1,000,000 pre-existing sockets | ≤ 5.00 s | not measured |" in shown
+
+
+def test_the_table_compares_an_adoption_with_a_first_start(
+    measured: report.Report,
+) -> None:
+    shown = table.markdown(measured)
+    assert "pinned state of this many | 600 ms |" in shown
+    assert "compared with a first start | ×1.20 |" in shown
+    # The peak of 60 MiB, above 45 MiB after the first reconciliation.
+    assert "above that after the first reconciliation | 15.0 MiB |" in shown
+
+
+def test_figures_are_ratios_to_the_median_of_what_they_are_compared_with() -> None:
+    small, _ = SIZES
+    million = Size(
+        1_000_000,
+        contenders=[
+            Measured("ebpf", [0.004, 0.008], [0.008], MEMORY),
+            Measured("netns_all", [0.01], [0.01], MEMORY),
+            Measured("dump_info", [1.0, 2.0, 9.0], [1.0], MEMORY),
+        ],
+        starts=[Start(4.0, MEMORY, SETTLED), Start(6.0, MEMORY, SETTLED)],
+        adoptions=[Start(6.5, MEMORY, SETTLED)],
+    )
+    samples = figure_samples([small, million])
+    assert samples["scrape_node_exporter_times"] == pytest.approx([0.25, 0.5, 0.75])
+    assert samples["scrape_million_times"] == pytest.approx([2, 4])
+    assert samples["scrape_million_netns_all_times"] == pytest.approx([5])
+    assert samples["ready_million_dumps_times"] == pytest.approx([2, 3])
+    assert samples["adopting_million_times"] == pytest.approx([1.3])
+    assert samples["adopting_bytes"] == [15 << 20]
+    assert samples["resident_million_bytes"] == [45 << 20, 45 << 20]
+
+
+def test_a_figure_without_something_to_compare_with_has_no_samples() -> None:
+    million = Size(1_000_000, adoptions=[Start(6.5, MEMORY, SETTLED)])
+    samples = figure_samples([million])
+    assert samples["adopting_million_times"] == []
+    assert "scrape_million_times" not in samples
+
+
+def test_values_of_other_network_namespaces_are_left_out() -> None:
+    page = (
+        b'tcp_established_connections{netns="self",port="1"} 2\n'
+        b'tcp_established_connections{netns="other",port="1"} 3\n'
+    )
+    assert values(page) == {("tcp_established_connections", "1"): 2}
 
 
 def test_writing_replaces_the_text_between_the_markers(

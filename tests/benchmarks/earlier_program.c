@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* The program before series numbers and the ledger, to compare: make bench loads it. */
+/*
+ * Maintains an array of the TCP connections in state ESTABLISHED. The kernel runs the
+ * program at the tracepoint sock:inet_sock_set_state. It is attached as
+ * BPF_TRACE_RAW_TP with the kernel's types, so it reads the socket with plain loads
+ * that the verifier checks. The loader defines these macros:
+ *
+ * MAX_CONNECTIONS  number of slots; a slot holds one connection
+ * MAX_CLOSINGS     capacity of the closings log
+ * MAP_FLAGS        flags of the hash maps: BPF_F_NO_PREALLOC, or 0
+ * NETNS            inode of the only network namespace to observe; 0: all
+ * SECRET_0, _1     the key of the hash
+ * LOSE_ONE_IN      in tests: the program ignores one in so many events, at random
+ * *_OFFSET         offsets of members of struct tcp_sock and struct net, from BTF
+ *
+ * Terms: a *handle* identifies the connection of a slot. It is the address of the
+ * socket. If the connection comes from the socket tables, it is a *seed*, and its
+ * handle is the hash of its key (addresses, ports, network namespace).
+ *
+ * The owner of a slot, which alone may write to its connection
+ * ------------------------------------------------------------
+ * A slot is in one of three states. A free slot is in a range on the stack
+ * `free_slots`. If a run of the program or a thread of userspace has popped the range,
+ * the run or the thread owns the slot. Otherwise the slot is the value of one entry of
+ * `slots`: then the run for the socket with that handle owns it. For a seed, that is
+ * the run for a closing socket whose key has that hash. The kernel reports the states
+ * of a socket one after another, so two runs never write to the same connection.
+ *
+ * The program allocates slots, and never frees a slot that was used. A closed
+ * connection keeps its slot for the next socket at the same address: the kernel's
+ * allocator is likely to reuse that address soon. Userspace deletes entries of `slots`
+ * and frees their slots: see Tracker.release in tcpexporter/ebpf/tracker.py, which
+ * explains the races.
+ */
+#include "earlier_program.h"
+
+#define AF_INET 2
+#define IPPROTO_TCP 6
+#define TCP_ESTABLISHED 1
+#define TCP_SYN_SENT 2
+
+/* The slot of each handle. */
+BPF_F_TABLE("hash", __u64, __u32, slots, MAX_CONNECTIONS, MAP_FLAGS);
+
+BPF_F_TABLE("array", __u32, struct connection, connections, MAX_CONNECTIONS,
+	    BPF_F_MMAPABLE);
+
+BPF_STACK(free_slots, __u32, MAX_CONNECTIONS);
+
+/* 1 while userspace reads the socket tables: then the program records closings. */
+BPF_ARRAY(recording, __u32, 1);
+
+/* The closings log: for each closed connection, the handle of a seed with its key. */
+BPF_F_TABLE("hash", __u64, __u32, closings, MAX_CLOSINGS, MAP_FLAGS);
+
+BPF_PERCPU_ARRAY(events, struct tracker_events, 1);
+
+/* Userspace updates this map to wait until all runs that have begun have ended. */
+BPF_ARRAY_OF_MAPS(barrier, "events", 1);
+
+/*
+ * Hides the origin of a pointer from BCC. If BCC can trace a pointer back to the
+ * context, it replaces each load through the pointer by a helper call.
+ */
+static const void *untraced(__u64 address)
+{
+	const void *pointer;
+
+	asm volatile("%0 = %1" : "=r"(pointer) : "r"(address));
+	return pointer;
+}
+
+#define LOAD(type, base, offset) (*(const volatile type *)((base) + (offset)))
+#define STORE(type, member, value) (*(volatile type *)&(member) = (value))
+
+static __u32 netns_of(const void *sk)
+{
+	const void *net = untraced(LOAD(__u64, sk, SKC_NET_OFFSET));
+
+	return LOAD(__u32, net, NETNS_INUM_OFFSET);
+}
+
+static void load_address(__u8 *address, const void *sk, int family, int ipv4_offset,
+			 int ipv6_offset)
+{
+	__u32 *words = (__u32 *)address;
+
+	if (family == AF_INET) {
+		words[0] = 0;
+		words[1] = 0;
+		words[2] = bpf_htonl(0xffff);
+		words[3] = LOAD(__u32, sk, ipv4_offset);
+		return;
+	}
+	words[0] = LOAD(__u32, sk, ipv6_offset);
+	words[1] = LOAD(__u32, sk, ipv6_offset + 4);
+	words[2] = LOAD(__u32, sk, ipv6_offset + 8);
+	words[3] = LOAD(__u32, sk, ipv6_offset + 12);
+}
+
+static void load_key(struct connection_key *key, const void *sk, __u32 netns,
+		     __u16 local_port)
+{
+	int family = LOAD(__u16, sk, SKC_FAMILY_OFFSET);
+
+	load_address(key->local_address, sk, family, SKC_RCV_SADDR_OFFSET,
+		     SKC_V6_RCV_SADDR_OFFSET);
+	load_address(key->remote_address, sk, family, SKC_DADDR_OFFSET,
+		     SKC_V6_DADDR_OFFSET);
+	key->netns = netns;
+	key->local_port = local_port;
+	key->remote_port = bpf_ntohs(LOAD(__u16, sk, SKC_DPORT_OFFSET));
+}
+
+/* Returns the local port. A socket that was reset is unbound, but keeps inet_sport. */
+static __u16 port_of_closed(const void *sk)
+{
+	const void *inet = untraced((__u64)bpf_skc_to_tcp_sock((void *)sk));
+
+	return inet ? bpf_ntohs(LOAD(__u16, inet, INET_SPORT_OFFSET)) : 0;
+}
+
+static __u32 group_of(const struct connection_key *key, int oldstate)
+{
+	const __u32 *words = (const __u32 *)key->local_address;
+	__u32 group = key->local_port;
+
+	if (words[0] || words[1] || words[2] != bpf_htonl(0xffff))
+		group |= GROUP_IPV6;
+	if (oldstate == TCP_SYN_SENT)
+		group |= GROUP_OUTBOUND;
+	return group;
+}
+
+#define ROTATED(x, bits) ((x) << (bits) | (x) >> (64 - (bits)))
+
+#define SIPROUND                                                                       \
+	do {                                                                           \
+		v0 += v1;                                                              \
+		v1 = ROTATED(v1, 13);                                                  \
+		v1 ^= v0;                                                              \
+		v0 = ROTATED(v0, 32);                                                  \
+		v2 += v3;                                                              \
+		v3 = ROTATED(v3, 16);                                                  \
+		v3 ^= v2;                                                              \
+		v0 += v3;                                                              \
+		v3 = ROTATED(v3, 21);                                                  \
+		v3 ^= v0;                                                              \
+		v2 += v1;                                                              \
+		v1 = ROTATED(v1, 17);                                                  \
+		v1 ^= v2;                                                              \
+		v2 = ROTATED(v2, 32);                                                  \
+	} while (0)
+
+/* Returns SipHash-1-3 of the key, as in tcpexporter/connections/identity.py. */
+static __u64 handle_of_seed(const struct connection_key *key)
+{
+	const __u64 *words = (const __u64 *)key;
+	__u64 v0 = 0x736f6d6570736575 ^ SECRET_0;
+	__u64 v1 = 0x646f72616e646f6d ^ SECRET_1;
+	__u64 v2 = 0x6c7967656e657261 ^ SECRET_0;
+	__u64 v3 = 0x7465646279746573 ^ SECRET_1;
+	__u64 length = (__u64)sizeof(*key) << 56;
+
+#pragma unroll
+	for (int i = 0; i < 5; i++) {
+		v3 ^= words[i];
+		SIPROUND;
+		v0 ^= words[i];
+	}
+	v3 ^= length;
+	SIPROUND;
+	v0 ^= length;
+	v2 ^= 0xff;
+	SIPROUND;
+	SIPROUND;
+	SIPROUND;
+	return (v0 ^ v1 ^ v2 ^ v3) | HANDLE_SEEDED;
+}
+
+/*
+ * Returns the connection with this handle, or NULL. When userspace deletes an entry of
+ * a hash map, the kernel can reuse the memory of the entry for another handle, while
+ * this run has a pointer to the value. So the value may be the slot of another handle.
+ * Therefore the handle in the record of the slot is compared: userspace clears it
+ * before it frees the slot.
+ */
+static struct connection *find(__u64 handle)
+{
+	__u32 *slot = slots.lookup(&handle);
+	struct connection *connection = slot ? connections.lookup(slot) : NULL;
+
+	return connection && connection->handle == handle ? connection : NULL;
+}
+
+static void push_free(__u32 range)
+{
+	/* Since Linux 6.15 a push fails if it waits for its lock for 250 ms: try twice.
+	 */
+	if (free_slots.push(&range, 0))
+		free_slots.push(&range, 0);
+}
+
+/* Allocates a slot for a handle without a slot; returns NULL if no slot is free. */
+static struct connection *allocate(__u64 handle)
+{
+	__u32 range, slot;
+
+	if (free_slots.pop(&range))
+		return NULL;
+	slot = range >> RANGE_BITS;
+	if (range & RANGE_MASK)
+		push_free(range + (1 << RANGE_BITS) - 1);
+	if (slots.update(&handle, &slot)) {
+		push_free(slot << RANGE_BITS);
+		return NULL;
+	}
+	return connections.lookup(&slot);
+}
+
+static void opened(const void *sk, __u32 netns, int oldstate,
+		   struct tracker_events *count)
+{
+	__u64 handle = (__u64)sk;
+	struct connection *connection = find(handle);
+
+	if (!connection) {
+		connection = allocate(handle);
+		if (!connection) {
+			count->refused++;
+			return;
+		}
+		count->allocated++;
+	}
+	/* The closing of the previous connection at this address was missed. */
+	if (connection->group)
+		count->removed++;
+	STORE(__u32, connection->group, 0);
+	connection->handle = handle;
+	load_key(&connection->key, sk, netns, LOAD(__u16, sk, SKC_NUM_OFFSET));
+	STORE(__u64, connection->established_ns, bpf_ktime_get_boot_ns());
+	STORE(__u32, connection->group, group_of(&connection->key, oldstate));
+	count->inserted++;
+}
+
+static bool is_same(const struct connection_key *one,
+		    const struct connection_key *other)
+{
+	const __u64 *words = (const __u64 *)one;
+	const __u64 *others = (const __u64 *)other;
+
+	return words[0] == others[0] && words[1] == others[1] &&
+	       words[2] == others[2] && words[3] == others[3] && words[4] == others[4];
+}
+
+static void remove_from(struct connection *connection, struct tracker_events *count)
+{
+	STORE(__u32, connection->group, 0);
+	count->removed++;
+}
+
+static void closed(const void *sk, __u32 netns, struct tracker_events *count)
+{
+	struct connection *connection = find((__u64)sk);
+	struct connection_key key;
+	__u32 nothing = 0;
+	int first = 0;
+	__u32 *flag = recording.lookup(&first);
+	bool is_recording = flag && *flag;
+	bool has_record = connection && connection->group;
+	bool is_known;
+	__u64 handle;
+
+	load_key(&key, sk, netns, port_of_closed(sk));
+	/*
+	 * A record with another key belongs to the previous connection at this address.
+	 * Its closing was missed, and so was the opening of this connection. Then this
+	 * connection may be a seed.
+	 */
+	is_known = has_record && is_same(&connection->key, &key);
+	if (has_record)
+		remove_from(connection, count);
+	if (is_known && !is_recording)
+		return;
+	handle = handle_of_seed(&key);
+	/*
+	 * Record the closing before the search for a seed. Userspace adds a seed before
+	 * it reads the log, so either the search or userspace finds the seed.
+	 */
+	if (is_recording && closings.update(&handle, &nothing))
+		count->unrecorded++;
+	if (is_known)
+		return;
+	connection = find(handle);
+	if (!connection || !connection->group)
+		return;
+	remove_from(connection, count);
+	count->removed_seeds++;
+}
+
+int on_state_change(struct bpf_raw_tracepoint_args *args)
+{
+	const void *sk = untraced(args->args[0]);
+	int oldstate = args->args[1];
+	int newstate = args->args[2];
+	struct tracker_events *count;
+	int first = 0;
+	__u32 netns;
+
+	if (newstate != TCP_ESTABLISHED && oldstate != TCP_ESTABLISHED)
+		return 0;
+	/* MPTCP's own socket has another protocol number, and is not counted. */
+	if (LOAD(__u16, sk, SK_PROTOCOL_OFFSET) != IPPROTO_TCP)
+		return 0;
+	netns = netns_of(sk);
+	if (NETNS && netns != NETNS)
+		return 0;
+#ifdef LOSE_ONE_IN
+	/* For tests: ignore the event, as if the kernel had skipped this program. */
+	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0)
+		return 0;
+#endif
+	count = events.lookup(&first);
+	if (!count)
+		return 0;
+	if (newstate == TCP_ESTABLISHED)
+		opened(sk, netns, oldstate, count);
+	else
+		closed(sk, netns, count);
+	return 0;
+}
