@@ -137,7 +137,7 @@ def registry() -> CollectorRegistry:
             state_saved_s=0,
         ),
     )
-    selection = select((), tcpv6=True, directions=tuple(Direction), own_listener=None)
+    selection = select((), tcpv6=True, directions=tuple(Direction))
     choice = Choice(selection, named((), 0, selection), duration_s=0)
     collector = ConnectionCollector(source, choice, max_series=1)
     task = Task("poll", lambda: None, without="", limit_s=1)

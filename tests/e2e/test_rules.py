@@ -97,7 +97,7 @@ def published() -> dict[str, dict[str, set[str]]]:
     metrics: dict[str, dict[str, set[str]]] = {}
     for name in SOURCES:
         source = MemorySource(listeners=listeners, report=report, name=name)
-        selection = select((), tcpv6=True, directions=(*Direction,), own_listener=None)
+        selection = select((), tcpv6=True, directions=(*Direction,))
         choice = Choice(selection, named((), 0, selection), 6)
         collector = ConnectionCollector(source, choice, max_series=101)
         registry = make_serving_registry(
