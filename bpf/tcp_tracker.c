@@ -15,6 +15,9 @@
  * OWN_NETNS; 0: it has none OUTBOUND_PORT    which port is part of the series of an
  * outbound connection: LOCAL_PORT, REMOTE_PORT, or 0: none, and failed attempts are not
  *                  counted
+ * CLIENTS          undefined: clients are not distinguished; otherwise these masks say
+ *                  which bits of an address identify a client, as two words of its 16
+ *                  bytes: IPV4_MASK_0, _1, IPV6_MASK_0, _1
  * BUCKETS          number of lifetime buckets; undefined: none are counted
  * BOUNDS           the upper bounds of all buckets but the last, in units of time
  * SECRET_0, _1     the key of the hash
@@ -58,6 +61,13 @@ BPF_F_TABLE("array", __u32, struct connection, connections, MAX_CONNECTIONS,
 	    BPF_F_MMAPABLE);
 
 BPF_F_TABLE("array", __u32, __u64, series_and_time, MAX_CONNECTIONS, BPF_F_MMAPABLE);
+
+#ifdef CLIENTS
+/* The hash of the client of each slot's connection. */
+BPF_F_TABLE("array", __u32, __u32, clients, MAX_CONNECTIONS, BPF_F_MMAPABLE);
+#else
+BPF_ARRAY(clients, __u32, 1);
+#endif
 
 BPF_STACK(free_slots, __u32, MAX_CONNECTIONS);
 
@@ -167,18 +177,17 @@ static __u16 port_of_closed(const void *sk)
 		v2 = ROTATED(v2, 32);                                                  \
 	} while (0)
 
-/* Returns SipHash-1-3 of the key, as in tcpexporter/connections/identity.py. */
-static __u64 handle_of_seed(const struct connection_key *key)
+/* Returns SipHash-1-3 of some words, as in tcpexporter/connections/identity.py. */
+static __always_inline __u64 siphash(const __u64 *words, int count)
 {
-	const __u64 *words = (const __u64 *)key;
 	__u64 v0 = 0x736f6d6570736575 ^ SECRET_0;
 	__u64 v1 = 0x646f72616e646f6d ^ SECRET_1;
 	__u64 v2 = 0x6c7967656e657261 ^ SECRET_0;
 	__u64 v3 = 0x7465646279746573 ^ SECRET_1;
-	__u64 length = (__u64)sizeof(*key) << 56;
+	__u64 length = (__u64)(count * sizeof(*words)) << 56;
 
 #pragma unroll
-	for (int i = 0; i < 5; i++) {
+	for (int i = 0; i < count; i++) {
 		v3 ^= words[i];
 		SIPROUND;
 		v0 ^= words[i];
@@ -190,24 +199,30 @@ static __u64 handle_of_seed(const struct connection_key *key)
 	SIPROUND;
 	SIPROUND;
 	SIPROUND;
-	return (v0 ^ v1 ^ v2 ^ v3) | HANDLE_SEEDED;
+	return v0 ^ v1 ^ v2 ^ v3;
+}
+
+static __u64 handle_of_seed(const struct connection_key *key)
+{
+	return siphash((const __u64 *)key, 5) | HANDLE_SEEDED;
 }
 
 /*
- * Returns the connection with this handle, and its word in `word`; or NULL. When
- * userspace deletes an entry of a hash map, the kernel can reuse the memory of the
+ * Returns the connection with this handle, its word and its slot's number; or NULL.
+ * When userspace deletes an entry of a hash map, the kernel can reuse the memory of the
  * entry for another handle, while this run has a pointer to the value. So the value may
  * be the slot of another handle. Therefore the handle in the record of the slot is
  * compared: userspace clears it before it frees the slot.
  */
-static struct connection *find(__u64 handle, __u64 **word)
+static struct connection *find(__u64 handle, __u64 **word, __u32 *number)
 {
 	__u32 *slot = slots.lookup(&handle);
 	struct connection *connection = slot ? connections.lookup(slot) : NULL;
 
 	if (!connection || connection->handle != handle)
 		return NULL;
-	*word = series_and_time.lookup(slot);
+	*number = *slot;
+	*word = series_and_time.lookup(number);
 	return *word ? connection : NULL;
 }
 
@@ -220,7 +235,7 @@ static void push_free(__u32 range)
 }
 
 /* Allocates a slot for a handle without a slot; returns NULL if no slot is free. */
-static struct connection *allocate(__u64 handle, __u64 **word)
+static struct connection *allocate(__u64 handle, __u64 **word, __u32 *number)
 {
 	__u32 range, slot;
 
@@ -233,17 +248,38 @@ static struct connection *allocate(__u64 handle, __u64 **word)
 		push_free(slot << RANGE_BITS);
 		return NULL;
 	}
+	*number = slot;
 	*word = series_and_time.lookup(&slot);
 	return *word ? connections.lookup(&slot) : NULL;
+}
+
+static bool is_ipv4(const struct connection_key *key)
+{
+	const __u32 *words = (const __u32 *)key->remote_address;
+
+	return !words[0] && !words[1] && words[2] == bpf_htonl(0xffff);
+}
+
+static void record_client(__u32 slot, const struct connection_key *key)
+{
+#ifdef CLIENTS
+	const __u64 *address = (const __u64 *)key->remote_address;
+	__u64 client[] = {
+	    address[0] & (is_ipv4(key) ? IPV4_MASK_0 : IPV6_MASK_0),
+	    address[1] & (is_ipv4(key) ? IPV4_MASK_1 : IPV6_MASK_1),
+	};
+	__u32 *recorded = clients.lookup(&slot);
+
+	if (recorded)
+		STORE(__u32, *recorded, siphash(client, 2));
+#endif
 }
 
 static struct series_key series_of(const struct connection_key *key, bool is_outbound,
 				   __u16 outbound_port)
 {
-	const __u32 *words = (const __u32 *)key->remote_address;
-	bool is_ipv4 = !words[0] && !words[1] && words[2] == bpf_htonl(0xffff);
 	struct series_key series = {
-	    .ip_version = is_ipv4 ? 4 : 6,
+	    .ip_version = is_ipv4(key) ? 4 : 6,
 	    .port = is_outbound ? outbound_port : key->local_port,
 	    .netns = BY_NETNS ? key->netns : 0,
 	};
@@ -377,12 +413,13 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 {
 	__u64 handle = (__u64)sk;
 	__u64 *word = NULL;
-	struct connection *connection = find(handle, &word);
+	__u32 slot = 0;
+	struct connection *connection = find(handle, &word, &slot);
 	struct series_key series;
 	__u32 number;
 
 	if (!connection) {
-		connection = allocate(handle, &word);
+		connection = allocate(handle, &word, &slot);
 		if (!connection) {
 			count->refused++;
 			return;
@@ -395,6 +432,7 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 	connection->handle = handle;
 	load_key(&connection->key, sk, netns, LOAD(__u16, sk, SKC_NUM_OFFSET));
 	connection->is_outbound = oldstate == TCP_SYN_SENT;
+	record_client(slot, &connection->key);
 	series = series_of(&connection->key, oldstate == TCP_SYN_SENT,
 			   outbound_port_of(&connection->key));
 	number = counted_in(&series);
@@ -417,7 +455,8 @@ static bool is_same(const struct connection_key *one,
 static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 {
 	__u64 *word = NULL;
-	struct connection *connection = find((__u64)sk, &word);
+	__u32 slot = 0;
+	struct connection *connection = find((__u64)sk, &word, &slot);
 	struct connection_key key;
 	__u32 nothing = 0;
 	int first = 0;
@@ -447,7 +486,7 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 		count->unrecorded++;
 	if (is_known)
 		return;
-	connection = find(handle, &word);
+	connection = find(handle, &word, &slot);
 	if (!connection || !is_open(*word))
 		return;
 	remove_from(word, count);

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tcpexporter.config.settings import Settings
 from tcpexporter.connections.counting import kernel_parts, named, select
+from tcpexporter.connections.identity import client_masks
 from tcpexporter.connections.record import Direction
 from tcpexporter.connections.series import NO_LISTENER
 from tcpexporter.connections.source import Source
@@ -102,7 +103,10 @@ def open_source(settings: Settings, state: "State | None" = None) -> Source:
 
 def _open_named_source(name: str, settings: Settings, state: "State | None") -> Source:
     parts = kernel_parts(
-        DIRECTIONS[settings.direction], settings.series_labels, _own_listener(settings)
+        DIRECTIONS[settings.direction],
+        settings.series_labels,
+        _own_listener(settings),
+        client_masks(*settings.client_prefix) if settings.clients else None,
     )
     if name == "ebpf":
         return EbpfSource(
@@ -164,4 +168,5 @@ def make_collector(
         max_series=settings.max_series,
         names=namespaces.Names(source.namespaces).read if by_netns else None,
         bounds_s=settings.bounds_s,
+        has_clients=settings.clients,
     )

@@ -24,7 +24,8 @@ from tcpexporter.collecting import Counting, open_counting
 from tcpexporter.config import files
 from tcpexporter.config.reader import SETTINGS, WEB_CONFIG, Message, Reader, ReaderGoneError
 from tcpexporter.config.reload import Apply, Reloading, ReloadSignal
-from tcpexporter.config.settings import Settings, misleading, parse, reread
+from tcpexporter.config.reread import reread
+from tcpexporter.config.settings import Settings, misleading, parse
 from tcpexporter.ebpf import pins
 from tcpexporter.errors import ServerError, SourceError, WebConfigError
 from tcpexporter.host import (

@@ -4,7 +4,7 @@
 import itertools
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tcpexporter.config.values import (
     PATH,
     PERCENT,
     PORTS,
+    PREFIXES,
     RECONCILE,
     SERIES,
     SWITCH,
@@ -51,6 +52,9 @@ class Settings:
     """self, all, or the name or path of a network namespace."""
     labels: tuple[str, ...] | None = None
     """Of a series; None: port and tcp_version, and netns if all namespaces are counted."""
+    clients: bool = True
+    client_prefix: tuple[int, int] = (32, 64)
+    """Bits of an IPv4 and of an IPv6 address that identify a client."""
     histograms: bool = False
     buckets: tuple[float, ...] = (1.0, 6.0, 60.0, 600.0, 3600.0, 21600.0, 86400.0, 604800.0)
     """Upper bounds of the histograms in seconds; the duration is added to them."""
@@ -193,6 +197,18 @@ GROUPS: Groups = {
             LABEL_SET,
             "what is counted separately; auto is port,tcp_version, and netns with --netns"
             " all; none is the same as --simple",
+        ),
+        Setting(
+            "clients",
+            "true",
+            SWITCH,
+            "count the distinct clients (remote addresses) of each series",
+        ),
+        Setting(
+            "client-prefix",
+            "32,64",
+            PREFIXES,
+            "how many leading bits of an IPv4 and of an IPv6 address identify a client",
         ),
         Setting(
             "histograms",
@@ -372,6 +388,8 @@ def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
         yield "simple", ("max-series", "labels")
     if not settings.histograms:
         yield "no --histograms", ("buckets",)
+    if not settings.clients:
+        yield "--clients=false", ("client-prefix",)
     if settings.source == "ebpf":
         yield "source ebpf", ("interval",)
     if _polls(settings):
@@ -384,64 +402,11 @@ def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
 def _is_chosen(name: str, settings: Settings) -> bool:
     """Return whether the value of a setting differs from its default."""
     (setting,) = (each for each in SETTINGS if each.name == name)
-    return _value_in(settings, setting) != _value_in(Settings(), setting)
+    return value_in(settings, setting) != value_in(Settings(), setting)
 
 
-def _value_in(settings: Settings, setting: Setting) -> object:
+def value_in(settings: Settings, setting: Setting) -> object:
+    """Return the value of one setting."""
     if setting.kind is LISTEN:
         return settings.listen_address, settings.listen_port
     return getattr(settings, setting.field)
-
-
-@dataclass(frozen=True)
-class Reread:
-    """The result of reading the settings again while the exporter runs."""
-
-    settings: Settings
-    """The settings that are in force after it."""
-    changed: tuple[str, ...]
-    """The changed values, such as ``duration is 30``."""
-    waiting: tuple[str, ...]
-    """The names of settings whose new values require a restart."""
-
-    def __str__(self) -> str:
-        restart = (
-            [f"restart required for {', '.join(self.waiting)}"] if self.waiting else []
-        )
-        changed = [", ".join(self.changed)] if self.changed else []
-        return (
-            "; ".join(changed + restart)
-            or "no change, or flags and environment variables override it"
-        )
-
-
-def reread(before: Settings, after: Settings) -> Reread:
-    """Combine new settings with those in force; only three change without a restart."""
-    names = [
-        each.name for each in SETTINGS if _value_in(before, each) != _value_in(after, each)
-    ]
-    in_force = replace(
-        before, duration_s=after.duration_s, ports=after.ports, log_level=after.log_level
-    )
-    shown = {
-        "duration": str(after.duration_s),
-        "port": _shown_ports(after.ports),
-        "log-level": after.log_level,
-    }
-    return Reread(
-        in_force,
-        tuple(f"{each} is {shown[each]}" for each in names if each in shown),
-        tuple(each for each in names if each not in shown),
-    )
-
-
-def _shown_ports(ports: Sequence[int]) -> str:
-    """Return ports as a user writes them, with ranges: ``443, 8000-8100``."""
-    in_a_row = itertools.groupby(enumerate(ports), lambda each: each[1] - each[0])
-    ranges = [[port for _, port in row] for _, row in in_a_row]
-    return (
-        ",".join(
-            f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in ranges
-        )
-        or "-1"
-    )

@@ -113,6 +113,11 @@ def _labels(text: str) -> tuple[str, ...] | None:
     return tuple(each for each in LABELS if each in chosen)
 
 
+def _prefixes(text: str) -> tuple[int, int]:
+    ipv4, ipv6 = text.split(",")
+    return _whole(1, 32)(ipv4), _whole(1, 128)(ipv6)
+
+
 def _percent(text: str) -> float:
     percent = float(text)
     if not re.fullmatch(r"[0-9.]+", text) or not 0.1 <= percent <= 100:
@@ -194,6 +199,9 @@ BUCKETS = Kind(
     "TIMES",
     f"at most {MOST_BUCKETS} times from 0.001 seconds to 10 years, as in 1,1m30s,24h",
     _buckets,
+)
+PREFIXES = Kind(
+    "BITS,BITS", "a number from 1 to 32, a comma, and a number from 1 to 128", _prefixes
 )
 USER = Kind("USER", "the name of a user", _word)
 DIRECTORY = Kind(

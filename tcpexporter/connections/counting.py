@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Counts connections by series number, and adds up the series that have equal labels."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.connections.clients import Chunk, ClientCounts, Seen, count_clients
+from tcpexporter.connections.clients import seen as clients_of
+from tcpexporter.connections.identity import ClientMasks
 from tcpexporter.connections.record import (
+    CLOSED,
     LISTENER,
     PORTS,
     SERIES_BITS,
@@ -16,7 +20,6 @@ from tcpexporter.connections.record import (
     TIME_SHIFT,
     Direction,
     Records,
-    Words,
 )
 from tcpexporter.connections.series import (
     FOLDED,
@@ -104,10 +107,31 @@ class Counts:
     values: Values
     total: int
     """All connections that were read, selected or not."""
+    rows: npt.NDArray[np.int64]
+    """For each series number, the index of its series; -1: it is not counted."""
+    seen: Seen | None = None
+    """The clients of all connections; None: clients are not counted."""
 
     def only(self, chosen: npt.NDArray[np.intp]) -> "Counts":
         """Return the chosen series."""
-        return Counts(self.series[chosen], self.values.only(chosen), self.total)
+        place = np.full(len(self.series), -1)
+        place[chosen] = np.arange(len(chosen))
+        values = self.values.only(chosen)
+        return Counts(self.series[chosen], values, self.total, self._rows(place), self.seen)
+
+    def moved(self, series: Series, place: npt.NDArray[np.intp]) -> "Counts":
+        """Return the sums by other series; ``place`` has the index of each present one."""
+        values = self.values.summed(place, len(series))
+        return Counts(series, values, self.total, self._rows(place), self.seen)
+
+    def _rows(self, place: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
+        return np.where(self.rows >= 0, np.append(place, -1)[self.rows], -1)
+
+    def clients(self) -> ClientCounts | None:
+        """Return the distinct clients of each series; None: they are not counted."""
+        if self.seen is None:
+            return None
+        return count_clients(self.seen, self.rows, len(self.series))
 
 
 def select(
@@ -130,6 +154,7 @@ def kernel_parts(
     directions: Sequence[Direction],
     labels: Sequence[str],
     own_listener: tuple[int, int] = NO_LISTENER,
+    client_masks: ClientMasks | None = None,
 ) -> Parts:
     """Return what a source has to count separately for a selection with these fields."""
     if Direction.OUTBOUND not in directions:
@@ -138,7 +163,7 @@ def kernel_parts(
         outbound_port = OutboundPort.REMOTE
     else:
         outbound_port = OutboundPort.LOCAL
-    return Parts(outbound_port, "netns" in labels, own_listener)
+    return Parts(outbound_port, "netns" in labels, own_listener, client_masks)
 
 
 class Projection:
@@ -153,13 +178,18 @@ class Projection:
         self._chosen: npt.NDArray[np.intp] = np.empty(0, np.intp)
         self._merged: Series = np.empty(0, np.uint64)
         self._place: npt.NDArray[np.intp] = np.empty(0, np.intp)
+        self._rows: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
-    def of(self, series: Series, values: Values) -> tuple[Series, Values]:
-        """Return the series in use, in ascending order, and their values.
+    def of(
+        self, series: Series, values: Values, *, total: int, seen: Seen | None
+    ) -> Counts:
+        """Return the counts of the series in use.
 
         Args:
             series: of each number; 0: the number is free.
             values: of each number.
+            total: as in `Counts`.
+            seen: as in `Counts`.
         """
         if not np.array_equal(series, self._series):
             self._series = series
@@ -167,34 +197,42 @@ class Projection:
             self._merged, self._place = np.unique(
                 projected(series[self._chosen], self.selection), return_inverse=True
             )
+            self._rows = np.full(len(series), -1)
+            self._rows[self._chosen] = self._place
         summed = values.only(self._chosen).summed(self._place, len(self._merged))
+        counts = Counts(self._merged, summed, total, self._rows, seen)
         is_used = summed.established | summed.opened | summed.failed | summed.pre_existing
         used = np.flatnonzero(is_used)
-        if len(used) == len(self._merged):
-            return self._merged, summed
-        return self._merged[used], summed.only(used)
+        return counts if len(used) == len(self._merged) else counts.only(used)
 
 
 def count(
-    chunks: Iterable[Words],
+    chunks: Iterable[Chunk],
     ledger: Callable[[], Ledger],
     projection: Projection,
     since_ns: Sequence[int],
     *,
     now_ns: int | None = None,
+    long_term_ns: int | None = None,
 ) -> Counts:
     """Count the selected connections of all chunks.
 
     Args:
-        chunks: of words, some of which have no connection. Each chunk is used only until
+        chunks: of slots, some of which have no connection. Each chunk is used only until
             the next one is requested. The kernel may write to it meanwhile.
         ledger: called when all chunks have been counted: so it has all their series.
         projection: of the selection of connections that are counted.
         since_ns: times on CLOCK_BOOTTIME, the latest first. For each of them, `Values.ages`
             has how many connections were established then or before. None was before 0.
         now_ns: the present time on that clock, if ages are to be added up.
+        long_term_ns: the one of ``since_ns`` that makes a connection long-term, if clients
+            are to be counted.
     """
     before = ledger().series
+    seen: list[Seen] | None = None
+    if long_term_ns is not None:
+        seen, limit = [np.empty(0, np.uint64)], _limit(long_term_ns)
+        chunks = _gathering(chunks, seen, limit)
     bins, times = _tally(chunks, since_ns, has_sums=now_ns is not None)
     entries = ledger()
     series = entries.series
@@ -219,12 +257,32 @@ def count(
         entries.lifetimes_sum,
         entries.lifetimes,
     )
-    merged, summed = projection.of(series, values)
-    return Counts(merged, summed, int(ages[0, 1:].sum()))
+    total = int(ages[0, 1:].sum())
+    found = None if seen is None else np.concatenate(seen)
+    return projection.of(series, values, total=total, seen=found)
+
+
+def _gathering(
+    chunks: Iterable[Chunk], into: list[Seen], limit: np.uint64
+) -> Iterator[Chunk]:
+    """Yield copies of the words of all chunks, and append their clients to ``into``."""
+    for chunk in chunks:
+        words = chunk.words.copy()
+        if chunk.clients is not None:
+            clients = chunk.clients.copy()
+            # A slot whose word has changed may have the client of another connection.
+            words = np.where(chunk.words == words, words, CLOSED)
+            into.append(clients_of(words, clients, limit))
+        yield Chunk(words)
+
+
+def _limit(since_ns: int) -> np.uint64:
+    """Return the lowest word of a connection that was established after this time."""
+    return np.uint64((since_ns >> TIME_SHIFT) + 1 << SERIES_BITS if since_ns >= 0 else 0)
 
 
 def _tally(
-    chunks: Iterable[Words], since_ns: Sequence[int], *, has_sums: bool
+    chunks: Iterable[Chunk], since_ns: Sequence[int], *, has_sums: bool
 ) -> tuple[npt.NDArray[np.int32], Counters]:
     """Count the connections of each series number by age, and add up their times.
 
@@ -237,13 +295,10 @@ def _tally(
         the sum of the times at which they were established, in units of 2^13 ns. Pages that
         are never written to take no memory.
     """
-    limits = [
-        np.uint64((each >> TIME_SHIFT) + 1 << SERIES_BITS if each >= 0 else 0)
-        for each in since_ns
-    ]
+    limits = [_limit(each) for each in since_ns]
     bins = np.zeros((len(limits) + 1) * NUMBERS, np.int32)
     times = np.zeros(NUMBERS, np.int64)
-    for chunk in chunks:
+    for chunk, _ in chunks:
         for first in range(0, len(chunk), PIECE):
             words = chunk[first : first + PIECE].copy()
             kinds = (words & np.uint64(SERIES_MASK)).view(np.int64)

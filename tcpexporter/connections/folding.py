@@ -46,16 +46,14 @@ def fold(
     if len(everything) <= limit:
         kept = everything
         if len(own[0]) == len(counts.series) and not is_folded.any():
-            values = counts.values.summed(np.searchsorted(kept, own[0]), len(kept))
-            return Counts(kept, values, counts.total), 0
+            return counts.moved(kept, np.searchsorted(kept, own[0])), 0
     else:
         kept = _kept(everything, counts, listening, own[1], named)[:limit]
     folded = np.setdiff1d(np.union1d(counts.series, listening), kept, assume_unique=True)
     others = _others(folded, published[is_folded], max_series, steps)
     exposed = np.union1d(kept, others)
     place = np.searchsorted(exposed, _found(counts.series, exposed, steps))
-    values = counts.values.summed(place, len(exposed))
-    return Counts(exposed, values, counts.total), len(_not_folded(folded))
+    return counts.moved(exposed, place), len(_not_folded(folded))
 
 
 def _not_folded(series: Series) -> Series:

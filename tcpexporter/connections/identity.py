@@ -9,22 +9,27 @@ J.-P. Aumasson, D. J. Bernstein: SipHash: a fast short-input PRF (2012).
 """
 
 import os
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.record import KEY, Records
+from tcpexporter.connections.record import KEY, Records, ip_versions
 
 Hashes = npt.NDArray[np.uint64]
 
+Clients = npt.NDArray[np.uint32]
+"""Hashes of clients. Two clients share a hash with a probability of 1 in 4 billion."""
+
+ClientMasks: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
+"""The masks of IPv4 addresses (as ::ffff:a.b.c.d) and of IPv6 addresses."""
+
 SECRET = (int.from_bytes(os.urandom(8)), int.from_bytes(os.urandom(8)))
 
-WORDS = KEY.itemsize // 8
 PIECE = 8192
 """Number of keys that are hashed at once: all arrays fit into the cache of a CPU."""
 
 _INITIAL = (0x736F6D6570736575, 0x646F72616E646F6D, 0x6C7967656E657261, 0x7465646279746573)
-_LENGTH = np.uint64(KEY.itemsize << 56)
 
 
 def hashes(keys: Records, secret: tuple[int, int] = SECRET) -> Hashes:
@@ -34,7 +39,41 @@ def hashes(keys: Records, secret: tuple[int, int] = SECRET) -> Hashes:
         keys: of dtype `KEY`.
         secret: the key of the hash, as two numbers of 64 bits.
     """
-    words = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, WORDS)
+    width = KEY.itemsize // 8
+    return _hashes(np.ascontiguousarray(keys).view(np.uint64).reshape(-1, width), secret)
+
+
+def client_hashes(
+    keys: Records, masks: ClientMasks, secret: tuple[int, int] = SECRET
+) -> Clients:
+    """Return a hash of the client of each key, as the BPF program computes it.
+
+    Args:
+        keys: of dtype `KEY`. The client is the remote address.
+        masks: which of its bits identify a client.
+        secret: the key of the hash, as two numbers of 64 bits.
+    """
+    addresses = np.ascontiguousarray(keys["remote_address"]).view(np.uint64).reshape(-1, 2)
+    ipv4, ipv6 = (np.array(each, np.uint64) for each in masks)
+    is_ipv4 = ip_versions(keys, "remote_address") == 4
+    masked = addresses & np.where(is_ipv4[:, np.newaxis], ipv4, ipv6)
+    found: Clients = _hashes(masked, secret).astype(np.uint32)
+    return found
+
+
+def client_masks(ipv4_bits: int, ipv6_bits: int) -> ClientMasks:
+    """Return the masks for prefixes of these lengths."""
+    return _mask(96 + ipv4_bits), _mask(ipv6_bits)
+
+
+def _mask(bits: int) -> tuple[int, int]:
+    """Return a mask for the first bits of an address, as two words of its bytes."""
+    octets = ((1 << bits) - 1 << 128 - bits).to_bytes(16, "big")
+    first, second = np.frombuffer(octets, np.uint64).tolist()
+    return first, second
+
+
+def _hashes(words: Hashes, secret: tuple[int, int]) -> Hashes:
     result = np.empty(len(words), np.uint64)
     for first in range(0, len(words), PIECE):
         piece = slice(first, first + PIECE)
@@ -47,7 +86,7 @@ def _hash(columns: Hashes, secret: tuple[int, int]) -> Hashes:
         np.full(columns.shape[1], initial ^ secret[index % 2], np.uint64)
         for index, initial in enumerate(_INITIAL)
     ]
-    for word in (*columns, _LENGTH):
+    for word in (*columns, np.uint64(8 * len(columns) << 56)):
         v[3] ^= word
         _round(v)
         v[0] ^= word

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.connections.clients import Chunk
+from tcpexporter.connections.identity import client_hashes
 from tcpexporter.connections.record import (
     SERIES_BITS,
     SERIES_MASK,
@@ -56,10 +58,14 @@ class MemoryLedger:
         """Forget series of these namespaces when the next connections are counted."""
         self._forgotten |= {*netns}
 
-    def count(self, connections: Records) -> Words:
-        """Return the words of connections of dtype `SOCKET`."""
+    def count(self, connections: Records) -> Chunk:
+        """Return the words and clients of connections of dtype `SOCKET`."""
         numbers = self._numbers(series_of(connections, self._parts))
-        return words(numbers, connections["established_ns"])
+        masks = self._parts.client_masks
+        return Chunk(
+            words(numbers, connections["established_ns"]),
+            client_hashes(connections["key"], masks) if masks else None,
+        )
 
     def record_pre_existing(self, open_now: Words) -> None:
         """Record connections that were there before the first ones were read."""

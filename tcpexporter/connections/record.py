@@ -95,16 +95,17 @@ IPV4_PREFIX = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
 """The first 12 bytes of ::ffff:a.b.c.d."""
 
 
-def ip_versions(keys: Records) -> npt.NDArray[np.uint8]:
+def ip_versions(keys: Records, end: str = "local_address") -> npt.NDArray[np.uint8]:
     """Return the IP version on the wire, 4 or 6, of each key.
 
     An IPv4 client of a dual-stack socket has v4-mapped addresses: the result is 4.
 
     Args:
         keys: of dtype `KEY`.
+        end: the field of the address.
     """
     # Words instead of bytes: three comparisons per key instead of twelve.
-    prefix = keys["local_address"].view(np.uint32)[:, :3]
+    prefix = np.ascontiguousarray(keys[end]).view(np.uint32)[:, :3]
     is_mapped = (prefix == IPV4_PREFIX.view(np.uint32)).all(axis=1)
     return np.where(is_mapped, np.uint8(4), np.uint8(6))
 

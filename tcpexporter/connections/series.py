@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.connections.identity import ClientMasks
 from tcpexporter.connections.record import Numbers, Records, ip_versions
 
 SERIES = np.dtype([("ip_version", "u1"), ("flags", "u1"), ("port", "u2"), ("netns", "u4")])
@@ -54,6 +55,8 @@ class Parts:
     """Whether network namespaces are counted separately."""
     own_listener: tuple[int, int] = NO_LISTENER
     """Namespace and port of the exporter's own listener, which is not counted."""
+    client_masks: ClientMasks | None = None
+    """Which bits of an address identify a client; None: clients are not counted."""
 
 
 def series_of(connections: Records, parts: Parts) -> Series:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.memory_ledger import MemoryLedger
-from tcpexporter.connections.record import LISTENER, Records, Words
+from tcpexporter.connections.record import LISTENER, Records
 from tcpexporter.connections.series import Ledger, OutboundPort, Parts
 
 if TYPE_CHECKING:  # this package does not import tcpexporter.host at run time
@@ -108,8 +109,8 @@ class Source(Protocol):
         """End the threads and closes all descriptors."""
         ...
 
-    def read(self) -> Iterator[Words]:
-        """Yield a word for each established connection, in chunks; or CLOSED or 0.
+    def read(self) -> Iterator[Chunk]:
+        """Yield all slots, in chunks; some have no connection.
 
         A chunk is valid until the next one is requested. So the memory in use does not
         depend on the number of connections.
@@ -188,7 +189,7 @@ class MemorySource:
     def close(self) -> None:
         pass
 
-    def read(self) -> Iterator[Words]:
+    def read(self) -> Iterator[Chunk]:
         yield from map(self.counted.count, self.chunks)
 
     def ledger(self) -> Ledger:

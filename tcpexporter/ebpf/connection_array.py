@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.identity import Hashes, hashes
+from tcpexporter.connections.clients import Chunk
+from tcpexporter.connections.identity import Clients, Hashes, hashes
 from tcpexporter.connections.record import CONNECTION, Records, Words, times_ns
 from tcpexporter.connections.snapshot import consistent_fields
 from tcpexporter.ebpf.free_numbers import Slots
@@ -62,6 +63,8 @@ class ConnectionArray:
         words: int,
         slots: int,
         record: "np.dtype[np.void]" = CONNECTION,
+        *,
+        clients: int | None = None,
     ) -> None:
         """Use the descriptors of both maps, which the caller keeps open.
 
@@ -70,6 +73,7 @@ class ConnectionArray:
             words: of the map of words.
             slots: the length of both.
             record: the dtype of a record.
+            clients: of the map of clients; None: clients are not counted.
 
         Raises:
             OSError: the kernel refuses to reserve addresses.
@@ -78,6 +82,9 @@ class ConnectionArray:
         self._descriptor = records
         self._record = record
         self._words = MappedArray(words, np.dtype("u8"), slots, WINDOW)
+        self._clients = (
+            None if clients is None else MappedArray(clients, np.dtype("u4"), slots, WINDOW)
+        )
 
     def word_windows(self) -> Iterator[Words]:
         """Yield the words of all slots that were ever used, in chunks of `WINDOW`.
@@ -90,6 +97,28 @@ class ConnectionArray:
             yield window
             if not window[-UNTOUCHED:].any():
                 return
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the words and clients of these slots, in the same chunks.
+
+        Raises:
+            OSError: the kernel refuses to map them.
+        """
+        for at, words in enumerate(self.word_windows()):
+            first = at * WINDOW
+            if self._clients is None:
+                yield Chunk(words)
+            else:
+                yield Chunk(words, self._clients.upto(first + len(words))[first:])
+
+    def put_clients(self, slots: Slots, clients: Clients) -> None:
+        """Store the clients of slots.
+
+        Raises:
+            OSError: the kernel refuses to map them.
+        """
+        if self._clients is not None:
+            self._clients.upto(int(slots.max()) + 1)[slots] = clients
 
     def windows(self) -> Iterator[tuple[Records, Words]]:
         """Yield the records and words of these slots, in the same chunks.

@@ -79,6 +79,7 @@ MAPS = (
     "slots",
     "connections",
     "series_and_time",
+    "clients",
     "free_slots",
     "series_numbers",
     "ledger",
@@ -376,6 +377,10 @@ def _cflags(
         "SECRET_1": f"{request.secret[1]}ULL",
         **_offsets(types, has_ipv6=has_ipv6),
     }
+    if request.client_masks:
+        defines["CLIENTS"] = 1
+        for family, mask in zip(("IPV4", "IPV6"), request.client_masks, strict=True):
+            defines |= {f"{family}_MASK_{at}": f"{word}ULL" for at, word in enumerate(mask)}
     if request.lifetime_bounds:
         defines["BUCKETS"] = len(request.lifetime_bounds) + 1
         defines["BOUNDS"] = ",".join(map(str, request.lifetime_bounds))

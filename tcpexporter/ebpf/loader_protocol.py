@@ -44,6 +44,9 @@ class Request:
     """Whether namespaces are counted separately."""
     own_listener: tuple[int, int] = (0, 0)
     """Namespace and port of the exporter's own listener; port 0: it has none."""
+    client_masks: tuple[tuple[int, int], tuple[int, int]] | None = None
+    """Which bits of an IPv4 and IPv6 address identify a client; None: they are not
+    counted."""
     lifetime_bounds: tuple[int, ...] = ()
     """The upper bounds of lifetime buckets, in units of 2^13 ns; empty: no histogram."""
     lose_one_in: int = 0
@@ -62,6 +65,7 @@ class Descriptors:
     slots: int
     connections: int
     series_and_time: int
+    clients: int
     free_slots: int
     series_numbers: int
     ledger: int

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import SECRET
-from tcpexporter.connections.record import TIME_SHIFT, Records, Words
+from tcpexporter.connections.record import TIME_SHIFT, Records
 from tcpexporter.connections.series import Ledger, Parts
 from tcpexporter.connections.snapshot import first_seen, valid_connections
 from tcpexporter.connections.source import Report
@@ -84,6 +85,7 @@ class EbpfSource:
                 outbound_port=parts.outbound_port,
                 by_netns=parts.by_netns,
                 own_listener=parts.own_listener,
+                client_masks=parts.client_masks,
                 lifetime_bounds=tuple(
                     round(each * 1e9) >> TIME_SHIFT for each in lifetime_bounds_s
                 ),
@@ -132,10 +134,10 @@ class EbpfSource:
         if self._pins:
             self._pins.close()
 
-    def read(self) -> Iterator[Words]:
+    def read(self) -> Iterator[Chunk]:
         if trouble := self._reconciler.trouble():
             raise SourceError(trouble)
-        return self._tracker.words()
+        return self._tracker.chunks()
 
     def ledger(self) -> Ledger:
         return self._series.ledger()

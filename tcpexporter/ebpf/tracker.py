@@ -46,7 +46,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections.identity import Hashes, hashes
+from tcpexporter.connections.clients import Chunk
+from tcpexporter.connections.identity import Hashes, client_hashes, hashes
 from tcpexporter.connections.record import (
     CLOSED,
     CONNECTION,
@@ -112,7 +113,10 @@ class Tracker(EventCounters):
         self._barrier = Map(descriptors.barrier, "barrier")
         with map_errors():
             self._array = ConnectionArray(
-                descriptors.connections, descriptors.series_and_time, max_connections
+                descriptors.connections,
+                descriptors.series_and_time,
+                max_connections,
+                clients=descriptors.clients if parts.client_masks else None,
             )
         self._seed_slots: Slots = np.empty(0, np.uint32)
         self._orphans: set[int] = set()
@@ -140,6 +144,15 @@ class Tracker(EventCounters):
         """
         with map_errors():
             yield from self._array.windows()
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the words and clients of all slots that were ever used.
+
+        Raises:
+            TrackerError: the kernel refuses to map the arrays.
+        """
+        with map_errors():
+            yield from self._array.chunks()
 
     def words(self) -> Iterator[Words]:
         """Yield the words alone, as `read` does.
@@ -223,6 +236,8 @@ class Tracker(EventCounters):
         """Write all seeds and return True; or none, if the map cannot hold all of them."""
         records, all_words = self._array.upto(int(slots.max()) + 1)
         records[slots] = seeds
+        if masks := self._parts.client_masks:
+            self._array.put_clients(slots, client_hashes(seeds["key"], masks))
         done = self._handles.put_all(seeds["handle"].copy(), slots)
         if done == len(slots):
             # Readers may count a seed only when the program finds it and sees its closing.

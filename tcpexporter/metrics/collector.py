@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from tcpexporter import clock
+from tcpexporter.connections.clients import ClientCounts
 from tcpexporter.connections.counting import (
     Counters,
     Counts,
@@ -66,6 +67,7 @@ class ConnectionCollector(Collector):
         max_series: int,
         names: Callable[[], Mapping[int, str]] | None = None,
         bounds_s: Sequence[float] = (),
+        has_clients: bool = False,
         boottime_ns: Callable[[], int] = clock.boottime_ns,
     ) -> None:
         """Count the connections of a source.
@@ -78,6 +80,7 @@ class ConnectionCollector(Collector):
                 namespace.
             bounds_s: Bounds of the histograms of lifetimes and ages, ascending; empty:
                 there are none.
+            has_clients: Whether the source distinguishes clients.
             boottime_ns: Returns the time on the clock of ``established_ns``, in ns.
         """
         self.tracked: int | None = None
@@ -87,6 +90,7 @@ class ConnectionCollector(Collector):
         self._max_series = max_series
         self._names = names
         self._bounds_s = tuple(bounds_s)
+        self._has_clients = has_clients
         self._boottime_ns = boottime_ns
         self._published = choice.named
         self._projection = Projection(choice.selection)
@@ -117,12 +121,14 @@ class ConnectionCollector(Collector):
         # of a reconciliation must also show its corrections.
         report = self._source.report()
         ages_s = sorted({*self._bounds_s, choice.duration_s})
+        since_ns = now_ns - choice.duration_s * 1_000_000_000
         counts = count(
             self._source.read(),
             self._source.ledger,
             self._project(choice.selection),
             [now_ns - round(each * 1e9) for each in ages_s],
             now_ns=now_ns if self._bounds_s else None,
+            long_term_ns=since_ns if self._has_clients else None,
         )
         self.tracked = counts.total
         counts, folded = self._publish(counts, choice, now_ns, names)
@@ -287,6 +293,8 @@ class ConnectionCollector(Collector):
         )
         for name, text, kind, numbers in families:
             yield SeriesFamily(name, text, kind, label_sets, numbers.tolist())
+        if clients := counts.clients():
+            yield from _client_families(clients, label_sets)
         if self._bounds_s:
             chosen = [ages_s.index(each) for each in self._bounds_s]
             yield self._lifetimes(counts, label_sets)
@@ -339,6 +347,32 @@ class ConnectionCollector(Collector):
 def _namespaces(*series: Series) -> Iterator[int]:
     """Yield the inodes of the namespaces of series, each once."""
     yield from np.unique(np.concatenate(series).view(SERIES)["netns"]).tolist()
+
+
+def _client_families(clients: ClientCounts, labels: LabelSets) -> Iterator[Metric]:
+    yield SeriesFamily(
+        "tcp_established_clients",
+        "Distinct clients (--client-prefix) that have an established TCP connection.",
+        "gauge",
+        labels,
+        clients.established.tolist(),
+    )
+    yield SeriesFamily(
+        "tcp_longterm_clients",
+        "Distinct clients that have a TCP connection of at least"
+        " tcpexporter_duration_seconds.",
+        "gauge",
+        labels,
+        clients.long_term.tolist(),
+    )
+    yield SeriesFamily(
+        "tcp_largest_client_connections",
+        "Established TCP connections of the client that has most; nearly all of them if the"
+        " clients come through a proxy.",
+        "gauge",
+        labels,
+        clients.largest.tolist(),
+    )
 
 
 def _seconds(units: np.int64) -> float:

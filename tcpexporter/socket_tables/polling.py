@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
+from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.memory_ledger import MemoryLedger
-from tcpexporter.connections.record import SOCKET, Records, Words
+from tcpexporter.connections.record import SOCKET, Records
 from tcpexporter.connections.series import Ledger, Parts
 from tcpexporter.connections.snapshot import first_seen
 from tcpexporter.connections.source import Report
@@ -55,7 +56,7 @@ class PollingSource:
         self._interval_s = interval_s
         self._last: Records = np.empty(0, SOCKET)
         self._counted = MemoryLedger(parts, lifetime_bounds_s)
-        self._words = self._counted.count(self._last)
+        self._chunk = self._counted.count(self._last)
         self._ledger = self._counted.snapshot()
         self._task = Task(
             "poll",
@@ -76,8 +77,8 @@ class PollingSource:
         """
         tables = self._state.aged(self._tables) if self._state else self._tables
         self._last = tables.established(with_ages=True)
-        self._words = self._counted.count(self._last)
-        self._counted.record_pre_existing(self._words)
+        self._chunk = self._counted.count(self._last)
+        self._counted.record_pre_existing(self._chunk.words)
         self._ledger = self._counted.snapshot()
         self._task.begin()
         if self._state:
@@ -88,10 +89,10 @@ class PollingSource:
         if self._task.stop(STOP_TIMEOUT_S):
             self._tables.close()
 
-    def read(self) -> Iterator[Words]:
+    def read(self) -> Iterator[Chunk]:
         if trouble := self._task.trouble():
             raise SourceError(trouble)
-        yield self._words
+        yield self._chunk
 
     def ledger(self) -> Ledger:
         return self._ledger
@@ -122,11 +123,11 @@ class PollingSource:
         now_ns = boottime_ns()
         now = first_seen(self._tables.established(with_ages=False), [self._last])
         found, before = hashes(now["key"]), hashes(self._last["key"])
-        closed = self._words[~np.isin(before, found)]
+        closed = self._chunk.words[~np.isin(before, found)]
         self._counted.record_closed(closed, now_ns)
-        self._counted.drop_forgotten(self._words)
-        words = self._counted.count(now)
-        self._counted.record_opened(words[~np.isin(found, before)])
+        self._counted.drop_forgotten(self._chunk.words)
+        chunk = self._counted.count(now)
+        self._counted.record_opened(chunk.words[~np.isin(found, before)])
         # In this order: the ledger has every series that `read` has returned.
-        self._ledger, self._words = self._counted.snapshot(), words
+        self._ledger, self._chunk = self._counted.snapshot(), chunk
         self._last = now

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Counts the distinct clients of each series."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter.connections.identity import Clients
+from tcpexporter.connections.record import SERIES_MASK, Words
+
+Seen: TypeAlias = npt.NDArray[np.uint64]
+"""A number for each connection: from the highest bit to the lowest, its series number, the
+hash of its client, and whether it is too young to be long-term."""
+
+CLIENT_BITS = 32
+_NUMBER_SHIFT = np.uint64(CLIENT_BITS + 1)
+_BELOW_NUMBER = np.uint64((1 << CLIENT_BITS + 1) - 1)
+
+
+class Chunk(NamedTuple):
+    """Slots of a source."""
+
+    words: Words
+    clients: Clients | None = None
+    """The hash of the client of each slot; None: clients are not counted."""
+
+
+@dataclass(frozen=True)
+class ClientCounts:
+    """Distinct clients; all arrays have one element for each series."""
+
+    established: npt.NDArray[np.int64]
+    """Clients with a connection."""
+    long_term: npt.NDArray[np.int64]
+    """Clients with a long-term connection."""
+    largest: npt.NDArray[np.int64]
+    """Connections of the client that has most."""
+
+
+def seen(words: Words, clients: Clients, limit: np.uint64) -> Seen:
+    """Return the clients of connections.
+
+    Args:
+        words: of slots; those without connection are left out.
+        clients: of the same slots.
+        limit: words from this one on are those of connections that are not long-term.
+    """
+    is_open = np.flatnonzero(words & np.uint64(SERIES_MASK))
+    there = words[is_open]
+    found = (there & np.uint64(SERIES_MASK)) << np.uint64(CLIENT_BITS)
+    found |= clients[is_open]
+    found <<= np.uint64(1)
+    found |= there >= limit
+    return found
+
+
+def count_clients(found: Seen, rows: npt.NDArray[np.int64], size: int) -> ClientCounts:
+    """Count the distinct clients of each series.
+
+    Args:
+        found: the clients of all connections.
+        rows: the index of the series that each number is counted in; -1: none.
+        size: how many series there are.
+    """
+    row = rows[(found >> _NUMBER_SHIFT).view(np.int64)]
+    is_counted = row >= 0
+    keys = found[is_counted] & _BELOW_NUMBER
+    keys |= row[is_counted].view(np.uint64) << _NUMBER_SHIFT
+    keys.sort()
+    clients = keys >> np.uint64(1)
+    is_first = np.ones(len(keys), np.bool_)
+    is_first[1:] = clients[1:] != clients[:-1]
+    first = np.flatnonzero(is_first)
+    of = (keys[first] >> _NUMBER_SHIFT).view(np.int64)
+    # Of one client, long-term connections come first.
+    is_long_term = keys[first] & np.uint64(1) == 0
+    largest = np.zeros(size, np.int64)
+    np.maximum.at(largest, of, np.diff(first, append=len(keys)))
+    return ClientCounts(
+        np.bincount(of, minlength=size),
+        np.bincount(of[is_long_term], minlength=size),
+        largest,
+    )
