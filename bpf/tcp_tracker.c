@@ -64,9 +64,9 @@ BPF_F_TABLE("array", __u32, __u64, series_and_time, MAX_CONNECTIONS, BPF_F_MMAPA
 
 #ifdef CLIENTS
 /* The hash of the client of each slot's connection. */
-BPF_F_TABLE("array", __u32, __u32, clients, MAX_CONNECTIONS, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", __u32, __u64, clients, MAX_CONNECTIONS, BPF_F_MMAPABLE);
 #else
-BPF_ARRAY(clients, __u32, 1);
+BPF_ARRAY(clients, __u64, 1);
 #endif
 
 BPF_STACK(free_slots, __u32, MAX_CONNECTIONS);
@@ -178,7 +178,7 @@ static __u16 port_of_closed(const void *sk)
 	} while (0)
 
 /* Returns SipHash-1-3 of some words, as in tcpexporter/connections/identity.py. */
-static __always_inline __u64 siphash(const __u64 *words, int count)
+static __u64 siphash(const __u64 *words, int count)
 {
 	__u64 v0 = 0x736f6d6570736575 ^ SECRET_0;
 	__u64 v1 = 0x646f72616e646f6d ^ SECRET_1;
@@ -268,10 +268,10 @@ static void record_client(__u32 slot, const struct connection_key *key)
 	    address[0] & (is_ipv4(key) ? IPV4_MASK_0 : IPV6_MASK_0),
 	    address[1] & (is_ipv4(key) ? IPV4_MASK_1 : IPV6_MASK_1),
 	};
-	__u32 *recorded = clients.lookup(&slot);
+	__u64 *recorded = clients.lookup(&slot);
 
 	if (recorded)
-		STORE(__u32, *recorded, siphash(client, 2));
+		STORE(__u64, *recorded, siphash(client, 2) & 0xffffffff);
 #endif
 }
 

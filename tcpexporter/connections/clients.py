@@ -7,14 +7,13 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.identity import Clients
+from tcpexporter.connections.identity import CLIENT_BITS, Clients
 from tcpexporter.connections.record import SERIES_MASK, Words
 
 Seen: TypeAlias = npt.NDArray[np.uint64]
 """A number for each connection: from the highest bit to the lowest, its series number, the
 hash of its client, and whether it is too young to be long-term."""
 
-CLIENT_BITS = 32
 _NUMBER_SHIFT = np.uint64(CLIENT_BITS + 1)
 _BELOW_NUMBER = np.uint64((1 << CLIENT_BITS + 1) - 1)
 

@@ -18,8 +18,14 @@ from tcpexporter.connections.record import KEY, Records, ip_versions
 
 Hashes = npt.NDArray[np.uint64]
 
-Clients = npt.NDArray[np.uint32]
-"""Hashes of clients. Two clients share a hash with a probability of 1 in 4 billion."""
+CLIENT_BITS = 32
+
+Clients = npt.NDArray[np.uint64]
+"""Hashes of clients, of `CLIENT_BITS` bits.
+
+Two clients have the same hash with a probability of 1 in 4 billion. The elements have 64
+bits because the kernel's array maps have: array_map_alloc in its kernel/bpf/arraymap.c.
+"""
 
 ClientMasks: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 """The masks of IPv4 addresses (as ::ffff:a.b.c.d) and of IPv6 addresses."""
@@ -57,8 +63,7 @@ def client_hashes(
     ipv4, ipv6 = (np.array(each, np.uint64) for each in masks)
     is_ipv4 = ip_versions(keys, "remote_address") == 4
     masked = addresses & np.where(is_ipv4[:, np.newaxis], ipv4, ipv6)
-    found: Clients = _hashes(masked, secret).astype(np.uint32)
-    return found
+    return _hashes(masked, secret) & np.uint64((1 << CLIENT_BITS) - 1)
 
 
 def client_masks(ipv4_bits: int, ipv6_bits: int) -> ClientMasks:

@@ -83,7 +83,7 @@ class ConnectionArray:
         self._record = record
         self._words = MappedArray(words, np.dtype("u8"), slots, WINDOW)
         self._clients = (
-            None if clients is None else MappedArray(clients, np.dtype("u4"), slots, WINDOW)
+            None if clients is None else MappedArray(clients, np.dtype("u8"), slots, WINDOW)
         )
 
     def word_windows(self) -> Iterator[Words]:
