@@ -40,6 +40,7 @@ from tcpexporter.connections.record import (
 )
 from tcpexporter.connections.series import (
     FOLDED,
+    NO_LISTENER,
     OUTBOUND,
     REMOTE_PORT,
     SERIES,
@@ -89,9 +90,8 @@ def selection(
     *ports: int,
     tcpv6: bool = True,
     directions: Sequence[Direction] = INBOUND,
-    own_listener: tuple[int, int] | None = None,
+    own_listener: tuple[int, int] = NO_LISTENER,
     labels: Sequence[str] = ("port", "tcp_version"),
-    by_netns: bool = False,
 ) -> Selection:
     return select(
         ports,
@@ -99,17 +99,16 @@ def selection(
         directions=directions,
         own_listener=own_listener,
         labels=labels,
-        by_netns=by_netns,
     )
 
 
 def per_netns(selected: Selection) -> Selection:
     """Return the selection with namespaces counted separately."""
-    return replace(selected, by_netns=True, labels=(*selected.labels, "netns"))
+    return replace(selected, labels=(*selected.labels, "netns"))
 
 
 def parts_of(selected: Selection) -> Parts:
-    return kernel_parts(selected.directions, selected.labels, by_netns=selected.by_netns)
+    return kernel_parts(selected.directions, selected.labels, selected.own_listener)
 
 
 def counted(
@@ -238,8 +237,7 @@ def test_own_listener_has_no_series() -> None:
     """The same port in another namespace has a series."""
     selected = per_netns(selection(own_listener=(OWN_NETNS, 9690)))
     listeners = np.array(
-        [(OWN_NETNS, 9690, 4), (0, 9690, 4), (OTHER_NETNS, 9690, 6), (OWN_NETNS, 80, 4)],
-        LISTENER,
+        [(OWN_NETNS, 9690, 4), (OTHER_NETNS, 9690, 6), (OWN_NETNS, 80, 4)], LISTENER
     )
     assert ports_of(listened(listeners, selected)) == {(9690, 6), (80, 4)}
 
@@ -379,9 +377,8 @@ def by_labels(
     ports=st.sets(st.sampled_from([80, 443, 9690])),
     tcpv6=st.booleans(),
     directions=st.sampled_from([INBOUND, (Direction.OUTBOUND,), BOTH]),
-    own_listener=st.sampled_from([None, (OWN_NETNS, 9690), (OTHER_NETNS, 80)]),
+    own_listener=st.sampled_from([NO_LISTENER, (OWN_NETNS, 9690), (OTHER_NETNS, 80)]),
     labels=some_labels,
-    by_netns=st.booleans(),
     since_ns=st.sampled_from([-1, *TIMES_NS, LATEST_NS - UNIT_NS]),
 )
 def test_counts_are_those_of_a_python_loop(
@@ -391,23 +388,17 @@ def test_counts_are_those_of_a_python_loop(
     ports: set[int],
     tcpv6: bool,
     directions: tuple[Direction, ...],
-    own_listener: tuple[int, int] | None,
+    own_listener: tuple[int, int],
     labels: tuple[str, ...],
-    by_netns: bool,
     since_ns: int,
 ) -> None:
     """This holds for any connections, any chunks, any labels and any selection."""
-    is_by_netns = by_netns or "netns" in labels
 
     def is_selected(each: Connection) -> bool:
         is_by_remote_port = "remote_port" in labels and each.direction == Direction.OUTBOUND
         port = each.remote_port if is_by_remote_port else each.port
-        is_own = (
-            own_listener is not None
-            and not is_by_remote_port
-            and port == own_listener[1]
-            and (not is_by_netns or each.netns == own_listener[0])
-        )
+        is_inbound = each.direction == Direction.INBOUND
+        is_own = is_inbound and (each.netns, each.port) == own_listener
         return (
             (not ports or port in ports)
             and (tcpv6 or each.version == 4)
@@ -425,7 +416,6 @@ def test_counts_are_those_of_a_python_loop(
         directions=directions,
         own_listener=own_listener,
         labels=labels,
-        by_netns=is_by_netns,
     )
     counts = counted(connections, selected, since_ns, cuts=sorted(cuts))
     values = counts.values
@@ -451,7 +441,7 @@ def test_ages_are_those_of_a_python_loop(
     """This holds for any number of bounds. The sum of the ages is exact in units."""
     since_ns.sort(reverse=True)
     now_ns = LATEST_NS
-    selected = selection(directions=BOTH, labels=labels, by_netns=True)
+    selected = selection(directions=BOTH, labels=labels)
     ledger = MemoryLedger(parts_of(selected))
     chunk = ledger.count(records(connections))
     counts = count([chunk], ledger.snapshot, Projection(selected), since_ns, now_ns=now_ns)
@@ -505,7 +495,7 @@ def test_sums_are_the_same_for_any_labels(
     is_closed[order[:closed]] = True
     sums = []
     for each in labels:
-        selected = selection(directions=directions, labels=each, by_netns=True)
+        selected = selection(directions=directions, labels=each)
         with pytest.MonkeyPatch.context() as patch:
             if is_small:
                 patch.setattr("tcpexporter.connections.memory_ledger.MAX_SERIES", 2)
@@ -618,9 +608,9 @@ def test_the_kernel_counts_by_the_port_that_a_label_requires(
     directions: Sequence[Direction], labels: Sequence[str], expected: OutboundPort
 ) -> None:
     """Outbound connections that nobody counts are not counted by port."""
-    for by_netns in (False, True):
-        parts = kernel_parts(directions, labels, by_netns=by_netns)
-        assert parts == Parts(expected, by_netns)
+    own = (OWN_NETNS, 9690)
+    assert kernel_parts(directions, labels) == Parts(expected, by_netns=False)
+    assert kernel_parts(directions, (*labels, "netns"), own) == Parts(expected, True, own)
 
 
 def rows_of(series: Series) -> list[tuple[int, int, int, int]]:
@@ -697,7 +687,7 @@ def test_series_that_the_source_has_folded_are_other(
 
     The source has no number free for connections from port 80 and to port 5432.
     """
-    selected = selection(directions=BOTH, labels=labels, by_netns=True)
+    selected = selection(directions=BOTH, labels=labels)
     connections = [
         *[Connection(443, netns=7)] * 3,
         *[Connection(80, netns=11)] * 5,

@@ -26,7 +26,7 @@ from tests.unit.connections.test_counting import (
     totals,
 )
 
-PER_NETNS = selection(labels=("port", "tcp_version", "netns"), by_netns=True)
+PER_NETNS = selection(labels=("port", "tcp_version", "netns"))
 
 
 class SeriesKey(NamedTuple):
@@ -288,7 +288,7 @@ def test_the_order_of_connections_does_not_change_the_counts(
     connections: list[Connection], seed: int, max_series: int
 ) -> None:
     """The folded counts are equal for any order of the same connections."""
-    selected = selection(directions=BOTH, labels=PER_NETNS.labels, by_netns=True)
+    selected = selection(directions=BOTH, labels=PER_NETNS.labels)
     shuffled = random.Random(seed).sample(connections, len(connections))  # noqa: S311
     nothing = series_of([])
     first, second = (
@@ -331,7 +331,7 @@ def test_folding_keeps_the_sums_for_any_labels(
     This holds as well if the source has capacity for a few series only, so that it has
     already added up others.
     """
-    selected = selection(directions=directions, labels=labels, by_netns=True)
+    selected = selection(directions=directions, labels=labels)
     published = series_of([])
     for connections in scrapes:
         with pytest.MonkeyPatch.context() as patch:
