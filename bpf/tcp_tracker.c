@@ -528,14 +528,17 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 	netns = netns_of(sk);
 	if (NETNS && netns != NETNS)
 		return 0;
-#ifdef LOSE_ONE_IN
-	/* For tests: ignore the event, as if the kernel had skipped this program. */
-	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0)
-		return 0;
-#endif
 	count = events.lookup(&first);
 	if (!count)
 		return 0;
+#ifdef LOSE_ONE_IN
+	/* For tests: ignore and count the event, as a kernel that skips this program.
+	 */
+	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0) {
+		count->unrecorded++;
+		return 0;
+	}
+#endif
 	if (has_failed)
 		failed(sk, netns);
 	else if (newstate == TCP_ESTABLISHED)

@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
 from tcpexporter.config import settings
-from tcpexporter.connections.counting import named, select
+from tcpexporter.config.values import LABELS
+from tcpexporter.connections.counting import kernel_parts, named, select
 from tcpexporter.connections.record import LISTENER, Direction
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
 from tcpexporter.host.background import Task
@@ -37,6 +38,9 @@ METRICS_BEGIN = "<!-- metrics: written by make documents -->"
 METRICS_END = "<!-- end of metrics -->"
 TREE_BEGIN = "<!-- tree: written by make documents -->"
 TREE_END = "<!-- end of tree -->"
+
+BOUNDS_S = (1.0,)
+"""Bounds of the histograms. The table has no buckets, so any bound does."""
 
 OF_EVERY_PROCESS = ("process_", "python_info")
 """Beginnings of the names of metrics that prometheus_client adds.
@@ -116,30 +120,48 @@ def _cell(text: str) -> str:
 def metrics_table() -> str:
     """Return a table of every metric that ``/metrics`` can have."""
     rows = [
-        [_code(_name(each)), each.type, ", ".join(map(_code, _labels(each))), _help(each)]
+        [_code(_name(each)), _type(each), _labels(each), _help(each)]
         for each in registry().collect()
         if not each.name.startswith(OF_EVERY_PROCESS)
     ]
     return tables.markdown([["metric", "type", "labels", "meaning"], *rows])
 
 
+def metric_names() -> set[str]:
+    """Return the names of all metrics and of their samples."""
+    families = list(registry().collect())
+    samples = {sample.name for family in families for sample in family.samples}
+    return samples | {_name(family) for family in families}
+
+
 def registry() -> CollectorRegistry:
     """Return a registry with every metric: its source reports every value."""
+    directions = tuple(Direction)
     source = MemorySource(
         listeners=np.array([(0, 443, 4)], LISTENER),
         report=Report(
             max_connections=1,
             kernel_events={"inserted": 0, "removed": 0, "refused": 0},
             missed_events=0,
+            uncertain_connections=0,
+            kernel_series=0,
+            max_kernel_series=1,
             seeded_connections=0,
             refused_seeds=0,
             reconciliation=Reconciliation(),
             state_saved_s=0,
         ),
+        parts=kernel_parts(directions, LABELS),
+        bounds_s=BOUNDS_S,
     )
-    selection = select((), tcpv6=True, directions=tuple(Direction))
-    choice = Choice(selection, named((), 0, selection), duration_s=0)
-    collector = ConnectionCollector(source, choice, max_series=1)
+    selection = select(
+        (),
+        tcpv6=True,
+        directions=directions,
+        labels=LABELS,
+    )
+    choice = Choice(selection, named((443,), 0, selection), duration_s=0)
+    collector = ConnectionCollector(source, choice, max_series=1, bounds_s=BOUNDS_S)
     task = Task("poll", lambda: None, without="", limit_s=1)
     found = make_serving_registry(
         collector, Reloads(), tasks=lambda: [task], dropped=lambda: 0
@@ -149,11 +171,19 @@ def registry() -> CollectorRegistry:
 
 
 def _name(family: Metric) -> str:
-    return family.samples[0].name
+    is_histogram = family.type in ("histogram", "gaugehistogram")
+    return family.name if is_histogram else family.samples[0].name
 
 
-def _labels(family: Metric) -> list[str]:
-    return list(family.samples[0].labels)
+def _type(family: Metric) -> str:
+    return "gauge histogram" if family.type == "gaugehistogram" else family.type
+
+
+def _labels(family: Metric) -> str:
+    labels = [each for each in family.samples[0].labels if each != "le"]
+    if labels == list(LABELS):
+        return "those of `--labels`"
+    return ", ".join(map(_code, labels))
 
 
 def _help(family: Metric) -> str:

@@ -344,6 +344,10 @@ def projected(series: Series, selection: Selection) -> Series:
     found = series.copy()
     parts = found.view(SERIES)
     labels = selection.labels
+    if "remote_port" in labels:
+        both = FOLDED | OUTBOUND
+        parts["flags"][parts["flags"] & both == both] |= REMOTE_PORT
+    is_local = parts["flags"] & REMOTE_PORT == 0
     if "tcp_version" not in labels:
         parts["ip_version"] = 0
     if "direction" not in labels:
@@ -351,9 +355,10 @@ def projected(series: Series, selection: Selection) -> Series:
     if "netns" not in labels:
         parts["netns"] = 0
     if "port" not in labels:
-        parts["port"][parts["flags"] & REMOTE_PORT == 0] = 0
-    if not folding_steps(selection):
-        parts["flags"] &= np.uint8(~FOLDED & 0xFF)
+        parts["port"][is_local] = 0
+        if "netns" not in labels:
+            # The series with all ports is that of the folded ones.
+            parts["flags"][is_local] &= np.uint8(~FOLDED & 0xFF)
     return found
 
 

@@ -21,7 +21,8 @@ def fold(
     """Limit the number of series in an exposition.
 
     The connections of a series that is left out are added to a folded series, without port.
-    There is one for each combination of the other labels, so the sums do not change. If
+    There is one for each combination of the other labels, so the sums do not change. A
+    series that has no port stays instead, because it is the only one of its kind. If
     there are more than ``max_series`` of these, the rest are added to the folded series for
     all other namespaces.
 
@@ -53,7 +54,8 @@ def fold(
     others = _others(folded, published[is_folded], max_series, steps)
     exposed = np.union1d(kept, others)
     place = np.searchsorted(exposed, _found(counts.series, exposed, steps))
-    return counts.moved(exposed, place), len(_not_folded(folded))
+    left_out = np.setdiff1d(_not_folded(folded), exposed, assume_unique=True)
+    return counts.moved(exposed, place), len(left_out)
 
 
 def _not_folded(series: Series) -> Series:
@@ -108,8 +110,9 @@ def _found(series: Series, exposed: Series, steps: Sequence[str]) -> Series:
 
 
 def _without(field: str, series: Series) -> Series:
-    """Return ``series`` folded by a field."""
+    """Return ``series`` folded by a field; those without it are not changed."""
     blank = series.copy()
-    blank.view(SERIES)[field] = 0
-    blank.view(SERIES)["flags"] |= FOLDED
+    parts = blank.view(SERIES)
+    parts["flags"] |= np.where(parts[field] != 0, np.uint8(FOLDED), np.uint8(0))
+    parts[field] = 0
     return blank

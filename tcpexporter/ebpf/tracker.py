@@ -120,6 +120,8 @@ class Tracker(EventCounters):
             )
         self._seed_slots: Slots = np.empty(0, np.uint32)
         self._orphans: set[int] = set()
+        self._added: Numbers = np.empty(0, np.uint32)
+        """The series numbers of the seeds that the last call of `add` has added."""
         self._seeds_added = 0
         self._seeds_closed = 0
         self._closed = 0
@@ -183,15 +185,14 @@ class Tracker(EventCounters):
 
     # Adding
 
-    def add(self, seeds: Records, *, pre_existing: bool = False) -> Slots:
+    def add(self, seeds: Records) -> Slots:
         """Add connections of dtype `SOCKET` from the socket tables.
 
         Connections with the same key cannot be distinguished. The first of them becomes a
-        seed, unless a seed with that key exists.
+        seed, unless a seed with that key exists. `release_closed` adds them to the ledger.
 
         Args:
             seeds: the connections.
-            pre_existing: whether the ledger has them as such; otherwise, as opened.
 
         Returns:
             The slots of the new seeds. There may be fewer seeds for lack of free slots.
@@ -219,17 +220,11 @@ class Tracker(EventCounters):
                 self._free(slots[at:])
                 slots = slots[:at]
                 break
-        self._record_added(numbers[chosen[: len(slots)]], 1, pre_existing=pre_existing)
+        self._added = numbers[chosen[: len(slots)]]
         self._seed_slots = np.concatenate((self._seed_slots, slots))
         self._seeds_added += len(slots)
         self.seeds_refused += len(chosen) - len(slots)
         return slots
-
-    def _record_added(self, numbers: Numbers, change: int, *, pre_existing: bool) -> None:
-        if pre_existing:
-            self.series.record_pre_existing(numbers, change)
-        else:
-            self.series.record_opened(numbers, change)
 
     @map_errors()
     def _write_seeds(self, slots: Slots, seeds: Records, seed_words: Words) -> bool:
@@ -291,21 +286,30 @@ class Tracker(EventCounters):
     def release_closed(self, slots: Slots, *, pre_existing: bool = False) -> int:
         """Release the seeds at ``slots`` whose closing was recorded, and clear the log.
 
+        The others are added to the ledger only now, because a counter must not decrease.
+
         Args:
-            slots: that `add` has returned.
-            pre_existing: as it was for `add`.
+            slots: that the last call of `add` has returned.
+            pre_existing: whether the ledger has them as such; otherwise, as opened.
 
         Returns:
             How many of them were still open in the array. These had closed before they were
-            added, so they are removed from the ledger.
+            added.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        records, all_words = self._used()
-        closed = slots[np.isin(records["handle"][slots], self._pop_closings())]
-        removed = self._release(closed, all_words[closed])
-        self._record_added(numbers_of(removed), -1, pre_existing=pre_existing)
+        removed = slots[:0]
+        try:
+            records, all_words = self._used()
+            closed = slots[np.isin(records["handle"][slots], self._pop_closings())]
+            removed, _ = self._release(closed, all_words[closed])
+        finally:
+            stayed = self._added[~np.isin(slots, removed)]
+            if pre_existing:
+                self.series.record_pre_existing(stayed, 1)
+            else:
+                self.series.record_opened(stayed, 1)
         return len(removed)
 
     @map_errors()
@@ -327,14 +331,14 @@ class Tracker(EventCounters):
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        removed = self._release(slots, words)
+        _, removed = self._release(slots, words)
         self.series.record_closed(removed, boottime_ns())
         return len(removed)
 
-    def _release(self, slots: Slots, words: Words) -> Words:
-        """Do that; return the words of those that were open."""
+    def _release(self, slots: Slots, words: Words) -> tuple[Slots, Words]:
+        """Do that; return the slots and words of those that were open."""
         if not len(slots):
-            return words
+            return slots, words
         records, all_words = self._used()
         handles = records["handle"][slots]
         try:
@@ -361,8 +365,7 @@ class Tracker(EventCounters):
         self._seed_slots = np.setdiff1d(self._seed_slots, released, assume_unique=True)
         self._orphans.difference_update(released.tolist())
         self._free(released)
-        removed: Words = found[was_open]
-        return removed
+        return released[was_open], found[was_open]
 
     def reclaim(self) -> None:
         """Free orphans, and slots and series numbers if closed connections keep too many.

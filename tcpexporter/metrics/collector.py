@@ -29,7 +29,7 @@ from tcpexporter.connections.counting import (
 )
 from tcpexporter.connections.folding import fold
 from tcpexporter.connections.record import TIME_SHIFT, Direction
-from tcpexporter.connections.series import OUTBOUND, SERIES, Series
+from tcpexporter.connections.series import OUTBOUND, REMOTE_PORT, SERIES, Series
 from tcpexporter.connections.source import Source
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.exporter_status import (
@@ -251,7 +251,9 @@ class ConnectionCollector(Collector):
         opened = counts.values.established | counts.values.opened
         opened |= counts.values.pre_existing
         if Direction.OUTBOUND in choice.selection.directions:
-            is_outbound = counts.series.view(SERIES)["flags"] & OUTBOUND != 0
+            # The flag OUTBOUND is there only with the label direction.
+            flags = counts.series.view(SERIES)["flags"]
+            is_outbound = flags & (OUTBOUND | REMOTE_PORT) != 0
             attempts = counts.only(np.flatnonzero(failed | is_outbound))
             yield SeriesFamily(
                 "tcp_connections_failed",

@@ -44,9 +44,9 @@ class Plan:
 QUICK = Plan(
     sizes=(1_000, 10_000, 100_000),
     contender_samples=21,
-    contender_s=0.7,
+    contender_s=0.5,
     polls=2,
-    starts=3,
+    starts=2,
     starts_s=3,
     adoptions=1,
     scrapes=101,

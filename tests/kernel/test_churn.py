@@ -19,3 +19,12 @@ def test_missed_events_are_corrected_under_churn(netns: str, effort: Effort) -> 
     figures = churn(netns, changes=effort.of(400_009), most_s=53)
     sys.stdout.write(str(figures))
     assert not figures.problems
+
+
+def test_lost_events_are_within_the_published_bound(netns: str, effort: Effort) -> None:
+    """The program ignores one in 101 events; the exporter says how many counts may be
+    wrong."""
+    changes = effort.of(40_009)
+    figures = churn(netns, changes=changes, most_s=53, quiet_s=5, lose_one_in=101)
+    sys.stdout.write(str(figures))
+    assert not figures.problems

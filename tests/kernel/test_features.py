@@ -300,6 +300,7 @@ def test_without_a_count_of_missed_events_it_still_reconciles(
         event_counters, "program_info", lambda _descriptor: np.zeros(64, np.uint64)
     )
     tracker = attach(lose_one_in=1)
+    monkeypatch.setattr(tracker, "unrecorded_closings", lambda: 0)
     with Dumps() as dumps, Peers() as peers:
         reconciler = reconcile.Reconciler(tracker, dumps, interval_s=1, cpu_share=1)
         reconciler.start()

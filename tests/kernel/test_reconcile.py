@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from tcpexporter.connections.record import TIME_SHIFT, Direction, Records
+from tcpexporter.connections.record import TIME_SHIFT, Direction, Records, Words
 from tcpexporter.ebpf import reconcile
+from tcpexporter.ebpf.free_numbers import Slots
 from tcpexporter.ebpf.reconcile import NOTHING, Corrections, Reconciler
 from tcpexporter.ebpf.tracker import Tracker
 from tests.kernel.helpers.effort import Effort
@@ -95,6 +96,28 @@ def test_a_connection_that_both_dumps_show_by_chance_does_not_stay(
             namespaces = dumps.namespaces
 
         reconcile.reconcile(tracker, Flickering())
+    assert len(at_port(tracker, peers.port)) == 0
+
+
+def test_a_connection_that_does_not_stay_is_never_counted_as_opened(
+    tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """k: A scrape while it is a seed must not show a counter that decreases later."""
+    reusable = Reusable(peers)
+    remove_records(tracker, peers.port)
+    opened = []
+    real = tracker._release
+
+    def release(slots: Slots, words: Words) -> tuple[Slots, Words]:
+        opened.append(int(tracker.series.ledger().opened.sum()))
+        return real(slots, words)
+
+    with Dumps(lambda: None, reusable.close) as dumps:
+        monkeypatch.setattr(tracker, "_release", release)
+        reconcile.reconcile(tracker, dumps)
+    opened.append(int(tracker.series.ledger().opened.sum()))
+    assert len(opened) > 1
+    assert {*opened} == {2}
     assert len(at_port(tracker, peers.port)) == 0
 
 

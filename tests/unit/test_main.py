@@ -17,13 +17,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from tcpexporter import __main__ as main
 from tcpexporter import collecting, startup
 from tcpexporter.config.settings import Settings
+from tcpexporter.connections.counting import kernel_parts
 from tcpexporter.connections.record import (
     IPV4_PREFIX,
     SOCKET,
     Direction,
     Records,
 )
-from tcpexporter.connections.series import OutboundPort, Parts
 from tcpexporter.connections.source import MemorySource, Source
 from tcpexporter.errors import LoadError, SocketTableError, SourceError
 from tcpexporter.host import namespaces, stdout
@@ -182,6 +182,7 @@ def test_a_named_source_is_opened(name: str) -> None:
 
 def connections(port: int, number: int, direction: Direction) -> Records:
     made = np.zeros(number, SOCKET)
+    made["key"]["netns"] = namespaces.inode()
     made["key"]["local_port"] = port
     made["key"]["local_address"][:, :12] = IPV4_PREFIX
     made["is_outbound"] = direction
@@ -214,7 +215,11 @@ def test_once_prints_the_selected_series(
     """Standard output has the ports and directions in the settings."""
     source = SourceHere(
         [connections(443, 3, Direction.INBOUND), connections(40001, 5, Direction.OUTBOUND)],
-        parts=Parts(OutboundPort.LOCAL, by_netns=False),
+        parts=kernel_parts(
+            collecting.DIRECTIONS[settings.direction],
+            settings.series_labels,
+            collecting._own_listener(settings),
+        ),
     )
     choice = collecting.chooser(settings, source)(settings)
     registry = make_registry(collecting.make_collector(source, settings, choice))

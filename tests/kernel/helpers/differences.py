@@ -6,10 +6,6 @@ handle, and the connections of the socket tables.
 """
 
 import contextlib
-import ctypes
-import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -21,23 +17,16 @@ from tcpexporter.connections.record import (
     times_ns,
 )
 from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, ConnectionArray
-from tcpexporter.ebpf.libbpf import load_libbpf
 from tcpexporter.ebpf.maps import Map
 from tcpexporter.socket_tables.tables import open_tables
-
-SYS_PIDFD_GETFD = 438
-"""System call number of pidfd_getfd(2), the same on every architecture."""
-
-MAP_NAME = slice(24, 40)
-MAP_MAX_ENTRIES = slice(16, 20)
-"""Layout of the start of ``struct bpf_map_info``: include/uapi/linux/bpf.h."""
+from tests.kernel.helpers.borrowed import borrowed
 
 
 def explain(process: int, port: int) -> str:
     """Return one line for each connection of a local port in the maps or the tables."""
     with contextlib.closing(open_tables("sock_diag", "self")) as tables:
         shown = tables.established(with_ages=True)
-    with _maps(process) as maps:
+    with borrowed(process) as (maps, _):
         handles, slots = Map(maps["slots"][0], "slots").items(np.uint64, np.uint32)
         descriptor, entries = maps["connections"]
         words_descriptor, _ = maps["series_and_time"]
@@ -76,24 +65,3 @@ def _key(record: Records) -> str:
         for end in ("local", "remote")
     )
     return " ".join((*ends, f"netns {key['netns']}"))
-
-
-@contextlib.contextmanager
-def _maps(process: int) -> Iterator[dict[str, tuple[int, int]]]:
-    """Yield a descriptor and the size of each map that a process has open, by name."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with contextlib.ExitStack() as undo:
-        pidfd = os.pidfd_open(process)
-        undo.callback(os.close, pidfd)
-        maps = {}
-        for each in Path(f"/proc/{process}/fdinfo").iterdir():
-            if "map_id:" not in each.read_text():
-                continue
-            descriptor = libc.syscall(SYS_PIDFD_GETFD, pidfd, int(each.name), 0)
-            undo.callback(os.close, descriptor)
-            info = ctypes.create_string_buffer(256)
-            size = ctypes.c_uint32(len(info))
-            load_libbpf().bpf_obj_get_info_by_fd(descriptor, info, ctypes.byref(size))
-            name = info.raw[MAP_NAME].partition(b"\0")[0].decode()
-            maps[name] = descriptor, int.from_bytes(info.raw[MAP_MAX_ENTRIES], "little")
-        yield maps

@@ -65,6 +65,8 @@ def count(ends: Ends) -> Counts:
     counts: Counts = Counter()
     for (local, _), number in ends.items():
         address, _, port = local.rpartition(":")
+        if port == "*":  # a socket that is being reset has no port any more
+            continue
         is_ipv6 = address.startswith("[") and not address.startswith("[::ffff:")
         counts[int(port), "6" if is_ipv6 else "4"] += number
     return counts
@@ -145,9 +147,13 @@ class Page:
     @property
     def has_missed(self) -> bool:
         """Whether events were missed, also on kernels that do not count them."""
-        if self.missed is None:
-            return self.corrected("missed_open") + self.corrected("missed_close") > 0
-        return self.missed > 0
+        corrected = self.corrected("missed_open") + self.corrected("missed_close")
+        return bool(self.missed) or corrected > 0
+
+    @property
+    def uncertain(self) -> int:
+        """The upper bound of its errors that the exporter publishes."""
+        return int(self.value("tcpexporter_uncertain_connections") or 0)
 
     def is_reconciled_since(self, moment_s: float) -> bool:
         """Return whether a reconciliation both began and ended after this moment."""
@@ -163,13 +169,14 @@ def scrape_and_count(exporter: Exporter) -> tuple[Page, Counts]:
         before = established()
         page = Page(exporter)
         after = established()
-        if _of_others(before, exporter) == _of_others(after, exporter):
-            return page, count(_of_others(after, exporter))
+        if of_others(before, exporter) == of_others(after, exporter):
+            return page, count(of_others(after, exporter))
         time.sleep(0.1)
     raise AssertionError("connections do not stop opening and closing")
 
 
-def _of_others(ends: Ends, exporter: Exporter) -> Ends:
+def of_others(ends: Ends, exporter: Exporter) -> Ends:
+    """Return the connections that are not scrapes of this exporter."""
     own_port = f":{exporter.port}"
     return Counter(
         {

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Counts per port and IP version, compared with counts by a Python loop."""
+"""Counts for any labels, compared with counts by a Python loop."""
 
-import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,26 +12,45 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tcpexporter.config.values import LABELS
 from tcpexporter.connections.counting import (
-    SERIES,
     Counts,
+    Projection,
     Selection,
-    Series,
+    Values,
     count,
-    fold,
+    is_still_selected,
+    kernel_parts,
     listened,
     named,
     select,
 )
+from tcpexporter.connections.memory_ledger import MemoryLedger
 from tcpexporter.connections.record import (
-    CONNECTION,
+    CLOSED,
     IPV4_PREFIX,
     LISTENER,
     PORTS,
+    SOCKET,
+    TIME_SHIFT,
     Direction,
     Records,
-    groups,
+    Words,
+    words,
 )
+from tcpexporter.connections.series import (
+    FOLDED,
+    NO_LISTENER,
+    OUTBOUND,
+    REMOTE_PORT,
+    SERIES,
+    SERIES_FIRST,
+    Ledger,
+    OutboundPort,
+    Parts,
+    Series,
+)
+from tcpexporter.metrics.series_labels import Labels, label_values
 
 INBOUND = (Direction.INBOUND,)
 BOTH = (Direction.INBOUND, Direction.OUTBOUND)
@@ -45,18 +64,25 @@ class Connection(NamedTuple):
     direction: int = Direction.INBOUND
     netns: int = OWN_NETNS
     established_ns: int = 0
+    remote_port: int = 0
+
+    @property
+    def unit(self) -> int:
+        """The time in units of 2^13 ns."""
+        return self.established_ns >> TIME_SHIFT
 
 
 def records(connections: Sequence[Connection]) -> Records:
-    made = np.zeros(len(connections), CONNECTION)
+    made = np.zeros(len(connections), SOCKET)
     for record, connection in zip(made, connections, strict=True):
         record["key"]["local_port"] = connection.port
+        record["key"]["remote_port"] = connection.remote_port
         record["key"]["netns"] = connection.netns
         record["key"]["local_address"][-1] = 1
         if connection.version == 4:
             record["key"]["local_address"][:12] = IPV4_PREFIX
         record["established_ns"] = connection.established_ns
-    made["group"] = groups(made["key"], np.array([each.direction for each in connections]))
+    made["is_outbound"] = [each.direction for each in connections]
     return made
 
 
@@ -64,15 +90,37 @@ def selection(
     *ports: int,
     tcpv6: bool = True,
     directions: Sequence[Direction] = INBOUND,
-    own_listener: tuple[int, int] | None = None,
+    own_listener: tuple[int, int] = NO_LISTENER,
+    labels: Sequence[str] = ("port", "tcp_version"),
 ) -> Selection:
-    return select(ports, tcpv6=tcpv6, directions=directions, own_listener=own_listener)
+    return select(
+        ports,
+        tcpv6=tcpv6,
+        directions=directions,
+        own_listener=own_listener,
+        labels=labels,
+    )
+
+
+def per_netns(selected: Selection) -> Selection:
+    """Return the selection with namespaces counted separately."""
+    return replace(selected, labels=(*selected.labels, "netns"))
+
+
+def parts_of(selected: Selection) -> Parts:
+    return kernel_parts(selected.directions, selected.labels, selected.own_listener)
 
 
 def counted(
-    connections: Sequence[Connection], selected: Selection, since_ns: int = 0
+    connections: Sequence[Connection],
+    selected: Selection,
+    *since_ns: int,
+    cuts: Sequence[int] = (),
 ) -> Counts:
-    return count([records(connections)], selected, since_ns)
+    """Count connections, cut into chunks, with one bound at 0 if none is given."""
+    ledger = MemoryLedger(parts_of(selected))
+    chunks = [ledger.count(each) for each in np.split(records(connections), cuts)]
+    return count(chunks, ledger.snapshot, Projection(selected), since_ns or [0])
 
 
 Shown = dict[tuple[int, int], int]
@@ -80,18 +128,18 @@ Shown = dict[tuple[int, int], int]
 
 def established(counts: Counts) -> Shown:
     """Return counts of established connections above 0, by port and IP version."""
-    return shown(counts.series, counts.established.tolist())
+    return shown(counts.series, counts.values.established.tolist())
 
 
 def long_term(counts: Counts) -> Shown:
     """Return counts of long-term connections above 0, by port and IP version."""
-    return shown(counts.series, counts.long_term.tolist())
+    return shown(counts.series, counts.values.ages[:, 0].tolist())
 
 
 def shown(series: Series, numbers: Sequence[int]) -> Shown:
     rows = zip(series.view(SERIES).tolist(), numbers, strict=True)
     found: Counter[tuple[int, int]] = Counter()
-    for (version, port, _), number in rows:
+    for (version, _, port, _), number in rows:
         found[port, version] += number
     return {each: number for each, number in found.items() if number}
 
@@ -152,19 +200,20 @@ def test_without_tcpv6_no_ipv6_connection_is_counted() -> None:
 )
 def test_directions_are_selected(directions: Sequence[Direction], expected: int) -> None:
     """A connection counts if its direction is selected; an empty slot never counts."""
-    connections = (
-        [Connection(direction=Direction.INBOUND)] * 3
-        + [Connection(direction=Direction.OUTBOUND)] * 5
-        + [Connection(port=0)] * 7
-    )
-    counts = counted(connections, selection(directions=directions))
-    assert counts.established.sum() == expected
+    connections = [Connection(direction=Direction.INBOUND)] * 3 + [
+        Connection(direction=Direction.OUTBOUND)
+    ] * 5
+    selected = selection(directions=directions)
+    ledger = MemoryLedger(parts_of(selected))
+    chunk = np.append(ledger.count(records(connections)), [np.uint64(0)] * 7 + [CLOSED] * 7)
+    counts = count([chunk], ledger.snapshot, Projection(selected), [0])
+    assert counts.values.established.sum() == expected
     assert counts.total == 8
 
 
 def test_own_listener_is_never_counted() -> None:
     """Connections to the exporter are not counted; those to the same port elsewhere are."""
-    selected = replace(selection(own_listener=(OWN_NETNS, 9690)), by_netns=True)
+    selected = per_netns(selection(own_listener=(OWN_NETNS, 9690)))
     connections = (
         [Connection(9690, netns=OWN_NETNS)] * 3
         + [Connection(9690, netns=OTHER_NETNS)] * 7
@@ -186,10 +235,9 @@ def test_own_port_is_not_counted_without_counts_per_namespace() -> None:
 
 def test_own_listener_has_no_series() -> None:
     """The same port in another namespace has a series."""
-    selected = selection(own_listener=(OWN_NETNS, 9690))
+    selected = per_netns(selection(own_listener=(OWN_NETNS, 9690)))
     listeners = np.array(
-        [(OWN_NETNS, 9690, 4), (0, 9690, 4), (OTHER_NETNS, 9690, 6), (OWN_NETNS, 80, 4)],
-        LISTENER,
+        [(OWN_NETNS, 9690, 4), (OTHER_NETNS, 9690, 6), (OWN_NETNS, 80, 4)], LISTENER
     )
     assert ports_of(listened(listeners, selected)) == {(9690, 6), (80, 4)}
 
@@ -223,21 +271,20 @@ def test_namespaces_are_counted_separately_on_request() -> None:
     """The same port in two namespaces is two series with ``by_netns``, otherwise one."""
     connections = [Connection(netns=OWN_NETNS)] * 3 + [Connection(netns=OTHER_NETNS)] * 5
     together = counted(connections, selection())
-    assert together.established.tolist() == [8]
-    apart = counted(connections, replace(selection(), by_netns=True))
-    by_netns = dict(
-        zip(apart.series.view(SERIES)["netns"].tolist(), apart.established, strict=True)
-    )
+    assert together.values.established.tolist() == [8]
+    apart = counted(connections, per_netns(selection()))
+    netns = apart.series.view(SERIES)["netns"].tolist()
+    by_netns = dict(zip(netns, apart.values.established, strict=True))
     assert by_netns == {OWN_NETNS: 3, OTHER_NETNS: 5}
 
 
 def test_a_connection_is_long_term_from_the_boundary_on() -> None:
-    """A connection established at the boundary is long-term, 1 ns later is not."""
-    boundary_ns = 10**18 + 1
+    """A connection established at the boundary is long-term, 8,192 ns later is not."""
+    boundary_ns = (10**13 + 1) << TIME_SHIFT
     connections = [
         *[Connection(established_ns=boundary_ns - 1)] * 3,
         *[Connection(established_ns=boundary_ns)] * 5,
-        *[Connection(established_ns=boundary_ns + 1)] * 7,
+        *[Connection(established_ns=boundary_ns + (1 << TIME_SHIFT))] * 7,
     ]
     counts = counted(connections, selection(), boundary_ns)
     assert established(counts) == {(443, 4): 15}
@@ -250,43 +297,77 @@ def test_a_boundary_before_boot_makes_no_connection_long_term(
 ) -> None:
     """A host that booted less than the duration ago has no long-term connection."""
     counts = counted([Connection(established_ns=0)] * 3, selection(), since_ns)
-    assert counts.long_term.sum() == expected
-    assert counts.established.sum() == 3
+    assert counts.values.ages.sum() == expected
+    assert counts.values.established.sum() == 3
 
 
 def test_without_connections_all_counts_are_0() -> None:
     """There is no chunk, or only an empty one."""
-    for chunks in ([], [records([])]):
-        counts = count(chunks, selection(), 0)
-        assert counts.total == counts.established.sum() == counts.long_term.sum() == 0
+    ledger = MemoryLedger(parts_of(selection()))
+    nothing: list[list[Words]] = [[], [ledger.count(records([]))]]
+    for chunks in nothing:
+        counts = count(chunks, ledger.snapshot, Projection(selection()), [0])
+        values = counts.values
+        assert counts.total == values.established.sum() == values.ages.sum() == 0
 
 
 def test_a_chunk_is_not_read_after_the_next_is_requested() -> None:
     """A source may use the same buffer for each chunk."""
 
-    def one_buffer() -> Iterator[Records]:
-        buffer = np.zeros(3, CONNECTION)
-        for port, times in ((80, 3), (443, 2)):
-            buffer[:times] = records([Connection(port)] * times)
-            yield buffer[:times]
-            buffer["key"]["local_port"] = 1
+    ledger = MemoryLedger(parts_of(selection()))
+    ledger.count(records([Connection(1)]))
 
-    counts = count(one_buffer(), selection(), 0)
+    def one_buffer() -> Iterator[Words]:
+        buffer = np.zeros(3, np.uint64)
+        for port, times in ((80, 3), (443, 2)):
+            buffer[:times] = ledger.count(records([Connection(port)] * times))
+            yield buffer[:times]
+            buffer[:] = SERIES_FIRST
+
+    counts = count(one_buffer(), ledger.snapshot, Projection(selection()), [0])
     assert established(counts) == {(80, 4): 3, (443, 4): 2}
 
 
 # Few values, among them those just below and above each boundary.
-some_connections = st.lists(
-    st.builds(
-        Connection,
-        port=st.sampled_from([1, 80, 443, 9690, PORTS - 1]),
-        version=st.sampled_from([4, 6]),
-        direction=st.sampled_from(list(Direction)),
-        netns=st.sampled_from([OWN_NETNS, OTHER_NETNS, 2**32 - 1]),
-        established_ns=st.sampled_from([0, 99, 100, 101, 2**64 - 1]),
-    ),
-    max_size=31,
+UNIT_NS = 1 << TIME_SHIFT
+LATEST_NS = 2**59 - 1
+TIMES_NS = [0, UNIT_NS - 1, UNIT_NS, 100 * UNIT_NS - 1, 100 * UNIT_NS, 101 * UNIT_NS]
+any_connection = st.builds(
+    Connection,
+    port=st.sampled_from([1, 80, 443, 9690, PORTS - 1]),
+    version=st.sampled_from([4, 6]),
+    direction=st.sampled_from(list(Direction)),
+    netns=st.sampled_from([OWN_NETNS, OTHER_NETNS, 2**32 - 1]),
+    established_ns=st.sampled_from([*TIMES_NS, LATEST_NS]),
+    remote_port=st.sampled_from([1, 80, 443, 9690, PORTS - 1]),
 )
+some_connections = st.lists(any_connection, max_size=31)
+some_labels = st.sets(st.sampled_from(LABELS)).map(
+    lambda chosen: tuple(each for each in LABELS if each in chosen)
+)
+"""Any set of labels."""
+
+
+def labels_of(connection: Connection, labels: Sequence[str]) -> Labels:
+    """Return the label values of a connection, as the documents describe them."""
+    is_outbound = connection.direction == Direction.OUTBOUND
+    is_by_remote_port = is_outbound and "remote_port" in labels
+    values = {
+        "port": "" if is_by_remote_port else str(connection.port),
+        "tcp_version": str(connection.version),
+        "direction": "outbound" if is_outbound else "inbound",
+        "netns": str(connection.netns),
+        "remote_port": str(connection.remote_port) if is_by_remote_port else "",
+    }
+    return tuple(values[each] for each in labels)
+
+
+def by_labels(
+    counts: Counts, labels: Sequence[str], numbers: Sequence[int]
+) -> Counter[Labels]:
+    rows = label_values(counts.series, labels, {})
+    assert len(set(rows)) == len(rows)
+    return +Counter(dict(zip(rows, numbers, strict=True)))
 
 
 @settings(deadline=None)
@@ -296,9 +377,9 @@ some_connections = st.lists(
     ports=st.sets(st.sampled_from([80, 443, 9690])),
     tcpv6=st.booleans(),
     directions=st.sampled_from([INBOUND, (Direction.OUTBOUND,), BOTH]),
-    own_listener=st.sampled_from([None, (OWN_NETNS, 9690), (OTHER_NETNS, 80)]),
-    by_netns=st.booleans(),
-    since_ns=st.sampled_from([-1, 0, 99, 100, 101, 2**63]),
+    own_listener=st.sampled_from([NO_LISTENER, (OWN_NETNS, 9690), (OTHER_NETNS, 80)]),
+    labels=some_labels,
+    since_ns=st.sampled_from([-1, *TIMES_NS, LATEST_NS - UNIT_NS]),
 )
 def test_counts_are_those_of_a_python_loop(
     *,
@@ -307,275 +388,316 @@ def test_counts_are_those_of_a_python_loop(
     ports: set[int],
     tcpv6: bool,
     directions: tuple[Direction, ...],
-    own_listener: tuple[int, int] | None,
-    by_netns: bool,
+    own_listener: tuple[int, int],
+    labels: tuple[str, ...],
     since_ns: int,
 ) -> None:
-    """This holds for any connections, any chunks and any selection."""
-    expected = [
-        each
-        for each in connections
-        if (not ports or each.port in ports)
-        and (tcpv6 or each.version == 4)
-        and each.direction in directions
-        and not (
-            own_listener
-            and each.port == own_listener[1]
-            and (not by_netns or each.netns == own_listener[0])
+    """This holds for any connections, any chunks, any labels and any selection."""
+
+    def is_selected(each: Connection) -> bool:
+        is_by_remote_port = "remote_port" in labels and each.direction == Direction.OUTBOUND
+        port = each.remote_port if is_by_remote_port else each.port
+        is_inbound = each.direction == Direction.INBOUND
+        is_own = is_inbound and (each.netns, each.port) == own_listener
+        return (
+            (not ports or port in ports)
+            and (tcpv6 or each.version == 4)
+            and each.direction in directions
+            and not is_own
         )
+
+    expected = [each for each in connections if is_selected(each)]
+    old = [
+        each for each in expected if since_ns >= 0 and each.unit <= since_ns >> TIME_SHIFT
     ]
-    old = [each for each in expected if since_ns >= 0 and each.established_ns <= since_ns]
-    chunks = np.split(records(connections), sorted(cuts))
-    selected = replace(
-        selection(*ports, tcpv6=tcpv6, directions=directions, own_listener=own_listener),
-        by_netns=by_netns,
+    selected = selection(
+        *ports,
+        tcpv6=tcpv6,
+        directions=directions,
+        own_listener=own_listener,
+        labels=labels,
     )
-    counts = count(chunks, selected, since_ns)
-    assert established(counts) == Counter((each.port, each.version) for each in expected)
-    assert long_term(counts) == Counter((each.port, each.version) for each in old)
+    counts = counted(connections, selected, since_ns, cuts=sorted(cuts))
+    values = counts.values
+    assert by_labels(counts, labels, values.established.tolist()) == Counter(
+        labels_of(each, labels) for each in expected
+    )
+    assert by_labels(counts, labels, values.ages[:, 0].tolist()) == Counter(
+        labels_of(each, labels) for each in old
+    )
     assert counts.total == len(connections)
-
-
-class SeriesKey(NamedTuple):
-    """A series; its fields have the order in which series are sorted."""
-
-    netns: int
-    port: int
-    version: int = 4
-
-
-def keys_of(series: Series) -> list[SeriesKey]:
-    return [
-        SeriesKey(netns, port, version)
-        for version, port, netns in series.view(SERIES).tolist()
-    ]
-
-
-def series_of(chosen: Iterable[SeriesKey]) -> Series:
-    rows = [(version, port, netns) for netns, port, version in sorted(set(chosen))]
-    return np.array(rows, SERIES).view(np.uint64)
-
-
-def ports_in(*ports: int, netns: int = 0) -> list[SeriesKey]:
-    return [SeriesKey(netns, port) for port in ports]
-
-
-def counts_of(numbers: dict[SeriesKey, int]) -> Counts:
-    """Counts with these numbers of established connections; a third is long-term."""
-    established = np.array([numbers[each] for each in sorted(numbers)], np.int64)
-    return Counts(series_of(numbers), established, established // 3, 1009)
-
-
-def folded(
-    numbers: dict[SeriesKey, int],
-    max_series: int,
-    *,
-    listening: Iterable[SeriesKey] = (),
-    named: Iterable[SeriesKey] = (),
-    published: Iterable[SeriesKey] = (),
-) -> tuple[dict[SeriesKey, int], int]:
-    """Return the connections of each exposed series, and the number of folded series."""
-    exposed, number = fold(
-        counts_of(numbers),
-        listening=series_of(listening),
-        named=series_of(named),
-        published=series_of(published),
-        max_series=max_series,
-    )
-    return dict(
-        zip(keys_of(exposed.series), exposed.established.tolist(), strict=True)
-    ), number
-
-
-OTHER = SeriesKey(0, 0)
-"""Return the series that contain folded ones."""
-
-
-def test_nothing_is_folded_below_the_limit() -> None:
-    """With exactly ``max_series`` series all are exposed, and no series with port 0."""
-    numbers = dict(zip(ports_in(22, 443), (3, 5), strict=True))
-    shown = folded(numbers, 5, listening=ports_in(22, 80), published=ports_in(8080, 8443))
-    assert shown == ({**numbers, **dict.fromkeys(ports_in(80, 8080, 8443), 0)}, 0)
-
-
-def test_the_smallest_are_folded() -> None:
-    """Those with the fewest connections become one series for each IP version."""
-    numbers = {
-        SeriesKey(0, 22): 2,
-        SeriesKey(0, 22, 6): 3,
-        SeriesKey(0, 80): 7,
-        SeriesKey(0, 443): 5,
-        SeriesKey(0, 443, 6): 11,
-        SeriesKey(0, 8443): 1,
-    }
-    assert folded(numbers, 3) == (
-        {
-            OTHER: 3,
-            SeriesKey(0, 0, 6): 3,
-            SeriesKey(0, 80): 7,
-            SeriesKey(0, 443): 5,
-            SeriesKey(0, 443, 6): 11,
-        },
-        3,
-    )
-
-
-def test_a_listener_counts_as_one_connection() -> None:
-    """A listener without connections is kept rather than a port with 1 connection, but
-    not rather than one with 2."""
-    numbers = dict(zip(ports_in(443, 50021, 50023), (2, 1, 1), strict=True))
-    (listener,) = ports_in(60013)
-    assert folded(numbers, 2, listening=[listener]) == (
-        {OTHER: 2, SeriesKey(0, 443): 2, listener: 0},
-        2,
-    )
-    (busy,) = ports_in(50021)
-    assert folded({**numbers, busy: 3}, 2, listening=[listener])[0].keys() == {
-        OTHER,
-        SeriesKey(0, 443),
-        busy,
-    }
-
-
-def test_among_equal_series_published_ones_stay() -> None:
-    """A new series of equal size replaces no published one, even if its port is lower."""
-    listening = ports_in(22, 80, 443, 8443)
-    shown, number = folded({}, 2, listening=listening, published=ports_in(443, 8443))
-    assert shown == dict.fromkeys([OTHER, *ports_in(443, 8443)], 0)
-    assert number == 2
-    assert folded({}, 2, listening=listening)[0].keys() == {OTHER, *ports_in(22, 80)}
-
-
-def test_a_series_that_is_not_in_use_is_dropped_and_not_folded() -> None:
-    """A published series without connections is replaced by one that has some."""
-    shown = folded({SeriesKey(0, 443): 3}, 2, published=ports_in(22, 80))
-    assert shown == ({SeriesKey(0, 22): 0, SeriesKey(0, 443): 3}, 0)
-
-
-def test_named_ports_are_never_folded() -> None:
-    """The limit may be exceeded, and other series share the remaining capacity."""
-    named_ports = ports_in(22, 80, 443)
-    numbers = dict(zip(ports_in(443, 5432, 8443), (1, 13, 17), strict=True))
-    shown = folded(numbers, 2, named=named_ports)
-    kept = {**dict.fromkeys(named_ports, 0), SeriesKey(0, 443): 1}
-    assert shown == ({OTHER: 30, **kept}, 2)
-    shown = folded(numbers, 4, named=named_ports)
-    assert shown == ({OTHER: 13, **kept, SeriesKey(0, 8443): 17}, 1)
-
-
-def test_the_series_with_port_0_stays_once_it_is_published() -> None:
-    """It is 0 when nothing is folded into it, and does not count toward the limit."""
-    shown = folded({SeriesKey(0, 443): 3}, 1, published=[OTHER, SeriesKey(0, 443)])
-    assert shown == ({OTHER: 0, SeriesKey(0, 443): 3}, 0)
-
-
-def test_each_namespace_has_its_own_series_with_port_0() -> None:
-    """There is one for each namespace and IP version that has folded series."""
-    largest = {SeriesKey(7, 443): 13, SeriesKey(7, 8443): 11}
-    numbers = {**largest, SeriesKey(7, 22): 1, SeriesKey(7, 80): 2, SeriesKey(11, 22, 6): 5}
-    others = {SeriesKey(7, 0): 3, SeriesKey(11, 0, 6): 5}
-    assert folded(numbers, 2) == ({**largest, **others}, 3)
-
-
-def test_the_limit_holds_for_many_namespaces() -> None:
-    """More namespaces than ``max_series`` share one series with port 0."""
-    numbers = {SeriesKey(netns, 443): 1 for netns in range(101, 101 + 31)}
-    shown, number = folded(numbers, 5, published=[SeriesKey(129, 0)])
-    assert number == 31 - 5
-    assert {each for each in shown if each.port} == {*list(numbers)[:5]}
-    assert {each.netns: shown[each] for each in shown if not each.port} == {
-        0: 31 - 5 - 5,
-        **dict.fromkeys([106, 107, 108, 109, 129], 1),
-    }
-
-
-any_series = st.builds(
-    SeriesKey,
-    netns=st.sampled_from([0, 7, 11, 2**32 - 1]),
-    port=st.sampled_from([1, 2, 80, 443, PORTS - 1]),
-    version=st.sampled_from([4, 6]),
-)
-any_series_with_port_0 = st.builds(
-    SeriesKey,
-    netns=st.sampled_from([0, 7, 11]),
-    port=st.just(0),
-    version=st.sampled_from([4, 6]),
-)
+    assert (np.diff(counts.series.astype(object)) > 0).all()
 
 
 @settings(deadline=None)
 @given(
-    numbers=st.dictionaries(any_series, st.sampled_from([1, 2, 3, 5, 2**40]), max_size=31),
-    listening=st.sets(any_series),
-    named_series=st.sets(any_series, max_size=5),
-    published=st.sets(any_series | any_series_with_port_0),
-    max_series=st.integers(1, 31),
+    connections=some_connections,
+    since_ns=st.lists(st.sampled_from([-1, *TIMES_NS]), unique=True, min_size=1),
+    labels=some_labels,
 )
-def test_folding_keeps_the_sums(
-    *,
-    numbers: dict[SeriesKey, int],
-    listening: set[SeriesKey],
-    named_series: set[SeriesKey],
-    published: set[SeriesKey],
-    max_series: int,
+def test_ages_are_those_of_a_python_loop(
+    connections: list[Connection], since_ns: list[int], labels: tuple[str, ...]
 ) -> None:
-    """The limit holds, the largest series stay, and folding again changes nothing."""
-    counts = counts_of(numbers)
-    given_series = {"listening": series_of(listening), "named": series_of(named_series)}
-    exposed, number = fold(
-        counts, **given_series, published=series_of(published), max_series=max_series
-    )
-    assert exposed.total == counts.total
-    for version in (4, 6):
-        was, is_now = (each.series.view(SERIES)["ip_version"] for each in (counts, exposed))
-        for before, now in (
-            (counts.established, exposed.established),
-            (counts.long_term, exposed.long_term),
-        ):
-            assert now[is_now == version].sum() == before[was == version].sum()
-    assert (np.diff(exposed.series.astype(object)) > 0).all()
-    kept = {each for each in keys_of(exposed.series) if each.port}
-    used = {*numbers, *listening, *named_series}
-    assert named_series <= kept
-    assert len(kept) <= max(max_series, len(named_series))
-    assert len(exposed.series) - len(kept) <= max_series + 2
-    assert number == len(used - kept)
-    if number:
-        assert len(kept) == max(max_series, len(named_series))
+    """This holds for any number of bounds. The sum of the ages is exact in units."""
+    since_ns.sort(reverse=True)
+    now_ns = LATEST_NS
+    selected = selection(directions=BOTH, labels=labels)
+    ledger = MemoryLedger(parts_of(selected))
+    chunk = ledger.count(records(connections))
+    counts = count([chunk], ledger.snapshot, Projection(selected), since_ns, now_ns=now_ns)
+    rows = label_values(counts.series, labels, {})
+    assert counts.values.ages.shape == (len(rows), len(since_ns))
+    for row, ages, total in zip(
+        rows, counts.values.ages.tolist(), counts.values.ages_sum.tolist(), strict=True
+    ):
+        here = [each for each in connections if labels_of(each, labels) == row]
+        assert ages == [
+            sum(each.unit <= since >> TIME_SHIFT for each in here) if since >= 0 else 0
+            for since in since_ns
+        ]
+        assert total == sum((now_ns >> TIME_SHIFT) - each.unit for each in here)
+    assert len({*rows}) == len({labels_of(each, labels) for each in connections})
 
-    def worth(key: SeriesKey) -> tuple[int, bool, bool]:
-        is_listened = key in listening
-        return numbers.get(key, 0) + is_listened, is_listened, key in published
 
-    smallest = min(map(worth, kept - named_series), default=None)
-    assert smallest is None or all(worth(each) <= smallest for each in used - kept)
-    again, _ = fold(counts, **given_series, published=exposed.series, max_series=max_series)
-    assert again.series.tolist() == exposed.series.tolist()
-    assert again.established.tolist() == exposed.established.tolist()
+def test_ages_are_added_up_on_request_only() -> None:
+    """Without the present time, the sum of the ages is 0."""
+    counts = counted([Connection(established_ns=UNIT_NS)] * 3, selection())
+    assert counts.values.ages_sum.tolist() == [0]
 
 
 @settings(deadline=None)
 @given(
-    connections=some_connections, seed=st.integers(0, 2**32), max_series=st.integers(1, 7)
+    pre_existing=some_connections,
+    opened=some_connections,
+    closed=st.integers(0, 31),
+    is_small=st.booleans(),
+    labels=st.lists(some_labels, min_size=2, max_size=5),
+    data=st.data(),
 )
-def test_the_order_of_connections_does_not_change_the_counts(
-    connections: list[Connection], seed: int, max_series: int
+def test_sums_are_the_same_for_any_labels(
+    *,
+    pre_existing: list[Connection],
+    opened: list[Connection],
+    closed: int,
+    is_small: bool,
+    labels: list[tuple[str, ...]],
+    data: st.DataObject,
 ) -> None:
-    """The folded counts are equal for any order of the same connections."""
-    selected = replace(selection(directions=BOTH), by_netns=True)
-    shuffled = random.Random(seed).sample(connections, len(connections))  # noqa: S311
-    nothing = series_of([])
-    first, second = (
-        fold(
-            counted(each, selected, 100),
-            listening=nothing,
-            named=nothing,
-            published=nothing,
-            max_series=max_series,
+    """This holds for every value: gauges, counters and histograms.
+
+    It holds as well if the ledger has no capacity for more than two series. In every
+    series, opened - closed is established - pre-existing.
+    """
+    everything = [*pre_existing, *opened]
+    order = data.draw(st.permutations(range(len(everything))))
+    directions = data.draw(st.sampled_from([BOTH, INBOUND, (Direction.OUTBOUND,)]))
+    is_closed = np.zeros(len(everything), np.bool_)
+    is_closed[order[:closed]] = True
+    sums = []
+    for each in labels:
+        selected = selection(directions=directions, labels=each)
+        with pytest.MonkeyPatch.context() as patch:
+            if is_small:
+                patch.setattr("tcpexporter.connections.memory_ledger.MAX_SERIES", 2)
+            ledger = MemoryLedger(parts_of(selected), (1.0, 6.0))
+            all_words = ledger.count(records(everything))
+        ledger.record_pre_existing(all_words[: len(pre_existing)])
+        ledger.record_opened(all_words[len(pre_existing) :])
+        ledger.record_closed(all_words[is_closed], LATEST_NS)
+        counts = count(
+            [all_words[~is_closed]],
+            ledger.snapshot,
+            Projection(selected),
+            [100 * UNIT_NS, 0],
+            now_ns=LATEST_NS,
         )
-        for each in (connections, shuffled)
+        values = counts.values
+        balance = values.opened - values.closed - values.established + values.pre_existing
+        assert not balance.any()
+        assert (values.lifetimes.sum(axis=1) == values.closed).all()
+        by_labels(counts, each, [1] * len(counts.series))
+        sums.append(totals(values))
+    assert all(each == sums[0] for each in sums)
+
+
+def totals(values: Values) -> dict[str, list[int]]:
+    """Return the sum of each value over all series."""
+    return {
+        each.name: np.atleast_1d(getattr(values, each.name).sum(axis=0)).tolist()
+        for each in fields(values)
+    }
+
+
+def ledger_of(series: list[tuple[int, int, int, int]]) -> Ledger:
+    """Return a ledger in which nothing has happened, with these series from number 5 on."""
+    rows = np.zeros(SERIES_FIRST + len(series), SERIES)
+    rows[SERIES_FIRST:] = np.array(series, SERIES)
+    zeros = np.zeros(len(rows), np.int64)
+    return Ledger(
+        rows.view(np.uint64),
+        zeros,
+        zeros,
+        zeros,
+        zeros,
+        zeros,
+        np.zeros((len(rows), 0), np.int64),
     )
-    assert first[1] == second[1]
-    assert first[0].series.tolist() == second[0].series.tolist()
-    assert first[0].established.tolist() == second[0].established.tolist()
-    assert first[0].long_term.tolist() == second[0].long_term.tolist()
+
+
+FREE = (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ([(4, 0, 443, 0)], [(4, 0, 443, 0)], {(443, 4): 3}),
+        ([(4, 0, 443, 0)], [(4, 0, 80, 0)], {}),
+        ([(4, 0, 443, 0)], [(6, 0, 443, 0)], {}),
+        ([(4, 0, 443, 0)], [FREE], {}),
+        ([FREE], [(4, 0, 80, 0)], {(80, 4): 3}),
+        ([], [(4, 0, 80, 0)], {(80, 4): 3}),
+        ([(4, 0, 443, 0)], [], {}),
+        ([(4, 0, 443, 0), FREE], [(4, 0, 443, 0)], {(443, 4): 3}),
+        ([(4, 0, 443, 0)], [(4, 0, 443, 0), (4, 0, 80, 0)], {(443, 4): 3}),
+    ],
+)
+def test_connections_of_a_freed_number_are_not_those_of_its_next_series(
+    before: list[tuple[int, int, int, int]],
+    after: list[tuple[int, int, int, int]],
+    expected: Shown,
+) -> None:
+    """A number is freed, and gets another series, while the connections are read.
+
+    They had closed before. A number that had no series before is a new one.
+    """
+    answers = iter([ledger_of(before), ledger_of(after)])
+    chunk = words(np.full(3, SERIES_FIRST, np.uint32), np.full(3, UNIT_NS, np.uint64))
+    counts = count([chunk], lambda: next(answers), Projection(selection()), [UNIT_NS])
+    assert established(counts) == long_term(counts) == expected
+    assert counts.total == sum(expected.values())
+
+
+def test_a_projection_follows_the_series_of_the_ledger() -> None:
+    """What it keeps from scrape to scrape is replaced when a number has another series."""
+    projection = Projection(selection())
+    chunk = words(np.array([5, 5, 6], np.uint32), np.zeros(3, np.uint64))
+    for series, expected in (
+        ([(4, 0, 443, 0), (4, 0, 80, 0)], {(443, 4): 2, (80, 4): 1}),
+        ([(4, 0, 443, 0), (4, 0, 80, 0)], {(443, 4): 2, (80, 4): 1}),
+        ([(4, 0, 22, 0), (4, 0, 80, 0)], {(22, 4): 2, (80, 4): 1}),
+        ([(4, 0, 22, 0), (6, 0, 22, 0), FREE], {(22, 4): 2, (22, 6): 1}),
+        ([(4, 0, 22, 0), (4, OUTBOUND, 22, 0)], {(22, 4): 2}),
+    ):
+        counts = count([chunk], partial(ledger_of, series), projection, [0])
+        assert established(counts) == expected
+
+
+@pytest.mark.parametrize(
+    ("directions", "labels", "expected"),
+    [
+        (INBOUND, ("port", "tcp_version"), OutboundPort.NONE),
+        (INBOUND, ("remote_port",), OutboundPort.NONE),
+        ((Direction.OUTBOUND,), ("port", "tcp_version"), OutboundPort.LOCAL),
+        (BOTH, ("port", "tcp_version"), OutboundPort.LOCAL),
+        (BOTH, (), OutboundPort.LOCAL),
+        (BOTH, ("port", "remote_port"), OutboundPort.REMOTE),
+        ((Direction.OUTBOUND,), ("remote_port",), OutboundPort.REMOTE),
+    ],
+)
+def test_the_kernel_counts_by_the_port_that_a_label_requires(
+    directions: Sequence[Direction], labels: Sequence[str], expected: OutboundPort
+) -> None:
+    """Outbound connections that nobody counts are not counted by port."""
+    own = (OWN_NETNS, 9690)
+    assert kernel_parts(directions, labels) == Parts(expected, by_netns=False)
+    assert kernel_parts(directions, (*labels, "netns"), own) == Parts(expected, True, own)
+
+
+def rows_of(series: Series) -> list[tuple[int, int, int, int]]:
+    found: list[tuple[int, int, int, int]] = series.view(SERIES).tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("directions", "labels", "expected"),
+    [
+        (INBOUND, ("port",), [(0, 0, 443, 0)]),
+        (INBOUND, ("tcp_version",), [(4, 0, 0, 0), (6, 0, 0, 0)]),
+        (INBOUND, ("direction",), [(0, 0, 0, 0)]),
+        (INBOUND, (), [(0, 0, 0, 0)]),
+        (BOTH, ("port", "direction"), [(0, 0, 443, 0)]),
+        (BOTH, ("port", "remote_port"), [(0, 0, 443, 0), (0, REMOTE_PORT, 443, 0)]),
+        (
+            BOTH,
+            ("direction", "remote_port"),
+            [(0, 0, 0, 0), (0, OUTBOUND | REMOTE_PORT, 443, 0)],
+        ),
+        ((Direction.OUTBOUND,), ("port",), [(0, 0, 443, 0)]),
+        ((Direction.OUTBOUND,), ("port", "direction"), []),
+        ((Direction.OUTBOUND,), ("remote_port",), [(0, REMOTE_PORT, 443, 0)]),
+    ],
+)
+def test_a_named_port_has_the_series_that_its_connections_would_have(
+    directions: Sequence[Direction],
+    labels: Sequence[str],
+    expected: list[tuple[int, int, int, int]],
+) -> None:
+    """A remote port that is named has a series too, if the labels have it."""
+    selected = selection(443, directions=directions, labels=labels)
+    assert rows_of(named((443,), OWN_NETNS, selected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (("port", "tcp_version"), [True, False, False]),
+        (("remote_port",), [True, False, False]),
+        (("tcp_version",), [True, True, True]),
+        ((), [True, True, True]),
+    ],
+)
+def test_series_of_ports_that_are_not_selected_any_more_are_removed(
+    labels: Sequence[str], expected: list[bool]
+) -> None:
+    """A series that does not have the port is kept, and so is none with port other."""
+    rows = [(4, 0, 443, 0), (4, 0, 80, 0), (4, FOLDED, 0, 0)]
+    published = np.array(rows, SERIES).view(np.uint64)
+    found = is_still_selected(published, selection(443, labels=labels))
+    assert found.tolist() == expected
+    assert is_still_selected(published, selection(labels=labels)).all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (("port", "tcp_version"), {("443", "4"): 3, ("other", "4"): 12}),
+        (("port", "direction"), {("443", "inbound"): 3, ("other", "inbound"): 5}),
+        (("port", "remote_port"), {("443", ""): 3, ("other", ""): 5, ("", "other"): 7}),
+        (("remote_port",), {("",): 8, ("other",): 7}),
+        (("tcp_version",), {("4",): 15}),
+        (("netns",), {("7",): 3, ("other",): 12}),
+        (("netns", "remote_port"), {("7", ""): 3, ("other", ""): 5, ("other", "other"): 7}),
+        ((), {(): 15}),
+    ],
+)
+def test_series_that_the_source_has_folded_are_other(
+    labels: tuple[str, ...], expected: dict[Labels, int]
+) -> None:
+    """They are added to the series that has the same label values, if there is one.
+
+    The source has no number free for connections from port 80 and to port 5432.
+    """
+    selected = selection(directions=BOTH, labels=labels)
+    connections = [
+        *[Connection(443, netns=7)] * 3,
+        *[Connection(80, netns=11)] * 5,
+        *[Connection(40001, 4, Direction.OUTBOUND, 11, remote_port=5432)] * 7,
+    ]
+    if "direction" in labels:
+        connections = connections[:8]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tcpexporter.connections.memory_ledger.MAX_SERIES", 1)
+        ledger = MemoryLedger(parts_of(selected))
+        chunks = [ledger.count(records([each])) for each in connections]
+    counts = count(chunks, ledger.snapshot, Projection(selected), [0])
+    assert by_labels(counts, labels, counts.values.established.tolist()) == expected

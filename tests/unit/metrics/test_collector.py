@@ -21,13 +21,14 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from tcpexporter import version
 from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import (
-    CONNECTION,
     IPV4_PREFIX,
     LISTENER,
+    SOCKET,
     Direction,
     Records,
-    groups,
+    Words,
 )
+from tcpexporter.connections.series import OutboundPort, Parts
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
 from tcpexporter.errors import SourceError, TrackerError
 from tcpexporter.metrics.collector import (
@@ -45,6 +46,8 @@ ESTABLISHED = "tcp_established_connections"
 FOLDED = "tcpexporter_folded_series"
 NOW_NS = 1_000 * 10**9
 DURATION_S = 6
+LABELS = ("port", "tcp_version")
+PER_NETNS = Parts(OutboundPort.NONE, by_netns=True)
 NETNS = 4026531840
 CONFINED = {
     "seccomp": True,
@@ -61,13 +64,12 @@ Parse = Callable[[str], Iterable[Metric]]
 def connections(
     port: int, number: int, *, ip_version: int = 4, age_s: float = DURATION_S
 ) -> Records:
-    made = np.zeros(number, CONNECTION)
+    made = np.zeros(number, SOCKET)
     made["key"]["local_port"] = port
     made["key"]["remote_port"] = range(40000, 40000 + number)
     made["key"]["netns"] = NETNS
     if ip_version == 4:
         made["key"]["local_address"][:, :12] = IPV4_PREFIX
-    made["group"] = groups(made["key"], Direction.INBOUND)
     made["established_ns"] = NOW_NS - int(age_s * 10**9)
     return made
 
@@ -84,16 +86,21 @@ def collector_of(
     tcpv6: bool = True,
     simple: bool = False,
     max_series: int = 101,
+    bounds_s: Sequence[float] = (),
 ) -> ConnectionCollector:
     selection = select(
-        ports, tcpv6=tcpv6, directions=[Direction.INBOUND], own_listener=(NETNS, 9690)
+        ports,
+        tcpv6=tcpv6,
+        directions=[Direction.INBOUND],
+        own_listener=(NETNS, 9690),
+        labels=() if simple else LABELS,
     )
     chosen = named(ports if named_ports is None else named_ports, NETNS, selection)
     return ConnectionCollector(
         source,
         Choice(selection, chosen, DURATION_S),
         max_series=max_series,
-        simple=simple,
+        bounds_s=bounds_s,
         boottime_ns=lambda: NOW_NS,
     )
 
@@ -130,8 +137,9 @@ def test_the_exposition_has_the_corrections_of_its_reconciliation() -> None:
 
         def _reconcile(self) -> None:
             self.chunks.append(connections(443, 1))
+            self.counted.count(self.chunks[-1])
 
-        def read(self) -> Iterator[Records]:
+        def read(self) -> Iterator[Words]:
             yield from super().read()
             self._reconcile()
 
@@ -171,7 +179,7 @@ def test_long_term_connections_have_the_minimum_age() -> None:
 def test_the_clock_is_boottime() -> None:
     """By default the age is measured on CLOCK_BOOTTIME."""
     source = MemorySource([connections(443, 3)])
-    selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
+    selection = select((), tcpv6=True, directions=[Direction.INBOUND])
     choice = Choice(selection, named((), NETNS, selection), 1)
     collected = ConnectionCollector(source, choice, max_series=1)
     source.chunks[0]["established_ns"] = _boottime_ns()
@@ -236,7 +244,7 @@ def test_a_published_port_keeps_its_series() -> None:
 def test_two_collectors_share_no_series_at_0() -> None:
     """A collector does not publish series that only another one has published."""
     source = MemorySource([connections(443, 3)])
-    selection = select((), tcpv6=True, directions=[Direction.INBOUND], own_listener=None)
+    selection = select((), tcpv6=True, directions=[Direction.INBOUND])
     choice = Choice(selection, named((), NETNS, selection), 0)
     first, second = (
         ConnectionCollector(each, choice, max_series=1) for each in (source, MemorySource())
@@ -492,7 +500,10 @@ def by_netns(
 ) -> ConnectionCollector:
     """A collector with series per namespace, on a clock that a test can set."""
     selection = select(
-        (), tcpv6=True, directions=[Direction.INBOUND], own_listener=None, by_netns=True
+        (),
+        tcpv6=True,
+        directions=[Direction.INBOUND],
+        labels=(*LABELS, "netns"),
     )
     return ConnectionCollector(
         source,
@@ -517,7 +528,7 @@ def test_a_namespace_has_its_name_or_its_inode() -> None:
     inode."""
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
-    source = MemorySource([connections(443, 3), elsewhere])
+    source = MemorySource([connections(443, 3), elsewhere], parts=PER_NETNS)
     assert netns_labels(by_netns(source, {NETNS: "self"})) == {"self": 3, "17": 5}
 
 
@@ -525,7 +536,7 @@ def test_series_of_a_namespace_that_is_gone_are_removed() -> None:
     """They are removed FORGET_NS after the last socket and name, not at once."""
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
-    source = MemorySource([connections(443, 3), elsewhere])
+    source = MemorySource([connections(443, 3), elsewhere], parts=PER_NETNS)
     collected = by_netns(source, {NETNS: "self"})
     assert netns_labels(collected) == {"self": 3, "17": 5}
     source.chunks = []
@@ -538,7 +549,7 @@ def test_a_namespace_with_a_name_keeps_its_series() -> None:
     """They stay while the namespace has a name, even without any socket."""
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
-    source = MemorySource([connections(443, 3), elsewhere])
+    source = MemorySource([connections(443, 3), elsewhere], parts=PER_NETNS)
     names = {NETNS: "self", 17: "blue"}
     collected = by_netns(source, names)
     assert netns_labels(collected) == {"self": 3, "blue": 5}
@@ -565,7 +576,7 @@ def test_another_namespace_with_the_same_inode_has_no_series_of_the_first(
     """The kernel reuses inodes: a new container must not have the ports of an old one."""
     first, second = connections(443, 5), connections(80, 7)
     first["key"]["netns"] = second["key"]["netns"] = 17
-    source = MemorySource([first])
+    source = MemorySource([first], parts=PER_NETNS)
     names = {NETNS: "self", **({17: before} if before else {})}
     collected = by_netns(source, names)
     assert netns_labels(collected) == {before or "17": 5}
@@ -584,7 +595,7 @@ def test_namespaces_are_folded_too() -> None:
     chunks = [connections(443, number) for number in (13, 1, 2, 3)]
     for netns, chunk in enumerate(chunks, start=17):
         chunk["key"]["netns"] = netns
-    collected = by_netns(MemorySource(chunks), {17: "blue"}, max_series=1)
+    collected = by_netns(MemorySource(chunks, parts=PER_NETNS), {17: "blue"}, max_series=1)
     found = family(collected, ESTABLISHED)
     assert found
     assert {
@@ -597,7 +608,7 @@ def test_the_folded_series_of_a_namespace_that_is_gone_is_removed() -> None:
     """It is removed when the series of its ports are."""
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
-    source = MemorySource([connections(443, 13), elsewhere])
+    source = MemorySource([connections(443, 13), elsewhere], parts=PER_NETNS)
     collected = by_netns(source, {NETNS: "self"}, max_series=1)
     assert netns_labels(collected) == {"self": 13, "17": 5}
     source.chunks.pop()
@@ -611,8 +622,8 @@ class BrokenSource(MemorySource):
 
     broken = True
 
-    def read(self) -> Iterator[Records]:
-        yield from self.chunks
+    def read(self) -> Iterator[Words]:
+        yield from super().read()
         if self.broken:
             raise TrackerError("the kernel refuses to read the map")
 
