@@ -11,8 +11,8 @@
  * MAP_FLAGS        flags of the hash maps: BPF_F_NO_PREALLOC, or 0
  * NETNS            inode of the only network namespace to observe, 0: all
  * BY_NETNS         whether network namespaces are counted separately
- * OWN_PORT, _NETNS local port and namespace of the exporter's own listener; port 0:
- * none OUTBOUND_PORT    which port is part of the series of an outbound connection:
+ * OWN_PORT         of the exporter's own listener in OWN_NETNS; 0: it has none
+ * OUTBOUND_PORT    which port is part of the series of an outbound connection:
  *                  LOCAL_PORT, REMOTE_PORT, or 0: none, and failed attempts are not
  *                  counted
  * BUCKETS          number of lifetime buckets; undefined: none are counted
