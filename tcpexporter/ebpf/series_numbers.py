@@ -52,6 +52,7 @@ from tcpexporter.connections.record import (
     Words,
 )
 from tcpexporter.connections.series import (
+    FOLDED,
     SERIES,
     SERIES_FIRST,
     Ledger,
@@ -159,9 +160,10 @@ class SeriesNumbers:
         distinct = np.sort(series)
         distinct = distinct[np.flatnonzero(np.diff(distinct, prepend=np.uint64(0)))]
         # The ledger alone does not prove that a number is that of a series: f.
-        numbers = np.array(
-            [self._number_of(each) or self._allocate(each) for each in distinct], np.uint32
-        )
+        is_folded = distinct.view(SERIES)["flags"] & FOLDED != 0
+        numbers = folded_number(distinct)
+        for at in np.flatnonzero(~is_folded):
+            numbers[at] = self._number_of(distinct[at]) or self._allocate(distinct[at])
         found: Numbers = numbers[np.searchsorted(distinct, series)]
         return found
 
