@@ -39,6 +39,8 @@ more. Neither changes the sum opened - closed - open + pre-existing, because tha
 series without connections.
 """
 
+import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -67,8 +69,8 @@ from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import Map, map_errors
 from tcpexporter.errors import TrackerError
 
-WINDOW = 8192
-"""Numbers whose entries are mapped at once. A multiple of each page size in bytes."""
+WINDOW = 1024
+"""Minimum of the numbers whose entries are mapped at once."""
 
 UNTOUCHED = 2048
 """After so many consecutive numbers that are free, no number was ever used.
@@ -109,9 +111,9 @@ class SeriesNumbers:
         self._used = 0
         entry = entry_dtype(len(bounds) + 1 if bounds else 0)
         with map_errors():
-            self._ledger = MappedArray(descriptors.ledger, entry, self._size, WINDOW)
-            self._corrections = MappedArray(
-                descriptors.corrections, entry, self._size, WINDOW
+            self._ledger, self._corrections = (
+                MappedArray(each, entry, self._size, _window(entry.itemsize))
+                for each in (descriptors.ledger, descriptors.corrections)
             )
             self._ledger.upto(SERIES_FIRST)["series"][:SERIES_FIRST] = folded_series()
 
@@ -364,6 +366,12 @@ class SeriesNumbers:
             found[words & np.uint64(SERIES_MASK)] = True
         referred: npt.NDArray[np.bool_] = found[: len(self._entries())]
         return referred
+
+
+def _window(entry_bytes: int) -> int:
+    """Return the least number of entries, from `WINDOW` on, that fill whole pages."""
+    step = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, entry_bytes)
+    return -(-WINDOW // step) * step
 
 
 def _move(
