@@ -11,9 +11,9 @@
  * MAP_FLAGS        flags of the hash maps: BPF_F_NO_PREALLOC, or 0
  * NETNS            inode of the only network namespace to observe, 0: all
  * BY_NETNS         whether network namespaces are counted separately
- * OWN_PORT         local port of the exporter's own listener in the namespace
- * OWN_NETNS; 0: it has none OUTBOUND_PORT    which port is part of the series of an
- * outbound connection: LOCAL_PORT, REMOTE_PORT, or 0: none, and failed attempts are not
+ * OWN_PORT         of the exporter's own listener in OWN_NETNS; 0: it has none
+ * OUTBOUND_PORT    which port is part of the series of an outbound connection:
+ *                  LOCAL_PORT, REMOTE_PORT, or 0: none, and failed attempts are not
  *                  counted
  * CLIENTS          undefined: clients are not distinguished; otherwise these masks say
  *                  which bits of an address identify a client, as two words of its 16
@@ -77,8 +77,7 @@ BPF_F_TABLE("hash", struct series_key, __u32, series_numbers, MAX_SERIES, MAP_FL
 BPF_F_TABLE("array", __u32, struct ledger_entry, ledger, SERIES_FIRST + MAX_SERIES,
 	    BPF_F_MMAPABLE);
 
-/* Of the same layout, written by userspace: it corrects the ledger after missed events.
- */
+/* Written by userspace: corrects the ledger after missed events. See ledger_entry. */
 BPF_F_TABLE("array", __u32, struct ledger_entry, corrections, SERIES_FIRST + MAX_SERIES,
 	    BPF_F_MMAPABLE);
 

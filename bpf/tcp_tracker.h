@@ -59,7 +59,11 @@ struct connection {
 
 #define CLOSED (1ULL << SERIES_BITS)
 
-/* What has happened in a series. Both ends of a loopback connection are connections. */
+/*
+ * What has happened in a series. Both ends of a loopback connection are connections. In
+ * an entry of `corrections`, the word `series` is the number of connections that were
+ * open when counting began.
+ */
 struct ledger_entry {
 	struct series_key series; /* all zero: the number is free */
 	__u64 opened;

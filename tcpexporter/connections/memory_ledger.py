@@ -35,7 +35,7 @@ MAX_SERIES = (1 << SERIES_BITS) - SERIES_FIRST
 class MemoryLedger:
     """The series of connections, by number, and what has happened in each of them.
 
-    A number is an index of the arrays. It is valid until the next call of `count`.
+    A number is an index of the arrays. A series keeps it until `drop_forgotten` frees it.
     """
 
     def __init__(self, parts: Parts, bounds_s: Sequence[float] = ()) -> None:
@@ -101,30 +101,29 @@ class MemoryLedger:
         )
 
     def drop_forgotten(self, open_now: Words) -> None:
-        """Remove the series that are to be forgotten and have no connection.
+        """Free the numbers of series that are to be forgotten and have no connection.
 
         Args:
-            open_now: the present connections. The numbers in them are not valid any more.
+            open_now: the present connections.
         """
-        if not self._forgotten:
-            return
-        has_connection = np.zeros(len(self._series), np.bool_)
-        has_connection[_numbers_of(open_now)] = True
-        netns = self._series.view(SERIES)["netns"]
-        is_kept = has_connection | ~np.isin(netns, [*self._forgotten])
-        is_kept[:SERIES_FIRST] = True
+        is_dropped = np.isin(self._series.view(SERIES)["netns"], [*self._forgotten])
+        is_dropped[_numbers_of(open_now)] = False
+        is_dropped[:SERIES_FIRST] = False
         self._forgotten.clear()
-        self._series, self._rows = self._series[is_kept], self._rows[is_kept]
+        self._series[is_dropped] = 0
+        self._rows[is_dropped] = 0
 
     def _numbers(self, series: Series) -> Numbers:
         """Return the number of each series, and allocate those that are missing."""
         ordered = np.sort(series)
         distinct = ordered[np.diff(ordered, prepend=np.uint64(0)) != 0]
         new = np.setdiff1d(distinct, self._series, assume_unique=True)
-        new = new[: MAX_SERIES + SERIES_FIRST - len(self._series)]
-        self._series = np.concatenate((self._series, new))
-        added = np.zeros((len(new), self._rows.shape[1]), np.int64)
-        self._rows = np.concatenate((self._rows, added))
+        free = np.flatnonzero(self._series == 0)[1 : len(new) + 1]
+        self._series[free] = new[: len(free)]
+        added = new[len(free) :][: MAX_SERIES + SERIES_FIRST - len(self._series)]
+        self._series = np.concatenate((self._series, added))
+        rows = np.zeros((len(added), self._rows.shape[1]), np.int64)
+        self._rows = np.concatenate((self._rows, rows))
         order = np.argsort(self._series, kind="stable")
         known = self._series[order]
         at = np.minimum(np.searchsorted(known, distinct), len(known) - 1)

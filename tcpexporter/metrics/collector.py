@@ -29,7 +29,7 @@ from tcpexporter.connections.counting import (
 )
 from tcpexporter.connections.folding import fold
 from tcpexporter.connections.record import TIME_SHIFT, Direction
-from tcpexporter.connections.series import OUTBOUND, REMOTE_PORT, SERIES, Series
+from tcpexporter.connections.series import FOLDED, OUTBOUND, REMOTE_PORT, SERIES, Series
 from tcpexporter.connections.source import Source
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.exporter_status import (
@@ -41,6 +41,9 @@ from tcpexporter.metrics.reload_status import Reloads
 from tcpexporter.metrics.series_family import LabelSets, SeriesFamily
 from tcpexporter.metrics.series_labels import label_values
 from tcpexporter.metrics.source_families import source_families
+
+OF_OUTBOUND = OUTBOUND | REMOTE_PORT
+"""The flags of a series that has outbound connections only."""
 
 FORGET_NS = 300_000_000_000
 """How long a namespace must have no name, connection and listener to lose its series."""
@@ -247,14 +250,10 @@ class ConnectionCollector(Collector):
         names: Mapping[int, str],
     ) -> Iterator[Metric]:
         labels = choice.selection.labels
-        failed = counts.values.failed != 0
-        opened = counts.values.established | counts.values.opened
-        opened |= counts.values.pre_existing
+        flags = counts.series.view(SERIES)["flags"]
         if Direction.OUTBOUND in choice.selection.directions:
-            # The flag OUTBOUND is there only with the label direction.
-            flags = counts.series.view(SERIES)["flags"]
-            is_outbound = flags & (OUTBOUND | REMOTE_PORT) != 0
-            attempts = counts.only(np.flatnonzero(failed | is_outbound))
+            has_attempts = (counts.values.failed != 0) | (flags & OF_OUTBOUND != 0)
+            attempts = counts.only(np.flatnonzero(has_attempts))
             yield SeriesFamily(
                 "tcp_connections_failed",
                 "Outbound TCP connection attempts that ended before ESTABLISHED.",
@@ -262,8 +261,10 @@ class ConnectionCollector(Collector):
                 LabelSets(labels, label_values(attempts.series, labels, names)),
                 attempts.values.failed.tolist(),
             )
-        # A series in which every attempt has failed has no connections.
-        counts = counts.only(np.flatnonzero(~failed | (opened != 0)))
+        if "port" in labels:
+            # Attempts that have failed are the only ones without a port.
+            has_port = (counts.series.view(SERIES)["port"] != 0) | (flags & FOLDED != 0)
+            counts = counts.only(np.flatnonzero(has_port))
         values = counts.values
         label_sets = self._labels(counts.series, labels, names)
         long_term = values.ages[:, ages_s.index(choice.duration_s)]

@@ -123,9 +123,9 @@ class PollingSource:
         now_ns = boottime_ns()
         now = first_seen(self._tables.established(with_ages=False), [self._last])
         found, before = hashes(now["key"]), hashes(self._last["key"])
-        closed = self._chunk.words[~np.isin(before, found)]
-        self._counted.record_closed(closed, now_ns)
-        self._counted.drop_forgotten(self._chunk.words)
+        is_open = np.isin(before, found)
+        self._counted.record_closed(self._chunk.words[~is_open], now_ns)
+        self._counted.drop_forgotten(self._chunk.words[is_open])
         chunk = self._counted.count(now)
         self._counted.record_opened(chunk.words[~np.isin(found, before)])
         # In this order: the ledger has every series that `read` has returned.

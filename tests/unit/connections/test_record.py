@@ -27,6 +27,7 @@ from tcpexporter.connections.record import (
 from tcpexporter.connections.series import (
     FOLDED,
     OUTBOUND,
+    OWN,
     REMOTE_PORT,
     SERIES,
     SERIES_FIRST,
@@ -90,6 +91,7 @@ int main(void)
     VALUE(SERIES_OUTBOUND);
     VALUE(SERIES_REMOTE_PORT);
     VALUE(SERIES_FOLDED);
+    VALUE(SERIES_OWN);
     VALUE(SERIES_BITS);
     VALUE(SERIES_MASK);
     VALUE(SERIES_FIRST);
@@ -131,6 +133,7 @@ def test_structs_have_the_same_layout_in_python_and_c(tmp_path: Path) -> None:
         "SERIES_OUTBOUND": OUTBOUND,
         "SERIES_REMOTE_PORT": REMOTE_PORT,
         "SERIES_FOLDED": FOLDED,
+        "SERIES_OWN": OWN,
         "SERIES_BITS": SERIES_BITS,
         "SERIES_MASK": SERIES_MASK,
         "SERIES_FIRST": SERIES_FIRST,

@@ -172,11 +172,12 @@ def test_any_words_are_refused_or_describe_fields_within_the_record(
         replace(COUNTED, max_connections=11),
         replace(COUNTED, max_series=11),
         replace(COUNTED, secret=(1, 2)),
+        replace(COUNTED, own_listener=(4026531840, 9690)),
         replace(COUNTED, without=("recursion_misses",)),
     ],
 )
 def test_the_same_series_are_continued(counted: Request) -> None:
-    """Another capacity or secret does not change what is counted separately."""
+    """Another capacity, secret or listener does not change what is counted separately."""
     assert read(make(COUNTED), counted).is_continued
     assert checksum(counted) == checksum(COUNTED)
 
@@ -194,6 +195,7 @@ def test_the_same_series_are_continued(counted: Request) -> None:
             replace(COUNTED, outbound_port=OutboundPort.LOCAL),
             replace(COUNTED, outbound_port=OutboundPort.REMOTE),
         ),
+        (COUNTED, replace(COUNTED, by_netns=True)),
         (COUNTED, replace(COUNTED, netns=4026531840)),
         (replace(COUNTED, netns=4026531840), replace(COUNTED, netns=4026531841)),
     ],

@@ -4,6 +4,7 @@
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,14 @@ from tcpexporter.connections.record import (
     Records,
     Words,
 )
-from tcpexporter.connections.series import OutboundPort, Parts
+from tcpexporter.connections.series import (
+    OUTBOUND,
+    REMOTE_PORT,
+    SERIES,
+    Ledger,
+    OutboundPort,
+    Parts,
+)
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
 from tcpexporter.errors import SourceError, TrackerError
 from tcpexporter.metrics.collector import (
@@ -87,19 +95,23 @@ def collector_of(
     simple: bool = False,
     max_series: int = 101,
     bounds_s: Sequence[float] = (),
+    directions: Sequence[Direction] = (Direction.INBOUND,),
+    labels: Sequence[str] = LABELS,
+    names: Mapping[int, str] | None = None,
 ) -> ConnectionCollector:
     selection = select(
         ports,
         tcpv6=tcpv6,
-        directions=[Direction.INBOUND],
+        directions=directions,
         own_listener=(NETNS, 9690),
-        labels=() if simple else LABELS,
+        labels=() if simple else labels,
     )
     chosen = named(ports if named_ports is None else named_ports, NETNS, selection)
     return ConnectionCollector(
         source,
         Choice(selection, chosen, DURATION_S),
         max_series=max_series,
+        names=None if names is None else lambda: names,
         bounds_s=bounds_s,
         boottime_ns=lambda: NOW_NS,
     )
@@ -137,7 +149,6 @@ def test_the_exposition_has_the_corrections_of_its_reconciliation() -> None:
 
         def _reconcile(self) -> None:
             self.chunks.append(connections(443, 1))
-            self.counted.count(self.chunks[-1])
 
         def read(self) -> Iterator[Words]:
             yield from super().read()
@@ -168,7 +179,7 @@ def test_long_term_connections_have_the_minimum_age() -> None:
         [
             connections(443, 3, age_s=DURATION_S + 1),
             connections(443, 5, age_s=DURATION_S),
-            connections(443, 7, age_s=DURATION_S - 1e-6),
+            connections(443, 7, age_s=DURATION_S - 1e-5),
         ]
     )
     collected = collector_of(source)
@@ -659,9 +670,28 @@ def test_a_source_recovers_after_an_error() -> None:
     assert values(collected, ESTABLISHED) == {("443", "4"): 3}
 
 
-def example() -> MemorySource:
+class SourceWithAttempts(MemorySource):
+    """A source with outbound attempts that have failed, as many as ``failed`` says."""
+
+    failed: Mapping[int, int] = {}
+    """By series, as a number of 64 bits; the source has each of these series."""
+
+    def ledger(self) -> Ledger:
+        found = super().ledger()
+        failed = np.array([self.failed.get(each, 0) for each in found.series.tolist()])
+        return replace(found, failed=failed)
+
+
+def attempts(number: int, *, remote_port: int = 0) -> dict[int, int]:
+    """Attempts over IPv4 that have failed, as the BPF program counts them."""
+    flags = OUTBOUND | (REMOTE_PORT if remote_port else 0)
+    series = np.array([(4, flags, remote_port, 0)], SERIES)
+    return {int(series.view(np.uint64)[0]): number}
+
+
+def example(bounds_s: Sequence[float] = ()) -> MemorySource:
     """A source whose exposition has every metric of the ebpf source."""
-    return MemorySource(
+    source = SourceWithAttempts(
         [
             connections(443, 7),
             connections(443, 5, ip_version=6, age_s=60),
@@ -672,6 +702,9 @@ def example() -> MemorySource:
         report=Report(
             max_connections=262144,
             kernel_events={"inserted": 19, "removed": 2, "refused": 0},
+            uncertain_connections=6,
+            kernel_series=4,
+            max_kernel_series=65536,
             missed_events=3,
             seeded_connections=5,
             refused_seeds=1,
@@ -685,17 +718,39 @@ def example() -> MemorySource:
             ),
         ),
         name="ebpf",
+        parts=Parts(OutboundPort.LOCAL, by_netns=False),
+        bounds_s=bounds_s,
     )
+    opened, pre_existing, *others = map(source.counted.count, source.chunks)
+    source.counted.record_pre_existing(pre_existing)
+    for each in (opened, *others):
+        source.counted.record_opened(each)
+    for closed in (connections(443, 11, age_s=30), connections(443, 13, age_s=0.5)):
+        closed_words = source.counted.count(closed)
+        source.counted.record_opened(closed_words)
+        source.counted.record_closed(closed_words, NOW_NS)
+    attempted = connections(0, 1)
+    attempted["is_outbound"] = 1
+    source.counted.count(attempted)
+    source.failed = attempts(17)
+    return source
 
 
+@pytest.mark.parametrize("bounds_s", [(), (1.0, 6.0, 60.0)])
 @pytest.mark.parametrize("simple", [False, True])
 @pytest.mark.parametrize(
     ("generate", "parse"),
     [(generate_latest, parse_text), (generate_openmetrics, parse_openmetrics)],
 )
-def test_both_formats_parse(generate: Generate, parse: Parse, *, simple: bool) -> None:
+def test_both_formats_parse(
+    generate: Generate, parse: Parse, *, simple: bool, bounds_s: Sequence[float]
+) -> None:
     """prometheus_client parses every sample, each once and with a help text."""
-    registry = serving_registry(collector_of(example(), simple=simple))
+    registry = serving_registry(
+        collector_of(
+            example(bounds_s), simple=simple, bounds_s=bounds_s, directions=[*Direction]
+        )
+    )
     families = list(parse(generate(registry).decode()))
     assert all(each.documentation and each.type != "unknown" for each in families)
     shown = [
@@ -718,7 +773,15 @@ def test_the_exposition_equals_the_golden_file(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(version, "VERSION", "1.2.3")
     monkeypatch.setattr(version, "REVISION", "0123456789abcdef0123456789abcdef01234567")
     monkeypatch.setattr(platform, "python_version", lambda: "3.11.2")
-    registry = make_registry(collector_of(example(), ports=[22, 443, 8443, 9100]))
+    bounds_s = (1.0, 6.0, 60.0)
+    registry = make_registry(
+        collector_of(
+            example(bounds_s),
+            named_ports=[22, 443, 8443, 9100],
+            bounds_s=bounds_s,
+            directions=[*Direction],
+        )
+    )
     registry.register(ConfinementCollector(CONFINED))
     page = generate_latest(registry).decode()
     name = "tcpexporter_collect_duration_seconds"

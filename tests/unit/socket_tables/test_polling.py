@@ -3,11 +3,14 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tcpexporter.connections.counting import Projection, count, kernel_parts, select
 from tcpexporter.connections.record import (
     LISTENER,
     SOCKET,
@@ -248,3 +251,173 @@ def test_name_and_listeners_come_from_the_tables(
     assert source.name == tables.name
     assert source.listeners().tolist() == [(1, 443, 4)]
     assert source.report() == Report()
+
+
+class RecordTables(FakeTables):
+    """Tables in which a dump finds ``found``."""
+
+    found: Records = connections()
+
+    def established(self, *, with_ages: bool = True) -> Records:  # noqa: ARG002
+        return self.found.copy()
+
+
+def polled(
+    *, bounds_s: Sequence[float] = (), parts: Parts = BY_REMOTE_PORT
+) -> tuple[RecordTables, PollingSource]:
+    """Return a source whose thread never polls: a test calls `_poll`."""
+    tables = RecordTables()
+    return tables, PollingSource(
+        tables, interval_s=3600, parts=parts, lifetime_bounds_s=bounds_s
+    )
+
+
+def counters(source: PollingSource) -> dict[int, tuple[int, int, int]]:
+    """Return opened, closed and pre-existing connections by port."""
+    ledger = source.ledger()
+    rows = zip(
+        ledger.series.view(SERIES)["port"].tolist(),
+        ledger.opened.tolist(),
+        ledger.closed.tolist(),
+        ledger.pre_existing.tolist(),
+        strict=True,
+    )
+    return {port: (opened, closed, before) for port, opened, closed, before in rows if port}
+
+
+def to_ports(*ports: int, seen_ns: int = 0) -> Records:
+    return connections(*ports, seen_ns=seen_ns, direction=Direction.OUTBOUND)
+
+
+def test_what_opens_and_closes_between_polls_is_counted() -> None:
+    """Connections of the first poll are pre-existing."""
+    tables, source = polled()
+    tables.found = to_ports(1, 2)
+    source.start()
+    assert counters(source) == {1: (0, 0, 1), 2: (0, 0, 1)}
+    tables.found = to_ports(2, 3)
+    source._poll()
+    assert counters(source) == {1: (0, 1, 1), 2: (0, 0, 1), 3: (1, 0, 0)}
+    tables.found = to_ports()
+    source._poll()
+    assert counters(source) == {1: (0, 1, 1), 2: (0, 1, 1), 3: (1, 1, 0)}
+    tables.found = to_ports(1)
+    source._poll()
+    assert counters(source)[1] == (1, 1, 1)
+    source.close()
+
+
+@given(
+    st.lists(st.sets(st.integers(1, 7)), min_size=1, max_size=7),
+    st.integers(0, 3),
+)
+def test_opened_less_closed_is_open_less_pre_existing(
+    polls: list[set[int]], before: int
+) -> None:
+    """This holds after each poll, in each series."""
+    tables, source = polled()
+    tables.found = to_ports(*range(1, before + 1))
+    source.start()
+    for ports in polls:
+        tables.found = to_ports(*sorted(ports))
+        source._poll()
+        found = set(ages_of(source))
+        assert found == ports
+        for port, (opened, closed, pre_existing) in counters(source).items():
+            assert opened - closed == (port in found) - pre_existing
+    source.close()
+
+
+def test_a_connection_that_opens_and_closes_between_polls_is_not_seen() -> None:
+    """This limit is documented: the tables show it at no poll."""
+    tables, source = polled()
+    source.start()
+    tables.found = to_ports(1)
+    tables.found = to_ports()
+    source._poll()
+    assert counters(source) == {}
+    source.close()
+
+
+def test_a_connection_that_reopens_between_polls_seems_to_stay_open() -> None:
+    """This limit is documented: both connections have the same addresses and ports."""
+    tables, source = polled()
+    tables.found = to_ports(1, seen_ns=3 << TIME_SHIFT)
+    source.start()
+    tables.found = to_ports(1, seen_ns=5 << TIME_SHIFT)
+    source._poll()
+    assert counters(source) == {1: (0, 0, 1)}
+    assert ages_of(source) == {1: 3}
+    source.close()
+
+
+def test_a_lifetime_ends_at_the_poll_that_does_not_find_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is at most one interval too long."""
+    monkeypatch.setattr(
+        "tcpexporter.socket_tables.polling.boottime_ns", lambda: 100 * 10**9
+    )
+    tables, source = polled(bounds_s=(1.0, 6.0))
+    tables.found = np.concatenate(
+        [
+            to_ports(port, seen_ns=100 * 10**9 - round(lifetime_s * 1e9))
+            for port, lifetime_s in ((1, 0.5), (2, 5.5), (3, 7.5))
+        ]
+    )
+    source.start()
+    tables.found = to_ports()
+    source._poll()
+    ledger = source.ledger()
+    by_port = dict(
+        zip(ledger.series.view(SERIES)["port"], ledger.lifetimes.tolist(), strict=True)
+    )
+    assert [by_port[port] for port in (1, 2, 3)] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    total_s = ledger.lifetimes_sum.sum() * (1 << TIME_SHIFT) / 1e9
+    assert total_s == pytest.approx(0.5 + 5.5 + 7.5, abs=1e-4)
+    source.close()
+
+
+def in_netns(netns: int, *ports: int) -> Records:
+    made = to_ports(*ports)
+    made["key"]["netns"] = netns
+    return made
+
+
+def test_a_namespace_that_is_forgotten_loses_its_counters_at_the_next_poll() -> None:
+    """Its last connections may close in the same poll."""
+    tables, source = polled(parts=Parts(OutboundPort.REMOTE, by_netns=True))
+    tables.found = np.concatenate([in_netns(7, 1, 2), in_netns(11, 3)])
+    source.start()
+    tables.found = in_netns(11, 3)
+    source.forget([7])
+    source._poll()
+    assert counters(source) == {3: (0, 0, 1)}
+    assert ages_of(source) == {3: 0}
+    tables.found = np.concatenate([in_netns(7, 1), in_netns(11, 3)])
+    source._poll()
+    assert counters(source) == {3: (0, 0, 1), 1: (1, 0, 0)}
+    source.close()
+
+
+def test_a_scrape_during_a_poll_counts_no_connection_in_another_series() -> None:
+    """It reads the words before the poll, and the ledger afterwards.
+
+    The poll gives the number of a forgotten series to another one.
+    """
+    labels = ("remote_port", "netns")
+    selection = select((), tcpv6=True, directions=[Direction.OUTBOUND], labels=labels)
+    tables, source = polled(parts=kernel_parts(selection.directions, labels))
+    tables.found = np.concatenate([in_netns(7, 1), in_netns(11, 3)])
+    source.start()
+
+    def poll() -> Iterator[Words]:
+        yield from source.read()
+        tables.found = in_netns(11, 3, 5)
+        source.forget([7])
+        source._poll()
+
+    counts = count(poll(), source.ledger, Projection(selection), [0])
+    ports = counts.series.view(SERIES)["port"].tolist()
+    assert dict(zip(ports, counts.values.established, strict=True)) == {3: 1, 5: 0}
+    source.close()

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The series of connections, compared with a Python loop."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tcpexporter.connections.record import CONNECTION, Direction
+from tcpexporter.connections.series import (
+    FOLDED,
+    NO_LISTENER,
+    OUTBOUND,
+    OWN,
+    REMOTE_PORT,
+    SERIES,
+    SERIES_FIRST,
+    OutboundPort,
+    Parts,
+    entry_dtype,
+    folded_number,
+    folded_series,
+    series_of,
+)
+from tests.unit.connections.test_counting import (
+    BOTH,
+    OTHER_NETNS,
+    OWN_NETNS,
+    Connection,
+    records,
+    some_connections,
+)
+
+Row = tuple[int, int, int, int]
+
+
+def expected(connection: Connection, parts: Parts) -> Row:
+    """Return the series as its comment in bpf/tcp_tracker.h describes it."""
+    flags, port = 0, connection.port
+    if connection.direction == Direction.OUTBOUND:
+        flags = OUTBOUND
+        if parts.outbound_port == OutboundPort.REMOTE:
+            flags, port = OUTBOUND | REMOTE_PORT, connection.remote_port
+        elif parts.outbound_port == OutboundPort.NONE:
+            port = 0
+    elif (connection.netns, connection.port) == parts.own_listener:
+        flags = OWN
+    return connection.version, flags, port, connection.netns if parts.by_netns else 0
+
+
+@settings(deadline=None)
+@given(
+    connections=some_connections,
+    outbound_port=st.sampled_from([*OutboundPort]),
+    by_netns=st.booleans(),
+    own_listener=st.sampled_from([NO_LISTENER, (OWN_NETNS, 9690), (OTHER_NETNS, 443)]),
+)
+def test_series_are_those_of_a_python_loop(
+    *,
+    connections: list[Connection],
+    outbound_port: OutboundPort,
+    by_netns: bool,
+    own_listener: tuple[int, int],
+) -> None:
+    """This holds for every part that may be counted separately."""
+    parts = Parts(outbound_port, by_netns, own_listener)
+    found = series_of(records(connections), parts)
+    assert found.view(SERIES).tolist() == [expected(each, parts) for each in connections]
+    assert found.all()
+
+
+@pytest.mark.parametrize("outbound_port", OutboundPort)
+def test_slots_of_the_tracker_have_series_too(outbound_port: OutboundPort) -> None:
+    """Any dtype with key and direction will do, and any direction but 0 is outbound."""
+    parts = Parts(outbound_port, by_netns=True)
+    sockets = records([Connection(direction=each, remote_port=5432) for each in BOTH])
+    slots = np.zeros(len(sockets), CONNECTION)
+    slots["key"] = sockets["key"]
+    slots["is_outbound"] = [0, 7]
+    assert series_of(slots, parts).tolist() == series_of(sockets, parts).tolist()
+
+
+def test_an_ephemeral_port_is_part_of_the_series_on_request_only() -> None:
+    """A client with a thousand connections to one server has one series otherwise."""
+    made = records(
+        [
+            Connection(port, direction=Direction.OUTBOUND, remote_port=5432)
+            for port in range(40000, 41009)
+        ]
+    )
+    distinct = {
+        each: len(np.unique(series_of(made, Parts(each, by_netns=False))))
+        for each in OutboundPort
+    }
+    assert distinct == {
+        OutboundPort.NONE: 1,
+        OutboundPort.LOCAL: 1009,
+        OutboundPort.REMOTE: 1,
+    }
+
+
+def test_the_order_of_series_is_by_namespace_and_port_first() -> None:
+    """As numbers of 64 bits they have a fixed order, which an exposition follows."""
+    rows = [(6, 0, 22, 7), (4, OUTBOUND, 22, 7), (4, 0, 443, 7), (4, 0, 1, 11)]
+    series = np.array(rows, SERIES).view(np.uint64)
+    assert series.tolist() == sorted(series.tolist())
+
+
+def test_a_folded_number_is_that_of_the_folded_series() -> None:
+    """It has the IP version and the direction of the series that has no number."""
+    rows = [
+        (version, flags, port, netns)
+        for version in (4, 6)
+        for flags in (0, OUTBOUND, OUTBOUND | REMOTE_PORT)
+        for port in (0, 443)
+        for netns in (0, 7)
+    ]
+    series = np.array(rows, SERIES).view(np.uint64)
+    found = folded_number(series)
+    assert 1 <= found.min() <= found.max() < SERIES_FIRST
+    assert folded_series()[found].view(SERIES).tolist() == [
+        (version, flags & OUTBOUND | FOLDED, 0, 0) for version, flags, _, _ in rows
+    ]
+
+
+@pytest.mark.parametrize(("buckets", "words"), [(0, 4), (1, 6), (9, 14), (25, 30)])
+def test_an_entry_has_lifetimes_on_request_only(buckets: int, words: int) -> None:
+    """Without histograms an entry is half a cache line."""
+    dtype = entry_dtype(buckets)
+    assert dtype.itemsize == 8 * words
+    assert ("lifetimes" in (dtype.names or ())) == bool(buckets)
