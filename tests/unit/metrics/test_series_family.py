@@ -69,7 +69,8 @@ def test_a_family_is_written_as_by_the_library(
     registry = CollectorRegistry()
     registry.register(Only(theirs))
     assert Exposition([ours]).body(TEXT) == generate_latest(registry)
-    assert Exposition([ours]).body(OPENMETRICS) == generate_openmetrics(registry)
+    openmetrics = generate_openmetrics(registry)  # type: ignore[no-untyped-call]
+    assert Exposition([ours]).body(OPENMETRICS) == openmetrics
     assert ours.samples == theirs.samples
 
 
