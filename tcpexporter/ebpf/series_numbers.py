@@ -31,6 +31,10 @@ f. Two runs, or a run and this module, allocate a number for the same series: th
    module does not free it.
 g. The kernel refuses 1 or 2: all are restored and nothing is freed. A number that the
    kernel refuses to restore is an orphan.
+h. As b, but that connection closes before 3 looks. A run stores that first, and then adds
+   to the counters of the number. So 3 waits for all runs once more before it frees it.
+
+`ledger` never shows the counters of a number twice while they are added to another one.
 
 If few numbers are free, those without connections are freed. Their counters are added to
 those of the folded series: no sum over series decreases. When a network namespace is gone,
@@ -41,6 +45,7 @@ series without connections.
 
 import math
 import mmap
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -108,6 +113,8 @@ class SeriesNumbers:
         self._size = SERIES_FIRST + max_series
         self._forgotten: set[int] = set()
         self._orphans: set[int] = set()
+        self._moving = threading.Lock()
+        """Held while counters are added to those of another number."""
         self._used = 0
         entry = entry_dtype(len(bounds) + 1 if bounds else 0)
         with map_errors():
@@ -137,9 +144,10 @@ class SeriesNumbers:
             TrackerError: the kernel refuses to map the ledger.
         """
         entries = self._entries()
-        series = entries["series"].copy()
-        used = int(np.flatnonzero(series)[-1]) + 1
-        return ledger_of(entries[:used], self._corrections.upto(used)[:used])
+        used = int(np.flatnonzero(entries["series"])[-1]) + 1
+        corrections = self._corrections.upto(used)
+        with self._moving:
+            return ledger_of(entries[:used], corrections[:used])
 
     def _entries(self) -> "npt.NDArray[np.void]":
         """Return all entries that were ever used."""
@@ -325,23 +333,20 @@ class SeriesNumbers:
             with map_errors():
                 self._numbers.delete_all(series[is_own])
             wait_for_runs()
+            is_referred_to = self._is_referred_to(connections)[numbers]
+            wait_for_runs()  # h
         except TrackerError:  # g
             self._restore(numbers, series)
             raise
-        is_referred_to = self._is_referred_to(connections)[numbers]
         self._restore(numbers[is_referred_to], series[is_referred_to])
         freed, of = numbers[~is_referred_to], series[~is_referred_to]
         corrections = self._corrections.upto(self._used)
         with map_errors():
-            for number, each in zip(freed, of, strict=True):
-                successor = self._number_of(each)  # c
-                if keep_counters and not successor:
-                    successor = folded_number(each.reshape(1))[0]
-                if successor:
-                    _move(entries[number : number + 1], corrections, number, successor)
-            zero = np.zeros(1, entries.dtype)
-            entries[freed] = zero
-            corrections[freed] = zero
+            successors = np.array([self._number_of(each) for each in of], np.uint32)  # c
+            if keep_counters:
+                successors = np.where(successors == 0, folded_number(of), successors)
+            with self._moving:
+                _move(entries, corrections, freed, successors)
             self._orphans.difference_update(freed.tolist())
             self._free.push(np.sort(freed))
 
@@ -375,17 +380,22 @@ def _window(entry_bytes: int) -> int:
 
 
 def _move(
-    entry: "npt.NDArray[np.void]",
+    entries: "npt.NDArray[np.void]",
     corrections: "npt.NDArray[np.void]",
-    number: np.uint32,
-    successor: np.uint32,
+    numbers: Numbers,
+    successors: Numbers,
 ) -> None:
-    """Add the counters of a number that is freed to those of another one."""
-    for name in entry.dtype.names or ():
-        moved = corrections[name][number]
+    """Clear the entries of numbers, and add each to that of its successor, if not 0."""
+    has_one = successors != 0
+    moved, to = numbers[has_one], successors[has_one]
+    for name in entries.dtype.names or ():
+        counted = corrections[name][moved]
         if name != "series":
-            moved = moved + entry[name][0]
-        corrections[name][successor] += moved
+            counted = counted + entries[name][moved]
+        np.add.at(corrections[name], to, counted)
+    zero = np.zeros(1, entries.dtype)
+    entries[numbers] = zero
+    corrections[numbers] = zero
 
 
 def ledger_of(

@@ -27,7 +27,7 @@ from tests.kernel.helpers.effort import Effort
 from tests.kernel.helpers.in_process import attach, slots_at, words_at
 from tests.kernel.helpers.worker import Worker
 from tests.kernel.test_slots import PORTS, keep_busy
-from tests.support import Peers
+from tests.support import Peers, repeating
 
 CYCLES = 1_000_003
 CHURNED = 200_003
@@ -96,10 +96,22 @@ def close_all(peers: Peers) -> None:
     peers.pairs.clear()
 
 
-def free(tracker: Tracker, number: int, wait: Callable[[], None] | None = None) -> None:
-    """Free a number; step 2 calls ``wait``."""
+def free(
+    tracker: Tracker,
+    number: int,
+    wait: Callable[[], None] | None = None,
+    *,
+    wait_again: Callable[[], None] | None = None,
+) -> None:
+    """Free a number; step 2 calls ``wait``, and step 3 calls ``wait_again``."""
+    real = tracker.wait_for_runs
+    waits = iter((wait or real, wait_again or real))
+
+    def wait_once() -> None:
+        next(waits)()
+
     numbers = np.array([number], np.uint32)
-    tracker.series.free(numbers, tracker.words, wait or tracker.wait_for_runs)
+    tracker.series.free(numbers, tracker.words, wait_once)
 
 
 def test_all_numbers_are_free_at_first(tracker: Tracker) -> None:
@@ -306,6 +318,33 @@ def test_nothing_is_freed_if_the_kernel_refuses_it(
     assert_each_has_one_owner(tracker)
 
 
+def test_a_closing_that_is_not_counted_yet_is_not_lost(
+    tracker: Tracker, peers: Peers
+) -> None:
+    """h: A run has stored a closing when 3 looks, and counts it after that.
+
+    Another connection opens meanwhile, so the series has another number and keeps its
+    counters.
+    """
+    peers.connect(3)
+    number = number_of(tracker, peers.port)
+    close_all(peers)
+    ledger = tracker.series._ledger.upto(number + 1)
+    ledger["closed"][number] -= 1  # the state before the last closing is counted
+
+    def open_more() -> None:
+        peers.connect(1)
+        tracker.wait_for_runs()
+
+    def count_closing() -> None:
+        ledger["closed"][number] += 1
+        tracker.wait_for_runs()
+
+    free(tracker, number, open_more, wait_again=count_closing)
+    assert opened_and_closed(tracker.series.ledger(), peers.port) == (4, 3)
+    assert_each_has_one_owner(tracker)
+
+
 def test_connections_beyond_the_capacity_are_counted_together() -> None:
     """7 numbers for 23 ports of each IP version: no connection is lost or counted twice."""
     tracker = attach(max_series=7)
@@ -336,6 +375,9 @@ def test_connections_beyond_the_capacity_are_counted_together() -> None:
             assert ledger.closed.sum() == 4 * true
             tracker.reclaim()
             assert tracker.series.in_use() == 0
+            ledger = tracker.series.ledger()
+            assert ledger.opened[1:5].tolist() == [true] * 4
+            assert ledger.closed[1:5].tolist() == [true] * 4
             everyone[0].connect(1)
             assert number_of(tracker, everyone[0].port) >= SERIES_FIRST
             close_all(everyone[0])
@@ -388,13 +430,19 @@ def test_a_million_cycles_lose_no_number(few_numbers: Tracker, effort: Effort) -
 def test_clients_on_all_cpus_lose_no_number(few_numbers: Tracker, effort: Effort) -> None:
     """Each local port of a client is a series; userspace frees numbers all the while.
 
-    Numbers run out sometimes. The counters balance at the end, whatever was missed.
+    Numbers run out sometimes. The counters balance at the end, whatever was missed. Their
+    sum never decreases, although counters of freed numbers are added to others.
     """
     tracker = few_numbers
     cpus = sorted(os.sched_getaffinity(0))
     stop = threading.Event()
     churned = [0] * len(PORTS)
     freed = 0
+    totals: list[int] = []
+
+    def read() -> None:
+        totals.append(int(tracker.series.ledger().opened.sum()))
+
     with contextlib.ExitStack() as running:
         threads = []
         for at, port in enumerate(PORTS):
@@ -406,6 +454,7 @@ def test_clients_on_all_cpus_lose_no_number(few_numbers: Tracker, effort: Effort
         for thread in threads:
             thread.start()
         try:
+            running.enter_context(repeating(read, pause_s=0))
             while sum(churned) < effort.of(CHURNED):
                 before = tracker.series.in_use()
                 tracker.reclaim()
@@ -415,6 +464,7 @@ def test_clients_on_all_cpus_lose_no_number(few_numbers: Tracker, effort: Effort
             for thread in threads:
                 thread.join()
     assert freed > 0
+    assert totals == sorted(totals)
     tracker.wait_for_runs()
     assert_each_has_one_owner(tracker)
     ledger = tracker.series.ledger()
