@@ -395,7 +395,7 @@ def few_numbers(netns: str, request: pytest.FixtureRequest) -> Iterator[Tracker]
     attached.close()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("few_numbers", [MANY], indirect=True)
 def test_a_million_cycles_lose_no_number(few_numbers: Tracker, effort: Effort) -> None:
     """Numbers are allocated and freed in random order; some have connections."""

@@ -182,7 +182,7 @@ def test_a_named_source_is_opened(name: str) -> None:
 
 def connections(port: int, number: int, direction: Direction) -> Records:
     made = np.zeros(number, SOCKET)
-    made["key"]["netns"] = namespaces.inode()
+    made["key"]["netns"], made["key"]["remote_port"] = namespaces.inode(), 5432
     made["key"]["local_port"] = port
     made["key"]["local_address"][:, :12] = IPV4_PREFIX
     made["is_outbound"] = direction
@@ -205,6 +205,8 @@ class SourceHere(MemorySource):
         (Settings(direction="all", max_series=1), {"40001": 5, "other": 3}),
         (Settings(direction="all", ports=(443,), tcpv6=False), {"443": 3}),
         (Settings(ports=(8443,), tcpv6=False), {"8443": 0}),
+        (Settings(direction="outbound", labels=("port", "remote_port")), {"": 5}),
+        (Settings(direction="all", labels=("port", "direction")), {"443": 3, "40001": 5}),
         (Settings(listen_port=443), {}),
         (Settings(listen_port=443, once=True), {"443": 3}),
     ],
@@ -232,6 +234,33 @@ def test_once_prints_the_selected_series(
         for sample in family.samples
         if sample.name == "tcp_established_connections"
     } == expected
+
+
+@pytest.mark.parametrize("direction", collecting.DIRECTIONS)
+def test_no_labels_are_the_same_as_simple(direction: str) -> None:
+    """Both export one number; the other labels of a series do not matter."""
+
+    def page(settings: Settings) -> list[tuple[str, dict[str, str], float]]:
+        source = SourceHere(
+            [connections(443, 3, Direction.INBOUND), connections(7, 5, Direction.OUTBOUND)],
+            parts=kernel_parts(
+                collecting.DIRECTIONS[settings.direction], settings.series_labels
+            ),
+        )
+        choice = collecting.chooser(settings, source)(settings)
+        collected = collecting.make_collector(source, settings, choice)
+        return [
+            (each.name, each.labels, each.value)
+            for family in collected.collect()
+            for each in family.samples
+            if not each.name.endswith("collect_duration_seconds")
+        ]
+
+    simple = page(Settings(simple=True, direction=direction))
+    assert page(Settings(labels=(), direction=direction)) == simple
+    assert page(Settings(simple=True, labels=("port",), direction=direction)) == simple
+    expected = {"inbound": 3, "outbound": 5, "all": 8}[direction]
+    assert ("tcp_established_connections", {}, expected) in simple
 
 
 class SlowSource(MemorySource):

@@ -15,7 +15,6 @@ from tcpexporter.ebpf.event_counters import EVENT_KINDS, RECURSION_MISSES_BYTES
 from tcpexporter.ebpf.libbpf import load_libbpf
 from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import FIRST, Map, possible_cpus, program_info
-from tcpexporter.ebpf.series_numbers import WINDOW
 
 SYS_PIDFD_GETFD = 438
 """System call number of pidfd_getfd(2), the same on every architecture."""
@@ -23,6 +22,9 @@ SYS_PIDFD_GETFD = 438
 MAP_NAME = slice(24, 40)
 MAP_MAX_ENTRIES = slice(16, 20)
 """Layout of the start of ``struct bpf_map_info``: include/uapi/linux/bpf.h."""
+
+ENTRIES = 8192
+"""Number of corrections that are read: more than the series of any test."""
 
 Maps = dict[str, tuple[int, int]]
 """A descriptor and the size of each map, by name."""
@@ -82,8 +84,8 @@ class KernelCounts:
         self.cpus = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
         descriptor, entries = maps["corrections"]
         entry = entry_dtype(buckets)
-        array = MappedArray(descriptor, entry, entries, WINDOW)
-        self._corrections = array.upto(WINDOW)
+        array = MappedArray(descriptor, entry, entries, ENTRIES)
+        self._corrections = array.upto(ENTRIES)
 
     @classmethod
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcpexporter.connections.counting import Projection, count, kernel_parts, select
@@ -307,6 +307,7 @@ def test_what_opens_and_closes_between_polls_is_counted() -> None:
     source.close()
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sets(st.integers(1, 7)), min_size=1, max_size=7),
     st.integers(0, 3),

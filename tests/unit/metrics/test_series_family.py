@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Families that are written fast have the same text as those of the library."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.openmetrics.exposition import (
+    generate_latest as generate_openmetrics,
+)
+from prometheus_client.registry import Collector
+
+from tcpexporter.metrics.exposition import OPENMETRICS, TEXT, Exposition
+from tcpexporter.metrics.series_family import PLAIN_BELOW, LabelSets, SeriesFamily
+
+HELP = 'Number of "connections" \\ in each series.'
+
+
+class Only(Collector):
+    """Collects one family."""
+
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> list[Metric]:
+        return [self._family]
+
+
+def by_library(kind: str, labels: LabelSets, numbers: list[int]) -> Metric:
+    make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+    family = make("connections", HELP, labels=labels.names)
+    for row, number in zip(labels.rows, numbers, strict=True):
+        family.add_metric(row, number)
+    return family
+
+
+some_numbers = (
+    st.integers(0, 7)
+    | st.integers(0, 2**63 - 1)
+    | st.integers(PLAIN_BELOW - 2, PLAIN_BELOW + 2)
+)
+some_values = st.text(st.characters(codec="utf-8"), max_size=7) | st.sampled_from(
+    ["", "443", "other", 'say "yes"', "a\\b", "a\nb", "\\n", '\\"']
+)
+
+
+@settings(deadline=None)
+@given(
+    kind=st.sampled_from(["counter", "gauge"]),
+    names=st.sampled_from([(), ("port",), ("tcp_version", "port"), ("port", "netns", "a")]),
+    data=st.data(),
+    numbers=st.lists(some_numbers, max_size=5),
+)
+def test_a_family_is_written_as_by_the_library(
+    kind: str, names: tuple[str, ...], data: st.DataObject, numbers: list[int]
+) -> None:
+    """This holds for any label values and numbers, in both formats."""
+    rows = data.draw(
+        st.lists(
+            st.tuples(*[some_values] * len(names)),
+            min_size=len(numbers),
+            max_size=len(numbers),
+        )
+    )
+    labels = LabelSets(names, rows)
+    ours = SeriesFamily("connections", HELP, kind, labels, numbers)
+    theirs = by_library(kind, labels, numbers)
+    registry = CollectorRegistry()
+    registry.register(Only(theirs))
+    assert Exposition([ours]).body(TEXT) == generate_latest(registry)
+    openmetrics = generate_openmetrics(registry)  # type: ignore[no-untyped-call]
+    assert Exposition([ours]).body(OPENMETRICS) == openmetrics
+    assert ours.samples == theirs.samples
+
+
+@pytest.mark.parametrize("number", [0, 999_999, 1_000_000, 2**53, 2**63 - 1])
+def test_a_number_is_written_as_by_go(number: int) -> None:
+    """From a million on it has an exponent."""
+    labels = LabelSets((), [()])
+    family = SeriesFamily("connections", HELP, "gauge", labels, [number])
+    (line,) = family.sample_lines().decode().splitlines()
+    name, text = line.split(" ")
+    assert name == "connections"
+    assert float(text) == float(number)
+    assert ("e" in text) == (number >= PLAIN_BELOW)
+
+
+def test_labels_are_written_once() -> None:
+    """The text is kept for the families and scrapes that share it."""
+    labels = LabelSets(("port",), [("443",)])
+    assert labels.texts is labels.texts
+    assert labels.texts == ['{port="443"} ']
