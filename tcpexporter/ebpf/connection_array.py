@@ -129,6 +129,24 @@ class ConnectionArray:
         for at, words in enumerate(self.word_windows()):
             yield self._mapped(at * WINDOW, at * WINDOW + len(words)), words
 
+    def words_upto(self, slots: int) -> Words:
+        """Return the words of at least the first ``slots`` slots.
+
+        Raises:
+            OSError: the kernel refuses to map them.
+        """
+        return self._words.upto(slots)
+
+    def records_of(self, slots: Slots) -> tuple[Records, Slots]:
+        """Return records of which some are those of these slots, and the indices of these.
+
+        Raises:
+            OSError: the kernel refuses to map them.
+        """
+        first = int(slots.min()) // WINDOW * WINDOW
+        last = min(int(slots.max()) // WINDOW * WINDOW + WINDOW, self._slots)
+        return self._mapped(first, last), slots - np.uint32(first)
+
     def upto(self, slots: int) -> tuple[Records, Words]:
         """Return the records and words of at least the first ``slots`` slots.
 

@@ -229,8 +229,9 @@ class Tracker(EventCounters):
     @map_errors()
     def _write_seeds(self, slots: Slots, seeds: Records, seed_words: Words) -> bool:
         """Write all seeds and return True; or none, if the map cannot hold all of them."""
-        records, all_words = self._array.upto(int(slots.max()) + 1)
-        records[slots] = seeds
+        all_words = self._array.words_upto(int(slots.max()) + 1)
+        records, at = self._array.records_of(slots)
+        records[at] = seeds
         if masks := self._parts.client_masks:
             self._array.put_clients(slots, client_hashes(seeds["key"], masks))
         done = self._handles.put_all(seeds["handle"].copy(), slots)
@@ -240,7 +241,7 @@ class Tracker(EventCounters):
             return True
         self._handles.delete_all(seeds["handle"][:done])
         self.wait_for_runs()  # as in `release`: a run may have found one of the slots
-        records["handle"][slots] = 0
+        records["handle"][at] = 0
         return False
 
     @map_errors()
@@ -250,7 +251,7 @@ class Tracker(EventCounters):
         missing = wanted
         while missing > 0 and (slots := self._free_slots.pop()) is not None:
             # So that reading does not stop here before the slots are used.
-            self._array.upto(int(slots[-1]) + 1)[1][slots] = CLOSED
+            self._array.words_upto(int(slots[-1]) + 1)[slots] = CLOSED
             parts.append(slots)
             missing -= len(slots)
         taken = np.concatenate(parts)
