@@ -82,7 +82,7 @@ def check_connections(connections: Records) -> None:
     assert connections.dtype == SOCKET
     assert (connections["is_outbound"] <= 1).all()
     ledger = MemoryLedger(Parts(OutboundPort.LOCAL, by_netns=True))
-    found = numbers(ledger.count(connections))
+    found = numbers(ledger.count(connections).words)
     assert found.all()
     assert (found < len(ledger.snapshot().series)).all()
 

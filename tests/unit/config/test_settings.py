@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import settings as run_with
 from hypothesis import strategies as st
 
-from tcpexporter.config.settings import Settings, misleading, parse, reread
+from tcpexporter.config.reread import reread
+from tcpexporter.config.settings import Settings, misleading, parse
 from tcpexporter.config.values import LABELS
 from tcpexporter.errors import SettingsError, quoted
 

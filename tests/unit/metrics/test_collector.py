@@ -19,6 +19,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from tcpexporter import version
+from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import (
     IPV4_PREFIX,
@@ -26,7 +27,6 @@ from tcpexporter.connections.record import (
     SOCKET,
     Direction,
     Records,
-    Words,
 )
 from tcpexporter.connections.series import OutboundPort, Parts
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
@@ -139,7 +139,7 @@ def test_the_exposition_has_the_corrections_of_its_reconciliation() -> None:
             self.chunks.append(connections(443, 1))
             self.counted.count(self.chunks[-1])
 
-        def read(self) -> Iterator[Words]:
+        def read(self) -> Iterator[Chunk]:
             yield from super().read()
             self._reconcile()
 
@@ -622,7 +622,7 @@ class BrokenSource(MemorySource):
 
     broken = True
 
-    def read(self) -> Iterator[Words]:
+    def read(self) -> Iterator[Chunk]:
         yield from super().read()
         if self.broken:
             raise TrackerError("the kernel refuses to read the map")

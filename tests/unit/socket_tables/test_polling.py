@@ -116,7 +116,7 @@ def after_polls(tables: FakeTables, number: int) -> None:
 
 def read(source: PollingSource) -> Words:
     (only,) = source.read()
-    return only
+    return only.words
 
 
 def ages_of(source: PollingSource) -> dict[int, int]:
