@@ -363,6 +363,25 @@ def labels_of(connection: Connection, labels: Sequence[str]) -> Labels:
     return tuple(values[each] for each in labels)
 
 
+def is_selected(connection: Connection, selected: Selection) -> bool:
+    """Return whether a connection is counted, as the documents describe it."""
+    is_outbound = connection.direction == Direction.OUTBOUND
+    is_by_remote_port = is_outbound and "remote_port" in selected.labels
+    port = connection.remote_port if is_by_remote_port else connection.port
+    listener = connection.netns, connection.port
+    return (
+        bool(selected.ports[port])
+        and connection.version in selected.ip_versions
+        and connection.direction in selected.directions
+        and (is_outbound or listener != selected.own_listener)
+    )
+
+
+def is_old(connection: Connection, since_ns: int) -> bool:
+    """Return whether a connection was established at this time or before."""
+    return since_ns >= 0 and connection.unit <= since_ns >> TIME_SHIFT
+
+
 def by_labels(
     counts: Counts, labels: Sequence[str], numbers: Sequence[int]
 ) -> Counter[Labels]:
@@ -394,23 +413,6 @@ def test_counts_are_those_of_a_python_loop(
     since_ns: int,
 ) -> None:
     """This holds for any connections, any chunks, any labels and any selection."""
-
-    def is_selected(each: Connection) -> bool:
-        is_by_remote_port = "remote_port" in labels and each.direction == Direction.OUTBOUND
-        port = each.remote_port if is_by_remote_port else each.port
-        is_inbound = each.direction == Direction.INBOUND
-        is_own = is_inbound and (each.netns, each.port) == own_listener
-        return (
-            (not ports or port in ports)
-            and (tcpv6 or each.version == 4)
-            and each.direction in directions
-            and not is_own
-        )
-
-    expected = [each for each in connections if is_selected(each)]
-    old = [
-        each for each in expected if since_ns >= 0 and each.unit <= since_ns >> TIME_SHIFT
-    ]
     selected = selection(
         *ports,
         tcpv6=tcpv6,
@@ -418,6 +420,8 @@ def test_counts_are_those_of_a_python_loop(
         own_listener=own_listener,
         labels=labels,
     )
+    expected = [each for each in connections if is_selected(each, selected)]
+    old = [each for each in expected if is_old(each, since_ns)]
     counts = counted(connections, selected, since_ns, cuts=sorted(cuts))
     values = counts.values
     assert by_labels(counts, labels, values.established.tolist()) == Counter(
