@@ -4,6 +4,7 @@
 import contextlib
 import itertools
 import os
+import random
 import resource
 import socket
 import struct
@@ -19,6 +20,9 @@ one."""
 
 PER_PROCESS = 27_000
 """Maximum number of connections of a process; each requires two descriptors."""
+
+IP_BIND_ADDRESS_NO_PORT = 24
+"""ip(7); Python has it since 3.12."""
 
 OTHER_DESCRIPTORS = 100
 DEADLINE_S = 60.0
@@ -89,9 +93,12 @@ def _hold(at: str, connections: int) -> None:
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     listeners = [_listener(at, port) for port in PORTS]
+    clients = random.Random(at)  # noqa: S311  # repeatable
     for listener in itertools.islice(itertools.cycle(listeners), connections):
         client = socket.socket()
         _reset_on_close(client)
+        client.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        client.bind((_client_address(clients.getrandbits(20)), 0))
         client.connect(listener.getsockname())
         server, _ = listener.accept()
         # Keep the descriptors only: a hundred thousand socket objects use much memory.
@@ -101,6 +108,12 @@ def _hold(at: str, connections: int) -> None:
     sys.stdout.flush()
     sys.stdin.read()
     os._exit(0)
+
+
+def _client_address(number: int) -> str:
+    """Return one of a million addresses, so that many connections have a client of their
+    own."""
+    return f"127.{128 + (number >> 16)}.{number >> 8 & 255}.{number & 255 or 1}"
 
 
 def _listener(at: str, port: int) -> socket.socket:

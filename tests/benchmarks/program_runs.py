@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tcpexporter.config.settings import Settings
+from tcpexporter.connections.identity import client_masks
 from tcpexporter.connections.record import TIME_SHIFT
 from tcpexporter.ebpf import loader
 from tcpexporter.ebpf.loader_protocol import Request
@@ -40,7 +41,8 @@ STATE_CHANGES: Mapping[Ending, int] = {
 
 EARLIER = "earlier"
 COMPARED = {
-    "event_times": Settings(),
+    "event_times": Settings(clients=False),
+    "event_clients_times": Settings(),
     "event_histograms_times": Settings(histograms=True),
 }
 """The settings of each program that is compared with the earlier one, by figure."""
@@ -94,7 +96,13 @@ def compared_programs() -> Iterator[dict[str, Attachable]]:
 
 def _present_program(netns: int, settings: Settings) -> int:
     bounds = tuple(round(each * 1e9) >> TIME_SHIFT for each in settings.bounds_s)
-    request = Request(DEFAULT_MAX_CONNECTIONS, netns, secret=(1, 2), lifetime_bounds=bounds)
+    request = Request(
+        DEFAULT_MAX_CONNECTIONS,
+        netns,
+        secret=(1, 2),
+        lifetime_bounds=bounds,
+        client_masks=client_masks(*settings.client_prefix) if settings.clients else None,
+    )
     descriptors = loader.load(request)
     # The program has references to its maps.
     program = os.dup(descriptors.program)

@@ -37,6 +37,9 @@ OURS = "ebpf"
 NETNS_ALL = "netns_all"
 """The same with --netns all."""
 
+WITHOUT_CLIENTS = "without_clients"
+"""The same with --clients=false."""
+
 POLLING = ("sock_diag", "procfs")
 NODE_EXPORTER = "node_exporter"
 DUMP_INFO = "dump_info"
@@ -268,17 +271,18 @@ def _others(size: Size) -> dict[str, Callable[[], AbstractContextManager[Contend
         return lambda: worker(name, size.sockets)
 
     return {
-        NETNS_ALL: lambda: _netns_all(size.max_connections),
+        NETNS_ALL: lambda: _ours_with(NETNS_ALL, size, "--netns", "all"),
+        WITHOUT_CLIENTS: lambda: _ours_with(WITHOUT_CLIENTS, size, "--clients=false"),
         NODE_EXPORTER: node_exporter,
         **{name: of_worker(name) for name in METHODS},
     }
 
 
 @contextlib.contextmanager
-def _netns_all(max_connections: int) -> Iterator[Scraped]:
-    """Run an exporter that counts the connections of all network namespaces."""
-    with _tracker(max_connections, "--netns", "all") as started, ExitStack() as stack:
-        yield _scraped(stack, NETNS_ALL, started)
+def _ours_with(name: str, size: Size, *arguments: str) -> Iterator[Scraped]:
+    """Run another exporter, with other settings."""
+    with _tracker(size.max_connections, *arguments) as started, ExitStack() as stack:
+        yield _scraped(stack, name, started)
 
 
 def logged(measured: Measured) -> Measured:
@@ -377,11 +381,12 @@ def figure_samples(sizes: Sequence[Size]) -> dict[str, list[float]]:
     if million:
         samples |= _samples_of_million(million)
     if small and million:
-        for figure, name in (
-            ("scrape_million_times", OURS),
-            ("scrape_million_netns_all_times", NETNS_ALL),
+        for figure, name, with_small in (
+            ("scrape_million_times", OURS, OURS),
+            ("scrape_million_netns_all_times", NETNS_ALL, OURS),
+            ("scrape_million_without_clients_times", WITHOUT_CLIENTS, WITHOUT_CLIENTS),
         ):
-            samples[figure] = _ratios(_wall_s(million, name), _wall_s(small, OURS))
+            samples[figure] = _ratios(_wall_s(million, name), _wall_s(small, with_small))
     full = [each.kept_full for each in by_sockets.values() if each.kept_full]
     if full:
         samples["kernel_bytes"] = [full[-1].total_bytes / full[-1].tracked]

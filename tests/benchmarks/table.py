@@ -29,6 +29,7 @@ from tests.benchmarks.sizes import (
     NETNS_ALL,
     NODE_EXPORTER,
     OURS,
+    WITHOUT_CLIENTS,
     Kept,
     Measured,
     Size,
@@ -43,6 +44,7 @@ GIB_BYTES = 1 << 30
 
 CONTENDERS = {
     OURS: "**tcpexporter**, `--source ebpf`: GET /metrics",
+    WITHOUT_CLIENTS: "tcpexporter, the same with `--clients=false`",
     NETNS_ALL: "tcpexporter, the same with `--netns all`",
     "sock_diag": "tcpexporter, `--source sock_diag`, which polls: GET /metrics",
     "procfs": "tcpexporter, `--source procfs`, which polls: GET /metrics",

@@ -23,6 +23,7 @@ SIZES = [
         max_connections=262_144,
         contenders=[
             Measured("ebpf", [0.001, 0.002, 0.003], [0.001], MEMORY),
+            Measured("without_clients", [0.001], [0.001], MEMORY),
             Measured("ss", [0.008, 0.012], [0.004], MEMORY),
             Measured("node_exporter", [0.004], [0.004], MEMORY),
             Measured("psutil", why_not="it gave no number within 60 s"),
@@ -97,6 +98,7 @@ def test_figures_are_ratios_to_the_median_of_what_they_are_compared_with() -> No
         contenders=[
             Measured("ebpf", [0.004, 0.008], [0.008], MEMORY),
             Measured("netns_all", [0.01], [0.01], MEMORY),
+            Measured("without_clients", [0.003], [0.003], MEMORY),
             Measured("dump_info", [1.0, 2.0, 9.0], [1.0], MEMORY),
         ],
         starts=[Start(4.0, MEMORY, SETTLED), Start(6.0, MEMORY, SETTLED)],
@@ -106,6 +108,7 @@ def test_figures_are_ratios_to_the_median_of_what_they_are_compared_with() -> No
     assert samples["scrape_node_exporter_times"] == pytest.approx([0.25, 0.5, 0.75])
     assert samples["scrape_million_times"] == pytest.approx([2, 4])
     assert samples["scrape_million_netns_all_times"] == pytest.approx([5])
+    assert samples["scrape_million_without_clients_times"] == pytest.approx([3])
     assert samples["ready_million_dumps_times"] == pytest.approx([2, 3])
     assert samples["adopting_million_times"] == pytest.approx([1.3])
     assert samples["adopting_bytes"] == [15 << 20]

@@ -82,7 +82,7 @@ def check_connections(connections: Records) -> None:
     assert connections.dtype == SOCKET
     assert (connections["is_outbound"] <= 1).all()
     ledger = MemoryLedger(Parts(OutboundPort.LOCAL, by_netns=True))
-    found = numbers(ledger.count(connections))
+    found = numbers(ledger.count(connections).words)
     assert found.all()
     assert (found < len(ledger.snapshot().series)).all()
 
@@ -211,6 +211,8 @@ def _check(chosen: settings.Settings) -> None:
     assert 0 <= chosen.reconcile_interval_s <= 86400
     assert list(chosen.buckets) == sorted(set(chosen.buckets))
     assert 0.001 <= chosen.buckets[0] <= chosen.buckets[-1] <= TEN_YEARS_S
+    assert 1 <= chosen.client_prefix[0] <= 32
+    assert 1 <= chosen.client_prefix[1] <= 128
     assert set(chosen.series_labels) <= set(LABELS)
     assert len(set(chosen.series_labels)) == len(chosen.series_labels)
 

@@ -6,6 +6,8 @@ killed and started again. The counts are compared whenever the processes are qui
 must be equal at once if no event was missed. If the kernel has counted a missed event, they
 must be equal after one more reconciliation. TCPEXPORTER_TEST_SEED=NUMBER repeats a walk.
 
+The clients are compared too: each address is a client, but an IPv6 /64 is one.
+
 Two more exporters, with other labels, run during the whole walk. At each quiet point their
 counters agree with their gauges, whatever was missed. What they count as opened and closed
 is what the processes opened and closed.
@@ -20,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from ipaddress import ip_network
 from typing import Self
 
 import pytest
@@ -47,6 +50,9 @@ LABELS = ("auto", "port,tcp_version,direction", "tcp_version,port")
 """Label sets of the exporter that is stopped and started; each start has another one."""
 
 EVERY_LABEL = "port,tcp_version,direction,remote_port"
+
+CLIENTS = "tcp_established_clients"
+LONG_TERM_CLIENTS = "tcp_longterm_clients"
 
 CONNECTED = re.compile(r".*: connect \d+ to (?P<address>\S+) (?P<port>\d+)$")
 """What a process reports when it has connected."""
@@ -213,13 +219,23 @@ class Walk:
     def _differences(
         self, page: oracle.Page, true: oracle.Counts
     ) -> dict[str, dict[oracle.Series, tuple[int, int]]]:
+        listened = oracle.at_ports(true, LISTENED)
         if self._direction == "inbound":
-            true = oracle.at_ports(true, LISTENED)
-        return {
-            name: wrong
+            true = listened
+        differences = {
+            name: oracle.difference(page.counts(name), true)
             for name in (ESTABLISHED, LONG_TERM)
-            if (wrong := oracle.difference(page.counts(name), true))
         }
+        # A pre-existing connection counts as outbound if its listener has closed. So a
+        # client of both directions counts twice.
+        if all("direction" not in each.labels for each in page.samples(CLIENTS)):
+            true_clients = clients_by_port(oracle.established())
+            for name in (CLIENTS, LONG_TERM_CLIENTS):
+                differences[name] = oracle.difference(
+                    oracle.at_ports(page.counts(name), LISTENED),
+                    oracle.at_ports(true_clients, LISTENED),
+                )
+        return {name: wrong for name, wrong in differences.items() if wrong}
 
     def _audit(self, done: Sequence[str]) -> list[str]:
         """Return what is wrong with the counters; ``done`` has what the processes did."""
@@ -227,6 +243,8 @@ class Walk:
         for exporter in (self._exporter, self._total, self._auditor):
             page, _ = oracle.scrape_and_count(exporter)
             complaints += violated(page)
+            if exporter is not self._exporter and page.missed == 0:
+                complaints += self._wrong_clients(page)
         true = sides(oracle.established())
         counted = {
             "opened": at_sides(page, OPENED),
@@ -247,6 +265,20 @@ class Walk:
                     complaints.append(f"{name}: {grown[name]} instead of {expected}")
         return complaints
 
+    def _wrong_clients(self, page: oracle.Page) -> list[str]:
+        """Return what is wrong with the clients of an exporter that counts all sides."""
+        ends = oracle.established()
+        if any("port" in each.labels for each in page.samples(CLIENTS)):
+            found, true = at_sides(page, CLIENTS), client_sides(ends)
+            return [f"clients: {found} instead of {true}"] if minus(found, true) else []
+        # The server of the scrape itself is the client at its other end.
+        addresses = {client_of(remote) for _, remote in ends} | {"127.0.0.1"}
+        return [
+            f"clients: {int(each.value)} instead of {len(addresses)}"
+            for each in page.samples(CLIENTS)
+            if each.value != len(addresses)
+        ]
+
     @property
     def _may_reset(self) -> bool:
         return self._direction == "all"
@@ -262,6 +294,35 @@ def sides(ends: oracle.Ends) -> Counter[Side]:
             if int(port) in LISTENED:
                 found[direction, int(port), "6" if is_ipv6 else "4"] += number
     return found
+
+
+def client_of(end: str) -> str:
+    """Return the client of an end as ss(8) prints it: an IPv4 address, or an IPv6 /64."""
+    address = end.rpartition(":")[0].strip("[]").removeprefix("::ffff:")
+    if ":" in address:
+        return str(ip_network((address, 64), strict=False))
+    return address
+
+
+def clients_by_port(ends: oracle.Ends) -> oracle.Counts:
+    """Return how many clients each local port has, by IP version."""
+    distinct = {(local, client_of(remote)) for local, remote in ends}
+    by_port = {
+        (port, version, client)
+        for local, client in distinct
+        for port, version in oracle.count(Counter({(local, ""): 1}))
+    }
+    return Counter((port, version) for port, version, _ in by_port)
+
+
+def client_sides(ends: oracle.Ends) -> Counter[Side]:
+    """Return how many clients the listeners have, and how many servers their clients."""
+    distinct = {
+        (side, client_of(remote))
+        for local, remote in ends
+        for side in sides(Counter({(local, remote): 1}))
+    }
+    return Counter(side for side, _ in distinct)
 
 
 def at_sides(page: oracle.Page, name: str) -> Counter[Side]:

@@ -176,7 +176,7 @@ def test_a_named_source_is_opened(name: str) -> None:
     source = collecting.open_source(Settings(source=name))
     assert source.name == name
     source.start()
-    assert sum(map(len, source.read())) >= 0
+    assert sum(len(each.words) for each in source.read()) >= 0
     source.close()
 
 

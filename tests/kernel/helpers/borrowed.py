@@ -39,7 +39,10 @@ def borrowed(process: int) -> Iterator[tuple[Maps, list[int]]]:
         undo.callback(os.close, pidfd)
         maps, programs = {}, []
         for each in Path(f"/proc/{process}/fdinfo").iterdir():
-            shown = each.read_text()
+            try:
+                shown = each.read_text()
+            except FileNotFoundError:  # it was closed in the meantime
+                continue
             is_map, is_program = "map_id:" in shown, "prog_type:" in shown
             if not is_map and not is_program:
                 continue

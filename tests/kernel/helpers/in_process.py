@@ -63,6 +63,7 @@ def attach(
         lifetime_bounds=tuple(round(each * 1e9) >> TIME_SHIFT for each in bounds_s),
         lose_one_in=lose_one_in,
         without=without,
+        client_masks=parts.client_masks,
     )
     return tracker_of(loader.load(request), request, parts)
 

@@ -3,11 +3,13 @@
 
 import ctypes
 import random
+import re
 import socket
 import sys
 import time
 from collections.abc import Callable
 
+from tests.kernel.helpers.many_clients import IP_BIND_ADDRESS_NO_PORT
 from tests.kernel.helpers.worker import serve
 from tests.support import reset
 
@@ -19,6 +21,9 @@ LISTENING = (
 """The ports of each process: one for IPv4, one for IPv6, one for both."""
 
 BACKLOG = 1021
+
+SOURCE = re.compile(r"(::ffff:)?127\.0\.")
+"""The beginning of a client's address, if it is one of several."""
 
 MOST_CONNECTIONS = 199
 """Limit of open ends of a process; when it is reached, each operation also closes an
@@ -103,6 +108,10 @@ class Sockets:
         family, address, port = self._target()
         client = self._unconnected(family)
         try:
+            if source := SOURCE.match(address):
+                # The kernel chooses the port when the client connects, as without bind(2).
+                client.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+                client.bind((f"{source[0]}0.{self._random.randrange(1, 4)}", 0))
             client.connect((address, port))
         except OSError:
             client.close()

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import settings as run_with
 from hypothesis import strategies as st
 
-from tcpexporter.config.settings import Settings, misleading, parse, reread
+from tcpexporter.config.reread import reread
+from tcpexporter.config.settings import Settings, misleading, parse
 from tcpexporter.config.values import LABELS
 from tcpexporter.errors import SettingsError, quoted
 
@@ -28,6 +29,8 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("source", "sock_diag", {"source": "sock_diag"}),
     ("interval", "0.5", {"interval_s": 0.5}),
     ("labels", "direction,port", {"labels": ("port", "direction")}),
+    ("clients", "false", {"clients": False}),
+    ("client-prefix", "24,56", {"client_prefix": (24, 56)}),
     ("histograms", "true", {"histograms": True}),
     ("buckets", "1m,0.5", {"buckets": (0.5, 60.0)}),
     ("max-series", "101", {"max_series": 101}),
@@ -54,7 +57,9 @@ OTHER_SAMPLES = [sample for sample in SAMPLES if sample[0] not in FROM_GO]
 REFUSED = [
     *[
         (name, value, "true or false")
-        for name in ("simple", "tcpv6", "once", "features", "unpin", "histograms")
+        for name in (
+            *("simple", "tcpv6", "once", "features", "unpin", "histograms", "clients"),
+        )
         for value in ("", "yes", "on", "TrUe", "2")
     ],
     *[
@@ -116,6 +121,13 @@ REFUSED = [
             *("", ",", "1,", ",1", "0", "0,1", "0.0009", "-1", "1,-1", "1 2", "1, 2"),
             *("inf", "nan", "1e3", "1d", "1.2.3", "87601h", "315360000.1", "9" * 5000),
             ",".join(map(str, range(1, 26))),
+        )
+    ],
+    *[
+        ("client-prefix", value, "a number from 1 to 32, a comma, and a number from 1 to ")
+        for value in (
+            *("", ",", "24", "24,", ",64", "0,64", "32,0", "33,64", "32,129", "-1,64"),
+            *("24,56,64", "24, 56", "/24,/56", "24.0,56", "+24,56", "2_4,56", "٢,64"),
         )
     ],
     *[("direction", value, "inbound, outbound or all") for value in ("", "in", "ALL")],
@@ -989,6 +1001,10 @@ def test_output_is_accepted_with_once(write_file: WriteFile) -> None:
             "max-series, labels has no effect with simple",
         ),
         ("--buckets 1,2", "buckets has no effect with no --histograms"),
+        (
+            "--clients=false --client-prefix 24,56",
+            "client-prefix has no effect with --clients=false",
+        ),
         ("--port 443,9690", "--port selects 9690, the exporter's own port, "),
         ("--port 7 --listen [::1]:7", "--port selects 7, the exporter's own port, "),
         (
@@ -1031,6 +1047,8 @@ def test_a_misleading_combination_is_reported(argv: str, message: str) -> None:
         "--histograms --buckets 1,2",
         "--buckets 1,6,1m,10m,1h,6h,24h,168h",
         "--netns all --labels netns",
+        "--client-prefix 24,128",
+        "--clients=false --client-prefix 32,64",
         "--direction outbound",
         "--once --port 9690",
         "--netns blue --port 9690",
@@ -1080,6 +1098,11 @@ def test_a_given_text_replaces_the_file(tmp_path: Path) -> None:
             "labels port\nhistograms",
             "buckets 7",
             "restart required for labels, histograms, buckets",
+        ),
+        (
+            "clients=false",
+            "client-prefix 24,56",
+            "restart required for clients, client-prefix",
         ),
         (
             "reconcile-interval 5",

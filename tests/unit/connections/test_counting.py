@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcpexporter.config.values import LABELS
+from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.counting import (
     Counts,
     Projection,
@@ -35,7 +36,6 @@ from tcpexporter.connections.record import (
     TIME_SHIFT,
     Direction,
     Records,
-    Words,
     words,
 )
 from tcpexporter.connections.series import (
@@ -205,8 +205,9 @@ def test_directions_are_selected(directions: Sequence[Direction], expected: int)
     ] * 5
     selected = selection(directions=directions)
     ledger = MemoryLedger(parts_of(selected))
-    chunk = np.append(ledger.count(records(connections)), [np.uint64(0)] * 7 + [CLOSED] * 7)
-    counts = count([chunk], ledger.snapshot, Projection(selected), [0])
+    open_now = ledger.count(records(connections)).words
+    chunk = np.append(open_now, [np.uint64(0)] * 7 + [CLOSED] * 7)
+    counts = count([Chunk(chunk)], ledger.snapshot, Projection(selected), [0])
     assert counts.values.established.sum() == expected
     assert counts.total == 8
 
@@ -304,7 +305,7 @@ def test_a_boundary_before_boot_makes_no_connection_long_term(
 def test_without_connections_all_counts_are_0() -> None:
     """There is no chunk, or only an empty one."""
     ledger = MemoryLedger(parts_of(selection()))
-    nothing: list[list[Words]] = [[], [ledger.count(records([]))]]
+    nothing: list[list[Chunk]] = [[], [ledger.count(records([]))]]
     for chunks in nothing:
         counts = count(chunks, ledger.snapshot, Projection(selection()), [0])
         values = counts.values
@@ -317,11 +318,11 @@ def test_a_chunk_is_not_read_after_the_next_is_requested() -> None:
     ledger = MemoryLedger(parts_of(selection()))
     ledger.count(records([Connection(1)]))
 
-    def one_buffer() -> Iterator[Words]:
+    def one_buffer() -> Iterator[Chunk]:
         buffer = np.zeros(3, np.uint64)
         for port, times in ((80, 3), (443, 2)):
-            buffer[:times] = ledger.count(records([Connection(port)] * times))
-            yield buffer[:times]
+            buffer[:times] = ledger.count(records([Connection(port)] * times)).words
+            yield Chunk(buffer[:times])
             buffer[:] = SERIES_FIRST
 
     counts = count(one_buffer(), ledger.snapshot, Projection(selection()), [0])
@@ -362,6 +363,25 @@ def labels_of(connection: Connection, labels: Sequence[str]) -> Labels:
     return tuple(values[each] for each in labels)
 
 
+def is_selected(connection: Connection, selected: Selection) -> bool:
+    """Return whether a connection is counted, as the documents describe it."""
+    is_outbound = connection.direction == Direction.OUTBOUND
+    is_by_remote_port = is_outbound and "remote_port" in selected.labels
+    port = connection.remote_port if is_by_remote_port else connection.port
+    listener = connection.netns, connection.port
+    return (
+        bool(selected.ports[port])
+        and connection.version in selected.ip_versions
+        and connection.direction in selected.directions
+        and (is_outbound or listener != selected.own_listener)
+    )
+
+
+def is_old(connection: Connection, since_ns: int) -> bool:
+    """Return whether a connection was established at this time or before."""
+    return since_ns >= 0 and connection.unit <= since_ns >> TIME_SHIFT
+
+
 def by_labels(
     counts: Counts, labels: Sequence[str], numbers: Sequence[int]
 ) -> Counter[Labels]:
@@ -393,23 +413,6 @@ def test_counts_are_those_of_a_python_loop(
     since_ns: int,
 ) -> None:
     """This holds for any connections, any chunks, any labels and any selection."""
-
-    def is_selected(each: Connection) -> bool:
-        is_by_remote_port = "remote_port" in labels and each.direction == Direction.OUTBOUND
-        port = each.remote_port if is_by_remote_port else each.port
-        is_inbound = each.direction == Direction.INBOUND
-        is_own = is_inbound and (each.netns, each.port) == own_listener
-        return (
-            (not ports or port in ports)
-            and (tcpv6 or each.version == 4)
-            and each.direction in directions
-            and not is_own
-        )
-
-    expected = [each for each in connections if is_selected(each)]
-    old = [
-        each for each in expected if since_ns >= 0 and each.unit <= since_ns >> TIME_SHIFT
-    ]
     selected = selection(
         *ports,
         tcpv6=tcpv6,
@@ -417,6 +420,8 @@ def test_counts_are_those_of_a_python_loop(
         own_listener=own_listener,
         labels=labels,
     )
+    expected = [each for each in connections if is_selected(each, selected)]
+    old = [each for each in expected if is_old(each, since_ns)]
     counts = counted(connections, selected, since_ns, cuts=sorted(cuts))
     values = counts.values
     assert by_labels(counts, labels, values.established.tolist()) == Counter(
@@ -500,12 +505,12 @@ def test_sums_are_the_same_for_any_labels(
             if is_small:
                 patch.setattr("tcpexporter.connections.memory_ledger.MAX_SERIES", 2)
             ledger = MemoryLedger(parts_of(selected), (1.0, 6.0))
-            all_words = ledger.count(records(everything))
+            all_words = ledger.count(records(everything)).words
         ledger.record_pre_existing(all_words[: len(pre_existing)])
         ledger.record_opened(all_words[len(pre_existing) :])
         ledger.record_closed(all_words[is_closed], LATEST_NS)
         counts = count(
-            [all_words[~is_closed]],
+            [Chunk(all_words[~is_closed])],
             ledger.snapshot,
             Projection(selected),
             [100 * UNIT_NS, 0],
@@ -572,7 +577,9 @@ def test_connections_of_a_freed_number_are_not_those_of_its_next_series(
     """
     answers = iter([ledger_of(before), ledger_of(after)])
     chunk = words(np.full(3, SERIES_FIRST, np.uint32), np.full(3, UNIT_NS, np.uint64))
-    counts = count([chunk], lambda: next(answers), Projection(selection()), [UNIT_NS])
+    counts = count(
+        [Chunk(chunk)], lambda: next(answers), Projection(selection()), [UNIT_NS]
+    )
     assert established(counts) == long_term(counts) == expected
     assert counts.total == sum(expected.values())
 
@@ -588,7 +595,7 @@ def test_a_projection_follows_the_series_of_the_ledger() -> None:
         ([(4, 0, 22, 0), (6, 0, 22, 0), FREE], {(22, 4): 2, (22, 6): 1}),
         ([(4, 0, 22, 0), (4, OUTBOUND, 22, 0)], {(22, 4): 2}),
     ):
-        counts = count([chunk], partial(ledger_of, series), projection, [0])
+        counts = count([Chunk(chunk)], partial(ledger_of, series), projection, [0])
         assert established(counts) == expected
 
 

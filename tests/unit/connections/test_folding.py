@@ -73,7 +73,7 @@ def counts_of(numbers: dict[SeriesKey, int]) -> Counts:
         lifetimes_sum=established * 13,
         lifetimes=np.outer(established, [17, 19, 23]),
     )
-    return Counts(series_of(numbers), values, 1009)
+    return Counts(series_of(numbers), values, 1009, np.arange(len(numbers)))
 
 
 def folded(

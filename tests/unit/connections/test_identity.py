@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """SipHash-1-3 of many keys, compared with an implementation that follows the paper."""
 
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.connections.identity import PIECE, hashes
-from tcpexporter.connections.record import CONNECTION, KEY
+from tcpexporter.connections.identity import PIECE, client_hashes, client_masks, hashes
+from tcpexporter.connections.record import CONNECTION, KEY, Records
 
 MASK = (1 << 64) - 1
 
@@ -86,3 +88,77 @@ def test_each_bit_of_a_key_changes_the_hash() -> None:
     assert len(set(found.tolist())) == len(found)
     assert min(changed) > 8
     assert 30 < sum(changed) / len(changed) < 34
+
+
+def keys_of(*addresses: str) -> Records:
+    """Return keys with these remote addresses; an IPv4 address is v4-mapped."""
+    keys = np.zeros(len(addresses), KEY)
+    for key, text in zip(keys, addresses, strict=True):
+        key["remote_address"] = np.frombuffer(packed_of(text), np.uint8)
+    return keys
+
+
+def packed_of(text: str) -> bytes:
+    address = ip_address(text)
+    return (b"" if address.version == 6 else bytes(10) + b"\xff\xff") + address.packed
+
+
+@given(
+    addresses=st.lists(st.ip_addresses(), max_size=7),
+    ipv4_bits=st.integers(1, 32),
+    ipv6_bits=st.integers(1, 128),
+    secret=st.binary(min_size=16, max_size=16),
+)
+def test_the_hash_of_a_client_is_that_of_its_network(
+    addresses: list[IPv4Address | IPv6Address],
+    ipv4_bits: int,
+    ipv6_bits: int,
+    secret: bytes,
+) -> None:
+    """It is the lower half of the hash of the 16 bytes of the network's address."""
+    texts = [str(each) for each in addresses]
+    halves = (int.from_bytes(secret[:8], "little"), int.from_bytes(secret[8:], "little"))
+    networks = []
+    for text in texts:
+        is_ipv4 = packed_of(text)[:12] == bytes(10) + b"\xff\xff"
+        bits = 96 + ipv4_bits if is_ipv4 else ipv6_bits
+        networks.append(ip_network((packed_of(text), bits), strict=False))
+    expected = [
+        siphash(each.network_address.packed, secret, 1, 3) % 2**32 for each in networks
+    ]
+    found = client_hashes(keys_of(*texts), client_masks(ipv4_bits, ipv6_bits), halves)
+    assert found.dtype == np.uint64
+    assert found.tolist() == expected
+
+
+def test_a_client_is_the_same_at_both_kinds_of_sockets() -> None:
+    """A dual-stack socket shows an IPv4 client as ::ffff:a.b.c.d, also if the local
+    address and all ports differ."""
+    keys = keys_of("192.0.2.7", "::ffff:192.0.2.7", "::ffff:192.0.2.8")
+    keys["local_address"][0] = np.frombuffer(packed_of("192.0.2.1"), np.uint8)
+    keys["local_port"], keys["remote_port"] = [1, 2, 3], [4, 5, 6]
+    first, same, other = client_hashes(keys, client_masks(32, 64)).tolist()
+    assert first == same != other
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [
+        ((32, 64), ["ffffffffffffffffffffffffffffffff", "ffffffffffffffff" + 16 * "0"]),
+        ((24, 56), ["ffffffffffffffffffffffffffffff00", "ffffffffffffff" + 18 * "0"]),
+        ((1, 1), ["ffffffffffffffffffffffff80000000", "80" + 30 * "0"]),
+        ((32, 128), ["ff" * 16, "ff" * 16]),
+    ],
+)
+def test_the_masks_have_the_first_bits(bits: tuple[int, int], expected: list[str]) -> None:
+    """The prefix of an IPv4 address follows the 96 bits of ::ffff:0:0."""
+    masks = client_masks(*bits)
+    shown = [np.array(each, np.uint64).tobytes().hex() for each in masks]
+    assert shown == expected
+
+
+def test_the_default_prefix_of_ipv6_joins_the_addresses_of_a_host() -> None:
+    """A host chooses the low 64 bits of its address."""
+    keys = keys_of("2001:db8:1:2::1", "2001:db8:1:2:ffff::7", "2001:db8:1:3::1")
+    first, same, other = client_hashes(keys, client_masks(32, 64)).tolist()
+    assert first == same != other

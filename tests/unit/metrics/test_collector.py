@@ -20,6 +20,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from tcpexporter import version
+from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import (
     IPV4_PREFIX,
@@ -27,7 +28,6 @@ from tcpexporter.connections.record import (
     SOCKET,
     Direction,
     Records,
-    Words,
 )
 from tcpexporter.connections.series import (
     OUTBOUND,
@@ -150,7 +150,7 @@ def test_the_exposition_has_the_corrections_of_its_reconciliation() -> None:
         def _reconcile(self) -> None:
             self.chunks.append(connections(443, 1))
 
-        def read(self) -> Iterator[Words]:
+        def read(self) -> Iterator[Chunk]:
             yield from super().read()
             self._reconcile()
 
@@ -633,7 +633,7 @@ class BrokenSource(MemorySource):
 
     broken = True
 
-    def read(self) -> Iterator[Words]:
+    def read(self) -> Iterator[Chunk]:
         yield from super().read()
         if self.broken:
             raise TrackerError("the kernel refuses to read the map")

@@ -119,7 +119,7 @@ def after_polls(tables: FakeTables, number: int) -> None:
 
 def read(source: PollingSource) -> Words:
     (only,) = source.read()
-    return only
+    return only.words
 
 
 def ages_of(source: PollingSource) -> dict[int, int]:

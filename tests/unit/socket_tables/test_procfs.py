@@ -252,11 +252,11 @@ def test_polling_keeps_ages_after_an_error(table: Path) -> None:
         )
     ) as source:
         source.start()
-        before = [each.tolist() for each in source.read()]
+        before = [each.words.tolist() for each in source.read()]
         assert len(before[0]) == 3
         for torn in (TABLE[:-30], TABLE + b"x\n", b""):
             table.write_bytes(torn)
             eventually(lambda: failing(source))
             table.write_bytes(TABLE)
             eventually(lambda: not failing(source))
-            assert [each.tolist() for each in source.read()] == before
+            assert [each.words.tolist() for each in source.read()] == before
