@@ -39,7 +39,7 @@ MODULE_MAX_SERIES = "tcpexporter.connections.memory_ledger.MAX_SERIES"
 def test_without_connections_there_are_the_folded_series_only() -> None:
     """Their numbers are those of the BPF program, and number 0 has no series."""
     ledger = MemoryLedger(PARTS)
-    assert numbers(ledger.count(records([]))).tolist() == []
+    assert numbers(ledger.count(records([])).words).tolist() == []
     assert ledger.snapshot().series.view(SERIES).tolist() == [
         (0, 0, 0, 0),
         (4, FOLDED, 0, 0),
@@ -57,7 +57,7 @@ def test_a_series_has_one_number_and_keeps_it(polls: list[list[Connection]]) -> 
     before = ledger.snapshot().series
     for each in polls:
         made = records(each)
-        found = ledger.count(made)
+        found = ledger.count(made).words
         series = ledger.snapshot().series
         assert series[numbers(found)].tolist() == series_of(made, PARTS).tolist()
         assert (times_ns(found) == made["established_ns"] >> 13 << 13).all()
@@ -71,7 +71,7 @@ def test_beyond_the_capacity_series_are_folded(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(MODULE_MAX_SERIES, 2)
     ledger = MemoryLedger(PARTS)
     known = records([Connection(443), Connection(443, 6)])
-    assert sorted(numbers(ledger.count(known))) == [SERIES_FIRST, SERIES_FIRST + 1]
+    assert sorted(numbers(ledger.count(known).words)) == [SERIES_FIRST, SERIES_FIRST + 1]
     more = [
         Connection(port, version, direction, remote_port=port)
         for port in (22, 80)
@@ -79,8 +79,8 @@ def test_beyond_the_capacity_series_are_folded(monkeypatch: pytest.MonkeyPatch) 
         for direction in BOTH
     ]
     expected = [1 + (each.version == 6) + 2 * (each.direction == BOTH[1]) for each in more]
-    assert numbers(ledger.count(records(more))).tolist() == expected
-    assert sorted(numbers(ledger.count(known))) == [SERIES_FIRST, SERIES_FIRST + 1]
+    assert numbers(ledger.count(records(more)).words).tolist() == expected
+    assert sorted(numbers(ledger.count(known).words)) == [SERIES_FIRST, SERIES_FIRST + 1]
     assert len(ledger.snapshot().series) == SERIES_FIRST + 2
 
 
@@ -90,7 +90,9 @@ def test_the_capacity_is_used_up_before_series_are_folded(
     """A poll that finds more series than there are free numbers uses all of these."""
     monkeypatch.setattr(MODULE_MAX_SERIES, 7)
     ledger = MemoryLedger(PARTS)
-    found = numbers(ledger.count(records([Connection(port) for port in range(1, 12)])))
+    found = numbers(
+        ledger.count(records([Connection(port) for port in range(1, 12)])).words
+    )
     assert Counter(found.tolist()) == {
         1: 4,
         **dict.fromkeys(range(SERIES_FIRST, SERIES_FIRST + 7), 1),
@@ -114,7 +116,7 @@ def test_what_happens_is_added_up_in_each_series(
         patch.setattr(MODULE_MAX_SERIES, capacity)
         ledger = MemoryLedger(PARTS)
         for connections, what in steps:
-            found = ledger.count(records(connections))
+            found = ledger.count(records(connections)).words
             if what == "pre_existing":
                 ledger.record_pre_existing(found)
             elif what == "opened":
@@ -145,7 +147,7 @@ def test_a_lifetime_is_in_the_first_bucket_that_is_not_too_small() -> None:
     one, six = (round(each * SECOND_NS) >> TIME_SHIFT for each in bounds_s)
     lifetimes = [0, 1, one - 1, one, one + 1, six, six, six + 1, 9 * six, 9 * six, 99 * six]
     ledger = MemoryLedger(PARTS, bounds_s)
-    found = ledger.count(records(closed_after(lifetimes, LATEST_NS)))
+    found = ledger.count(records(closed_after(lifetimes, LATEST_NS))).words
     ledger.record_closed(found, LATEST_NS)
     shot = ledger.snapshot()
     assert shot.lifetimes[SERIES_FIRST].tolist() == [4, 3, 4]
@@ -156,7 +158,7 @@ def test_a_lifetime_is_in_the_first_bucket_that_is_not_too_small() -> None:
 def test_a_connection_from_the_future_has_lifetime_0() -> None:
     """A restored age may be wrong; a sum must not decrease."""
     ledger = MemoryLedger(PARTS, (1.0,))
-    found = ledger.count(records([Connection(established_ns=LATEST_NS)] * 3))
+    found = ledger.count(records([Connection(established_ns=LATEST_NS)] * 3)).words
     ledger.record_closed(found, SECOND_NS)
     shot = ledger.snapshot()
     assert shot.lifetimes_sum[SERIES_FIRST] == 0
@@ -166,7 +168,7 @@ def test_a_connection_from_the_future_has_lifetime_0() -> None:
 def test_a_snapshot_does_not_change() -> None:
     """The polling thread records while a scrape uses the snapshot."""
     ledger = MemoryLedger(PARTS, (1.0,))
-    found = ledger.count(records([Connection()] * 3))
+    found = ledger.count(records([Connection()] * 3)).words
     before = ledger.snapshot()
     ledger.record_opened(found)
     ledger.record_closed(found, LATEST_NS)
@@ -195,14 +197,14 @@ def test_series_of_forgotten_namespaces_lose_their_counters() -> None:
             Connection(443, netns=OWN_NETNS),
         ]
     )
-    found = ledger.count(made)
+    found = ledger.count(made).words
     ledger.record_opened(found)
     ledger.record_closed(found[[0, 2]], LATEST_NS)
     ledger.forget([OTHER_NETNS])
     assert len(series_in(ledger)) == 3
     ledger.drop_forgotten(found[1:2])
     assert series_in(ledger) == {(OTHER_NETNS, 80), (OWN_NETNS, 443)}
-    again = ledger.count(made)
+    again = ledger.count(made).words
     shot = ledger.snapshot()
     assert shot.opened[numbers(again)].tolist() == [0, 1, 1]
     assert shot.closed[numbers(again)].tolist() == [0, 0, 1]
@@ -212,32 +214,34 @@ def test_a_namespace_is_forgotten_once() -> None:
     """A new namespace with the same inode keeps what happens in it."""
     ledger = MemoryLedger(PARTS)
     ledger.forget([OWN_NETNS])
-    ledger.drop_forgotten(ledger.count(records([])))
-    ledger.record_opened(ledger.count(records([Connection()])))
-    ledger.drop_forgotten(ledger.count(records([])))
+    ledger.drop_forgotten(ledger.count(records([])).words)
+    ledger.record_opened(ledger.count(records([Connection()])).words)
+    ledger.drop_forgotten(ledger.count(records([])).words)
     assert series_in(ledger) == {(OWN_NETNS, 443)}
 
 
 def test_other_series_keep_their_numbers_when_some_are_forgotten() -> None:
     """A scrape may have the words from before, and the ledger from after."""
     ledger = MemoryLedger(PARTS)
-    gone = ledger.count(records([Connection(22, netns=OTHER_NETNS)]))
-    kept = ledger.count(records([Connection(443)]))
+    gone = ledger.count(records([Connection(22, netns=OTHER_NETNS)])).words
+    kept = ledger.count(records([Connection(443)])).words
     ledger.forget([OTHER_NETNS])
     ledger.drop_forgotten(kept)
     series = ledger.snapshot().series
     assert series[numbers(kept)].tolist() == series_of(records([Connection()]), PARTS)
     assert series[numbers(gone)].tolist() == [0]
-    assert ledger.count(records([Connection(443)])).tolist() == kept.tolist()
+    assert ledger.count(records([Connection(443)])).words.tolist() == kept.tolist()
 
 
 def test_free_numbers_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory of the ledger does not grow with the namespaces that come and go."""
     monkeypatch.setattr(MODULE_MAX_SERIES, 5)
     ledger = MemoryLedger(PARTS)
-    stays = ledger.count(records([Connection()]))
+    stays = ledger.count(records([Connection()])).words
     for netns in range(1, 101):
-        found = ledger.count(records([Connection(port, netns=netns) for port in (1, 2, 3)]))
+        found = ledger.count(
+            records([Connection(port, netns=netns) for port in (1, 2, 3)])
+        ).words
         assert len(set(numbers(found).tolist()) - set(range(SERIES_FIRST))) == 3
         ledger.record_opened(found)
         ledger.record_closed(found, LATEST_NS)
@@ -256,7 +260,7 @@ def test_a_word_of_a_dropped_series_is_not_that_of_the_next(
     ledger = MemoryLedger(PARTS, (1.0,))
 
     def happens(netns: int) -> Words:
-        found = ledger.count(records([Connection(netns=netns)] * 3))
+        found = ledger.count(records([Connection(netns=netns)] * 3)).words
         ledger.record_opened(found)
         ledger.record_closed(found, LATEST_NS)
         return found

@@ -722,11 +722,11 @@ def example(bounds_s: Sequence[float] = ()) -> MemorySource:
         bounds_s=bounds_s,
     )
     opened, pre_existing, *others = map(source.counted.count, source.chunks)
-    source.counted.record_pre_existing(pre_existing)
+    source.counted.record_pre_existing(pre_existing.words)
     for each in (opened, *others):
-        source.counted.record_opened(each)
+        source.counted.record_opened(each.words)
     for closed in (connections(443, 11, age_s=30), connections(443, 13, age_s=0.5)):
-        closed_words = source.counted.count(closed)
+        closed_words = source.counted.count(closed).words
         source.counted.record_opened(closed_words)
         source.counted.record_closed(closed_words, NOW_NS)
     attempted = connections(0, 1)

@@ -74,7 +74,7 @@ def source_of(*chunks: Records, labels: Sequence[str]) -> MemorySource:
     """Return a source with these open connections, each opened while it counted."""
     source = MemorySource(chunks, parts=kernel_parts(BOTH, labels))
     for each in chunks:
-        source.counted.record_opened(source.counted.count(each))
+        source.counted.record_opened(source.counted.count(each).words)
     return source
 
 
@@ -200,7 +200,7 @@ class Activity(MemorySource):
 
     def open(self, made: Records, *, is_pre_existing: bool) -> None:
         self.chunks.append(made)
-        added = self.counted.count(made)
+        added = self.counted.count(made).words
         if is_pre_existing:
             self.counted.record_pre_existing(added)
         else:
@@ -208,7 +208,7 @@ class Activity(MemorySource):
 
     def close_first(self) -> None:
         if self.chunks:
-            closed = self.counted.count(self.chunks.pop(0))
+            closed = self.counted.count(self.chunks.pop(0)).words
             self.counted.record_closed(closed, NOW_NS)
 
 
@@ -376,7 +376,7 @@ def test_a_forgotten_namespace_does_not_reappear_with_its_counters(
         page = scrape(collected)
         assert netns_of(page, OPENED) == netns_of(page, ESTABLISHED) == {("self",): 3}
         assert page[PRE_EXISTING] == {(): 0}
-    source.counted.drop_forgotten(source.counted.count(source.chunks[0]))
+    source.counted.drop_forgotten(source.counted.count(source.chunks[0]).words)
     assert netns_of(scrape(collected), OPENED) == {("self",): 3}
     source.open(elsewhere(17, 443, 2), is_pre_existing=False)
     page = scrape(collected)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.counting import Projection, count, kernel_parts, select
 from tcpexporter.connections.record import (
     LISTENER,
@@ -412,7 +413,7 @@ def test_a_scrape_during_a_poll_counts_no_connection_in_another_series() -> None
     tables.found = np.concatenate([in_netns(7, 1), in_netns(11, 3)])
     source.start()
 
-    def poll() -> Iterator[Words]:
+    def poll() -> Iterator[Chunk]:
         yield from source.read()
         tables.found = in_netns(11, 3, 5)
         source.forget([7])
