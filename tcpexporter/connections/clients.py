@@ -11,7 +11,7 @@ from tcpexporter.connections.identity import CLIENT_BITS, Clients
 from tcpexporter.connections.record import SERIES_MASK, Words
 
 Seen: TypeAlias = npt.NDArray[np.uint64]
-"""A number for each connection: from the highest bit to the lowest, its series number, the
+"""A number for each slot: from the highest bit to the lowest, its series number, the
 hash of its client, and whether it is too young to be long-term."""
 
 _NUMBER_SHIFT = np.uint64(CLIENT_BITS + 1)
@@ -39,19 +39,18 @@ class ClientCounts:
 
 
 def seen(words: Words, clients: Clients, limit: np.uint64) -> Seen:
-    """Return the clients of connections.
+    """Return the clients of connections; a slot without connection has the number 0.
 
     Args:
-        words: of slots; those without connection are left out.
+        words: of slots.
         clients: of the same slots.
         limit: words from this one on are those of connections that are not long-term.
     """
-    is_open = np.flatnonzero(words & np.uint64(SERIES_MASK))
-    there = words[is_open]
-    found = (there & np.uint64(SERIES_MASK)) << np.uint64(CLIENT_BITS)
-    found |= clients[is_open]
+    found = words & np.uint64(SERIES_MASK)
+    found <<= np.uint64(CLIENT_BITS)
+    found |= clients
     found <<= np.uint64(1)
-    found |= there >= limit
+    found |= words >= limit
     return found
 
 
@@ -63,22 +62,22 @@ def count_clients(found: Seen, rows: npt.NDArray[np.int64], size: int) -> Client
         rows: the index of the series that each number is counted in; -1: none.
         size: how many series there are.
     """
-    row = rows[(found >> _NUMBER_SHIFT).view(np.int64)]
-    is_counted = row >= 0
-    keys = found[is_counted] & _BELOW_NUMBER
-    keys |= row[is_counted].view(np.uint64) << _NUMBER_SHIFT
+    row = rows.take((found >> _NUMBER_SHIFT).view(np.int64))
+    is_counted = np.flatnonzero(row >= 0)
+    keys = found.take(is_counted) & _BELOW_NUMBER
+    keys |= row.take(is_counted).view(np.uint64) << _NUMBER_SHIFT
     keys.sort()
     clients = keys >> np.uint64(1)
-    is_first = np.ones(len(keys), np.bool_)
-    is_first[1:] = clients[1:] != clients[:-1]
-    first = np.flatnonzero(is_first)
-    of = (keys[first] >> _NUMBER_SHIFT).view(np.int64)
+    first = np.flatnonzero(np.append(True, clients[1:] != clients[:-1])[: len(keys)])
+    keys = keys[first]
+    # The clients of a series are those from its begin to its end.
+    begin = np.searchsorted(keys, np.arange(size, dtype=np.uint64) << _NUMBER_SHIFT)
+    end = np.append(begin, len(keys))[1:]
     # Of one client, long-term connections come first.
-    is_long_term = keys[first] & np.uint64(1) == 0
+    long_term = np.append(0, np.cumsum(keys & np.uint64(1) == 0))
     largest = np.zeros(size, np.int64)
-    np.maximum.at(largest, of, np.diff(first, append=len(keys)))
-    return ClientCounts(
-        np.bincount(of, minlength=size),
-        np.bincount(of[is_long_term], minlength=size),
-        largest,
-    )
+    used = np.flatnonzero(begin < end)
+    if len(used):
+        connections = np.diff(first, append=len(clients))
+        largest[used] = np.maximum.reduceat(connections, begin[used])
+    return ClientCounts(end - begin, long_term[end] - long_term[begin], largest)
