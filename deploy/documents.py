@@ -161,7 +161,9 @@ def registry() -> CollectorRegistry:
         labels=LABELS,
     )
     choice = Choice(selection, named((443,), 0, selection), duration_s=0)
-    collector = ConnectionCollector(source, choice, max_series=1, bounds_s=BOUNDS_S)
+    collector = ConnectionCollector(
+        source, choice, max_series=1, bounds_s=BOUNDS_S, has_clients=True
+    )
     task = Task("poll", lambda: None, without="", limit_s=1)
     found = make_serving_registry(
         collector, Reloads(), tasks=lambda: [task], dropped=lambda: 0

@@ -11,8 +11,11 @@ from tcpexporter.connections.identity import CLIENT_BITS, Clients
 from tcpexporter.connections.record import SERIES_MASK, Words
 
 Seen: TypeAlias = npt.NDArray[np.uint64]
-"""A number for each connection: from the highest bit to the lowest, its series number, the
+"""A number for each slot: from the highest bit to the lowest, its series number, the
 hash of its client, and whether it is too young to be long-term."""
+
+PIECE = 8192
+"""Number of slots that are handled at once: all arrays fit into the cache of a CPU."""
 
 _NUMBER_SHIFT = np.uint64(CLIENT_BITS + 1)
 _BELOW_NUMBER = np.uint64((1 << CLIENT_BITS + 1) - 1)
@@ -39,19 +42,18 @@ class ClientCounts:
 
 
 def seen(words: Words, clients: Clients, limit: np.uint64) -> Seen:
-    """Return the clients of connections.
+    """Return the clients of connections; a slot without connection has the number 0.
 
     Args:
-        words: of slots; those without connection are left out.
+        words: of slots.
         clients: of the same slots.
         limit: words from this one on are those of connections that are not long-term.
     """
-    is_open = np.flatnonzero(words & np.uint64(SERIES_MASK))
-    there = words[is_open]
-    found = (there & np.uint64(SERIES_MASK)) << np.uint64(CLIENT_BITS)
-    found |= clients[is_open]
+    found = words & np.uint64(SERIES_MASK)
+    found <<= np.uint64(CLIENT_BITS)
+    found |= clients
     found <<= np.uint64(1)
-    found |= there >= limit
+    found |= words >= limit
     return found
 
 
@@ -63,22 +65,31 @@ def count_clients(found: Seen, rows: npt.NDArray[np.int64], size: int) -> Client
         rows: the index of the series that each number is counted in; -1: none.
         size: how many series there are.
     """
-    row = rows[(found >> _NUMBER_SHIFT).view(np.int64)]
-    is_counted = row >= 0
-    keys = found[is_counted] & _BELOW_NUMBER
-    keys |= row[is_counted].view(np.uint64) << _NUMBER_SHIFT
+    pieces = range(0, len(found), PIECE)
+    keys = np.concatenate(
+        [np.empty(0, np.uint64), *(_keys(found[at : at + PIECE], rows) for at in pieces)]
+    )
     keys.sort()
     clients = keys >> np.uint64(1)
-    is_first = np.ones(len(keys), np.bool_)
-    is_first[1:] = clients[1:] != clients[:-1]
-    first = np.flatnonzero(is_first)
-    of = (keys[first] >> _NUMBER_SHIFT).view(np.int64)
-    # Of one client, long-term connections come first.
-    is_long_term = keys[first] & np.uint64(1) == 0
-    largest = np.zeros(size, np.int64)
-    np.maximum.at(largest, of, np.diff(first, append=len(keys)))
-    return ClientCounts(
-        np.bincount(of, minlength=size),
-        np.bincount(of[is_long_term], minlength=size),
-        largest,
-    )
+    first = np.flatnonzero(np.append(True, clients[1:] != clients[:-1])[: len(keys)])
+    keys = keys[first]
+    # The clients of a series are those from its begin to its end.
+    begin = np.searchsorted(keys, np.arange(size, dtype=np.uint64) << _NUMBER_SHIFT)
+    established = np.diff(begin, append=len(keys))
+    long_term, largest = np.zeros((2, size), np.int64)
+    if len(used := np.flatnonzero(established)):
+        # Of one client, long-term connections come first.
+        is_long_term = ~keys & np.uint64(1)
+        long_term[used] = np.add.reduceat(is_long_term, begin[used])
+        connections = np.diff(first, append=len(clients))
+        largest[used] = np.maximum.reduceat(connections, begin[used])
+    return ClientCounts(established, long_term, largest)
+
+
+def _keys(found: Seen, rows: npt.NDArray[np.int64]) -> Seen:
+    """Return the clients that are counted, with the index of a series for its number."""
+    row = rows.take((found >> _NUMBER_SHIFT).view(np.int64))
+    is_counted = np.flatnonzero(row >= 0)
+    keys = found.take(is_counted) & _BELOW_NUMBER
+    keys |= row.take(is_counted).view(np.uint64) << _NUMBER_SHIFT
+    return keys

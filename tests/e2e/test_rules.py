@@ -14,6 +14,7 @@ from prometheus_client.samples import Sample
 
 from tcpexporter.collecting import SOURCES
 from tcpexporter.connections.counting import kernel_parts, named, select
+from tcpexporter.connections.identity import client_masks
 from tcpexporter.connections.record import LISTENER, SOCKET, Direction
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
 from tcpexporter.ebpf.event_counters import EVENT_KINDS
@@ -123,12 +124,14 @@ def samples() -> Iterator[Sample]:
             listeners=listeners,
             report=report,
             name=name,
-            parts=kernel_parts((*Direction,), labels),
+            parts=kernel_parts((*Direction,), labels, client_masks=client_masks(32, 64)),
             bounds_s=BOUNDS_S,
         )
         selection = select((), tcpv6=True, directions=(*Direction,), labels=labels)
         choice = Choice(selection, named(PORTS, 0, selection), 6)
-        collector = ConnectionCollector(source, choice, max_series=1, bounds_s=BOUNDS_S)
+        collector = ConnectionCollector(
+            source, choice, max_series=1, bounds_s=BOUNDS_S, has_clients=True
+        )
         registry = make_serving_registry(
             collector, Reloads(), tasks=lambda: TASKS, dropped=int
         )
