@@ -10,9 +10,9 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from tcpexporter.errors import reason
-from tcpexporter.web.clients import Clients
 from tcpexporter.web.fair_share import source_network
 from tcpexporter.web.http1 import Http1, InvalidRequestError, Request, Response, text
+from tcpexporter.web.http_clients import HttpClients
 
 if TYPE_CHECKING:  # saves the memory of bcrypt and ssl when there is no --web-config
     from tcpexporter.web.guard import Guard
@@ -74,7 +74,7 @@ class Connection(asyncio.BufferedProtocol):
     _task: asyncio.Task[None]
     """Makes the response. The event loop itself keeps only weak references to tasks."""
 
-    def __init__(self, clients: Clients, respond: Respond) -> None:
+    def __init__(self, clients: HttpClients, respond: Respond) -> None:
         """Prepare for a client.
 
         Args:
@@ -142,7 +142,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._http.has_response:
             self._complete_response()
 
-    # Called by `Clients`
+    # Called by `HttpClients`
 
     @property
     def is_being_answered(self) -> bool:
@@ -246,7 +246,7 @@ class Connection(asyncio.BufferedProtocol):
 
 
 def protocol_factory(
-    clients: Clients, respond: Respond, guard: "Guard | None"
+    clients: HttpClients, respond: Respond, guard: "Guard | None"
 ) -> Callable[[], asyncio.BaseProtocol]:
     """Return a function that makes the asyncio protocol of a new client.
 

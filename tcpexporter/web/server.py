@@ -12,8 +12,8 @@ import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
-from tcpexporter.web.clients import Clients
 from tcpexporter.web.connection import protocol_factory
+from tcpexporter.web.http_clients import HttpClients
 from tcpexporter.web.listen import BACKLOG
 from tcpexporter.web.pages import App
 
@@ -54,7 +54,7 @@ class Server:
         """Prepare to serve an application."""
         self.stop = asyncio.Event()
         self._app = app
-        self._clients = Clients()
+        self._clients = HttpClients()
 
     async def serve(
         self, sockets: Sequence[socket.socket], alongside: Alongside | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import bcrypt
 
-from tcpexporter.web.clients import MAX_CONNECTIONS
+from tcpexporter.web.http_clients import MAX_CONNECTIONS
 from tcpexporter.web.server import ACCEPTED_AT_ONCE
 from tests import pki
 from tests.hostile.attacks import ATTACKS, Attack

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tcpexporter.host import malloc
-from tcpexporter.web import clients, connection, http1, listen
+from tcpexporter.web import connection, http1, http_clients, listen
 from tests.unit.web.support import (
     HEALTHY,
     LANDING,
@@ -130,7 +130,7 @@ def test_slow_clients_are_evicted_when_all_slots_are_taken(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest waiting client is evicted first, and a scrape gets its response."""
-    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(http_clients, "MAX_CONNECTIONS", 8)
     port = start(make_app(Flaky()))
     with contextlib.ExitStack() as opened:
         slow = []
@@ -145,7 +145,7 @@ def test_many_clients_of_one_network_do_not_evict_clients_of_others(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An idle and a slow client in other networks keep their connections."""
-    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(http_clients, "MAX_CONNECTIONS", 8)
     port = start(make_app())
     with contextlib.ExitStack() as opened:
         kept, slow = (
@@ -167,7 +167,7 @@ def test_a_client_that_is_being_answered_is_not_evicted(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This holds however long the response takes, for example for a password check."""
-    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(http_clients, "MAX_CONNECTIONS", 8)
     asked, go_on = threading.Event(), threading.Event()
     app = make_app()
 
@@ -192,7 +192,7 @@ def test_a_client_that_is_being_answered_is_not_evicted(
 def test_unsent_data_is_limited(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that do not read are dropped, longest waiting first, until the rest fits."""
     page_bytes, fit = 4_000_000, 3
-    monkeypatch.setattr(clients, "MAX_UNSENT_BYTES", fit * page_bytes)
+    monkeypatch.setattr(http_clients, "MAX_UNSENT_BYTES", fit * page_bytes)
     port = start(make_app(settings={"setting": "x" * page_bytes}))
     with contextlib.ExitStack() as opened:
         readers = []
@@ -215,7 +215,7 @@ def test_memory_is_returned_after_many_connections(
     port = start(make_app())
     for rounds in (1, 2):
         with contextlib.ExitStack() as opened:
-            for _ in range(clients.MANY_CONNECTIONS):
+            for _ in range(http_clients.MANY_CONNECTIONS):
                 opened.enter_context(dial(port))
             ask(port, "/")
         while len(returned) < rounds:
@@ -355,7 +355,7 @@ def test_half_closed_connections_lose_their_slots_first(
 
     The kind of fault: clients send a request, leave, and hold all slots for ten seconds.
     """
-    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(http_clients, "MAX_CONNECTIONS", 8)
     waiting = Waiting()
     port = start(waiting.app)
     with contextlib.ExitStack() as opened:

@@ -27,7 +27,7 @@ from tcpexporter.config.reload import Reloading, ReloadSignal
 from tcpexporter.errors import SettingsError
 from tcpexporter.host.systemd import Supervisor
 from tcpexporter.metrics.reload_status import Reloads
-from tcpexporter.web import clients, connection, http1, pages
+from tcpexporter.web import connection, http1, http_clients, pages
 from tcpexporter.web.guard import Guard
 from tcpexporter.web.listen import listen
 from tests.pki import (
@@ -490,7 +490,7 @@ def test_unfinished_tls_handshakes_count_against_the_connection_limit(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest waiting of them are evicted, and a scrape gets its response."""
-    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(http_clients, "MAX_CONNECTIONS", 8)
     served = serve(TLS)
     with contextlib.ExitStack() as held:
         socks = [held.enter_context(dial(served.port)) for _ in range(20)]

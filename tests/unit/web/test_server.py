@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tcpexporter.web import clients, server
+from tcpexporter.web import http_clients, server
 from tcpexporter.web.listen import listen as listen_at
 from tests.unit.web.support import (
     HEALTHY,
@@ -35,14 +35,14 @@ def test_a_request_sent_at_once_is_answered_whatever_connects_later(
 
     There are twice as many of them as slots.
     """
-    assert 3 * 2 * server.ACCEPTED_AT_ONCE < clients.MAX_CONNECTIONS
-    monkeypatch.setattr(clients, "MAX_CONNECTIONS", 3 * server.ACCEPTED_AT_ONCE + 1)
+    assert 3 * 2 * server.ACCEPTED_AT_ONCE < http_clients.MAX_CONNECTIONS
+    monkeypatch.setattr(http_clients, "MAX_CONNECTIONS", 3 * server.ACCEPTED_AT_ONCE + 1)
     sockets = listen_at(LOOPBACK, 0)
     port = sockets[0].getsockname()[1]
     with contextlib.ExitStack() as opened:
         first = opened.enter_context(dial(port))
         first.sendall(HEALTHY)
-        for _ in range(2 * clients.MAX_CONNECTIONS):
+        for _ in range(2 * http_clients.MAX_CONNECTIONS):
             opened.enter_context(dial(port))
         opened.enter_context(serving(make_app(), sockets))
         read_until(first, b"healthy\n")

@@ -21,7 +21,7 @@ MAX_UNSENT_BYTES = 16 << 20
 """Limit for response data that the kernel has not accepted, of all clients together."""
 
 
-class Clients:
+class HttpClients:
     """The connections of all clients."""
 
     def __init__(self) -> None:
