@@ -79,7 +79,7 @@ def test_a_loader_killed_for_memory_is_reported(
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(loader, "VMSTAT", vmstat)
     with pytest.raises(
-        LoadError, match="out of memory while compiling; the exporter requires about 95 MiB"
+        LoadError, match="out of memory while compiling; the exporter requires about 97 MiB"
     ):
         loader.load(Request(262144, 0, (0, 0)))
 
