@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * The layout of the maps. tcpexporter/connections/record.py defines the same structs
- * for userspace; tests/unit/connections/test_record.py compares the two.
+ * The layout of the maps. record.py and series.py in tcpexporter/connections define the
+ * same structs for userspace; tests/unit/connections/test_record.py compares them.
  */
 #ifndef TCP_TRACKER_H
 #define TCP_TRACKER_H
@@ -28,8 +28,8 @@ struct series_key {
 
 #define SERIES_OUTBOUND 1
 #define SERIES_REMOTE_PORT 2 /* `port` is the remote port */
+#define SERIES_FOLDED 4	     /* adds up connections of other series */
 #define SERIES_OWN 8	     /* the exporter's own listener, which is not counted */
-#define SERIES_FOLDED 4	     /* for connections that have no series of their own */
 
 /*
  * A number for each series. Number 0 is none. The numbers below SERIES_FIRST are those

@@ -45,7 +45,7 @@ BOUNDS_S = (1.0,)
 OF_EVERY_PROCESS = ("process_", "python_info")
 """Beginnings of the names of metrics that prometheus_client adds.
 
-The text of docs/metrics.md names these metrics, so the table does not have them.
+The table leaves out these metrics, because the text of docs/metrics.md names them.
 """
 
 

@@ -218,8 +218,8 @@ def count(
     """Count the selected connections of all chunks.
 
     Args:
-        chunks: of slots, some of which have no connection. Each chunk is used only until
-            the next one is requested. The kernel may write to it meanwhile.
+        chunks: of slots, with those without a connection. Each chunk is used only until the
+            next one is requested. The kernel may write to it meanwhile.
         ledger: called when all chunks have been counted: so it has all their series.
         projection: of the selection of connections that are counted.
         since_ns: times on CLOCK_BOOTTIME, the latest first. For each of them, `Values.ages`

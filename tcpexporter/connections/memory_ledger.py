@@ -4,25 +4,26 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import client_hashes
 from tcpexporter.connections.record import (
     SERIES_BITS,
-    SERIES_MASK,
     TIME_SHIFT,
     Numbers,
     Records,
     Words,
+    time_units,
     words,
 )
+from tcpexporter.connections.record import numbers as numbers_of
 from tcpexporter.connections.series import (
     SERIES,
     SERIES_FIRST,
     Ledger,
     Parts,
     Series,
+    bucket_count,
     folded_number,
     folded_series,
     series_of,
@@ -47,10 +48,10 @@ class MemoryLedger:
                 bucket; empty: lifetimes are not counted.
         """
         self._parts = parts
-        self._bounds = np.array([round(each * 1e9) >> TIME_SHIFT for each in bounds_s])
+        self._bounds = np.array([time_units(each) for each in bounds_s])
         self._series = folded_series()
-        buckets = len(bounds_s) + 1 if bounds_s else 0
-        self._rows = np.zeros((SERIES_FIRST, 4 + buckets), np.int64)
+        columns = 4 + bucket_count(bounds_s)
+        self._rows = np.zeros((SERIES_FIRST, columns), np.int64)
         """Opened, closed, pre-existing, the sum of lifetimes, and lifetimes by bucket."""
         self._forgotten: set[int] = set()
 
@@ -69,15 +70,15 @@ class MemoryLedger:
 
     def record_pre_existing(self, open_now: Words) -> None:
         """Record connections that were there before the first ones were read."""
-        np.add.at(self._rows[:, 2], _numbers_of(open_now), 1)
+        np.add.at(self._rows[:, 2], numbers_of(open_now), 1)
 
     def record_opened(self, opened: Words) -> None:
         """Record connections that were opened."""
-        np.add.at(self._rows[:, 0], _numbers_of(opened), 1)
+        np.add.at(self._rows[:, 0], numbers_of(opened), 1)
 
     def record_closed(self, closed: Words, now_ns: int) -> None:
         """Record connections that had closed by a time on CLOCK_BOOTTIME."""
-        numbers = _numbers_of(closed)
+        numbers = numbers_of(closed)
         np.add.at(self._rows[:, 1], numbers, 1)
         if len(self._bounds):
             established = (closed >> np.uint64(SERIES_BITS)).astype(np.int64)
@@ -101,13 +102,13 @@ class MemoryLedger:
         )
 
     def drop_forgotten(self, open_now: Words) -> None:
-        """Free the numbers of series that are to be forgotten and have no connection.
+        """Free the numbers of series that are to be forgotten, unless connections use them.
 
         Args:
             open_now: the present connections.
         """
         is_dropped = np.isin(self._series.view(SERIES)["netns"], [*self._forgotten])
-        is_dropped[_numbers_of(open_now)] = False
+        is_dropped[numbers_of(open_now)] = False
         is_dropped[:SERIES_FIRST] = False
         self._forgotten.clear()
         self._series[is_dropped] = 0
@@ -130,7 +131,3 @@ class MemoryLedger:
         number = np.where(known[at] == distinct, order[at], folded_number(distinct))
         found: Numbers = number[np.searchsorted(distinct, series)].astype(np.uint32)
         return found
-
-
-def _numbers_of(found: Words) -> npt.NDArray[np.int64]:
-    return (found & np.uint64(SERIES_MASK)).astype(np.int64)

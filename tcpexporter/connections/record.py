@@ -121,6 +121,11 @@ def numbers(words: Words) -> Numbers:
     return (words & np.uint64(SERIES_MASK)).astype(np.uint32)
 
 
+def time_units(seconds: float) -> int:
+    """Return a duration in the units of the time in a word, rounded down."""
+    return round(seconds * 1e9) >> TIME_SHIFT
+
+
 def times_ns(words: Words) -> npt.NDArray[np.uint64]:
     """Return the times of words in ns, each up to 8,191 ns too early."""
     return words >> np.uint64(SERIES_BITS) << np.uint64(TIME_SHIFT)

@@ -2,6 +2,7 @@
 """The series that connections are counted in, and what has happened in each of them."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -25,17 +26,17 @@ REMOTE_PORT = 2
 OWN = 8
 """The connections are those of the exporter's own listener, which are not counted."""
 FOLDED = 4
-"""The series has the connections that have no series of their own; ``port`` is 0."""
+"""The series adds up connections of other series; ``port`` is 0."""
 
 Series: TypeAlias = npt.NDArray[np.uint64]
 """An array of `SERIES`, each viewed as one number of 64 bits."""
 
 SERIES_FIRST = 5
-"""The lowest number that a series can get. The lower ones are those of `FOLDED_SERIES`."""
+"""The lowest number that a series can get. The lower ones are those of `folded_series`."""
 
 
 NO_LISTENER = (0, 0)
-"""The namespace and port of an exporter that has no listener where it counts."""
+"""Namespace and port, if the exporter does not listen in a namespace that it counts."""
 
 
 class OutboundPort(enum.IntEnum):
@@ -78,8 +79,6 @@ def series_of(connections: Records, parts: Parts) -> Series:
         port = np.where(is_outbound, np.uint16(0), port)
     own_netns, own_port = parts.own_listener
     is_own = (key["local_port"] == own_port) & (key["netns"] == own_netns)
-    if parts.own_listener == NO_LISTENER:
-        is_own[:] = False
     inbound = np.where(is_own, np.uint8(OWN), np.uint8(0))
     series["flags"] = np.where(is_outbound, np.uint8(flags), inbound)
     series["port"] = port
@@ -101,6 +100,11 @@ def folded_number(series: Series) -> Numbers:
     fields = series.view(SERIES)
     is_outbound = (fields["flags"] & OUTBOUND).astype(np.uint32)
     return np.where(fields["ip_version"] == 6, np.uint32(2), np.uint32(1)) + 2 * is_outbound
+
+
+def bucket_count(bounds: Sequence[float]) -> int:
+    """Return the number of lifetime buckets with these bounds; without bounds it is 0."""
+    return len(bounds) + 1 if bounds else 0
 
 
 def entry_dtype(buckets: int) -> "np.dtype[np.void]":

@@ -110,7 +110,7 @@ class Source(Protocol):
         ...
 
     def read(self) -> Iterator[Chunk]:
-        """Yield all slots, in chunks; some have no connection.
+        """Yield all slots, in chunks; those without a connection too.
 
         A chunk is valid until the next one is requested. So the memory in use does not
         depend on the number of connections.

@@ -51,9 +51,9 @@ class Known:
 
 
 class ConnectionArray:
-    """The slots of connections: their records, and their words, of two mapped arrays.
+    """The slots of connections: their records, words and clients, in one array map each.
 
-    Counting reads the words alone, which stay mapped. Records are mapped only while they
+    Counting reads words and clients, which stay mapped. Records are mapped only while they
     are used, because the kernel charges mapped pages to the process.
     """
 
@@ -66,12 +66,12 @@ class ConnectionArray:
         *,
         clients: int | None = None,
     ) -> None:
-        """Use the descriptors of both maps, which the caller keeps open.
+        """Use the descriptors of the maps, which the caller keeps open.
 
         Args:
             records: of the map of records.
             words: of the map of words.
-            slots: the length of both.
+            slots: the length of each map.
             record: the dtype of a record.
             clients: of the map of clients; None: clients are not counted.
 

@@ -140,7 +140,7 @@ def _start(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     resources.enter_context(ours)
     with theirs:
-        # In memory: the host may have no directory that the exporter can write to.
+        # In memory, because the exporter may lack write access to every directory.
         output = os.fdopen(os.memfd_create("output"), "w+b")
         resources.enter_context(output)
         child = children.start("tcpexporter.ebpf.loader", theirs, output=output)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.record import CONNECTION, KEY, SERIES_BITS, TIME_SHIFT
-from tcpexporter.connections.series import entry_dtype
+from tcpexporter.connections.series import bucket_count, entry_dtype
 from tcpexporter.ebpf.loader_protocol import Request
 
 WORDS = 16
@@ -19,7 +19,7 @@ also: `WORD_FORMAT`, the size of an entry of the ledger, and `checksum`. The res
 
 MAGIC = 0x74637079
 OLD_MAGIC = 0x74637078
-"""Of layouts of version 0.2 and before, which have no ledger."""
+"""The magic number of layouts of the versions without a ledger."""
 
 FIELDS = ("key", "is_outbound")
 """The fields of `CONNECTION` that the next run adopts."""
@@ -104,8 +104,7 @@ def checksum(counted: Request) -> int:
 
 
 def _entry(counted: Request) -> np.dtype[Any]:
-    bounds = counted.lifetime_bounds
-    return entry_dtype(len(bounds) + 1 if bounds else 0)
+    return entry_dtype(bucket_count(counted.lifetime_bounds))
 
 
 def _offsets(dtype: np.dtype[Any], names: tuple[str, ...]) -> list[int]:

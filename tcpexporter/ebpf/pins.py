@@ -41,7 +41,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.record import Records
-from tcpexporter.connections.series import Ledger, entry_dtype
+from tcpexporter.connections.series import Ledger, bucket_count, entry_dtype
 from tcpexporter.connections.snapshot import valid_connections, valid_old_connections
 from tcpexporter.ebpf import pinned_layout, reconcile
 from tcpexporter.ebpf.connection_array import WINDOW, ConnectionArray, old_windows
@@ -338,8 +338,7 @@ def _read_layout(directory: Path, counted: Request, undo: contextlib.ExitStack) 
 def _read_ledger(
     directory: Path, counted: Request, undo: contextlib.ExitStack
 ) -> Ledger | None:
-    bounds = counted.lifetime_bounds
-    entry = entry_dtype(len(bounds) + 1 if bounds else 0)
+    entry = entry_dtype(bucket_count(counted.lifetime_bounds))
     arrays = []
     for name in (LEDGER, CORRECTIONS):
         path = directory / name

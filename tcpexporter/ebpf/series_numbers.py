@@ -58,12 +58,14 @@ from tcpexporter.connections.record import (
     Numbers,
     Words,
 )
+from tcpexporter.connections.record import numbers as numbers_of
 from tcpexporter.connections.series import (
     FOLDED,
     SERIES,
     SERIES_FIRST,
     Ledger,
     Series,
+    bucket_count,
     entry_dtype,
     folded_number,
     folded_series,
@@ -116,7 +118,7 @@ class SeriesNumbers:
         self._moving = threading.Lock()
         """Held while counters are added to those of another number."""
         self._used = 0
-        entry = entry_dtype(len(bounds) + 1 if bounds else 0)
+        entry = entry_dtype(bucket_count(bounds))
         with map_errors():
             self._ledger, self._corrections = (
                 MappedArray(each, entry, self._size, _window(entry.itemsize))
@@ -211,7 +213,7 @@ class SeriesNumbers:
 
     def record_closed(self, words: Words, now_ns: int) -> None:
         """Add connections whose closing was missed; their lifetimes are upper bounds."""
-        numbers = (words & np.uint64(SERIES_MASK)).astype(np.uint32)
+        numbers = numbers_of(words)
         self._add("closed", numbers, 1)
         if len(self._bounds):
             times = words >> np.uint64(SERIES_BITS)

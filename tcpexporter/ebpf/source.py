@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import SECRET
-from tcpexporter.connections.record import TIME_SHIFT, Records
+from tcpexporter.connections.record import Records, time_units
 from tcpexporter.connections.series import Ledger, Parts
 from tcpexporter.connections.snapshot import first_seen, valid_connections
 from tcpexporter.connections.source import Report
@@ -86,9 +86,7 @@ class EbpfSource:
                 by_netns=parts.by_netns,
                 own_listener=parts.own_listener,
                 client_masks=parts.client_masks,
-                lifetime_bounds=tuple(
-                    round(each * 1e9) >> TIME_SHIFT for each in lifetime_bounds_s
-                ),
+                lifetime_bounds=tuple(map(time_units, lifetime_bounds_s)),
             )
             descriptors = loader.load(counted)
             undo.callback(descriptors.close)

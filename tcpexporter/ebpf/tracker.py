@@ -337,7 +337,7 @@ class Tracker(EventCounters):
         return len(removed)
 
     def _release(self, slots: Slots, words: Words) -> tuple[Slots, Words]:
-        """Do that; return the slots and words of those that were open."""
+        """Remove connections; return the slots and words of those that were open."""
         if not len(slots):
             return slots, words
         records, all_words = self._used()
