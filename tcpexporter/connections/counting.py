@@ -229,11 +229,12 @@ def count(
             are to be counted.
     """
     before = ledger().series
+    pieces = _copies(chunks)
     seen: list[Seen] | None = None
     if long_term_ns is not None:
         seen, limit = [np.empty(0, np.uint64)], _limit(long_term_ns)
-        chunks = _gathering(chunks, seen, limit)
-    bins, times = _tally(chunks, since_ns, has_sums=now_ns is not None)
+        pieces = _gathering(pieces, seen, limit)
+    bins, times = _tally(pieces, since_ns, has_sums=now_ns is not None)
     entries = ledger()
     series = entries.series
     established = bins[:, : len(series)].astype(np.int64)
@@ -262,18 +263,29 @@ def count(
     return projection.of(series, values, total=total, seen=found)
 
 
-def _gathering(
-    chunks: Iterable[Chunk], into: list[Seen], limit: np.uint64
-) -> Iterator[Chunk]:
-    """Yield copies of the words of all chunks, and append their clients to ``into``."""
-    for chunk in chunks:
-        words = chunk.words.copy()
-        if chunk.clients is not None:
-            clients = chunk.clients.copy()
+def _copies(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Yield copies of all slots, in pieces of `PIECE`."""
+    for words, clients in chunks:
+        for first in range(0, len(words), PIECE):
+            piece = slice(first, first + PIECE)
+            copied = words[piece].copy()
+            if clients is None:
+                yield Chunk(copied)
+                continue
+            of = clients[piece].copy()
             # A slot whose word has changed may have the client of another connection.
-            words = np.where(chunk.words == words, words, CLOSED)
+            copied[words[piece] != copied] = CLOSED
+            yield Chunk(copied, of)
+
+
+def _gathering(
+    pieces: Iterable[Chunk], into: list[Seen], limit: np.uint64
+) -> Iterator[Chunk]:
+    """Yield all pieces, and append their clients to ``into``."""
+    for words, clients in pieces:
+        if clients is not None:
             into.append(clients_of(words, clients, limit))
-        yield Chunk(words)
+        yield Chunk(words, clients)
 
 
 def _limit(since_ns: int) -> np.uint64:
@@ -282,7 +294,7 @@ def _limit(since_ns: int) -> np.uint64:
 
 
 def _tally(
-    chunks: Iterable[Chunk], since_ns: Sequence[int], *, has_sums: bool
+    pieces: Iterable[Chunk], since_ns: Sequence[int], *, has_sums: bool
 ) -> tuple[npt.NDArray[np.int32], Counters]:
     """Count the connections of each series number by age, and add up their times.
 
@@ -298,15 +310,13 @@ def _tally(
     limits = [_limit(each) for each in since_ns]
     bins = np.zeros((len(limits) + 1) * NUMBERS, np.int32)
     times = np.zeros(NUMBERS, np.int64)
-    for chunk, _ in chunks:
-        for first in range(0, len(chunk), PIECE):
-            words = chunk[first : first + PIECE].copy()
-            kinds = (words & np.uint64(SERIES_MASK)).view(np.int64)
-            if has_sums:
-                np.add.at(times, kinds, (words >> np.uint64(SERIES_BITS)).view(np.int64))
-            for limit in limits:
-                kinds += np.multiply(words < limit, NUMBERS, dtype=np.int64)
-            np.add.at(bins, kinds, ONE)
+    for words, _ in pieces:
+        kinds = (words & np.uint64(SERIES_MASK)).view(np.int64)
+        if has_sums:
+            np.add.at(times, kinds, (words >> np.uint64(SERIES_BITS)).view(np.int64))
+        for limit in limits:
+            kinds += np.multiply(words < limit, NUMBERS, dtype=np.int64)
+        np.add.at(bins, kinds, ONE)
     return bins.reshape(-1, NUMBERS), times
 
 
