@@ -29,7 +29,7 @@ from tcpexporter.connections.series import (
     series_of,
 )
 
-MAX_SERIES = (1 << SERIES_BITS) - SERIES_FIRST
+CAPACITY = (1 << SERIES_BITS) - SERIES_FIRST
 """How many series can be counted separately."""
 
 
@@ -121,7 +121,7 @@ class MemoryLedger:
         new = np.setdiff1d(distinct, self._series, assume_unique=True)
         free = np.flatnonzero(self._series == 0)[1 : len(new) + 1]
         self._series[free] = new[: len(free)]
-        added = new[len(free) :][: MAX_SERIES + SERIES_FIRST - len(self._series)]
+        added = new[len(free) :][: CAPACITY + SERIES_FIRST - len(self._series)]
         self._series = np.concatenate((self._series, added))
         rows = np.zeros((len(added), self._rows.shape[1]), np.int64)
         self._rows = np.concatenate((self._rows, rows))

@@ -112,7 +112,7 @@ class ConnectionArray:
                 yield Chunk(words, self._clients.upto(first + len(words))[first:])
 
     def put_clients(self, slots: Slots, clients: Clients) -> None:
-        """Store the clients of slots.
+        """Store the clients of slots; ignored if clients are not counted.
 
         Raises:
             OSError: the kernel refuses to map them.

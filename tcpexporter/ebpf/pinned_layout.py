@@ -12,7 +12,7 @@ from tcpexporter.connections.record import CONNECTION, KEY, SERIES_BITS, TIME_SH
 from tcpexporter.connections.series import bucket_count, entry_dtype
 from tcpexporter.ebpf.loader_protocol import Request
 
-WORDS = 16
+LAYOUT_WORDS = 16
 """Words of 32 bits in a layout: the magic number, the size of a record, the size of its
 key, and the offsets of the fields in the order of `FIELDS` and `KEY_FIELDS`. With `MAGIC`
 also: `WORD_FORMAT`, the size of an entry of the ledger, and `checksum`. The rest is 0."""
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
 
 def make(counted: Request) -> npt.NDArray[np.uint32]:
     """Return the layout of this version for a program that counts this."""
-    words = np.zeros(WORDS, np.uint32)
+    words = np.zeros(LAYOUT_WORDS, np.uint32)
     said = [MAGIC, CONNECTION.itemsize, KEY.itemsize, *_offsets(CONNECTION, FIELDS)]
     said += _offsets(KEY, KEY_FIELDS)
     said += [WORD_FORMAT, _entry(counted).itemsize, checksum(counted)]

@@ -325,8 +325,8 @@ def _make_layout(counted: Request) -> int:
 def _read_layout(directory: Path, counted: Request, undo: contextlib.ExitStack) -> Layout:
     path = directory / LAYOUT
     descriptor, shown = _get(path, undo)
-    _require(path, shown, value_size=4 * pinned_layout.WORDS, max_entries=1)
-    words = np.zeros(pinned_layout.WORDS, np.uint32)
+    _require(path, shown, value_size=4 * pinned_layout.LAYOUT_WORDS, max_entries=1)
+    words = np.zeros(pinned_layout.LAYOUT_WORDS, np.uint32)
     with map_errors():
         Map(descriptor, "layouts").read(FIRST, words)
     try:

@@ -402,10 +402,11 @@ class Tracker(EventCounters):
         self.restored += restored
         return restored
 
+    @map_errors()
     def _orphan(self, slot: np.uint32) -> None:
         # A later release of this slot must not delete the entry of the handle.
-        records, _ = self._used()
-        records["handle"][slot] = 0
+        records, at = self._array.records_of(np.array([slot], np.uint32))
+        records["handle"][at] = 0
         self._orphans.add(int(slot))
         self.restored += 1
 

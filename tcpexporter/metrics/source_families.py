@@ -74,7 +74,7 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
     if report.max_kernel_series is not None:
         yield GaugeMetricFamily(
             "tcpexporter_max_kernel_series",
-            "Maximum number of them; the connections of others are counted together.",
+            "Maximum of tcpexporter_kernel_series; further combinations share series.",
             report.max_kernel_series,
         )
     if report.missed_events is not None:

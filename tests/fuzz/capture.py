@@ -33,7 +33,7 @@ def main() -> None:
             _write("procfs", name, bytes([choice, 255]) + text)
     counted = Request(max_connections=1, netns=0, secret=SECRET)
     layout = pins._make_layout(counted)
-    said = np.zeros(pinned_layout.WORDS, np.uint32)
+    said = np.zeros(pinned_layout.LAYOUT_WORDS, np.uint32)
     Map(layout, "layouts").read(FIRST, said)
     _write("pinned", "words", said.tobytes() + _records_and_words())
     descriptors = loader.load(counted)

@@ -298,7 +298,7 @@ COUNTED = loader_protocol.Request(max_connections=3, netns=0, secret=(0, 0))
 def pinned(data: bytes) -> None:
     """Read a pinned layout, and records of that layout."""
     choices = Choices(data)
-    said = np.frombuffer(choices.exactly(4 * pinned_layout.WORDS), np.uint32)
+    said = np.frombuffer(choices.exactly(4 * pinned_layout.LAYOUT_WORDS), np.uint32)
     with contextlib.suppress(ValueError):
         layout = pinned_layout.read(said, COUNTED)
         record_bytes = layout.record.itemsize

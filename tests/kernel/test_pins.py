@@ -259,7 +259,7 @@ def test_an_invalid_pinned_layout_is_refused(directory: Path) -> None:
     """One case is a layout with fields outside of the record."""
     with run_by_events(directory):
         pass
-    words = np.full(pinned_layout.WORDS, 2**31, np.uint32)
+    words = np.full(pinned_layout.LAYOUT_WORDS, 2**31, np.uint32)
     words[0] = pinned_layout.MAGIC
     pin_layout(directory, words)
     assert "is not an object that an exporter has pinned" in refused(directory, "--once")

@@ -503,7 +503,7 @@ def test_sums_are_the_same_for_any_labels(
         selected = selection(directions=directions, labels=each)
         with pytest.MonkeyPatch.context() as patch:
             if is_small:
-                patch.setattr("tcpexporter.connections.memory_ledger.MAX_SERIES", 2)
+                patch.setattr("tcpexporter.connections.memory_ledger.CAPACITY", 2)
             ledger = MemoryLedger(parts_of(selected), (1.0, 6.0))
             all_words = ledger.count(records(everything)).words
         ledger.record_pre_existing(all_words[: len(pre_existing)])
@@ -703,7 +703,7 @@ def test_series_that_the_source_has_folded_are_other(
     if "direction" in labels:
         connections = connections[:8]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcpexporter.connections.memory_ledger.MAX_SERIES", 1)
+        patch.setattr("tcpexporter.connections.memory_ledger.CAPACITY", 1)
         ledger = MemoryLedger(parts_of(selected))
         chunks = [ledger.count(records([each])) for each in connections]
     counts = count(chunks, ledger.snapshot, Projection(selected), [0])

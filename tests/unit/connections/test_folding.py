@@ -335,7 +335,7 @@ def test_folding_keeps_the_sums_for_any_labels(
     published = series_of([])
     for connections in scrapes:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tcpexporter.connections.memory_ledger.MAX_SERIES", capacity)
+            patch.setattr("tcpexporter.connections.memory_ledger.CAPACITY", capacity)
             counts = counted(connections, selected, 100 << 13, 0)
         exposed, number = fold(
             counts,

@@ -33,7 +33,7 @@ PARTS = Parts(OutboundPort.REMOTE, by_netns=True)
 SECOND_NS = 10**9
 
 
-MODULE_MAX_SERIES = "tcpexporter.connections.memory_ledger.MAX_SERIES"
+MODULE_CAPACITY = "tcpexporter.connections.memory_ledger.CAPACITY"
 
 
 def test_without_connections_there_are_the_folded_series_only() -> None:
@@ -68,7 +68,7 @@ def test_a_series_has_one_number_and_keeps_it(polls: list[list[Connection]]) -> 
 
 def test_beyond_the_capacity_series_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is one number for each IP version and direction; known series keep theirs."""
-    monkeypatch.setattr(MODULE_MAX_SERIES, 2)
+    monkeypatch.setattr(MODULE_CAPACITY, 2)
     ledger = MemoryLedger(PARTS)
     known = records([Connection(443), Connection(443, 6)])
     assert sorted(numbers(ledger.count(known).words)) == [SERIES_FIRST, SERIES_FIRST + 1]
@@ -88,7 +88,7 @@ def test_the_capacity_is_used_up_before_series_are_folded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A poll that finds more series than there are free numbers uses all of these."""
-    monkeypatch.setattr(MODULE_MAX_SERIES, 7)
+    monkeypatch.setattr(MODULE_CAPACITY, 7)
     ledger = MemoryLedger(PARTS)
     found = numbers(
         ledger.count(records([Connection(port) for port in range(1, 12)])).words
@@ -113,7 +113,7 @@ def test_what_happens_is_added_up_in_each_series(
     """The numbers are those of a Python loop."""
     expected: Counter[tuple[str, int]] = Counter()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE_MAX_SERIES, capacity)
+        patch.setattr(MODULE_CAPACITY, capacity)
         ledger = MemoryLedger(PARTS)
         for connections, what in steps:
             found = ledger.count(records(connections)).words
@@ -235,7 +235,7 @@ def test_other_series_keep_their_numbers_when_some_are_forgotten() -> None:
 
 def test_free_numbers_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory of the ledger does not grow with the namespaces that come and go."""
-    monkeypatch.setattr(MODULE_MAX_SERIES, 5)
+    monkeypatch.setattr(MODULE_CAPACITY, 5)
     ledger = MemoryLedger(PARTS)
     stays = ledger.count(records([Connection()])).words
     for netns in range(1, 101):
@@ -256,7 +256,7 @@ def test_a_word_of_a_dropped_series_is_not_that_of_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The next series with the number begins at 0."""
-    monkeypatch.setattr(MODULE_MAX_SERIES, 1)
+    monkeypatch.setattr(MODULE_CAPACITY, 1)
     ledger = MemoryLedger(PARTS, (1.0,))
 
     def happens(netns: int) -> Words:

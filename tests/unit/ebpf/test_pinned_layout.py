@@ -16,11 +16,11 @@ from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.pinned_layout import (
     FIELDS,
     KEY_FIELDS,
+    LAYOUT_WORDS,
     MAGIC,
     OLD_FIELDS,
     OLD_MAGIC,
     WORD_FORMAT,
-    WORDS,
     Layout,
     checksum,
     make,
@@ -64,7 +64,7 @@ def test_our_own_layout_is_accepted() -> None:
     assert offsets(found.record["key"], KEY_FIELDS) == offsets(KEY, KEY_FIELDS)
     assert not found.is_old
     assert found.is_continued
-    assert len(OURS) == len(OLD) == WORDS
+    assert len(OURS) == len(OLD) == LAYOUT_WORDS
 
 
 def test_the_layout_of_version_0_2_is_accepted() -> None:
@@ -145,7 +145,9 @@ any_word = st.one_of(
 @settings(deadline=None)
 @given(
     said=st.sampled_from([OURS, OLD]),
-    changed=st.dictionaries(st.integers(0, WORDS - 1), any_word, max_size=WORDS),
+    changed=st.dictionaries(
+        st.integers(0, LAYOUT_WORDS - 1), any_word, max_size=LAYOUT_WORDS
+    ),
 )
 @example(said=OURS, changed={1: 2**32 - 8})
 @example(said=OLD, changed={1: 2**32 - 8, 2: 2**32 - 8})
