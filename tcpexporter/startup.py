@@ -70,7 +70,7 @@ def run(process: Process, set_up_logging: Callable[[str, str], None]) -> None:
     """Serve the metrics, or run the command that the settings select.
 
     Args:
-        process: the arguments, the environment, and objects from before start-up.
+        process: the arguments, the environment, and objects made before start-up.
         set_up_logging: called with the values of --log-level and --log-format.
 
     Raises:

@@ -57,8 +57,9 @@ CONNECTION_BYTES = 102
 """Memory that the maps require for each of --max-connections, in bytes."""
 
 BUCKET_BYTES = 16
-"""Memory that a bucket, or a sum of lifetimes, requires for each series number, in bytes:
-the ledger and its corrections have it."""
+"""Memory for a bucket or a sum of lifetimes, in bytes for each series number.
+
+The ledger and its corrections each require half of it."""
 
 OOM_SCORE_ADJ_MAX = "1000"
 

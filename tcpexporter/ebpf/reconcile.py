@@ -30,8 +30,8 @@ b. Opened before the dump of 1 while the program was attached. The kernel report
    has the connection too, and it does not become a seed.
 c. Opened after that dump: the tracker has it with the kernel's time. No step changes a
    connection that the kernel reported, so no time of the kernel is ever lost.
-d. In the dump of 1, and closed before 2: only the tables seem to have it, so it becomes a
-   seed. The program has recorded the closing, and 3 removes the seed.
+d. In the dump of 1, and closed before 2: the dump shows it and the tracker does not, so it
+   becomes a seed. The program has recorded the closing, and 3 removes the seed.
 e. As d, but it closes during 2: the program records the closing before it looks for a seed.
    If the program does not find the seed, the seed was added after that, and 3 removes it.
 f. As d or e, and the same address pair opens again at any time: the tracker has the new
@@ -378,7 +378,7 @@ class Reconciler:
         """Reconcile once; return the corrections, and the seconds to wait after the run.
 
         Args:
-            counts: the counts from before the run.
+            counts: the counts when the run began.
         """
         began_s = time.monotonic()
         began_cpu_s = time.thread_time()

@@ -66,7 +66,7 @@ class Schedule:
         """Record a run that has ended or was skipped.
 
         Args:
-            counts: the counts from before the run.
+            counts: the counts when the run began.
             found_nothing: whether tables and tracker agreed.
             rest_s: the seconds in which no other run may begin.
             began_s: the time when the run began.
