@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Counts the distinct clients of each series."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -13,9 +14,6 @@ from tcpexporter.connections.record import SERIES_MASK, Words
 Seen: TypeAlias = npt.NDArray[np.uint64]
 """A number for each slot: from the highest bit to the lowest, its series number, the
 hash of its client, and whether it is too young to be long-term."""
-
-PIECE = 8192
-"""Number of slots that are handled at once: all arrays fit into the cache of a CPU."""
 
 _NUMBER_SHIFT = np.uint64(CLIENT_BITS + 1)
 _BELOW_NUMBER = np.uint64((1 << CLIENT_BITS + 1) - 1)
@@ -57,31 +55,33 @@ def seen(words: Words, clients: Clients, limit: np.uint64) -> Seen:
     return found
 
 
-def count_clients(found: Seen, rows: npt.NDArray[np.int64], size: int) -> ClientCounts:
+def count_clients(
+    found: Iterable[Seen], rows: npt.NDArray[np.int64], size: int
+) -> ClientCounts:
     """Count the distinct clients of each series.
 
     Args:
-        found: the clients of all connections.
+        found: the clients of all connections, in pieces.
         rows: the index of the series that each number is counted in; -1: none.
         size: how many series there are.
     """
-    pieces = range(0, len(found), PIECE)
-    keys = np.concatenate(
-        [np.empty(0, np.uint64), *(_keys(found[at : at + PIECE], rows) for at in pieces)]
-    )
+    keys = np.concatenate([np.empty(0, np.uint64), *(_keys(each, rows) for each in found)])
     keys.sort()
-    clients = keys >> np.uint64(1)
-    first = np.flatnonzero(np.append(True, clients[1:] != clients[:-1])[: len(keys)])
-    keys = keys[first]
-    # The clients of a series are those from its begin to its end.
+    # Where each client begins; those of a series are consecutive.
+    is_first = np.empty(len(keys), np.bool_)
+    is_first[:1] = True
+    # Of one client, only the lowest bit can differ.
+    np.greater(keys[1:] ^ keys[:-1], np.uint64(1), out=is_first[1:])
+    first = np.flatnonzero(is_first)
     begin = np.searchsorted(keys, np.arange(size, dtype=np.uint64) << _NUMBER_SHIFT)
-    established = np.diff(begin, append=len(keys))
+    begin = np.searchsorted(first, begin)
+    established = np.diff(begin, append=len(first))
     long_term, largest = np.zeros((2, size), np.int64)
     if len(used := np.flatnonzero(established)):
         # Of one client, long-term connections come first.
-        is_long_term = ~keys & np.uint64(1)
-        long_term[used] = np.add.reduceat(is_long_term, begin[used])
-        connections = np.diff(first, append=len(clients))
+        is_long_term = keys[first] & np.uint64(1) == 0
+        long_term[used] = np.add.reduceat(is_long_term, begin[used], dtype=np.int64)
+        connections = np.diff(first, append=len(keys))
         largest[used] = np.maximum.reduceat(connections, begin[used])
     return ClientCounts(established, long_term, largest)
 
@@ -89,7 +89,9 @@ def count_clients(found: Seen, rows: npt.NDArray[np.int64], size: int) -> Client
 def _keys(found: Seen, rows: npt.NDArray[np.int64]) -> Seen:
     """Return the clients that are counted, with the index of a series for its number."""
     row = rows.take((found >> _NUMBER_SHIFT).view(np.int64))
-    is_counted = np.flatnonzero(row >= 0)
-    keys = found.take(is_counted) & _BELOW_NUMBER
-    keys |= row.take(is_counted).view(np.uint64) << _NUMBER_SHIFT
+    is_counted = row >= 0
+    if not is_counted.all():
+        row, found = row[is_counted], found[is_counted]
+    keys = row.view(np.uint64) << _NUMBER_SHIFT
+    keys |= found & _BELOW_NUMBER
     return keys

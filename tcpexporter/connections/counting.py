@@ -109,8 +109,8 @@ class Counts:
     """All connections that were read, selected or not."""
     rows: npt.NDArray[np.int64]
     """For each series number, the index of its series; -1: it is not counted."""
-    seen: Seen | None = None
-    """The clients of all connections; None: clients are not counted."""
+    seen: Sequence[Seen] | None = None
+    """The clients of all connections, in pieces; None: clients are not counted."""
 
     def only(self, chosen: npt.NDArray[np.intp]) -> "Counts":
         """Return the chosen series."""
@@ -181,7 +181,7 @@ class Projection:
         self._rows: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
     def of(
-        self, series: Series, values: Values, *, total: int, seen: Seen | None
+        self, series: Series, values: Values, *, total: int, seen: Sequence[Seen] | None
     ) -> Counts:
         """Return the counts of the series in use.
 
@@ -232,24 +232,24 @@ def count(
     pieces = _copies(chunks)
     seen: list[Seen] | None = None
     if long_term_ns is not None:
-        seen, limit = [np.empty(0, np.uint64)], _limit(long_term_ns)
+        seen, limit = [], _limit(long_term_ns)
         pieces = _gathering(pieces, seen, limit)
     bins, times = _tally(pieces, since_ns, has_sums=now_ns is not None)
     entries = ledger()
     series = entries.series
-    established = bins[:, : len(series)].astype(np.int64)
+    counted = bins[:, : len(series)].astype(np.int64)
     # A number that was freed meanwhile, and may be that of another series now, had no
     # connection any more when it was freed.
     has_changed = before[: len(series)] != series[: len(before)]
     has_changed &= before[: len(series)] != 0
-    established[:, np.flatnonzero(has_changed)] = 0
-    ages = established[::-1].cumsum(axis=0)[::-1]
+    counted[:, np.flatnonzero(has_changed)] = 0
+    established, younger = counted[0], counted[1:]
     ages_sum = np.zeros(len(series), np.int64)
     if now_ns is not None:
-        ages_sum = ages[0] * (now_ns >> TIME_SHIFT) - times[: len(series)]
+        ages_sum = established * (now_ns >> TIME_SHIFT) - times[: len(series)]
     values = Values(
-        ages[0],
-        ages[1:].T,
+        established,
+        (established - younger).T,
         ages_sum,
         entries.opened,
         entries.closed,
@@ -258,23 +258,28 @@ def count(
         entries.lifetimes_sum,
         entries.lifetimes,
     )
-    total = int(ages[0, 1:].sum())
-    found = None if seen is None else np.concatenate(seen)
-    return projection.of(series, values, total=total, seen=found)
+    total = int(established[1:].sum())
+    return projection.of(series, values, total=total, seen=seen)
 
 
 def _copies(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """Yield copies of all slots, in pieces of `PIECE`."""
+    """Yield copies of all slots, in pieces; each is valid until the next one is requested.
+
+    All pieces use the same memory: after large arrays have been freed, glibc returns their
+    memory to the kernel, and then each new page costs a page fault.
+    """
+    copies = np.empty((2, PIECE), np.uint64)
     for words, clients in chunks:
         for first in range(0, len(words), PIECE):
-            piece = slice(first, first + PIECE)
-            copied = words[piece].copy()
+            piece = words[first : first + PIECE]
+            copied, of = copies[:, : len(piece)]
+            np.copyto(copied, piece)
             if clients is None:
                 yield Chunk(copied)
                 continue
-            of = clients[piece].copy()
+            np.copyto(of, clients[first : first + PIECE])
             # A slot whose word has changed may have the client of another connection.
-            copied[words[piece] != copied] = CLOSED
+            copied[np.flatnonzero(piece != copied)] = CLOSED
             yield Chunk(copied, of)
 
 
@@ -299,25 +304,35 @@ def _tally(
     """Count the connections of each series number by age, and add up their times.
 
     It neither sorts nor loops over connections in Python. It requires the same time for any
-    number of series. Each connection is read once, as one word.
+    number of series. Each connection is read once, as one word; those that are as old as
+    the last bound are not looked at again.
 
     Returns:
-        The number of connections that are as old as none of the bounds, the first bound,
-        the first two, and so on, of shape (bounds + 1, `NUMBERS`); and, for each number,
-        the sum of the times at which they were established, in units of 2^13 ns. Pages that
-        are never written to take no memory.
+        The number of all connections, and of those that are younger than each bound, of
+        shape (bounds + 1, `NUMBERS`); and, for each number, the sum of the times at which
+        its connections were established, in units of 2^13 ns. Pages that are never written
+        to take no memory.
     """
     limits = [_limit(each) for each in since_ns]
-    bins = np.zeros((len(limits) + 1) * NUMBERS, np.int32)
+    bins = np.zeros((len(limits) + 1, NUMBERS), np.int32)
     times = np.zeros(NUMBERS, np.int64)
-    for words, _ in pieces:
-        kinds = (words & np.uint64(SERIES_MASK)).view(np.int64)
+    found, is_young = np.empty(PIECE, np.uint64), np.empty(PIECE, np.bool_)
+    for piece, _ in pieces:
+        words, masked = piece, found[: len(piece)]
+        np.bitwise_and(words, np.uint64(SERIES_MASK), out=masked)
+        numbers = masked.view(np.int64)
+        np.add.at(bins[0], numbers, ONE)
         if has_sums:
-            np.add.at(times, kinds, (words >> np.uint64(SERIES_BITS)).view(np.int64))
-        for limit in limits:
-            kinds += np.multiply(words < limit, NUMBERS, dtype=np.int64)
-        np.add.at(bins, kinds, ONE)
-    return bins.reshape(-1, NUMBERS), times
+            np.add.at(times, numbers, (words >> np.uint64(SERIES_BITS)).view(np.int64))
+        # The last bound first: only some of these are younger than an earlier bound.
+        for limit, younger in zip(reversed(limits), bins[:0:-1], strict=True):
+            np.greater_equal(words, limit, out=is_young[: len(words)])
+            chosen = np.flatnonzero(is_young[: len(words)])
+            if not len(chosen):
+                break
+            words, numbers = words[chosen], numbers[chosen]
+            np.add.at(younger, numbers, ONE)
+    return bins, times
 
 
 def _is_selected(series: Series, selection: Selection) -> npt.NDArray[np.bool_]:

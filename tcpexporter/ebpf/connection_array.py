@@ -81,35 +81,46 @@ class ConnectionArray:
         self._slots = slots
         self._descriptor = records
         self._record = record
+        self._used = WINDOW
+        """Number of slots to look at; they are used, but for the last ones."""
         self._words = MappedArray(words, np.dtype("u8"), slots, WINDOW)
         self._clients = (
             None if clients is None else MappedArray(clients, np.dtype("u8"), slots, WINDOW)
         )
 
+    def words(self) -> Words:
+        """Return the words of all slots that were ever used.
+
+        Raises:
+            OSError: the kernel refuses to map them.
+        """
+        while self._used < self._slots:
+            words = self._words.upto(self._used)
+            if not words[-UNTOUCHED:].any():
+                return words
+            self._used = len(words) + WINDOW
+        return self._words.upto(self._slots)
+
     def word_windows(self) -> Iterator[Words]:
-        """Yield the words of all slots that were ever used, in chunks of `WINDOW`.
+        """Yield these words in chunks of `WINDOW`.
 
         Raises:
             OSError: the kernel refuses to map them.
         """
-        for first in range(0, self._slots, WINDOW):
-            window = self._words.upto(first + WINDOW)[first:]
-            yield window
-            if not window[-UNTOUCHED:].any():
-                return
+        words = self.words()
+        for first in range(0, len(words), WINDOW):
+            yield words[first : first + WINDOW]
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Yield the words and clients of these slots, in the same chunks.
+    def chunk(self) -> Chunk:
+        """Return the words and clients of these slots.
 
         Raises:
             OSError: the kernel refuses to map them.
         """
-        for at, words in enumerate(self.word_windows()):
-            first = at * WINDOW
-            if self._clients is None:
-                yield Chunk(words)
-            else:
-                yield Chunk(words, self._clients.upto(first + len(words))[first:])
+        words = self.words()
+        if self._clients is None:
+            return Chunk(words)
+        return Chunk(words, self._clients.upto(len(words)))
 
     def put_clients(self, slots: Slots, clients: Clients) -> None:
         """Store the clients of slots; ignored if clients are not counted.
@@ -147,22 +158,14 @@ class ConnectionArray:
         last = min(int(slots.max()) // WINDOW * WINDOW + WINDOW, self._slots)
         return self._mapped(first, last), slots - np.uint32(first)
 
-    def upto(self, slots: int) -> tuple[Records, Words]:
-        """Return the records and words of at least the first ``slots`` slots.
-
-        Raises:
-            OSError: the kernel refuses to map them.
-        """
-        words = self._words.upto(slots)
-        return self._mapped(0, len(words)), words
-
     def used(self) -> tuple[Records, Words]:
         """Return the records and words of all slots that were ever used.
 
         Raises:
             OSError: the kernel refuses to map them.
         """
-        return self.upto(sum(len(words) for words in self.word_windows()))
+        words = self.words()
+        return self._mapped(0, len(words)), words
 
     def _mapped(self, first: int, last: int) -> Records:
         return map_entries(self._descriptor, self._record, first, last)

@@ -154,7 +154,7 @@ class Tracker(EventCounters):
             TrackerError: the kernel refuses to map the arrays.
         """
         with map_errors():
-            yield from self._array.chunks()
+            yield self._array.chunk()
 
     def words(self) -> Iterator[Words]:
         """Yield the words alone, as `read` does.

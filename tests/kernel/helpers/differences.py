@@ -31,7 +31,7 @@ def explain(process: int, port: int) -> str:
         descriptor, entries = maps["connections"]
         words_descriptor, _ = maps["series_and_time"]
         array = ConnectionArray(descriptor, words_descriptor, entries)
-        records, words = array.upto(entries)
+        records, words = array.used()
         records, words = records.copy(), words.copy()
     slot_of = dict(zip(handles.tolist(), slots.tolist(), strict=True))
     shown = shown[shown["key"]["local_port"] == port]

@@ -180,7 +180,7 @@ def put_reported(tracker: Tracker, connections: Records) -> None:
         reported[name] = connections[name]
     # No socket has these handles: they are even, and not addresses of the kernel.
     reported["handle"] = 2 * (1 + np.arange(len(reported)))
-    records, all_words = tracker._array.upto(int(slots.max()) + 1)
+    records, all_words = tracker._array.used()
     records[slots] = reported
     all_words[slots] = words(numbers, connections["established_ns"])
     for handle, slot in zip(reported["handle"], slots, strict=True):

@@ -105,7 +105,7 @@ class SharedTracker:
         assert tracker._counters._call(
             "bpf_map_update_elem", np.array([FIRST]), counts, zero_flags
         )
-        for slots in tracker._array.upto(SLOTS):
+        for slots in tracker._array.used():
             slots[:] = 0
         return tracker
 

@@ -269,5 +269,5 @@ def test_clients_that_differ_in_one_bit_of_the_hash_are_two(bits: int) -> None:
     hashes = np.array([1 << bits, 0, 1 << bits], np.uint64)
     series = np.array([5, 5, 6], np.uint64)
     rows = np.array([-1, -1, -1, -1, -1, 0, 1])
-    found = count_clients((series << np.uint64(33)) | (hashes << np.uint64(1)), rows, 2)
+    found = count_clients([(series << np.uint64(33)) | (hashes << np.uint64(1))], rows, 2)
     assert found.established.tolist() == [2, 1]
