@@ -265,9 +265,10 @@ class CgroupPaths:
 
     def _found(self, inode: int, directory: str, missing: set[int]) -> None:
         path = (self._prefix + directory) or "/"
-        # Names are bytes, labels are text.
-        shown = os.fsencode(path).decode(errors="backslashreplace")
-        self._places[inode] = _Place(directory, shown)
+        # Names are bytes, labels are text. Usually both are one string in memory.
+        if not path.isascii():
+            path = os.fsencode(path).decode(errors="backslashreplace")
+        self._places[inode] = _Place(directory, path)
         missing.discard(inode)
 
     def _is_removed(self, cgroup_id: int, place: _Place) -> bool:

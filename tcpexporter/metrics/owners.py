@@ -69,7 +69,7 @@ def owner_of(path: str) -> Owner:
     components = path.strip("/").split("/")
     for number, component in enumerate(components, start=1):
         is_supervisor = is_machine and component == "supervisor"
-        is_machine = False
+        is_machine, name = False, ""
         if component.endswith(UNIT_SUFFIXES):
             # systemd adds a "_" to names that could be attributes: cg_escape() in
             # src/basic/cgroup-util.c.
@@ -84,7 +84,7 @@ def owner_of(path: str) -> Owner:
             container, depth = outside, number
         elif name := _container(component, parent):
             container, depth = name, number
-        parent = component
+        parent = "" if name else component  # a container can have the name "lxc"
     return Owner("/" + "/".join(components[: depth or None]), unit, container, pod)
 
 

@@ -43,6 +43,21 @@ print(paths.removed([int(number)]), flush=True)
 """A program that gives up its privileges, then looks for a cgroup and reads its file."""
 
 
+IN_A_NAMESPACE = """
+import subprocess, sys
+from tcpexporter.host.cgroups import CgroupPaths, find
+number = int(sys.argv[1])
+for _ in range(2):
+    mount = find()
+    paths = CgroupPaths(mount)
+    print(mount.root, paths.is_whole, paths.paths([number]).get(number), flush=True)
+    paths.close()
+    subprocess.run(["umount", "-l", mount.point], check=True)
+    subprocess.run(["mount", "-t", "cgroup2", "none", mount.point], check=True)
+"""
+"""A program that looks for its own cgroup: with the host's mount, and with its own."""
+
+
 def cgroup_of(pid: int) -> str:
     """Return the path of a process's cgroup: the line of version 2 in /proc/PID/cgroup."""
     lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
@@ -164,6 +179,20 @@ def test_the_socket_of_a_removed_cgroup_keeps_the_id(paths: CgroupPaths) -> None
             assert "left" not in cgroup_of_listener(port)  # ss finds no directory
             assert paths.paths([left.id]) == {left.id: left.path}
             assert paths.removed([left.id]) == {left.id}
+
+
+def test_a_cgroup_namespace_hides_the_other_cgroups() -> None:
+    """In a container, a mount of the host's file system shows all, and its own a part."""
+    with (
+        new_cgroup("a.service") as cgroup,
+        cgroup.running(
+            *("unshare", "--cgroup", "--mount", sys.executable, "-c", IN_A_NAMESPACE),
+            str(cgroup.id),
+        ) as process,
+    ):
+        assert process.stdout
+        assert process.stdout.readline().split() == ["/../..", "True", cgroup.path]
+        assert process.stdout.readline().split() == ["/", "False", "/"]
 
 
 def test_a_confined_process_finds_new_cgroups_but_reads_no_file_of_them() -> None:

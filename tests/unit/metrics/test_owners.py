@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The owner of a cgroup, for paths that each container runtime really makes."""
+"""The owner of a cgroup, for paths that each container runtime really makes.
 
+Cases with a version were recorded on Debian 12, with version 1 and version 2 of cgroups.
+The others are from the documentation and the issues of the runtimes.
+"""
+
+import re
 from typing import NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tcpexporter.metrics.owners import Owner, owner_of, owner_of_unnamed
 
@@ -86,7 +93,8 @@ CASES = [
         "system.slice",
     ),
     # Docker
-    Case("docker", "cgroupfs", f"/docker/{A}", "", SHORT_A),
+    Case("docker 20.10", "cgroupfs", f"/docker/{A}", "", SHORT_A),
+    Case("docker 20.10 --cgroup-parent", "cgroupfs", f"/custom/{A}", "", SHORT_A),
     Case("docker", "cgroupfs", f"/docker/{A}|/init", "", SHORT_A),
     Case("docker", "cgroupfs", f"/ecs/{HASH}/{A}", "", SHORT_A),
     Case(
@@ -120,6 +128,8 @@ CASES = [
     ),
     # containerd, without Kubernetes
     Case("containerd", "cgroupfs", f"/default/{A}", "", SHORT_A),
+    # ctr: the id of a container is any name, and the path does not show what it is.
+    Case("containerd 1.6", "cgroupfs", "/example/web1"),
     Case("nerdctl", "cgroupfs", f"/k8s.io/{A}", "", SHORT_A),
     Case(
         "nerdctl",
@@ -221,8 +231,8 @@ CASES = [
         UUID,
     ),
     Case("kubelet", "systemd", "/system.slice/kubelet.service", "kubelet.service"),
-    # Podman. The first two are those of Podman 4.3 with runc 1.1.5 on Debian 12.
-    Case("podman", "cgroupfs", f"/libpod_parent/libpod-{A}", "", SHORT_A),
+    # Podman
+    Case("podman 4.3, runc 1.1", "cgroupfs", f"/libpod_parent/libpod-{A}", "", SHORT_A),
     Case("podman pod", "cgroupfs", f"/libpod_parent/{B}/libpod-{A}", "", SHORT_A),
     Case("podman pod, no container", "cgroupfs", f"/libpod_parent/{B}"),
     Case("podman monitor", "cgroupfs", "/libpod_parent/conmon"),
@@ -289,10 +299,11 @@ CASES = [
     ),
     # LXC, LXD and Incus
     Case("lxc 3", "cgroupfs", "/lxc/web", "", "web"),
+    Case("lxc 3", "cgroupfs", "/lxc/lxc|/workers", "", "lxc"),
     Case("lxc 3.1", "cgroupfs", "/lxc.payload/web", "", "web"),
-    Case("lxc", "cgroupfs", "/lxc.payload.web", "", "web"),
-    Case("lxc", "cgroupfs", "/lxc.payload.web|/.lxc", "", "web"),
-    Case("lxc monitor", "cgroupfs", "/lxc.monitor.web"),
+    Case("lxc 5.0", "cgroupfs", "/lxc.payload.web1", "", "web1"),
+    Case("lxc 5.0, lxc-attach", "cgroupfs", "/lxc.payload.web1|/.lxc", "", "web1"),
+    Case("lxc 5.0 monitor", "cgroupfs", "/lxc.monitor.web1"),
     Case("lxc 3.1 monitor", "cgroupfs", "/lxc.monitor/web"),
     Case(
         "lxc, systemd inside",
@@ -436,12 +447,36 @@ def test_the_path_of_a_cgroup_names_its_owner(case: Case) -> None:
     assert owner_of(owner) == expected
 
 
-def test_an_owner_of_a_unit_or_container_does_not_depend_on_directories_below() -> None:
-    """Sub-cgroups that only the application knows share the owner's metrics."""
-    for case in CASES:
-        owner = owner_of(case.path.partition("|")[0])
-        if owner[1:] != ("", "", ""):
-            assert owner_of(f"{owner.cgroup}/workers/7") == owner
+COMPONENTS = sorted(
+    {
+        component
+        for case in CASES
+        for component in re.split(r"[/|]+", case.path)
+        if component
+    }
+)
+
+
+@given(
+    st.lists(
+        st.sampled_from(COMPONENTS)
+        | st.text(st.characters(exclude_characters="/")).filter(len)
+    )
+)
+def test_any_path_has_one_owner(components: list[str]) -> None:
+    """The path of an owner has the same owner, whatever the directories below are called.
+
+    So `cgroup` identifies the owner. The names are those of users to whom systemd delegates
+    cgroups, and nested as no runtime does it.
+    """
+    path = "/" + "/".join(components)
+    owner = owner_of(path)
+    assert f"{path}/".startswith(owner.cgroup)
+    if any(owner[1:]):
+        assert owner_of(owner.cgroup) == owner
+        assert owner_of(f"{owner.cgroup}/workers/7") == owner
+    else:
+        assert owner.cgroup == path
 
 
 def test_a_cgroup_without_a_path_has_its_number() -> None:
