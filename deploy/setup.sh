@@ -64,7 +64,7 @@ main() {
 		;;
 	vm)
 		require_for_tests
-		require qemu-system-x86_64 mmdebstrap busybox mke2fs modprobe cpio xz vagrant
+		require qemu-system-x86_64 mmdebstrap mke2fs modprobe cpio xz vagrant
 		fill_venv test
 		;;
 	release)
@@ -103,7 +103,9 @@ is_root() {
 
 require_for_tests() {
 	require_python
-	require bcc venv seccomp ip ss gcc libc git
+	# Without containers, the services and the timer of podman end at once. It requires crun or
+	# runc; the tests use runc.
+	require bcc venv seccomp ip ss gcc libc git busybox podman runc
 	require_unpacked prometheus prometheus promtool
 	require_unpacked prometheus-node-exporter prometheus-node-exporter
 }
@@ -149,7 +151,7 @@ is_there() {
 	*.service) [ -e "/lib/systemd/system/$1" ] ;;
 	# The command has this name in Debian, and the other name elsewhere.
 	prometheus-node-exporter) has_command "$1" || has_command node_exporter ;;
-	# Only a statically linked busybox works in an initramfs.
+	# Only a statically linked busybox works in an initramfs or a container without libraries.
 	busybox) has_command "$1" && ! ldd "$(command -v "$1")" >/dev/null 2>&1 ;;
 	*) has_command "$1" ;;
 	esac

@@ -6,8 +6,10 @@ further limits:
 
 - `privileges.drop`: the process can never regain root;
 - `landlock`: it can only read its own files in /proc and list /run, where network
-  namespaces have their names. If the kernel supports it, the process cannot connect to TCP
-  ports or abstract unix sockets, and cannot send signals to other processes;
+  namespaces have their names. If connections have owners, it can also list the directories
+  of the cgroup file system, but read no file there. If the kernel supports it, the process
+  cannot connect to TCP ports or abstract unix sockets, and cannot send signals to other
+  processes;
 - `seccomp`: it can make only the listed system calls.
 
 Objects that were opened before stay open: the maps of the BPF program, the netlink sockets,
@@ -28,6 +30,8 @@ def confine(
     account: pwd.struct_passwd | None,
     needed: Callable[[], object],
     connected: int | None = None,
+    *,
+    cgroups: int | None = None,
 ) -> dict[str, bool]:
     """Give up root permanently, then every other right that serving does not require.
 
@@ -39,6 +43,7 @@ def confine(
         needed: as in `privileges.drop`.
         connected: the descriptor of a connected unix datagram socket, if there is one. It
             can still send to its peer, but not to other sockets.
+        cgroups: as in `landlock.restrict_files`.
 
     Returns:
         Whether each limit is in force, by its value of the label ``by`` of
@@ -55,7 +60,7 @@ def confine(
     # Before root is given up: the modules that this imports may be readable by root only.
     code = seccomp.make_filter(connected)
     privileges.drop(account, needed)
-    files = landlock.restrict_files()
+    files = landlock.restrict_files(cgroups)
     system_calls = bool(code) and seccomp.load_filter(code)
     left = privileges.read_status()
     if 0 in left.uids and not (files or system_calls):

@@ -51,8 +51,12 @@ def abi_version() -> int:
         return 0
 
 
-def restrict_files() -> bool:
+def restrict_files(cgroups: int | None = None) -> bool:
     """Refuse access to all files except those that serving reads.
+
+    Args:
+        cgroups: the descriptor of a directory, if there is one. Listing it, and the
+            directories below it, stays permitted; reading files there does not.
 
     Returns:
         Whether the restriction is in force. If not, the log says why.
@@ -63,14 +67,14 @@ def restrict_files() -> bool:
         log.debug("Landlock disabled: this kernel or container does not support it")
         return False
     try:
-        _load_ruleset(RULESET.pack(*_refused(abi)))
+        _load_ruleset(RULESET.pack(*_refused(abi)), cgroups)
     except OSError as error:
         log.warning("Landlock disabled: the kernel refuses it: %s", error.strerror)
         return False
     return True
 
 
-def _load_ruleset(refused: bytes) -> None:
+def _load_ruleset(refused: bytes, cgroups: int | None) -> None:
     ruleset = libc.system_call(LANDLOCK_CREATE_RULESET, refused, len(refused), 0)
     try:
         # The process_* metrics read files in /proc/PID. The descriptor stays open: the rule
@@ -83,6 +87,8 @@ def _load_ruleset(refused: bytes) -> None:
             above = os.open(namespaces.NAMED.parent, os.O_PATH)
             _allow(ruleset, above, LANDLOCK_ACCESS_FS_READ_DIR)
             os.close(above)
+        if cgroups is not None:
+            _allow(ruleset, cgroups, LANDLOCK_ACCESS_FS_READ_DIR)
         libc.system_call(LANDLOCK_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)

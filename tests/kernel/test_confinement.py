@@ -21,7 +21,13 @@ import pytest
 from tcpexporter.ebpf import features
 from tcpexporter.host import seccomp
 from tcpexporter.host.privileges import CAP_BPF
-from tests.kernel.helpers.forbidden_operations import DONE, READING, REFUSED
+from tests.kernel.helpers.cgroups import mount_point
+from tests.kernel.helpers.forbidden_operations import (
+    DONE,
+    LISTING,
+    READING,
+    REFUSED,
+)
 from tests.kernel.helpers.shared import BOTH_ENDS, EVERY_NAMESPACE, Exporters
 from tests.kernel.test_features import found
 from tests.kernel.test_process import COMMAND, status, threads
@@ -69,13 +75,34 @@ def test_operations_that_serving_does_not_need_are_refused(source: str) -> None:
         outcomes = attempts(exporter)
         assert outcomes == {
             **dict.fromkeys(REFUSED, "EPERM"),
-            **dict.fromkeys(READING, reading),
+            **dict.fromkeys([*READING, *LISTING], reading),
         }
         peers.connect(7)
         eventually(lambda: exporter.established(peers.port) == 7)
         code, complaints = exporter.stop()
     assert code == 0
     assert "Traceback" not in complaints
+
+
+WITH_OWNERS = """
+from functools import partial
+from tcpexporter.host import cgroups, confine
+paths = cgroups.open_paths()
+confine.confine = partial(confine.confine, cgroups=paths.descriptor)
+"""
+"""Statements that permit what finding the owners of connections requires."""
+
+
+def test_with_owners_the_process_lists_cgroups_but_reads_no_file_there() -> None:
+    """All other operations stay refused."""
+    mount_point()  # skips the test if there is no such file system
+    reading = "EACCES" if found(features.LANDLOCK) else DONE
+    with Exporter("--source", "sock_diag", command=within(WITH_OWNERS)) as exporter:
+        assert attempts(exporter) == {
+            **dict.fromkeys(REFUSED, "EPERM"),
+            **dict.fromkeys(READING, reading),
+            **dict.fromkeys(LISTING, DONE),
+        }
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="only x86 has the x32 ABI")
@@ -94,7 +121,7 @@ def test_without_landlock_system_calls_are_refused() -> None:
     with Exporter("--source", "sock_diag", command=within(before)) as exporter:
         assert attempts(exporter) == {
             **dict.fromkeys(REFUSED, "EPERM"),
-            **dict.fromkeys(READING, DONE),
+            **dict.fromkeys([*READING, *LISTING], DONE),
         }
 
 

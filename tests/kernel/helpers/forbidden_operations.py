@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tcpexporter.__main__ import main
+from tcpexporter.host.cgroups import Mount, find
 from tcpexporter.host.seccomp import MAP_COMMANDS
 from tcpexporter.web import http1, pages
 
@@ -117,10 +118,28 @@ REFUSED: Mapping[str, Callable[[], object]] = {
 """Operations that are refused on every kernel. None does harm if a kernel allows it by
 mistake."""
 
+MOUNT = find() or Mount("/sys/fs/cgroup", "/")
+
+
+def _list_all_cgroups() -> None:
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # the cgroup was removed meanwhile
+            raise error
+
+    assert all(os.walk(MOUNT.point, onerror=fail))
+
+
+LISTING: Mapping[str, Callable[[], object]] = {
+    "list the root cgroup": lambda: list(Path(MOUNT.point).iterdir()),
+    "list all cgroups": _list_all_cgroups,
+}
+"""Operations that finding the owners of connections requires."""
+
 READING: Mapping[str, Callable[[], object]] = {
     "read a file": Path("/etc/passwd").read_bytes,
     "read the program's own files": Path(__file__).read_bytes,
     "read /proc of another process": Path("/proc/1/status").read_bytes,
+    "read a file of a cgroup": (Path(MOUNT.point) / "cgroup.procs").read_bytes,
     "list a directory": lambda: list(Path("/etc").iterdir()),
 }
 """Operations that are allowed on a kernel without Landlock."""
@@ -178,7 +197,7 @@ class _App(pages.App):
 
 
 async def _attempts(_request: http1.Request) -> http1.Response:
-    acts = {**REFUSED, **READING}
+    acts = {**REFUSED, **READING, **LISTING}
     if sock := _systemds():
         acts |= _misuse(sock)
     outcomes = {name: _outcome(act) for name, act in acts.items()}
