@@ -11,6 +11,8 @@
  * MAP_FLAGS        flags of the hash maps: BPF_F_NO_PREALLOC, or 0
  * NETNS            inode of the only network namespace to observe, 0: all
  * BY_NETNS         whether network namespaces are counted separately
+ * BY_CGROUP        undefined: cgroups are not counted separately
+ * TAGGED_CGROUP    whether a socket has its cgroup as a number with flags
  * OWN_PORT         of the exporter's own listener in OWN_NETNS; 0: it has none
  * OUTBOUND_PORT    which port is part of the series of an outbound connection:
  *                  LOCAL_PORT, REMOTE_PORT, or 0: none, and failed attempts are not
@@ -156,6 +158,58 @@ static __u16 port_of_closed(const void *sk)
 	return inet ? bpf_ntohs(LOAD(__u16, inet, INET_SPORT_OFFSET)) : 0;
 }
 
+#ifdef BY_CGROUP
+
+#define ROOT_CGROUP 1
+
+#if TAGGED_CGROUP
+static long (*probe_read_kernel)(void *into, __u32 size, __u64 from) = (void *)113;
+
+static __u64 read_kernel(__u64 address)
+{
+	__u64 found = 0;
+
+	probe_read_kernel(&found, sizeof(found), address);
+	return found;
+}
+#endif
+
+/*
+ * Returns the number of the cgroup in which the socket was made; a socket that
+ * accept(2) returns has that of the listener.
+ *
+ * Before Linux kernel commit 8520e224f547 ("bpf, cgroups: Fix cgroup v2 fallback on
+ * v1/v2 mixed mode") (in v5.15) the pointer was a number, of which the lowest two bits
+ * are flags. The verifier does not know the type of a number, so the program must call
+ * a helper. If a flag is set, or there is no pointer, the cgroup is the root:
+ * sock_cgroup_ptr in the kernel's include/linux/cgroup.h.
+ */
+static __u64 cgroup_of(const void *sk)
+{
+#if TAGGED_CGROUP
+	__u64 cgroup = LOAD(__u64, sk, SK_CGROUP_OFFSET);
+
+	if (!cgroup || cgroup & 3)
+		return ROOT_CGROUP;
+	return read_kernel(read_kernel(cgroup + CGROUP_KN_OFFSET) +
+			   KERNFS_NODE_ID_OFFSET);
+#else
+	const void *cgroup = untraced(LOAD(__u64, sk, SK_CGROUP_OFFSET));
+	const void *node = untraced(LOAD(__u64, cgroup, CGROUP_KN_OFFSET));
+
+	return cgroup ? LOAD(__u64, node, KERNFS_NODE_ID_OFFSET) : ROOT_CGROUP;
+#endif
+}
+
+#else
+
+static __u64 cgroup_of(const void *sk)
+{
+	return 0;
+}
+
+#endif
+
 #define ROTATED(x, bits) ((x) << (bits) | (x) >> (64 - (bits)))
 
 #define SIPROUND                                                                       \
@@ -274,13 +328,14 @@ static void record_client(__u32 slot, const struct connection_key *key)
 #endif
 }
 
-static struct series_key series_of(const struct connection_key *key, bool is_outbound,
-				   __u16 outbound_port)
+static struct series_key series_of(const struct connection_key *key, __u64 cgroup,
+				   bool is_outbound, __u16 outbound_port)
 {
 	struct series_key series = {
+	    .cgroup = bpf_htonll(cgroup),
+	    .netns = BY_NETNS ? bpf_htonl(key->netns) : 0,
+	    .port = bpf_htons(is_outbound ? outbound_port : key->local_port),
 	    .ip_version = is_ipv4(key) ? 4 : 6,
-	    .port = is_outbound ? outbound_port : key->local_port,
-	    .netns = BY_NETNS ? key->netns : 0,
 	};
 
 	if (is_outbound)
@@ -300,7 +355,19 @@ static __u16 outbound_port_of(const struct connection_key *key)
 
 static bool is_series(const struct series_key *one, const struct series_key *other)
 {
-	return *(const __u64 *)one == *(const __u64 *)other;
+	const __u64 *words = (const __u64 *)one;
+	const __u64 *others = (const __u64 *)other;
+
+	return words[0] == others[0] && words[1] == others[1];
+}
+
+static void store_series(struct ledger_entry *entry, const struct series_key *series)
+{
+	const __u64 *words = (const __u64 *)series;
+	volatile __u64 *stored = (volatile __u64 *)&entry->series;
+
+	stored[0] = words[0];
+	stored[1] = words[1];
 }
 
 /*
@@ -327,6 +394,7 @@ static void push_free_series(__u32 range)
 static __u32 allocate_number(struct series_key *series)
 {
 	struct ledger_entry *entry;
+	struct series_key none = {};
 	__u32 range, number;
 
 	if (free_series.pop(&range))
@@ -338,11 +406,11 @@ static __u32 allocate_number(struct series_key *series)
 	if (!entry)
 		return 0;
 	/* Before the number can be found. */
-	STORE(__u64, entry->series, *(const __u64 *)series);
+	store_series(entry, series);
 	if (!series_numbers.insert(series, &number))
 		return number;
 	/* Another CPU was faster, or the kernel has no memory. */
-	STORE(__u64, entry->series, 0);
+	store_series(entry, &none);
 	push_free_series(number << RANGE_BITS);
 	return number_of(series);
 }
@@ -415,6 +483,7 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 	__u32 slot = 0;
 	struct connection *connection = find(handle, &word, &slot);
 	struct series_key series;
+	__u64 cgroup;
 	__u32 number;
 
 	if (!connection) {
@@ -431,8 +500,10 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 	connection->handle = handle;
 	load_key(&connection->key, sk, netns, LOAD(__u16, sk, SKC_NUM_OFFSET));
 	connection->is_outbound = oldstate == TCP_SYN_SENT;
+	cgroup = cgroup_of(sk);
+	connection->cgroup = cgroup;
 	record_client(slot, &connection->key);
-	series = series_of(&connection->key, oldstate == TCP_SYN_SENT,
+	series = series_of(&connection->key, cgroup, oldstate == TCP_SYN_SENT,
 			   outbound_port_of(&connection->key));
 	number = counted_in(&series);
 	*(volatile __u64 *)word =
@@ -501,7 +572,8 @@ static void failed(const void *sk, __u32 netns)
 	__u32 number;
 
 	load_key(&key, sk, netns, port_of_closed(sk));
-	series = series_of(&key, 1, OUTBOUND_PORT == REMOTE_PORT ? key.remote_port : 0);
+	series = series_of(&key, cgroup_of(sk), 1,
+			   OUTBOUND_PORT == REMOTE_PORT ? key.remote_port : 0);
 	number = counted_in(&series);
 	entry = ledger.lookup(&number);
 	if (entry)

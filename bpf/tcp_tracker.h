@@ -17,13 +17,15 @@ struct connection_key {
 
 /*
  * What is counted separately. A part that the settings do not require is 0. It has no
- * padding, because it is a key of a hash map. `ip_version` is never 0.
+ * padding, because it is a key of a hash map. All fields are in network byte order, so
+ * that userspace can sort series as bytes. `ip_version` is never 0.
  */
 struct series_key {
-	__u8 ip_version; /* 4 or 6, on the wire: 4 for an IPv4 client of :: */
+	__be64 cgroup; /* number of the socket's cgroup (version 2) */
+	__be32 netns;  /* inode of the network namespace */
+	__be16 port;
 	__u8 flags;	 /* SERIES_ bits */
-	__u16 port;	 /* host byte order */
-	__u32 netns;	 /* inode of the network namespace */
+	__u8 ip_version; /* 4 or 6, on the wire: 4 for an IPv4 client of :: */
 };
 
 #define SERIES_OUTBOUND 1
@@ -54,15 +56,15 @@ struct connection {
 	struct connection_key key;
 	__u32 is_outbound; /* 0 or 1 */
 	__u32 pad;	   /* zero */
-	__u64 reserved;	   /* zero */
+	__u64 cgroup;	   /* number of the socket's cgroup; 0: unknown */
 };
 
 #define CLOSED (1ULL << SERIES_BITS)
 
 /*
  * What has happened in a series. Both ends of a loopback connection are connections. In
- * an entry of `corrections`, the word `series` is the number of connections that were
- * open when counting began.
+ * an entry of `corrections`, the first word of `series` is the number of connections
+ * that were open when counting began.
  */
 struct ledger_entry {
 	struct series_key series; /* all zero: the number is free */

@@ -17,8 +17,8 @@ from prometheus_client.core import Metric
 
 from tcpexporter.config import settings
 from tcpexporter.config.values import LABELS
-from tcpexporter.connections.counting import kernel_parts, named, select
 from tcpexporter.connections.record import LISTENER, Direction
+from tcpexporter.connections.selection import kernel_parts, named, select
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.collector import (

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tcpexporter.config.settings import Settings
-from tcpexporter.connections.counting import kernel_parts, named, select
 from tcpexporter.connections.identity import client_masks
 from tcpexporter.connections.record import Direction
+from tcpexporter.connections.selection import has_owner, kernel_parts, named, select
 from tcpexporter.connections.series import NO_LISTENER
 from tcpexporter.connections.source import Source
 from tcpexporter.ebpf.source import EbpfSource
 from tcpexporter.errors import SourceError
-from tcpexporter.host import capacity, namespaces
+from tcpexporter.host import capacity, cgroups, namespaces
 from tcpexporter.metrics.collector import Choice, ConnectionCollector
+from tcpexporter.metrics.owner_numbers import OwnerNumbers
 from tcpexporter.socket_tables.polling import PollingSource
 from tcpexporter.socket_tables.tables import open_tables
 
@@ -44,6 +45,8 @@ class Counting(NamedTuple):
     choose: Callable[[Settings], Choice]
     """Makes the collector's choice from settings that may have been read again."""
     collector: ConnectionCollector
+    cgroups: int | None = None
+    """The descriptor of a directory that must stay listable; None: there is none."""
 
 
 def open_counting(settings: Settings, resources: contextlib.ExitStack) -> Counting:
@@ -64,9 +67,28 @@ def open_counting(settings: Settings, resources: contextlib.ExitStack) -> Counti
     watch = namespaces.open_watch(settings.netns, source.namespaces)
     if watch:
         resources.callback(watch.close)
-    choose = chooser(settings, source)
-    collector = make_collector(source, settings, choose(settings))
-    return Counting(source, watch, choose, collector)
+    paths = _open_cgroups(settings, resources)
+    labels = settings.series_labels
+    if has_owner(labels) and source.name == "procfs":
+        log.warning(
+            "the labels unit, container and pod are empty: procfs does not show the cgroups"
+            " of sockets, ebpf and sock_diag do"
+        )
+    owners = OwnerNumbers(labels, paths) if has_owner(labels) else None
+    choose = chooser(settings, source, owners)
+    collector = make_collector(source, settings, choose(settings), owners)
+    return Counting(source, watch, choose, collector, paths.descriptor if paths else None)
+
+
+def _open_cgroups(
+    settings: Settings, resources: contextlib.ExitStack
+) -> cgroups.CgroupPaths | None:
+    if not has_owner(settings.series_labels):
+        return None
+    paths = cgroups.open_paths()
+    if paths:
+        resources.callback(paths.close)
+    return paths
 
 
 def _open_state(path: str) -> "State | None":
@@ -121,7 +143,7 @@ def _open_named_source(name: str, settings: Settings, state: "State | None") -> 
             state=state,
         )
     return PollingSource(
-        open_tables(name, settings.netns),
+        open_tables(name, settings.netns, with_cgroups=parts.by_cgroup),
         settings.interval_s,
         state,
         parts=parts,
@@ -129,7 +151,9 @@ def _open_named_source(name: str, settings: Settings, state: "State | None") -> 
     )
 
 
-def chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]:
+def chooser(
+    settings: Settings, source: Source, owners: OwnerNumbers | None = None
+) -> Callable[[Settings], Choice]:
     """Return what makes the collector's choice from settings that were read again.
 
     Only their ports and duration can differ from ``settings``.
@@ -145,6 +169,7 @@ def chooser(settings: Settings, source: Source) -> Callable[[Settings], Choice]:
             directions=DIRECTIONS[settings.direction],
             own_listener=own_listener,
             labels=settings.series_labels,
+            owners=owners,
         )
         return Choice(
             selection, named(chosen.ports, own_netns, selection), chosen.duration_s
@@ -158,7 +183,10 @@ def _own_listener(settings: Settings) -> tuple[int, int]:
 
 
 def make_collector(
-    source: Source, settings: Settings, choice: Choice
+    source: Source,
+    settings: Settings,
+    choice: Choice,
+    owners: OwnerNumbers | None = None,
 ) -> ConnectionCollector:
     """Make the collector of a source, with these settings and its first choice."""
     by_netns = choice.selection.by_netns
@@ -167,6 +195,7 @@ def make_collector(
         choice,
         max_series=settings.max_series,
         names=namespaces.Names(source.namespaces).read if by_netns else None,
+        owners=owners,
         bounds_s=settings.bounds_s,
         has_clients=settings.clients,
     )

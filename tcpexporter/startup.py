@@ -215,7 +215,9 @@ def _confine(
     supervisor: Supervisor,
 ) -> None:
     """Give up every privilege; add a metric that shows which limits are in force."""
-    confined = confine.confine(account, counting.source.report, supervisor.fileno())
+    confined = confine.confine(
+        account, counting.source.report, supervisor.fileno(), cgroups=counting.cgroups
+    )
     registry.register(ConfinementCollector(confined))
 
 

@@ -9,7 +9,16 @@ from ipaddress import IPv4Address, IPv6Address
 MOST_BUCKETS = 24
 TEN_YEARS_S = 10 * 365 * 86400
 
-LABELS = ("port", "tcp_version", "direction", "netns", "remote_port")
+LABELS = (
+    "port",
+    "tcp_version",
+    "direction",
+    "netns",
+    "remote_port",
+    "unit",
+    "container",
+    "pod",
+)
 """The labels that a series can have, in the order of an exposition."""
 
 LONGEST_DURATION_S = (2**63 - 1) // 10**9

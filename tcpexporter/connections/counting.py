@@ -10,29 +10,15 @@ import numpy.typing as npt
 
 from tcpexporter.connections.clients import Chunk, ClientCounts, Seen, count_clients
 from tcpexporter.connections.clients import seen as clients_of
-from tcpexporter.connections.identity import ClientMasks
-from tcpexporter.connections.record import (
-    CLOSED,
-    LISTENER,
-    PORTS,
-    SERIES_BITS,
-    SERIES_MASK,
-    TIME_SHIFT,
-    Direction,
-    Records,
+from tcpexporter.connections.record import CLOSED, SERIES_BITS, SERIES_MASK, TIME_SHIFT
+from tcpexporter.connections.selection import (
+    Cgroups,
+    Selection,
+    is_selected,
+    owners_of,
+    projected,
 )
-from tcpexporter.connections.series import (
-    FOLDED,
-    NO_LISTENER,
-    OUTBOUND,
-    OWN,
-    REMOTE_PORT,
-    SERIES,
-    Ledger,
-    OutboundPort,
-    Parts,
-    Series,
-)
+from tcpexporter.connections.series import NO_SERIES, SERIES_BYTES, Ledger, Series
 
 Counters = npt.NDArray[np.int64]
 
@@ -44,25 +30,6 @@ NUMBERS = 1 << SERIES_BITS
 
 PIECE = 32768
 """Number of connections that are counted at once: they fit into the cache of a CPU."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which connections and listeners are counted, and what distinguishes their series."""
-
-    ports: npt.NDArray[np.bool_]
-    """For each of the 65536 ports, whether it is selected."""
-    ip_versions: Sequence[int]
-    directions: Sequence[Direction]
-    own_listener: tuple[int, int]
-    """Namespace and port of the exporter's own listener, which is never selected."""
-    labels: Sequence[str]
-    """The labels of a series, in the order of an exposition."""
-
-    @property
-    def by_netns(self) -> bool:
-        """Whether network namespaces are counted separately."""
-        return "netns" in self.labels
 
 
 @dataclass(frozen=True)
@@ -134,38 +101,6 @@ class Counts:
         return count_clients(self.seen, self.rows, len(self.series))
 
 
-def select(
-    ports: Sequence[int],
-    *,
-    tcpv6: bool,
-    directions: Sequence[Direction],
-    own_listener: tuple[int, int] = NO_LISTENER,
-    labels: Sequence[str] = ("port", "tcp_version"),
-) -> Selection:
-    """Return the selection for these settings; an empty ``ports`` selects all ports."""
-    mask = np.zeros(PORTS, np.bool_)
-    mask[list(ports) if ports else slice(None)] = True
-    versions = (4, 6) if tcpv6 else (4,)
-    chosen = tuple(directions)
-    return Selection(mask, versions, chosen, own_listener, tuple(labels))
-
-
-def kernel_parts(
-    directions: Sequence[Direction],
-    labels: Sequence[str],
-    own_listener: tuple[int, int] = NO_LISTENER,
-    client_masks: ClientMasks | None = None,
-) -> Parts:
-    """Return what a source has to count separately for a selection with these fields."""
-    if Direction.OUTBOUND not in directions:
-        outbound_port = OutboundPort.NONE
-    elif "remote_port" in labels:
-        outbound_port = OutboundPort.REMOTE
-    else:
-        outbound_port = OutboundPort.LOCAL
-    return Parts(outbound_port, "netns" in labels, own_listener, client_masks)
-
-
 class Projection:
     """Adds up the series that are equal when only the labels of a selection are compared.
 
@@ -174,9 +109,10 @@ class Projection:
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
-        self._series: Series = np.empty(0, np.uint64)
+        self._series: Series = np.empty(0, SERIES_BYTES)
+        self._owners: Cgroups = np.empty(0, np.uint64)
         self._chosen: npt.NDArray[np.intp] = np.empty(0, np.intp)
-        self._merged: Series = np.empty(0, np.uint64)
+        self._merged: Series = np.empty(0, SERIES_BYTES)
         self._place: npt.NDArray[np.intp] = np.empty(0, np.intp)
         self._rows: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
@@ -186,14 +122,17 @@ class Projection:
         """Return the counts of the series in use.
 
         Args:
-            series: of each number; 0: the number is free.
+            series: of each number; `NO_SERIES`: the number is free.
             values: of each number.
             total: as in `Counts`.
             seen: as in `Counts`.
         """
-        if not np.array_equal(series, self._series):
-            self._series = series
-            self._chosen = np.flatnonzero(_is_selected(series, self.selection))
+        owners = owners_of(series, self.selection)
+        if not (
+            np.array_equal(series, self._series) and np.array_equal(owners, self._owners)
+        ):
+            self._series, self._owners = series, owners
+            self._chosen = np.flatnonzero(is_selected(series, self.selection))
             self._merged, self._place = np.unique(
                 projected(series[self._chosen], self.selection), return_inverse=True
             )
@@ -241,7 +180,7 @@ def count(
     # A number that was freed meanwhile, and may be that of another series now, had no
     # connection any more when it was freed.
     has_changed = before[: len(series)] != series[: len(before)]
-    has_changed &= before[: len(series)] != 0
+    has_changed &= before[: len(series)] != NO_SERIES
     counted[:, np.flatnonzero(has_changed)] = 0
     established, younger = counted[0], counted[1:]
     ages_sum = np.zeros(len(series), np.int64)
@@ -333,98 +272,6 @@ def _tally(
             words, numbers = words[chosen], numbers[chosen]
             np.add.at(younger, numbers, ONE)
     return bins, times
-
-
-def _is_selected(series: Series, selection: Selection) -> npt.NDArray[np.bool_]:
-    """Return which series are selected; a free number (0) is not."""
-    parts = series.view(SERIES)
-    is_selected: npt.NDArray[np.bool_] = selection.ports[parts["port"]] & np.isin(
-        parts["ip_version"], selection.ip_versions
-    )
-    is_selected &= np.isin(parts["flags"] & OUTBOUND, selection.directions)
-    is_selected &= parts["flags"] & OWN == 0
-    return is_selected
-
-
-def is_still_selected(published: Series, selection: Selection) -> npt.NDArray[np.bool_]:
-    """Return which published series another selection of ports selects, too."""
-    if not {"port", "remote_port"} & {*selection.labels}:
-        return np.ones(len(published), np.bool_)
-    is_selected: npt.NDArray[np.bool_] = selection.ports[published.view(SERIES)["port"]]
-    return is_selected
-
-
-def folding_steps(selection: Selection) -> list[str]:
-    """Return the fields that a series is folded by, in order."""
-    steps = []
-    if {"port", "remote_port"} & {*selection.labels}:
-        steps.append("port")
-    if "netns" in selection.labels:
-        steps.append("netns")
-    return steps
-
-
-def projected(series: Series, selection: Selection) -> Series:
-    """Return the series without the parts that are not among the labels."""
-    found = series.copy()
-    parts = found.view(SERIES)
-    labels = selection.labels
-    if "remote_port" in labels:
-        both = FOLDED | OUTBOUND
-        parts["flags"][parts["flags"] & both == both] |= REMOTE_PORT
-    is_local = parts["flags"] & REMOTE_PORT == 0
-    if "tcp_version" not in labels:
-        parts["ip_version"] = 0
-    if "direction" not in labels:
-        parts["flags"] &= np.uint8(~OUTBOUND & 0xFF)
-    if "netns" not in labels:
-        parts["netns"] = 0
-    if "port" not in labels:
-        parts["port"][is_local] = 0
-        if "netns" not in labels:
-            # The series with all ports is that of the folded ones.
-            parts["flags"][is_local] &= np.uint8(~FOLDED & 0xFF)
-    return found
-
-
-def listened(listeners: Records, selection: Selection) -> Series:
-    """Return the selected series of ``listeners``, of dtype `LISTENER`."""
-    own_netns, own_port = selection.own_listener
-    is_own = (listeners["netns"] == own_netns) & (listeners["port"] == own_port)
-    series = np.zeros(len(listeners), SERIES)
-    series["ip_version"] = listeners["ip_version"]
-    series["port"] = listeners["port"]
-    series["netns"] = listeners["netns"]
-    series["flags"] = np.where(is_own, np.uint8(OWN), np.uint8(0))
-    return _present(series, selection)
-
-
-def named(ports: Sequence[int], netns: int, selection: Selection) -> Series:
-    """Return the selected series of ``ports`` in one namespace."""
-    listeners = np.zeros((2, len(ports)), LISTENER)
-    listeners["netns"] = netns
-    listeners["port"] = np.array(ports, np.uint16)
-    listeners["ip_version"] = [[4], [6]]
-    found = [listened(listeners.ravel(), selection)]
-    if Direction.OUTBOUND in selection.directions and "remote_port" in selection.labels:
-        series = np.zeros((2, len(ports)), SERIES)
-        series["flags"] = OUTBOUND | REMOTE_PORT
-        for name in ("ip_version", "port", "netns"):
-            series[name] = listeners[name]
-        found.append(_present(series.ravel(), selection))
-    if not selection.labels:
-        found.append(np.zeros(1, np.uint64))
-    return np.unique(np.concatenate(found))
-
-
-def _present(series: Records, selection: Selection) -> Series:
-    """Return the series that exist without any connection."""
-    is_outbound = Direction.INBOUND not in selection.directions
-    if is_outbound and not {"remote_port", "direction"} & {*selection.labels}:
-        series["flags"] |= OUTBOUND  # listeners have series, as in the Go program
-    found = series.view(np.uint64)
-    found = found[_is_selected(found, selection)]
-    return np.unique(projected(found, selection))
 
 
 def _sums(

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tcpexporter.connections.counting import Counts, Selection, folding_steps
-from tcpexporter.connections.series import FOLDED, SERIES, Series
+from tcpexporter.connections.counting import Counts
+from tcpexporter.connections.selection import Selection, folding_steps
+from tcpexporter.connections.series import FOLDED, SERIES, SERIES_BYTES, Series
 
 
 def fold(
@@ -88,13 +89,15 @@ def _others(
 ) -> Series:
     """Return the folded series: published ones, and those that ``folded`` needs."""
     if not steps:
-        return np.empty(0, np.uint64)
+        return np.empty(0, SERIES_BYTES)
     needed = np.setdiff1d(_without(steps[0], folded), published)
     others = np.concatenate((published, needed))
-    is_shared = others.view(SERIES)["netns"] == 0
-    own = others[~is_shared]
-    shared = (others[is_shared], _without("netns", own[max_series:]))
-    return np.unique(np.concatenate((own[:max_series], *shared)))
+    for field in steps[1:]:
+        is_shared = others.view(SERIES)[field] == 0
+        own = others[~is_shared]
+        shared = (others[is_shared], _without(field, own[max_series:]))
+        others = np.unique(np.concatenate((own[:max_series], *shared)))
+    return np.unique(others)
 
 
 def _found(series: Series, exposed: Series, steps: Sequence[str]) -> Series:

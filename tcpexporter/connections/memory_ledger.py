@@ -18,8 +18,9 @@ from tcpexporter.connections.record import (
 )
 from tcpexporter.connections.record import numbers as numbers_of
 from tcpexporter.connections.series import (
-    SERIES,
+    NO_SERIES,
     SERIES_FIRST,
+    Forgotten,
     Ledger,
     Parts,
     Series,
@@ -53,11 +54,11 @@ class MemoryLedger:
         columns = 4 + bucket_count(bounds_s)
         self._rows = np.zeros((SERIES_FIRST, columns), np.int64)
         """Opened, closed, pre-existing, the sum of lifetimes, and lifetimes by bucket."""
-        self._forgotten: set[int] = set()
+        self._forgotten = Forgotten()
 
-    def forget(self, netns: Iterable[int]) -> None:
-        """Forget series of these namespaces when the next connections are counted."""
-        self._forgotten |= {*netns}
+    def forget(self, field: str, values: Iterable[int]) -> None:
+        """Forget series with these values when the next connections are counted."""
+        self._forgotten.add(field, values)
 
     def count(self, connections: Records) -> Chunk:
         """Return the words and clients of connections of dtype `SOCKET`."""
@@ -107,19 +108,17 @@ class MemoryLedger:
         Args:
             open_now: the present connections.
         """
-        is_dropped = np.isin(self._series.view(SERIES)["netns"], [*self._forgotten])
+        is_dropped = self._forgotten.take(self._series)
         is_dropped[numbers_of(open_now)] = False
         is_dropped[:SERIES_FIRST] = False
-        self._forgotten.clear()
-        self._series[is_dropped] = 0
+        self._series[is_dropped] = NO_SERIES
         self._rows[is_dropped] = 0
 
     def _numbers(self, series: Series) -> Numbers:
         """Return the number of each series, and allocate those that are missing."""
-        ordered = np.sort(series)
-        distinct = ordered[np.diff(ordered, prepend=np.uint64(0)) != 0]
+        distinct = np.unique(series)
         new = np.setdiff1d(distinct, self._series, assume_unique=True)
-        free = np.flatnonzero(self._series == 0)[1 : len(new) + 1]
+        free = np.flatnonzero(self._series == NO_SERIES)[1 : len(new) + 1]
         self._series[free] = new[: len(free)]
         added = new[len(free) :][: CAPACITY + SERIES_FIRST - len(self._series)]
         self._series = np.concatenate((self._series, added))

@@ -36,13 +36,14 @@ CONNECTION = np.dtype(
         ("key", KEY),
         ("is_outbound", "u4"),
         ("pad", "u4"),
-        ("reserved", "u8"),
+        ("cgroup", "u8"),
     ]
 )
 """``struct connection``: a slot of the tracker, which the BPF program writes to.
 
 ``handle`` identifies the slot to the BPF program (see `ebpf.tracker`). ``is_outbound`` is a
-`Direction`. Whether the slot has a connection is in the slot's element of `Words`.
+`Direction`. ``cgroup`` is as in `SOCKET`. Whether the slot has a connection is in the
+slot's element of `Words`.
 """
 
 SOCKET = np.dtype(
@@ -52,6 +53,7 @@ SOCKET = np.dtype(
         ("key", KEY),
         ("is_outbound", "u4"),
         ("pad", "u4"),
+        ("cgroup", "u8"),
     ]
 )
 """A connection as the socket tables report it.
@@ -59,6 +61,8 @@ SOCKET = np.dtype(
 ``established_ns`` is on CLOCK_BOOTTIME. ``key`` and ``is_outbound`` are as in `CONNECTION`.
 ``cookie`` is the number that the kernel gives to a socket and to no other one until the
 host boots again (sock_gen_cookie in the kernel's net/core/sock_diag.c); 0 if it is unknown.
+``cgroup`` is the number of the cgroup (version 2) in which the socket was made; 0 if it is
+unknown, or not counted separately.
 """
 
 SERIES_BITS = 18
@@ -72,7 +76,9 @@ TIME_SHIFT = 13
 CLOSED = np.uint64(1 << SERIES_BITS)
 """The word of a slot whose connection has closed."""
 
-LISTENER = np.dtype([("netns", "u4"), ("port", "u2"), ("ip_version", "u1")])
+LISTENER = np.dtype(
+    [("netns", "u4"), ("port", "u2"), ("ip_version", "u1"), ("cgroup", "u8")]
+)
 """A listening port and an IP version, 4 or 6, that its socket accepts."""
 
 Records: TypeAlias = npt.NDArray[np.void]

@@ -2,7 +2,7 @@
 """The series that connections are counted in, and what has happened in each of them."""
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,12 +12,23 @@ import numpy.typing as npt
 from tcpexporter.connections.identity import ClientMasks
 from tcpexporter.connections.record import Numbers, Records, ip_versions
 
-SERIES = np.dtype([("ip_version", "u1"), ("flags", "u1"), ("port", "u2"), ("netns", "u4")])
+SERIES = np.dtype(
+    [
+        ("cgroup", ">u8"),
+        ("netns", ">u4"),
+        ("port", ">u2"),
+        ("flags", "u1"),
+        ("ip_version", "u1"),
+    ]
+)
 """``struct series_key``: what is counted separately.
 
 A field is 0 if its part is not counted separately; in the kernel ``ip_version`` is never 0.
-``flags`` has the bits below. ``netns`` is the inode of the network namespace.
+``cgroup`` is the number of the cgroup; in an exposition, that of its owner. ``netns`` is
+the inode of the network namespace. ``flags`` has the bits below.
 """
+
+SERIES_BYTES = np.dtype(f"S{SERIES.itemsize}")
 
 OUTBOUND = 1
 """The connections are outbound."""
@@ -28,8 +39,13 @@ OWN = 8
 FOLDED = 4
 """The series adds up connections of other series; ``port`` is 0."""
 
-Series: TypeAlias = npt.NDArray[np.uint64]
-"""An array of `SERIES`, each viewed as one number of 64 bits."""
+Series: TypeAlias = npt.NDArray[np.bytes_]
+"""An array of `SERIES`, viewed as `SERIES_BYTES`: numpy can sort and compare these."""
+
+NO_SERIES = b""
+"""A series whose bytes are all 0."""
+
+COUNTERS = ("opened", "closed", "failed")
 
 SERIES_FIRST = 5
 """The lowest number that a series can get. The lower ones are those of `folded_series`."""
@@ -58,13 +74,15 @@ class Parts:
     """Namespace and port of the exporter's own listener, which is not counted."""
     client_masks: ClientMasks | None = None
     """Which bits of an address identify a client; None: clients are not counted."""
+    by_cgroup: bool = False
+    """Whether cgroups are counted separately."""
 
 
 def series_of(connections: Records, parts: Parts) -> Series:
     """Return the series of each connection, as the BPF program determines it.
 
     Args:
-        connections: of a dtype with the fields ``key`` and ``is_outbound``.
+        connections: of a dtype with the fields ``key``, ``is_outbound`` and ``cgroup``.
         parts: what is counted separately.
     """
     key = connections["key"]
@@ -84,7 +102,9 @@ def series_of(connections: Records, parts: Parts) -> Series:
     series["port"] = port
     if parts.by_netns:
         series["netns"] = key["netns"]
-    return series.view(np.uint64)
+    if parts.by_cgroup:
+        series["cgroup"] = connections["cgroup"]
+    return series.view(SERIES_BYTES)
 
 
 def folded_series() -> Series:
@@ -92,7 +112,7 @@ def folded_series() -> Series:
     series = np.zeros(SERIES_FIRST, SERIES)
     series["ip_version"] = 0, 4, 6, 4, 6
     series["flags"] = 0, FOLDED, FOLDED, FOLDED | OUTBOUND, FOLDED | OUTBOUND
-    return series.view(np.uint64)
+    return series.view(SERIES_BYTES)
 
 
 def folded_number(series: Series) -> Numbers:
@@ -110,14 +130,24 @@ def bucket_count(bounds: Sequence[float]) -> int:
 def entry_dtype(buckets: int) -> "np.dtype[np.void]":
     """Return the dtype of ``struct ledger_entry`` with this number of lifetime buckets.
 
-    ``series`` is 0 if the number is free. ``lifetimes_sum`` is in units of time, as in a
-    word; ``lifetimes`` are not cumulative. These two are there only if
-    ``buckets`` is not 0.
+    ``series`` is `NO_SERIES` if the number is free. `COUNTERS` follow it. If ``buckets`` is
+    not 0, so do ``lifetimes_sum``, in units of time as in a word, and ``lifetimes``, which
+    are not cumulative.
     """
-    fields = [("series", "u8"), ("opened", "u8"), ("closed", "u8"), ("failed", "u8")]
-    if not buckets:
-        return np.dtype(fields)
-    return np.dtype([*fields, ("lifetimes_sum", "u8"), ("lifetimes", "u8", (buckets,))])
+    return np.dtype([("series", SERIES_BYTES), *_counters(buckets)])
+
+
+def correction_dtype(buckets: int) -> "np.dtype[np.void]":
+    """Return the dtype of ``struct ledger_entry`` in the map of corrections.
+
+    It is that of an entry, but for the series: ``pre_existing`` is in its place.
+    """
+    return np.dtype([("pre_existing", "u8"), ("zero", "u8"), *_counters(buckets)])
+
+
+def _counters(buckets: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    of_closed = [("lifetimes_sum", "u8", ()), ("lifetimes", "u8", (buckets,))]
+    return [*((each, "u8", ()) for each in COUNTERS), *(of_closed if buckets else [])]
 
 
 @dataclass(frozen=True)
@@ -125,7 +155,7 @@ class Ledger:
     """What has happened in each series; all arrays have one row for each series number."""
 
     series: Series
-    """0: the number is free."""
+    """`NO_SERIES`: the number is free."""
     opened: npt.NDArray[np.int64]
     """Connections that were established."""
     closed: npt.NDArray[np.int64]
@@ -138,3 +168,22 @@ class Ledger:
     """Of the closed connections, in units of 2^13 ns; all 0 without lifetimes."""
     lifetimes: npt.NDArray[np.int64]
     """Closed connections by lifetime, not cumulative; of shape (numbers, buckets)."""
+
+
+class Forgotten:
+    """Which series are to be forgotten: those with some values of a field."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, frozenset[int]] = {}
+
+    def add(self, field: str, values: Iterable[int]) -> None:
+        """Add series to forget; any thread may call this."""
+        self._values[field] = self._values.get(field, frozenset()) | {*values}
+
+    def take(self, series: Series) -> npt.NDArray[np.bool_]:
+        """Return which of these series are to be forgotten, and begin anew."""
+        wanted, self._values = self._values, {}
+        found = np.zeros(len(series), np.bool_)
+        for field, values in wanted.items():
+            found |= np.isin(series.view(SERIES)[field], [*values])
+        return found

@@ -64,7 +64,7 @@ def valid_old_connections(window: Records) -> Records:
     is_same = window[["group", "established_ns"]][index] == before[index]
     index = index[is_same]
     is_outbound = before["group"][index] >> np.uint32(OLD_OUTBOUND_BIT) & np.uint32(1)
-    return _valid(keys[is_same], is_outbound, before["established_ns"][index])
+    return _valid(keys[is_same], is_outbound, before["established_ns"][index], np.uint64(0))
 
 
 def valid_connections(window: Records, words: Words) -> Records:
@@ -75,23 +75,32 @@ def valid_connections(window: Records, words: Words) -> Records:
 
     Args:
         window: as in `consistent_fields`. Its dtype has the fields ``key`` and
-            ``is_outbound``, at any offsets.
+            ``is_outbound``, at any offsets, and perhaps ``cgroup``.
         words: as in `consistent_fields`.
 
     Returns:
         The connections, of dtype `SOCKET`, with ``cookie`` 0.
     """
-    _, found, fields = consistent_fields(window, words, "key", "is_outbound")
-    return _valid(fields["key"], fields["is_outbound"] != 0, times_ns(found))
+    _, found, fields = consistent_fields(window, words, *(window.dtype.names or ()))
+    return _valid(
+        fields["key"],
+        fields["is_outbound"] != 0,
+        times_ns(found),
+        fields.get("cgroup", np.uint64(0)),
+    )
 
 
 def _valid(
-    keys: Records, is_outbound: npt.NDArray[Any], established_ns: npt.NDArray[np.uint64]
+    keys: Records,
+    is_outbound: npt.NDArray[Any],
+    established_ns: npt.NDArray[np.uint64],
+    cgroups: npt.NDArray[np.uint64] | np.uint64,
 ) -> Records:
     connections = np.zeros(len(keys), SOCKET)
     for name in KEY.names or ():
         connections["key"][name] = keys[name]
     connections["is_outbound"] = is_outbound
+    connections["cgroup"] = cgroups
     connections["established_ns"] = np.minimum(established_ns, boottime_ns())
     valid: Records = connections[connections["key"]["local_port"] != 0]
     return valid
@@ -131,3 +140,23 @@ def first_seen(now: Records, before: Iterable[Records]) -> Records:
     now["established_ns"][known] = established_ns[place[known]]
     now["is_outbound"][known] = is_outbound[place[known]]
     return now
+
+
+def with_cgroups(connections: Records, shown: Records) -> Records:
+    """Give connections without a known cgroup that of the socket with the same key.
+
+    Args:
+        connections: of dtype `SOCKET`; changed in place.
+        shown: of the same dtype, with cgroups.
+
+    Returns:
+        ``connections``.
+    """
+    lacking = np.flatnonzero(connections["cgroup"] == 0)
+    if len(lacking) and len(shown):
+        known, first = np.unique(hashes(shown["key"]), return_index=True)
+        wanted = hashes(connections["key"][lacking])
+        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        same = known[at] == wanted
+        connections["cgroup"][lacking[same]] = shown["cgroup"][first[at[same]]]
+    return connections

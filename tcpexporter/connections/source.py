@@ -130,8 +130,13 @@ class Source(Protocol):
         """
         ...
 
-    def forget(self, netns: Iterable[int]) -> None:
-        """Forget the counters of namespaces that are gone; any thread may call this."""
+    def forget(self, field: str, values: Iterable[int]) -> None:
+        """Forget counters of series without connections; any thread may call this.
+
+        Args:
+            field: ``netns`` or ``cgroup``.
+            values: those of the series to forget.
+        """
         ...
 
     def listeners(self) -> Records:
@@ -195,8 +200,8 @@ class MemorySource:
     def ledger(self) -> Ledger:
         return self.counted.snapshot()
 
-    def forget(self, netns: Iterable[int]) -> None:
-        self.counted.forget(netns)
+    def forget(self, field: str, values: Iterable[int]) -> None:
+        self.counted.forget(field, values)
 
     def listeners(self) -> Records:
         return self._listeners

@@ -322,6 +322,16 @@ IPV6 = Feature(
 )
 """``struct sock_common`` has IPv6 addresses only with CONFIG_IPV6: include/net/sock.h."""
 
+SOCKET_CGROUPS = Feature(
+    "cgroups of sockets",
+    "CONFIG_SOCK_CGROUP_DATA",
+    "ebpf, for the labels unit, container and pod",
+    "these labels are empty",
+    _in_types(lambda types: types.has("sock", "sk_cgrp_data")),
+)
+"""``struct sock`` has its cgroup only with that option: include/net/sock.h. Linux kernel
+commit bd1060a1d671 ("sock, cgroup: add sock->sk_cgroup") (in v4.5)."""
+
 FEATURES = (
     BTF,
     STATES,
@@ -337,4 +347,5 @@ FEATURES = (
     SECCOMP,
     LANDLOCK,
     IPV6,
+    SOCKET_CGROUPS,
 )

@@ -217,7 +217,12 @@ def _lift_limits() -> None:
 
 def _load_here(request: Request) -> Descriptors:
     # Imported by the loader only: it uses 0.6 MiB of memory.
-    from tcpexporter.ebpf.features import HASH_MAP_ALLOCATOR, IPV6, Kernel  # noqa: PLC0415
+    from tcpexporter.ebpf.features import (  # noqa: PLC0415
+        HASH_MAP_ALLOCATOR,
+        IPV6,
+        SOCKET_CGROUPS,
+        Kernel,
+    )
 
     _require_privilege()
     kernel = Kernel(request.without)
@@ -236,6 +241,7 @@ def _load_here(request: Request) -> Descriptors:
                 types,
                 has_allocator=bool(kernel.has(HASH_MAP_ALLOCATOR)),
                 has_ipv6=bool(kernel.has(IPV6)),
+                has_cgroups=bool(kernel.has(SOCKET_CGROUPS)),
             ),
         )
         code: bytes = bpf.dump_func("on_state_change")
@@ -361,7 +367,13 @@ def _import_bcc() -> Any:
 
 
 def _cflags(
-    sources: Path, request: Request, types: Btf, *, has_allocator: bool, has_ipv6: bool
+    sources: Path,
+    request: Request,
+    types: Btf,
+    *,
+    has_allocator: bool,
+    has_ipv6: bool,
+    has_cgroups: bool,
 ) -> list[str]:
     defines = {
         "MAX_CONNECTIONS": request.max_connections,
@@ -378,6 +390,8 @@ def _cflags(
         "SECRET_1": f"{request.secret[1]}ULL",
         **_offsets(types, has_ipv6=has_ipv6),
     }
+    if request.by_cgroup and has_cgroups:
+        defines |= {"BY_CGROUP": 1, **_cgroup_offsets(types)}
     if request.client_masks:
         defines["CLIENTS"] = 1
         for family, mask in zip(("IPV4", "IPV6"), request.client_masks, strict=True):
@@ -413,6 +427,18 @@ def _offsets(types: Btf, *, has_ipv6: bool) -> dict[str, int]:
     inum_at = types.offset("ns_common", "inum")
     found["NETNS_INUM_OFFSET"] = types.offset("net", "ns") + inum_at
     return found
+
+
+def _cgroup_offsets(types: Btf) -> dict[str, int]:
+    """Return where the number of a socket's cgroup is; whether the pointer has flags."""
+    is_tagged = not types.has("sock_cgroup_data", "cgroup")
+    pointer_at = types.offset("sock_cgroup_data", "val" if is_tagged else "cgroup")
+    return {
+        "TAGGED_CGROUP": int(is_tagged),
+        "SK_CGROUP_OFFSET": types.offset("sock", "sk_cgrp_data") + pointer_at,
+        "CGROUP_KN_OFFSET": types.offset("cgroup", "kn"),
+        "KERNFS_NODE_ID_OFFSET": types.offset("kernfs_node", "id"),
+    }
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class Request:
     """Which port is part of the series of an outbound connection: an `OutboundPort`."""
     by_netns: bool = False
     """Whether namespaces are counted separately."""
+    by_cgroup: bool = False
+    """Whether cgroups are counted separately, if the kernel has those of sockets."""
     own_listener: tuple[int, int] = (0, 0)
     """Namespace and port of the exporter's own listener; port 0: it has none."""
     client_masks: tuple[tuple[int, int], tuple[int, int]] | None = None

@@ -15,7 +15,8 @@ from tcpexporter.ebpf.loader_protocol import Request
 LAYOUT_WORDS = 16
 """Words of 32 bits in a layout: the magic number, the size of a record, the size of its
 key, and the offsets of the fields in the order of `FIELDS` and `KEY_FIELDS`. With `MAGIC`
-also: `WORD_FORMAT`, the size of an entry of the ledger, and `checksum`. The rest is 0."""
+also: `WORD_FORMAT`, the size of an entry of the ledger, `checksum`, and the offset of the
+cgroup in a record, or 0 if it is not recorded. The rest is 0."""
 
 MAGIC = 0x74637079
 OLD_MAGIC = 0x74637078
@@ -54,6 +55,7 @@ def make(counted: Request) -> npt.NDArray[np.uint32]:
     said = [MAGIC, CONNECTION.itemsize, KEY.itemsize, *_offsets(CONNECTION, FIELDS)]
     said += _offsets(KEY, KEY_FIELDS)
     said += [WORD_FORMAT, _entry(counted).itemsize, checksum(counted)]
+    said += _offsets(CONNECTION, ("cgroup",)) if counted.by_cgroup else [0]
     words[: len(said)] = said
     return words
 
@@ -84,6 +86,10 @@ def read(words: npt.NDArray[np.uint32], counted: Request) -> Layout:
     if found[0] != WORD_FORMAT:
         raise ValueError(int(found[0]))
     formats = {name: key if name == "key" else CONNECTION[name] for name in FIELDS}
+    offsets = offsets[: len(FIELDS)]
+    if found[3]:
+        formats["cgroup"] = CONNECTION["cgroup"]
+        offsets.append(int(found[3]))
     expected = [_entry(counted).itemsize, checksum(counted)]
     return Layout(
         _laid_out(formats, offsets, record_bytes),
@@ -97,6 +103,7 @@ def checksum(counted: Request) -> int:
     parts = (
         counted.netns,
         counted.by_netns,
+        counted.by_cgroup,
         int(counted.outbound_port),
         counted.lifetime_bounds,
     )

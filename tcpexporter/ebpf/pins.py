@@ -41,8 +41,18 @@ import numpy.typing as npt
 
 from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.record import Records
-from tcpexporter.connections.series import Ledger, bucket_count, entry_dtype
-from tcpexporter.connections.snapshot import valid_connections, valid_old_connections
+from tcpexporter.connections.series import (
+    Ledger,
+    bucket_count,
+    correction_dtype,
+    entry_dtype,
+)
+from tcpexporter.connections.snapshot import (
+    valid_connections,
+    valid_old_connections,
+    with_cgroups,
+)
+from tcpexporter.connections.source import ConnectionTables
 from tcpexporter.ebpf import pinned_layout, reconcile
 from tcpexporter.ebpf.connection_array import WINDOW, ConnectionArray, old_windows
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
@@ -126,12 +136,13 @@ class Pins:
         """Unlock the directory; its content stays."""
         os.close(self._descriptor)
 
-    def adopt(self, tracker: Tracker, counted: Request) -> None:
+    def adopt(self, tracker: Tracker, counted: Request, tables: ConnectionTables) -> None:
         """Add the connections of previous generations to a tracker, and their counters.
 
         Args:
             tracker: of this run; its program is already attached.
             counted: what that program counts.
+            tables: the socket tables, for what the previous run has not recorded.
 
         Raises:
             PinError: a pinned object is not of the expected kind.
@@ -139,7 +150,7 @@ class Pins:
         """
         complete = [each for each in self._generations() if (each / LINK).exists()]
         for each in complete:
-            with _Generation.open(each, counted) as generation:
+            with _Generation.open(each, counted, tables) as generation:
                 reconcile.seed(tracker, generation)
                 self.adopted += generation.found
                 # The newest includes what the previous ones have counted.
@@ -237,18 +248,22 @@ class _Generation:
     def __init__(
         self,
         read: Callable[[], Iterator[Records]],
-        netns: int,
+        counted: Request,
         ledger: Callable[[], Ledger | None],
+        tables: ConnectionTables,
     ) -> None:
         self.found = 0
         self.ledger = ledger
         """Returns what has happened in each series; None: other series were counted."""
         self._read = read
-        self._netns = netns
+        self._counted = counted
+        self._tables = tables
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, directory: Path, counted: Request) -> Iterator[Self]:
+    def open(
+        cls, directory: Path, counted: Request, tables: ConnectionTables
+    ) -> Iterator[Self]:
         with contextlib.ExitStack() as undo:
             _, shown = _get(directory / LINK, undo)
             if "link_type" not in shown:
@@ -273,7 +288,7 @@ class _Generation:
                     return None
                 return _read_ledger(directory, counted, undo)
 
-            yield cls(read, counted.netns, read_ledger)
+            yield cls(read, counted, read_ledger, tables)
 
     def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  all have ages
         """Return the connections, of dtype `SOCKET`; of those with equal keys, the newest.
@@ -282,9 +297,11 @@ class _Generation:
         """
         with map_errors():
             known = np.concatenate(list(self._read()))
-        if self._netns:
-            known = known[known["key"]["netns"] == self._netns]
+        if only := self._counted.netns:
+            known = known[known["key"]["netns"] == only]
         self.found = len(known)
+        if self._counted.by_cgroup and not known["cgroup"].all():
+            with_cgroups(known, self._tables.established(with_ages=False))
         return _newest(known)
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
@@ -338,9 +355,10 @@ def _read_layout(directory: Path, counted: Request, undo: contextlib.ExitStack) 
 def _read_ledger(
     directory: Path, counted: Request, undo: contextlib.ExitStack
 ) -> Ledger | None:
-    entry = entry_dtype(bucket_count(counted.lifetime_bounds))
+    buckets = bucket_count(counted.lifetime_bounds)
+    dtypes = {LEDGER: entry_dtype(buckets), CORRECTIONS: correction_dtype(buckets)}
     arrays = []
-    for name in (LEDGER, CORRECTIONS):
+    for name, entry in dtypes.items():
         path = directory / name
         descriptor, shown = _get(path, undo)
         _require(path, shown, value_size=entry.itemsize)

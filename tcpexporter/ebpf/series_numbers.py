@@ -61,11 +61,14 @@ from tcpexporter.connections.record import (
 from tcpexporter.connections.record import numbers as numbers_of
 from tcpexporter.connections.series import (
     FOLDED,
+    NO_SERIES,
     SERIES,
     SERIES_FIRST,
+    Forgotten,
     Ledger,
     Series,
     bucket_count,
+    correction_dtype,
     entry_dtype,
     folded_number,
     folded_series,
@@ -113,22 +116,25 @@ class SeriesNumbers:
         self._numbers = Map(descriptors.series_numbers, "series numbers")
         self._free = FreeNumbers(descriptors.free_series, "free series numbers")
         self._size = SERIES_FIRST + max_series
-        self._forgotten: set[int] = set()
+        self._forgotten = Forgotten()
         self._orphans: set[int] = set()
         self._moving = threading.Lock()
         """Held while counters are added to those of another number."""
         self._used = 0
-        entry = entry_dtype(bucket_count(bounds))
+        buckets = bucket_count(bounds)
         with map_errors():
             self._ledger, self._corrections = (
-                MappedArray(each, entry, self._size, _window(entry.itemsize))
-                for each in (descriptors.ledger, descriptors.corrections)
+                MappedArray(each, dtype, self._size, _window(dtype.itemsize))
+                for each, dtype in (
+                    (descriptors.ledger, entry_dtype(buckets)),
+                    (descriptors.corrections, correction_dtype(buckets)),
+                )
             )
             self._ledger.upto(SERIES_FIRST)["series"][:SERIES_FIRST] = folded_series()
 
-    def forget(self, netns: Iterable[int]) -> None:
-        """Free the numbers of these namespaces later; any thread may call this."""
-        self._forgotten |= {*netns}
+    def forget(self, field: str, values: Iterable[int]) -> None:
+        """Free the numbers of series with these values later; any thread may call this."""
+        self._forgotten.add(field, values)
 
     def in_use(self) -> int:
         """Return how many numbers are in use.
@@ -136,7 +142,7 @@ class SeriesNumbers:
         Raises:
             TrackerError: the kernel refuses to map the ledger.
         """
-        return int(np.count_nonzero(self._entries()["series"][SERIES_FIRST:]))
+        return int(np.count_nonzero(_in_use(self._entries()[SERIES_FIRST:])))
 
     @map_errors()
     def ledger(self) -> Ledger:
@@ -146,7 +152,7 @@ class SeriesNumbers:
             TrackerError: the kernel refuses to map the ledger.
         """
         entries = self._entries()
-        used = int(np.flatnonzero(entries["series"])[-1]) + 1
+        used = int(np.flatnonzero(_in_use(entries))[-1]) + 1
         corrections = self._corrections.upto(used)
         with self._moving:
             return ledger_of(entries[:used], corrections[:used])
@@ -155,7 +161,7 @@ class SeriesNumbers:
         """Return all entries that were ever used."""
         while self._used < self._size:
             entries = self._ledger.upto(max(self._used, 1))
-            if len(entries) == self._used and not entries["series"][-UNTOUCHED:].any():
+            if len(entries) == self._used and not _in_use(entries[-UNTOUCHED:]).any():
                 return entries
             self._used = len(entries) if len(entries) > self._used else self._used + 1
         return self._ledger.upto(self._used)
@@ -169,32 +175,32 @@ class SeriesNumbers:
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        distinct = np.sort(series)
-        distinct = distinct[np.flatnonzero(np.diff(distinct, prepend=np.uint64(0)))]
+        distinct = np.unique(series)
         # The ledger alone does not prove that a number is that of a series: f.
         is_folded = distinct.view(SERIES)["flags"] & FOLDED != 0
         numbers = folded_number(distinct)
+        keys = _keys(distinct)
         for at in np.flatnonzero(~is_folded):
-            numbers[at] = self._number_of(distinct[at]) or self._allocate(distinct[at])
+            numbers[at] = self._number_of(keys[at]) or self._allocate(keys[at])
         found: Numbers = numbers[np.searchsorted(distinct, series)]
         return found
 
-    def _allocate(self, series: np.uint64) -> np.uint32:
+    def _allocate(self, series: np.void) -> np.uint32:
         popped = self._free.pop()
         if popped is None:
-            folded: np.uint32 = folded_number(series.reshape(1))[0]
+            folded: np.uint32 = folded_number(np.array([series]))[0]
             return folded
         number: np.uint32 = popped[0]
         self._free.push(popped[1:])
         entry = self._ledger.upto(int(number) + 1)[number : number + 1]
-        entry["series"] = series
+        entry["series"] = series.tobytes()
         if self._numbers.put_new(series, number):
             return number
-        entry["series"] = 0  # f
+        entry["series"] = NO_SERIES  # f
         self._free.push(popped[:1])
         return self._number_of(series)
 
-    def _number_of(self, series: np.uint64) -> np.uint32:
+    def _number_of(self, series: np.void) -> np.uint32:
         """Return the number that the map has for a series; 0: none."""
         value = np.zeros(1, np.uint32)
         self._numbers.look_up(series, value)
@@ -205,7 +211,7 @@ class SeriesNumbers:
 
     def record_pre_existing(self, numbers: Numbers, change: int) -> None:
         """Add connections that the program did not see opening, because they were there."""
-        self._add("series", numbers, change)
+        self._add("pre_existing", numbers, change)
 
     def record_opened(self, numbers: Numbers, change: int) -> None:
         """Add connections whose opening was missed."""
@@ -255,7 +261,7 @@ class SeriesNumbers:
         closed = opened + pre_existing
         if lifetimes.size:
             lifetimes[:, 0] += closed - lifetimes.sum(axis=1)
-        self._add("series", numbers, pre_existing)
+        self._add("pre_existing", numbers, pre_existing)
         self._add("opened", numbers, opened)
         self._add("closed", numbers, closed)
         self._add("failed", numbers, np.maximum(missing("failed"), 0))
@@ -290,11 +296,11 @@ class SeriesNumbers:
             TrackerError: the kernel refuses a map operation.
         """
         series = self._entries()["series"].copy()
-        series[:SERIES_FIRST] = 0
-        forgotten, self._forgotten = self._forgotten, set()
-        is_forgotten = np.isin(series.view(SERIES)["netns"], [*forgotten])
-        is_full = np.count_nonzero(series) > FULL_SHARE * self.max_series
-        is_wanted = (series != 0) & (is_forgotten | is_full)
+        series[:SERIES_FIRST] = NO_SERIES
+        is_forgotten = self._forgotten.take(series)
+        is_used = series != NO_SERIES
+        is_full = np.count_nonzero(is_used) > FULL_SHARE * self.max_series
+        is_wanted = is_used & (is_forgotten | is_full)
         if not is_wanted.any():
             return
         is_wanted &= ~self._is_referred_to(connections)
@@ -325,7 +331,7 @@ class SeriesNumbers:
             return
         entries = self._entries()
         with map_errors():
-            own = [self._number_of(each) for each in entries["series"][numbers]]
+            own = [self._number_of(each) for each in _keys(entries["series"][numbers])]
         is_own = np.array(own, np.uint32) == numbers
         # A run may be about to push a number that is neither: f.
         is_known = is_own | np.isin(numbers, [*self._orphans])
@@ -333,7 +339,7 @@ class SeriesNumbers:
         series = entries["series"][numbers]
         try:
             with map_errors():
-                self._numbers.delete_all(series[is_own])
+                self._numbers.delete_all(_keys(series[is_own]))
             wait_for_runs()
             is_referred_to = self._is_referred_to(connections)[numbers]
             wait_for_runs()  # h
@@ -344,7 +350,9 @@ class SeriesNumbers:
         freed, of = numbers[~is_referred_to], series[~is_referred_to]
         corrections = self._corrections.upto(self._used)
         with map_errors():
-            successors = np.array([self._number_of(each) for each in of], np.uint32)  # c
+            successors = np.array(
+                [self._number_of(each) for each in _keys(of)], np.uint32
+            )  # c
             if keep_counters:
                 successors = np.where(successors == 0, folded_number(of), successors)
             with self._moving:
@@ -353,7 +361,7 @@ class SeriesNumbers:
             self._free.push(np.sort(freed))
 
     def _restore(self, numbers: Numbers, series: Series) -> None:
-        for number, each in zip(numbers, series, strict=True):
+        for number, each in zip(numbers, _keys(series), strict=True):
             try:
                 is_restored = self._numbers.put_new(each, number)
                 is_restored = is_restored or self._number_of(each) == number
@@ -375,6 +383,17 @@ class SeriesNumbers:
         return referred
 
 
+def _in_use(entries: "npt.NDArray[np.void]") -> npt.NDArray[np.bool_]:
+    used: npt.NDArray[np.bool_] = entries["series"] != NO_SERIES
+    return used
+
+
+def _keys(series: Series) -> "npt.NDArray[np.void]":
+    """Return series as keys of a map."""
+    keys: npt.NDArray[np.void] = np.ascontiguousarray(series).view(SERIES)
+    return keys
+
+
 def _window(entry_bytes: int) -> int:
     """Return the least number of entries, from `WINDOW` on, that fill whole pages."""
     step = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, entry_bytes)
@@ -390,14 +409,13 @@ def _move(
     """Clear the entries of numbers, and add each to that of its successor, if not 0."""
     has_one = successors != 0
     moved, to = numbers[has_one], successors[has_one]
-    for name in entries.dtype.names or ():
+    for name in corrections.dtype.names or ():
         counted = corrections[name][moved]
-        if name != "series":
+        if name in (entries.dtype.names or ()):
             counted = counted + entries[name][moved]
         np.add.at(corrections[name], to, counted)
-    zero = np.zeros(1, entries.dtype)
-    entries[numbers] = zero
-    corrections[numbers] = zero
+    for each in (entries, corrections):
+        each[numbers] = np.zeros(1, each.dtype)
 
 
 def ledger_of(
@@ -407,8 +425,7 @@ def ledger_of(
 
     Args:
         entries: of `entry_dtype`.
-        corrections: of the same dtype, in which ``series`` is the number of pre-existing
-            connections.
+        corrections: of `correction_dtype`.
     """
 
     def total(name: str) -> npt.NDArray[np.int64]:
@@ -422,7 +439,7 @@ def ledger_of(
         opened=total("opened"),
         closed=total("closed"),
         failed=total("failed"),
-        pre_existing=corrections["series"].astype(np.int64),
+        pre_existing=corrections["pre_existing"].astype(np.int64),
         lifetimes_sum=total("lifetimes_sum") if has_lifetimes else np.zeros(size, np.int64),
         lifetimes=total("lifetimes") if has_lifetimes else np.zeros((size, 0), np.int64),
     )

@@ -84,6 +84,7 @@ class EbpfSource:
                 SECRET,
                 outbound_port=parts.outbound_port,
                 by_netns=parts.by_netns,
+                by_cgroup=parts.by_cgroup,
                 own_listener=parts.own_listener,
                 client_masks=parts.client_masks,
                 lifetime_bounds=tuple(map(time_units, lifetime_bounds_s)),
@@ -94,14 +95,14 @@ class EbpfSource:
                 descriptors, counted.max_series, counted.lifetime_bounds
             )
             self._tracker = Tracker(descriptors, max_connections, parts, self._series)
-            self._tables = open_tables("auto", netns)
+            self._tables = open_tables("auto", netns, with_cgroups=parts.by_cgroup)
             undo.callback(self._tables.close)
             if only and only != self._tables.namespaces()[0]:
                 raise SourceError(
                     f"--netns {netns} was deleted and created again: restart the exporter"
                 )
             if self._pins:
-                self._pins.adopt(self._tracker, counted)
+                self._pins.adopt(self._tracker, counted, self._tables)
                 self._pins.pin(descriptors, counted)
             undo.pop_all()
         self._reconciler = Reconciler(
@@ -140,8 +141,8 @@ class EbpfSource:
     def ledger(self) -> Ledger:
         return self._series.ledger()
 
-    def forget(self, netns: Iterable[int]) -> None:
-        self._series.forget(netns)
+    def forget(self, field: str, values: Iterable[int]) -> None:
+        self._series.forget(field, values)
 
     def listeners(self) -> Records:
         return self._tables.listeners()

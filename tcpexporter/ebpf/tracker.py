@@ -213,7 +213,7 @@ class Tracker(EventCounters):
             of = chosen[at : at + WINDOW][: len(slots) - at]
             new = np.zeros(len(of), CONNECTION)
             new["handle"] = handles[of]
-            for field in ("key", "is_outbound"):
+            for field in ("key", "is_outbound", "cgroup"):
                 new[field] = seeds[field][of]
             new_words = words(numbers[of], seeds["established_ns"][of])
             if not self._write_seeds(slots[at : at + WINDOW], new, new_words):

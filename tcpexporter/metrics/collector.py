@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Collects the metrics: names, help texts, and values from a source of connections."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -18,17 +19,10 @@ from prometheus_client.utils import floatToGoString
 
 from tcpexporter import clock
 from tcpexporter.connections.clients import ClientCounts
-from tcpexporter.connections.counting import (
-    Counters,
-    Counts,
-    Projection,
-    Selection,
-    count,
-    is_still_selected,
-    listened,
-)
+from tcpexporter.connections.counting import Counters, Counts, Projection, count
 from tcpexporter.connections.folding import fold
 from tcpexporter.connections.record import TIME_SHIFT, Direction
+from tcpexporter.connections.selection import Selection, is_still_selected, listened
 from tcpexporter.connections.series import FOLDED, OUTBOUND, REMOTE_PORT, SERIES, Series
 from tcpexporter.connections.source import Source
 from tcpexporter.host.background import Task
@@ -37,9 +31,11 @@ from tcpexporter.metrics.exporter_status import (
     BuildCollector,
     ReloadCollector,
 )
+from tcpexporter.metrics.owner_numbers import OwnerNumbers
+from tcpexporter.metrics.owners import Owner, owner_of_unnamed
 from tcpexporter.metrics.reload_status import Reloads
 from tcpexporter.metrics.series_family import LabelSets, SeriesFamily
-from tcpexporter.metrics.series_labels import label_values
+from tcpexporter.metrics.series_labels import Labels, label_values
 from tcpexporter.metrics.source_families import source_families
 
 OF_OUTBOUND = OUTBOUND | REMOTE_PORT
@@ -69,6 +65,7 @@ class ConnectionCollector(Collector):
         *,
         max_series: int,
         names: Callable[[], Mapping[int, str]] | None = None,
+        owners: OwnerNumbers | None = None,
         bounds_s: Sequence[float] = (),
         has_clients: bool = False,
         boottime_ns: Callable[[], int] = clock.boottime_ns,
@@ -81,6 +78,7 @@ class ConnectionCollector(Collector):
             max_series: Maximum number of series that are not folded.
             names: Returns the names of namespaces by inode; None if series are not per
                 namespace.
+            owners: Owners of the selections that are chosen; None: series have no owner.
             bounds_s: Bounds of the histograms of lifetimes and ages, ascending; empty:
                 there are none.
             has_clients: Whether the source distinguishes clients.
@@ -92,6 +90,7 @@ class ConnectionCollector(Collector):
         self._choice = self._published_by = choice
         self._max_series = max_series
         self._names = names
+        self._owners = owners
         self._bounds_s = tuple(bounds_s)
         self._has_clients = has_clients
         self._boottime_ns = boottime_ns
@@ -136,6 +135,9 @@ class ConnectionCollector(Collector):
         self.tracked = counts.total
         counts, folded = self._publish(counts, choice, now_ns, names)
         yield from self._connection_families(counts, choice, ages_s, names or {})
+        if self._owners:
+            yield _owner_info(self._owners, counts.series, self._max_series)
+            self._source.forget("cgroup", self._owners.finish(now_ns))
         yield GaugeMetricFamily(
             "tcpexporter_duration_seconds",
             "Minimum age of a long-term TCP connection (--duration).",
@@ -185,6 +187,9 @@ class ConnectionCollector(Collector):
             still = is_still_selected(self._published, selection)
             self._published = self._published[still]
             self._published_by = choice
+        if self._owners:
+            known = self._owners.is_known(self._published.view(SERIES)["cgroup"])
+            self._published = self._published[known]
         if names is not None:
             present = counts.series[counts.values.established != 0]
             self._forget_renamed(names)
@@ -229,7 +234,7 @@ class ConnectionCollector(Collector):
     def _forget_series(self, netns: Sequence[int]) -> None:
         if netns:
             self._forgotten |= {*netns}
-            self._source.forget(netns)
+            self._source.forget("netns", netns)
         is_forgotten = np.isin(self._published.view(SERIES)["netns"], netns)
         self._published = self._published[~is_forgotten]
 
@@ -258,7 +263,7 @@ class ConnectionCollector(Collector):
                 "tcp_connections_failed",
                 "Outbound TCP connection attempts that ended before ESTABLISHED.",
                 "counter",
-                LabelSets(labels, label_values(attempts.series, labels, names)),
+                LabelSets(labels, self._label_values(attempts.series, labels, names)),
                 attempts.values.failed.tolist(),
             )
         if "port" in labels:
@@ -310,8 +315,14 @@ class ConnectionCollector(Collector):
         key = (series.tobytes(), tuple(names.items()))
         if key != self._labelled_by:
             self._labelled_by = key
-            self._label_sets = LabelSets(labels, label_values(series, labels, names))
+            self._label_sets = LabelSets(labels, self._label_values(series, labels, names))
         return self._label_sets
+
+    def _label_values(
+        self, series: Series, labels: Sequence[str], names: Mapping[int, str]
+    ) -> list[Labels]:
+        owner = self._owners.of if self._owners else owner_of_unnamed
+        return label_values(series, labels, names, owner)
 
     def _lifetimes(self, counts: Counts, labels: LabelSets) -> Metric:
         family = HistogramMetricFamily(
@@ -350,6 +361,18 @@ class ConnectionCollector(Collector):
 def _namespaces(*series: Series) -> Iterator[int]:
     """Yield the inodes of the namespaces of series, each once."""
     yield from np.unique(np.concatenate(series).view(SERIES)["netns"]).tolist()
+
+
+def _owner_info(owners: OwnerNumbers, series: Series, limit: int) -> Metric:
+    family = GaugeMetricFamily(
+        "tcpexporter_owner_info",
+        "Owners of TCP connections, for joins; cgroup is the path of the owner's cgroup.",
+        labels=Owner._fields,
+    )
+    numbers = {*np.unique(series.view(SERIES)["cgroup"]).tolist()}
+    for each in itertools.islice(owners.present(numbers), limit):
+        family.add_metric(each, 1)
+    return family
 
 
 def _client_families(clients: ClientCounts, labels: LabelSets) -> Iterator[Metric]:

@@ -49,6 +49,7 @@ NETLINK_HEADER_BYTES = 16
 
 INET_DIAG_INFO = 2
 INET_DIAG_SKV6ONLY = 11
+INET_DIAG_CGROUP_ID = 21
 """Numbers of attributes in a reply: include/uapi/linux/inet_diag.h."""
 
 TCP_INFO = np.dtype(
@@ -131,13 +132,17 @@ def _malformed(offset: int) -> SocketTableError:
     return SocketTableError(f"sock_diag reply: malformed message at byte {offset}")
 
 
-def decode_messages(rows: Bytes, netns: int, *, with_ages: bool = True) -> Records:
+def decode_messages(
+    rows: Bytes, netns: int, *, with_ages: bool = True, with_cgroups: bool = False
+) -> Records:
     """Decode messages of equal length to dtype `ENTRY`.
 
     Args:
         rows: the messages, an array of bytes of shape (messages, length).
         netns: the inode of the namespace, for the keys of the entries.
         with_ages: whether to read ages from ``struct tcp_info``.
+        with_cgroups: whether to read cgroups. Since Linux 5.9 the kernel always sends them:
+            inet_diag_msg_attrs_fill in its net/ipv4/inet_diag.c.
     """
     messages = np.ascontiguousarray(rows[:, : DIAG_MESSAGE.itemsize]).view(DIAG_MESSAGE)[
         :, 0
@@ -159,6 +164,9 @@ def decode_messages(rows: Bytes, netns: int, *, with_ages: bool = True) -> Recor
     if with_ages and not is_listener.all():
         has, info = _attribute(rows, INET_DIAG_INFO, TCP_INFO.itemsize)
         entries["age_ns"][has] = _lowest_ages_ns(info.view(TCP_INFO)[:, 0])
+    if with_cgroups:
+        has, cgroups = _attribute(rows, INET_DIAG_CGROUP_ID, 8)
+        entries["cgroup"][has] = np.ascontiguousarray(cgroups).view(np.uint64)[:, 0]
     return entries
 
 

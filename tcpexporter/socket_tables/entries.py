@@ -25,13 +25,20 @@ TCP_LISTEN = 10
 """Socket states: include/net/tcp_states.h."""
 
 ENTRY = np.dtype(
-    [("key", KEY), ("state", "u1"), ("v6only", "?"), ("age_ns", "i8"), ("cookie", "u8")]
+    [
+        ("key", KEY),
+        ("state", "u1"),
+        ("v6only", "?"),
+        ("age_ns", "i8"),
+        ("cookie", "u8"),
+        ("cgroup", "u8"),
+    ]
 )
 """A socket, as sock_diag or procfs describes it.
 
 ``state`` is a TCP state. ``v6only`` is 1 if a listener refuses IPv4 clients. ``age_ns`` is
-a lower bound of the age of a connection. ``cookie`` is as in `SOCKET`. A field is 0 if the
-table does not have it.
+a lower bound of the age of a connection. ``cookie`` and ``cgroup`` are as in `SOCKET`. A
+field is 0 if the table does not have it.
 """
 
 
@@ -64,6 +71,7 @@ def _established(entries: Records) -> Records:
     found = np.zeros(len(entries), SOCKET)
     found["key"] = entries["key"]
     found["cookie"] = entries["cookie"]
+    found["cgroup"] = entries["cgroup"]
     found["established_ns"] = np.maximum(boottime_ns() - entries["age_ns"], 0)
     return found
 
@@ -78,11 +86,12 @@ def listeners(entries: Records) -> Records:
     is_any = (entries["key"]["local_address"] == 0).all(axis=1)
     accepts_both = is_any & ~entries["v6only"]
     made = np.zeros(len(entries) + int(accepts_both.sum()), LISTENER)
-    made["netns"] = np.concatenate(
-        [entries["key"]["netns"], entries["key"]["netns"][accepts_both]]
-    )
-    ports = entries["key"]["local_port"]
-    made["port"] = np.concatenate([ports, ports[accepts_both]])
+    for name, values in (
+        ("netns", entries["key"]["netns"]),
+        ("port", entries["key"]["local_port"]),
+        ("cgroup", entries["cgroup"]),
+    ):
+        made[name] = np.concatenate([values, values[accepts_both]])
     made["ip_version"] = 4
     made["ip_version"][: len(entries)] = versions
     return made

@@ -97,8 +97,8 @@ class PollingSource:
     def ledger(self) -> Ledger:
         return self._ledger
 
-    def forget(self, netns: Iterable[int]) -> None:
-        self._counted.forget(netns)
+    def forget(self, field: str, values: Iterable[int]) -> None:
+        self._counted.forget(field, values)
 
     def listeners(self) -> Records:
         return self._tables.listeners()

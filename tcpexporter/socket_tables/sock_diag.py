@@ -50,12 +50,17 @@ class SockDiagReader:
 
     name = "sock_diag"
 
-    def __init__(self, netns: Path) -> None:
+    def __init__(self, netns: Path, *, with_cgroups: bool = False) -> None:
         """Open the sockets, and read the listeners once to check that the kernel answers.
+
+        Args:
+            netns: the path of the namespace.
+            with_cgroups: whether to decode the cgroups of sockets.
 
         Raises:
             SocketTableError: the kernel does not answer.
         """
+        self._with_cgroups = with_cgroups
         with namespaces.opened(netns) as descriptor:
             self.netns = os.fstat(descriptor).st_ino
             try:
@@ -80,11 +85,16 @@ class SockDiagReader:
         states = 1 << TCP_ESTABLISHED | 1 << TCP_LISTEN
         extensions = 1 << (INET_DIAG_INFO - 1) if with_ages else 0
         for messages in self._for_entries.dump(states, extensions):
-            yield decode_messages(messages, self.netns, with_ages=with_ages)
+            yield self._decode(messages, with_ages=with_ages)
 
     def listening(self) -> Iterator[Records]:
         for messages in self._for_listening.dump(1 << TCP_LISTEN, 0):
-            yield decode_messages(messages, self.netns, with_ages=False)
+            yield self._decode(messages, with_ages=False)
+
+    def _decode(self, messages: Bytes, *, with_ages: bool) -> Records:
+        return decode_messages(
+            messages, self.netns, with_ages=with_ages, with_cgroups=self._with_cgroups
+        )
 
 
 def _netlink_socket() -> socket.socket:

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -161,13 +162,14 @@ class SocketTables:
                 reader.close()
 
 
-def open_tables(name: str, netns: str) -> SocketTables:
+def open_tables(name: str, netns: str, *, with_cgroups: bool = False) -> SocketTables:
     """Open socket tables. This requires root for any namespace except the exporter's own.
 
     Args:
         name: ``sock_diag``, ``procfs``, or ``auto`` for the first of them that works.
         netns: a name or path as `namespaces.find` accepts it, or ``all`` for every
             namespace that exists now.
+        with_cgroups: whether to read the cgroups of sockets; procfs does not have them.
 
     Raises:
         SettingsError: ``netns`` is not a network namespace.
@@ -175,11 +177,13 @@ def open_tables(name: str, netns: str) -> SocketTables:
     """
     if name == "auto":
         try:
-            return open_tables("sock_diag", netns)
+            return open_tables("sock_diag", netns, with_cgroups=with_cgroups)
         except SocketTableError as error:
             log.warning("reading /proc/net/tcp instead of sock_diag: %s", error)
             return open_tables("procfs", netns)
-    reader = SockDiagReader if name == "sock_diag" else ProcfsReader
+    reader: Callable[[Path], TableReader] = ProcfsReader
+    if name == "sock_diag":
+        reader = partial(SockDiagReader, with_cgroups=with_cgroups)
     if netns != "all":
         return SocketTables([reader(namespaces.find(netns))])
     return SocketTables([reader(namespaces.OWN), *_open_others(reader)])

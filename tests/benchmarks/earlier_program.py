@@ -64,6 +64,7 @@ def _load_here(request: Request) -> int:
         types,
         has_allocator=bool(kernel.has(HASH_MAP_ALLOCATOR)),
         has_ipv6=bool(kernel.has(IPV6)),
+        has_cgroups=False,
     )
     compiled = bcc.BPF(src_file=str(SOURCE), cflags=cflags)
     loader._fill(compiled["free_slots"].map_fd, range(request.max_connections))

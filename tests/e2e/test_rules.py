@@ -13,9 +13,9 @@ import pytest
 from prometheus_client.samples import Sample
 
 from tcpexporter.collecting import SOURCES
-from tcpexporter.connections.counting import kernel_parts, named, select
 from tcpexporter.connections.identity import client_masks
 from tcpexporter.connections.record import LISTENER, SOCKET, Direction
+from tcpexporter.connections.selection import kernel_parts, named, select
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
 from tcpexporter.ebpf.event_counters import EVENT_KINDS
 from tcpexporter.host.background import Task
@@ -102,7 +102,7 @@ def selectors(rule: str) -> list[tuple[str, list[tuple[str, str]]]]:
 def samples() -> Iterator[Sample]:
     """Each sample that an exporter can publish, for some choices of --labels."""
     # Port 80 is not named, so its series is folded.
-    listeners = np.array([(0, port, 4) for port in (*PORTS, 80)], LISTENER)
+    listeners = np.array([(0, port, 4, 0) for port in (*PORTS, 80)], LISTENER)
     outbound = np.zeros(1, SOCKET)
     outbound["is_outbound"] = Direction.OUTBOUND
     outbound["key"]["remote_port"] = 80

@@ -14,6 +14,7 @@ import pytest
 from tcpexporter.connections.record import CLOSED, SERIES_MASK, Numbers
 from tcpexporter.connections.series import (
     SERIES,
+    SERIES_BYTES,
     SERIES_FIRST,
     Ledger,
     OutboundPort,
@@ -44,7 +45,7 @@ def inbound(port: int, version: int = 4) -> Series:
     """Return the series of the inbound connections of a port."""
     series = np.zeros(1, SERIES)
     series["ip_version"], series["port"] = version, port
-    return series.view(np.uint64)
+    return series.view(SERIES_BYTES)
 
 
 def number_of(tracker: Tracker, port: int) -> int:
@@ -408,7 +409,7 @@ def test_a_million_cycles_lose_no_number(few_numbers: Tracker, effort: Effort) -
         series["ip_version"] = 4
         series["port"] = np.arange(port, port + len(series)) % 65521
         port += len(series)
-        numbers = tracker.series.numbers(series.view(np.uint64))
+        numbers = tracker.series.numbers(series.view(SERIES_BYTES))
         allocated = numbers[numbers >= SERIES_FIRST]
         assert not np.isin(allocated, held).any()
         assert len(np.unique(allocated)) == len(allocated)

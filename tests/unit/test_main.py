@@ -17,13 +17,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from tcpexporter import __main__ as main
 from tcpexporter import collecting, startup
 from tcpexporter.config.settings import Settings
-from tcpexporter.connections.counting import kernel_parts
 from tcpexporter.connections.record import (
     IPV4_PREFIX,
     SOCKET,
     Direction,
     Records,
 )
+from tcpexporter.connections.selection import kernel_parts
 from tcpexporter.connections.source import MemorySource, Source
 from tcpexporter.errors import LoadError, SocketTableError, SourceError
 from tcpexporter.host import namespaces, stdout

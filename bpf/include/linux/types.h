@@ -15,6 +15,7 @@ typedef __u64 __aligned_u64 __attribute__((aligned(8)));
 
 typedef __u16 __be16;
 typedef __u32 __be32;
+typedef __u64 __be64;
 typedef __u32 __wsum;
 
 typedef __s32 s32;

@@ -64,6 +64,7 @@ def attach(
         lose_one_in=lose_one_in,
         without=without,
         client_masks=parts.client_masks,
+        by_cgroup=parts.by_cgroup,
     )
     return tracker_of(loader.load(request), request, parts)
 
@@ -176,7 +177,7 @@ def put_reported(tracker: Tracker, connections: Records) -> None:
     numbers = tracker.series.numbers(series_of(connections, tracker._parts))
     tracker.series.record_opened(numbers, 1)
     reported = np.zeros(len(connections), CONNECTION)
-    for name in ("key", "is_outbound"):
+    for name in ("key", "is_outbound", "cgroup"):
         reported[name] = connections[name]
     # No socket has these handles: they are even, and not addresses of the kernel.
     reported["handle"] = 2 * (1 + np.arange(len(reported)))

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcpexporter.connections.clients import Chunk, count_clients
-from tcpexporter.connections.counting import Counts, Projection, Selection, count, named
+from tcpexporter.connections.counting import Counts, Projection, count
 from tcpexporter.connections.folding import fold
 from tcpexporter.connections.identity import client_masks
 from tcpexporter.connections.memory_ledger import MemoryLedger
 from tcpexporter.connections.record import CLOSED, Direction, Records, words
+from tcpexporter.connections.selection import Selection, named
 from tcpexporter.connections.series import NO_LISTENER, SERIES_FIRST
-from tcpexporter.metrics.series_labels import Labels, label_values
+from tcpexporter.metrics.series_labels import Labels
 from tests.unit.connections.test_counting import (
     BOTH,
     FREE,
@@ -39,7 +40,9 @@ from tests.unit.connections.test_counting import (
     records,
     selection,
     some_labels,
+    values_of,
 )
+from tests.unit.series_rows import series_of_rows
 
 ADDRESSES = {
     4: ("192.0.2.1", "192.0.2.2", "192.0.3.1", "198.51.100.1", "0.0.0.0"),
@@ -105,13 +108,13 @@ def counted(
     return count(chunks, ledger.snapshot, projection, [since_ns], long_term_ns=since_ns)
 
 
-def clients_by_labels(counts: Counts, labels: Sequence[str]) -> dict[Labels, Clients]:
+def clients_by_labels(counts: Counts, selected: Selection) -> dict[Labels, Clients]:
     """Return the clients of each series that has any."""
     found = counts.clients()
     assert found is not None
     columns = (found.established, found.long_term, found.largest)
     rows = zip(*(each.tolist() for each in columns), strict=True)
-    names = label_values(counts.series, labels, {})
+    names = values_of(counts, selected)
     return {
         name: Clients(*row) for name, row in zip(names, rows, strict=True) if row[0] > 0
     }
@@ -170,7 +173,7 @@ def test_clients_are_those_of_a_python_loop(
     chosen = [each for each in everything if is_selected(each.connection, selected)]
     by_label = [(labels_of(each.connection, labels), each) for each in chosen]
     counts = counted(everything, selected, since_ns, prefix=prefix, cuts=sorted(cuts))
-    found = clients_by_labels(counts, labels)
+    found = clients_by_labels(counts, selected)
     assert found == expected_of(by_label, since_ns, prefix)
 
     clients = counts.clients()
@@ -182,7 +185,7 @@ def test_clients_are_those_of_a_python_loop(
     if not ports:
         whole = replace(selected, labels=())
         (total,) = clients_by_labels(
-            counted(everything, whole, since_ns, prefix=prefix), ()
+            counted(everything, whole, since_ns, prefix=prefix), whole
         ).values() or [Clients(0, 0, 0)]
         assert total.established <= clients.established.sum()
         assert total.long_term <= clients.long_term.sum()
@@ -207,13 +210,13 @@ def test_a_client_of_several_folded_series_is_one_client(
         max_series=max_series,
         selection=selected,
     )
-    rows = {*label_values(exposed.series, labels, {})}
+    rows = {*values_of(exposed, selected)}
     placed = []
     for each in everything:
         if is_selected(each.connection, selected):
             own = labels_of(each.connection, labels)
             placed.append((own if own in rows else ("other", own[1]), each))
-    found = clients_by_labels(exposed, labels)
+    found = clients_by_labels(exposed, selected)
     assert found == expected_of(placed, since_ns, DEFAULT)
 
 
@@ -223,15 +226,15 @@ def test_series_that_are_left_out_keep_no_clients() -> None:
     there = Seen(Connection(80), "192.0.2.1")
     counts = counted([here, there, there], selection())
     chosen = np.flatnonzero(counts.values.established == 2)
-    shown = clients_by_labels(counts.only(chosen), ("port", "tcp_version"))
+    shown = clients_by_labels(counts.only(chosen), selection())
     assert shown == {("80", "4"): Clients(1, 1, 2)}
 
 
 def test_without_connections_there_are_no_clients() -> None:
     """A series that only has a listener has 0 clients; without series there are none."""
     counts = counted([], selection())
-    assert clients_by_labels(counts, ("port", "tcp_version")) == {}
-    empty = counts.moved(np.array([4 | 443 << 16], np.uint64), np.empty(0, np.intp))
+    assert clients_by_labels(counts, selection()) == {}
+    empty = counts.moved(series_of_rows([(4, 0, 443)]), np.empty(0, np.intp))
     clients = empty.clients()
     assert clients is not None
     assert [clients.established, clients.long_term, clients.largest] == [[0], [0], [0]]
@@ -259,7 +262,7 @@ def test_the_clients_of_a_slot_without_connection_are_not_counted() -> None:
         [0],
         long_term_ns=0,
     )
-    shown = clients_by_labels(counts, ("port", "tcp_version"))
+    shown = clients_by_labels(counts, selection())
     assert shown == {("443", "4"): Clients(1, 1, 1)}
 
 

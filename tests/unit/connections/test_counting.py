@@ -14,18 +14,7 @@ from hypothesis import strategies as st
 
 from tcpexporter.config.values import LABELS
 from tcpexporter.connections.clients import Chunk
-from tcpexporter.connections.counting import (
-    Counts,
-    Projection,
-    Selection,
-    Values,
-    count,
-    is_still_selected,
-    kernel_parts,
-    listened,
-    named,
-    select,
-)
+from tcpexporter.connections.counting import Counts, Projection, Values, count
 from tcpexporter.connections.memory_ledger import MemoryLedger
 from tcpexporter.connections.record import (
     CLOSED,
@@ -38,19 +27,32 @@ from tcpexporter.connections.record import (
     Records,
     words,
 )
+from tcpexporter.connections.selection import (
+    Selection,
+    is_still_selected,
+    kernel_parts,
+    listened,
+    named,
+    select,
+)
 from tcpexporter.connections.series import (
     FOLDED,
     NO_LISTENER,
     OUTBOUND,
     REMOTE_PORT,
     SERIES,
+    SERIES_BYTES,
     SERIES_FIRST,
     Ledger,
     OutboundPort,
     Parts,
     Series,
 )
+from tcpexporter.metrics.owner_numbers import OwnerNumbers
+from tcpexporter.metrics.owners import owner_of
 from tcpexporter.metrics.series_labels import Labels, label_values
+from tests.unit.made_cgroups import PATHS, WITHOUT_PATH, made_owners
+from tests.unit.series_rows import Row, rows_of, series_of_rows
 
 INBOUND = (Direction.INBOUND,)
 BOTH = (Direction.INBOUND, Direction.OUTBOUND)
@@ -65,6 +67,7 @@ class Connection(NamedTuple):
     netns: int = OWN_NETNS
     established_ns: int = 0
     remote_port: int = 0
+    cgroup: int = 0
 
     @property
     def unit(self) -> int:
@@ -82,6 +85,7 @@ def records(connections: Sequence[Connection]) -> Records:
         if connection.version == 4:
             record["key"]["local_address"][:12] = IPV4_PREFIX
         record["established_ns"] = connection.established_ns
+        record["cgroup"] = connection.cgroup
     made["is_outbound"] = [each.direction for each in connections]
     return made
 
@@ -99,7 +103,14 @@ def selection(
         directions=directions,
         own_listener=own_listener,
         labels=labels,
+        owners=made_owners(labels),
     )
+
+
+def values_of(counts: Counts, selected: Selection) -> list[Labels]:
+    """Return the label values of each series."""
+    assert isinstance(selected.owners, OwnerNumbers)
+    return label_values(counts.series, selected.labels, {}, selected.owners.of)
 
 
 def per_netns(selected: Selection) -> Selection:
@@ -137,7 +148,7 @@ def long_term(counts: Counts) -> Shown:
 
 
 def shown(series: Series, numbers: Sequence[int]) -> Shown:
-    rows = zip(series.view(SERIES).tolist(), numbers, strict=True)
+    rows = zip(rows_of(series), numbers, strict=True)
     found: Counter[tuple[int, int]] = Counter()
     for (version, _, port, _), number in rows:
         found[port, version] += number
@@ -190,7 +201,7 @@ def test_without_tcpv6_no_ipv6_connection_is_counted() -> None:
     counts = counted([Connection(443, 4)] * 3 + [Connection(443, 6)] * 5, selected)
     assert established(counts) == {(443, 4): 3}
     assert counts.total == 8
-    listeners = np.array([(1, 443, 4), (1, 443, 6), (1, 8443, 6)], LISTENER)
+    listeners = np.array([(1, 443, 4, 0), (1, 443, 6, 0), (1, 8443, 6, 0)], LISTENER)
     assert ports_of(listened(listeners, selected)) == {(443, 4)}
 
 
@@ -238,7 +249,8 @@ def test_own_listener_has_no_series() -> None:
     """The same port in another namespace has a series."""
     selected = per_netns(selection(own_listener=(OWN_NETNS, 9690)))
     listeners = np.array(
-        [(OWN_NETNS, 9690, 4), (OTHER_NETNS, 9690, 6), (OWN_NETNS, 80, 4)], LISTENER
+        [(OWN_NETNS, 9690, 4, 0), (OTHER_NETNS, 9690, 6, 0), (OWN_NETNS, 80, 4, 0)],
+        LISTENER,
     )
     assert ports_of(listened(listeners, selected)) == {(9690, 6), (80, 4)}
 
@@ -251,7 +263,9 @@ def test_without_an_own_listener_every_port_counts() -> None:
 
 def test_only_listeners_of_selected_ports_have_series() -> None:
     """A listener at another port has no series."""
-    listeners = np.array([(1, 443, 4), (1, 443, 4), (1, 443, 6), (1, 80, 4)], LISTENER)
+    listeners = np.array(
+        [(1, 443, 4, 0), (1, 443, 4, 0), (1, 443, 6, 0), (1, 80, 4, 0)], LISTENER
+    )
     assert ports_of(listened(listeners, selection(443, 8443))) == {(443, 4), (443, 6)}
     assert ports_of(listened(listeners[:0], selection())) == set()
 
@@ -341,6 +355,7 @@ any_connection = st.builds(
     netns=st.sampled_from([OWN_NETNS, OTHER_NETNS, 2**32 - 1]),
     established_ns=st.sampled_from([*TIMES_NS, LATEST_NS]),
     remote_port=st.sampled_from([1, 80, 443, 9690, PORTS - 1]),
+    cgroup=st.sampled_from([0, WITHOUT_PATH, *PATHS]),
 )
 some_connections = st.lists(any_connection, max_size=31)
 some_labels = st.sets(st.sampled_from(LABELS)).map(
@@ -353,7 +368,11 @@ def labels_of(connection: Connection, labels: Sequence[str]) -> Labels:
     """Return the label values of a connection, as the documents describe them."""
     is_outbound = connection.direction == Direction.OUTBOUND
     is_by_remote_port = is_outbound and "remote_port" in labels
+    owner = owner_of(PATHS.get(connection.cgroup, "/"))
     values = {
+        "unit": owner.unit,
+        "container": owner.container,
+        "pod": owner.pod,
         "port": "" if is_by_remote_port else str(connection.port),
         "tcp_version": str(connection.version),
         "direction": "outbound" if is_outbound else "inbound",
@@ -383,9 +402,9 @@ def is_old(connection: Connection, since_ns: int) -> bool:
 
 
 def by_labels(
-    counts: Counts, labels: Sequence[str], numbers: Sequence[int]
+    counts: Counts, selected: Selection, numbers: Sequence[int]
 ) -> Counter[Labels]:
-    rows = label_values(counts.series, labels, {})
+    rows = values_of(counts, selected)
     assert len(set(rows)) == len(rows)
     return +Counter(dict(zip(rows, numbers, strict=True)))
 
@@ -424,14 +443,14 @@ def test_counts_are_those_of_a_python_loop(
     old = [each for each in expected if is_old(each, since_ns)]
     counts = counted(connections, selected, since_ns, cuts=sorted(cuts))
     values = counts.values
-    assert by_labels(counts, labels, values.established.tolist()) == Counter(
+    assert by_labels(counts, selected, values.established.tolist()) == Counter(
         labels_of(each, labels) for each in expected
     )
-    assert by_labels(counts, labels, values.ages[:, 0].tolist()) == Counter(
+    assert by_labels(counts, selected, values.ages[:, 0].tolist()) == Counter(
         labels_of(each, labels) for each in old
     )
     assert counts.total == len(connections)
-    assert (np.diff(counts.series.astype(object)) > 0).all()
+    assert (counts.series[1:] > counts.series[:-1]).all()
 
 
 @settings(deadline=None)
@@ -450,7 +469,7 @@ def test_ages_are_those_of_a_python_loop(
     ledger = MemoryLedger(parts_of(selected))
     chunk = ledger.count(records(connections))
     counts = count([chunk], ledger.snapshot, Projection(selected), since_ns, now_ns=now_ns)
-    rows = label_values(counts.series, labels, {})
+    rows = values_of(counts, selected)
     assert counts.values.ages.shape == (len(rows), len(since_ns))
     for row, ages, total in zip(
         rows, counts.values.ages.tolist(), counts.values.ages_sum.tolist(), strict=True
@@ -520,7 +539,7 @@ def test_sums_are_the_same_for_any_labels(
         balance = values.opened - values.closed - values.established + values.pre_existing
         assert not balance.any()
         assert (values.lifetimes.sum(axis=1) == values.closed).all()
-        by_labels(counts, each, [1] * len(counts.series))
+        by_labels(counts, selected, [1] * len(counts.series))
         sums.append(totals(values))
     assert all(each == sums[0] for each in sums)
 
@@ -533,13 +552,13 @@ def totals(values: Values) -> dict[str, list[int]]:
     }
 
 
-def ledger_of(series: list[tuple[int, int, int, int]]) -> Ledger:
+def ledger_of(series: list[Row]) -> Ledger:
     """Return a ledger in which nothing has happened, with these series from number 5 on."""
-    rows = np.zeros(SERIES_FIRST + len(series), SERIES)
-    rows[SERIES_FIRST:] = np.array(series, SERIES)
+    rows = np.zeros(SERIES_FIRST + len(series), SERIES_BYTES)
+    rows[SERIES_FIRST:] = series_of_rows(series)
     zeros = np.zeros(len(rows), np.int64)
     return Ledger(
-        rows.view(np.uint64),
+        rows,
         zeros,
         zeros,
         zeros,
@@ -617,12 +636,8 @@ def test_the_kernel_counts_by_the_port_that_a_label_requires(
     """Outbound connections that nobody counts are not counted by port."""
     own = (OWN_NETNS, 9690)
     assert kernel_parts(directions, labels) == Parts(expected, by_netns=False)
-    assert kernel_parts(directions, (*labels, "netns"), own) == Parts(expected, True, own)
-
-
-def rows_of(series: Series) -> list[tuple[int, int, int, int]]:
-    found: list[tuple[int, int, int, int]] = series.view(SERIES).tolist()
-    return found
+    by_both = kernel_parts(directions, (*labels, "netns", "unit"), own)
+    assert by_both == Parts(expected, by_netns=True, own_listener=own, by_cgroup=True)
 
 
 @pytest.mark.parametrize(
@@ -668,7 +683,7 @@ def test_series_of_ports_that_are_not_selected_any_more_are_removed(
 ) -> None:
     """A series that does not have the port is kept, and so is none with port other."""
     rows = [(4, 0, 443, 0), (4, 0, 80, 0), (4, FOLDED, 0, 0)]
-    published = np.array(rows, SERIES).view(np.uint64)
+    published = series_of_rows(rows)
     found = is_still_selected(published, selection(443, labels=labels))
     assert found.tolist() == expected
     assert is_still_selected(published, selection(labels=labels)).all()
@@ -707,4 +722,4 @@ def test_series_that_the_source_has_folded_are_other(
         ledger = MemoryLedger(parts_of(selected))
         chunks = [ledger.count(records([each])) for each in connections]
     counts = count(chunks, ledger.snapshot, Projection(selected), [0])
-    assert by_labels(counts, labels, counts.values.established.tolist()) == expected
+    assert by_labels(counts, selected, counts.values.established.tolist()) == expected

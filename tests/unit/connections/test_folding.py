@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcpexporter.connections.counting import Counts, Selection, Values, folding_steps
+from tcpexporter.connections.counting import Counts, Values
 from tcpexporter.connections.folding import fold
 from tcpexporter.connections.record import PORTS, Direction
+from tcpexporter.connections.selection import OWNER_LABELS, Selection, folding_steps
 from tcpexporter.connections.series import FOLDED, SERIES, Series
-from tcpexporter.metrics.series_labels import label_values
 from tests.unit.connections.test_counting import (
     BOTH,
     Connection,
@@ -24,7 +24,9 @@ from tests.unit.connections.test_counting import (
     some_connections,
     some_labels,
     totals,
+    values_of,
 )
+from tests.unit.series_rows import rows_of, series_of_rows
 
 PER_NETNS = selection(labels=("port", "tcp_version", "netns"))
 
@@ -41,10 +43,7 @@ class SeriesKey(NamedTuple):
 
 
 def keys_of(series: Series) -> list[SeriesKey]:
-    return [
-        SeriesKey(netns, port, version)
-        for version, _, port, netns in series.view(SERIES).tolist()
-    ]
+    return [SeriesKey(netns, port, version) for version, _, port, netns in rows_of(series)]
 
 
 def series_of(chosen: Iterable[SeriesKey]) -> Series:
@@ -52,7 +51,7 @@ def series_of(chosen: Iterable[SeriesKey]) -> Series:
         (version, 0 if port else FOLDED, port, netns)
         for netns, port, version in sorted(set(chosen))
     ]
-    return np.array(rows, SERIES).view(np.uint64)
+    return series_of_rows(rows)
 
 
 def ports_in(*ports: int, netns: int = 0) -> list[SeriesKey]:
@@ -247,7 +246,7 @@ def test_folding_keeps_the_sums(
             for each in fields(Values)
         ]:
             assert now[is_now == version].sum() == before[was == version].sum()
-    assert (np.diff(exposed.series.astype(object)) > 0).all()
+    assert (exposed.series[1:] > exposed.series[:-1]).all()
     kept = {each for each in keys_of(exposed.series) if each.port}
     used = {*numbers, *listening, *named_series}
     assert named_series <= kept
@@ -306,10 +305,6 @@ def test_the_order_of_connections_does_not_change_the_counts(
     assert_equal(first[0], second[0])
 
 
-def label_rows(counts: Counts, labels: Sequence[str]) -> list[tuple[str, ...]]:
-    return label_values(counts.series, labels, {})
-
-
 @settings(deadline=None)
 @given(
     scrapes=st.lists(some_connections, min_size=1, max_size=4),
@@ -347,9 +342,9 @@ def test_folding_keeps_the_sums_for_any_labels(
         )
         published = exposed.series
         assert totals(exposed.values) == totals(counts.values)
-        rows = label_rows(exposed, labels)
+        rows = values_of(exposed, selected)
         assert len(set(rows)) == len(rows)
-        other = {"port", "remote_port", "netns"} & {*labels}
+        other = {"port", "remote_port", "netns", *OWNER_LABELS} & {*labels}
         separate = [row for row in rows if "other" not in row]
         if other:
             without_port = [
@@ -403,7 +398,7 @@ def folded_rows(
         max_series=most,
         selection=selected,
     )
-    rows = label_rows(exposed, selected.labels)
+    rows = values_of(exposed, selected)
     assert len(set(rows)) == len(rows)
     return dict(zip(rows, exposed.values.established.tolist(), strict=True)), exposed.series
 

@@ -12,6 +12,7 @@ from tcpexporter.connections.memory_ledger import MemoryLedger
 from tcpexporter.connections.record import TIME_SHIFT, Words, numbers, times_ns
 from tcpexporter.connections.series import (
     FOLDED,
+    NO_SERIES,
     OUTBOUND,
     SERIES,
     SERIES_FIRST,
@@ -28,6 +29,7 @@ from tests.unit.connections.test_counting import (
     records,
     some_connections,
 )
+from tests.unit.series_rows import rows_of
 
 PARTS = Parts(OutboundPort.REMOTE, by_netns=True)
 SECOND_NS = 10**9
@@ -40,7 +42,7 @@ def test_without_connections_there_are_the_folded_series_only() -> None:
     """Their numbers are those of the BPF program, and number 0 has no series."""
     ledger = MemoryLedger(PARTS)
     assert numbers(ledger.count(records([])).words).tolist() == []
-    assert ledger.snapshot().series.view(SERIES).tolist() == [
+    assert rows_of(ledger.snapshot().series) == [
         (0, 0, 0, 0),
         (4, FOLDED, 0, 0),
         (6, FOLDED, 0, 0),
@@ -173,7 +175,7 @@ def test_a_snapshot_does_not_change() -> None:
     ledger.record_opened(found)
     ledger.record_closed(found, LATEST_NS)
     ledger.record_pre_existing(found)
-    ledger.forget([OWN_NETNS])
+    ledger.forget("netns", [OWN_NETNS])
     ledger.drop_forgotten(found[:0])
     ledger.count(records([Connection(80)]))
     assert before.series[SERIES_FIRST] == series_of(records([Connection()]), PARTS)[0]
@@ -200,7 +202,7 @@ def test_series_of_forgotten_namespaces_lose_their_counters() -> None:
     found = ledger.count(made).words
     ledger.record_opened(found)
     ledger.record_closed(found[[0, 2]], LATEST_NS)
-    ledger.forget([OTHER_NETNS])
+    ledger.forget("netns", [OTHER_NETNS])
     assert len(series_in(ledger)) == 3
     ledger.drop_forgotten(found[1:2])
     assert series_in(ledger) == {(OTHER_NETNS, 80), (OWN_NETNS, 443)}
@@ -213,7 +215,7 @@ def test_series_of_forgotten_namespaces_lose_their_counters() -> None:
 def test_a_namespace_is_forgotten_once() -> None:
     """A new namespace with the same inode keeps what happens in it."""
     ledger = MemoryLedger(PARTS)
-    ledger.forget([OWN_NETNS])
+    ledger.forget("netns", [OWN_NETNS])
     ledger.drop_forgotten(ledger.count(records([])).words)
     ledger.record_opened(ledger.count(records([Connection()])).words)
     ledger.drop_forgotten(ledger.count(records([])).words)
@@ -225,11 +227,11 @@ def test_other_series_keep_their_numbers_when_some_are_forgotten() -> None:
     ledger = MemoryLedger(PARTS)
     gone = ledger.count(records([Connection(22, netns=OTHER_NETNS)])).words
     kept = ledger.count(records([Connection(443)])).words
-    ledger.forget([OTHER_NETNS])
+    ledger.forget("netns", [OTHER_NETNS])
     ledger.drop_forgotten(kept)
     series = ledger.snapshot().series
     assert series[numbers(kept)].tolist() == series_of(records([Connection()]), PARTS)
-    assert series[numbers(gone)].tolist() == [0]
+    assert series[numbers(gone)].tolist() == [NO_SERIES]
     assert ledger.count(records([Connection(443)])).words.tolist() == kept.tolist()
 
 
@@ -246,7 +248,7 @@ def test_free_numbers_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
         ledger.record_opened(found)
         ledger.record_closed(found, LATEST_NS)
         assert ledger.snapshot().opened[numbers(found)].tolist() == [1, 1, 1]
-        ledger.forget([netns])
+        ledger.forget("netns", [netns])
         ledger.drop_forgotten(stays)
     assert len(ledger.snapshot().series) <= SERIES_FIRST + 5
     assert ledger.snapshot().opened.sum() == 0
@@ -266,7 +268,7 @@ def test_a_word_of_a_dropped_series_is_not_that_of_the_next(
         return found
 
     first = happens(7)
-    ledger.forget([7])
+    ledger.forget("netns", [7])
     ledger.drop_forgotten(first[:0])
     second = happens(11)
     assert numbers(first).tolist() == numbers(second).tolist()

@@ -68,12 +68,13 @@ int main(void)
     FIELD(connection, key);
     FIELD(connection, is_outbound);
     FIELD(connection, pad);
-    FIELD(connection, reserved);
+    FIELD(connection, cgroup);
     SIZE(series_key);
-    FIELD(series_key, ip_version);
-    FIELD(series_key, flags);
-    FIELD(series_key, port);
+    FIELD(series_key, cgroup);
     FIELD(series_key, netns);
+    FIELD(series_key, port);
+    FIELD(series_key, flags);
+    FIELD(series_key, ip_version);
     SIZE(ledger_entry);
     FIELD(ledger_entry, series);
     FIELD(ledger_entry, opened);

@@ -8,15 +8,17 @@ from hypothesis import strategies as st
 
 from tcpexporter.connections.record import CONNECTION, Direction
 from tcpexporter.connections.series import (
+    COUNTERS,
     FOLDED,
     NO_LISTENER,
+    NO_SERIES,
     OUTBOUND,
     OWN,
     REMOTE_PORT,
-    SERIES,
     SERIES_FIRST,
     OutboundPort,
     Parts,
+    correction_dtype,
     entry_dtype,
     folded_number,
     folded_series,
@@ -30,6 +32,7 @@ from tests.unit.connections.test_counting import (
     records,
     some_connections,
 )
+from tests.unit.series_rows import rows_of, series_of_rows
 
 Row = tuple[int, int, int, int]
 
@@ -65,8 +68,8 @@ def test_series_are_those_of_a_python_loop(
     """This holds for every part that may be counted separately."""
     parts = Parts(outbound_port, by_netns, own_listener)
     found = series_of(records(connections), parts)
-    assert found.view(SERIES).tolist() == [expected(each, parts) for each in connections]
-    assert found.all()
+    assert rows_of(found) == [expected(each, parts) for each in connections]
+    assert (found != NO_SERIES).all()
 
 
 @pytest.mark.parametrize("outbound_port", OutboundPort)
@@ -100,9 +103,9 @@ def test_an_ephemeral_port_is_part_of_the_series_on_request_only() -> None:
 
 
 def test_the_order_of_series_is_by_namespace_and_port_first() -> None:
-    """As numbers of 64 bits they have a fixed order, which an exposition follows."""
+    """As bytes they have a fixed order, which an exposition follows."""
     rows = [(6, 0, 22, 7), (4, OUTBOUND, 22, 7), (4, 0, 443, 7), (4, 0, 1, 11)]
-    series = np.array(rows, SERIES).view(np.uint64)
+    series = series_of_rows(rows)
     assert series.tolist() == sorted(series.tolist())
 
 
@@ -115,17 +118,20 @@ def test_a_folded_number_is_that_of_the_folded_series() -> None:
         for port in (0, 443)
         for netns in (0, 7)
     ]
-    series = np.array(rows, SERIES).view(np.uint64)
+    series = series_of_rows(rows)
     found = folded_number(series)
     assert 1 <= found.min() <= found.max() < SERIES_FIRST
-    assert folded_series()[found].view(SERIES).tolist() == [
+    assert rows_of(folded_series()[found]) == [
         (version, flags & OUTBOUND | FOLDED, 0, 0) for version, flags, _, _ in rows
     ]
 
 
-@pytest.mark.parametrize(("buckets", "words"), [(0, 4), (1, 6), (9, 14), (25, 30)])
+@pytest.mark.parametrize(("buckets", "words"), [(0, 5), (1, 7), (9, 15), (25, 31)])
 def test_an_entry_has_lifetimes_on_request_only(buckets: int, words: int) -> None:
-    """Without histograms an entry is half a cache line."""
-    dtype = entry_dtype(buckets)
-    assert dtype.itemsize == 8 * words
-    assert ("lifetimes" in (dtype.names or ())) == bool(buckets)
+    """An entry of the corrections has the same size and the same counters."""
+    dtypes = entry_dtype(buckets), correction_dtype(buckets)
+    for each in dtypes:
+        assert each.itemsize == 8 * words
+        assert ("lifetimes" in (each.names or ())) == bool(buckets)
+    counters = [list((each.fields or {}).items())[-len(COUNTERS) :] for each in dtypes]
+    assert counters[0] == counters[1]

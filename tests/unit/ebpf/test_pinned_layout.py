@@ -211,4 +211,4 @@ def test_other_series_are_not_continued(before: Request, after: Request) -> None
 
 def test_an_entry_of_another_size_is_not_continued() -> None:
     """A later version may count more in each entry of the ledger."""
-    assert not read(layout(OURS, **{f"w{FORMAT_AT + 1}": 40}), COUNTED).is_continued
+    assert not read(layout(OURS, **{f"w{FORMAT_AT + 1}": 48}), COUNTED).is_continued

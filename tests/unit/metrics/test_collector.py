@@ -21,7 +21,6 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from tcpexporter import version
 from tcpexporter.connections.clients import Chunk
-from tcpexporter.connections.counting import named, select
 from tcpexporter.connections.record import (
     IPV4_PREFIX,
     LISTENER,
@@ -29,10 +28,10 @@ from tcpexporter.connections.record import (
     Direction,
     Records,
 )
+from tcpexporter.connections.selection import named, select
 from tcpexporter.connections.series import (
     OUTBOUND,
     REMOTE_PORT,
-    SERIES,
     Ledger,
     OutboundPort,
     Parts,
@@ -47,6 +46,7 @@ from tcpexporter.metrics.collector import (
 )
 from tcpexporter.metrics.exporter_status import ConfinementCollector
 from tcpexporter.metrics.reload_status import Reloads
+from tests.unit.series_rows import series_of_rows
 
 GOLDEN_PAGE = Path(__file__).parents[1] / "data" / "metrics.txt"
 LONG_TERM = "netstat_tcp_longterm_connections_total"
@@ -83,7 +83,7 @@ def connections(
 
 
 def listeners(*ports: tuple[int, int]) -> Records:
-    return np.array([(NETNS, port, ip_version) for port, ip_version in ports], LISTENER)
+    return np.array([(NETNS, port, ip_version, 0) for port, ip_version in ports], LISTENER)
 
 
 def collector_of(
@@ -673,8 +673,8 @@ def test_a_source_recovers_after_an_error() -> None:
 class SourceWithAttempts(MemorySource):
     """A source with outbound attempts that have failed, as many as ``failed`` says."""
 
-    failed: Mapping[int, int] = {}
-    """By series, as a number of 64 bits; the source has each of these series."""
+    failed: Mapping[bytes, int] = {}
+    """By series; the source has each of these series."""
 
     def ledger(self) -> Ledger:
         found = super().ledger()
@@ -682,11 +682,10 @@ class SourceWithAttempts(MemorySource):
         return replace(found, failed=failed)
 
 
-def attempts(number: int, *, remote_port: int = 0) -> dict[int, int]:
+def attempts(number: int, *, remote_port: int = 0) -> dict[bytes, int]:
     """Attempts over IPv4 that have failed, as the BPF program counts them."""
     flags = OUTBOUND | (REMOTE_PORT if remote_port else 0)
-    series = np.array([(4, flags, remote_port, 0)], SERIES)
-    return {int(series.view(np.uint64)[0]): number}
+    return {series_of_rows([(4, flags, remote_port)]).tolist()[0]: number}
 
 
 def example(bounds_s: Sequence[float] = ()) -> MemorySource:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcpexporter.connections.counting import kernel_parts, named, select
 from tcpexporter.connections.record import Direction, Records
+from tcpexporter.connections.selection import kernel_parts, named, select
 from tcpexporter.connections.source import MemorySource
 from tcpexporter.metrics.collector import FORGET_NS, Choice, ConnectionCollector
 from tcpexporter.metrics.series_labels import Labels

@@ -3,21 +3,21 @@
 
 from itertools import combinations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcpexporter.config.values import LABELS
-from tcpexporter.connections.series import FOLDED, OUTBOUND, REMOTE_PORT, SERIES
+from tcpexporter.connections.series import FOLDED, OUTBOUND, REMOTE_PORT
 from tcpexporter.metrics.series_labels import Labels, label_values
+from tests.unit.series_rows import series_of_rows
 
 NAMES = {7: "blue", 11: "container:0123456789ab"}
 
 
 def values_of(row: tuple[int, int, int, int], *labels: str) -> Labels:
     """Return the label values of one series: IP version, flags, port, namespace."""
-    (found,) = label_values(np.array([row], SERIES).view(np.uint64), labels, NAMES)
+    (found,) = label_values(series_of_rows([row]), labels, NAMES)
     return found
 
 
@@ -86,7 +86,7 @@ def test_any_labels_are_the_same_values_in_the_given_order(
     rows: list[tuple[int, int, int, int]],
 ) -> None:
     """A label does not depend on the other labels. No labels are an empty tuple."""
-    series = np.array(rows, SERIES).view(np.uint64)
+    series = series_of_rows(rows)
     columns = {each: label_values(series, (each,), NAMES) for each in LABELS}
     for size in range(len(LABELS) + 1):
         for chosen in combinations(LABELS, size):

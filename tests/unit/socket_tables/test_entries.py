@@ -82,9 +82,9 @@ def test_there_is_a_listener_for_each_accepted_ip_version(
     accepts its own version."""
     listeners = SocketTables([CapturedReader(name)]).listeners()
     assert (listeners["netns"] == NETNS).all()
-    assert [(int(port), int(version)) for _, port, version in listeners.tolist()] == sorted(
-        {(8001, 4), (8002, 4), (8003, 6), (8004, 6), (8005, 4), (8005, 6)} | extra
-    )
+    assert [
+        (int(port), int(version)) for _, port, version, _ in listeners.tolist()
+    ] == sorted({(8001, 4), (8002, 4), (8003, 6), (8004, 6), (8005, 4), (8005, 6)} | extra)
 
 
 any_entry = st.tuples(
@@ -109,9 +109,9 @@ def test_both_decoders_return_what_was_encoded(
         + local[:size]
         + prefix
         + remote[:size]
-        + struct.pack("=IHHBBqQ", NETNS, *rest)
+        + struct.pack("=IHHBBqQQ", NETNS, *rest)
         for local, port, remote, other, state in entries
-        for rest in [(port, other, state, 0, 0, 0)]
+        for rest in [(port, other, state, 0, 0, 0, 0)]
     ]
     family = socket.AF_INET if is_ipv4 else socket.AF_INET6
     reply = b"".join(

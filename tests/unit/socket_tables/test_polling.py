@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcpexporter.connections.clients import Chunk
-from tcpexporter.connections.counting import Projection, count, kernel_parts, select
+from tcpexporter.connections.counting import Projection, count
 from tcpexporter.connections.record import (
     LISTENER,
     SOCKET,
@@ -22,6 +22,7 @@ from tcpexporter.connections.record import (
     numbers,
     times_ns,
 )
+from tcpexporter.connections.selection import kernel_parts, select
 from tcpexporter.connections.series import SERIES, OutboundPort, Parts
 from tcpexporter.connections.source import Report
 from tcpexporter.errors import SocketTableError, SourceError
@@ -85,7 +86,7 @@ class FakeTables(SocketTables):
         )
 
     def listeners(self) -> Records:
-        return np.array([(1, 443, 4)], LISTENER)
+        return np.array([(1, 443, 4, 0)], LISTENER)
 
     def close(self) -> None:
         self.closed = True
@@ -250,7 +251,7 @@ def test_name_and_listeners_come_from_the_tables(
 ) -> None:
     """The report has no values: there is no BPF program and no limit of connections."""
     assert source.name == tables.name
-    assert source.listeners().tolist() == [(1, 443, 4)]
+    assert source.listeners().tolist() == [(1, 443, 4, 0)]
     assert source.report() == Report()
 
 
@@ -392,7 +393,7 @@ def test_a_namespace_that_is_forgotten_loses_its_counters_at_the_next_poll() -> 
     tables.found = np.concatenate([in_netns(7, 1, 2), in_netns(11, 3)])
     source.start()
     tables.found = in_netns(11, 3)
-    source.forget([7])
+    source.forget("netns", [7])
     source._poll()
     assert counters(source) == {3: (0, 0, 1)}
     assert ages_of(source) == {3: 0}
@@ -416,7 +417,7 @@ def test_a_scrape_during_a_poll_counts_no_connection_in_another_series() -> None
     def poll() -> Iterator[Chunk]:
         yield from source.read()
         tables.found = in_netns(11, 3, 5)
-        source.forget([7])
+        source.forget("netns", [7])
         source._poll()
 
     counts = count(poll(), source.ledger, Projection(selection), [0])

@@ -37,7 +37,7 @@ def test_listeners_are_not_repeated() -> None:
     here = MadeReader(1, *[(443, SS_LISTEN)] * 3, (80, SS_LISTEN))
     there = MadeReader(2, (443, SS_LISTEN))
     listeners = SocketTables([here, there]).listeners()
-    assert listeners.tolist() == [(1, 80, 4), (1, 443, 4), (2, 443, 4)]
+    assert listeners.tolist() == [(1, 80, 4, 0), (1, 443, 4, 0), (2, 443, 4, 0)]
 
 
 def test_tables_without_sockets_are_empty() -> None:
@@ -83,7 +83,7 @@ def test_this_kernel_answers(name: str) -> None:
     assert tables.name == name
     at_port = found[found["key"]["local_port"] == peers.port]
     assert at_port["is_outbound"].tolist() == [Direction.INBOUND] * 3
-    assert (namespaces.inode(), peers.port, 4) in listeners.tolist()
+    assert (namespaces.inode(), peers.port, 4, 0) in listeners.tolist()
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -108,7 +108,7 @@ def test_a_connection_has_the_cookie_of_its_socket(name: str) -> None:
 class NoSockDiag:
     """A reader that cannot be opened."""
 
-    def __init__(self, _netns: Path) -> None:
+    def __init__(self, _netns: Path, *, with_cgroups: bool) -> None:  # noqa: ARG002
         raise SocketTableError("modprobe tcp_diag may help")
 
 

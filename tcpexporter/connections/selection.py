@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Selects the connections that are counted, and what distinguishes their series."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tcpexporter.connections.identity import ClientMasks
+from tcpexporter.connections.record import LISTENER, PORTS, Direction, Records
+from tcpexporter.connections.series import (
+    FOLDED,
+    NO_LISTENER,
+    OUTBOUND,
+    OWN,
+    REMOTE_PORT,
+    SERIES,
+    SERIES_BYTES,
+    OutboundPort,
+    Parts,
+    Series,
+)
+
+OWNER_LABELS = ("unit", "container", "pod")
+"""The labels that are derived from a socket's cgroup."""
+
+Cgroups: TypeAlias = npt.NDArray[np.uint64]
+"""Numbers of cgroups, or of their owners."""
+
+
+class Owners(Protocol):
+    """The owners of cgroups. Several cgroups can have the same one."""
+
+    def numbers(self, cgroups: Cgroups) -> Cgroups:
+        """Return the number of the owner of each cgroup, never 0.
+
+        A cgroup without a known owner has `UNKNOWN_OWNER`. Its owner may be known later.
+        """
+        ...
+
+
+UNKNOWN_OWNER = 1
+
+
+class NoOwners:
+    """Owners, if none are known."""
+
+    def numbers(self, cgroups: Cgroups) -> Cgroups:
+        return np.full(len(cgroups), UNKNOWN_OWNER, np.uint64)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which connections and listeners are counted, and what distinguishes their series."""
+
+    ports: npt.NDArray[np.bool_]
+    """For each of the 65536 ports, whether it is selected."""
+    ip_versions: Sequence[int]
+    directions: Sequence[Direction]
+    own_listener: tuple[int, int]
+    """Namespace and port of the exporter's own listener, which is never selected."""
+    labels: Sequence[str]
+    """The labels of a series, in the order of an exposition."""
+    owners: Owners
+    """Determines the owner labels."""
+
+    @property
+    def by_netns(self) -> bool:
+        """Whether network namespaces are counted separately."""
+        return "netns" in self.labels
+
+    @property
+    def by_owner(self) -> bool:
+        """Whether owners are counted separately."""
+        return has_owner(self.labels)
+
+
+def select(
+    ports: Sequence[int],
+    *,
+    tcpv6: bool,
+    directions: Sequence[Direction],
+    own_listener: tuple[int, int] = NO_LISTENER,
+    labels: Sequence[str] = ("port", "tcp_version"),
+    owners: Owners | None = None,
+) -> Selection:
+    """Return the selection for these settings; an empty ``ports`` selects all ports."""
+    mask = np.zeros(PORTS, np.bool_)
+    mask[list(ports) if ports else slice(None)] = True
+    versions = (4, 6) if tcpv6 else (4,)
+    chosen = tuple(directions)
+    return Selection(
+        mask, versions, chosen, own_listener, tuple(labels), owners or NoOwners()
+    )
+
+
+def kernel_parts(
+    directions: Sequence[Direction],
+    labels: Sequence[str],
+    own_listener: tuple[int, int] = NO_LISTENER,
+    client_masks: ClientMasks | None = None,
+) -> Parts:
+    """Return what a source has to count separately for a selection with these fields."""
+    if Direction.OUTBOUND not in directions:
+        outbound_port = OutboundPort.NONE
+    elif "remote_port" in labels:
+        outbound_port = OutboundPort.REMOTE
+    else:
+        outbound_port = OutboundPort.LOCAL
+    return Parts(
+        outbound_port,
+        by_netns="netns" in labels,
+        by_cgroup=has_owner(labels),
+        own_listener=own_listener,
+        client_masks=client_masks,
+    )
+
+
+def has_owner(labels: Sequence[str]) -> bool:
+    """Return whether some labels are derived from a socket's cgroup."""
+    return not {*OWNER_LABELS}.isdisjoint(labels)
+
+
+def is_selected(series: Series, selection: Selection) -> npt.NDArray[np.bool_]:
+    """Return which series are selected; that of a free number is not."""
+    parts = series.view(SERIES)
+    selected: npt.NDArray[np.bool_] = selection.ports[parts["port"]] & np.isin(
+        parts["ip_version"], selection.ip_versions
+    )
+    selected &= np.isin(parts["flags"] & OUTBOUND, selection.directions)
+    selected &= parts["flags"] & OWN == 0
+    return selected
+
+
+def is_still_selected(published: Series, selection: Selection) -> npt.NDArray[np.bool_]:
+    """Return which published series another selection of ports selects, too."""
+    if not {"port", "remote_port"} & {*selection.labels}:
+        return np.ones(len(published), np.bool_)
+    selected: npt.NDArray[np.bool_] = selection.ports[published.view(SERIES)["port"]]
+    return selected
+
+
+def folding_steps(selection: Selection) -> list[str]:
+    """Return the fields that a series is folded by, in order."""
+    steps = []
+    if {"port", "remote_port"} & {*selection.labels}:
+        steps.append("port")
+    if selection.by_owner:
+        steps.append("cgroup")
+    if selection.by_netns:
+        steps.append("netns")
+    return steps
+
+
+def owners_of(series: Series, selection: Selection) -> Cgroups:
+    """Return the number of the owner of each series; 0 if it is of no particular owner."""
+    parts = series.view(SERIES)
+    if not selection.by_owner:
+        return np.zeros(len(series), np.uint64)
+    owners = selection.owners.numbers(parts["cgroup"].astype(np.uint64))
+    return np.where(parts["flags"] & FOLDED, np.uint64(0), owners)
+
+
+def projected(series: Series, selection: Selection) -> Series:
+    """Return the series without the parts that are not among the labels.
+
+    The field ``cgroup`` has numbers of owners then; 0 is that of no particular owner.
+    """
+    found = series.copy()
+    parts = found.view(SERIES)
+    labels = selection.labels
+    if "remote_port" in labels:
+        both = FOLDED | OUTBOUND
+        parts["flags"][parts["flags"] & both == both] |= REMOTE_PORT
+    is_local = parts["flags"] & REMOTE_PORT == 0
+    if "tcp_version" not in labels:
+        parts["ip_version"] = 0
+    if "direction" not in labels:
+        parts["flags"] &= np.uint8(~OUTBOUND & 0xFF)
+    if "netns" not in labels:
+        parts["netns"] = 0
+    parts["cgroup"] = owners_of(series, selection)
+    if "port" not in labels:
+        parts["port"][is_local] = 0
+        if not (selection.by_netns or selection.by_owner):
+            # The series with all ports is that of the folded ones.
+            parts["flags"][is_local] &= np.uint8(~FOLDED & 0xFF)
+    return found
+
+
+def listened(listeners: Records, selection: Selection) -> Series:
+    """Return the selected series of ``listeners``, of dtype `LISTENER`."""
+    own_netns, own_port = selection.own_listener
+    is_own = (listeners["netns"] == own_netns) & (listeners["port"] == own_port)
+    series = np.zeros(len(listeners), SERIES)
+    series["ip_version"] = listeners["ip_version"]
+    series["port"] = listeners["port"]
+    series["netns"] = listeners["netns"]
+    series["cgroup"] = listeners["cgroup"]
+    series["flags"] = np.where(is_own, np.uint8(OWN), np.uint8(0))
+    return _present(series, selection)
+
+
+def named(ports: Sequence[int], netns: int, selection: Selection) -> Series:
+    """Return the selected series of ``ports`` in one namespace."""
+    listeners = np.zeros((2, len(ports)), LISTENER)
+    listeners["netns"] = netns
+    listeners["port"] = np.array(ports, np.uint16)
+    listeners["ip_version"] = [[4], [6]]
+    found = [listened(listeners.ravel(), selection)]
+    if Direction.OUTBOUND in selection.directions and "remote_port" in selection.labels:
+        series = np.zeros((2, len(ports)), SERIES)
+        series["flags"] = OUTBOUND | REMOTE_PORT
+        for name in ("ip_version", "port", "netns"):
+            series[name] = listeners[name]
+        found.append(_present(series.ravel(), selection))
+    if not selection.labels:
+        found.append(np.zeros(1, SERIES_BYTES))
+    return np.unique(np.concatenate(found))
+
+
+def _present(series: Records, selection: Selection) -> Series:
+    """Return the series that exist without any connection."""
+    is_outbound = Direction.INBOUND not in selection.directions
+    if is_outbound and not {"remote_port", "direction"} & {*selection.labels}:
+        series["flags"] |= OUTBOUND  # listeners have series, as in the Go program
+    found = series.view(SERIES_BYTES)
+    found = found[is_selected(found, selection)]
+    return np.unique(projected(found, selection))
