@@ -26,6 +26,8 @@ SERIES = np.dtype(
 A field is 0 if its part is not counted separately; in the kernel ``ip_version`` is never 0.
 ``cgroup`` is the number of the cgroup; in an exposition, that of its owner. ``netns`` is
 the inode of the network namespace. ``flags`` has the bits below.
+
+np.concatenate changes the byte order of the fields: concatenate `Series` instead.
 """
 
 SERIES_BYTES = np.dtype(f"S{SERIES.itemsize}")

@@ -133,7 +133,7 @@ class Map:
             keys = keys[count.value + 1 :]
 
     def items(
-        self, key: type[np.generic], value: type[np.generic], *, delete: bool = False
+        self, key: npt.DTypeLike, value: npt.DTypeLike, *, delete: bool = False
     ) -> tuple[Keys, Keys]:
         """Return all keys and their values; optionally delete them in the same step."""
         function = "bpf_map_lookup_and_delete_batch" if delete else "bpf_map_lookup_batch"

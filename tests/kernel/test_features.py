@@ -81,6 +81,7 @@ CHECKS: dict[Feature, Callable[[], bool]] = {
     features.SECCOMP: Path("/proc/sys/kernel/seccomp/actions_avail").exists,
     features.LANDLOCK: landlock_is_booted,
     features.IPV6: Path("/proc/sys/net/ipv6").exists,
+    features.SOCKET_CGROUPS: symbol("cgroup_sk_alloc"),
 }
 """Another way to detect each feature, by the name of the feature."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tcpexporter.connections.series import entry_dtype
+from tcpexporter.connections.series import correction_dtype
 from tcpexporter.ebpf.event_counters import EVENT_KINDS, RECURSION_MISSES_BYTES
 from tcpexporter.ebpf.libbpf import load_libbpf
 from tcpexporter.ebpf.mapped_array import MappedArray
@@ -86,7 +86,7 @@ class KernelCounts:
         (self._program,) = programs
         self.cpus = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
         descriptor, entries = maps["corrections"]
-        entry = entry_dtype(buckets)
+        entry = correction_dtype(buckets)
         array = MappedArray(descriptor, entry, entries, ENTRIES)
         self._corrections = array.upto(ENTRIES)
 
@@ -105,8 +105,8 @@ class KernelCounts:
         skipped = int(info[RECURSION_MISSES_BYTES // info.itemsize])
         corrections = self._corrections
         opened, closed, pre_existing = (
-            int(corrections[name].view(np.int64).sum())
-            for name in ("opened", "closed", "series")
+            int(corrections[name].astype(np.int64).sum())
+            for name in ("opened", "closed", "pre_existing")
         )
         return Moment(
             events["inserted"] + events["removed"],

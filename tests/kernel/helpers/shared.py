@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 
 from tcpexporter.connections.identity import SECRET
-from tcpexporter.connections.series import SERIES_FIRST
+from tcpexporter.connections.series import COUNTERS, SERIES_BYTES, SERIES_FIRST
 from tcpexporter.ebpf import loader
 from tcpexporter.ebpf.event_counters import EVENT_KINDS
 from tcpexporter.ebpf.loader_protocol import MAX_SERIES, Request
@@ -93,11 +93,14 @@ class SharedTracker:
             while free.pop() is not None:
                 pass
         loader._fill(self._descriptors.free_slots, range(SLOTS))
-        series._numbers.items(np.uint64, np.uint32, delete=True)
+        series._numbers.items(SERIES_BYTES, np.uint32, delete=True)
         used = len(series._entries())
-        series._ledger.upto(used)[SERIES_FIRST:] = 0
-        series._ledger.upto(used)[["opened", "closed", "failed"]] = 0
-        series._corrections.upto(used)[:] = 0
+        ledger = series._ledger.upto(used)
+        ledger[SERIES_FIRST:] = np.zeros(1, ledger.dtype)
+        for name in COUNTERS:
+            ledger[name] = 0
+        corrections = series._corrections.upto(used)
+        corrections[:] = np.zeros(1, corrections.dtype)
         numbers = range(SERIES_FIRST, SERIES_FIRST + MAX_SERIES)
         loader._fill(self._descriptors.free_series, numbers)
         counts = np.zeros((tracker._cpus, len(EVENT_KINDS)), np.uint64)
