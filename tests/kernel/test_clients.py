@@ -129,6 +129,7 @@ def test_seeds_have_the_hashes_of_reported_connections(server: Server) -> None:
         assert len({*hashes[: len(records)][here].tolist()}) == 101 + 53
 
 
+@pytest.mark.any_kernel
 @pytest.mark.timeout(600)
 def test_thousands_of_clients_are_those_of_ss(server: Server, effort: Effort) -> None:
     """Each source shows them, at each quiet point: opened, partly closed, opened again.

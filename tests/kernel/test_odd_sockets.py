@@ -596,6 +596,7 @@ def test_two_connections_with_one_key_on_two_devices_count_twice(
             assert later.established(peers.port, 6) == 1
 
 
+@pytest.mark.any_kernel
 def test_the_exporter_runs_under_ip_netns_exec(netns: str) -> None:
     """ip-netns(8) mounts a new /sys, which has no tracefs."""
     command = ("ip", "netns", "exec", netns, sys.executable, "-m", "tcpexporter")

@@ -71,7 +71,9 @@ def end(exporter: Exporter, how: signal.Signals) -> str:
     return log
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGTERM, marks=pytest.mark.any_kernel), signal.SIGKILL]
+)
 def test_counters_continue_with_the_next_run(directory: Path, how: signal.Signals) -> None:
     """They include what opens and closes while no exporter runs."""
     opened = closed = 0
@@ -159,6 +161,7 @@ def assert_no_counter_decreased(page: Page, before: Counters) -> Counters:
     return now
 
 
+@pytest.mark.any_kernel
 def test_another_label_set_begins_counters_at_0(directory: Path) -> None:
     """Ages are adopted, and the log says that the counters begin again."""
     with Peers() as peers:
@@ -185,6 +188,7 @@ def test_another_label_set_begins_counters_at_0(directory: Path) -> None:
             assert OTHER_SERIES not in end(exporter, signal.SIGTERM)
 
 
+@pytest.mark.any_kernel
 def test_other_buckets_begin_counters_at_0(directory: Path) -> None:
     """Lifetimes cannot be divided again; ages of open connections have the new bounds."""
     with Peers() as peers:

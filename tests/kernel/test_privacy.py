@@ -29,6 +29,8 @@ from tests.kernel.test_pins import GENERATION
 from tests.kernel.test_state import wait_for_a_save
 from tests.support import Exporter, eventually
 
+pytestmark = pytest.mark.any_kernel
+
 ADDRESSES = ("127.211.197.173", "2001:db8:c1a5:d15c:7ab1:e5e1:f00d:beef")
 """Addresses whose bytes and digits appear nowhere else."""
 

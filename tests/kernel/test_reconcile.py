@@ -348,6 +348,7 @@ def test_the_thread_does_not_exceed_its_share_of_cpu(tracker: Tracker) -> None:
             assert reconciler.state.interval_s > 100
 
 
+@pytest.mark.any_kernel
 def test_a_full_tracker_warns_and_recovers(effort: Effort) -> None:
     """5,003 connections, 100 slots: there is one warning, and later all counts are
     right."""

@@ -396,6 +396,7 @@ def few_numbers(netns: str, request: pytest.FixtureRequest) -> Iterator[Tracker]
     attached.close()
 
 
+@pytest.mark.any_kernel
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("few_numbers", [MANY], indirect=True)
 def test_a_million_cycles_lose_no_number(few_numbers: Tracker, effort: Effort) -> None:

@@ -28,6 +28,7 @@ from typing import Self
 import pytest
 
 from tests.kernel.helpers import ss_oracle as oracle
+from tests.kernel.helpers.cgroups import new_cgroup
 from tests.kernel.helpers.effort import Effort
 from tests.kernel.helpers.identities import CLOSED, OPENED, violated
 from tests.kernel.helpers.socket_worker import LISTENING
@@ -46,7 +47,12 @@ SETTINGS = (
     *("--reconcile-interval", "1", "--reconcile-cpu", "100"),
 )
 
-LABELS = ("auto", "port,tcp_version,direction", "tcp_version,port")
+LABELS = (
+    "auto",
+    "port,tcp_version,direction",
+    "tcp_version,port",
+    "port,tcp_version,unit,container",
+)
 """Label sets of the exporter that is stopped and started; each start has another one."""
 
 EVERY_LABEL = "port,tcp_version,direction,remote_port"
@@ -88,8 +94,12 @@ class Walk:
         self._random = random.Random(seed)  # noqa: S311  # noqa: S311  # repeatable
         self._direction = direction
         self._effort = effort
-        self._workers = [_start_worker(index) for index in range(len(LISTENING))]
         self._others = contextlib.ExitStack()
+        self._cgroups = [
+            self._others.enter_context(new_cgroup(f"worker-{index}.service"))
+            for index in range(len(LISTENING))
+        ]
+        self._workers = [self._start_worker(index) for index in range(len(LISTENING))]
         self._auditor, self._total = (
             self._others.enter_context(
                 Exporter("--direction", "all", "--labels", labels, *SETTINGS)
@@ -101,7 +111,16 @@ class Walk:
         self._is_every_answer_known = True
         self.audited = 0
         """Number of quiet points at which opened and closed were compared."""
+        self.compared_units = 0
+        """Number of comparisons of the units, too."""
         self._start_exporter()
+
+    def _start_worker(self, index: int) -> Worker:
+        """Start a process whose sockets belong to a unit of their own."""
+        worker = Worker("tests.kernel.helpers.socket_worker", index)
+        procs = self._cgroups[index].directory / "cgroup.procs"
+        procs.write_text(str(worker.process.pid))
+        return worker
 
     def _start_exporter(self) -> None:
         labels = self._random.choice(LABELS)
@@ -115,9 +134,9 @@ class Walk:
 
     def __exit__(self, *_: object) -> None:
         self._exporter.__exit__()
-        self._others.close()
         for worker in self._workers:
             worker.kill()
+        self._others.close()
 
     def go(self) -> None:
         """Cause each event a fixed number of times, in random order."""
@@ -200,7 +219,7 @@ class Walk:
         self._is_every_answer_known = False
         index = self._random.randrange(len(self._workers))
         self._workers[index].kill()
-        self._workers[index] = _start_worker(index)
+        self._workers[index] = self._start_worker(index)
         self._make_busy(self._workers[index])
 
     def _wrong(self) -> dict[str, dict[oracle.Series, tuple[int, int]]]:
@@ -227,14 +246,24 @@ class Walk:
             for name in (ESTABLISHED, LONG_TERM)
         }
         # A pre-existing connection counts as outbound if its listener has closed. So a
-        # client of both directions counts twice.
-        if all("direction" not in each.labels for each in page.samples(CLIENTS)):
+        # client of both directions counts twice, and so does one of a port with two units.
+        if all(
+            {"direction", "unit"}.isdisjoint(each.labels) for each in page.samples(CLIENTS)
+        ):
             true_clients = clients_by_port(oracle.established())
             for name in (CLIENTS, LONG_TERM_CLIENTS):
                 differences[name] = oracle.difference(
                     oracle.at_ports(page.counts(name), LISTENED),
                     oracle.at_ports(true_clients, LISTENED),
                 )
+        by_unit = units(page)
+        if by_unit and self._direction == "all":
+            self.compared_units += 1
+            true_by_unit = oracle.by_unit()
+            units_now = {each: (by_unit[each], true_by_unit[each]) for each in true_by_unit}
+            differences["units"] = {
+                (0, each): pair for each, pair in units_now.items() if pair[0] != pair[1]
+            }
         return {name: wrong for name, wrong in differences.items() if wrong}
 
     def _audit(self, done: Sequence[str]) -> list[str]:
@@ -282,6 +311,15 @@ class Walk:
     @property
     def _may_reset(self) -> bool:
         return self._direction == "all"
+
+
+def units(page: oracle.Page) -> Counter[str]:
+    """Return the established connections of each unit, if they are counted by unit."""
+    found: Counter[str] = Counter()
+    for each in page.samples(ESTABLISHED):
+        found[each.labels.get("unit", "")] += int(each.value)
+    del found[""]
+    return found
 
 
 def sides(ends: oracle.Ends) -> Counter[Side]:
@@ -358,10 +396,6 @@ def minus(some: Counter[Side], others: Counter[Side]) -> Counter[Side]:
     )
 
 
-def _start_worker(index: int) -> Worker:
-    return Worker("tests.kernel.helpers.socket_worker", index)
-
-
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "direction", ["all", pytest.param("inbound", marks=pytest.mark.any_kernel)]
@@ -375,6 +409,6 @@ def test_the_counts_equal_those_of_ss_after_any_events(
     sys.stdout.write(
         f"seed {seed}: {walk.operations} operations,"
         f" {walk.exact_at_once} of {walk.compared} comparisons without waiting,"
-        f" {walk.audited} of opened and closed\n"
+        f" {walk.audited} of opened and closed, {walk.compared_units} of units\n"
     )
     assert walk.operations > effort.of(10_007)

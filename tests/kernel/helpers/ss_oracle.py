@@ -59,6 +59,14 @@ def established() -> Ends:
     return Counter((local, remote) for _, _, local, remote, *_ in rows)
 
 
+def by_unit() -> Counter[str]:
+    """Return the established connections of this namespace by the unit of the socket."""
+    command = ["ss", "-Htn", "--cgroup", "state", "established"]
+    words = subprocess.check_output(command, text=True).split()
+    names = (each.rpartition("/")[2] for each in words if each.startswith("cgroup:"))
+    return Counter(each for each in names if each.endswith(".service"))
+
+
 def count(ends: Ends) -> Counts:
     """Count connections by local port and IP version on the wire: ::ffff:a.b.c.d is
     IPv4."""
