@@ -27,6 +27,7 @@ from tcpexporter.metrics.collector import (
     make_serving_registry,
 )
 from tcpexporter.metrics.exporter_status import ConfinementCollector
+from tcpexporter.metrics.owner_numbers import OwnerNumbers
 from tcpexporter.metrics.reload_status import Reloads
 from tests import tables
 
@@ -138,7 +139,7 @@ def registry() -> CollectorRegistry:
     """Return a registry with every metric: its source reports every value."""
     directions = tuple(Direction)
     source = MemorySource(
-        listeners=np.array([(0, 443, 4)], LISTENER),
+        listeners=np.array([(0, 443, 4, 1)], LISTENER),
         report=Report(
             max_connections=1,
             kernel_events={"inserted": 0, "removed": 0, "refused": 0},
@@ -154,15 +155,21 @@ def registry() -> CollectorRegistry:
         parts=kernel_parts(directions, LABELS),
         bounds_s=BOUNDS_S,
     )
+    owners = OwnerNumbers(LABELS, paths=None)
     selection = select(
         (),
         tcpv6=True,
         directions=directions,
         labels=LABELS,
+        owners=owners,
     )
     choice = Choice(selection, named((443,), 0, selection), duration_s=0)
     collector = ConnectionCollector(
-        source, choice, max_series=1, bounds_s=BOUNDS_S, has_clients=True
+        *(source, choice),
+        max_series=1,
+        owners=owners,
+        bounds_s=BOUNDS_S,
+        has_clients=True,
     )
     task = Task("poll", lambda: None, without="", limit_s=1)
     found = make_serving_registry(

@@ -15,7 +15,7 @@ from prometheus_client.samples import Sample
 from tcpexporter.collecting import SOURCES
 from tcpexporter.connections.identity import client_masks
 from tcpexporter.connections.record import LISTENER, SOCKET, Direction
-from tcpexporter.connections.selection import kernel_parts, named, select
+from tcpexporter.connections.selection import has_owner, kernel_parts, named, select
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
 from tcpexporter.ebpf.event_counters import EVENT_KINDS
 from tcpexporter.host.background import Task
@@ -25,7 +25,9 @@ from tcpexporter.metrics.collector import (
     make_serving_registry,
 )
 from tcpexporter.metrics.exporter_status import ConfinementCollector
+from tcpexporter.metrics.owner_numbers import OwnerNumbers
 from tcpexporter.metrics.reload_status import Reloads
+from tests.unit.made_cgroups import MadePaths
 
 ROOT = Path(__file__).parents[2]
 RULES = sorted(ROOT.glob("deploy/prometheus/*.rules.yml"))
@@ -34,6 +36,9 @@ CASES = ROOT / "tests/e2e/rules_test.yml"
 PORTS = (443, 3838, 5432)
 """Ports in the examples."""
 
+CGROUP = 7
+"""The cgroup of the listeners."""
+
 MECHANISMS = ("seccomp", "landlock", "unprivileged_user", "no_capabilities")
 """Label values of tcpexporter_confined, as in tests/kernel/test_confinement.py."""
 
@@ -41,6 +46,7 @@ LABELS = (
     ("port", "tcp_version"),
     ("port", "tcp_version", "direction"),
     ("port", "tcp_version", "remote_port"),
+    ("port", "unit"),
 )
 """Values of --labels: the default one, and those with failed attempts in the cases."""
 
@@ -61,6 +67,7 @@ WITHOUT_ALERT = {
     "tcpexporter_duration_seconds",  # This is a setting.
     # They do not indicate a fault: the number is that of the start.
     "tcpexporter_pre_existing_connections",
+    "tcpexporter_owner_info",  # This is information only.
     # If collecting takes longer than a scrape may, TcpexporterDown fires.
     "tcpexporter_collect_duration_seconds",
     # The metric _successful has an alert.
@@ -102,7 +109,7 @@ def selectors(rule: str) -> list[tuple[str, list[tuple[str, str]]]]:
 def samples() -> Iterator[Sample]:
     """Each sample that an exporter can publish, for some choices of --labels."""
     # Port 80 is not named, so its series is folded.
-    listeners = np.array([(0, port, 4, 0) for port in (*PORTS, 80)], LISTENER)
+    listeners = np.array([(0, port, 4, CGROUP) for port in (*PORTS, 80)], LISTENER)
     outbound = np.zeros(1, SOCKET)
     outbound["is_outbound"] = Direction.OUTBOUND
     outbound["key"]["remote_port"] = 80
@@ -127,10 +134,17 @@ def samples() -> Iterator[Sample]:
             parts=kernel_parts((*Direction,), labels, client_masks=client_masks(32, 64)),
             bounds_s=BOUNDS_S,
         )
-        selection = select((), tcpv6=True, directions=(*Direction,), labels=labels)
+        owners = OwnerNumbers(labels, MadePaths({CGROUP: "/system.slice/nginx.service"}))
+        selection = select(
+            (), tcpv6=True, directions=(*Direction,), labels=labels, owners=owners
+        )
         choice = Choice(selection, named(PORTS, 0, selection), 6)
         collector = ConnectionCollector(
-            source, choice, max_series=1, bounds_s=BOUNDS_S, has_clients=True
+            *(source, choice),
+            max_series=2,
+            owners=owners if has_owner(labels) else None,
+            bounds_s=BOUNDS_S,
+            has_clients=True,
         )
         registry = make_serving_registry(
             collector, Reloads(), tasks=lambda: TASKS, dropped=int
