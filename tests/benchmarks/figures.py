@@ -112,6 +112,12 @@ FIGURES = (
         at_most=1.4,
     ),
     Figure(
+        "event_owners_times",
+        "… with that hash and the cgroup of the socket (`--labels port,tcp_version,unit`)",
+        Unit.TIMES,
+        at_most=1.4,
+    ),
+    Figure(
         "event_histograms_times", "… with that hash and with `--histograms`", Unit.TIMES
     ),
     Figure(

@@ -10,6 +10,7 @@ from pathlib import Path
 from tcpexporter.config.settings import Settings
 from tcpexporter.connections.identity import client_masks
 from tcpexporter.connections.record import TIME_SHIFT
+from tcpexporter.connections.selection import has_owner
 from tcpexporter.ebpf import loader
 from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.program import attach
@@ -43,6 +44,7 @@ EARLIER = "earlier"
 COMPARED = {
     "event_times": Settings(clients=False),
     "event_clients_times": Settings(),
+    "event_owners_times": Settings(labels=("port", "tcp_version", "unit")),
     "event_histograms_times": Settings(histograms=True),
 }
 """The settings of each program that is compared with the earlier one, by figure."""
@@ -102,6 +104,7 @@ def _present_program(netns: int, settings: Settings) -> int:
         secret=(1, 2),
         lifetime_bounds=bounds,
         client_masks=client_masks(*settings.client_prefix) if settings.clients else None,
+        by_cgroup=has_owner(settings.series_labels),
     )
     descriptors = loader.load(request)
     # The program has references to its maps.
