@@ -14,7 +14,7 @@ from tcpexporter.connections.selection import has_owner, kernel_parts, named, se
 from tcpexporter.connections.series import NO_LISTENER
 from tcpexporter.connections.source import Source
 from tcpexporter.ebpf.source import EbpfSource
-from tcpexporter.errors import SourceError
+from tcpexporter.errors import SettingsError, SourceError
 from tcpexporter.host import capacity, cgroups, namespaces
 from tcpexporter.metrics.collector import Choice, ConnectionCollector
 from tcpexporter.metrics.owner_numbers import OwnerNumbers
@@ -68,13 +68,14 @@ def open_counting(settings: Settings, resources: contextlib.ExitStack) -> Counti
     if watch:
         resources.callback(watch.close)
     paths = _open_cgroups(settings, resources)
-    labels = settings.series_labels
-    if has_owner(labels) and source.name == "procfs":
+    if _has_owners(settings) and source.name == "procfs":
         log.warning(
-            "the labels unit, container and pod are empty: procfs does not show the cgroups"
-            " of sockets, ebpf and sock_diag do"
+            "the owners of connections are not known: procfs does not show the cgroups of"
+            " sockets, ebpf and sock_diag do"
         )
-    owners = OwnerNumbers(labels, paths) if has_owner(labels) else None
+    owners = None
+    if _has_owners(settings):
+        owners = OwnerNumbers(settings.series_labels, paths)
     choose = chooser(settings, source, owners)
     collector = make_collector(source, settings, choose(settings), owners)
     return Counting(source, watch, choose, collector, paths.descriptor if paths else None)
@@ -83,12 +84,21 @@ def open_counting(settings: Settings, resources: contextlib.ExitStack) -> Counti
 def _open_cgroups(
     settings: Settings, resources: contextlib.ExitStack
 ) -> cgroups.CgroupPaths | None:
-    if not has_owner(settings.series_labels):
+    if not _has_owners(settings):
         return None
     paths = cgroups.open_paths()
     if paths:
         resources.callback(paths.close)
     return paths
+
+
+def _has_owners(settings: Settings) -> bool:
+    """Return whether labels or rules require the owners of connections."""
+    return has_owner(settings.series_labels) or _has_units(settings)
+
+
+def _has_units(settings: Settings) -> bool:
+    return any(each.unit for each in settings.expect)
 
 
 def _open_state(path: str) -> "State | None":
@@ -129,6 +139,7 @@ def _open_named_source(name: str, settings: Settings, state: "State | None") -> 
         settings.series_labels,
         _own_listener(settings),
         client_masks(*settings.client_prefix) if settings.clients else None,
+        has_units=_has_units(settings),
     )
     if name == "ebpf":
         return EbpfSource(
@@ -156,13 +167,18 @@ def chooser(
 ) -> Callable[[Settings], Choice]:
     """Return what makes the collector's choice from settings that were read again.
 
-    Only their ports and duration can differ from ``settings``.
+    Only their ports, duration and rules can differ from ``settings``.
     """
     own_netns = namespaces.inode()
     listens_there = own_netns in source.namespaces()
     own_listener = _own_listener(settings) if listens_there else NO_LISTENER
 
     def choose(chosen: Settings) -> Choice:
+        if _has_units(chosen) and not owners:
+            raise SettingsError(
+                "expect: a rule has unit=, and the owners of connections are not counted"
+                " since the start: restart the exporter"
+            )
         selection = select(
             chosen.ports,
             tcpv6=settings.tcpv6,
@@ -172,7 +188,10 @@ def chooser(
             owners=owners,
         )
         return Choice(
-            selection, named(chosen.ports, own_netns, selection), chosen.duration_s
+            selection,
+            named(chosen.ports, own_netns, selection),
+            chosen.duration_s,
+            chosen.expect,
         )
 
     return choose

@@ -8,7 +8,6 @@ last.
 """
 
 import contextlib
-import dataclasses
 import logging
 import pwd
 import signal
@@ -233,7 +232,7 @@ def _serve(
     app = pages.App(
         opened.registry,
         ready=starting.awaited,
-        settings=dataclasses.asdict(settings),
+        settings=vars(settings),
         version=version.VERSION,
         guard=opened.guard,
     )
@@ -297,9 +296,10 @@ class _SettingsReload:
         """
         wanted = parse(self._process.argv, self._process.environ, message.accepted())
         done = reread(self._settings, wanted)
+        choice = self._counting.choose(done.settings)
         self._settings = done.settings
-        self._counting.collector.choose(self._counting.choose(done.settings))
-        self._app.show_settings(dataclasses.asdict(done.settings))
+        self._counting.collector.choose(choice)
+        self._app.show_settings(vars(done.settings))
         root = logging.getLogger()
         level = logging.getLevelName(done.settings.log_level.upper())
         # The lower of the old and the new log level: the line is logged if either allows

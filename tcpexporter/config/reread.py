@@ -31,16 +31,21 @@ class Reread:
 
 
 def reread(before: Settings, after: Settings) -> Reread:
-    """Combine new settings with those in force; only three change without a restart."""
+    """Combine new settings with those in force; only four change without a restart."""
     names = [
         each.name for each in SETTINGS if value_in(before, each) != value_in(after, each)
     ]
     in_force = replace(
-        before, duration_s=after.duration_s, ports=after.ports, log_level=after.log_level
+        before,
+        duration_s=after.duration_s,
+        ports=after.ports,
+        expect=after.expect,
+        log_level=after.log_level,
     )
     shown = {
         "duration": str(after.duration_s),
         "port": _shown_ports(after.ports),
+        "expect": " ".join(map(str, after.expect)) or "none",
         "log-level": after.log_level,
     }
     return Reread(

@@ -25,11 +25,13 @@ from tcpexporter.config.values import (
     PORTS,
     PREFIXES,
     RECONCILE,
+    RULES,
     SERIES,
     SWITCH,
     USER,
     one_of,
 )
+from tcpexporter.connections.expected import Rule
 from tcpexporter.errors import SettingsError
 
 
@@ -50,6 +52,8 @@ class Settings:
     """inbound, outbound or all."""
     netns: str = "self"
     """self, all, or the name or path of a network namespace."""
+    expect: tuple[Rule, ...] = ()
+    """Connections that must exist."""
     labels: tuple[str, ...] | None = None
     """Of a series; None: port and tcp_version, and netns if all namespaces are counted."""
     clients: bool = True
@@ -138,6 +142,14 @@ GROUPS: Groups = {
             "self",
             NETNS,
             "network namespace to count: the exporter's own, all, or one by its name",
+        ),
+        Setting(
+            "expect",
+            "",
+            RULES,
+            "count the connections that match this rule, because some must exist; can be"
+            " given several times",
+            is_repeatable=True,
         ),
     ),
     "Source": (

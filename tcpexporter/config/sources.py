@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from tcpexporter.config import files
+from tcpexporter.config.rules import RuleError
 from tcpexporter.config.values import CONF, SWITCH, Kind
 from tcpexporter.errors import SettingsError, quoted
 from tcpexporter.version import VERSION
@@ -37,6 +38,8 @@ class Setting:
     alias: str | None = None
     attribute: str | None = None
     """The name of its field in `Settings`, if that differs from ``name``."""
+    is_repeatable: bool = False
+    """Whether it can be given several times; white space separates the values."""
     from_go: bool = False
     """Whether tcp_established_exporter has it: then a variable needs no prefix."""
 
@@ -66,6 +69,8 @@ class Setting:
         """
         try:
             return self.kind.parse(text.text)
+        except RuleError as error:
+            raise SettingsError(f"{text.origin}: {self.name} {error}") from None
         except (LookupError, ValueError):
             raise SettingsError(
                 f"{text.origin}: {self.name} must be {self.kind.allowed},"
@@ -96,11 +101,17 @@ def read_flags(
         SettingsError: a flag has no value.
     """
     parsed, unknown = parser.parse_known_args(_normalized(argv, groups))
-    # Before Python 3.13 argparse removes the value "--", because "--" can end the flags.
     return {
-        name: Text("--" if text == [] else text, f"flag --{name}")
-        for name, text in vars(parsed).items()
+        name: Text(_joined(given), f"flag --{name}") for name, given in vars(parsed).items()
     }, unknown
+
+
+def _joined(given: str | list[str | list[str]]) -> str:
+    """Return the value of a flag, or all values of one that can be repeated."""
+    if isinstance(given, str):
+        return given
+    # Before Python 3.13 argparse removes the value "--", because "--" can end the flags.
+    return " ".join("--" if each == [] else str(each) for each in given or [[]])
 
 
 def _normalized(argv: Sequence[str], groups: Groups) -> list[str]:
@@ -141,6 +152,7 @@ def make_parser(groups: Groups) -> argparse.ArgumentParser:
             group.add_argument(
                 *each.flags,
                 dest=each.name,
+                action="append" if each.is_repeatable else "store",
                 metavar=each.kind.metavar,
                 help=f"{each.help}. Value: {each.kind.allowed}"
                 f" (default: {each.default or 'none'})",
@@ -248,8 +260,11 @@ def read_lines(groups: Groups, text: str, path: Path) -> dict[str, Text]:
         if not line or line.startswith("#"):
             continue
         name, value = _read_line(line, f"{path} line {number}", known)
-        if name in found:
+        if name in found and not known[name].is_repeatable:
             raise SettingsError(f"{value.origin}: {name} is set a second time")
+        if before := found.get(name):
+            both = f"{before.text} {value.text}"
+            value = Text(both, f"{before.origin}, line {number}")
         found[name] = value
     return found
 

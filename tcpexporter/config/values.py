@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
+from tcpexporter.config import rules
+
 MOST_BUCKETS = 24
 TEN_YEARS_S = 10 * 365 * 86400
 
@@ -209,6 +211,7 @@ BUCKETS = Kind(
     f"at most {MOST_BUCKETS} times from 0.001 seconds to 10 years, as in 1,1m30s,24h",
     _buckets,
 )
+RULES = Kind("NAME=RULE", rules.ALLOWED, rules.parse_rules)
 PREFIXES = Kind(
     "BITS,BITS", "a number from 1 to 32, a comma, and a number from 1 to 128", _prefixes
 )

@@ -171,7 +171,7 @@ def count(
     pieces = _copies(chunks)
     seen: list[Seen] | None = None
     if long_term_ns is not None:
-        seen, limit = [], _limit(long_term_ns)
+        seen, limit = [], first_young(long_term_ns)
         pieces = _gathering(pieces, seen, limit)
     bins, times = _tally(pieces, since_ns, has_sums=now_ns is not None)
     entries = ledger()
@@ -232,7 +232,7 @@ def _gathering(
         yield Chunk(words, clients)
 
 
-def _limit(since_ns: int) -> np.uint64:
+def first_young(since_ns: int) -> np.uint64:
     """Return the lowest word of a connection that was established after this time."""
     return np.uint64((since_ns >> TIME_SHIFT) + 1 << SERIES_BITS if since_ns >= 0 else 0)
 
@@ -252,7 +252,7 @@ def _tally(
         its connections were established, in units of 2^13 ns. Pages that are never written
         to take no memory.
     """
-    limits = [_limit(each) for each in since_ns]
+    limits = [first_young(each) for each in since_ns]
     bins = np.zeros((len(limits) + 1, NUMBERS), np.int32)
     times = np.zeros(NUMBERS, np.int64)
     found, is_young = np.empty(PIECE, np.uint64), np.empty(PIECE, np.bool_)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.memory_ledger import MemoryLedger
-from tcpexporter.connections.record import LISTENER, Records
+from tcpexporter.connections.record import LISTENER, Records, Words
 from tcpexporter.connections.series import Ledger, OutboundPort, Parts
 
 if TYPE_CHECKING:  # this package does not import tcpexporter.host at run time
@@ -120,6 +120,16 @@ class Source(Protocol):
         """
         ...
 
+    def records(self) -> Iterator[tuple[Records, Words]]:
+        """Yield the records and words of the same slots, in chunks, as `read` does.
+
+        The records have the fields ``key`` and ``is_outbound``.
+
+        Raises:
+            SourceError: the connections cannot be read now.
+        """
+        ...
+
     def ledger(self) -> Ledger:
         """Return what has happened in each series.
 
@@ -196,6 +206,10 @@ class MemorySource:
 
     def read(self) -> Iterator[Chunk]:
         yield from map(self.counted.count, self.chunks)
+
+    def records(self) -> Iterator[tuple[Records, Words]]:
+        for each in self.chunks:
+            yield each, self.counted.count(each).words
 
     def ledger(self) -> Ledger:
         return self.counted.snapshot()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import SECRET
-from tcpexporter.connections.record import Records, time_units
+from tcpexporter.connections.record import Records, Words, time_units
 from tcpexporter.connections.series import Ledger, Parts
 from tcpexporter.connections.snapshot import first_seen, valid_connections
 from tcpexporter.connections.source import Report
@@ -137,6 +137,9 @@ class EbpfSource:
         if trouble := self._reconciler.trouble():
             raise SourceError(trouble)
         return self._tracker.chunks()
+
+    def records(self) -> Iterator[tuple[Records, Words]]:
+        return self._tracker.read()
 
     def ledger(self) -> Ledger:
         return self._series.ledger()

@@ -20,12 +20,14 @@ from prometheus_client.utils import floatToGoString
 from tcpexporter import clock
 from tcpexporter.connections.clients import ClientCounts
 from tcpexporter.connections.counting import Counters, Counts, Projection, count
+from tcpexporter.connections.expected import Rule
 from tcpexporter.connections.folding import fold
 from tcpexporter.connections.record import TIME_SHIFT, Direction
 from tcpexporter.connections.selection import Selection, is_still_selected, listened
 from tcpexporter.connections.series import FOLDED, OUTBOUND, REMOTE_PORT, SERIES, Series
 from tcpexporter.connections.source import Source
 from tcpexporter.host.background import Task
+from tcpexporter.metrics.expected_families import expected_families
 from tcpexporter.metrics.exporter_status import (
     BackgroundCollector,
     BuildCollector,
@@ -53,6 +55,8 @@ class Choice(NamedTuple):
     """Series that exist from the first scrape on, and are never folded."""
     duration_s: int
     """Minimum age of a long-term connection, in seconds."""
+    rules: Sequence[Rule] = ()
+    """Connections that are expected."""
 
 
 class ConnectionCollector(Collector):
@@ -135,9 +139,8 @@ class ConnectionCollector(Collector):
         self.tracked = counts.total
         counts, folded = self._publish(counts, choice, now_ns, names)
         yield from self._connection_families(counts, choice, ages_s, names or {})
-        if self._owners:
+        if self._owners and choice.selection.by_owner:
             yield _owner_info(self._owners, counts.series, self._max_series)
-            self._source.forget("cgroup", self._owners.finish(now_ns))
         yield GaugeMetricFamily(
             "tcpexporter_duration_seconds",
             "Minimum age of a long-term TCP connection (--duration).",
@@ -154,6 +157,9 @@ class ConnectionCollector(Collector):
             " that of established minus this.",
             int(counts.values.pre_existing.sum()),
         )
+        yield from expected_families(self._source, choice.rules, since_ns, self._owners)
+        if self._owners:
+            self._source.forget("cgroup", self._owners.finish(now_ns))
         yield from source_families(self._source.name, report, counts.total)
         yield GaugeMetricFamily(
             "tcpexporter_collect_duration_seconds",
@@ -187,7 +193,7 @@ class ConnectionCollector(Collector):
             still = is_still_selected(self._published, selection)
             self._published = self._published[still]
             self._published_by = choice
-        if self._owners:
+        if self._owners and selection.by_owner:
             known = self._owners.is_known(self._published.view(SERIES)["cgroup"])
             self._published = self._published[known]
         if names is not None:

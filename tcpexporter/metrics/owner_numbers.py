@@ -67,6 +67,11 @@ class OwnerNumbers:
         """Return the owner with a number; its labels are those of all that have it."""
         return self._by_number[number]
 
+    def cgroups_of(self, unit: str, cgroups: Cgroups) -> list[int]:
+        """Return those cgroups whose innermost systemd unit has this name."""
+        self.numbers(cgroups)
+        return [each for each, owner in self._owners.items() if owner.unit == unit]
+
     def is_known(self, numbers: Cgroups) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
         """Return which numbers have an owner; 0 is that of no particular owner."""
         return np.isin(numbers, [0, *self._by_number])

@@ -11,7 +11,7 @@ from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.memory_ledger import MemoryLedger
-from tcpexporter.connections.record import SOCKET, Records
+from tcpexporter.connections.record import SOCKET, Records, Words
 from tcpexporter.connections.series import Ledger, Parts
 from tcpexporter.connections.snapshot import first_seen
 from tcpexporter.connections.source import Report
@@ -57,6 +57,7 @@ class PollingSource:
         self._last: Records = np.empty(0, SOCKET)
         self._counted = MemoryLedger(parts, lifetime_bounds_s)
         self._chunk = self._counted.count(self._last)
+        self._records_and_words = self._last, self._chunk.words
         self._ledger = self._counted.snapshot()
         self._task = Task(
             "poll",
@@ -79,6 +80,7 @@ class PollingSource:
         self._last = tables.established(with_ages=True)
         self._chunk = self._counted.count(self._last)
         self._counted.record_pre_existing(self._chunk.words)
+        self._records_and_words = self._last, self._chunk.words
         self._ledger = self._counted.snapshot()
         self._task.begin()
         if self._state:
@@ -93,6 +95,9 @@ class PollingSource:
         if trouble := self._task.trouble():
             raise SourceError(trouble)
         yield self._chunk
+
+    def records(self) -> Iterator[tuple[Records, Words]]:
+        yield self._records_and_words
 
     def ledger(self) -> Ledger:
         return self._ledger
@@ -130,4 +135,5 @@ class PollingSource:
         self._counted.record_opened(chunk.words[~np.isin(found, before)])
         # In this order: the ledger has every series that `read` has returned.
         self._ledger, self._chunk = self._counted.snapshot(), chunk
+        self._records_and_words = now, chunk.words
         self._last = now

@@ -197,7 +197,7 @@ def test_procfs_has_no_owners_and_says_so() -> None:
         peers.connect(7)
         eventually(lambda: running.value(ESTABLISHED, port=peers.port, unit="") == 7)
         _, log = running.stop()
-        assert "the labels unit, container and pod are empty" in log
+        assert "the owners of connections are not known: procfs" in log
 
 
 @pytest.mark.any_kernel
