@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
 from tcpexporter.config import settings
+from tcpexporter.config.rules import parse_rules
 from tcpexporter.config.values import LABELS
 from tcpexporter.connections.record import LISTENER, Direction
 from tcpexporter.connections.selection import kernel_parts, named, select
@@ -163,7 +164,8 @@ def registry() -> CollectorRegistry:
         labels=LABELS,
         owners=owners,
     )
-    choice = Choice(selection, named((443,), 0, selection), duration_s=0)
+    rules = parse_rules("db=remote=192.0.2.10:5432")
+    choice = Choice(selection, named((443,), 0, selection), duration_s=0, rules=rules)
     collector = ConnectionCollector(
         *(source, choice),
         max_series=1,

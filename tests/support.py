@@ -209,7 +209,7 @@ class Exporter:
         """Scrape once; return values by name and sorted labels."""
         return _samples(self.get("/metrics"))
 
-    def value(self, name: str, **labels: str | int) -> float | None:
+    def value(self, name: str, /, **labels: str | int) -> float | None:
         """Scrape once; return one value, or None if there is no such series."""
         wanted = tuple(sorted((key, str(value)) for key, value in labels.items()))
         # Parsing only lines that can match is faster on a page with thousands of series.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Counts the connections that rules expect: those between certain addresses and ports."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import NamedTuple, TypeAlias
@@ -109,33 +109,6 @@ def _tests_of(side: str, end: End) -> Iterator[_Test]:
         yield _equal(f"{side}_is_ipv4", 0)
 
 
-class _Columns:
-    """The columns of some records, each copied when it is first used."""
-
-    def __init__(self, records: Records) -> None:
-        self._records = records
-        self._copied: dict[tuple[str, int], npt.NDArray[np.uint32]] = {}
-
-    def get(self, name: str, word: int) -> npt.NDArray[np.uint32]:
-        if (name, word) not in self._copied:
-            self._copied[name, word] = self._copy(name, word)
-        return self._copied[name, word]
-
-    def _copy(self, name: str, word: int) -> npt.NDArray[np.uint32]:
-        key = self._records["key"]
-        if name.endswith("_address"):
-            octets = np.ascontiguousarray(key[name][:, 4 * word : 4 * word + 4])
-            return octets.view(np.uint32)[:, 0]
-        if name == "is_outbound":
-            found = self._records[name] != 0
-        elif name.endswith("_is_ipv4"):
-            found = ip_versions(key, name.replace("_is_ipv4", "_address")) == 4
-        else:
-            found = key[name]
-        copied: npt.NDArray[np.uint32] = found.astype(np.uint32)
-        return copied
-
-
 def count_expected(
     windows: Iterable[tuple[Records, Words]],
     rules: Sequence[Rule],
@@ -154,34 +127,66 @@ def count_expected(
         of_unit: returns, for each series number, whether a unit owns its connections.
     """
     matchers = [matcher(each) for each in rules]
+    needed = {(test.column, test.word) for tests in matchers for test in tests}
     owned = {each: of_unit(each) for each in {rule.unit for rule in rules if rule.unit}}
     established, long_term = np.zeros((2, len(rules)), np.int64)
     for records, words in windows:
         before = words.copy()
-        columns = _Columns(records)
+        columns = {each: _column(records, *each) for each in needed}
+        numbers = before & np.uint64(SERIES_MASK)
+        # A slot whose word has changed may have the record of another connection.
+        is_open = (numbers != 0) & (words == before)
+        is_old = is_open & (before < limit)
+        units = {
+            each: _looked_up(by_number, numbers.view(np.int64))
+            for each, by_number in owned.items()
+        }
         for at, (rule, tests) in enumerate(zip(rules, matchers, strict=True)):
-            chosen = _matching(columns, tests, len(before))
-            found = before[chosen]
-            # A slot whose word has changed may have the record of another connection.
-            is_counted = (words[chosen] == found) & (found & np.uint64(SERIES_MASK) != 0)
-            if rule.unit:
-                numbers = (found & np.uint64(SERIES_MASK)).astype(np.intp)
-                units = owned[rule.unit]
-                is_counted &= units.take(numbers, mode="clip") & (numbers < len(units))
-            established[at] += np.count_nonzero(is_counted)
-            long_term[at] += np.count_nonzero(is_counted & (found < limit))
+            is_match = units[rule.unit] if rule.unit else None
+            is_match = _matching(columns, tests, is_match)
+            if is_match is not None:
+                established[at] += np.count_nonzero(is_match & is_open)
+                long_term[at] += np.count_nonzero(is_match & is_old)
     return Found(established, long_term)
 
 
-def _matching(columns: _Columns, tests: Matcher, size: int) -> npt.NDArray[np.intp] | slice:
-    """Return the indices of the records that satisfy all tests."""
-    chosen: npt.NDArray[np.intp] | slice = slice(size)
+def _column(records: Records, name: str, word: int) -> npt.NDArray[np.uint32]:
+    """Return a copy of a column as numbers of 32 bits; of an address, one of its words."""
+    key = records["key"]
+    if name.endswith("_address"):
+        words: npt.NDArray[np.uint32] = key[name].view(np.uint32)[:, word].copy()
+        return words
+    if name == "is_outbound":
+        found = records[name] != 0
+    elif name.endswith("_is_ipv4"):
+        found = ip_versions(key, name.replace("_is_ipv4", "_address")) == 4
+    else:
+        found = key[name]
+    copied: npt.NDArray[np.uint32] = found.astype(np.uint32)
+    return copied
+
+
+def _looked_up(
+    by_number: npt.NDArray[np.bool_], numbers: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Return the values of numbers; a number that is newer than the array has none."""
+    found: npt.NDArray[np.bool_] = np.append(by_number, False).take(numbers, mode="clip")
+    return found
+
+
+def _matching(
+    columns: Mapping[tuple[str, int], npt.NDArray[np.uint32]],
+    tests: Matcher,
+    is_match: npt.NDArray[np.bool_] | None,
+) -> npt.NDArray[np.bool_] | None:
+    """Return which records satisfy all tests and match already; None: none of them."""
     for test in tests:
-        values = columns.get(test.column, test.word)[chosen]
+        values = columns[test.column, test.word]
         # Numbers below the first one wrap around, and become large.
-        is_match = (values & test.mask) - test.first <= test.span
-        hits = np.flatnonzero(is_match)
-        chosen = hits if isinstance(chosen, slice) else chosen[hits]
-        if not len(hits):
-            break
-    return chosen
+        satisfied = (values & test.mask) - test.first <= test.span
+        if is_match is not None:
+            satisfied &= is_match
+        if not satisfied.any():
+            return None
+        is_match = satisfied
+    return is_match

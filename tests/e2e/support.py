@@ -77,12 +77,20 @@ class Prometheus:
     """
 
     def __init__(
-        self, directory: Path, *targets: str, interval_s: int = 1, **settings: object
+        self,
+        directory: Path,
+        *targets: str,
+        interval_s: int = 1,
+        rules: str = "",
+        **settings: object,
     ) -> None:
+        """Scrape these targets; ``rules`` is the text of a file of rules."""
         config = directory / "prometheus.yml"
+        (directory / "test.rules.yml").write_text(rules or "groups: []\n")
         config.write_text(
             f"global:\n  scrape_interval: {interval_s}s\n"
-            f"{scrape_config(*targets, **settings)}"
+            f"  evaluation_interval: {interval_s}s\n"
+            f"rule_files: [test.rules.yml]\n{scrape_config(*targets, **settings)}"
         )
         self._address = f"127.0.0.1:{free_port()}"
         self._log = directory / "prometheus.log"

@@ -3,6 +3,8 @@
 
 import contextlib
 import itertools
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,8 @@ ACCEPT = {
     "text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
 }
 """Accept headers of Prometheus, by its version."""
+
+ROOT = Path(__file__).parents[2]
 
 SOURCES = ("ebpf", "sock_diag", "procfs")
 
@@ -77,6 +81,29 @@ def assert_no_scrape_failed(prometheus: Prometheus) -> None:
     for each in prometheus.targets():
         assert each["health"] == "up"
         assert each["lastError"] == ""
+
+
+def test_the_alert_on_a_lost_connection_fires(tmp_path: Path) -> None:
+    """An application loses its database: the shipped rule fires once its time is over."""
+    rules = (ROOT / "deploy/prometheus/tcpexporter.rules.yml").read_text()
+    rules = rules.replace("for: 1m", "for: 2s")
+    firing = 'ALERTS{alertname="TcpExpectedConnectionMissing", alertstate="firing"}'
+    with Peers() as peers:
+        rule = f"db=remote=127.0.0.1:{peers.port}"
+        peers.connect(1)
+        with (
+            Command("--duration", "1", "--expect", rule) as exporter,
+            Prometheus(tmp_path, exporter.target, rules=rules) as prometheus,
+        ):
+            expected = 'tcp_expected_longterm_connections{name="db"}'
+            prometheus.wait_for(expected, {("db",): 1}, "name")
+            assert prometheus.query(firing, "name") == {}
+            peers.pairs[0][0].close()
+            lost_s = time.monotonic()
+            prometheus.wait_for(firing, {("db",): 1}, "name")
+            sys.stdout.write(f"fired after {time.monotonic() - lost_s:.1f} s\n")
+            peers.connect(1)
+            prometheus.wait_for(firing, {}, "name")
 
 
 def test_an_ipv6_target_is_scraped(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.samples import Sample
 
 from tcpexporter.collecting import SOURCES
+from tcpexporter.config.rules import parse_rules
 from tcpexporter.connections.identity import client_masks
 from tcpexporter.connections.record import LISTENER, SOCKET, Direction
 from tcpexporter.connections.selection import has_owner, kernel_parts, named, select
@@ -35,6 +36,8 @@ CASES = ROOT / "tests/e2e/rules_test.yml"
 
 PORTS = (443, 3838, 5432)
 """Ports in the examples."""
+
+EXPECTED = parse_rules("db=remote=192.0.2.10:5432 pool=remote=192.0.2.11:5432,min=2")
 
 CGROUP = 7
 """The cgroup of the listeners."""
@@ -138,7 +141,7 @@ def samples() -> Iterator[Sample]:
         selection = select(
             (), tcpv6=True, directions=(*Direction,), labels=labels, owners=owners
         )
-        choice = Choice(selection, named(PORTS, 0, selection), 6)
+        choice = Choice(selection, named(PORTS, 0, selection), 6, EXPECTED)
         collector = ConnectionCollector(
             *(source, choice),
             max_series=2,

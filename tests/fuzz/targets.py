@@ -23,10 +23,12 @@ import numpy as np
 from pyroute2.netlink import NLMSG_DONE, NLMSG_ERROR
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY, SS_ESTABLISHED, SS_LISTEN
 
-from tcpexporter.config import settings, sources
+from tcpexporter.config import rules, settings, sources
+from tcpexporter.config.rules import MOST_EXPECTED, MOST_RULES
 from tcpexporter.config.values import LABELS, TEN_YEARS_S
+from tcpexporter.connections.expected import Rule, count_expected
 from tcpexporter.connections.memory_ledger import MemoryLedger
-from tcpexporter.connections.record import SOCKET, Records, numbers
+from tcpexporter.connections.record import CONNECTION, SOCKET, Records, numbers
 from tcpexporter.connections.series import OutboundPort, Parts
 from tcpexporter.connections.snapshot import valid_connections, valid_old_connections
 from tcpexporter.ebpf import loader_protocol, pinned_layout, pins
@@ -213,8 +215,20 @@ def _check(chosen: settings.Settings) -> None:
     assert 0.001 <= chosen.buckets[0] <= chosen.buckets[-1] <= TEN_YEARS_S
     assert 1 <= chosen.client_prefix[0] <= 32
     assert 1 <= chosen.client_prefix[1] <= 128
+    assert len({each.name for each in chosen.expect}) == len(chosen.expect) <= MOST_RULES
+    for rule in chosen.expect:
+        assert 1 <= rule.minimum <= MOST_EXPECTED
+        assert list(map(str, rules.parse_rules(rule.text))) == [rule.text]
+        _match_nothing(rule)
     assert set(chosen.series_labels) <= set(LABELS)
     assert len(set(chosen.series_labels)) == len(chosen.series_labels)
+
+
+def _match_nothing(rule: Rule) -> None:
+    """Compare a rule with an empty slot."""
+    window = np.zeros(1, CONNECTION), np.zeros(1, np.uint64)
+    found = count_expected([window], [rule], np.uint64(0), lambda _: np.zeros(1, np.bool_))
+    assert found.established.tolist() == [0]
 
 
 def setting(data: bytes) -> None:
@@ -222,7 +236,9 @@ def setting(data: bytes) -> None:
     name, _, text = data.decode(errors="surrogateescape").partition(" ")
     known = {each.name: each for each in settings.SETTINGS}
     chosen = known.get(name) or settings.SETTINGS[len(name) % len(known)]
-    with refused(SettingsError, saying=f"^flag --{chosen.name}: {chosen.name} must be "):
+    where = "'.+', character [0-9]+: |two rules have|there are [0-9]+ rules"
+    wrong = where if chosen.is_repeatable else "must be "
+    with refused(SettingsError, saying=f"^flag --{chosen.name}: {chosen.name} ({wrong})"):
         value: Any = chosen.value(sources.Text(text, f"flag --{chosen.name}"))
         values = {chosen.field: value}
         if chosen.name == "listen":

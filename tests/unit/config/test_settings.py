@@ -194,9 +194,9 @@ def test_settings_cannot_be_changed() -> None:
 
 
 def test_the_samples_have_every_setting() -> None:
-    """Only conf and output are missing, because they have their own tests."""
+    """Only conf, output and expect are missing, because they have their own tests."""
     covered = {field for _, _, expected in SAMPLES for field in expected}
-    covered |= {"conf", "output"}
+    covered |= {"conf", "output", "expect"}
     assert covered == {field.name for field in fields(Settings)}
 
 
@@ -874,7 +874,7 @@ def test_the_help_has_every_setting(
         parse(["--help"], {})
     assert exited.value.code == 0
     text = capsys.readouterr().out
-    names = {name for name, _, _ in SAMPLES} | {"conf", "output"}
+    names = {name for name, _, _ in SAMPLES} | {"conf", "output", "expect"}
     for name in names | {"help", "version"}:
         assert f"--{name}" in text
     assert text.count(". Value: ") == text.count(" (default: ") == len(names)
