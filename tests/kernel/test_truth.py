@@ -45,6 +45,7 @@ LISTENED = {port for ports in LISTENING for port in ports}
 SETTINGS = (
     *("--source", "ebpf", "--duration", "0", "--histograms"),
     *("--reconcile-interval", "1", "--reconcile-cpu", "100"),
+    *("--expect", f"ports=local=:{min(LISTENED)}-{max(LISTENED)}"),
 )
 
 LABELS = (
@@ -56,6 +57,8 @@ LABELS = (
 """Label sets of the exporter that is stopped and started; each start has another one."""
 
 EVERY_LABEL = "port,tcp_version,direction,remote_port"
+
+EXPECTED = "tcp_expected_connections"
 
 CLIENTS = "tcp_established_clients"
 LONG_TERM_CLIENTS = "tcp_longterm_clients"
@@ -256,6 +259,9 @@ class Walk:
                     oracle.at_ports(page.counts(name), LISTENED),
                     oracle.at_ports(true_clients, LISTENED),
                 )
+        expected = page.value(EXPECTED, name="ports")
+        if expected != listened.total():
+            differences[EXPECTED] = {(0, "any"): (int(expected or 0), listened.total())}
         by_unit = units(page)
         if by_unit and self._direction == "all":
             self.compared_units += 1

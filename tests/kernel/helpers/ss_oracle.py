@@ -120,7 +120,7 @@ class Page:
             if sample.name == name
         )
 
-    def value(self, name: str, **labels: str) -> float | None:
+    def value(self, name: str, /, **labels: str) -> float | None:
         """Return one value; None if the series does not exist."""
         found = (each.value for each in self.samples(name) if each.labels == labels)
         return next(found, None)
