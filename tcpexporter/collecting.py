@@ -3,7 +3,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,7 +68,7 @@ def open_counting(settings: Settings, resources: contextlib.ExitStack) -> Counti
     if watch:
         resources.callback(watch.close)
     paths = _open_cgroups(settings, resources)
-    if _has_owners(settings) and source.name == "procfs":
+    if _shows_owners(settings) and source.name == "procfs":
         log.warning(
             "the owners of connections are not known: procfs does not show the cgroups of"
             " sockets, ebpf and sock_diag do"
@@ -93,7 +93,12 @@ def _open_cgroups(
 
 
 def _has_owners(settings: Settings) -> bool:
-    """Return whether labels or rules require the owners of connections."""
+    """Return whether the owners of connections are required."""
+    # They show which containers the namespaces belong to.
+    return _shows_owners(settings) or "netns" in settings.series_labels
+
+
+def _shows_owners(settings: Settings) -> bool:
     return has_owner(settings.series_labels) or _has_units(settings)
 
 
@@ -139,7 +144,7 @@ def _open_named_source(name: str, settings: Settings, state: "State | None") -> 
         settings.series_labels,
         _own_listener(settings),
         client_masks(*settings.client_prefix) if settings.clients else None,
-        has_units=_has_units(settings),
+        by_cgroup=_has_owners(settings),
     )
     if name == "ebpf":
         return EbpfSource(
@@ -201,6 +206,15 @@ def _own_listener(settings: Settings) -> tuple[int, int]:
     return NO_LISTENER if settings.once else (namespaces.inode(), settings.listen_port)
 
 
+def _namespace_names(
+    source: Source, owners: OwnerNumbers | None
+) -> Callable[[], Mapping[int, str]]:
+    def of_owners() -> Mapping[int, str]:
+        return owners.of_namespaces(source.ledger().series) if owners else {}
+
+    return namespaces.Names(source.namespaces, of_owners).read
+
+
 def make_collector(
     source: Source,
     settings: Settings,
@@ -213,7 +227,7 @@ def make_collector(
         source,
         choice,
         max_series=settings.max_series,
-        names=namespaces.Names(source.namespaces).read if by_netns else None,
+        names=_namespace_names(source, owners) if by_netns else None,
         owners=owners,
         bounds_s=settings.bounds_s,
         has_clients=settings.clients,

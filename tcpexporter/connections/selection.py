@@ -102,11 +102,11 @@ def kernel_parts(
     own_listener: tuple[int, int] = NO_LISTENER,
     client_masks: ClientMasks | None = None,
     *,
-    has_units: bool = False,
+    by_cgroup: bool = False,
 ) -> Parts:
     """Return what a source has to count separately for a selection with these fields.
 
-    ``has_units`` is true if units are required for another purpose than labels.
+    ``by_cgroup`` is true if cgroups are required for another purpose than labels.
     """
     if Direction.OUTBOUND not in directions:
         outbound_port = OutboundPort.NONE
@@ -117,7 +117,7 @@ def kernel_parts(
     return Parts(
         outbound_port,
         by_netns="netns" in labels,
-        by_cgroup=has_units or has_owner(labels),
+        by_cgroup=by_cgroup or has_owner(labels),
         own_listener=own_listener,
         client_masks=client_masks,
     )

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tcpexporter.errors import SettingsError, SourceError, quoted
@@ -285,19 +285,25 @@ def named() -> dict[int, str]:
 class Names:
     """The names of the host's namespaces, for the label ``netns``.
 
-    Only root can see which container uses a namespace, so that is read at the start. A
-    namespace has its container's name while it is held: later another one may get its
-    inode.
+    Only root can see which container's processes use a namespace, so that is read at the
+    start. A namespace has its container's name while it is held: later another one may get
+    its inode. The owners of sockets show the containers of other namespaces.
     """
 
-    def __init__(self, held: Callable[[], Iterable[int]]) -> None:
+    def __init__(
+        self,
+        held: Callable[[], Iterable[int]],
+        owners: Callable[[], Mapping[int, str]] = dict,
+    ) -> None:
         """Find the containers.
 
         Args:
             held: returns the inodes of the namespaces that are held, and have been held
                 since before this call.
+            owners: returns the name of the owner of the sockets of some namespaces.
         """
         self._held = held
+        self._owners = owners
         self._own = inode()
         containers = _containers()
         self._containers = {
@@ -316,7 +322,7 @@ class Names:
             for number in held
             if number in self._containers
         }
-        others = {**containers, **named()}
+        others = {**self._owners(), **containers, **named()}
         others.pop(self._own, None)
         times = Counter((*others.values(), *NOT_FOR_NAMES))
         labels = {

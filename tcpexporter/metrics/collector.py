@@ -122,7 +122,6 @@ class ConnectionCollector(Collector):
         started_s = time.perf_counter()
         now_ns = self._boottime_ns()
         choice = self._choice
-        names = self._names() if self._names else None
         # The report is read before the connections: an exposition that shows the end
         # of a reconciliation must also show its corrections.
         report = self._source.report()
@@ -137,6 +136,7 @@ class ConnectionCollector(Collector):
             long_term_ns=since_ns if self._has_clients else None,
         )
         self.tracked = counts.total
+        names = self._names() if self._names else None
         counts, folded = self._publish(counts, choice, now_ns, names)
         yield from self._connection_families(counts, choice, ages_s, names or {})
         if self._owners and choice.selection.by_owner:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Numbers the owners of cgroups: those whose labels are equal have the same number."""
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
@@ -8,10 +9,20 @@ from typing import Protocol
 import numpy as np
 
 from tcpexporter.connections.selection import OWNER_LABELS, UNKNOWN_OWNER, Cgroups
+from tcpexporter.connections.series import SERIES, Series
 from tcpexporter.metrics.owners import Owner, owner_of, owner_of_unnamed
 
 FORGET_NS = 300_000_000_000
 """How long a cgroup must be removed before its counters are forgotten."""
+
+
+def _name_of(owners: Collection[Owner]) -> str:
+    """Return the name of the only container or pod; an empty text if there are several."""
+    for kind in ("container", "pod"):
+        names = {getattr(each, kind) for each in owners}
+        if len(names) == 1 and "" not in names:
+            return f"{kind}:{names.pop()}"
+    return ""
 
 
 class Paths(Protocol):
@@ -71,6 +82,27 @@ class OwnerNumbers:
         """Return those cgroups whose innermost systemd unit has this name."""
         self.numbers(cgroups)
         return [each for each, owner in self._owners.items() if owner.unit == unit]
+
+    def of_namespaces(self, series: Series) -> dict[int, str]:
+        """Return the container or pod that owns the sockets of each namespace, by inode.
+
+        A namespace whose sockets belong to several containers has the name of their pod. It
+        is missing if they belong to several pods or to none. Removed cgroups do not count:
+        another namespace may have the inode now.
+
+        Args:
+            series: of connections, with cgroups.
+        """
+        parts = series.view(SERIES)
+        self.numbers(parts["cgroup"].astype(np.uint64))
+        found: defaultdict[int, set[Owner]] = defaultdict(set)
+        pairs = zip(parts["netns"].tolist(), parts["cgroup"].tolist(), strict=True)
+        for netns, cgroup in {*pairs}:
+            owner = self._owners.get(cgroup)
+            if owner and owner.container and cgroup not in self._removed_ns:
+                found[netns].add(owner)
+        names = {netns: _name_of(owners) for netns, owners in found.items()}
+        return {netns: name for netns, name in names.items() if name}
 
     def is_known(self, numbers: Cgroups) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
         """Return which numbers have an owner; 0 is that of no particular owner."""

@@ -228,3 +228,11 @@ def test_a_real_container_has_its_id(source: str) -> None:
             if name == INFO and dict(labels)["container"] == short
         )
         assert info["cgroup"].endswith(container.id)
+
+
+@pytest.mark.any_kernel
+def test_a_container_that_starts_later_names_its_namespace() -> None:
+    """The exporter has no privileges any more; the owner of the sockets has the name."""
+    with Exporter("--netns", "all") as exporter, running_container() as container:
+        name = f"container:{container.id[:12]}"
+        eventually(lambda: exporter.established(PORT, netns=name) == 1)

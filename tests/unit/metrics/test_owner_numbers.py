@@ -8,6 +8,14 @@ from tcpexporter.connections.selection import UNKNOWN_OWNER
 from tcpexporter.metrics.owner_numbers import FORGET_NS, OwnerNumbers
 from tcpexporter.metrics.owners import Owner
 from tests.unit.made_cgroups import PATHS, WITHOUT_PATH, MadePaths, made_owners
+from tests.unit.series_rows import series_of_rows
+
+UID = "16e6a747-9d40-4120-bbac-ca7cd274fdd9"
+IN_PODS = {
+    101: f"/kubepods/besteffort/pod{UID}/{'a' * 64}",
+    103: f"/kubepods/besteffort/pod{UID}/{'b' * 64}",
+}
+PODS = [*IN_PODS]
 
 SSH, BELOW_SSH, DOCKER, UNMATCHED, SESSION = PATHS
 
@@ -98,6 +106,38 @@ def test_each_owner_is_present_once() -> None:
     assert Owner(str(WITHOUT_PATH), "", "", "") in present
     assert len(present) == 5
     assert [each.unit for each in owners.present([UNKNOWN_OWNER])] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("cgroups", "expected"),
+    [
+        ([DOCKER], {7: "container:0123456789ab"}),
+        ([DOCKER, SSH, 0, WITHOUT_PATH], {7: "container:0123456789ab"}),
+        ([SSH, UNMATCHED], {}),
+        ([PODS[0]], {7: "container:aaaaaaaaaaaa"}),
+        ([PODS[0], PODS[1]], {7: f"pod:{UID}"}),
+        ([PODS[0], PODS[1], DOCKER], {}),
+        ([PODS[0], DOCKER], {}),
+    ],
+)
+def test_a_namespace_has_the_name_of_its_container_or_pod(
+    cgroups: list[int], expected: dict[int, str]
+) -> None:
+    """It has none if its sockets belong to several pods, or to a container without pod."""
+    owners = OwnerNumbers([], MadePaths({**PATHS, **IN_PODS}))
+    series = series_of_rows([(4, 0, 443, 7, each) for each in cgroups])
+    assert owners.of_namespaces(series) == expected
+
+
+def test_a_removed_container_does_not_name_a_namespace() -> None:
+    """The kernel may have given the inode to another namespace."""
+    paths = MadePaths({**PATHS, **IN_PODS})
+    owners = OwnerNumbers([], paths)
+    series = series_of_rows([(4, 0, 443, 7, DOCKER), (4, 0, 443, 7, PODS[0])])
+    paths.gone = {DOCKER}
+    owners.of_namespaces(series)
+    owners.finish(0)
+    assert owners.of_namespaces(series) == {7: "container:aaaaaaaaaaaa"}
 
 
 def test_without_the_cgroup_file_system_owners_are_numbers() -> None:
