@@ -9,8 +9,11 @@ root to the leaf, and a later match replaces an earlier one.
 import re
 from typing import NamedTuple
 
-UNIT_SUFFIXES = (".service", ".scope", ".slice")
-"""The types of systemd units whose processes have sockets; systemd.unit(5)."""
+UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket")
+"""The types of systemd units that have sockets; systemd.unit(5).
+
+systemd opens the socket of a socket unit in the cgroup of that unit, and its service accepts
+connections from it: socket_address_listen_in_cgroup in systemd's src/core/socket.c."""
 
 CONTAINER_DIGITS = 12
 """The container runtimes show this many digits of a container's id."""
@@ -51,7 +54,7 @@ class Owner(NamedTuple):
     """The path of the cgroup of the innermost unit, container or pod. Without any, it is
     the whole path. The label ``id`` of cAdvisor has the same form."""
     unit: str
-    """The name of the innermost service, scope or slice, as systemctl(1) shows it."""
+    """The name of the innermost service, scope, slice or socket unit: systemctl(1)."""
     container: str
     """The first 12 digits of the innermost container's id, or its name (LXC, nspawn)."""
     pod: str

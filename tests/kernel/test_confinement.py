@@ -84,20 +84,12 @@ def test_operations_that_serving_does_not_need_are_refused(source: str) -> None:
     assert "Traceback" not in complaints
 
 
-WITH_OWNERS = """
-from functools import partial
-from tcpexporter.host import cgroups, confine
-paths = cgroups.open_paths()
-confine.confine = partial(confine.confine, cgroups=paths.descriptor)
-"""
-"""Statements that permit what finding the owners of connections requires."""
-
-
 def test_with_owners_the_process_lists_cgroups_but_reads_no_file_there() -> None:
     """All other operations stay refused."""
     mount_point()  # skips the test if there is no such file system
     reading = "EACCES" if found(features.LANDLOCK) else DONE
-    with Exporter("--source", "sock_diag", command=within(WITH_OWNERS)) as exporter:
+    labels = ("--labels", "port,unit")
+    with Exporter("--source", "sock_diag", *labels, command=within()) as exporter:
         assert attempts(exporter) == {
             **dict.fromkeys(REFUSED, "EPERM"),
             **dict.fromkeys(READING, reading),

@@ -47,7 +47,7 @@ VAGRANT = Userland(
     "Debian 12, vagrant/",
     "bookworm",
     "3.11",
-    ("kmod", "python3", "systemd-sysv", "udev", "dbus"),
+    ("kmod", "python3", "systemd-sysv", "udev", "dbus", "libpam-systemd"),
     "vagrant/provision.sh; deploy/setup.sh guest",
 )
 """A machine with systemd and services, as in ``vagrant/``."""

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 import urllib.request
@@ -205,6 +206,82 @@ def test_systemctl_reload_applies_settings() -> None:
         assert state("tcpexporter", "MainPID") == before
         assert state("tcpexporter", "WatchdogUSec") == "1min"
     CONF.unlink()
+
+
+SERVING = """
+import os, socket, sys
+if os.environ.get("LISTEN_FDS"):
+    listener = socket.socket(fileno=3)
+else:
+    listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+held = []
+while True:
+    held.append(listener.accept())
+"""
+"""A service that accepts connections and keeps them."""
+
+UNITS = Path("/run/systemd/system")
+SCRIPT = Path("/run/serve.py")
+SERVICE = f"[Service]\nExecStart=/usr/bin/python3 {SCRIPT} "
+OWNED = {
+    "one.service": 7001,
+    "two.service": 7002,
+    "many@7003.service": 7003,
+    "activated.socket": 7004,
+    "mine.service": 7005,
+}
+"""Units, and the port of each. The last one is a user service."""
+
+
+def as_user(*command: str) -> None:
+    """Run a command for the service manager of root's user session."""
+    environ = {**os.environ, "XDG_RUNTIME_DIR": "/run/user/0"}
+    subprocess.run(command, check=True, env=environ)
+
+
+@pytest.fixture
+def owned() -> Iterator[None]:
+    """Start the units of `OWNED`."""
+    SCRIPT.write_text(SERVING)
+    (UNITS / "one.service").write_text(f"{SERVICE}7001\n")
+    (UNITS / "two.service").write_text(f"{SERVICE}7002\n")
+    (UNITS / "many@.service").write_text(f"{SERVICE}%i\n")
+    (UNITS / "activated.service").write_text(SERVICE)
+    (UNITS / "activated.socket").write_text("[Socket]\nListenStream=127.0.0.1:7004\n")
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    system = [each for each in OWNED if each != "mine.service"]
+    subprocess.run(["systemctl", "start", "user@0.service", *system], check=True)
+    as_user(
+        *("systemd-run", "--user", "--unit=mine.service"),
+        *("/usr/bin/python3", str(SCRIPT), "7005"),
+    )
+    yield
+    as_user("systemctl", "--user", "stop", "mine.service")
+    subprocess.run(["systemctl", "stop", *system, "activated.service"], check=True)
+
+
+@pytest.mark.usefixtures("owned")
+def test_connections_have_the_units_of_systemd() -> None:
+    """A socket-activated service has the connections of its socket unit."""
+    with (
+        with_settings("TCPEXPORTER_LABELS=port,unit"),
+        contextlib.ExitStack() as opened,
+    ):
+        for number, port in enumerate(OWNED.values(), start=3):
+            for _ in range(number):
+                eventually(partial(accepts, port))
+                client = socket.create_connection(("127.0.0.1", port))
+                opened.enter_context(client)
+        expected = {
+            f'{ESTABLISHED}{{port="{port}",unit="{unit}"}} {number}.0'
+            for number, (unit, port) in enumerate(OWNED.items(), start=3)
+        }
+        eventually(lambda: expected <= {*(get("/metrics") or "").splitlines()})
+
+
+def accepts(port: int) -> bool:
+    shown = subprocess.check_output(["ss", "-Htnl", "sport", "=", f":{port}"], text=True)
+    return bool(shown)
 
 
 def test_root_can_unpin_the_state_of_the_service() -> None:

@@ -54,6 +54,7 @@ CASES = [
     Case("systemd", "", "/init.scope", "init.scope"),
     Case("systemd", "", "/system.slice", "system.slice"),
     Case("systemd", "", "/system.slice/nginx.service", "nginx.service"),
+    Case("systemd", "", "/system.slice/ssh.socket", "ssh.socket"),
     Case("systemd", "", "/system.slice/nginx.service|/workers/1", "nginx.service"),
     Case(
         "systemd",
