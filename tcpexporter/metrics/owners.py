@@ -12,7 +12,7 @@ from typing import NamedTuple
 UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket")
 """The types of systemd units that have sockets; systemd.unit(5).
 
-systemd opens the socket of a socket unit in the cgroup of that unit, and its service accepts
+systemd opens the socket of a socket unit in that unit's cgroup, and its service accepts
 connections from it: socket_address_listen_in_cgroup in systemd's src/core/socket.c."""
 
 CONTAINER_DIGITS = 12
