@@ -105,7 +105,7 @@ require_for_tests() {
 	require_python
 	# Without containers, the services and the timer of podman end at once. It requires crun or
 	# runc; the tests use runc.
-	require bcc venv seccomp ip ss gcc libc git busybox podman runc
+	require bcc venv seccomp ip ss gcc libc git busybox podman runc chromium
 	require_unpacked prometheus prometheus promtool
 	require_unpacked prometheus-node-exporter prometheus-node-exporter
 }
@@ -296,10 +296,10 @@ extras_of() {
 	case $1 in
 	run) ;;
 	guest) echo test ;;
-	test) echo test lint package ;;
-	fuzz) echo test lint package fuzz ;;
-	bench) echo test lint package bench ;;
-	release) echo test lint package release ;;
+	test) echo test lint package browser ;;
+	fuzz) echo test lint package browser fuzz ;;
+	bench) echo test lint package browser bench ;;
+	release) echo test lint package browser release ;;
 	esac
 }
 
@@ -357,7 +357,7 @@ with open("pyproject.toml", "rb") as project:
     print(*tomllib.load(project)["build-system"]["requires"], sep="\n")' >"$scratch/build.in"
 	resolve --all-extras >"$scratch/everything" # all lock files use these versions
 	write_lock run --constraints "$scratch/everything"
-	for extra in test lint package fuzz bench release; do
+	for extra in test lint package browser fuzz bench release; do
 		# shellcheck disable=SC2046  # two words for each package
 		write_lock $extra --constraints "$scratch/everything" --extra $extra \
 			$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' "$scratch/run.txt")

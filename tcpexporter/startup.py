@@ -7,6 +7,7 @@ read. Then `_confine` gives up root. The exporter answers no client before that:
 last.
 """
 
+import asyncio
 import contextlib
 import logging
 import pwd
@@ -250,9 +251,15 @@ def _serve(
             return None
         return await app.check() or background.trouble(opened.tasks())
 
+    async def keep() -> None:
+        await asyncio.gather(
+            process.supervisor.keep(check, status),
+            app.status.keep_sampling(lambda: starting.awaited() is None),
+        )
+
     try:
         starting.begin(is_ready)
-        server.serve(listening, app, lambda: process.supervisor.keep(check, status))
+        server.serve(listening, app, keep)
     finally:
         process.supervisor.tell("STOPPING=1")
         starting.raise_failure()
@@ -299,7 +306,7 @@ class _SettingsReload:
         choice = self._counting.choose(done.settings)
         self._settings = done.settings
         self._counting.collector.choose(choice)
-        self._app.show_settings(vars(done.settings))
+        self._app.status.show_settings(vars(done.settings))
         root = logging.getLogger()
         level = logging.getLevelName(done.settings.log_level.upper())
         # The lower of the old and the new log level: the line is logged if either allows

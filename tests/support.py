@@ -165,9 +165,10 @@ class Exporter:
         *arguments: str,
         command: Sequence[str] = (sys.executable, "-m", "tcpexporter"),
         address: str = "127.0.0.1",
+        port: int = 0,
         wait: bool = True,
     ) -> None:
-        self.port = free_port()
+        self.port = port or free_port()
         self._address = address
         self.process = subprocess.Popen(
             [*command, "--listen", f"{address}:{self.port}", *arguments],

@@ -3,6 +3,7 @@
 
 import asyncio
 import gzip
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -84,6 +85,11 @@ class Exposition:
         self._written: dict[Format, Sequence[bytes]] = {}
         self._whole: dict[Format, bytes] = {}
         self._compressed: dict[Format, bytes] = {}
+
+    @property
+    def families(self) -> Iterator[Metric]:
+        """The families, in their order."""
+        return itertools.chain.from_iterable(each.collect() for each in self._collectors)
 
     def body(self, form: Format, names: Collection[str] = ()) -> bytes:
         """Return the exposition, or only the families that have samples of these names."""

@@ -52,8 +52,8 @@ class SeriesFamily(Metric):
         numbers: Sequence[int],
     ) -> None:
         """Make the family; of a counter, ``name`` is without ``_total``."""
-        self._numbers = numbers
-        self._labels = labels
+        self.numbers = numbers
+        self.labels = labels
         super().__init__(name, documentation, typ)
 
     @property
@@ -65,10 +65,8 @@ class SeriesFamily(Metric):
     def samples(self) -> list[Sample]:
         """The samples as objects of the library."""
         return [
-            Sample(
-                self.sample_name, dict(zip(self._labels.names, row, strict=True)), number
-            )
-            for row, number in zip(self._labels.rows, self._numbers, strict=True)
+            Sample(self.sample_name, dict(zip(self.labels.names, row, strict=True)), number)
+            for row, number in zip(self.labels.rows, self.numbers, strict=True)
         ]
 
     @samples.setter
@@ -83,7 +81,7 @@ class SeriesFamily(Metric):
                 f"{name}{text}{number}.0\n"
                 if number < PLAIN_BELOW
                 else f"{name}{text}{_go_string(number)}\n"
-                for text, number in zip(self._labels.texts, self._numbers, strict=True)
+                for text, number in zip(self.labels.texts, self.numbers, strict=True)
             ]
         ).encode()
 

@@ -15,7 +15,7 @@ from tcpexporter.metrics.exposition import Collections, Exposition, negotiate
 from tcpexporter.metrics.negotiation import prefers_gzip
 from tcpexporter.web.fair_share import source_network
 from tcpexporter.web.http1 import Request, Response, text
-from tcpexporter.web.landing import CONTENT_SECURITY_POLICY, landing_page
+from tcpexporter.web.status import FILES, StatusPages
 from tcpexporter.web.targets import clean, is_host, location, path_of
 
 if TYPE_CHECKING:  # saves the memory of bcrypt and ssl when there is no --web-config
@@ -57,27 +57,25 @@ class App:
         Args:
             registry: Collected in the event loop; concurrent scrapes share a collection.
             ready: Returns None if metrics can be served, otherwise what must happen before.
-            settings: Shown on the landing page.
-            version: Shown on the landing page.
+            settings: Shown on the status page.
+            version: Shown on the status page.
             guard: Authorizes each request; None permits all of them.
         """
         self._collections = Collections(registry)
         self.guard = guard
         self._ready = ready
-        self._version = version
-        self.show_settings(settings)
+        self.status = StatusPages(self.collect, version)
+        self.status.show_settings(settings)
         self._trouble: str | None = None
         self._has_worked = False
         self._pages: Mapping[str, Callable[[Request], Awaitable[Response]]] = {
-            "/": self._landing,
+            "/": self._status_page,
+            "/api/v1/connections": self._status_data,
+            **dict.fromkeys(FILES, self._file),
             "/metrics": self._metrics,
             "/-/healthy": self._health,
             "/-/ready": self._readiness,
         }
-
-    def show_settings(self, settings: Mapping[str, object]) -> None:
-        """Replace the settings that the landing page shows; callable from any thread."""
-        self._landing_page = landing_page(self._version, settings).encode()
 
     async def check(self) -> str | None:
         """Return why metrics cannot be served, or None if they can.
@@ -145,13 +143,14 @@ class App:
             return await page(request)
         return text(404, "not found: metrics are at /metrics")
 
-    async def _landing(self, _request: Request) -> Response:
-        return Response(
-            200,
-            self._landing_page,
-            "text/html; charset=utf-8",
-            {"content-security-policy": CONTENT_SECURITY_POLICY},
-        )
+    async def _status_page(self, request: Request) -> Response:
+        return await self.status.page(request, self._ready())
+
+    async def _status_data(self, request: Request) -> Response:
+        return await self.status.data(request, self._ready())
+
+    async def _file(self, request: Request) -> Response:
+        return await self.status.file(request, path_of(request.target) or "")
 
     async def _health(self, _request: Request) -> Response:
         return text(200, "healthy")

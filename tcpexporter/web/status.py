@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Keeps the data of the status page: samples of the last 15 minutes, and what it shows."""
+
+import asyncio
+import gzip
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from functools import cached_property
+from importlib import resources
+
+from tcpexporter.errors import SourceError
+from tcpexporter.metrics.exposition import Exposition
+from tcpexporter.metrics.history import INTERVAL_S, History
+from tcpexporter.metrics.negotiation import prefers_gzip
+from tcpexporter.metrics.status import Status, read, sample, summarize
+from tcpexporter.web.http1 import Request, Response, text
+from tcpexporter.web.status_page import CONTENT_SECURITY_POLICY, to_html, to_json
+
+IDLE_SHARE = 0.001
+"""Maximum share of a core that samples use, with the time of the previous sample."""
+
+RELOAD_S = 30
+"""When a browser without JavaScript loads the page again."""
+
+
+class _Body:
+    """A response body, compressed when that is first requested."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+
+    @cached_property
+    def compressed(self) -> bytes:
+        return gzip.compress(self.body, compresslevel=1)
+
+    @cached_property
+    def etag(self) -> str:
+        return f'"{hashlib.sha256(self.body).hexdigest()[:32]}"'
+
+
+def _file(name: str) -> _Body:
+    return _Body((resources.files(__package__) / "static" / name).read_bytes())
+
+
+FILES = {
+    "/static/status.css": ("text/css; charset=utf-8", _file("status.css")),
+    "/static/status.js": ("text/javascript; charset=utf-8", _file("status.js")),
+}
+"""The files of the page, with their types. A confined process could not read them."""
+
+
+class _Shown:
+    """What the page shows of one collection, written when it is first requested."""
+
+    def __init__(self, status: Status, interval_s: float) -> None:
+        self.status = status
+        self.html: _Body | None = None
+        self._interval_s = interval_s
+
+    @cached_property
+    def json(self) -> _Body:
+        return _Body(to_json(self.status, self._interval_s))
+
+
+class StatusPages:
+    """The status page, its data and its files.
+
+    A collection serves all requests until the next sample is due: open pages add no
+    collections to those of the samples.
+    """
+
+    def __init__(self, collect: Callable[[], Awaitable[Exposition]], version: str) -> None:
+        """Show what ``collect`` returns; it raises SourceError if it fails."""
+        self._collect = collect
+        self._version = version
+        self._settings: Mapping[str, object] = {}
+        self._history = History()
+        self._shown: _Shown | None = None
+        self._next_s = 0.0
+
+    def show_settings(self, settings: Mapping[str, object]) -> None:
+        """Replace the settings that the page shows; callable from any thread."""
+        self._settings = dict(settings)
+        if shown := self._shown:
+            shown.html = None
+
+    async def keep_sampling(self, is_ready: Callable[[], bool]) -> None:
+        """Take a sample whenever one is due, also if nobody opens the page."""
+        while True:
+            if is_ready():
+                try:
+                    await self._current()
+                except SourceError:
+                    # The collection has logged the reason.
+                    self._next_s = time.monotonic() + INTERVAL_S
+            await asyncio.sleep(max(self._next_s - time.monotonic(), 1))
+
+    async def page(self, request: Request, pending: str | None) -> Response:
+        """Return the page; ``pending`` says why there is no data yet."""
+        headers = {"content-security-policy": CONTENT_SECURITY_POLICY}
+        try:
+            shown = None if pending else await self._current()
+        except SourceError as error:
+            shown, pending = None, str(error)
+        if shown is None:
+            body = _Body(self._html(None, pending or ""))
+        else:
+            shown.html = shown.html or _Body(self._html(shown.status, ""))
+            body = shown.html
+        return _answer(request, body, "text/html; charset=utf-8", headers)
+
+    async def data(self, request: Request, pending: str | None) -> Response:
+        """Return the data of the page as JSON."""
+        if pending:
+            return text(503, f"not ready: {pending}")
+        try:
+            shown = await self._current()
+        except SourceError as error:
+            return text(503, str(error))
+        headers = {"etag": shown.json.etag, "cache-control": "no-cache"}
+        if request.header("if-none-match") == shown.json.etag:
+            return Response(304, b"", headers=headers)
+        return _answer(request, shown.json, "application/json", headers)
+
+    async def file(self, request: Request, path: str) -> Response:
+        """Return a file of `FILES`."""
+        content_type, body = FILES[path]
+        headers = {"etag": body.etag, "cache-control": "no-cache"}
+        if request.header("if-none-match") == body.etag:
+            return Response(304, b"", headers=headers)
+        return _answer(request, body, content_type, headers)
+
+    async def _current(self) -> _Shown:
+        """Return what the last sample shows, or take another if that is due."""
+        shown = self._shown
+        if shown and time.monotonic() < self._next_s:
+            return shown
+        exposition = await self._collect()
+        if self._shown and self._shown is not shown:
+            return self._shown  # another request has waited for the same collection
+        began_s = time.monotonic()
+        collected = read(exposition.families)
+        sample(collected, self._history, began_s)
+        status = summarize(collected, self._history, began_s)
+        took_s = time.monotonic() - began_s + collected.took_s
+        interval_s = max(INTERVAL_S, took_s / IDLE_SHARE)
+        self._shown = shown = _Shown(status, interval_s)
+        self._next_s = began_s + interval_s
+        return shown
+
+    def _html(self, status: Status | None, trouble: str) -> bytes:
+        return to_html(
+            status,
+            version=self._version,
+            settings=self._settings,
+            reload_s=RELOAD_S,
+            trouble=trouble,
+        )
+
+
+def _answer(
+    request: Request, body: _Body, content_type: str, headers: Mapping[str, str]
+) -> Response:
+    both = {"vary": "Accept-Encoding", **headers}
+    if not prefers_gzip(request.header("accept-encoding")):
+        return Response(200, body.body, content_type, both)
+    both["content-encoding"] = "gzip"
+    return Response(200, body.compressed, content_type, both)
