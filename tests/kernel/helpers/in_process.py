@@ -39,7 +39,13 @@ SLOTS = 1021
 
 
 SEEN = np.dtype(
-    [("established_ns", "u8"), ("handle", "u8"), ("key", KEY), ("is_outbound", "u4")]
+    [
+        ("established_ns", "u8"),
+        ("handle", "u8"),
+        ("key", KEY),
+        ("is_outbound", "u4"),
+        ("cgroup", "u8"),
+    ]
 )
 """A connection of a tracker, with its time in ns."""
 
@@ -119,7 +125,7 @@ def seen(records: Records, all_words: Words) -> Records:
     there = records[is_open]
     found = np.zeros(len(there), SEEN)
     found["established_ns"] = times_ns(all_words[is_open])
-    for name in ("handle", "key", "is_outbound"):
+    for name in ("handle", "key", "is_outbound", "cgroup"):
         found[name] = there[name]
     return found
 
