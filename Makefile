@@ -58,6 +58,10 @@ figures: ## Write the figures of a full bench into docs/performance.md and its p
 kernels: ## Write the results of vm-test into docs/kernels.md
 	$(bin)/python -m tests.vm.table .cache/vm/kernels.json --write docs/kernels.md
 
+.PHONY: screenshot
+screenshot: setup-test ## Write the picture of the status page, docs/status-page.png; requires root
+	$(bin)/python -m tests.browser.screenshot
+
 .PHONY: documents
 documents: setup-test ## Write the documents that are generated from the code
 	$(bin)/python -m deploy.documents

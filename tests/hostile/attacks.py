@@ -179,6 +179,12 @@ class Attack:
     """What the exporter must have configured: "tls", "passwords" or nothing."""
 
 
+_pages = _in_turn(
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /api/v1/connections HTTP/1.1\r\nHost: x\r\n\r\n",
+)
+"""Load the status page and its data in turn."""
+
 ATTACKS = {
     "slow": Attack("clients that send a byte a second", _slow, 1_000),
     "idle": Attack("idle connections", _idle, 10_000, pause_s=5),
@@ -189,6 +195,7 @@ ATTACKS = {
     "http2": Attack("HTTP/2", _http2, 100),
     "storm": Attack("scrapes without pause", _storm, 200),
     "forms": Attack("scrapes of 200 kinds", _forms, 200),
+    "pages": Attack("status pages without pause", _pages, 200),
     "handshake": Attack("half a TLS handshake", _handshake, 1_000, web="tls"),
     "passwords": Attack("wrong passwords", _passwords, 200, web="passwords"),
 }

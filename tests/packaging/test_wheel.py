@@ -86,6 +86,7 @@ def test_the_wheel_has_the_program_and_no_tests(wheel: Path) -> None:
         "tcpexporter/py.typed",
         "tcpexporter/revision.txt",
         *(str(each.relative_to(ROOT)) for each in ROOT.glob("tcpexporter/**/*.py")),
+        *(str(each.relative_to(ROOT)) for each in ROOT.glob("tcpexporter/web/static/*")),
         *(f"tcpexporter/{each.relative_to(ROOT)}" for each in ROOT.glob("bpf/**/*.[ch]")),
         *(f"tcpexporter/{each.relative_to(ROOT)}" for each in ROOT.glob("bpf/*.py")),
     }
