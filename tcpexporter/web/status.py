@@ -20,6 +20,12 @@ from tcpexporter.web.status_page import CONTENT_SECURITY_POLICY, to_html, to_jso
 IDLE_SHARE = 0.001
 """Maximum share of a core that samples use, with the time of the previous sample."""
 
+UNWATCHED_S = 15
+"""Time between two samples while nobody looks: a point of the history is as long."""
+
+WATCHED_FOR_S = 60
+"""After a request, so long somebody looks."""
+
 RELOAD_S = 30
 """When a browser without JavaScript loads the page again."""
 
@@ -78,6 +84,7 @@ class StatusPages:
         self._history = History()
         self._shown: _Shown | None = None
         self._next_s = 0.0
+        self._watched_until_s = 0.0
 
     def show_settings(self, settings: Mapping[str, object]) -> None:
         """Replace the settings that the page shows; callable from any thread."""
@@ -88,17 +95,24 @@ class StatusPages:
     async def keep_sampling(self, is_ready: Callable[[], bool]) -> None:
         """Take a sample whenever one is due, also if nobody opens the page."""
         while True:
-            if is_ready():
+            if is_ready() and time.monotonic() >= self._due_s():
                 try:
                     await self._current()
                 except SourceError:
                     # The collection has logged the reason.
                     self._next_s = time.monotonic() + INTERVAL_S
-            await asyncio.sleep(max(self._next_s - time.monotonic(), 1))
+            await asyncio.sleep(max(self._due_s() - time.monotonic(), 1))
+
+    def _due_s(self) -> float:
+        """Return when the next sample is necessary, even if nobody requests it."""
+        if self._next_s < self._watched_until_s:
+            return self._next_s
+        return self._next_s + UNWATCHED_S - INTERVAL_S
 
     async def page(self, request: Request, pending: str | None) -> Response:
         """Return the page; ``pending`` says why there is no data yet."""
         headers = {"content-security-policy": CONTENT_SECURITY_POLICY}
+        self._watched_until_s = time.monotonic() + WATCHED_FOR_S
         try:
             shown = None if pending else await self._current()
         except SourceError as error:
@@ -114,6 +128,7 @@ class StatusPages:
         """Return the data of the page as JSON."""
         if pending:
             return text(503, f"not ready: {pending}")
+        self._watched_until_s = time.monotonic() + WATCHED_FOR_S
         try:
             shown = await self._current()
         except SourceError as error:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The status page without a browser: its content, its data, and when it collects."""
 
+import asyncio
+import contextlib
 import gzip
 import json
 import threading
@@ -12,7 +14,10 @@ from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from tcpexporter.errors import SourceError
+from tcpexporter.metrics.exposition import Exposition
 from tcpexporter.metrics.series_family import LabelSets, SeriesFamily
+from tcpexporter.web.status import StatusPages
 from tcpexporter.web.status_page import WIDTH
 from tests.unit.web.support import Flaky, Start, ask, make_app
 
@@ -190,3 +195,32 @@ def test_reloaded_settings_are_shown(start: Start) -> None:
     assert b"<td>6</td>" in ask(port, "/").body
     app.status.show_settings({"duration_s": 61})
     assert b"<td>61</td>" in ask(port, "/").body
+
+
+def test_samples_are_taken_also_if_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection that fails does not end them; before the exporter is ready are none."""
+    for name in ("UNWATCHED_S", "INTERVAL_S"):
+        monkeypatch.setattr(f"tcpexporter.web.status.{name}", 0)
+    results = [
+        SourceError("no sock_diag"),
+        Exposition(Connections(("443", 7, 5)).collect()),
+    ]
+    collected: list[object] = []
+
+    async def collect() -> Exposition:
+        result = results[min(len(collected), 1)]
+        collected.append(result)
+        if isinstance(result, SourceError):
+            raise result
+        return result
+
+    pages = StatusPages(collect, "1.2.3")
+
+    async def run(*, is_ready: bool) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(pages.keep_sampling(lambda: is_ready), 1.5)
+
+    asyncio.run(run(is_ready=False))
+    assert collected == []
+    asyncio.run(run(is_ready=True))
+    assert len(collected) == 2
