@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
+from tcpexporter.config.rules import MOST_RULES
 from tests.benchmarks import capacity, kernel
 from tests.benchmarks.contenders import (
     Contender,
@@ -39,6 +40,19 @@ NETNS_ALL = "netns_all"
 
 WITHOUT_CLIENTS = "without_clients"
 """The same with --clients=false."""
+
+WITH_RULES = "with_rules"
+"""The same with as many rules of --expect as are allowed."""
+
+EXPECTED = [
+    word
+    for number in range(MOST_RULES)
+    for word in (
+        "--expect",
+        f"r{number}=remote=127.0.0.0/8:{1 + number}-65535,local=127.0.0.0/8:1-65535",
+    )
+]
+"""Rules that match nearly all connections, so that no condition excludes most of them."""
 
 POLLING = ("sock_diag", "procfs")
 NODE_EXPORTER = "node_exporter"
@@ -273,6 +287,7 @@ def _others(size: Size) -> dict[str, Callable[[], AbstractContextManager[Contend
     return {
         NETNS_ALL: lambda: _ours_with(NETNS_ALL, size, "--netns", "all"),
         WITHOUT_CLIENTS: lambda: _ours_with(WITHOUT_CLIENTS, size, "--clients=false"),
+        WITH_RULES: lambda: _ours_with(WITH_RULES, size, *EXPECTED),
         NODE_EXPORTER: node_exporter,
         **{name: of_worker(name) for name in METHODS},
     }
@@ -374,6 +389,8 @@ def figure_samples(sizes: Sequence[Size]) -> dict[str, list[float]]:
     by_sockets = {size.sockets: size for size in sizes if not size.why_not}
     samples: dict[str, list[float]] = {}
     small, million = by_sockets.get(1_000), by_sockets.get(1_000_000)
+    if middle := by_sockets.get(100_000):
+        samples["rules_s"] = _added_by_rules_s(middle)
     if small:
         ours = _wall_s(small, OURS)
         samples["resident_bytes"] = _resident_bytes(small)
@@ -398,6 +415,7 @@ def _samples_of_million(million: Size) -> dict[str, list[float]]:
     starts_s = [start.took_s for start in million.starts]
     adoptions_s = [start.took_s for start in million.adoptions]
     return {
+        "rule_million_s": [each / MOST_RULES for each in _added_by_rules_s(million)],
         "resident_million_bytes": [
             start.settled.resident_bytes for start in million.starts
         ],
@@ -407,6 +425,14 @@ def _samples_of_million(million: Size) -> dict[str, list[float]]:
         "adopting_million_times": _ratios(adoptions_s, starts_s),
         "adopting_bytes": [start.above_settled_bytes for start in million.adoptions],
     }
+
+
+def _added_by_rules_s(size: Size) -> list[float]:
+    """Return how much longer a scrape takes with rules; nothing if that is not measured."""
+    without = _wall_s(size, OURS)
+    if not without:
+        return []
+    return [each - statistics.median(without) for each in _wall_s(size, WITH_RULES)]
 
 
 def _wall_s(size: Size, name: str) -> list[float]:

@@ -29,6 +29,7 @@ from tests.benchmarks.sizes import (
     NETNS_ALL,
     NODE_EXPORTER,
     OURS,
+    WITH_RULES,
     WITHOUT_CLIENTS,
     Kept,
     Measured,
@@ -45,6 +46,7 @@ GIB_BYTES = 1 << 30
 CONTENDERS = {
     OURS: "**tcpexporter**, `--source ebpf`: GET /metrics",
     WITHOUT_CLIENTS: "tcpexporter, the same with `--clients=false`",
+    WITH_RULES: "tcpexporter, the same with 64 rules of `--expect`",
     NETNS_ALL: "tcpexporter, the same with `--netns all`",
     "sock_diag": "tcpexporter, `--source sock_diag`, which polls: GET /metrics",
     "procfs": "tcpexporter, `--source procfs`, which polls: GET /metrics",

@@ -99,6 +99,7 @@ def test_figures_are_ratios_to_the_median_of_what_they_are_compared_with() -> No
             Measured("ebpf", [0.004, 0.008], [0.008], MEMORY),
             Measured("netns_all", [0.01], [0.01], MEMORY),
             Measured("without_clients", [0.003], [0.003], MEMORY),
+            Measured("with_rules", [0.07], [0.07], MEMORY),
             Measured("dump_info", [1.0, 2.0, 9.0], [1.0], MEMORY),
         ],
         starts=[Start(4.0, MEMORY, SETTLED), Start(6.0, MEMORY, SETTLED)],
@@ -109,6 +110,7 @@ def test_figures_are_ratios_to_the_median_of_what_they_are_compared_with() -> No
     assert samples["scrape_million_times"] == pytest.approx([2, 4])
     assert samples["scrape_million_netns_all_times"] == pytest.approx([5])
     assert samples["scrape_million_without_clients_times"] == pytest.approx([3])
+    assert samples["rule_million_s"] == pytest.approx([0.001])
     assert samples["ready_million_dumps_times"] == pytest.approx([2, 3])
     assert samples["adopting_million_times"] == pytest.approx([1.3])
     assert samples["adopting_bytes"] == [15 << 20]

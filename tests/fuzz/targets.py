@@ -8,6 +8,7 @@ result. Any other exception is a finding.
 import contextlib
 import ctypes
 import io
+import itertools
 import os
 import re
 import socket
@@ -15,6 +16,7 @@ import string
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -24,11 +26,10 @@ from pyroute2.netlink import NLMSG_DONE, NLMSG_ERROR
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY, SS_ESTABLISHED, SS_LISTEN
 
 from tcpexporter.config import rules, settings, sources
-from tcpexporter.config.rules import MOST_EXPECTED, MOST_RULES
 from tcpexporter.config.values import LABELS, TEN_YEARS_S
-from tcpexporter.connections.expected import Rule, count_expected
+from tcpexporter.connections.expected import End, Rule, count_expected
 from tcpexporter.connections.memory_ledger import MemoryLedger
-from tcpexporter.connections.record import CONNECTION, SOCKET, Records, numbers
+from tcpexporter.connections.record import SOCKET, Direction, Records, numbers
 from tcpexporter.connections.series import OutboundPort, Parts
 from tcpexporter.connections.snapshot import valid_connections, valid_old_connections
 from tcpexporter.ebpf import loader_protocol, pinned_layout, pins
@@ -57,6 +58,7 @@ from tcpexporter.socket_tables.procfs import decode_file
 from tcpexporter.socket_tables.sock_diag import DumpSocket
 from tcpexporter.web import config_file as webformat
 from tcpexporter.web import passwords as access
+from tests import rule_oracle as oracle
 from tests.fuzz.choices import Choices
 
 NETNS = 0x0BADCAFE
@@ -215,20 +217,8 @@ def _check(chosen: settings.Settings) -> None:
     assert 0.001 <= chosen.buckets[0] <= chosen.buckets[-1] <= TEN_YEARS_S
     assert 1 <= chosen.client_prefix[0] <= 32
     assert 1 <= chosen.client_prefix[1] <= 128
-    assert len({each.name for each in chosen.expect}) == len(chosen.expect) <= MOST_RULES
-    for rule in chosen.expect:
-        assert 1 <= rule.minimum <= MOST_EXPECTED
-        assert list(map(str, rules.parse_rules(rule.text))) == [rule.text]
-        _match_nothing(rule)
     assert set(chosen.series_labels) <= set(LABELS)
     assert len(set(chosen.series_labels)) == len(chosen.series_labels)
-
-
-def _match_nothing(rule: Rule) -> None:
-    """Compare a rule with an empty slot."""
-    window = np.zeros(1, CONNECTION), np.zeros(1, np.uint64)
-    found = count_expected([window], [rule], np.uint64(0), lambda _: np.zeros(1, np.bool_))
-    assert found.established.tolist() == [0]
 
 
 def setting(data: bytes) -> None:
@@ -236,14 +226,58 @@ def setting(data: bytes) -> None:
     name, _, text = data.decode(errors="surrogateescape").partition(" ")
     known = {each.name: each for each in settings.SETTINGS}
     chosen = known.get(name) or settings.SETTINGS[len(name) % len(known)]
-    where = "'.+', character [0-9]+: |two rules have|there are [0-9]+ rules"
-    wrong = where if chosen.is_repeatable else "must be "
-    with refused(SettingsError, saying=f"^flag --{chosen.name}: {chosen.name} ({wrong})"):
+    what = "must be |['\"]|two rules|there are" if chosen.name == "expect" else "must be "
+    with refused(SettingsError, saying=f"^flag --{chosen.name}: {chosen.name} ({what})"):
         value: Any = chosen.value(sources.Text(text, f"flag --{chosen.name}"))
         values = {chosen.field: value}
         if chosen.name == "listen":
             values = dict(zip(("listen_address", "listen_port"), value, strict=True))
         _check(settings.Settings(**values))
+
+
+def expected(data: bytes) -> None:
+    """Parse rules of --expect, and count connections at the limits of their conditions."""
+    text = data.decode(errors="surrogateescape")
+    found: tuple[Rule, ...] = ()
+    place = r"^(['\"]).*\1, character \d+: |^two rules have |^there are \d+ rules: "
+    with refused(SettingsError, saying=place):
+        try:
+            found = rules.parse_rules(text)
+        except rules.RuleError as error:
+            raise SettingsError(str(error)) from None
+    assert len({each.name for each in found}) == len(found) <= rules.MOST_RULES
+    for each in found:
+        assert rules.parse_rules(str(each)) == (each,)
+        assert 1 <= each.minimum <= rules.MOST_EXPECTED
+        opened = list(_at_the_limits(each))
+        records = oracle.records(opened)
+        window = records, np.ones(len(records), np.uint64)
+        result = count_expected(
+            [window], [each], np.uint64(1), lambda _: np.ones(2, np.bool_)
+        )
+        assert result.established[0] == sum(oracle.matches(each, one) for one in opened)
+        assert result.long_term[0] == 0
+
+
+def _at_the_limits(rule: Rule) -> Iterator[oracle.Connection]:
+    """Yield connections of which the ends are just within those of a rule, or not."""
+    locals_, remotes = (list(_near(each)) for each in (rule.local, rule.remote))
+    for (local, port), (remote, remote_port) in itertools.product(locals_, remotes):
+        if local.version == remote.version:
+            for direction in Direction:
+                yield oracle.Connection(local, port, remote, remote_port, direction)
+
+
+def _near(end: End) -> Iterator[tuple[oracle.Address, int]]:
+    addresses = [ip_address("192.0.2.1"), ip_address("2001:db8::1")]
+    if end.network is not None:
+        first, last = end.network[0], end.network[-1]
+        addresses += [first, last]
+        if int(first) > 1 << 64 or (int(first) and first.version == 4):
+            addresses.append(first - 1)
+    for address in addresses:
+        for port in {end.first_port, end.last_port, end.last_port + 1 & 0xFFFF}:
+            yield address, port
 
 
 def settings_file(data: bytes) -> None:
@@ -423,6 +457,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         sock_diag_dump,
         procfs,
         setting,
+        expected,
         settings_file,
         settings_given,
         web_config,
