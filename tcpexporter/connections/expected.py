@@ -1,27 +1,51 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Counts the connections that rules expect: those between certain addresses and ports."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.record import (
-    IPV4_PREFIX,
+    PORTS,
     SERIES_MASK,
     Direction,
     Records,
     Words,
-    ip_versions,
 )
 
 Network: TypeAlias = IPv4Network | IPv6Network
 
 V4_MAPPED = IPv6Network("::ffff:0:0/96")
 """The addresses of IPv4 in a key; no IPv6 network of a rule includes them."""
+
+IPV4_HALVES = np.frombuffer(V4_MAPPED.network_address.packed, np.uint64)
+IPV4_MASKS = np.frombuffer(V4_MAPPED.netmask.packed, np.uint64)
+"""The first bits of ::ffff:a.b.c.d, and which bits these are."""
+
+EVERY_BIT = np.uint32(0xFFFFFFFF)
+
+PIECE = 8192
+"""Number of slots that are matched at once: their records fit into the cache of a CPU."""
+
+IPV4_HALVES = np.frombuffer(V4_MAPPED.network_address.packed, np.uint64)
+IPV4_MASKS = np.frombuffer(V4_MAPPED.netmask.packed, np.uint64)
+"""The first bits of ::ffff:a.b.c.d, and which bits these are."""
+
+EVERY_BIT = np.uint32(0xFFFFFFFF)
+
+IPV4_HALVES = np.frombuffer(V4_MAPPED.network_address.packed, np.uint64)
+IPV4_MASKS = np.frombuffer(V4_MAPPED.netmask.packed, np.uint64)
+"""The first bits of ::ffff:a.b.c.d, and which bits these are."""
+
+EVERY_BIT = np.uint32(0xFFFFFFFF)
+
+PIECE = 8192
+"""Number of slots that are matched at once: their records fit into the cache of a CPU."""
 
 
 class End(NamedTuple):
@@ -30,7 +54,7 @@ class End(NamedTuple):
     network: Network | None = None
     """The address is in this network; None: it is any address."""
     first_port: int = 0
-    last_port: int = 65535
+    last_port: int = PORTS - 1
 
 
 ANY = End()
@@ -62,51 +86,66 @@ class Found(NamedTuple):
 
 
 class _Test(NamedTuple):
-    """A condition: (column & mask) - first <= span, in numbers of 32 bits."""
+    """A condition: (column & mask) - first <= span, in numbers of the column's dtype."""
 
     column: str
-    word: int
-    """Which word of an address; 0 for another column."""
-    mask: np.uint32
-    first: np.uint32
-    span: np.uint32
+    first: np.generic
+    span: np.generic | None = None
+    """None: 0."""
+    mask: np.generic | None = None
+    """None: every bit."""
+
+    def passes(self, values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Return which values satisfy the condition."""
+        if self.mask is not None:
+            values = values & self.mask
+        if self.span is not None:
+            # Numbers below the first one wrap around, and become large.
+            is_in_range: npt.NDArray[np.bool_] = values - self.first <= self.span
+            return is_in_range
+        is_equal: npt.NDArray[np.bool_] = values == self.first
+        return is_equal
 
 
 Matcher: TypeAlias = Sequence[_Test]
 """The conditions of a rule; those that fewest connections satisfy come first."""
 
 
+class _Step(NamedTuple):
+    """A test of a rule, and the number of the test."""
+
+    number: int
+    test: _Test
+    is_shared: bool
+    """Whether several rules have this test."""
+
+
 def matcher(rule: Rule) -> Matcher:
     """Return the conditions of a rule, without that of the unit."""
     tests = [*_tests_of("remote", rule.remote), *_tests_of("local", rule.local)]
     if rule.direction is not None:
-        tests.append(_equal("is_outbound", rule.direction))
+        tests.append(_Test("is_outbound", np.uint32(rule.direction)))
     return tests
 
 
-def _equal(column: str, value: int) -> _Test:
-    every_bit = np.uint32(0xFFFFFFFF)
-    return _Test(column, 0, every_bit, np.uint32(value), np.uint32(0))
-
-
 def _tests_of(side: str, end: End) -> Iterator[_Test]:
-    first, last = np.uint32(end.first_port), np.uint32(end.last_port)
-    if last - first < 65535:
-        yield _Test(f"{side}_port", 0, np.uint32(0xFFFF), first, last - first)
+    first, span = np.uint16(end.first_port), end.last_port - end.first_port
+    if span < PORTS - 1:
+        yield _Test(f"{side}_port", first, np.uint16(span) if span else None)
     if end.network is None:
         return
-    prefix = IPV4_PREFIX.tobytes() if isinstance(end.network, IPv4Network) else b""
-    bits = end.network.prefixlen + 8 * len(prefix)
-    mask = ((1 << bits) - 1 << 128 - bits).to_bytes(16, "big")
-    address = prefix + end.network.network_address.packed
-    masks, values = np.frombuffer(mask, np.uint32), np.frombuffer(address, np.uint32)
+    packed = end.network.network_address.packed, end.network.netmask.packed
+    values, masks = (np.frombuffer(each, np.uint32) for each in packed)
+    before = 4 - len(values)
     # The last word differs most between addresses.
-    for word in reversed(range(4)):
+    for word in reversed(range(len(values))):
         if masks[word]:
-            column = f"{side}_address"
-            yield _Test(column, word, masks[word], values[word], np.uint32(0))
-    if isinstance(end.network, IPv6Network) and V4_MAPPED.subnet_of(end.network):
-        yield _equal(f"{side}_is_ipv4", 0)
+            mask = None if masks[word] == EVERY_BIT else masks[word]
+            yield _Test(f"{side}_address_{before + word}", values[word], mask=mask)
+    if isinstance(end.network, IPv4Network):
+        yield _Test(f"{side}_is_ipv4", np.True_)
+    elif V4_MAPPED.subnet_of(end.network):
+        yield _Test(f"{side}_is_ipv4", np.False_)
 
 
 def count_expected(
@@ -127,66 +166,83 @@ def count_expected(
         of_unit: returns, for each series number, whether a unit owns its connections.
     """
     matchers = [matcher(each) for each in rules]
-    needed = {(test.column, test.word) for tests in matchers for test in tests}
-    owned = {each: of_unit(each) for each in {rule.unit for rule in rules if rule.unit}}
+    uses = Counter(test for tests in matchers for test in tests)
+    numbered = {test: number for number, test in enumerate(uses)}
+    steps = [
+        [_Step(numbered[each], each, uses[each] > 1) for each in tests]
+        for tests in matchers
+    ]
+    names = {test.column for test in uses}
+    # Series that are newer than the ledger have no owner yet.
+    owned = {
+        each: np.append(of_unit(each), np.False_)
+        for each in {rule.unit for rule in rules if rule.unit}
+    }
     established, long_term = np.zeros((2, len(rules)), np.int64)
-    for records, words in windows:
+    for records, words in _pieces(windows):
         before = words.copy()
-        columns = {each: _column(records, *each) for each in needed}
-        numbers = before & np.uint64(SERIES_MASK)
+        columns = {name: _column(records, name) for name in names}
+        numbers = (before & np.uint64(SERIES_MASK)).view(np.int64)
         # A slot whose word has changed may have the record of another connection.
-        is_open = (numbers != 0) & (words == before)
-        is_old = is_open & (before < limit)
-        units = {
-            each: _looked_up(by_number, numbers.view(np.int64))
-            for each, by_number in owned.items()
-        }
-        for at, (rule, tests) in enumerate(zip(rules, matchers, strict=True)):
-            is_match = units[rule.unit] if rule.unit else None
-            is_match = _matching(columns, tests, is_match)
-            if is_match is not None:
-                established[at] += np.count_nonzero(is_match & is_open)
-                long_term[at] += np.count_nonzero(is_match & is_old)
+        is_open = (words == before) & (numbers != 0)
+        if not np.count_nonzero(is_open):
+            continue
+        is_long_term = before < limit
+        shared: dict[int, npt.NDArray[np.bool_]] = {}
+        for at, (rule, rule_steps) in enumerate(zip(rules, steps, strict=True)):
+            is_match = _matching(is_open, columns, rule_steps, shared)
+            if rule.unit and np.count_nonzero(is_match):
+                is_match = is_match & owned[rule.unit].take(numbers, mode="clip")
+            found = np.count_nonzero(is_match)
+            if found:
+                established[at] += found
+                long_term[at] += np.count_nonzero(is_match & is_long_term)
     return Found(established, long_term)
 
 
-def _column(records: Records, name: str, word: int) -> npt.NDArray[np.uint32]:
-    """Return a copy of a column as numbers of 32 bits; of an address, one of its words."""
+def _pieces(windows: Iterable[tuple[Records, Words]]) -> Iterator[tuple[Records, Words]]:
+    for records, words in windows:
+        for first in range(0, len(words), PIECE):
+            piece = slice(first, first + PIECE)
+            yield records[piece], words[piece]
+
+
+def _column(records: Records, name: str) -> npt.NDArray[Any]:
+    """Return a copy of a column of records."""
     key = records["key"]
-    if name.endswith("_address"):
-        words: npt.NDArray[np.uint32] = key[name].view(np.uint32)[:, word].copy()
-        return words
-    if name == "is_outbound":
-        found = records[name] != 0
-    elif name.endswith("_is_ipv4"):
-        found = ip_versions(key, name.replace("_is_ipv4", "_address")) == 4
+    side, _, part = name.partition("_")
+    if part == "is_ipv4":
+        halves, prefix = key[f"{side}_address"].view(np.uint64), IPV4_HALVES
+        is_ipv4: npt.NDArray[np.bool_] = halves[:, 0] == prefix[0]
+        is_ipv4 &= halves[:, 1] & IPV4_MASKS[1] == prefix[1]
+        return is_ipv4
+    address, _, word = name.rpartition("_")
+    if address.endswith("_address"):
+        column: npt.NDArray[Any] = key[address].view(np.uint32)[:, int(word)]
     else:
-        found = key[name]
-    copied: npt.NDArray[np.uint32] = found.astype(np.uint32)
-    return copied
-
-
-def _looked_up(
-    by_number: npt.NDArray[np.bool_], numbers: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
-    """Return the values of numbers; a number that is newer than the array has none."""
-    found: npt.NDArray[np.bool_] = np.append(by_number, False).take(numbers, mode="clip")
-    return found
+        column = records[name] if name == "is_outbound" else key[name]
+    return column.copy()
 
 
 def _matching(
-    columns: Mapping[tuple[str, int], npt.NDArray[np.uint32]],
-    tests: Matcher,
-    is_match: npt.NDArray[np.bool_] | None,
-) -> npt.NDArray[np.bool_] | None:
-    """Return which records satisfy all tests and match already; None: none of them."""
-    for test in tests:
-        values = columns[test.column, test.word]
-        # Numbers below the first one wrap around, and become large.
-        satisfied = (values & test.mask) - test.first <= test.span
-        if is_match is not None:
-            satisfied &= is_match
-        if not satisfied.any():
-            return None
-        is_match = satisfied
+    is_open: npt.NDArray[np.bool_],
+    columns: Mapping[str, npt.NDArray[Any]],
+    steps: Sequence[_Step],
+    shared: dict[int, npt.NDArray[np.bool_]],
+) -> npt.NDArray[np.bool_]:
+    """Return which slots have a connection that satisfies all tests.
+
+    ``shared`` keeps the results of tests of several rules, by the numbers of the tests.
+    """
+    is_match = is_open
+    for place, (number, test, is_shared) in enumerate(steps):
+        passes = shared.get(number) if is_shared else None
+        if passes is None:
+            passes = test.passes(columns[test.column])
+            if is_shared:
+                shared[number] = passes
+        is_match = is_match & passes
+        # Most rules match nothing after their first test.
+        if not place and not np.count_nonzero(is_match):
+            break
     return is_match

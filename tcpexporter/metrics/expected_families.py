@@ -9,7 +9,7 @@ from prometheus_client import Metric
 
 from tcpexporter.connections.counting import first_young
 from tcpexporter.connections.expected import Rule, count_expected
-from tcpexporter.connections.series import SERIES
+from tcpexporter.connections.series import SERIES, SERIES_BYTES
 from tcpexporter.connections.source import Source
 from tcpexporter.metrics.owner_numbers import OwnerNumbers
 from tcpexporter.metrics.series_family import LabelSets, SeriesFamily
@@ -31,7 +31,10 @@ def expected_families(
     """
     if not rules:
         return
-    cgroups = source.ledger().series.view(SERIES)["cgroup"].astype(np.uint64)
+    # Without units, the ledger is not read.
+    has_units = owners is not None and any(each.unit for each in rules)
+    series = source.ledger().series if has_units else np.empty(0, SERIES_BYTES)
+    cgroups = series.view(SERIES)["cgroup"].astype(np.uint64)
 
     def of_unit(unit: str) -> npt.NDArray[np.bool_]:
         return np.isin(cgroups, owners.cgroups_of(unit, cgroups) if owners else [])
