@@ -201,7 +201,7 @@ def test_samples_are_taken_also_if_nobody_looks(monkeypatch: pytest.MonkeyPatch)
     """A collection that fails does not end them; before the exporter is ready are none."""
     for name in ("UNWATCHED_S", "INTERVAL_S"):
         monkeypatch.setattr(f"tcpexporter.web.status.{name}", 0)
-    results = [
+    results: list[SourceError | Exposition] = [
         SourceError("no sock_diag"),
         Exposition(Connections(("443", 7, 5)).collect()),
     ]
