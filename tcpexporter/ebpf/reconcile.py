@@ -240,6 +240,8 @@ def _surplus(
 
     Among equal elements, those with the lowest precedence are the surplus.
     """
+    if not len(others):  # a first start: sorting would take a tenth of a second
+        return np.ones(len(some), np.bool_)
     order = np.argsort(some) if precedence is None else np.lexsort((~precedence, some))
     ordered = some[order]
     among = np.sort(others)

@@ -44,6 +44,7 @@ import contextlib
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.clients import Chunk
@@ -202,9 +203,7 @@ class Tracker(EventCounters):
         """
         self._release_empty(self._seed_slots)
         handles = hashes(seeds["key"]) | HANDLE_SEEDED
-        _, first = np.unique(handles, return_index=True)
-        is_new = np.zeros(len(seeds), np.bool_)
-        is_new[first] = True
+        is_new = _is_first(handles)
         is_new &= ~np.isin(handles, self._used()[0]["handle"][self._seed_slots])
         chosen = np.flatnonzero(is_new)
         numbers = self.series.numbers(series_of(seeds, self._parts))
@@ -434,3 +433,14 @@ class Tracker(EventCounters):
     def _used(self) -> tuple[Records, Words]:
         """Return the records and words of all slots that were ever used."""
         return self._array.used()
+
+
+def _is_first(handles: Hashes) -> npt.NDArray[np.bool_]:
+    """Return which handles have no equal one before them."""
+    ordered = np.sort(handles)
+    if not (ordered[1:] == ordered[:-1]).any():  # usually; this takes less time
+        return np.ones(len(handles), np.bool_)
+    _, first = np.unique(handles, return_index=True)
+    is_first = np.zeros(len(handles), np.bool_)
+    is_first[first] = True
+    return is_first
