@@ -4,18 +4,21 @@
 import asyncio
 import gzip
 import hashlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property
 from importlib import resources
 
-from tcpexporter.errors import SourceError
+from tcpexporter.errors import SourceError, reason
 from tcpexporter.metrics.exposition import Exposition
 from tcpexporter.metrics.history import INTERVAL_S, History
 from tcpexporter.metrics.negotiation import prefers_gzip
 from tcpexporter.metrics.status import Status, read, sample, summarize
 from tcpexporter.web.http1 import Request, Response, text
 from tcpexporter.web.status_page import CONTENT_SECURITY_POLICY, to_html, to_json
+
+log = logging.getLogger(__name__)
 
 IDLE_SHARE = 0.001
 """Maximum share of a core that samples use, with the time of the previous sample."""
@@ -93,14 +96,21 @@ class StatusPages:
             shown.html = None
 
     async def keep_sampling(self, is_ready: Callable[[], bool]) -> None:
-        """Take a sample whenever one is due, also if nobody opens the page."""
+        """Take a sample whenever one is due, also if nobody opens the page.
+
+        A sample that fails is taken again later: metrics do not depend on the history.
+        """
         while True:
             if is_ready() and time.monotonic() >= self._due_s():
                 try:
                     await self._current()
-                except SourceError:
-                    # The collection has logged the reason.
+                except Exception as error:
                     self._next_s = time.monotonic() + INTERVAL_S
+                    if not isinstance(
+                        error, SourceError
+                    ):  # the collection has logged those
+                        log.error("cannot keep a sample: %s", reason(error))  # noqa: TRY400
+                        log.debug("cannot keep a sample", exc_info=error)
             await asyncio.sleep(max(self._due_s() - time.monotonic(), 1))
 
     def _due_s(self) -> float:

@@ -12,8 +12,13 @@ from tests.support import inside, new_netns
 SIZE = {"width": 1280, "height": 900}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Chromium in a network namespace of its own, for the tests of one module.
+
+    Until it ends, Playwright runs an event loop in this thread, so that no test of
+    another module could run one.
+    """
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("chromium is not on PATH: Debian has it in the package chromium")

@@ -52,7 +52,8 @@ class Cgroup:
             text=True,
         ) as process:
             try:
-                eventually(lambda: self._holds(process.pid))
+                # A short command can have ended already.
+                eventually(lambda: self._holds(process.pid) or process.poll() is not None)
                 yield process
             finally:
                 process.kill()

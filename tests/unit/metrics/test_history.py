@@ -2,6 +2,8 @@
 """The last 15 minutes of each series: levels, rates, and the limit of memory."""
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from tcpexporter.metrics.history import (
     INTERVAL_S,
@@ -32,6 +34,21 @@ def test_a_sparkline_ends_with_the_present_and_begins_unknown() -> None:
     assert past.largest == [30]
     assert past.levels[0][-3:] == "8ff"
     assert past.levels[0][:-3] == UNKNOWN * (POINTS - 3)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=97))
+@example([3, 7, 13, 21, 26, 27, 41, 42, 49, 52, 54, 55, 1_000_003])
+def test_the_largest_number_of_any_series_has_the_highest_level(numbers: list[int]) -> None:
+    """A level is rounded up: only 0 has the level 0."""
+    history = History()
+    labels = label_sets(*map(str, range(len(numbers))))
+    zeros = [0] * len(numbers)
+    history.add(BEGIN_S - 15, labels, [number // 3 for number in numbers], zeros, zeros)
+    history.add(BEGIN_S, labels, numbers, zeros, zeros)
+    past = history.past(BEGIN_S, range(len(numbers)))
+    for number, levels in zip(numbers, past.levels, strict=True):
+        third = 0 if number < 3 else -(-(number // 3) * 15 // number)
+        assert levels[-2:] == f"{third:x}" + ("f" if number else "0")
 
 
 def test_samples_of_more_than_15_minutes_ago_are_forgotten() -> None:

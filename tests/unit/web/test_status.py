@@ -197,20 +197,27 @@ def test_reloaded_settings_are_shown(start: Start) -> None:
     assert b"<td>61</td>" in ask(port, "/").body
 
 
-def test_samples_are_taken_also_if_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A collection that fails does not end them; before the exporter is ready are none."""
+def test_samples_are_taken_also_if_nobody_looks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No failure ends them; before the exporter is ready, there are none.
+
+    A source that fails has been logged by the collection; another failure is a fault of
+    the exporter.
+    """
     for name in ("UNWATCHED_S", "INTERVAL_S"):
         monkeypatch.setattr(f"tcpexporter.web.status.{name}", 0)
-    results: list[SourceError | Exposition] = [
+    results: list[Exception | Exposition] = [
         SourceError("no sock_diag"),
+        ZeroDivisionError("not expected"),
         Exposition(Connections(("443", 7, 5)).collect()),
     ]
     collected: list[object] = []
 
     async def collect() -> Exposition:
-        result = results[min(len(collected), 1)]
+        result = results[len(collected)]
         collected.append(result)
-        if isinstance(result, SourceError):
+        if isinstance(result, Exception):
             raise result
         return result
 
@@ -218,9 +225,10 @@ def test_samples_are_taken_also_if_nobody_looks(monkeypatch: pytest.MonkeyPatch)
 
     async def run(*, is_ready: bool) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(pages.keep_sampling(lambda: is_ready), 1.5)
+            await asyncio.wait_for(pages.keep_sampling(lambda: is_ready), 2.5)
 
     asyncio.run(run(is_ready=False))
     assert collected == []
     asyncio.run(run(is_ready=True))
-    assert len(collected) == 2
+    assert len(collected) == 3
+    assert caplog.messages == ["cannot keep a sample: ZeroDivisionError: not expected"]
