@@ -157,8 +157,8 @@ class History:
         points = points.reshape(POINTS, _SAMPLES // POINTS, len(columns)).max(axis=1)
         largest = points.max(axis=0, initial=0)
         # Integers: a fraction that is rounded up can exceed the highest level.
-        highest, divisor = np.int64(len(LEVELS) - 1), np.maximum(largest, 1)
-        levels = (points * highest + (divisor - 1)) // divisor
+        highest, divisor = len(LEVELS) - 1, np.maximum(largest, 1)
+        levels = (points.astype(np.int64) * highest + (divisor - 1)) // divisor
         letters = np.frombuffer(LEVELS.encode(), np.uint8)[levels]
         letters[~known.reshape(POINTS, -1).any(axis=1)] = ord(UNKNOWN)
         letters[:, columns < 0] = ord(UNKNOWN)
