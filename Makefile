@@ -22,7 +22,7 @@ setup: ## Install what the exporter requires, and .venv/bin/tcpexporter
 
 .PHONY: test
 # If the system has no Prometheus or node_exporter, setup.sh unpacks them there.
-test bench: export PATH := $(CURDIR)/.cache/prometheus/usr/bin:$(CURDIR)/.cache/prometheus-node-exporter/usr/bin:$(PATH):/usr/sbin:/sbin
+test bench screenshot fleet: export PATH := $(CURDIR)/.cache/prometheus/usr/bin:$(CURDIR)/.cache/prometheus-node-exporter/usr/bin:$(PATH):/usr/sbin:/sbin
 test: lint ## Set up, then lint and run all tests; the kernel tests require root
 	$(bin)/python -m pytest
 
@@ -54,17 +54,27 @@ figures: ## Write the figures of a full bench into docs/performance.md and its p
 	$(bin)/python -m tests.benchmarks.table .cache/bench/figures.json --write docs/performance.md
 	$(bin)/python -m tests.benchmarks.picture .cache/bench/figures.json tests/benchmarks/scrape.svg
 
+.PHONY: fleet
+fleet: setup-test ## Measure what many exporters cost a Prometheus; write the figures into docs/fleet.md
+	$(bin)/python -m tests.benchmarks.fleet
+
 .PHONY: kernels
 kernels: ## Write the results of vm-test into docs/kernels.md
 	$(bin)/python -m tests.vm.table .cache/vm/kernels.json --write docs/kernels.md
 
 .PHONY: screenshot
-screenshot: setup-test ## Write the picture of the status page, docs/status-page.png; requires root
+screenshot: ## Write the pictures of the status page and the dashboards in docs/; requires root
+	@deploy/setup.sh bench
 	$(bin)/python -m tests.browser.screenshot
+	$(bin)/python -m tests.e2e.dashboard_pictures
 
 .PHONY: documents
 documents: setup-test ## Write the documents that are generated from the code
 	$(bin)/python -m deploy.documents
+
+.PHONY: dashboards
+dashboards: setup-test ## Write the Grafana dashboards in deploy/grafana
+	$(bin)/python -m deploy.dashboards
 
 .PHONY: soak
 soak: setup-test ## Open and close connections for ten minutes; check the counts and the memory afterwards

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Writes the documents that are generated from the code: ``make documents``.
 
-They are the tables in docs/settings.md and docs/metrics.md, the map of the tree in
-CONTRIBUTING.md, and the man page deploy/man/tcpexporter.8.
+They are the tables in docs/settings.md and docs/metrics.md, the alerts in docs/alerts.md,
+the map of the tree in CONTRIBUTING.md, and the man page deploy/man/tcpexporter.8.
 """
 
 import ast
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
@@ -38,8 +39,26 @@ SETTINGS_BEGIN = "<!-- settings: written by make documents -->"
 SETTINGS_END = "<!-- end of settings -->"
 METRICS_BEGIN = "<!-- metrics: written by make documents -->"
 METRICS_END = "<!-- end of metrics -->"
+ALERTS_BEGIN = "<!-- alerts: written by make documents -->"
+ALERTS_END = "<!-- end of alerts -->"
 TREE_BEGIN = "<!-- tree: written by make documents -->"
 TREE_END = "<!-- end of tree -->"
+
+RULES = [
+    ROOT / "deploy" / "prometheus" / f"{name}.rules.yml"
+    for name in ("tcpexporter", "examples")
+]
+"""The files of alert rules, in the order of docs/alerts.md."""
+
+RUNBOOK = ROOT / "deploy" / "prometheus" / "runbook.yml"
+"""What to do about each alert."""
+
+TITLES = {
+    "tcpexporter": "Alerts about the exporter",
+    "tcpexporter-connections": "Alerts about connections",
+    "tcpexporter-examples": "Examples of alerts on your services",
+}
+"""The headings of the groups of alert rules."""
 
 BOUNDS_S = (1.0,)
 """Bounds of the histograms. The table has no buckets, so any bound does."""
@@ -257,6 +276,38 @@ def _roff(text: str) -> str:
     return re.sub(r"(?m)^([.'])", r"\\&\1", escaped)
 
 
+# --- docs/alerts.md ---
+
+
+def alerts_text() -> str:
+    """Return the text on each alert, by group; the pager's link leads to its heading."""
+    runbook = yaml.safe_load(RUNBOOK.read_text())
+    groups = [
+        group for path in RULES for group in yaml.safe_load(path.read_text())["groups"]
+    ]
+    return "".join(_alert_group(group, runbook) for group in groups)
+
+
+def _alert_group(group: dict[str, Any], runbook: dict[str, dict[str, str]]) -> str:
+    rules = [rule for rule in group["rules"] if "alert" in rule]
+    return f"## {TITLES[group['name']]}\n\n" + "".join(
+        _alert(rule, **runbook[rule["alert"]]) for rule in rules
+    )
+
+
+def _alert(
+    rule: dict[str, Any], *, means: str, check: str, remedy: str, silence: str
+) -> str:
+    return (
+        f"### {rule['alert']}\n\n"
+        f"Severity {rule['labels']['severity']}, after {rule['for']}. {means}\n\n"
+        f"- **Check first**: {check}\n"
+        f"- **What to do**: {remedy}\n"
+        f"- **When to silence**: {silence}\n\n"
+        f"```promql\n{rule['expr'].strip()}\n```\n\n"
+    )
+
+
 # --- All of them ---
 
 
@@ -268,6 +319,10 @@ def _with_metrics(text: str) -> str:
     return tables.replaced(text, METRICS_BEGIN, METRICS_END, metrics_table())
 
 
+def _with_alerts(text: str) -> str:
+    return tables.replaced(text, ALERTS_BEGIN, ALERTS_END, alerts_text())
+
+
 def _with_tree(text: str) -> str:
     return tables.replaced(text, TREE_BEGIN, TREE_END, tree_table())
 
@@ -275,6 +330,7 @@ def _with_tree(text: str) -> str:
 DOCUMENTS: dict[Path, Callable[[str], str]] = {
     ROOT / "docs" / "settings.md": _with_settings,
     ROOT / "docs" / "metrics.md": _with_metrics,
+    ROOT / "docs" / "alerts.md": _with_alerts,
     ROOT / "CONTRIBUTING.md": _with_tree,
     ROOT / "deploy" / "man" / "tcpexporter.8": lambda _: man_page(),
 }

@@ -296,10 +296,10 @@ extras_of() {
 	case $1 in
 	run) ;;
 	guest) echo test ;;
-	test) echo test lint package browser ;;
-	fuzz) echo test lint package browser fuzz ;;
-	bench) echo test lint package browser bench ;;
-	release) echo test lint package browser release ;;
+	test) echo test lint package browser dashboards ;;
+	fuzz) echo test lint package browser dashboards fuzz ;;
+	bench) echo test lint package browser dashboards bench ;;
+	release) echo test lint package browser dashboards release ;;
 	esac
 }
 
@@ -357,7 +357,7 @@ with open("pyproject.toml", "rb") as project:
     print(*tomllib.load(project)["build-system"]["requires"], sep="\n")' >"$scratch/build.in"
 	resolve --all-extras >"$scratch/everything" # all lock files use these versions
 	write_lock run --constraints "$scratch/everything"
-	for extra in test lint package browser fuzz bench release; do
+	for extra in test lint package browser dashboards fuzz bench release; do
 		# shellcheck disable=SC2046  # two words for each package
 		write_lock $extra --constraints "$scratch/everything" --extra $extra \
 			$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' "$scratch/run.txt")

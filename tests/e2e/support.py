@@ -92,7 +92,7 @@ class Prometheus:
             f"  evaluation_interval: {interval_s}s\n"
             f"rule_files: [test.rules.yml]\n{scrape_config(*targets, **settings)}"
         )
-        self._address = f"127.0.0.1:{free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
         self._log = directory / "prometheus.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -100,7 +100,7 @@ class Prometheus:
                     tool("prometheus"),
                     f"--config.file={config}",
                     f"--storage.tsdb.path={directory / 'data'}",
-                    f"--web.listen-address={self._address}",
+                    f"--web.listen-address={self.address}",
                     "--log.level=debug",  # failed scrapes are logged at this level
                 ],
                 stdout=log,
@@ -125,6 +125,20 @@ class Prometheus:
         assert len(values) == len(found), f"{labels} do not distinguish {found}"
         return values
 
+    def query_range(
+        self, promql: str, start_s: float, end_s: float, step_s: float
+    ) -> dict[tuple[tuple[str, str], ...], list[tuple[float, float]]]:
+        """The times and values of each series of a query's result, by its labels."""
+        found = self._ask(
+            "query_range", query=promql, start=start_s, end=end_s, step=step_s
+        )["result"]
+        return {
+            tuple(each["metric"].items()): [
+                (at_s, float(value)) for at_s, value in each["values"]
+            ]
+            for each in found
+        }
+
     def failed_scrapes(self) -> list[str]:
         """The log lines about failed scrapes, each with the reason."""
         return [
@@ -148,12 +162,12 @@ class Prometheus:
             )
             time.sleep(0.1)
 
-    def _ask(self, path: str, **parameters: str) -> Any:
+    def _ask(self, path: str, **parameters: str | float) -> Any:
         query = urllib.parse.urlencode(parameters)
         return json.loads(self._get(f"/api/v1/{path}?{query}"))["data"]
 
     def _get(self, path: str) -> bytes:
-        url = f"http://{self._address}{path}"
+        url = f"http://{self.address}{path}"
         with urllib.request.urlopen(url, timeout=DEADLINE_S) as response:
             body: bytes = response.read()
             return body

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from prometheus_client.samples import Sample
 
+from deploy import documents
 from tcpexporter.collecting import SOURCES
 from tcpexporter.config.rules import parse_rules
 from tcpexporter.connections.identity import client_masks
@@ -31,8 +33,14 @@ from tcpexporter.metrics.reload_status import Reloads
 from tests.unit.made_cgroups import MadePaths
 
 ROOT = Path(__file__).parents[2]
-RULES = sorted(ROOT.glob("deploy/prometheus/*.rules.yml"))
+RULES = [*documents.RULES]
+"""The files of alert rules."""
+
+RECORDING = ROOT / "deploy/prometheus/recording.rules.yml"
+RECORDING_CASES = ROOT / "tests/e2e/recording_test.yml"
 CASES = ROOT / "tests/e2e/rules_test.yml"
+ALERTS = ROOT / "docs/alerts.md"
+FLEET = ROOT / "docs/fleet.md"
 
 PORTS = (443, 3838, 5432)
 """Ports in the examples."""
@@ -169,8 +177,31 @@ def published() -> dict[str, dict[str, set[str]]]:
 
 def test_promtool_accepts_the_rules() -> None:
     """``promtool check rules`` with its linter accepts each file."""
-    assert {path.name for path in RULES} == {"examples.rules.yml", "tcpexporter.rules.yml"}
-    assert promtool("check", "rules", "--lint-fatal", *RULES).count("SUCCESS") == len(RULES)
+    paths = sorted(ROOT.glob("deploy/prometheus/*.rules.yml"))
+    assert paths == sorted([*RULES, RECORDING])
+    assert promtool("check", "rules", "--lint-fatal", *paths).count("SUCCESS") == len(paths)
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_promtool_accepts_the_configurations_in_fleet_md(at: int, tmp_path: Path) -> None:
+    """``promtool check config`` accepts each YAML block of the document."""
+    blocks = re.findall("(?ms)^```yaml\n(.*?)^```$", FLEET.read_text())
+    assert len(blocks) == 3
+    config = tmp_path / "prometheus.yml"
+    config.write_text(blocks[at])
+    assert "is valid" in promtool("check", "config", config)
+
+
+def test_recording_rules_have_the_sums_of_the_cases() -> None:
+    """Each rule has a case, and reads published metrics."""
+    assert "SUCCESS" in promtool("test", "rules", RECORDING_CASES)
+    (group,) = yaml.safe_load(RECORDING.read_text())["groups"]
+    (cases,) = yaml.safe_load(RECORDING_CASES.read_text())["tests"]
+    tested = [each["expr"].partition("{")[0] for each in cases["promql_expr_test"]]
+    assert [rule["record"] for rule in group["rules"]] == tested
+    for rule in group["rules"]:
+        read = SELECTOR.findall(GROUPING.sub("", rule["expr"]))
+        assert {name for name, _ in read} <= published().keys()
 
 
 def test_alerts_fire_in_the_cases_that_expect_them() -> None:
@@ -189,12 +220,19 @@ def test_each_alert_has_a_case_where_it_fires_and_one_where_it_does_not() -> Non
 
 @pytest.mark.parametrize("name", alerts())
 def test_each_alert_has_a_delay_a_severity_and_a_description(name: str) -> None:
-    """Each alert has "for", a severity, a summary and a description."""
+    """Each alert has "for", a severity, a summary, a description and links.
+
+    runbook_url leads to the heading of the alert in docs/alerts.md.
+    """
     rule = alerts()[name]
     assert re.search(r"\n +for: [1-9]\d*m\n", rule)
     assert re.search(r"\n +severity: (critical|warning)\n", rule)
     assert re.search(r'\n +summary: ".+"\n', rule)
     assert re.search(r"\n +description: >-\n +\S+ ", rule)
+    assert re.search(r'\n +dashboard: "/d/tcpexporter-(connections|exporter)\b', rule)
+    (link,) = re.findall(r'\n +runbook_url: "(.*)"\n', rule)
+    assert link == f"https://tcpexporter.example/docs/alerts.md#{name.lower()}"
+    assert f"\n### {name}\n" in ALERTS.read_text()
 
 
 @pytest.mark.parametrize("name", alerts())
