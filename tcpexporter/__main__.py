@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Entry point of the command: exit codes, signals and logging."""
+"""Entry point of the command: exit codes and signals."""
 
 import logging
 import os
 import resource
 import signal
 import sys
+from functools import partial
 from types import FrameType
 
 from tcpexporter import startup
 from tcpexporter.config.reload import ReloadSignal
 from tcpexporter.errors import ServerError, SettingsError, reason
-from tcpexporter.host import daemon_threads, malloc, stderr
+from tcpexporter.host import daemon_threads, logs, malloc, stderr
 from tcpexporter.host.systemd import Supervisor
 
 log = logging.getLogger("tcpexporter")
@@ -37,7 +38,7 @@ def main() -> None:
         _require_descriptors()
         startup.run(
             startup.Process(sys.argv[1:], os.environ, supervisor, reload_signal, errors),
-            _set_up_logging,
+            partial(logs.set_up, to_journal=logs.is_journal(os.environ)),
         )
     except SettingsError as error:
         sys.exit(_report_failure(error, 2, supervisor))
@@ -91,27 +92,12 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 
 def _report_failure(error: Exception, code: int, supervisor: Supervisor) -> int:
     supervisor.tell(f"STATUS={reason(error)}")
-    sys.stderr.write(f"tcpexporter: {reason(error)}\n")
+    sentence = f"tcpexporter: {reason(error)}"
+    if logs.is_journal(os.environ):
+        sentence = logs.with_priority(sentence, logging.ERROR)
+    sys.stderr.write(f"{sentence}\n")
     daemon_threads.exit_if_running(code)
     return code
-
-
-def _set_up_logging(level: str, log_format: str) -> None:
-    # If the disk is full, logging must not print a traceback for each lost line.
-    logging.raiseExceptions = False
-    handler = logging.StreamHandler()
-    fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    if log_format == "json":
-        # Imported only when it is used: it uses 0.2 MiB of memory.
-        from pythonjsonlogger.json import JsonFormatter  # noqa: PLC0415
-
-        handler.setFormatter(JsonFormatter(fields))
-    else:
-        handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-        )
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

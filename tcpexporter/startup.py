@@ -13,7 +13,10 @@ import logging
 import pwd
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,11 +24,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from tcpexporter import version
 from tcpexporter.collecting import Counting, open_counting
-from tcpexporter.config import files
+from tcpexporter.config import files, summary
 from tcpexporter.config.reader import SETTINGS, WEB_CONFIG, Message, Reader, ReaderGoneError
 from tcpexporter.config.reload import Apply, Reloading, ReloadSignal
 from tcpexporter.config.reread import reread
-from tcpexporter.config.settings import Settings, misleading, parse
+from tcpexporter.config.settings import Settings, in_environment, misleading, parse
 from tcpexporter.ebpf import pins
 from tcpexporter.errors import ServerError, SourceError, WebConfigError
 from tcpexporter.host import (
@@ -84,8 +87,10 @@ def run(process: Process, set_up_logging: Callable[[str, str], None]) -> None:
     elif settings.unpin:
         pins.remove(settings.pin or pins.DEFAULT)
     else:
-        _warn_of(settings)
-        if settings.once:
+        _log_settings(settings, process)
+        if settings.check:
+            _check(settings)
+        elif settings.once:
             _run_once(settings, process.supervisor)
         else:
             _run(settings, process)
@@ -118,6 +123,29 @@ def _run_once(settings: Settings, supervisor: Supervisor) -> None:
             output.publish(page)
         else:
             stdout.write(page)
+
+
+def _check(settings: Settings) -> None:
+    """Print what would run on this host, without disturbing an exporter that runs.
+
+    Nothing listens, nothing is pinned, and the file of --state is not opened.
+
+    Raises:
+        TcpExporterError: the exporter would not start.
+    """
+    tried = replace(settings, pin=None, state=None)
+    with contextlib.ExitStack() as resources:
+        account = privileges.find_account(tried.user)
+        reader = _open_reader(tried, account)
+        if reader:
+            resources.callback(reader.close)
+        guard = _open_guard(tried, reader) if reader else None
+        source = open_counting(tried, resources).source
+        has_tls = bool(guard and guard.tls_policy)
+        stdout.write(
+            f"would count {summary.counted(settings)}, by {source.name}\n"
+            f"would serve {summary.url(settings, has_tls=has_tls)}\n".encode()
+        )
 
 
 # --- Listen ---
@@ -240,7 +268,7 @@ def _serve(
     status = partial(_status, opened.counting)
 
     def is_ready() -> None:
-        log.info("counting connections by %s", source.name)
+        _log_ready(settings, opened)
         process.supervisor.tell("READY=1", f"STATUS={status()}")
         opened.reloading.follow(_appliers(opened, settings, process, app))
 
@@ -257,12 +285,28 @@ def _serve(
             app.status.keep_sampling(lambda: starting.awaited() is None),
         )
 
+    began_s = time.monotonic()
     try:
         starting.begin(is_ready)
-        server.serve(listening, app, keep)
+        received = server.serve(listening, app, keep)
     finally:
         process.supervisor.tell("STOPPING=1")
         starting.raise_failure()
+    served = timedelta(seconds=round(time.monotonic() - began_s))
+    log.info("stopped by %s after %s", received.name, served)
+
+
+def _log_ready(settings: Settings, opened: _Opened) -> None:
+    """Log what is counted, where it can be seen, and what to try next."""
+    source = opened.counting.source
+    found = source.report().seeded_connections
+    more = "" if found is None else f"; {found:,} existed before"
+    log.info("counting %s, by %s%s", summary.counted(settings), source.name, more)
+    has_tls = bool(opened.guard and opened.guard.tls_policy)
+    url = summary.url(settings, has_tls=has_tls)
+    log.info("open %s in a browser; Prometheus scrapes %smetrics", url, url)
+    if advice := summary.advice(settings):
+        log.info("next: %s", advice)
 
 
 def _appliers(
@@ -316,6 +360,14 @@ class _SettingsReload:
         if done.changed:
             _warn_of(done.settings)
         root.setLevel(level)
+
+
+def _log_settings(settings: Settings, process: Process) -> None:
+    """Log which settings the environment gave, and warn of those without effect."""
+    if given := in_environment(process.argv, process.environ):
+        # Some platforms set PORT for every program.
+        log.info("settings from the environment: %s", ", ".join(given))
+    _warn_of(settings)
 
 
 def _warn_of(settings: Settings) -> None:

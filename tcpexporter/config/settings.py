@@ -87,6 +87,7 @@ class Settings:
     output: str | None = None
     """The file to which ``once`` writes; None: standard output."""
     features: bool = False
+    check: bool = False
 
     @property
     def series_labels(self) -> tuple[str, ...]:
@@ -263,6 +264,12 @@ GROUPS: Groups = {
             " them, then exit",
         ),
         Setting(
+            "check",
+            "false",
+            SWITCH,
+            "check the settings, say what would run on this host, then exit",
+        ),
+        Setting(
             "log-level",
             "info",
             one_of("debug", "info", "warning", "error"),
@@ -330,6 +337,21 @@ def parse(
     return settings
 
 
+def in_environment(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """Return ``NAME=value`` of each environment variable that no flag overrides.
+
+    Raises:
+        SettingsError: a flag is invalid.
+    """
+    flags, _ = sources.read_flags(sources.make_parser(GROUPS), GROUPS, argv)
+    variables = sources.read_environment(GROUPS, environ)
+    return [
+        f"{text.origin.removeprefix(sources.VARIABLE)}={text.text}"
+        for name, text in variables.items()
+        if name not in flags
+    ]
+
+
 def _read_file(path: Path, text: str | None) -> dict[str, Text]:
     return sources.read_lines(
         GROUPS, sources.read_text(path) if text is None else text, path
@@ -343,7 +365,9 @@ def _combine(texts: Mapping[str, Text]) -> Settings:
 
 
 def _refuse_contradictions(settings: Settings) -> None:
-    actions = [name for name in ("once", "unpin", "features") if getattr(settings, name)]
+    actions = [
+        name for name in ("once", "unpin", "features", "check") if getattr(settings, name)
+    ]
     if len(actions) > 1:
         raise SettingsError(f"{' and '.join(actions)} exclude each other: choose one")
     if settings.output and not settings.once:

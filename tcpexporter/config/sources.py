@@ -18,6 +18,10 @@ PREFIX = "TCPEXPORTER_"
 """The beginning of the names of environment variables."""
 
 
+VARIABLE = "environment variable "
+"""The beginning of the origin of a value from the environment."""
+
+
 class Text(NamedTuple):
     """The text of a value, and the place where it was given."""
 
@@ -178,7 +182,7 @@ def _epilog(groups: Groups) -> str:
 def read_environment(groups: Groups, environ: Mapping[str, str]) -> dict[str, Text]:
     """Return the value of each environment variable, by setting."""
     return {
-        setting.name: Text(environ[name], f"environment variable {name}")
+        setting.name: Text(environ[name], f"{VARIABLE}{name}")
         for setting in _each(groups)
         for name in reversed(setting.variables)  # the last one that is set stays
         if name in environ and not _is_of_kubernetes(name, environ[name])

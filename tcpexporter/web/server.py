@@ -59,7 +59,10 @@ class Server:
     async def serve(
         self, sockets: Sequence[socket.socket], alongside: Alongside | None = None
     ) -> None:
-        """Accept clients at listening sockets, then stop within half a second."""
+        """Accept clients at listening sockets, then stop within half a second.
+
+        If ``alongside`` raises an exception, this stops and raises it.
+        """
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_LoopErrors())
         make = protocol_factory(self._clients, self._app.respond, self._app.guard)
@@ -72,12 +75,20 @@ class Server:
             # kernel's queue, which has to be longer.
             sock.listen(BACKLOG)
         task = loop.create_task(alongside()) if alongside else None
+        if task:
+            task.add_done_callback(self._stop_if_failed)
         await self.stop.wait()
         if task:
             task.cancel()
         for each in servers:
             each.close()
         await self._shut_down()
+        if task and task.done() and not task.cancelled():
+            task.result()
+
+    def _stop_if_failed(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception():
+            self.stop.set()
 
     async def _shut_down(self) -> None:
         """Let clients receive responses that have begun, for GRACE_S at most."""
@@ -112,35 +123,44 @@ class _LoopErrors:
 
 def serve(
     sockets: Sequence[socket.socket], app: App, alongside: Alongside | None = None
-) -> None:
-    """Serve until SIGTERM or SIGINT, then return within half a second.
+) -> signal.Signals:
+    """Serve until SIGTERM or SIGINT, then return that signal within half a second.
 
     Threads that work meanwhile, such as the one that gets ready, must be started before.
 
     Args:
         sockets: From `listen`; closed on return.
         app: Makes the responses.
-        alongside: Runs in the same event loop; cancelled on the signal.
+        alongside: Runs in the same event loop; cancelled on the signal. An exception that
+            it raises ends the server, and is raised here.
     """
     gc.freeze()  # existing objects stay: no need to scan them at each collection
-    asyncio.run(_serve_until_signal(sockets, app, alongside))
+    return asyncio.run(_serve_until_signal(sockets, app, alongside))
 
 
 async def _serve_until_signal(
     sockets: Sequence[socket.socket], app: App, alongside: Alongside | None
-) -> None:
+) -> signal.Signals:
     server = Server(app)
-    with _calling_on_signal(server.stop.set):
+    received = signal.SIGTERM
+
+    def stop(number: signal.Signals) -> None:
+        nonlocal received
+        received = number
+        server.stop.set()
+
+    with _calling_on_signal(stop):
         await server.serve(sockets, alongside)
+    return received
 
 
 @contextlib.contextmanager
-def _calling_on_signal(stop: Callable[[], object]) -> Iterator[None]:
-    """Until the end of the block, call ``stop`` on SIGTERM and SIGINT."""
+def _calling_on_signal(stop: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Until the end of the block, call ``stop`` with SIGTERM or SIGINT when it arrives."""
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
     for number in before:
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     try:
         yield
     finally:

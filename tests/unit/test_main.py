@@ -4,10 +4,12 @@
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import numpy.typing as npt
@@ -26,19 +28,19 @@ from tcpexporter.connections.record import (
 from tcpexporter.connections.selection import kernel_parts
 from tcpexporter.connections.source import MemorySource, Source
 from tcpexporter.errors import LoadError, SocketTableError, SourceError
-from tcpexporter.host import namespaces, stdout
+from tcpexporter.host import logs, namespaces, stdout
 from tcpexporter.host.starting import Starting
 from tcpexporter.metrics.collector import make_registry
 
 
 @contextlib.contextmanager
-def set_up_logging(settings: Settings) -> Iterator[None]:
+def set_up_logging(settings: Settings, *, to_journal: bool = False) -> Iterator[None]:
     """Set up logging as the exporter does, and restore it afterwards."""
     root, asyncio = logging.getLogger(), logging.getLogger("asyncio")
     before = root.handlers, root.level, asyncio.level
     root.handlers = []
     try:
-        main._set_up_logging(settings.log_level, settings.log_format)
+        logs.set_up(settings.log_level, settings.log_format, to_journal=to_journal)
         yield
     finally:
         root.handlers = before[0]
@@ -72,12 +74,37 @@ def test_a_log_line_can_be_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert out == ""
     (line,) = err.splitlines()
     record = json.loads(line)
-    assert record.pop("asctime")
+    logged = datetime.fromisoformat(record.pop("time"))
+    assert logged.utcoffset() is not None
+    assert abs(datetime.now(UTC) - logged) < timedelta(minutes=1)
     assert record == {
-        "levelname": "WARNING",
-        "name": "tcpexporter.socket_tables.tables",
+        "level": "WARNING",
+        "logger": "tcpexporter.socket_tables.tables",
         "message": 'reading /proc/net/tcp instead:\n"näh"',
     }
+
+
+def test_a_log_line_for_the_journal_has_a_severity_and_no_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each line of a message has the severity, because the journal splits lines."""
+    with set_up_logging(Settings(), to_journal=True):
+        log_something()
+        logging.getLogger("tcpexporter").error("failed")
+    assert capsys.readouterr().err.splitlines() == [
+        "<4>tcpexporter.socket_tables.tables: reading /proc/net/tcp instead:",
+        '<4>"näh"',
+        "<3>tcpexporter: failed",
+    ]
+
+
+def test_only_the_stream_that_systemd_names_is_the_journal() -> None:
+    """A child of a service inherits the variable, but may have another standard error."""
+    status = os.fstat(2)
+    stream = f"{status.st_dev}:{status.st_ino}"
+    assert logs.is_journal({"JOURNAL_STREAM": stream})
+    assert not logs.is_journal({"JOURNAL_STREAM": f"{stream}0"})
+    assert not logs.is_journal({})
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])

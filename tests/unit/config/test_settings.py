@@ -44,6 +44,7 @@ SAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     ("log-format", "json", {"log_format": "json"}),
     ("once", "true", {"once": True}),
     ("features", "true", {"features": True}),
+    ("check", "true", {"check": True}),
     ("pin", "/sys/fs/bpf/x", {"pin": "/sys/fs/bpf/x"}),
     ("unpin", "true", {"unpin": True}),
     ("state", "/var/lib/x/state", {"state": "/var/lib/x/state"}),

@@ -130,3 +130,26 @@ def test_a_signal_stops_the_server(number: signal.Signals) -> None:
         took_s = time.monotonic() - before
     assert (process.returncode, output, errors) == (0, "returned\n", "")
     assert took_s < 3
+
+
+def test_a_failed_task_ends_the_server() -> None:
+    """The exporter must not serve without its watchdog: the failure is raised."""
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise ZeroDivisionError("a fault")
+
+    sockets = listen_at(LOOPBACK, 0)
+    with pytest.raises(ZeroDivisionError, match="a fault"):
+        server.serve(sockets, make_app(), fail)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_returns_the_signal_that_ended_it(number: signal.Signals) -> None:
+    """The log names it."""
+
+    async def send() -> None:
+        signal.raise_signal(number)
+        await asyncio.sleep(PATIENCE_S)
+
+    assert server.serve(listen_at(LOOPBACK, 0), make_app(), send) == number

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""Says in words what the settings select, for the log and ``--check``."""
+
+from tcpexporter.config.settings import Settings
+
+_DIRECTIONS = {
+    "inbound": "inbound connections",
+    "outbound": "outbound connections",
+    "all": "inbound and outbound connections",
+}
+
+_NAMESPACES = {"self": "", "all": " in all network namespaces"}
+
+_ADVICE = (
+    "--labels port,unit shows which service owns the connections, --histograms how old they"
+    " are; --help lists all settings"
+)
+
+MOST_PORTS = 10
+"""More ports are not listed but counted."""
+
+
+def counted(settings: Settings) -> str:
+    """Return what is counted, such as "inbound connections of every local port"."""
+    version = "" if settings.tcpv6 else " over IPv4 only"
+    netns = _NAMESPACES.get(settings.netns, f" in network namespace {settings.netns}")
+    where = f"{_DIRECTIONS[settings.direction]} of {_ports(settings.ports)}{version}{netns}"
+    return ", ".join([where, f"long-term from {settings.duration_s} s"])
+
+
+def _ports(ports: tuple[int, ...]) -> str:
+    match len(ports):
+        case 0:
+            return "every local port"
+        case 1:
+            return f"local port {ports[0]}"
+        case number if number > MOST_PORTS:
+            return f"{number} local ports"
+    return f"local ports {', '.join(map(str, ports))}"
+
+
+def url(settings: Settings, *, has_tls: bool) -> str:
+    """Return the address of the status page, which ends with a slash."""
+    scheme = "https" if has_tls else "http"
+    address = settings.listen_address
+    if address in (None, "", "::", "0.0.0.0"):  # noqa: S104
+        address = "localhost"
+    elif ":" in str(address):
+        address = f"[{address}]"
+    return f"{scheme}://{address}:{settings.listen_port}/"
+
+
+def advice(settings: Settings) -> str:
+    """Return what to try next; empty if the operator has chosen what is shown."""
+    return "" if settings.simple or settings.labels is not None else _ADVICE

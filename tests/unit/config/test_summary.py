@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The sentences about the settings in the log and in the output of --check."""
+
+import pytest
+
+from tcpexporter.config import summary
+from tcpexporter.config.settings import Settings, in_environment
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (Settings(), "inbound connections of every local port, long-term from 6 s"),
+        (
+            Settings(ports=(443,), direction="all", duration_s=30),
+            "inbound and outbound connections of local port 443, long-term from 30 s",
+        ),
+        (
+            Settings(ports=(80, 443), direction="outbound", tcpv6=False),
+            (
+                "outbound connections of local ports 80, 443 over IPv4 only, "
+                "long-term from 6 s"
+            ),
+        ),
+        (
+            Settings(netns="all"),
+            (
+                "inbound connections of every local port in all network namespaces, "
+                "long-term from 6 s"
+            ),
+        ),
+        (
+            Settings(ports=tuple(range(8000, 8011)), netns="blue"),
+            (
+                "inbound connections of 11 local ports in network namespace blue, "
+                "long-term from 6 s"
+            ),
+        ),
+    ],
+)
+def test_the_log_says_what_is_counted(settings: Settings, expected: str) -> None:
+    """The direction, the ports, the IP version, the namespace and the duration."""
+    assert summary.counted(settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        (None, "http://localhost:9690/"),
+        ("::", "http://localhost:9690/"),
+        ("0.0.0.0", "http://localhost:9690/"),
+        ("192.0.2.7", "http://192.0.2.7:9690/"),
+        ("2001:db8::7", "http://[2001:db8::7]:9690/"),
+    ],
+)
+def test_the_log_has_an_address_that_can_be_opened(
+    address: str | None, expected: str
+) -> None:
+    """A browser cannot open an address that stands for all addresses."""
+    assert summary.url(Settings(listen_address=address), has_tls=False) == expected
+    secure = summary.url(Settings(listen_address=address), has_tls=True)
+    assert secure == expected.replace("http:", "https:")
+
+
+def test_the_log_proposes_settings_only_if_none_chose_the_series() -> None:
+    """An operator who has chosen labels knows them."""
+    assert "--labels port,unit" in summary.advice(Settings())
+    assert summary.advice(Settings(labels=("port",))) == ""
+    assert summary.advice(Settings(simple=True)) == ""
+
+
+def test_settings_of_the_environment_are_listed_unless_a_flag_overrides_them() -> None:
+    """Many platforms set PORT, which selects local ports here."""
+    environ = {"PORT": "8080", "TCPEXPORTER_DURATION": "30", "SIMPLE": "true", "HOME": "/"}
+    assert in_environment(["--simple=false"], environ) == [
+        "PORT=8080",
+        "TCPEXPORTER_DURATION=30",
+    ]
+    assert in_environment([], {}) == []
