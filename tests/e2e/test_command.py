@@ -203,3 +203,95 @@ def test_without_root_ebpf_alone_is_refused() -> None:
     assert sentence.startswith("tcpexporter: ")
     assert "requires root" in sentence
     assert "sudo" in sentence
+
+
+def test_the_log_begins_with_what_is_counted_and_ends_with_the_signal() -> None:
+    """An operator sees where to look, and which settings the environment gave."""
+    with (
+        Peers() as peers,
+        Command("--netns", "self", command=("env", "PORT=443,5432", COMMAND)) as exporter,
+    ):
+        peers.connect(3)
+        code, log = exporter.stop()
+    assert code == 0
+    lines = [line.partition(" INFO tcpexporter: ")[2] for line in log.splitlines()]
+    url = f"http://{exporter.target}/"
+    assert [line for line in lines if line] == [
+        "settings from the environment: PORT=443,5432",
+        (
+            "counting inbound connections of local ports 443, 5432, long-term from 6 s, by"
+            " ebpf; 0 existed before"
+        ),
+        f"open {url} in a browser; Prometheus scrapes {url}metrics",
+        (
+            "next: --labels port,unit shows which service owns the connections, --histograms"
+            " how old they are; --help lists all settings"
+        ),
+        "stopped by SIGTERM after 0:00:00",
+    ]
+
+
+def test_lines_for_the_journal_have_a_severity_and_no_time() -> None:
+    """``journalctl -p warning`` finds the warning of the start, and the error at the end."""
+    reading, writing = os.pipe()
+    status = os.fstat(writing)
+    environment = os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+    ended = subprocess.run(
+        [COMMAND, "--source", "ebpf", "--simple", "--max-series", "7", "--listen", "-1"],
+        check=False,
+        stderr=writing,
+        env=environment,
+        timeout=DEADLINE_S,
+    )
+    assert ended.returncode == 2
+    started = subprocess.run(
+        [COMMAND, "--check", "--simple", "--max-series", "7"],
+        check=False,
+        stdout=subprocess.DEVNULL,
+        stderr=writing,
+        env=environment,
+        timeout=DEADLINE_S,
+    )
+    assert started.returncode == 0
+    os.close(writing)
+    with os.fdopen(reading) as log:
+        refused, warned = log.read().splitlines()
+    assert refused.startswith("<3>tcpexporter: flag --listen: ")
+    assert warned == "<4>tcpexporter: max-series has no effect with simple"
+
+
+def test_check_says_what_would_run(tmp_path: Path) -> None:
+    """It disturbs no exporter that runs: it neither listens, nor pins, nor saves ages."""
+    state = tmp_path / "state"
+    with Command("--state", str(state)) as running:
+        ended = run(
+            *(COMMAND, "--check", "--state", str(state), "--pin", "/sys/fs/bpf/unused"),
+            *("--listen", running.target, "--direction", "all"),
+        )
+        assert running.is_ready()
+    assert ended.returncode == 0
+    assert ended.stderr == ""
+    assert ended.stdout.splitlines() == [
+        (
+            "would count inbound and outbound connections of every local port, long-term"
+            " from 6 s, by ebpf"
+        ),
+        f"would serve http://{running.target}/",
+    ]
+    assert not Path("/sys/fs/bpf/unused").exists()
+
+
+def test_check_refuses_what_the_start_would_refuse(tmp_path: Path) -> None:
+    """Exit code 2 for an invalid setting or file, and 1 if no connection can be read."""
+    config = tmp_path / "web.yml"
+    config.write_text("basic_auth_users: {alice: secret}\n")
+    for code, refused in (
+        (2, run(COMMAND, "--check", "--port", "https")),
+        (2, run(COMMAND, "--check", "--web-config", str(config))),
+        (2, run(COMMAND, "--check", "--expect", "db=remote=database:5432")),
+        (1, run(*AS_NOBODY, COMMAND, "--check", "--source=ebpf")),
+    ):
+        assert refused.returncode == code
+        assert refused.stdout == ""
+        (sentence,) = refused.stderr.splitlines()
+        assert sentence.startswith("tcpexporter: ")
