@@ -232,7 +232,7 @@ def test_the_log_begins_with_what_is_counted_and_ends_with_the_signal() -> None:
 
 
 def test_lines_for_the_journal_have_a_severity_and_no_time() -> None:
-    """``journalctl -p warning`` finds the warning of the start, and the error at the end."""
+    """``journalctl -p warning`` finds the warning at the start, and the last error."""
     reading, writing = os.pipe()
     status = os.fstat(writing)
     environment = os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
