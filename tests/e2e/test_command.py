@@ -224,8 +224,8 @@ def test_the_log_begins_with_what_is_counted_and_ends_with_the_signal() -> None:
         ),
         f"open {url} in a browser; Prometheus scrapes {url}metrics",
         (
-            "next: --labels port,unit shows which service owns the connections, --histograms"
-            " how old they are; --help lists all settings"
+            "next: --labels port,unit shows which service owns the connections,"
+            " --histograms how old they are; --help lists all settings"
         ),
         "stopped by SIGTERM after 0:00:00",
     ]
