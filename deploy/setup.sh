@@ -64,7 +64,8 @@ main() {
 		;;
 	vm)
 		require_for_tests
-		require qemu-system-x86_64 mmdebstrap mke2fs modprobe cpio xz vagrant
+		require qemu-system-x86_64 qemu-system-aarch64 mmdebstrap mke2fs modprobe cpio xz
+		require vagrant
 		fill_venv test
 		;;
 	release)
@@ -190,6 +191,7 @@ packages_for() {
 		debian:seccomp) echo libseccomp2 ;;
 		debian:libc) echo libc6-dev ;;
 		debian:qemu-system-x86_64) echo qemu-system-x86 ;;
+		debian:qemu-system-aarch64) echo qemu-system-arm ;;
 		debian:busybox) echo busybox-static ;;
 		debian:mke2fs) echo e2fsprogs ;;
 		debian:modprobe) echo kmod ;;
