@@ -80,7 +80,7 @@ class Apt:
     def unpack(self, packages: Sequence[str], into: Path) -> None:
         """Download packages and unpack them, without installing them."""
         archives = into.with_name(f"{into.name}.archives")
-        archives.mkdir(parents=True)
+        archives.mkdir(parents=True, exist_ok=True)
         self("apt-get", "download", "-q", *packages, cwd=archives)
         for archive in archives.iterdir():
             _run("dpkg", "-x", str(archive), str(into))
