@@ -67,6 +67,7 @@ def _fill_venv(venv: Path, python: str, install: Callable[..., None]) -> None:
             path = packages / each
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(each.read_text().replace(str(ROOT), str(TREE)))
+            shutil.copymode(each.locate(), path)
     (venv / "bin/python").symlink_to("/usr/bin/python3")
     settings = ("home = /usr/bin", "include-system-site-packages = true")
     (venv / "pyvenv.cfg").write_text("\n".join([*settings, f"version = {python}", ""]))

@@ -69,11 +69,11 @@ def run(
     shutil.copy(init, share)
     pack_tree(share / "tree.tar")
     machine = kernel.architecture
-    booting = (f"console={machine.console}", *APPEND, f"vm.init=/share/{init.name}")
+    parameters = (f"console={machine.console}", machine.parameters, *APPEND)
     arguments = [
         *(*GUARD, f"qemu-system-{machine.machine}", *machine.emulated, *OPTIONS),
         *_devices(kernel, image, share),
-        *("-append", " ".join(booting)),
+        *("-append", " ".join([*parameters, f"vm.init=/share/{init.name}"])),
     ]
     try:
         if log is None:
