@@ -33,8 +33,8 @@ ARM64 = Architecture(
     # With qemu's CPU "max" booting takes six times as long: 32 s instead of 5 s.
     ("-machine", "virt", "-cpu", "neoverse-n1"),
     "ttyAMA0",
-    # Otherwise each system call empties the emulator's cache of addresses, which doubles the
-    # time of all tests. mitigations=off is not enough: KASLR turns it on.
+    # Otherwise each system call empties the emulator's cache of addresses, and tests take
+    # twice as long. mitigations=off is not enough: KASLR turns this isolation on.
     "kpti=off",
 )
 ARCHITECTURES = (AMD64, ARM64)
