@@ -108,10 +108,10 @@ RUNS = (
     Run(NEWEST, BOOKWORM, is_extra=True),
     *(Run(each, BOOKWORM, PART) for each in BETWEEN),
     Run(OLDEST, BOOKWORM),
+    *RUNS_ARM64,
     Run(KERNELS[1], VAGRANT, "tests/vm/service.py", init=guest.BOOT),
     # The newest of these kernels, and one on which the exporter keeps more privileges.
     *(Run(KERNELS[each], BOOKWORM, "tests/vm/faults.py", "faults") for each in (2, 0)),
-    *RUNS_ARM64,
 )
 
 
