@@ -22,7 +22,7 @@ from tests.unit.ebpf.test_loader_protocol import open_descriptors
         (errno.EPERM, "BCC cannot .* 64 KiB are allowed: LimitMEMLOCK"),
         (
             errno.ENOMEM,
-            "^out of memory while compiling; the exporter requires about 72 MiB",
+            "^out of memory while compiling; the exporter requires about 76 MiB",
         ),
         (None, "^BCC cannot compile the BPF program \\(no\\), .* its output$"),
     ],
@@ -79,7 +79,7 @@ def test_a_loader_killed_for_memory_is_reported(
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(loader, "VMSTAT", vmstat)
     with pytest.raises(
-        LoadError, match="out of memory while compiling; the exporter requires about 97 MiB"
+        LoadError, match="out of memory while compiling; the exporter requires about 101 MiB"
     ):
         loader.load(Request(262144, 0, (0, 0)))
 
