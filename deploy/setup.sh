@@ -105,7 +105,7 @@ require_for_tests() {
 	require_python
 	# Without containers, the services and the timer of podman end at once. It requires crun or
 	# runc; the tests use runc.
-	require bcc venv seccomp ip ss gcc libc git busybox podman runc chromium
+	require bcc venv seccomp ip ss gcc libc git busybox podman runc chromium zsh fish
 	require_unpacked prometheus prometheus promtool
 	require_unpacked prometheus-node-exporter prometheus-node-exporter
 }
