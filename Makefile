@@ -131,7 +131,11 @@ wheel: setup-test ## Build a reproducible wheel into dist/
 deb: setup-test ## Build a package for this release of Debian or Ubuntu into dist/
 	deploy/deb.sh
 
-# make install DESTDIR=/tmp/root PREFIX=/usr: write below a directory instead of /
+.PHONY: release
+release: setup-test ## Build wheel, source, package, SBOM and checksums into dist/; TAG=1 also tags
+	deploy/release.sh
+
+# make install DESTDIR=/tmp/root writes below that directory instead of /.
 PREFIX = /usr/local
 DESTDIR =
 

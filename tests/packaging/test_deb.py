@@ -182,16 +182,16 @@ mount -t overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" root "$1/root
 mount -t proc proc "$1/root/proc"
 mount --rbind /dev "$1/root/dev"
 cp "$2" "$1/root/tcpexporter.deb"
-chroot "$1/root" dpkg --install /tcpexporter.deb >&2
+chroot "$1/root" apt-get install -y /tcpexporter.deb >&2
 chroot "$1/root" /usr/bin/tcpexporter --version
 chroot "$1/root" sh -c 'ls /etc/systemd/system/multi-user.target.wants'
 chroot "$1/root" sh -c 'find /usr/lib/tcpexporter -name "*.pyc" | wc -l'
 mkdir "$1/root/var/lib/tcpexporter"
-chroot "$1/root" dpkg --remove tcpexporter >&2
+chroot "$1/root" apt-get remove -y tcpexporter >&2
 test ! -e "$1/root/usr/lib/tcpexporter"
 test ! -e "$1/root/usr/bin/tcpexporter"
 chroot "$1/root" test -e /etc/default/tcpexporter
-chroot "$1/root" dpkg --purge tcpexporter >&2
+chroot "$1/root" apt-get purge -y tcpexporter >&2
 rm "$1/root/tcpexporter.deb"
 # In an overlay, a character device marks a file that was deleted.
 test -z "$(find "$1/upper" -name '*tcpexporter*' ! -type c)"
@@ -201,7 +201,7 @@ test -z "$(find "$1/upper" -name '*tcpexporter*' ! -type c)"
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="installing a package requires root")
 def test_the_package_can_be_installed_and_removed(deb: Deb, tmp_path: Path) -> None:
-    """dpkg finds its dependencies, the command runs, and a purge leaves nothing."""
+    """apt finds its dependencies, the command runs, and a purge leaves nothing."""
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-eux", "-c", INSTALL, "sh", tmp_path, deb.path],
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
