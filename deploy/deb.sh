@@ -21,7 +21,7 @@ doc=$root/usr/share/doc/tcpexporter
 . /etc/os-release
 upstream=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 # The same version for a newer release is an upgrade: ~debian12 is less than ~debian13.
-version=$upstream-${REVISION:-1}~$ID$VERSION_ID
+version=$upstream-${REVISION:-1}~$ID${VERSION_ID-}
 architecture=$(dpkg --print-architecture)
 maintainer=${DEBEMAIL:-tcpexporter maintainers <tcpexporter@example.org>}
 
