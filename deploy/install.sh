@@ -119,6 +119,8 @@ fill_venv() {
 	# Libraries and modules are not executed by their name.
 	find "$destdir$venv/lib" -type f -perm /111 -exec chmod a-x {} +
 	find "$destdir$venv/lib" -type d -name tests -prune -exec rm -r {} +
+	# What was deleted is not in the lists of installed files either.
+	find "$destdir$venv/lib" -name RECORD -exec sed -i -E '/^\.\.\/|(^|\/)tests\//d' {} +
 }
 
 pip() {

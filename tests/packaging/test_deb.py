@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The Debian package has the right files, and can be installed, used and removed."""
 
+import base64
+import csv
+import hashlib
 import os
 import re
 import shutil
@@ -139,6 +142,21 @@ def test_the_default_file_has_every_setting(deb: Deb) -> None:
     assert list(given) == [each.variables[0] for each in SETTINGS]
     assert parse([], given) == parse([], {})
     assert deb.text("DEBIAN/conffiles").split() == [f"/{DEFAULT}"]
+
+
+def test_bundled_files_are_those_that_were_published(deb: Deb) -> None:
+    """Each file has the hash in its package's list, and no other file is there."""
+    (site,) = deb.root.glob(f"{VENV}/lib/*/site-packages")
+    listed = set()
+    for record in site.glob("*.dist-info/RECORD"):
+        for name, digest, _ in csv.reader(record.read_text().splitlines()):
+            content = (site / name).read_bytes()
+            expected = base64.urlsafe_b64encode(hashlib.sha256(content).digest())
+            assert digest in ("", f"sha256={expected.decode().rstrip('=')}"), name
+            listed.add(name)
+    assert listed == {
+        str(each.relative_to(site)) for each in site.rglob("*") if each.is_file()
+    }
 
 
 def test_every_bundled_package_is_in_the_copyright_file(deb: Deb) -> None:
