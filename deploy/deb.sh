@@ -41,7 +41,7 @@ gzip -9n >"$doc/changelog.Debian.gz" <<-END
 	 -- $maintainer  $(date -R -d "@$SOURCE_DATE_EPOCH")
 END
 
-# The licences of the other Python packages are in their metadata.
+# Add the licences of the other Python packages from their metadata.
 {
 	cat deploy/deb/copyright
 	for metadata in "$root"/usr/lib/tcpexporter/lib/python3*/site-packages/*.dist-info; do
@@ -54,7 +54,7 @@ END
 	done
 } >"$doc/copyright"
 
-# What the libraries in the virtual environment require; they bring their other libraries.
+# The packages of the libraries that the virtual environment requires and does not contain.
 libraries=$(find "$root/usr/lib/tcpexporter" -name '*.so*' -type f)
 mkdir "$scratch/debian"
 touch "$scratch/debian/control"

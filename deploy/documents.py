@@ -2,7 +2,7 @@
 """Writes the documents that are generated from the code: ``make documents``.
 
 They are the tables in docs/settings.md and docs/metrics.md, the map of the tree in
-CONTRIBUTING.md, the man page deploy/man/tcpexporter.8, the file of settings in
+CONTRIBUTING.md, the man page deploy/man/tcpexporter.8, the environment file in
 deploy/systemd, and the files in deploy/completion.
 """
 

@@ -80,7 +80,7 @@ stage() {
 	done
 }
 
-# Tells whether the file of settings has a line that is not a comment.
+# Succeeds if the environment file has a line that is not a comment.
 is_changed() {
 	grep -qs '^[^#]' "$destdir$settings"
 }
@@ -113,13 +113,14 @@ fill_venv() {
 	printf 'home = /usr/bin\ninclude-system-site-packages = true\n' >"$destdir$venv/pyvenv.cfg"
 	pip_install --require-hashes --find-links $wheels -r deploy/lock/run.txt
 	pip_install --no-deps --find-links "$scratch/wheel" tcpexporter
-	# It has built the exporter, and is not required any more.
+	# setuptools has built the exporter, and is not required any more.
 	pip uninstall -q -y setuptools
-	find "$destdir$venv/bin" -type f -delete # commands of the packages, with the wrong path
+	# The commands of these packages contain a path of the build.
+	find "$destdir$venv/bin" -type f -delete
 	# Libraries and modules are not executed by their name.
 	find "$destdir$venv/lib" -type f -perm /111 -exec chmod a-x {} +
 	find "$destdir$venv/lib" -type d -name tests -prune -exec rm -r {} +
-	# What was deleted is not in the lists of installed files either.
+	# Remove the deleted files from the lists of installed files too.
 	find "$destdir$venv/lib" -name RECORD -exec sed -i -E '/^\.\.\/|(^|\/)tests\//d' {} +
 }
 
@@ -127,7 +128,8 @@ pip() {
 	.venv/bin/python -m pip --python "$destdir$venv/bin/python3" --disable-pip-version-check "$@"
 }
 
-# Installs packages also if the system has them: it may upgrade its own.
+# Installs packages even if the system has the same ones: the system can upgrade or remove its
+# own.
 pip_install() {
 	pip install -q --no-index --only-binary=:all: --ignore-installed --no-compile "$@"
 }

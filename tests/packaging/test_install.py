@@ -44,7 +44,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_files_are_below_the_prefix(installed: Path) -> None:
-    """Only the file of settings is elsewhere."""
+    """Only the environment file is elsewhere."""
     elsewhere = {each for each in files(installed) if not each.startswith(f"{PREFIX}/")}
     assert elsewhere == {DEFAULT}
     unit = installed / PREFIX / "lib/systemd/system/tcpexporter.service"

@@ -5,7 +5,10 @@ The tests depend on each other: the first one installs the package, and the last
 it.
 """
 
+import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import Peers, bpf_programs, eventually
+from tests.support import ESTABLISHED, Peers, bpf_programs, eventually, inside, new_netns
 from tests.vm.service import busy, end_by, get, is_active, is_ready, long_term, state
 
 PACKAGES = Path("/share")
@@ -35,10 +38,10 @@ WATCHDOG_S = 5
 
 @pytest.fixture(scope="module", autouse=True)
 def unprovisioned() -> None:
-    """Remove the service that vagrant/provision.sh has installed."""
-    subprocess.run(["systemctl", "disable", "--now", "tcpexporter"], check=True)
-    Path("/etc/systemd/system/tcpexporter.service").unlink()
-    Path("/usr/local/bin/tcpexporter").unlink()
+    """Remove the service that vagrant/provision.sh has installed, if the guest has it."""
+    subprocess.run(["systemctl", "disable", "--now", "tcpexporter"], check=False)
+    Path("/etc/systemd/system/tcpexporter.service").unlink(missing_ok=True)
+    Path("/usr/local/bin/tcpexporter").unlink(missing_ok=True)
     subprocess.run(["rm", "-rf", PINNED, *KEPT], check=True)
     subprocess.run(["systemctl", "daemon-reload"], check=True)
 
@@ -63,7 +66,7 @@ def has_metric(line: str) -> bool:
 
 @pytest.fixture
 def settings() -> Iterator[None]:
-    """Restore the file of settings, and restart the service with it."""
+    """Restore the environment file, and restart the service with it."""
     before = DEFAULT.read_text()
     yield
     DEFAULT.write_text(before)
@@ -74,6 +77,20 @@ def settings() -> Iterator[None]:
 def add_setting(line: str) -> None:
     with DEFAULT.open("a") as file:
         file.write(f"{line}\n")
+
+
+@contextlib.contextmanager
+def drop_in(*lines: str) -> Iterator[None]:
+    """Add lines to the section [Service] of the unit, without a restart."""
+    DROP_IN.parent.mkdir()
+    DROP_IN.write_text("\n".join(["[Service]", *lines, ""]))
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    try:
+        yield
+    finally:
+        DROP_IN.unlink()
+        DROP_IN.parent.rmdir()
+        subprocess.run(["systemctl", "daemon-reload"], check=True)
 
 
 def test_the_service_runs_after_the_installation() -> None:
@@ -166,16 +183,41 @@ def test_an_invalid_setting_stops_restarts() -> None:
 
 def test_the_watchdog_restarts_an_exporter_that_hangs() -> None:
     """A stopped process is one: it sends systemd no message."""
-    DROP_IN.parent.mkdir()
-    DROP_IN.write_text(f"[Service]\nWatchdogSec={WATCHDOG_S}\n")
-    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    with drop_in(f"WatchdogSec={WATCHDOG_S}"):
+        end_by(RESTART)
+        hung = pid()
+        os.kill(hung, signal.SIGSTOP)
+        eventually(partial(is_ready, hung))
+
+
+@pytest.mark.usefixtures("settings")
+def test_all_namespaces_are_counted_with_the_documented_privileges() -> None:
+    """A comment of the unit has the lines of the drop-in."""
+    comment = re.findall(r"(?m)^#     (\w+=.*)$", UNIT.read_text())
+    assert len(comment) == 4
+    add_setting("TCPEXPORTER_NETNS=all")
+    with drop_in(*comment), new_netns() as name:
+        end_by(RESTART)
+        with inside(name):
+            peers = Peers()
+            peers.connect(3)
+        with peers:
+            port = f'port="{peers.port}"'
+            series = f'{ESTABLISHED}{{{port},tcp_version="4",netns="{name}"}} 3.0'
+            eventually(lambda: has_metric(series))
+    assert has_metric('tcpexporter_source_info{source="ebpf"} 1.0')
+
+
+@pytest.mark.usefixtures("settings")
+def test_the_journal_has_json() -> None:
+    """Each line of the exporter is an object."""
+    add_setting("TCPEXPORTER_LOG_FORMAT=json")
     end_by(RESTART)
-    hung = pid()
-    os.kill(hung, signal.SIGSTOP)
-    eventually(partial(is_ready, hung))
-    DROP_IN.unlink()
-    DROP_IN.parent.rmdir()
-    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    lines = subprocess.check_output(
+        ["journalctl", "--output=cat", "--no-pager", f"_PID={pid()}"], text=True
+    ).splitlines()
+    assert lines
+    assert all(json.loads(line)["message"] for line in lines)
 
 
 def test_an_upgrade_does_not_start_a_disabled_service() -> None:
