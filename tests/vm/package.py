@@ -202,8 +202,8 @@ def test_all_namespaces_are_counted_with_the_documented_privileges() -> None:
             peers = Peers()
             peers.connect(3)
         with peers:
-            port = f'port="{peers.port}"'
-            series = f'{ESTABLISHED}{{{port},tcp_version="4",netns="{name}"}} 3.0'
+            labels = f'netns="{name}",port="{peers.port}",tcp_version="4"'
+            series = f"{ESTABLISHED}{{{labels}}} 3.0"
             eventually(lambda: has_metric(series))
     assert has_metric('tcpexporter_source_info{source="ebpf"} 1.0')
 
