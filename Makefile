@@ -128,7 +128,7 @@ audit: ## Ask the package index for known vulnerabilities of the locked packages
 
 .PHONY: sbom
 # SOURCE_DATE_EPOCH is the time of the last commit, so the same commit gives the same bytes.
-sbom wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+sbom wheel deb install: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 sbom: setup-test ## Write a bill of materials of the running exporter: dist/tcpexporter.cdx.json
 	@mkdir -p dist
 	$(bin)/python -m deploy.sbom >dist/tcpexporter.cdx.json
@@ -136,6 +136,28 @@ sbom: setup-test ## Write a bill of materials of the running exporter: dist/tcpe
 .PHONY: wheel
 wheel: setup-test ## Build a reproducible wheel into dist/
 	deploy/wheel.sh
+
+.PHONY: deb
+deb: setup-test ## Build a package for this release of Debian or Ubuntu into dist/
+	deploy/deb.sh
+
+.PHONY: release
+release: setup-test ## Build wheel, source, package, SBOM and checksums into dist/; TAG=1 also tags
+	deploy/release.sh
+
+# make install DESTDIR=/tmp/root writes below that directory instead of /.
+PREFIX = /usr/local
+DESTDIR =
+
+.PHONY: install
+install uninstall: export PREFIX := $(PREFIX)
+install uninstall: export DESTDIR := $(DESTDIR)
+install: ## Install the exporter and its systemd unit on this system; PREFIX=/usr/local
+	deploy/install.sh install
+
+.PHONY: uninstall
+uninstall: ## Remove what make install has installed
+	deploy/install.sh uninstall
 
 .PHONY: clean
 clean: ## Remove .venv, caches and build output

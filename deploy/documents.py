@@ -2,11 +2,13 @@
 """Writes the documents that are generated from the code: ``make documents``.
 
 They are the tables in docs/settings.md and docs/metrics.md, the alerts in docs/alerts.md,
-the map of the tree in CONTRIBUTING.md, and the man page deploy/man/tcpexporter.8.
+the map of the tree in CONTRIBUTING.md, the man page deploy/man/tcpexporter.8, the
+environment file in deploy/systemd, and the files in deploy/completion.
 """
 
 import ast
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
+from deploy import shells
 from tcpexporter.config import settings
 from tcpexporter.config.rules import parse_rules
 from tcpexporter.config.values import LABELS
@@ -308,6 +311,40 @@ def _alert(
     )
 
 
+# --- /etc/default/tcpexporter ---
+
+DEFAULTS = """\
+# SPDX-License-Identifier: GPL-3.0-only
+# Settings of the service tcpexporter. Written by `make documents`.
+#
+# To change a setting, remove the # before it. The line shows the default. Then run:
+#
+#     systemctl restart tcpexporter
+#
+# The service itself sets TCPEXPORTER_PIN and TCPEXPORTER_STATE: an empty value here turns
+# one off. tcpexporter(8) describes all settings.
+"""
+
+
+def defaults_file() -> str:
+    """Return a file for EnvironmentFile= with every setting commented out."""
+    return DEFAULTS + "".join(
+        f"\n# --- {title} ---\n{''.join(map(_commented_out, group))}"
+        for title, group in described()
+    )
+
+
+def _commented_out(each: Described) -> str:
+    lines = textwrap.wrap(
+        f"{each.help[:1].upper()}{each.help[1:]}. Value: {each.allowed}.",
+        92,
+        initial_indent="# ",
+        subsequent_indent="# ",
+        break_on_hyphens=False,
+    )
+    return "\n".join(["", *lines, f"#{each.variables[0]}={each.default}", ""])
+
+
 # --- All of them ---
 
 
@@ -333,6 +370,10 @@ DOCUMENTS: dict[Path, Callable[[str], str]] = {
     ROOT / "docs" / "alerts.md": _with_alerts,
     ROOT / "CONTRIBUTING.md": _with_tree,
     ROOT / "deploy" / "man" / "tcpexporter.8": lambda _: man_page(),
+    ROOT / "deploy" / "systemd" / "tcpexporter.default": lambda _: defaults_file(),
+    ROOT / "deploy" / "completion" / "tcpexporter.bash": lambda _: shells.bash(),
+    ROOT / "deploy" / "completion" / "tcpexporter.zsh": lambda _: shells.zsh(),
+    ROOT / "deploy" / "completion" / "tcpexporter.fish": lambda _: shells.fish(),
 }
 """For each document, the function that makes its new text from its old text."""
 
@@ -340,6 +381,7 @@ DOCUMENTS: dict[Path, Callable[[str], str]] = {
 def main() -> None:
     """Write each generated document again."""
     for path, new in DOCUMENTS.items():
+        path.parent.mkdir(exist_ok=True)
         path.write_text(new(path.read_text() if path.exists() else ""))
 
 

@@ -12,6 +12,7 @@
 #   vm           the same as "test", and the programs that boot other kernels
 #   release      the same as "test", and the tools for lock files and audits
 #   lock         the same as "release"; then write deploy/lock
+#   wheels       the same as "run", and download the packages of "run" into .cache/wheels
 #   require X... install the packages of these commands or services: make prometheus.service
 #
 # It does not install a package again. If every package is installed, it requires neither root
@@ -47,6 +48,7 @@ main() {
 	test)
 		require_for_tests
 		fill_venv test
+		fetch_wheels
 		;;
 	lowest)
 		require_python
@@ -78,11 +80,17 @@ main() {
 		fill_venv release
 		write_locks
 		;;
+	wheels)
+		require_python
+		require bcc venv seccomp
+		fill_venv run
+		fetch_wheels
+		;;
 	require)
 		shift
 		require "$@"
 		;;
-	*) fail "usage: $0 run|guest|test|lowest|fuzz|bench|vm|release|lock|require X..." ;;
+	*) fail "usage: $0 run|guest|test|lowest|fuzz|bench|vm|release|lock|wheels|require X..." ;;
 	esac
 }
 
@@ -105,7 +113,9 @@ require_for_tests() {
 	require_python
 	# Without containers, the services and the timer of podman end at once. It requires crun or
 	# runc; the tests use runc.
-	require bcc venv seccomp ip ss gcc libc git busybox podman runc chromium
+	require bcc venv seccomp ip ss gcc libc git busybox podman runc chromium zsh fish
+	# Only make deb and its tests require these.
+	[ "$(system_family)" != debian ] || require dpkg-shlibdeps lintian
 	require_unpacked prometheus prometheus promtool
 	require_unpacked prometheus-node-exporter prometheus-node-exporter
 }
@@ -189,6 +199,7 @@ packages_for() {
 		debian:ip | debian:ss) echo iproute2 ;;
 		debian:seccomp) echo libseccomp2 ;;
 		debian:libc) echo libc6-dev ;;
+		debian:dpkg-shlibdeps) echo dpkg-dev ;;
 		debian:qemu-system-x86_64) echo qemu-system-x86 ;;
 		debian:busybox) echo busybox-static ;;
 		debian:mke2fs) echo e2fsprogs ;;
@@ -340,6 +351,17 @@ state() {
 		"$python" --version
 		pwd
 	} | sha256sum | cut -d ' ' -f 1
+}
+
+# Downloads the packages that make install and make deb unpack, unless they are there.
+fetch_wheels() {
+	state=$(state)
+	! grep -qsx "$state" .cache/wheels/state || return 0
+	say "downloading Python packages into .cache/wheels"
+	rm -rf .cache/wheels
+	"$venv/bin/python" -m pip download -q --disable-pip-version-check --require-hashes \
+		--only-binary=:all: -r deploy/lock/run.txt -d .cache/wheels
+	echo "$state" >.cache/wheels/state
 }
 
 pip_install() {

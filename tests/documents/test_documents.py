@@ -36,6 +36,11 @@ NOT_RUN = {
     " tcpexporter.rules.yml": "it changes the rules",
     "journalctl -u tcpexporter": "it requires the service, which make vm-test has",
     "sudo systemctl reload tcpexporter": "it requires the service, which make vm-test has",
+    "sudo systemctl restart tcpexporter": "make vm-test has the service",
+    "sudo systemctl enable --now tcpexporter": "make vm-test has the service",
+    "sudo apt install './dist/tcpexporter_*.deb'": "tests/packaging does this",
+    "sudo apt remove tcpexporter": "tests/packaging does this",
+    "sudo apt purge tcpexporter": "tests/packaging does this",
     "man -l deploy/man/tcpexporter.8": "other tests read the man page",
 }
 """Commands that are not run here, each with the reason."""
