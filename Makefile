@@ -79,6 +79,17 @@ fuzz: ## Try a million bad inputs for each parser, in an hour; TARGET=procfs for
 hostile: setup-test ## Attack the exporter with thousands of clients for five minutes; check that scrapes work
 	$(bin)/python -m tests.hostile
 
+.PHONY: image
+image: ## Build the container images tcpexporter:bpf and tcpexporter:polling with podman; requires root
+	@deploy/setup.sh image
+	deploy/container/build.sh
+
+.PHONY: container-test
+container-test: ## Build the images, run them in containers and Pods, and check the manifests
+	@deploy/setup.sh container
+	deploy/container/build.sh
+	$(bin)/python -m pytest tests/container
+
 .PHONY: vm-test
 # pdeathsig: the guests end when make ends.
 vm-test vm-shell: export PATH := $(PATH):/usr/sbin:/sbin
