@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Exits with 0 if the exporter of this container is ready: the HEALTHCHECK of the image.
+"""Exits with 0 if the exporter of this container is ready: the HEALTHCHECK of the images.
 
-The port is that of TCPEXPORTER_LISTEN. If it is set by a flag, or with TLS, use another
-health check.
+The address is that of TCPEXPORTER_LISTEN. If it is set by a flag, or if the exporter uses
+TLS or passwords, choose another health check.
 """
 
 import http.client
@@ -13,9 +13,8 @@ import sys
 def is_ready(listen: str) -> bool:
     """Return whether the exporter that listens there answers /-/ready with 200."""
     host, _, port = listen.rpartition(":")
-    connection = http.client.HTTPConnection(
-        host.strip("[]") or "localhost", int(port), timeout=10
-    )
+    address = host.strip("[]") or "localhost"
+    connection = http.client.HTTPConnection(address, int(port), timeout=10)
     try:
         connection.request("GET", "/-/ready")
         return connection.getresponse().status == http.client.OK
