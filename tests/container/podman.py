@@ -4,7 +4,6 @@
 import contextlib
 import http.client
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,18 +15,16 @@ BPF = "localhost/tcpexporter:bpf"
 POLLING = "localhost/tcpexporter:polling"
 PORT = 9690
 
-LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
-"""The default limits can be higher than those of the machine."""
+ENVIRONMENT = os.environ | {
+    "CONTAINERS_CONF": str(Path(__file__).with_name("containers.conf"))
+}
 
 
 def podman(*arguments: str | Path, stdin: str | None = None) -> str:
     """Run podman and return its output; fail with its messages."""
     done = subprocess.run(
-        [
-            *("podman", "--cgroup-manager=cgroupfs"),
-            f"--runtime={shutil.which('runc', path='/usr/sbin:/usr/bin')}",
-            *arguments,
-        ],
+        ["podman", *arguments],
+        env=ENVIRONMENT,
         input=stdin,
         capture_output=True,
         text=True,
@@ -41,7 +38,7 @@ def podman(*arguments: str | Path, stdin: str | None = None) -> str:
 def run_python(image: str, program: str) -> str:
     """Run a program with the Python of an image, and return its output."""
     return podman(
-        *("run", "--rm", "--no-healthcheck", "--network=host", *LIMITS),
+        *("run", "--rm", "--no-healthcheck", "--network=host"),
         *("--entrypoint=python3", image, "-W", "error", "-c", program),
     )
 
@@ -96,7 +93,9 @@ def running(
     container = podman(
         # The host's network is that of the process which runs podman: the test's.
         *("run", "--detach", "--no-healthcheck", "--network=host"),
-        *(*LIMITS, *options, image, *arguments),
+        *options,
+        image,
+        *arguments,
     )
     try:
         yield Exporter(container)
