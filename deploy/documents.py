@@ -2,11 +2,12 @@
 """Writes the documents that are generated from the code: ``make documents``.
 
 They are the tables in docs/settings.md and docs/metrics.md, the map of the tree in
-CONTRIBUTING.md, and the man page deploy/man/tcpexporter.8.
+CONTRIBUTING.md, the man page deploy/man/tcpexporter.8, and the alert rules for Kubernetes.
 """
 
 import ast
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -257,6 +258,28 @@ def _roff(text: str) -> str:
     return re.sub(r"(?m)^([.'])", r"\\&\1", escaped)
 
 
+# --- deploy/kubernetes ---
+
+
+def prometheus_rule() -> str:
+    """Return the alert rules as an object of the Prometheus Operator."""
+    rules = (ROOT / "deploy" / "prometheus" / "tcpexporter.rules.yml").read_text()
+    _, groups = rules.split("\ngroups:\n")
+    header = """\
+# SPDX-License-Identifier: GPL-3.0-only
+# Written by `make documents` from deploy/prometheus/tcpexporter.rules.yml.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: tcpexporter
+  labels:
+    app.kubernetes.io/name: tcpexporter
+spec:
+  groups:
+"""
+    return header + textwrap.indent(groups, "  ")
+
+
 # --- All of them ---
 
 
@@ -277,6 +300,9 @@ DOCUMENTS: dict[Path, Callable[[str], str]] = {
     ROOT / "docs" / "metrics.md": _with_metrics,
     ROOT / "CONTRIBUTING.md": _with_tree,
     ROOT / "deploy" / "man" / "tcpexporter.8": lambda _: man_page(),
+    ROOT / "deploy" / "kubernetes" / "monitoring" / "prometheus-rule.yaml": (
+        lambda _: prometheus_rule()
+    ),
 }
 """For each document, the function that makes its new text from its old text."""
 
