@@ -71,7 +71,7 @@ main() {
 		;;
 	container)
 		require_for_tests
-		require mmdebstrap
+		require mmdebstrap catatonit # the first process of each Pod of podman
 		fill_venv container
 		"$venv/bin/python" -m tests.container.kubectl
 		;;

@@ -9,7 +9,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support import DEADLINE_S
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support import DEADLINE_S, ESTABLISHED
 
 BPF = "localhost/tcpexporter:bpf"
 POLLING = "localhost/tcpexporter:polling"
@@ -87,16 +89,14 @@ def running(
 
     Args:
         image: its name.
-        options: as in podman-run(1).
+        options: as in podman-run(1); --network chooses another namespace.
         arguments: the flags of the exporter.
     """
-    container = podman(
+    run = ["run", "--detach", "--no-healthcheck"]
+    if not any(each.startswith("--network") for each in options):
         # The host's network is that of the process which runs podman: the test's.
-        *("run", "--detach", "--no-healthcheck", "--network=host"),
-        *options,
-        image,
-        *arguments,
-    )
+        run.append("--network=host")
+    container = podman(*run, *options, image, *arguments)
     try:
         yield Exporter(container)
     finally:
@@ -115,6 +115,29 @@ def get(path: str, port: int = PORT) -> str | None:
     finally:
         connection.close()
     return text if response.status == http.client.OK else None
+
+
+def is_a_process_hidden() -> bool:
+    """Return whether root cannot see the namespaces of each process, as in some VMs."""
+    try:
+        Path("/proc/1/ns/net").readlink()
+    except PermissionError:
+        return True
+    return False
+
+
+def established(**labels: str) -> float | None:
+    """Scrape once; return the established connections with exactly these labels."""
+    for family in text_string_to_metric_families(get("/metrics") or ""):
+        for sample in family.samples:
+            if sample.name == ESTABLISHED and sample.labels == labels:
+                return float(sample.value)
+    return None
+
+
+def pid_of(container: str) -> int:
+    """Return the id of the first process of a container."""
+    return int(podman("inspect", "--format={{.State.Pid}}", container))
 
 
 def why_no_containers() -> str | None:

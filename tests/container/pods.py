@@ -129,11 +129,6 @@ def options_of(pod: dict[str, Any]) -> list[str]:
     ]
 
 
-def pid_of(container: str) -> int:
-    """Return the id of the first process of a container."""
-    return int(podman("inspect", "--format={{.State.Pid}}", container))
-
-
 def unique(name: str) -> str:
     """Return a name for a Pod or a directory that no other test run uses."""
     return f"tcpexporter-test-{name}-{os.getpid()}"

@@ -7,29 +7,34 @@ required.
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
-from tests.container.podman import BPF, get, podman, running
+from tests.container.podman import (
+    BPF,
+    established,
+    get,
+    is_a_process_hidden,
+    pid_of,
+    podman,
+    running,
+)
 from tests.container.pods import (
     APP_PORT,
     KUBERNETES,
     ROOT,
     objects,
     options_of,
-    pid_of,
     playing,
     pod_of,
     probes_of,
     render,
     unique,
 )
-from tests.support import ESTABLISHED, Peers, eventually, inside
+from tests.support import Peers, eventually, inside
 
 EXAMPLES = ("node", "all-pods", "app", "app-native")
 OVERLAYS = [
@@ -37,7 +42,6 @@ OVERLAYS = [
     *(KUBERNETES / "examples" / each for each in EXAMPLES),
 ]
 SIDECARS = pytest.mark.parametrize("example", ["app", "app-native"])
-BPF_FS = Path("/sys/fs/bpf")
 
 
 def example(name: str) -> dict[str, dict[str, Any]]:
@@ -141,18 +145,6 @@ def test_a_sidecar_does_not_change_the_application(example: str) -> None:
 # --- Pods ---
 
 
-@pytest.fixture
-def pins() -> Iterator[str]:
-    """A directory for --pin that no other exporter uses."""
-    if not BPF_FS.is_mount():
-        subprocess.run(["mount", "-t", "bpf", "bpf", BPF_FS], check=True)
-    path = f"{BPF_FS}/{unique('pins')}"
-    yield path
-    subprocess.run(
-        [sys.executable, "-m", "tcpexporter", "--unpin", "--pin", path], check=True
-    )
-
-
 def daemon(name: str, pins: str) -> dict[str, Any]:
     """Return the Pod of a DaemonSet, with pins of its own."""
     workload = example(name)["DaemonSet"]
@@ -223,21 +215,3 @@ def test_the_daemon_set_counts_the_connections_of_all_pods(pins: str) -> None:
             labels = {"port": str(APP_PORT), "container": container, "pod": ""}
             eventually(lambda: established(**labels, tcp_version="4") == 5)
             assert len(exporter.warnings()) == is_a_process_hidden()
-
-
-def is_a_process_hidden() -> bool:
-    """Return whether root cannot see the namespaces of each process, as in some VMs."""
-    try:
-        Path("/proc/1/ns/net").readlink()
-    except PermissionError:
-        return True
-    return False
-
-
-def established(**labels: str) -> float | None:
-    """Scrape once; return the established connections with exactly these labels."""
-    for family in text_string_to_metric_families(get("/metrics") or ""):
-        for sample in family.samples:
-            if sample.name == ESTABLISHED and sample.labels == labels:
-                return float(sample.value)
-    return None

@@ -141,10 +141,7 @@ def test_capabilities_in_the_bounding_set_alone_are_not_in_effect() -> None:
 
 
 def test_a_seccomp_profile_that_allows_bpf_with_its_capability(tmp_path: Path) -> None:
-    """Docker since version 23 and containerd since 1.7 allow bpf(2) with CAP_BPF.
-
-    The profile is podman's, with that rule.
-    """
+    """Newer profiles allow bpf(2) with CAP_BPF. This one is podman's, with that rule."""
     profile = json.loads(Path("/usr/share/containers/seccomp.json").read_text())
     for rule in profile["syscalls"]:
         rule["names"] = [each for each in rule["names"] if each != "bpf"]
