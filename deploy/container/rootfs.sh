@@ -10,11 +10,11 @@ set -eu
 root=/rootfs
 
 # Dependencies that install or configure packages, or that serve modules of Python that the
-# exporter does not import: dbm, nis, readline and sqlite3.
-left_out='adduser|debconf.*|dpkg|login|mailcap|media-types|passwd|perl.*|readline-common'
-left_out="$left_out|sensible-utils|tar|tzdata|libacl1|libcom-err2|libdb5.3|libgssapi-krb5-2"
-left_out="$left_out|libk5crypto3|libkeyutils1|libkrb5.*|libnsl2|libpcre2-8-0|libreadline8"
-left_out="$left_out|libselinux1|libsqlite3-0|libtirpc.*"
+# exporter does not import: curses, dbm, nis, readline and sqlite3.
+left_out='adduser|debconf.*|dpkg|libacl1|libcom-err2|libdb5.3|libgssapi-krb5-2|libk5crypto3'
+left_out="$left_out|libkeyutils1|libkrb5.*|libncursesw6|libnsl2|libpcre2-8-0|libreadline8"
+left_out="$left_out|libselinux1|libsqlite3-0|libtirpc.*|login|mailcap|media-types|passwd"
+left_out="$left_out|perl.*|readline-common|sensible-utils|tar|tzdata"
 
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -q
@@ -43,17 +43,21 @@ while read -r package; do
 done </tmp/packages
 
 # Directories of base-files, documents, locales, static libraries, caches of Python, and
-# modules of Python that the exporter does not import.
+# modules and libraries that the exporter does not import. Copyright notices are kept.
 grep -vE \
 	-e '^/(boot|dev|home|media|mnt|opt|proc|srv|sys)(/|$)' \
 	-e '^/usr/(bin|games|sbin|share|src)(/|$)' \
 	-e '^/etc/(default|dpkg|gss|issue|netconfig|profile.d|skel|update-motd.d)' \
 	-e '/(gconv|__pycache__)(/|$)' -e '\.(a|pyc)$' \
-	-e '/usr/lib/python3[.0-9]*/(config-3.*|dbm|distutils|idlelib|lib2to3|pydoc_data|sqlite3)(/|$)' \
-	-e '/usr/lib/python3[.0-9]*/lib-dynload/(_dbm|_sqlite3|nis|readline)' \
+	-e '/lib(formw|icuio|icutest|icutu|menuw|ncursesw|panelw)\.so' \
+	-e '/usr/lib/python3[.0-9]*/(config-3.*|curses|dbm|distutils|idlelib|lib2to3)(/|$)' \
+	-e '/usr/lib/python3[.0-9]*/(pydoc_data|sqlite3)(/|$)' \
+	-e '/usr/lib/python3[.0-9]*/lib-dynload/(_curses.*|_dbm|_sqlite3|nis|readline)' \
 	/tmp/files >/tmp/kept
+grep -E '^/usr/share/doc(/[^/]+(/copyright)?)?$' /tmp/files >>/tmp/kept
 grep -xE '/usr/bin/python3[.0-9]*' /tmp/files >>/tmp/kept
-tar -C / --no-recursion --files-from=/tmp/kept -cf - | tar -C "$root" --keep-directory-symlink -xf -
+sed 's|^/||' /tmp/kept | tar -C / --no-recursion --files-from=- -cf - |
+	tar -C "$root" --keep-directory-symlink -xf -
 
 # The scripts of packages have made these files.
 cp /etc/passwd /etc/group "$root/etc/"
