@@ -22,7 +22,7 @@ setup: ## Install what the exporter requires, and .venv/bin/tcpexporter
 
 .PHONY: test
 # If the system has no Prometheus or node_exporter, setup.sh unpacks them there.
-test bench: export PATH := $(CURDIR)/.cache/prometheus/usr/bin:$(CURDIR)/.cache/prometheus-node-exporter/usr/bin:$(PATH):/usr/sbin:/sbin
+test bench container-test: export PATH := $(CURDIR)/.cache/prometheus/usr/bin:$(CURDIR)/.cache/prometheus-node-exporter/usr/bin:$(PATH):/usr/sbin:/sbin
 test: lint ## Set up, then lint and run all tests; the kernel tests require root
 	$(bin)/python -m pytest
 

@@ -9,7 +9,7 @@ set -eu
 
 cd "$(dirname "$0")/../.."
 
-base=docker.io/library/debian:bookworm-slim
+base=debian:bookworm-slim
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

@@ -15,6 +15,7 @@ import yaml
 
 from tests.container.podman import (
     BPF,
+    PORT,
     established,
     get,
     is_a_process_hidden,
@@ -34,7 +35,8 @@ from tests.container.pods import (
     render,
     unique,
 )
-from tests.support import Peers, eventually, inside
+from tests.e2e.support import Prometheus
+from tests.support import ESTABLISHED, Peers, eventually, inside
 
 EXAMPLES = ("node", "all-pods", "app", "app-native")
 OVERLAYS = [
@@ -158,10 +160,12 @@ def lines() -> list[str]:
     return (get("/metrics") or "").splitlines()
 
 
-def test_the_daemon_set_counts_and_keeps_counters_over_an_update(pins: str) -> None:
+def test_the_daemon_set_counts_and_keeps_counters_over_an_update(
+    pins: str, tmp_path: Path
+) -> None:
     """The second Pod adopts what the kernel recorded before it started.
 
-    The log has no warning.
+    A real Prometheus scrapes both. The log has no warning.
     """
     pod = daemon("node", pins)
     with Peers() as peers:
@@ -180,12 +184,18 @@ def test_the_daemon_set_counts_and_keeps_counters_over_an_update(pins: str) -> N
                 assert not exporter.warnings()
                 for path in probes_of(exporter_of(example("node")["DaemonSet"])):
                     assert get(path)
+                with Prometheus(tmp_path, f"127.0.0.1:{PORT}") as prometheus:
+                    query = f'{ESTABLISHED}{{port="{peers.port}"}}'
+                    prometheus.wait_for(query, {("tcpexporter",): number * 5 - 2}, "job")
             peers.connect(2)  # while no Pod runs
 
 
 @SIDECARS
-def test_a_sidecar_counts_the_connections_of_its_pod(example: str) -> None:
-    """It requires no capability and no mount. The application opens the connections."""
+def test_a_sidecar_counts_the_connections_of_its_pod(example: str, tmp_path: Path) -> None:
+    """It requires no capability and no mount. The application opens the connections.
+
+    A real Prometheus scrapes it.
+    """
     workload = objects(KUBERNETES / "examples" / example)["Deployment"]
     pod = pod_of(workload, unique(example))
     wanted = f'tcp_established_connections{{port="{APP_PORT}",tcp_version="4"}} 5.0'
@@ -196,6 +206,9 @@ def test_a_sidecar_counts_the_connections_of_its_pod(example: str) -> None:
             assert 'tcpexporter_source_info{source="sock_diag"} 1.0' in lines()
             for path in probes_of(exporter_of(workload)):
                 assert get(path)
+            with Prometheus(tmp_path, f"127.0.0.1:{PORT}") as prometheus:
+                query = f'{ESTABLISHED}{{port="{APP_PORT}"}}'
+                prometheus.wait_for(query, {("tcpexporter",): 5}, "job")
         assert not exporter.warnings()
 
 
