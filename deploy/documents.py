@@ -3,7 +3,8 @@
 
 They are the tables in docs/settings.md and docs/metrics.md, the alerts in docs/alerts.md,
 the map of the tree in CONTRIBUTING.md, the man page deploy/man/tcpexporter.8, the
-environment file in deploy/systemd, and the files in deploy/completion.
+environment file in deploy/systemd, the files in deploy/completion, and the alert rules for
+Kubernetes.
 """
 
 import ast
@@ -345,6 +346,28 @@ def _commented_out(each: Described) -> str:
     return "\n".join(["", *lines, f"#{each.variables[0]}={each.default}", ""])
 
 
+# --- deploy/kubernetes ---
+
+
+def prometheus_rule() -> str:
+    """Return the alert rules as an object of the Prometheus Operator."""
+    rules = (ROOT / "deploy" / "prometheus" / "tcpexporter.rules.yml").read_text()
+    _, groups = rules.split("\ngroups:\n")
+    header = """\
+# SPDX-License-Identifier: GPL-3.0-only
+# Written by `make documents` from deploy/prometheus/tcpexporter.rules.yml.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: tcpexporter
+  labels:
+    app.kubernetes.io/name: tcpexporter
+spec:
+  groups:
+"""
+    return header + textwrap.indent(groups, "  ")
+
+
 # --- All of them ---
 
 
@@ -374,6 +397,9 @@ DOCUMENTS: dict[Path, Callable[[str], str]] = {
     ROOT / "deploy" / "completion" / "tcpexporter.bash": lambda _: shells.bash(),
     ROOT / "deploy" / "completion" / "tcpexporter.zsh": lambda _: shells.zsh(),
     ROOT / "deploy" / "completion" / "tcpexporter.fish": lambda _: shells.fish(),
+    ROOT / "deploy" / "kubernetes" / "monitoring" / "prometheus-rule.yaml": (
+        lambda _: prometheus_rule()
+    ),
 }
 """For each document, the function that makes its new text from its old text."""
 

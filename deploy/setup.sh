@@ -9,6 +9,8 @@
 #   lowest       install the lowest versions that pyproject.toml allows, into .cache/lowest
 #   fuzz         the same as "test", and the fuzzer
 #   bench        the same as "test", and the programs that the benchmarks compare
+#   image        the same as "run", and the programs that build container images
+#   container    the same as "test" and "image", and the programs that check manifests
 #   vm           the same as "test", and the programs that boot other kernels
 #   release      the same as "test", and the tools for lock files and audits
 #   lock         the same as "release"; then write deploy/lock
@@ -64,6 +66,17 @@ main() {
 		require_for_tests
 		fill_venv bench
 		;;
+	image)
+		require_python
+		require bcc venv seccomp podman runc mmdebstrap
+		fill_venv run
+		;;
+	container)
+		require_for_tests
+		require mmdebstrap catatonit # the first process of each Pod of podman
+		fill_venv container
+		"$venv/bin/python" -m tests.container.kubectl
+		;;
 	vm)
 		require_for_tests
 		require qemu-system-x86_64 mmdebstrap mke2fs modprobe cpio xz vagrant
@@ -90,7 +103,7 @@ main() {
 		shift
 		require "$@"
 		;;
-	*) fail "usage: $0 run|guest|test|lowest|fuzz|bench|vm|release|lock|wheels|require X..." ;;
+	*) fail "usage: $0 run|guest|test|lowest|fuzz|bench|image|container|vm|release|lock|wheels|require X..." ;;
 	esac
 }
 
@@ -310,6 +323,7 @@ extras_of() {
 	test) echo test lint package browser dashboards ;;
 	fuzz) echo test lint package browser dashboards fuzz ;;
 	bench) echo test lint package browser dashboards bench ;;
+	container) echo test lint package browser dashboards container ;;
 	release) echo test lint package browser dashboards release ;;
 	esac
 }
@@ -379,7 +393,7 @@ with open("pyproject.toml", "rb") as project:
     print(*tomllib.load(project)["build-system"]["requires"], sep="\n")' >"$scratch/build.in"
 	resolve --all-extras >"$scratch/everything" # all lock files use these versions
 	write_lock run --constraints "$scratch/everything"
-	for extra in test lint package browser dashboards fuzz bench release; do
+	for extra in test lint package browser dashboards container fuzz bench release; do
 		# shellcheck disable=SC2046  # two words for each package
 		write_lock $extra --constraints "$scratch/everything" --extra $extra \
 			$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' "$scratch/run.txt")
