@@ -14,7 +14,8 @@
 #   vm           the same as "test", and the programs that boot other kernels
 #   release      the same as "test", and the tools for lock files and audits
 #   lock         the same as "release"; then write deploy/lock
-#   wheels       the same as "run", and download the packages of "run" into .cache/wheels
+#   wheels       the same as "run" if there is no .venv; then download the packages of "run"
+#                into .cache/wheels
 #   require X... install the packages of these commands or services: make prometheus.service
 #
 # It does not install a package again. If every package is installed, it requires neither root
@@ -96,7 +97,8 @@ main() {
 	wheels)
 		require_python
 		require bcc venv seccomp
-		fill_venv run
+		# Do not replace an old .venv: the tests that build packages run in it.
+		[ -e "$venv/installed" ] || fill_venv run
 		fetch_wheels
 		;;
 	require)
