@@ -28,7 +28,7 @@ OF_DOCKER = (
 """The capabilities that Docker gives to a container by default."""
 
 NOT_IN_EFFECT = (
-    "CAP_PERFMON, CAP_BPF is not in effect: start the container with --cap-add BPF"
+    "this process lacks CAP_PERFMON, CAP_BPF: start the container with --cap-add BPF"
 )
 SECCOMP = (
     "the kernel refuses bpf(2) although we have the capabilities: allow it in the seccomp"
@@ -136,7 +136,7 @@ def test_capabilities_in_the_bounding_set_alone_are_not_in_effect() -> None:
     with running(BPF, *options, arguments=arguments) as exporter:
         assert exporter.exit_code() == 1
         log = exporter.log()
-        assert "CAP_PERFMON, CAP_BPF is not in effect" in log
+        assert "this process lacks CAP_PERFMON, CAP_BPF" in log
         assert "start the container with --user 0, which the exporter gives up later" in log
 
 
