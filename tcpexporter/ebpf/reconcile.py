@@ -33,7 +33,8 @@ c. Opened after that dump: the tracker has it with the kernel's time. No step ch
 d. In the dump of 1, and closed before 2: the dump shows it and the tracker does not, so it
    becomes a seed. The program has recorded the closing, and 3 removes the seed.
 e. As d, but it closes during 2: the program records the closing before it looks for a seed.
-   If the program does not find the seed, the seed was added after that, and 3 removes it.
+   If its run does not find the seed, the run began before the seed was added. So 3 waits
+   for these runs before it reads the log, and removes the seed.
 f. As d or e, and the same address pair opens again at any time: the tracker has the new
    connection by its socket; 3 removes the seed, which is the old connection.
 g. Closed after 2: the program finds and removes the seed, and records the closing too. If

@@ -49,6 +49,7 @@ import numpy.typing as npt
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import Hashes, client_hashes, hashes
+from tcpexporter.connections.memory_order import memory_barrier
 from tcpexporter.connections.record import (
     CLOSED,
     CONNECTION,
@@ -236,6 +237,7 @@ class Tracker(EventCounters):
         done = self._handles.put_all(seeds["handle"].copy(), slots)
         if done == len(slots):
             # Readers may count a seed only when the program finds it and sees its closing.
+            memory_barrier()
             all_words[slots] = seed_words
             return True
         self._handles.delete_all(seeds["handle"][:done])
@@ -301,6 +303,7 @@ class Tracker(EventCounters):
         """
         removed = slots[:0]
         try:
+            self.wait_for_runs()  # e of `reconcile`
             records, all_words = self._used()
             closed = slots[np.isin(records["handle"][slots], self._pop_closings())]
             removed, _ = self._release(closed, all_words[closed])

@@ -10,10 +10,10 @@ What `Memory.ARM64` keeps in order is the *ordered-before* relation of the Armv8
 model (Arm Architecture Reference Manual, B2.3): barriers, acquire and release, an acquire
 after a release, address and data dependencies, control dependencies to writes, and accesses
 to one location. A read may take the value of an earlier write of its own thread that is not
-performed yet. Two reads of one location may be performed in the other order if both find the
-same write. Everything else may be performed in any order; so a read is also performed before
-a condition that it depends on is known. test_litmus.py compares the checker with published
-results.
+performed yet. Two reads of one location may be performed in the other order if both find
+the same write. Everything else may be performed in any order: a read is even performed
+before a condition that it depends on is known. test_litmus.py compares the checker with
+published results.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -77,7 +77,7 @@ class Add(Operation):
 
 @dataclass(frozen=True)
 class Barrier(Operation):
-    """A full barrier: ``dmb ish``, ``swpal`` of a word that no other thread uses, mfence."""
+    """A full barrier: ``dmb ish``, ``mfence``, or ``swpal`` of a word of its own."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Thread:
             return True
         if memory is Memory.X86_64:
             is_plain_write = isinstance(a, Write) and isinstance(b, Read | Await)
-            return not is_plain_write or _may_be_same(a, b) and isinstance(b, Await)
+            return not is_plain_write or (_may_be_same(a, b) and isinstance(b, Await))
         if a.is_acquire or b.is_release or (a.is_release and b.is_acquire):
             return True
         return _may_be_same(a, b) and _writes(b)
@@ -358,7 +358,7 @@ class _Exploration:
     def _forwarded(
         self, state: _State, thread: int, at: int, location: str, values: Values
     ) -> _Found | None:
-        """Return the last write before a read, in its thread, if it is not performed yet."""
+        """Return the last write of a thread before a read, if it is not performed yet."""
         for earlier in reversed(range(at)):
             operation = self.threads[thread].operations[earlier]
             if isinstance(operation, Write) and operation.location == location:

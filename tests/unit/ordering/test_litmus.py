@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The model checker gives the published results of litmus tests.
 
-Names and results are those of J. Alglave, L. Maranget, M. Tautschnig, "Herding Cats" (2014),
-for x86-TSO and for Armv8 as in C. Pulte et al., "Simplifying ARM Concurrency" (2018).
+Names and results are those of J. Alglave, L. Maranget, M. Tautschnig, "Herding Cats"
+(2014), for x86-TSO, and of C. Pulte et al., "Simplifying ARM Concurrency" (2018).
 """
 
 from collections.abc import Callable
@@ -83,7 +83,7 @@ def lb(*, data: bool = False, control: bool = False) -> list[list[Operation]]:
     def write(location: str, read: str) -> Write:
         return Write(
             location,
-            (lambda values: values[read] and 1 or 1) if data else 1,
+            (lambda values: (values[read] and 1) or 1) if data else 1,
             needs=(read,) if data else (),
             only_if=always if control else None,
             decides=(read,) if control else (),
