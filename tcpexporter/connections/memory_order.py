@@ -32,6 +32,7 @@ These are the cases. tests/unit/ordering/test_cases.py tries all orders for each
    without a lock in between. It calls ``order_stores`` for that.
 4. As 2, but userspace frees the slot in between. It stores `CLOSED` and clears the handle,
    then pushes the slot; the next owner pops it, then writes. The stack's lock orders both.
+   Only the thread that frees slots reads handles, so these two stores need no order.
 5. A seed: userspace stores the record, adds the handle to the map, calls `memory_barrier`,
    and stores the word. A run that finds the handle follows dependencies to the record.
 6. A handle in ``find``. Its entry can be reused for a slot that was freed, after the handle
