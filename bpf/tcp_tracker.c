@@ -298,16 +298,20 @@ static __u64 handle_of_seed(const struct connection_key *key)
  * When userspace deletes an entry of a hash map, the kernel can reuse the memory of the
  * entry for another handle, while this run has a pointer to the value. So the value may
  * be the slot of another handle. Therefore the handle in the record of the slot is
- * compared: userspace clears it before it frees the slot.
+ * compared: userspace clears it before it frees the slot. The value is loaded once,
+ * because it can change between two loads.
  */
 static struct connection *find(__u64 handle, __u64 **word, __u32 *number)
 {
 	__u32 *slot = slots.lookup(&handle);
-	struct connection *connection = slot ? connections.lookup(slot) : NULL;
+	struct connection *connection;
 
+	if (!slot)
+		return NULL;
+	*number = LOAD(__u32, slot, 0);
+	connection = connections.lookup(number);
 	if (!connection || connection->handle != handle)
 		return NULL;
-	*number = *slot;
 	*word = series_and_time.lookup(number);
 	return *word ? connection : NULL;
 }

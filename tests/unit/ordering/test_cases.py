@@ -235,6 +235,13 @@ def finding(stack: str = "l") -> list[Thread]:
     ]
 
 
+def finding_by_two_loads() -> list[Thread]:
+    """As `finding`, but the run loads the slot again, for the word."""
+    freeing, reusing, _ = finding()
+    load = Read("handle", at("slot", "handle"), needs=("slot",))
+    return [freeing, reusing, run(Read("slot", "entry"), load, Read("again", "entry"))]
+
+
 HANDLES = {"entry": 1, "handle1": 7, "handle2": 7, "free": 0}
 
 
@@ -443,6 +450,13 @@ CASES = [
         lambda result: result["slot"] == 2 and result["handle"] == 7,
         HANDLES,
         WEAK,
+    ),
+    Case(
+        "6 two loads",
+        finding_by_two_loads(),
+        lambda result: result["handle"] == 7 and result["slot"] != result["again"],
+        HANDLES,
+        tuple(Memory),
     ),
     Case(
         "7 published",
