@@ -48,6 +48,8 @@ being preempted. Step 1 and `reconcile` begin when every softirq that was runnin
 store. If it reported a closing before the recording began, and the dump of 1 still shows
 the connection, the connection becomes a seed. The next reconciliation removes it: case s.
 
+For the order of loads and stores, see the cases 10, 11 and 13 of `memory_order`.
+
 Reconciling
 -----------
 `reconcile` dumps the tables and reads the tracker. If they differ, it does both again. It

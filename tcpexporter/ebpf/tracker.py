@@ -9,7 +9,8 @@ Reading at any time
 -------------------
 A slot has a connection if its word has a series number. The program stores the word last
 when a connection opens, and stores `CLOSED` when it closes. A reader that counts reads only
-the words, and each once. So a connection is counted like this, on any CPU:
+the words, and each once. So a connection is counted like this, on any CPU
+(`memory_order` argues the order of loads and stores):
 
 a. Open all the while: counted once, in its series, with its own time. It keeps its slot.
 b. Closes after its word was read: counted. It was open.
