@@ -12,7 +12,8 @@ any order, unless one of these orders them:
   acquire and then to release orders nothing: what comes before and what comes after may
   both move in between. membarrier(2) does not help: it reaches the CPUs that run threads of
   this process, and the BPF program runs in any task.
-- A dependency: a load from an address that an earlier load found follows that load.
+- A dependency: a load from an address that an earlier load found follows that load. That
+  also holds if the program has kept the address on its stack.
 - The kernel: an update of a hash map publishes the entry by a store with release. A push
   and a pop take the lock of the stack. The kernel runs the program under the lock of the
   socket, and stores the socket's new state with release.
@@ -50,16 +51,17 @@ These are the cases. tests/unit/ordering/test_cases.py tries all orders for each
 9. The ledger, then words, then the ledger again, with the same series for a number. A
    number is reused when no connection has it and all runs have ended: so a word with the
    number is of that series.
-10. The closings log and seeds: a run records its closing, then seeks the seed; userspace
-    adds the seed, then reads the log. A load may overtake a store, also on x86-64, so both
-    could miss the other. Userspace calls `Tracker.wait_for_runs` in between: a run that did
-    not find the seed has ended, and the log has its closing.
+10. The closings log and seeds: a run records its closing, then looks for the seed.
+    Userspace adds the seed, then reads the log; the kernel looks at an empty bucket of it
+    without a lock. A load may overtake a store, also on x86-64, so each could miss what the
+    other has stored. Userspace calls `Tracker.wait_for_runs` in between: a run that has not
+    found the seed has ended, and the log has its closing.
 11. The flag ``recording``: `Tracker.wait_for_runs` follows its store.
 12. A slot that is freed: `Tracker.wait_for_runs` comes between the deletion of its handle
     and the load of its word. The same applies to series numbers.
 13. A dump of the socket tables, then the tracker. The kernel stores the state after the
-    program has stored the word, with release. The dump runs in the thread that then calls
-    `memory_barrier` and loads words.
+    program has stored the word, with release. `memory_barrier` comes between the dump and
+    the loads of words.
 14. Counters of the ledger: each is changed by atomic additions and loaded alone, so none is
     lost and none decreases. Counters that belong together may differ while they change.
 15. Pinned state is read by 2 and 9, while the old program writes to it. Version 1 of its
