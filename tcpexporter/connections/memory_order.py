@@ -20,7 +20,7 @@ any order, unless one of these orders them:
 - `Tracker.wait_for_runs`: a run of the program has ended when it returns, and then all that
   the run has stored is visible; or the run sees all that was stored before the call.
 
-These are the cases. tests/unit/ordering/test_cases.py tries all orders for each.
+These are the cases. tests/unit/ordering tries all orders of each.
 
 1. A word alone. It is written by one store and copied by loads of at least 8 aligned bytes.
    So a count has the series and time of one connection.
