@@ -98,6 +98,7 @@ screenshot: #- Write the pictures of the status page and the dashboards in docs/
 .PHONY: documents
 documents: setup-test #- Write the documents that are generated from the code
 	$(bin)/python -m deploy.documents
+	$(bin)/python -m tests.benchmarks.large_machines --write docs/performance.md
 
 .PHONY: dashboards
 dashboards: setup-test #- Write the Grafana dashboards in deploy/grafana
