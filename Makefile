@@ -39,8 +39,8 @@ deb: setup-test ## Build a package for this release of Debian or Ubuntu into dis
 	deploy/deb.sh
 
 .PHONY: rpm
-rpm: export PYTHON_VERSION := $(PYTHON_VERSION)
-rpm: setup-test #- Build a package for Fedora into dist/; PYTHON_VERSION=3.14 is that of its Python
+rpm: export FOR_PYTHON := $(FOR_PYTHON)
+rpm: setup-test #- Build a package for Fedora into dist/; FOR_PYTHON=3.14 is that of its Python
 	deploy/rpm.sh
 
 .PHONY: image

@@ -10,7 +10,7 @@
 #
 # PREFIX is the directory of the installation, /usr/local. DESTDIR is written before each path,
 # so that another program can pack the files. ZSH_DIR is the directory under share/zsh for
-# completions. PYTHON_VERSION, as in 3.13, makes "stage" install Python packages for another
+# completions. FOR_PYTHON, as in 3.13, makes "stage" install Python packages for another
 # version than this system's. Building requires what `deploy/setup.sh run` installs.
 set -eu
 
@@ -106,7 +106,7 @@ make_files() {
 fill_venv() {
 	deploy/setup.sh wheels
 	SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(date +%s)} deploy/wheel.sh "$scratch/wheel"
-	version=${PYTHON_VERSION:-$("$python" -c 'import sys
+	version=${FOR_PYTHON:-$("$python" -c 'import sys
 print("%d.%d" % sys.version_info[:2])')}
 	site=$destdir$venv/lib/python$version/site-packages
 	rm -rf "$destdir$venv"
@@ -118,8 +118,6 @@ print("%d.%d" % sys.version_info[:2])')}
 	sed '/^setuptools==/,/[^\\]$/d' deploy/lock/run.txt >"$scratch/run.txt"
 	pip_install --require-hashes --find-links .cache/wheels -r "$scratch/run.txt"
 	pip_install --no-deps --find-links "$scratch/wheel" tcpexporter
-	# The commands of these packages contain a path of the build.
-	rm -r "$site/bin"
 	# Libraries and modules are not executed by their name.
 	find "$site" -type f -perm /111 -exec chmod a-x {} +
 	find "$site" -type d -name tests -prune -exec rm -r {} +
@@ -132,6 +130,8 @@ print("%d.%d" % sys.version_info[:2])')}
 pip_install() {
 	.venv/bin/python -m pip install -q --disable-pip-version-check --no-index \
 		--only-binary=:all: --no-compile --python-version "$version" --target "$site" "$@"
+	# The commands of these packages contain a path of the build.
+	rm -rf "$site/bin"
 }
 
 uninstall() {

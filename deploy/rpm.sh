@@ -3,9 +3,10 @@
 #
 # Builds a package of this tree for Fedora, into a directory (dist). rpmbuild is in Debian too,
 # so this requires no Fedora. The package contains a virtual environment for Fedora's Python:
-# PYTHON_VERSION is its version, by default that in deploy/rpm/python-version. REVISION is the
+# FOR_PYTHON is its version, by default that in deploy/rpm/python-version. REVISION is the
 # first part of the package's release, 1. It requires SOURCE_DATE_EPOCH, which `make rpm` sets
 # to the time of the commit. PACKAGER, as in "Name <name@example.org>", is the maintainer.
+# PAYLOAD is rpm's name of the compression, by default the one that Fedora uses.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -19,13 +20,13 @@ root=$scratch/root
 venv=usr/lib/tcpexporter
 doc=usr/share/doc/tcpexporter
 
-python=${PYTHON_VERSION:-$(cat deploy/rpm/python-version)}
+python=${FOR_PYTHON:-$(cat deploy/rpm/python-version)}
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 # The same version for a newer Python is an upgrade: py313 is less than py314.
 release=${REVISION:-1}.py$(echo "$python" | tr -d .)
 maintainer=${PACKAGER:-tcpexporter maintainers <tcpexporter@example.org>}
 
-PYTHON_VERSION=$python DESTDIR=$root PREFIX=/usr deploy/install.sh stage
+FOR_PYTHON=$python DESTDIR=$root PREFIX=/usr deploy/install.sh stage
 
 mkdir -p "$root/$doc"
 cp CHANGELOG.md LICENSE "$root/$doc"
@@ -62,6 +63,7 @@ sed "
 
 mkdir -p "$into"
 rpmbuild -bb --quiet --define "_topdir $scratch/build" --define "_rpmdir $scratch/rpms" \
+	--define "_binary_payload ${PAYLOAD:-w19.zstdio}" \
 	--define "_rpmfilename %{NAME}-%{VERSION}-%{RELEASE}.%{ARCH}.rpm" \
 	"$scratch/tcpexporter.spec"
 cp "$scratch"/rpms/*.rpm "$into"

@@ -15,7 +15,7 @@
 #   release      the same as "test", and the tools for lock files and audits
 #   lock         the same as "release"; then write deploy/lock
 #   wheels       the same as "run" if there is no .venv; then download the packages of "run"
-#                into .cache/wheels, for PYTHON_VERSION or this system's Python
+#                into .cache/wheels, for FOR_PYTHON or this system's Python
 #   require X... install the packages of these commands or services: make prometheus.service
 #
 # It does not install a package again. If every package is installed, it requires neither root
@@ -100,7 +100,7 @@ main() {
 		require bcc venv seccomp
 		# Do not replace an old .venv: the tests that build packages run in it.
 		[ -e "$venv/installed" ] || fill_venv run
-		fetch_wheels "${PYTHON_VERSION-}"
+		fetch_wheels "${FOR_PYTHON-}"
 		;;
 	require)
 		shift
