@@ -39,8 +39,7 @@ deb: setup-test ## Build a package for this release of Debian or Ubuntu into dis
 	deploy/deb.sh
 
 .PHONY: rpm
-rpm: export FOR_PYTHON := $(FOR_PYTHON)
-rpm: setup-test #- Build a package for Fedora into dist/; FOR_PYTHON=3.14 is that of its Python
+rpm: setup-test #- Build a package for Fedora into dist/; FOR_PYTHON=3.14 for that Python
 	deploy/rpm.sh
 
 .PHONY: image
