@@ -38,6 +38,10 @@ uninstall: ## Remove what make install has installed
 deb: setup-test ## Build a package for this release of Debian or Ubuntu into dist/
 	deploy/deb.sh
 
+.PHONY: rpm
+rpm: setup-test #- Build a package for Fedora into dist/; FOR_PYTHON=3.14 for that Python
+	deploy/rpm.sh
+
 .PHONY: image
 image: ## Build the container images tcpexporter:bpf and tcpexporter:polling with podman
 	@deploy/setup.sh image
@@ -162,7 +166,7 @@ audit: #- Ask the package index for known vulnerabilities of the locked packages
 
 .PHONY: sbom
 # SOURCE_DATE_EPOCH is the time of the last commit, so the same commit gives the same bytes.
-sbom wheel deb install: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+sbom wheel deb rpm install: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 sbom: setup-test #- Write a bill of materials of the running exporter: dist/tcpexporter.cdx.json
 	@mkdir -p dist
 	$(bin)/python -m deploy.sbom >dist/tcpexporter.cdx.json

@@ -77,6 +77,7 @@ The table leaves out these metrics, because the text of docs/metrics.md names th
 class Described(NamedTuple):
     """A setting and its description in ``--help``."""
 
+    name: str
     flags: Sequence[str]
     variables: Sequence[str]
     metavar: str
@@ -92,6 +93,7 @@ def described() -> Iterator[tuple[str, Sequence[Described]]]:
             title,
             [
                 Described(
+                    each.name,
                     each.flags,
                     each.variables,
                     each.kind.metavar,
@@ -326,12 +328,20 @@ DEFAULTS = """\
 # one off. tcpexporter(8) describes all settings.
 """
 
+NOT_OF_A_SERVICE = frozenset({"once", "output", "unpin", "features", "check"})
+"""Settings that the environment file leaves out.
+
+Each makes the exporter do one thing and exit, or belongs to such a setting. systemd would
+report a service with one of them as failed.
+"""
+
 
 def defaults_file() -> str:
-    """Return a file for EnvironmentFile= with every setting commented out."""
+    """Return a file for EnvironmentFile= with every setting of a service commented out."""
     return DEFAULTS + "".join(
         f"\n# --- {title} ---\n{''.join(map(_commented_out, group))}"
-        for title, group in described()
+        for title, all_in_group in described()
+        if (group := [each for each in all_in_group if each.name not in NOT_OF_A_SERVICE])
     )
 
 

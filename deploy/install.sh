@@ -5,12 +5,13 @@
 # `make uninstall` call it with one of:
 #
 #   install     install the files, and compile the Python modules
-#   stage       only install the files: deploy/deb.sh makes a package of them
+#   stage       only install the files: deploy/deb.sh and deploy/rpm.sh make packages of them
 #   uninstall   stop the service, and remove the files
 #
 # PREFIX is the directory of the installation, /usr/local. DESTDIR is written before each path,
 # so that another program can pack the files. ZSH_DIR is the directory under share/zsh for
-# completions. Building requires what `deploy/setup.sh run` installs.
+# completions. FOR_PYTHON, as in 3.13, makes "stage" install Python packages for another
+# version than this system's. Building requires what `deploy/setup.sh run` installs.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -104,34 +105,33 @@ make_files() {
 
 fill_venv() {
 	deploy/setup.sh wheels
-	wheels=.cache/wheels
 	SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(date +%s)} deploy/wheel.sh "$scratch/wheel"
+	version=${FOR_PYTHON:-$("$python" -c 'import sys
+print("%d.%d" % sys.version_info[:2])')}
+	site=$destdir$venv/lib/python$version/site-packages
 	rm -rf "$destdir$venv"
 	mkdir -p "$destdir$venv/bin"
 	ln -s "$python" "$destdir$venv/bin/python3"
 	# BCC is a package of the distribution.
 	printf 'home = /usr/bin\ninclude-system-site-packages = true\n' >"$destdir$venv/pyvenv.cfg"
-	pip_install --require-hashes --find-links $wheels -r deploy/lock/run.txt
-	pip_install --no-deps --find-links "$scratch/wheel" tcpexporter
 	# setuptools has built the exporter, and is not required any more.
-	pip uninstall -q -y setuptools
-	# The commands of these packages contain a path of the build.
-	find "$destdir$venv/bin" -type f -delete
+	sed '/^setuptools==/,/[^\\]$/d' deploy/lock/run.txt >"$scratch/run.txt"
+	pip_install --require-hashes --find-links .cache/wheels -r "$scratch/run.txt"
+	pip_install --no-deps --find-links "$scratch/wheel" tcpexporter
 	# Libraries and modules are not executed by their name.
-	find "$destdir$venv/lib" -type f -perm /111 -exec chmod a-x {} +
-	find "$destdir$venv/lib" -type d -name tests -prune -exec rm -r {} +
+	find "$site" -type f -perm /111 -exec chmod a-x {} +
+	find "$site" -type d -name tests -prune -exec rm -r {} +
 	# Remove the deleted files from the lists of installed files too.
-	find "$destdir$venv/lib" -name RECORD -exec sed -i -E '/^\.\.\/|(^|\/)tests\//d' {} +
-}
-
-pip() {
-	.venv/bin/python -m pip --python "$destdir$venv/bin/python3" --disable-pip-version-check "$@"
+	find "$site" -name RECORD -exec sed -i -E '/^\.\.\/|(^|\/)tests\//d' {} +
 }
 
 # Installs packages even if the system has the same ones: the system can upgrade or remove its
 # own.
 pip_install() {
-	pip install -q --no-index --only-binary=:all: --ignore-installed --no-compile "$@"
+	.venv/bin/python -m pip install -q --disable-pip-version-check --no-index \
+		--only-binary=:all: --no-compile --python-version "$version" --target "$site" "$@"
+	# The commands of these packages contain a path of the build.
+	rm -rf "$site/bin"
 }
 
 uninstall() {

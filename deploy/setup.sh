@@ -15,7 +15,7 @@
 #   release      the same as "test", and the tools for lock files and audits
 #   lock         the same as "release"; then write deploy/lock
 #   wheels       the same as "run" if there is no .venv; then download the packages of "run"
-#                into .cache/wheels
+#                into .cache/wheels, for FOR_PYTHON or this system's Python
 #   require X... install the packages of these commands or services: make prometheus.service
 #
 # It does not install a package again. If every package is installed, it requires neither root
@@ -51,7 +51,8 @@ main() {
 	test)
 		require_for_tests
 		fill_venv test
-		fetch_wheels
+		fetch_wheels ""
+		fetch_wheels "$(cat deploy/rpm/python-version)" # make rpm
 		;;
 	lowest)
 		require_python
@@ -99,7 +100,7 @@ main() {
 		require bcc venv seccomp
 		# Do not replace an old .venv: the tests that build packages run in it.
 		[ -e "$venv/installed" ] || fill_venv run
-		fetch_wheels
+		fetch_wheels "${FOR_PYTHON-}"
 		;;
 	require)
 		shift
@@ -129,8 +130,8 @@ require_for_tests() {
 	# Without containers, the services and the timer of podman end at once. It requires crun or
 	# runc; the tests use runc.
 	require bcc venv seccomp ip ss gcc libc git busybox podman runc chromium zsh fish
-	# Only make deb and its tests require these.
-	[ "$(system_family)" != debian ] || require dpkg-shlibdeps lintian
+	# Only make deb, make rpm and their tests require these.
+	[ "$(system_family)" != debian ] || require dpkg-shlibdeps lintian rpmbuild rpmlint
 	require_unpacked prometheus prometheus promtool
 	require_unpacked prometheus-node-exporter prometheus-node-exporter
 }
@@ -215,6 +216,7 @@ packages_for() {
 		debian:seccomp) echo libseccomp2 ;;
 		debian:libc) echo libc6-dev ;;
 		debian:dpkg-shlibdeps) echo dpkg-dev ;;
+		debian:rpmbuild) echo rpm ;;
 		debian:qemu-system-x86_64) echo qemu-system-x86 ;;
 		debian:busybox) echo busybox-static ;;
 		debian:mke2fs) echo e2fsprogs ;;
@@ -369,15 +371,17 @@ state() {
 	} | sha256sum | cut -d ' ' -f 1
 }
 
-# Downloads the packages that make install and make deb unpack, unless they are there.
+# Downloads the packages that make install, make deb and make rpm unpack, unless they are there:
+# for a version of Python, or for this system's if that is empty. The directory has the files
+# for all versions: pip chooses the right ones by their names.
 fetch_wheels() {
 	state=$(state)
-	! grep -qsx "$state" .cache/wheels/state || return 0
-	say "downloading Python packages into .cache/wheels"
-	rm -rf .cache/wheels
+	! grep -qsx "$state $1" .cache/wheels/state || return 0
+	say "downloading Python packages into .cache/wheels${1:+ for Python $1}"
+	grep -qs "^$state " .cache/wheels/state || rm -rf .cache/wheels
 	"$venv/bin/python" -m pip download -q --disable-pip-version-check --require-hashes \
-		--only-binary=:all: -r deploy/lock/run.txt -d .cache/wheels
-	echo "$state" >.cache/wheels/state
+		--only-binary=:all: ${1:+--python-version "$1"} -r deploy/lock/run.txt -d .cache/wheels
+	echo "$state $1" >>.cache/wheels/state
 }
 
 pip_install() {

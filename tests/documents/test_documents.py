@@ -41,6 +41,9 @@ NOT_RUN = {
     "sudo apt install './dist/tcpexporter_*.deb'": "tests/packaging does this",
     "sudo apt remove tcpexporter": "tests/packaging does this",
     "sudo apt purge tcpexporter": "tests/packaging does this",
+    "sudo dnf install './dist/tcpexporter-*.rpm'": "tests/packaging installs it with rpm",
+    "sudo rm -rf /var/lib/tcpexporter /var/lib/private/tcpexporter"
+    " /sys/fs/bpf/tcpexporter": "it would remove the ages of this host",
     "man -l deploy/man/tcpexporter.8": "other tests read the man page",
 }
 """Commands that are not run here, each with the reason."""

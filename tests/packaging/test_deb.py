@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
+from deploy.documents import NOT_OF_A_SERVICE
 from deploy.sbom import ROOT
 from tcpexporter.config.settings import SETTINGS, parse
 from tcpexporter.version import VERSION
@@ -135,19 +136,20 @@ def test_the_unit_starts_the_command_of_the_package(deb: Deb) -> None:
     assert "Documentation=man:tcpexporter(8)" in unit
 
 
-def test_the_default_file_has_every_setting(deb: Deb) -> None:
+def test_the_default_file_has_every_setting_of_a_service(deb: Deb) -> None:
     """All are commented out; without the # they are the defaults."""
     lines = deb.text(DEFAULT).splitlines()
     assert all(line.startswith("#") for line in lines if line)
     given = dict(re.findall(r"(?m)^#(TCPEXPORTER_\w+)=(.*)$", "\n".join(lines)))
-    assert list(given) == [each.variables[0] for each in SETTINGS]
+    left_out = {each for each in SETTINGS if each.name in NOT_OF_A_SERVICE}
+    assert len(left_out) == len(NOT_OF_A_SERVICE)
+    assert list(given) == [each.variables[0] for each in SETTINGS if each not in left_out]
     assert parse([], given) == parse([], {})
     assert deb.text("DEBIAN/conffiles").split() == [f"/{DEFAULT}"]
 
 
-def test_bundled_files_are_those_that_were_published(deb: Deb) -> None:
-    """Each file has the hash in its package's list, and no other file is there."""
-    (site,) = deb.root.glob(f"{VENV}/lib/*/site-packages")
+def assert_published(site: Path) -> None:
+    """Assert that a directory has the files of its packages' lists, and no others."""
     listed = set()
     for record in site.glob("*.dist-info/RECORD"):
         for name, digest, _ in csv.reader(record.read_text().splitlines()):
@@ -158,6 +160,12 @@ def test_bundled_files_are_those_that_were_published(deb: Deb) -> None:
     assert listed == {
         str(each.relative_to(site)) for each in site.rglob("*") if each.is_file()
     }
+
+
+def test_bundled_files_are_those_that_were_published(deb: Deb) -> None:
+    """Each file has the hash in its package's list, and no other file is there."""
+    (site,) = deb.root.glob(f"{VENV}/lib/*/site-packages")
+    assert_published(site)
 
 
 def test_every_bundled_package_is_in_the_copyright_file(deb: Deb) -> None:
