@@ -24,6 +24,7 @@
  * BOUNDS           the upper bounds of all buckets but the last, in units of time
  * SECRET_0, _1     the key of the hash
  * LOSE_ONE_IN      in tests: the program ignores one in so many events, at random
+ * ORDER            how stores are ordered: ORDERED, BY_EXCHANGE or BY_STACK
  * *_OFFSET         offsets of members of struct tcp_sock and struct net, from BTF
  *
  * Terms: a *handle* identifies the connection of a slot. It is the address of the
@@ -93,6 +94,15 @@ BPF_F_TABLE("hash", __u64, __u32, closings, MAX_CLOSINGS, MAP_FLAGS);
 
 BPF_PERCPU_ARRAY(events, struct tracker_events, 1);
 
+#define ORDERED 0
+#define BY_EXCHANGE 1
+#define BY_STACK 2
+
+#if ORDER == BY_STACK
+/* Always empty: order_stores uses its lock. */
+BPF_STACK(empty_stack, __u32, 1);
+#endif
+
 /* Userspace updates this map to wait until all runs that have begun have ended. */
 BPF_ARRAY_OF_MAPS(barrier, "events", 1);
 
@@ -110,6 +120,29 @@ static const void *untraced(__u64 address)
 
 #define LOAD(type, base, offset) (*(const volatile type *)((base) + (offset)))
 #define STORE(type, member, value) (*(volatile type *)&(member) = (value))
+
+/*
+ * Makes all earlier stores of this run visible to other CPUs before all later ones.
+ * x86-64 does that with any stores (ORDERED). Other machines: an exchange is an atomic
+ * operation with acquire and release (swpal), or it ends with a barrier (ldxr, stlxr,
+ * dmb ish), also if it concerns memory of this run only. A pop takes and releases a
+ * lock. One pop orders nothing: earlier and later stores may both move into its
+ * critical section. The release of the first pop and the acquisition of the second one
+ * do. See tcpexporter/connections/memory_order.py.
+ */
+static void order_stores(void)
+{
+#if ORDER == BY_EXCHANGE
+	volatile __u64 own = 0;
+
+	__sync_lock_test_and_set(&own, 1);
+#elif ORDER == BY_STACK
+	__u32 popped;
+
+	empty_stack.pop(&popped);
+	empty_stack.pop(&popped);
+#endif
+}
 
 static __u32 netns_of(const void *sk)
 {
@@ -265,16 +298,20 @@ static __u64 handle_of_seed(const struct connection_key *key)
  * When userspace deletes an entry of a hash map, the kernel can reuse the memory of the
  * entry for another handle, while this run has a pointer to the value. So the value may
  * be the slot of another handle. Therefore the handle in the record of the slot is
- * compared: userspace clears it before it frees the slot.
+ * compared: userspace clears it before it frees the slot. The value is loaded once,
+ * because it can change between two loads.
  */
 static struct connection *find(__u64 handle, __u64 **word, __u32 *number)
 {
 	__u32 *slot = slots.lookup(&handle);
-	struct connection *connection = slot ? connections.lookup(slot) : NULL;
+	struct connection *connection;
 
+	if (!slot)
+		return NULL;
+	*number = LOAD(__u32, slot, 0);
+	connection = connections.lookup(number);
 	if (!connection || connection->handle != handle)
 		return NULL;
-	*number = *slot;
 	*word = series_and_time.lookup(number);
 	return *word ? connection : NULL;
 }
@@ -495,8 +532,10 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 		count->allocated++;
 	}
 	/* The closing of the last connection at this address was missed. */
-	if (is_open(*word))
+	if (is_open(*word)) {
 		remove_from(word, count);
+		order_stores();
+	}
 	connection->handle = handle;
 	load_key(&connection->key, sk, netns, LOAD(__u16, sk, SKC_NUM_OFFSET));
 	connection->is_outbound = oldstate == TCP_SYN_SENT;
@@ -506,6 +545,8 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 	series = series_of(&connection->key, cgroup, oldstate == TCP_SYN_SENT,
 			   outbound_port_of(&connection->key));
 	number = counted_in(&series);
+	/* A reader that finds the word finds the record and the client, too. */
+	order_stores();
 	*(volatile __u64 *)word =
 	    bpf_ktime_get_boot_ns() >> TIME_SHIFT << SERIES_BITS | number;
 	record_opened(number);

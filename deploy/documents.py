@@ -2,11 +2,14 @@
 """Writes the documents that are generated from the code: ``make documents``.
 
 They are the tables in docs/settings.md and docs/metrics.md, the alerts in docs/alerts.md,
-the map of the tree in CONTRIBUTING.md, and the man page deploy/man/tcpexporter.8.
+the map of the tree in CONTRIBUTING.md, the man page deploy/man/tcpexporter.8, the
+environment file in deploy/systemd, the files in deploy/completion, and the alert rules for
+Kubernetes.
 """
 
 import ast
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
+from deploy import shells
 from tcpexporter.config import settings
 from tcpexporter.config.rules import parse_rules
 from tcpexporter.config.values import LABELS
@@ -73,6 +77,7 @@ The table leaves out these metrics, because the text of docs/metrics.md names th
 class Described(NamedTuple):
     """A setting and its description in ``--help``."""
 
+    name: str
     flags: Sequence[str]
     variables: Sequence[str]
     metavar: str
@@ -88,6 +93,7 @@ def described() -> Iterator[tuple[str, Sequence[Described]]]:
             title,
             [
                 Described(
+                    each.name,
                     each.flags,
                     each.variables,
                     each.kind.metavar,
@@ -308,6 +314,70 @@ def _alert(
     )
 
 
+# --- /etc/default/tcpexporter ---
+
+DEFAULTS = """\
+# SPDX-License-Identifier: GPL-3.0-only
+# Settings of the service tcpexporter. Written by `make documents`.
+#
+# To change a setting, remove the # before it. The line shows the default. Then run:
+#
+#     systemctl restart tcpexporter
+#
+# The service itself sets TCPEXPORTER_PIN and TCPEXPORTER_STATE: an empty value here turns
+# one off. tcpexporter(8) describes all settings.
+"""
+
+NOT_OF_A_SERVICE = frozenset({"once", "output", "unpin", "features", "check"})
+"""Settings that the environment file leaves out.
+
+Each makes the exporter do one thing and exit, or belongs to such a setting. systemd would
+report a service with one of them as failed.
+"""
+
+
+def defaults_file() -> str:
+    """Return a file for EnvironmentFile= with every setting of a service commented out."""
+    return DEFAULTS + "".join(
+        f"\n# --- {title} ---\n{''.join(map(_commented_out, group))}"
+        for title, all_in_group in described()
+        if (group := [each for each in all_in_group if each.name not in NOT_OF_A_SERVICE])
+    )
+
+
+def _commented_out(each: Described) -> str:
+    lines = textwrap.wrap(
+        f"{each.help[:1].upper()}{each.help[1:]}. Value: {each.allowed}.",
+        92,
+        initial_indent="# ",
+        subsequent_indent="# ",
+        break_on_hyphens=False,
+    )
+    return "\n".join(["", *lines, f"#{each.variables[0]}={each.default}", ""])
+
+
+# --- deploy/kubernetes ---
+
+
+def prometheus_rule() -> str:
+    """Return the alert rules as an object of the Prometheus Operator."""
+    rules = (ROOT / "deploy" / "prometheus" / "tcpexporter.rules.yml").read_text()
+    _, groups = rules.split("\ngroups:\n")
+    header = """\
+# SPDX-License-Identifier: GPL-3.0-only
+# Written by `make documents` from deploy/prometheus/tcpexporter.rules.yml.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: tcpexporter
+  labels:
+    app.kubernetes.io/name: tcpexporter
+spec:
+  groups:
+"""
+    return header + textwrap.indent(groups, "  ")
+
+
 # --- All of them ---
 
 
@@ -333,6 +403,13 @@ DOCUMENTS: dict[Path, Callable[[str], str]] = {
     ROOT / "docs" / "alerts.md": _with_alerts,
     ROOT / "CONTRIBUTING.md": _with_tree,
     ROOT / "deploy" / "man" / "tcpexporter.8": lambda _: man_page(),
+    ROOT / "deploy" / "systemd" / "tcpexporter.default": lambda _: defaults_file(),
+    ROOT / "deploy" / "completion" / "tcpexporter.bash": lambda _: shells.bash(),
+    ROOT / "deploy" / "completion" / "tcpexporter.zsh": lambda _: shells.zsh(),
+    ROOT / "deploy" / "completion" / "tcpexporter.fish": lambda _: shells.fish(),
+    ROOT / "deploy" / "kubernetes" / "monitoring" / "prometheus-rule.yaml": (
+        lambda _: prometheus_rule()
+    ),
 }
 """For each document, the function that makes its new text from its old text."""
 
@@ -340,6 +417,7 @@ DOCUMENTS: dict[Path, Callable[[str], str]] = {
 def main() -> None:
     """Write each generated document again."""
     for path, new in DOCUMENTS.items():
+        path.parent.mkdir(exist_ok=True)
         path.write_text(new(path.read_text() if path.exists() else ""))
 
 

@@ -9,9 +9,13 @@
 #   lowest       install the lowest versions that pyproject.toml allows, into .cache/lowest
 #   fuzz         the same as "test", and the fuzzer
 #   bench        the same as "test", and the programs that the benchmarks compare
+#   image        the same as "run", and the programs that build container images
+#   container    the same as "test" and "image", and the programs that check manifests
 #   vm           the same as "test", and the programs that boot other kernels
 #   release      the same as "test", and the tools for lock files and audits
 #   lock         the same as "release"; then write deploy/lock
+#   wheels       the same as "run" if there is no .venv; then download the packages of "run"
+#                into .cache/wheels, for FOR_PYTHON or this system's Python
 #   require X... install the packages of these commands or services: make prometheus.service
 #
 # It does not install a package again. If every package is installed, it requires neither root
@@ -47,6 +51,8 @@ main() {
 	test)
 		require_for_tests
 		fill_venv test
+		fetch_wheels ""
+		fetch_wheels "$(cat deploy/rpm/python-version)" # make rpm
 		;;
 	lowest)
 		require_python
@@ -61,6 +67,17 @@ main() {
 	bench)
 		require_for_tests
 		fill_venv bench
+		;;
+	image)
+		require_python
+		require bcc venv seccomp podman runc mmdebstrap
+		fill_venv run
+		;;
+	container)
+		require_for_tests
+		require mmdebstrap catatonit # the first process of each Pod of podman
+		fill_venv container
+		"$venv/bin/python" -m tests.container.kubectl
 		;;
 	vm)
 		require_for_tests
@@ -79,11 +96,18 @@ main() {
 		fill_venv release
 		write_locks
 		;;
+	wheels)
+		require_python
+		require bcc venv seccomp
+		# Do not replace an old .venv: the tests that build packages run in it.
+		[ -e "$venv/installed" ] || fill_venv run
+		fetch_wheels "${FOR_PYTHON-}"
+		;;
 	require)
 		shift
 		require "$@"
 		;;
-	*) fail "usage: $0 run|guest|test|lowest|fuzz|bench|vm|release|lock|require X..." ;;
+	*) fail "usage: $0 run|guest|test|lowest|fuzz|bench|image|container|vm|release|lock|wheels|require X..." ;;
 	esac
 }
 
@@ -106,7 +130,9 @@ require_for_tests() {
 	require_python
 	# Without containers, the services and the timer of podman end at once. It requires crun or
 	# runc; the tests use runc.
-	require bcc venv seccomp ip ss gcc libc git busybox podman runc chromium
+	require bcc venv seccomp ip ss gcc libc git busybox podman runc chromium zsh fish
+	# Only make deb, make rpm and their tests require these.
+	[ "$(system_family)" != debian ] || require dpkg-shlibdeps lintian rpmbuild rpmlint
 	require_unpacked prometheus prometheus promtool
 	require_unpacked prometheus-node-exporter prometheus-node-exporter
 }
@@ -190,6 +216,8 @@ packages_for() {
 		debian:ip | debian:ss) echo iproute2 ;;
 		debian:seccomp) echo libseccomp2 ;;
 		debian:libc) echo libc6-dev ;;
+		debian:dpkg-shlibdeps) echo dpkg-dev ;;
+		debian:rpmbuild) echo rpm ;;
 		debian:qemu-system-x86_64) echo qemu-system-x86 ;;
 		debian:qemu-system-aarch64) echo qemu-system-arm ;;
 		debian:busybox) echo busybox-static ;;
@@ -301,6 +329,7 @@ extras_of() {
 	test) echo test lint package browser dashboards ;;
 	fuzz) echo test lint package browser dashboards fuzz ;;
 	bench) echo test lint package browser dashboards bench ;;
+	container) echo test lint package browser dashboards container ;;
 	release) echo test lint package browser dashboards release ;;
 	esac
 }
@@ -344,6 +373,19 @@ state() {
 	} | sha256sum | cut -d ' ' -f 1
 }
 
+# Downloads the packages that make install, make deb and make rpm unpack, unless they are there:
+# for a version of Python, or for this system's if that is empty. The directory has the files
+# for all versions: pip chooses the right ones by their names.
+fetch_wheels() {
+	state=$(state)
+	! grep -qsx "$state $1" .cache/wheels/state || return 0
+	say "downloading Python packages into .cache/wheels${1:+ for Python $1}"
+	grep -qs "^$state " .cache/wheels/state || rm -rf .cache/wheels
+	"$venv/bin/python" -m pip download -q --disable-pip-version-check --require-hashes \
+		--only-binary=:all: ${1:+--python-version "$1"} -r deploy/lock/run.txt -d .cache/wheels
+	echo "$state $1" >>.cache/wheels/state
+}
+
 pip_install() {
 	"$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"
 }
@@ -359,7 +401,7 @@ with open("pyproject.toml", "rb") as project:
     print(*tomllib.load(project)["build-system"]["requires"], sep="\n")' >"$scratch/build.in"
 	resolve --all-extras >"$scratch/everything" # all lock files use these versions
 	write_lock run --constraints "$scratch/everything"
-	for extra in test lint package browser dashboards fuzz bench release; do
+	for extra in test lint package browser dashboards container fuzz bench release; do
 		# shellcheck disable=SC2046  # two words for each package
 		write_lock $extra --constraints "$scratch/everything" --extra $extra \
 			$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' "$scratch/run.txt")

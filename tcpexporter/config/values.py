@@ -158,13 +158,15 @@ class Kind:
     """The accepted values, as the end of a sentence with "must be"."""
     parse: Callable[[str], object]
     """Parses a text; raises LookupError or ValueError if the text is not accepted."""
+    words: tuple[str, ...] = ()
+    """All accepted values, if they are a few words; else empty."""
 
 
 def one_of(*words: str) -> Kind:
     """Return the kind that accepts these words."""
     *others, last = words
     allowed = f"{', '.join(others)} or {last}"
-    return Kind("WORD", allowed, {word: word for word in words}.__getitem__)
+    return Kind("WORD", allowed, {word: word for word in words}.__getitem__, words)
 
 
 _BOOLEANS = dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True) | dict.fromkeys(
@@ -172,7 +174,7 @@ _BOOLEANS = dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True) | dict.
 )
 """The words that Go's strconv.ParseBool accepts."""
 
-SWITCH = Kind("[=BOOL]", "true or false", _BOOLEANS.__getitem__)
+SWITCH = Kind("[=BOOL]", "true or false", _BOOLEANS.__getitem__, ("true", "false"))
 PORTS = Kind(
     "PORTS", "-1 for all ports, or ports from 1 to 65535 as in 443 or 443,8000-8100", _ports
 )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.clients import Chunk, ClientCounts, Seen, count_clients
 from tcpexporter.connections.clients import seen as clients_of
+from tcpexporter.connections.memory_order import memory_barrier
 from tcpexporter.connections.record import CLOSED, SERIES_BITS, SERIES_MASK, TIME_SHIFT
 from tcpexporter.connections.selection import (
     Cgroups,
@@ -168,12 +169,14 @@ def count(
             are to be counted.
     """
     before = ledger().series
+    memory_barrier()
     pieces = _copies(chunks)
     seen: list[Seen] | None = None
     if long_term_ns is not None:
         seen, limit = [], first_young(long_term_ns)
         pieces = _gathering(pieces, seen, limit)
     bins, times = _tally(pieces, since_ns, has_sums=now_ns is not None)
+    memory_barrier()
     entries = ledger()
     series = entries.series
     counted = bins[:, : len(series)].astype(np.int64)
@@ -216,7 +219,9 @@ def _copies(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
             if clients is None:
                 yield Chunk(copied)
                 continue
+            memory_barrier()
             np.copyto(of, clients[first : first + PIECE])
+            memory_barrier()
             # A slot whose word has changed may have the client of another connection.
             copied[np.flatnonzero(piece != copied)] = CLOSED
             yield Chunk(copied, of)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from tcpexporter.connections.memory_order import memory_barrier
 from tcpexporter.connections.record import (
     PORTS,
     SERIES_MASK,
@@ -181,7 +182,9 @@ def count_expected(
     established, long_term = np.zeros((2, len(rules)), np.int64)
     for records, words in _pieces(windows):
         before = words.copy()
+        memory_barrier()
         columns = {name: _column(records, name) for name in names}
+        memory_barrier()
         numbers = (before & np.uint64(SERIES_MASK)).view(np.int64)
         # A slot whose word has changed may have the record of another connection.
         is_open = (words == before) & (numbers != 0)

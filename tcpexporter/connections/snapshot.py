@@ -5,7 +5,7 @@ A slot has a connection if its word has a series number. The BPF program writes 
 last when a connection opens, and only the word when it closes. No two connections in a slot
 have the same word: one would have to close, and the next to open, within 8,192 ns. So if
 the word is the same before and after other fields were read, these belong to the same
-connection.
+connection. `memory_order` argues that for machines that reorder loads and stores.
 """
 
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import hashes
+from tcpexporter.connections.memory_order import memory_barrier
 from tcpexporter.connections.record import (
     KEY,
     SERIES_MASK,
@@ -44,8 +45,10 @@ def consistent_fields(
         fields, by name, with one element for each index.
     """
     before = words.copy()
+    memory_barrier()
     index = np.flatnonzero(before & np.uint64(SERIES_MASK))
     fields = {name: window[name][index] for name in names}
+    memory_barrier()
     is_same = words[index] == before[index]
     index = index[is_same]
     return index, before[index], {name: field[is_same] for name, field in fields.items()}

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import Clients, Hashes, hashes
+from tcpexporter.connections.memory_order import memory_barrier
 from tcpexporter.connections.record import CONNECTION, Records, Words, times_ns
 from tcpexporter.connections.snapshot import consistent_fields
 from tcpexporter.ebpf.free_numbers import Slots
@@ -176,9 +177,12 @@ class ConnectionArray:
     def known(self) -> Known:
         """Return all connections; those that change meanwhile may be missing.
 
+        They are read after all that this thread has read before.
+
         Raises:
             OSError: the kernel refuses to map the arrays.
         """
+        memory_barrier()
         parts = [_known(*window, at * WINDOW) for at, window in enumerate(self.windows())]
         return Known(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from tcpexporter.connections import memory_order
 from tcpexporter.ebpf import program, remedy
 from tcpexporter.ebpf.btf import Btf
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
@@ -27,6 +28,9 @@ BPF_F_MMAPABLE = 1 << 10
 FIRST_ARGUMENT = bytes.fromhex("7911000000000000")  # r1 = *(u64 *)(r1 + 0)
 CALL_KTIME_GET_BOOT_NS = bytes.fromhex("850000007d000000")
 CALL_SKC_TO_TCP_SOCK = bytes.fromhex("8500000089000000")
+EXCHANGE_OWN = bytes.fromhex(
+    "7a0af8ff00000000 b701000001000000 db1af8ffe1000000"
+)  # *(u64 *)(r10 - 8) = 0; r1 = 1; r1 = xchg((u64 *)(r10 - 8), r1)
 RETURN_0 = bytes.fromhex("b700000000000000 9500000000000000")  # r0 = 0; exit
 
 Answer = bool | None
@@ -125,6 +129,13 @@ def table(kernel: Kernel) -> str:
     if any(answers[None] == answer for _, answer, *_ in rows):
         lines.append("? cannot be determined: requires root, and BTF for most features")
     return "".join(f"{line}\n" for line in lines)
+
+
+def order_of_stores(kernel: Kernel) -> str:
+    """Return the value of ORDER in bpf/tcp_tracker.c for a kernel."""
+    if kernel.has(STORE_ORDER):
+        return "ORDERED"
+    return "BY_EXCHANGE" if kernel.has(EXCHANGE) else "BY_STACK"
 
 
 def _in_types(probe: Callable[[Btf], Answer]) -> Probe:
@@ -282,6 +293,24 @@ tracepoint probes") (in v6.1). The probe looks for the function that counts, whi
 commit named. It does not cause a miss: that would require a program on every system call of
 the host."""
 
+STORE_ORDER = Feature(
+    "total store order",
+    "x86-64",
+    "ebpf, to store a connection in the order in which it is read",
+    "the BPF program orders stores by an exchange",
+    lambda _types: memory_order.IS_TOTAL,
+)
+
+EXCHANGE = Feature(
+    "atomic exchange in BPF",
+    "Linux 5.12; on arm64, 5.18",
+    "ebpf, to order stores",
+    "without total store order, stores are ordered by a lock that all CPUs share",
+    _loading(EXCHANGE_OWN, RETURN_0),
+)
+"""Linux kernel commits 5ffa25502b5a ("bpf: Add instructions for atomic_[cmp]xchg") (in
+v5.12) and 1902472b4fa9 ("bpf, arm64: Support more atomic operations") (in v5.18)."""
+
 UNPRIVILEGED_MAPS = Feature(
     "maps without CAP_BPF",
     "Linux 5.19",
@@ -343,6 +372,8 @@ FEATURES = (
     BATCHES,
     HASH_MAP_ALLOCATOR,
     RECURSION_MISSES,
+    STORE_ORDER,
+    EXCHANGE,
     UNPRIVILEGED_MAPS,
     SECCOMP,
     LANDLOCK,

@@ -223,6 +223,7 @@ def _load_here(request: Request) -> Descriptors:
         IPV6,
         SOCKET_CGROUPS,
         Kernel,
+        order_of_stores,
     )
 
     _require_privilege()
@@ -243,6 +244,7 @@ def _load_here(request: Request) -> Descriptors:
                 has_allocator=bool(kernel.has(HASH_MAP_ALLOCATOR)),
                 has_ipv6=bool(kernel.has(IPV6)),
                 has_cgroups=bool(kernel.has(SOCKET_CGROUPS)),
+                order=order_of_stores(kernel),
             ),
         )
         code: bytes = bpf.dump_func("on_state_change")
@@ -375,6 +377,7 @@ def _cflags(
     has_allocator: bool,
     has_ipv6: bool,
     has_cgroups: bool,
+    order: str,
 ) -> list[str]:
     defines = {
         "MAX_CONNECTIONS": request.max_connections,
@@ -382,6 +385,7 @@ def _cflags(
         "MAX_SERIES": request.max_series,
         # Allocate memory when an entry is added, if this kernel does that safely.
         "MAP_FLAGS": BPF_F_NO_PREALLOC if has_allocator else 0,
+        "ORDER": order,
         "NETNS": request.netns,
         "BY_NETNS": int(request.by_netns),
         "OWN_NETNS": request.own_listener[0],
@@ -418,9 +422,8 @@ def _offsets(types: Btf, *, has_ipv6: bool) -> dict[str, int]:
         f"SKC_{each.upper()}_OFFSET": types.offset("sock_common", f"skc_{each}")
         for each in members
     }
-    for (
-        each
-    ) in ipv6_members:  # a kernel without IPv6 lacks them, and the program reads none
+    # A kernel without IPv6 lacks these, and then the program reads none.
+    for each in ipv6_members:
         at = types.offset("sock_common", f"skc_{each}") if has_ipv6 else 0
         found[f"SKC_{each.upper()}_OFFSET"] = at
     found["SK_PROTOCOL_OFFSET"] = types.offset("sock", "sk_protocol")

@@ -33,7 +33,8 @@ c. Opened after that dump: the tracker has it with the kernel's time. No step ch
 d. In the dump of 1, and closed before 2: the dump shows it and the tracker does not, so it
    becomes a seed. The program has recorded the closing, and 3 removes the seed.
 e. As d, but it closes during 2: the program records the closing before it looks for a seed.
-   If the program does not find the seed, the seed was added after that, and 3 removes it.
+   If its run does not find the seed, the run began before the seed was added. So 3 waits
+   for these runs before it reads the log, and removes the seed.
 f. As d or e, and the same address pair opens again at any time: the tracker has the new
    connection by its socket; 3 removes the seed, which is the old connection.
 g. Closed after 2: the program finds and removes the seed, and records the closing too. If
@@ -46,6 +47,8 @@ being preempted. Step 1 and `reconcile` begin when every softirq that was runnin
 (`Tracker.wait_for_runs`). A task, however, can be preempted between the report and the
 store. If it reported a closing before the recording began, and the dump of 1 still shows
 the connection, the connection becomes a seed. The next reconciliation removes it: case s.
+
+For the order of loads and stores, see the cases 10, 11 and 13 of `memory_order`.
 
 Reconciling
 -----------

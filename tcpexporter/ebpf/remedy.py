@@ -88,7 +88,7 @@ def without_capabilities(context: Context) -> str:
     if not is_root:
         remedies.append(_root_again(context, can_use_sudo=not removed))
     remedy = ", and ".join(remedies)
-    return f"BPF requires {required}, but {missing} is not in effect: {remedy}, {OR_POLL}"
+    return f"BPF requires {required}; this process lacks {missing}: {remedy}, {OR_POLL}"
 
 
 def _capabilities_again(context: Context, removed: int, *, is_root: bool) -> Iterator[str]:

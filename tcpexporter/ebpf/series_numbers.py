@@ -35,6 +35,7 @@ h. As b, but that connection closes before 3 looks. A run stores that first, and
    to the counters of the number. So 3 waits for all runs once more before it frees it.
 
 `ledger` never shows the counters of a number twice while they are added to another one.
+For the order of loads and stores, see the cases 7 to 9, 12 and 14 of `memory_order`.
 
 If few numbers are free, those without connections are freed. Their counters are added to
 those of the folded series: no sum over series decreases. When a network namespace is gone,

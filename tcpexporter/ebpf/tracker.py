@@ -9,7 +9,8 @@ Reading at any time
 -------------------
 A slot has a connection if its word has a series number. The program stores the word last
 when a connection opens, and stores `CLOSED` when it closes. A reader that counts reads only
-the words, and each once. So a connection is counted like this, on any CPU:
+the words, and each once. So a connection is counted like this, on any CPU
+(`memory_order` argues the order of loads and stores):
 
 a. Open all the while: counted once, in its series, with its own time. It keeps its slot.
 b. Closes after its word was read: counted. It was open.
@@ -49,6 +50,7 @@ import numpy.typing as npt
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import Hashes, client_hashes, hashes
+from tcpexporter.connections.memory_order import memory_barrier
 from tcpexporter.connections.record import (
     CLOSED,
     CONNECTION,
@@ -236,6 +238,7 @@ class Tracker(EventCounters):
         done = self._handles.put_all(seeds["handle"].copy(), slots)
         if done == len(slots):
             # Readers may count a seed only when the program finds it and sees its closing.
+            memory_barrier()
             all_words[slots] = seed_words
             return True
         self._handles.delete_all(seeds["handle"][:done])
@@ -301,6 +304,7 @@ class Tracker(EventCounters):
         """
         removed = slots[:0]
         try:
+            self.wait_for_runs()  # e of `reconcile`
             records, all_words = self._used()
             closed = slots[np.isin(records["handle"][slots], self._pop_closings())]
             removed, _ = self._release(closed, all_words[closed])

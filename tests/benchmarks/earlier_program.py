@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from tcpexporter.ebpf import loader
-from tcpexporter.ebpf.features import HASH_MAP_ALLOCATOR, IPV6, Kernel
+from tcpexporter.ebpf.features import HASH_MAP_ALLOCATOR, IPV6, Kernel, order_of_stores
 from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.program import TRACEPOINT
 from tcpexporter.ebpf.program import load as load_program
@@ -65,6 +65,7 @@ def _load_here(request: Request) -> int:
         has_allocator=bool(kernel.has(HASH_MAP_ALLOCATOR)),
         has_ipv6=bool(kernel.has(IPV6)),
         has_cgroups=False,
+        order=order_of_stores(kernel),
     )
     compiled = bcc.BPF(src_file=str(SOURCE), cflags=cflags)
     loader._fill(compiled["free_slots"].map_fd, range(request.max_connections))

@@ -36,6 +36,14 @@ NOT_RUN = {
     " tcpexporter.rules.yml": "it changes the rules",
     "journalctl -u tcpexporter": "it requires the service, which make vm-test has",
     "sudo systemctl reload tcpexporter": "it requires the service, which make vm-test has",
+    "sudo systemctl restart tcpexporter": "make vm-test has the service",
+    "sudo systemctl enable --now tcpexporter": "make vm-test has the service",
+    "sudo apt install './dist/tcpexporter_*.deb'": "tests/packaging does this",
+    "sudo apt remove tcpexporter": "tests/packaging does this",
+    "sudo apt purge tcpexporter": "tests/packaging does this",
+    "sudo dnf install './dist/tcpexporter-*.rpm'": "tests/packaging installs it with rpm",
+    "sudo rm -rf /var/lib/tcpexporter /var/lib/private/tcpexporter"
+    " /sys/fs/bpf/tcpexporter": "it would remove the ages of this host",
     "man -l deploy/man/tcpexporter.8": "other tests read the man page",
 }
 """Commands that are not run here, each with the reason."""
@@ -181,6 +189,10 @@ def try_command(command: str) -> bool:
         assert all((ROOT / each).exists() for each in words[3:])
     elif words[:2] == [".venv/bin/python", "-c"]:
         assert run_python(words[2]).startswith("$2b$10$")
+    elif words[0] == "docker":  # tests/container runs them with podman
+        assert words[1] in ("build", "run")
+    elif words[0] == "kubectl":  # tests/container renders these directories
+        assert (ROOT / words[-1] / "kustomization.yaml").exists()
     else:
         return False
     return True
@@ -206,6 +218,16 @@ def test_a_command_works_or_has_a_reason_not_to_be_run(command: str) -> None:
 
 def test_each_reason_is_for_a_command_in_the_documents() -> None:
     assert NOT_RUN.keys() <= set(COMMANDS)
+
+
+def test_the_manifests_in_the_documents_are_those_of_the_examples() -> None:
+    """tests/container renders the examples, validates them and runs them."""
+    page = (ROOT / "docs/kubernetes.md").read_text()
+    files = ROOT.glob("deploy/kubernetes/examples/*/kustomization.yaml")
+    examples = {re.sub(r"(?m)^#.*\n", "", each.read_text()) for each in files}
+    manifests = re.findall(r"(?ms)^```yaml\n(.*?)^```$", page)
+    assert len(manifests) == 3
+    assert set(manifests) <= examples
 
 
 def test_the_web_configuration_in_the_documents_is_valid() -> None:

@@ -72,6 +72,9 @@ TASKS = [
 OF_PROMETHEUS = {"job", "instance"}
 """Labels that Prometheus adds to those of the exposition."""
 
+OF_OPERATORS = {"polling"}
+"""Labels that an operator can give to targets, and that the rules know."""
+
 WITHOUT_ALERT = {
     "tcpexporter_seeded_connections",  # All connections are pre-existing after a restart.
     "tcpexporter_build_info",  # This is information only.
@@ -246,7 +249,9 @@ def test_each_alert_uses_published_metrics(name: str) -> None:
         for label, value in matchers:
             values = metrics.get(metric, {}).get(label, set())
             # "" in a matcher means that the series does not have the label.
-            assert label in OF_PROMETHEUS or (values and value in {"", *values})
+            assert label in OF_PROMETHEUS | OF_OPERATORS or (
+                values and value in {"", *values}
+            )
 
 
 def test_the_cases_have_published_series() -> None:
@@ -256,7 +261,7 @@ def test_the_cases_have_published_series() -> None:
     assert len(series) == CASES.read_text().count("series: ")
     for metric, matchers in series:
         labels = {label for label, _ in MATCHER.findall(matchers)}
-        own = frozenset(labels - OF_PROMETHEUS)
+        own = frozenset(labels - OF_PROMETHEUS - OF_OPERATORS)
         assert labels >= OF_PROMETHEUS
         assert (metric, own) in {("up", frozenset()), *metrics}
 

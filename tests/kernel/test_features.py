@@ -59,6 +59,12 @@ def unprivileged_can_read_a_map() -> bool:
     return ended.returncode == 0
 
 
+def has_version_of_exchange() -> bool:
+    """Return whether the kernel is new enough; the guests have no backports of it."""
+    version = tuple(map(int, os.uname().release.split(".")[:2]))
+    return version >= ((5, 18) if os.uname().machine == "aarch64" else (5, 12))
+
+
 def landlock_is_booted() -> bool:
     """Return whether securityfs lists Landlock as a security module."""
     mount = "mount -t securityfs none /sys/kernel/security; cat /sys/kernel/security/lsm"
@@ -77,6 +83,8 @@ CHECKS: dict[Feature, Callable[[], bool]] = {
     features.BATCHES: symbol("htab_map_lookup_and_delete_batch"),
     features.HASH_MAP_ALLOCATOR: symbol("bpf_mem_alloc_init"),
     features.RECURSION_MISSES: symbol("bpf_prog_inc_misses_counter"),
+    features.STORE_ORDER: lambda: os.uname().machine == "x86_64",
+    features.EXCHANGE: has_version_of_exchange,
     features.UNPRIVILEGED_MAPS: unprivileged_can_read_a_map,
     features.SECCOMP: Path("/proc/sys/kernel/seccomp/actions_avail").exists,
     features.LANDLOCK: landlock_is_booted,

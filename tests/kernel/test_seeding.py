@@ -214,6 +214,29 @@ def test_unrecorded_closings_are_counted_and_corrected(
     assert len(at_port(late_tracker, peers.port)) == 0
 
 
+def test_the_closings_log_is_read_after_all_runs_that_missed_a_seed(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """e: These runs began before the seed was added. They have ended, so their closings are
+    in the log."""
+    slots = tracker.add(invented(1))
+    done: list[str] = []
+
+    def recording(name: str) -> Callable[[], object]:
+        real = getattr(tracker, name)
+
+        def call() -> object:
+            done.append(name)
+            return real()
+
+        return call
+
+    for each in ("wait_for_runs", "_pop_closings"):
+        monkeypatch.setattr(tracker, each, recording(each))
+    tracker.release_closed(slots)
+    assert done == ["wait_for_runs", "_pop_closings"]
+
+
 def test_closings_are_only_recorded_during_a_comparison(
     tracker: Tracker, peers: Peers
 ) -> None:

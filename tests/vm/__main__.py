@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.vm import CACHE, ROOT, VmError, guest, images, kernels, outcome, table
+from tests.vm import CACHE, ROOT, VmError, debs, guest, images, kernels, outcome, table
 from tests.vm.architectures import AMD64, ARCHITECTURES, Architecture
 from tests.vm.images import (
     BOOKWORM,
@@ -70,6 +70,8 @@ class Run:
     title: str = ""
     """A name of these tests, necessary if other tests have the same kernel and userland."""
     init: Path = guest.SESSION
+    with_packages: bool = False
+    """Whether the guest has the packages of `debs.build` in /share."""
     is_extra: bool = False
     """Whether it only runs if its kernel or architecture is named by an option."""
 
@@ -111,6 +113,11 @@ RUNS = (
     Run(OLDEST, BOOKWORM),
     *RUNS_ARM64,
     Run(KERNELS[1], VAGRANT, "tests/vm/service.py", init=guest.BOOT),
+    Run(
+        *(KERNELS[1], VAGRANT, "tests/vm/package.py", "package"),
+        init=guest.BOOT,
+        with_packages=True,
+    ),
     # The newest of these kernels, and one on which the exporter keeps more privileges.
     *(Run(KERNELS[each], BOOKWORM, "tests/vm/faults.py", "faults") for each in (2, 0)),
 )
@@ -193,6 +200,8 @@ def _outcome(run: Run, unpacked: Future[Unpacked], image: Future[Path]) -> Outco
         began_s = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
             share = Path(directory)
+            if run.with_packages:
+                debs.build(share)
             command = TEST.format(what=run.tests)
             code = guest.run(
                 kernel, root, share, command, init=run.init, log=run.log, limit_s=LIMIT_S

@@ -72,7 +72,7 @@ def status(
         ),
         (
             Context(status(bounding=1 << CAP_BPF, effective=1 << CAP_BPF)),
-            ("but CAP_PERFMON is not", "add CAP_PERFMON to the exporter's bounding set"),
+            ("lacks CAP_PERFMON:", "add CAP_PERFMON to the exporter's bounding set"),
             (),
         ),
     ],

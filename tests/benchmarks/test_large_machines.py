@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: GPL-3.0-only
+"""The calculated memory of large machines is that of the code, and of the kernel."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tcpexporter.connections.series import bucket_count
+from tcpexporter.ebpf import loader
+from tcpexporter.ebpf.loader_protocol import Request
+from tcpexporter.ebpf.maps import possible_cpus
+from tests import tables
+from tests.benchmarks.large_machines import BEGIN, CPUS, END, Sizes, table
+
+DOCUMENT = Path(__file__).parents[2] / "docs/performance.md"
+
+HEADER_BYTES = 1024
+"""The struct of a map is smaller, and differs between kernels."""
+
+EXACT_SINCE = 6, 4
+"""Linux 6.4 reports what a map uses, older kernels the size of its entries."""
+
+
+def test_the_table_is_current() -> None:
+    """`make documents` would not change it."""
+    document = DOCUMENT.read_text()
+    assert tables.replaced(document, BEGIN, END, tables.markdown(table())) == document
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="loading a BPF program requires root")
+@pytest.mark.skipif(
+    tuple(map(int, os.uname().release.split(".")[:2])) < EXACT_SINCE,
+    reason="the kernel does not report what maps use",
+)
+@pytest.mark.parametrize("bounds", [(), (1, 2, 3, 4, 5, 6, 7, 8)])
+def test_the_kernel_reports_the_calculated_sizes(bounds: tuple[int, ...]) -> None:
+    """Of each map that is not small, on the CPUs of this machine."""
+    cpus = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
+    masks = ((1, 1), (1, 1))
+    descriptors = loader.load(
+        Request(300_000, 0, (1, 2), client_masks=masks, lifetime_bounds=bounds)
+    )
+    try:
+        for name, size in Sizes(300_000, bucket_count(bounds), cpus).maps.items():
+            shown = Path(f"/proc/self/fdinfo/{getattr(descriptors, name)}").read_text()
+            fields = dict(line.split(":") for line in shown.splitlines())
+            assert 0 <= int(fields["memlock"]) - size <= HEADER_BYTES, name
+    finally:
+        descriptors.close()
+
+
+def test_only_a_small_part_depends_on_the_number_of_cpus() -> None:
+    """No map has an entry for each connection or series and CPU."""
+    many, few = (Sizes(262_144, 9, cpus) for cpus in (CPUS, 2))
+    assert many.per_cpu - few.per_cpu < 10 << 20
+    assert many.at_start - few.at_start < 1 << 20
