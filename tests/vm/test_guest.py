@@ -60,8 +60,8 @@ def test_a_guest_ends_with_its_parent_process(tmp_path: Path) -> None:
 def test_an_unpacked_guest_runs_the_exporter_of_its_own_tree(tmp_path: Path) -> None:
     """No file of its virtual environment refers to the tree of the host."""
     foreign._fill_venv(tmp_path, "3.11", lambda *_options: None)
-    files = [each for each in tmp_path.rglob("*") if each.is_file()]
-    texts = [each.read_text() for each in files]
+    found = [each for each in tmp_path.rglob("*") if not each.is_symlink()]
+    texts = [each.read_text() for each in found if each.is_file()]
     assert any("'/tcpexporter/tcpexporter'" in each for each in texts)
     assert not any(f"{ROOT}/" in each for each in texts)
 
