@@ -90,8 +90,8 @@ fleet: setup-test #- Measure what many exporters cost a Prometheus; write the fi
 	$(bin)/python -m tests.benchmarks.fleet
 
 .PHONY: kernels
-kernels: #- Write the results of vm-test into docs/kernels.md
-	$(bin)/python -m tests.vm.table .cache/vm/kernels.json --write docs/kernels.md
+kernels: #- Write the results of vm-test, and of vm-test ARCH=arm64, into docs/kernels.md
+	$(bin)/python -m tests.vm.table .cache/vm/kernels.json $(wildcard .cache/vm/arm64.json) --write docs/kernels.md
 
 .PHONY: screenshot
 screenshot: #- Write the pictures of the status page and the dashboards in docs/; requires root
@@ -127,15 +127,17 @@ container-test: #- Build the images, run them in containers and Pods, and check 
 	deploy/container/build.sh
 	$(bin)/python -m pytest tests/container
 
+vm_options = $(if $(KERNEL),--kernel $(KERNEL)) $(if $(ARCH),--arch $(ARCH))
+
 .PHONY: vm-test
 # pdeathsig: the guests end when make ends.
 vm-test vm-shell: export PATH := $(PATH):/usr/sbin:/sbin
-vm-test: vagrant-validate #- Run the kernel tests under Debian's kernels in emulation; KERNEL=6.12 for one
-	setpriv --pdeathsig TERM $(bin)/python -m tests.vm $(if $(KERNEL),--kernel $(KERNEL))
+vm-test: vagrant-validate #- Run the kernel tests under Debian's kernels in emulation; KERNEL=6.12 ARCH=arm64 for one
+	setpriv --pdeathsig TERM $(bin)/python -m tests.vm $(vm_options)
 
 .PHONY: vm-shell
-vm-shell: setup-vm #- Open a shell in a guest of vm-test: KERNEL=6.12
-	$(bin)/python -m tests.vm --shell $(if $(KERNEL),--kernel $(KERNEL))
+vm-shell: setup-vm #- Open a shell in a guest of vm-test: KERNEL=6.12 ARCH=arm64
+	$(bin)/python -m tests.vm --shell $(vm_options)
 
 .PHONY: vagrant-validate
 vagrant-validate: export VAGRANT_HOME := $(CURDIR)/.cache/vagrant

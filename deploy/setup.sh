@@ -81,7 +81,8 @@ main() {
 		;;
 	vm)
 		require_for_tests
-		require qemu-system-x86_64 mmdebstrap mke2fs modprobe cpio xz vagrant
+		require qemu-system-x86_64 qemu-system-aarch64 mmdebstrap mke2fs modprobe cpio xz
+		require vagrant
 		fill_venv test
 		;;
 	release)
@@ -218,6 +219,7 @@ packages_for() {
 		debian:dpkg-shlibdeps) echo dpkg-dev ;;
 		debian:rpmbuild) echo rpm ;;
 		debian:qemu-system-x86_64) echo qemu-system-x86 ;;
+		debian:qemu-system-aarch64) echo qemu-system-arm ;;
 		debian:busybox) echo busybox-static ;;
 		debian:mke2fs) echo e2fsprogs ;;
 		debian:modprobe) echo kmod ;;

@@ -17,7 +17,10 @@ from tcpexporter.ebpf.mapped_array import MappedArray, map_entries
 from tcpexporter.ebpf.ranges import RANGE_SLOTS
 
 WINDOW = 8192
-"""Number of slots that are mapped and read at once: 512 KiB."""
+"""Number of slots that are mapped and read at once: 512 KiB of records, 64 KiB of words.
+
+Both are whole pages of every size: arm64 has pages of 4, 16 or 64 KiB.
+"""
 
 UNTOUCHED = 16 * RANGE_SLOTS
 """Reading ends after so many consecutive slots that were never used.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.vm import VmError
 from tests.vm.apt import Apt
+from tests.vm.architectures import AMD64
 
 ROOT = Path(__file__).parents[2]
 KUBECTL = ROOT / ".cache" / "kubectl" / "usr" / "bin" / "kubectl"
@@ -30,7 +31,7 @@ def fetch() -> None:
     KUBECTL.parents[3].mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=KUBECTL.parents[3]) as scratch:
         new = Path(scratch, "tree")
-        Apt(Path(scratch, "apt"), "trixie").unpack(["kubectl"], new)
+        Apt(Path(scratch, "apt"), AMD64, "trixie").unpack(["kubectl"], new)
         shutil.rmtree(KUBECTL.parents[2], ignore_errors=True)
         new.rename(KUBECTL.parents[2])
 

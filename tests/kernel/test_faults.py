@@ -24,6 +24,7 @@ from tests.kernel.helpers.in_process import at_port, attach
 from tests.kernel.helpers.loader_child import kill_loader, loader_is_killed
 from tests.kernel.helpers.resource_limits import limit, pids_cgroup
 from tests.kernel.helpers.second_program import Counter
+from tests.kernel.helpers.system_calls import NUMBERS
 from tests.support import (
     DEADLINE_S,
     ESTABLISHED,
@@ -100,10 +101,9 @@ def deny_netlink() -> None:
     """Make the kernel refuse netlink sockets to this process, with seccomp(2)."""
     load, jump, returning = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
     allowed, denied = 0x7FFF0000, 0x00050000 | 1  # SECCOMP_RET_ALLOW, ERRNO | EPERM
-    socket_number = {"x86_64": 41, "aarch64": 198}[os.uname().machine]
     program = (
         (load, 0, 0, 0),  # the number of the system call
-        (jump, 0, 3, socket_number),
+        (jump, 0, 3, NUMBERS["socket"]),
         (load, 0, 0, 16),  # its first argument
         (jump, 0, 1, socket.AF_NETLINK),
         (returning, 0, 0, denied),

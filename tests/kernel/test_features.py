@@ -128,7 +128,6 @@ def test_a_feature_is_detected(feature: Feature) -> None:
     assert found(feature) is CHECKS[feature]()
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="only x86 traces page faults")
 def test_recursion_is_prevented_by_kernels_that_count_it() -> None:
     """A program that interrupts itself runs twice, or the kernel counts a missed run."""
     ended = subprocess.run(

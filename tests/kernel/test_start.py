@@ -151,7 +151,7 @@ def test_too_little_memory_for_the_loader_is_reported() -> None:
         assert exporter.value("tcpexporter_source_info", source="sock_diag") == 1
         code, complaints = exporter.stop()
     assert code == 0
-    assert "out of memory while compiling; the exporter requires about 72 MiB" in complaints
+    assert "out of memory while compiling; the exporter requires about 76 MiB" in complaints
     assert "Traceback" not in complaints
 
 
@@ -159,7 +159,7 @@ def test_too_little_memory_for_the_loader_is_reported() -> None:
 def test_the_memory_that_the_warning_names_is_enough() -> None:
     """With the number from the warning above, the source is ebpf."""
     with (
-        limited(72) as command,
+        limited(76) as command,
         Exporter("--max-connections", "1009", command=command) as exporter,
     ):
         assert exporter.value("tcpexporter_source_info", source="ebpf") == 1

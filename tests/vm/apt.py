@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.vm import VmError
+from tests.vm.architectures import Architecture
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 DEPENDENCY = re.compile(r"^ +Depends: ([^<\s]+)$", re.MULTILINE)
@@ -31,11 +32,12 @@ def mirror(label: str = "Debian") -> str:
 class Apt:
     """Runs apt with its own lists and sources; it installs nothing on the host."""
 
-    def __init__(self, state: Path, *suites: str) -> None:
+    def __init__(self, state: Path, architecture: Architecture, *suites: str) -> None:
         """Download the lists of packages.
 
         Args:
             state: Directory of the lists.
+            architecture: The architecture of the packages.
             suites: Names of suites such as ``bookworm-backports``. A suite of security
                 updates is recognized by its name.
 
@@ -54,7 +56,8 @@ class Apt:
             f"-oDir::State::status={state / 'status'}",
             f"-oDir::Cache={state / 'cache'}",
             "-oAPT::Sandbox::User=root",
-            "-oAPT::Architecture=amd64",
+            f"-oAPT::Architecture={architecture.name}",
+            f"-oAPT::Architectures={architecture.name}",
             "-oAcquire::Languages=none",
             "-oAcquire::Retries=3",
         ]
@@ -77,7 +80,7 @@ class Apt:
     def unpack(self, packages: Sequence[str], into: Path) -> None:
         """Download packages and unpack them, without installing them."""
         archives = into.with_name(f"{into.name}.archives")
-        archives.mkdir(parents=True)
+        archives.mkdir(parents=True, exist_ok=True)
         self("apt-get", "download", "-q", *packages, cwd=archives)
         for archive in archives.iterdir():
             _run("dpkg", "-x", str(archive), str(into))

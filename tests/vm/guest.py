@@ -18,17 +18,17 @@ BOOT = HERE / "boot"
 MEMORY_MIB = 2048
 
 APPEND = (
-    "console=ttyS0 quiet loglevel=3 panic=-1 net.ifnames=0 rdinit=/init",
+    "quiet loglevel=3 panic=-1 net.ifnames=0 rdinit=/init",
     # The emulator caches translated code by address: with random addresses each process
     # would be twice as slow.
     "norandmaps mitigations=off",
 )
 
-QEMU = (
-    # The kernel kills the guest when this process ends: prctl(2), PR_SET_PDEATHSIG.
-    *("setpriv", "--pdeathsig=KILL"),
-    "qemu-system-x86_64",
-    *("-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-m", str(MEMORY_MIB)),
+# The kernel kills the guest when this process ends: prctl(2), PR_SET_PDEATHSIG.
+GUARD = ("setpriv", "--pdeathsig=KILL")
+
+OPTIONS = (
+    *("-accel", "tcg,thread=multi", "-m", str(MEMORY_MIB)),
     # With a second CPU some kernels panic now and then.
     *("-smp", "1"),
     *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-net", "none"),
@@ -68,10 +68,12 @@ def run(
     (share / "command").write_text(command)
     shutil.copy(init, share)
     pack_tree(share / "tree.tar")
+    machine = kernel.architecture
+    parameters = (f"console={machine.console}", machine.parameters, *APPEND)
     arguments = [
-        *QEMU,
+        *(*GUARD, f"qemu-system-{machine.machine}", *machine.emulated, *OPTIONS),
         *_devices(kernel, image, share),
-        *("-append", " ".join([*APPEND, f"vm.init=/share/{init.name}"])),
+        *("-append", " ".join([*parameters, f"vm.init=/share/{init.name}"])),
     ]
     try:
         if log is None:

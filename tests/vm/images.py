@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from tests.vm import CACHE, ROOT, VmError
+from tests.vm import CACHE, ROOT, VmError, foreign
 from tests.vm.apt import source
+from tests.vm.architectures import AMD64, ARM64, Architecture
 
 SIZE = "2G"
 """Maximum size of an image; its file is sparse."""
@@ -37,11 +39,15 @@ class Userland:
     """Packages of an installed machine that the variant minbase does not have."""
     command: str = "deploy/setup.sh guest"
     """Command that installs the rest, in /tcpexporter."""
+    architecture: Architecture = AMD64
 
 
 BOOKWORM = Userland("Debian 12", "bookworm", "3.11")
 TRIXIE = Userland("Debian 13", "trixie", "3.13")
 """Has BCC, its dependencies, Python packages and iproute2; no compiler and no headers."""
+
+BOOKWORM_ARM64 = replace(BOOKWORM, architecture=ARM64)
+TRIXIE_ARM64 = replace(TRIXIE, architecture=ARM64)
 
 VAGRANT = Userland(
     "Debian 12, vagrant/",
@@ -52,11 +58,15 @@ VAGRANT = Userland(
 )
 """A machine with systemd and services, as in ``vagrant/``."""
 
+GLIBC = 36
+"""The minor version of the oldest C library, of Debian 12: wheels must not require more."""
+
 LOCKS = ("run.txt", "test.txt")
 """Lock files that `deploy/setup.sh guest` installs."""
 
 INPUTS = (
     Path(__file__),
+    Path(foreign.__file__),
     ROOT / "pyproject.toml",
     *sorted(
         path
@@ -74,7 +84,7 @@ def build(userland: Userland) -> Path:
     Raises:
         VmError: it cannot be built; the message has the reason.
     """
-    name = f"{slug(userland.name)}-"
+    name = f"{slug(userland.name)}-{userland.architecture.name}-"
     image = CACHE / "images" / f"{name}{_fingerprint(userland)}.img"
     if image.exists():
         return image
@@ -84,9 +94,11 @@ def build(userland: Userland) -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         directory = Path(scratch)
         directory.chmod(0o755)
-        _download_wheels(userland.python, directory / "wheels")
-        pack_tree(directory / "tree.tar")
-        _install(userland, directory)
+        _pip(userland, "download", f"--dest={directory / 'wheels'}")
+        if userland.architecture.is_native:
+            _install(userland, directory)
+        else:
+            _unpack(userland, directory)
         new = directory / image.name
         _run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d",
              directory / "root", new, SIZE)  # fmt: skip
@@ -119,17 +131,22 @@ def pack_tree(archive: Path) -> None:
                 packed.add(ROOT / name, name, recursive=False)
 
 
-def _download_wheels(python: str, into: Path) -> None:
-    """Download wheels for pip, for a Python version that may differ from the host's."""
+def _pip(userland: Userland, command: str, *options: str) -> None:
+    """Run a command of pip for the packages of `LOCKS`, and for the userland's Python."""
+    machine = userland.architecture.machine
+    platforms = ["2014", *(f"_2_{minor}" for minor in range(17, GLIBC + 1))]
     _run(
-        sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:",
-        f"--python-version={python}", f"--dest={into}", "--require-hashes",
+        sys.executable, "-m", "pip", command, "-q", "--only-binary=:all:",
+        f"--python-version={userland.python}", "--require-hashes",
+        *(f"--platform=manylinux{each}_{machine}" for each in platforms),
         *(f"--requirement={ROOT / 'deploy/lock' / name}" for name in LOCKS),
+        *options,
     )  # fmt: skip
 
 
 def _install(userland: Userland, directory: Path) -> None:
-    """Let mmdebstrap install the release, and run `Userland.command` in it."""
+    """Install the release, and run `Userland.command` in it."""
+    pack_tree(directory / "tree.tar")
     hooks = [
         'mkdir "$1/tcpexporter"',
         f'tar -C "$1/tcpexporter" -xf {directory / "tree.tar"}',
@@ -137,19 +154,36 @@ def _install(userland: Userland, directory: Path) -> None:
         f'chroot "$1" sh -ec "cd /tcpexporter; {userland.command}"',
         'rm -r "$1/wheels"',
     ]
+    _debootstrap(
+        userland,
+        directory / "root",
+        "--variant=minbase",
+        f"--include={','.join(userland.packages)}",
+        *(f"--customize-hook={each}" for each in hooks),
+    )
+
+
+def _unpack(userland: Userland, directory: Path) -> None:
+    """Unpack the release and the wheels of another architecture."""
+    root = directory / "root"
+    _debootstrap(userland, root, *foreign.OPTIONS)
+    wheels = ("--no-index", f"--find-links={directory / 'wheels'}")
+    foreign.complete(root, userland.python, partial(_pip, userland, "install", *wheels))
+
+
+def _debootstrap(userland: Userland, root: Path, *options: str) -> None:
     _run(
         "mmdebstrap",
         "--quiet",
         "--mode=root",
-        "--variant=minbase",
-        f"--include={','.join(userland.packages)}",
+        f"--architectures={userland.architecture.name}",
         '--aptopt=Acquire::Languages "none"',
         "--dpkgopt=path-exclude=/usr/share/doc/*",
         "--dpkgopt=path-exclude=/usr/share/man/*",
         "--dpkgopt=path-exclude=/usr/share/locale/*",
-        *(f"--customize-hook={each}" for each in hooks),
+        *options,
         userland.suite,
-        directory / "root",
+        root,
         source(userland.suite),
         environment=ENVIRONMENT,
     )

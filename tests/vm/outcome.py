@@ -29,6 +29,8 @@ class Outcome:
 
     kernel: str
     """The name for ``make vm-test KERNEL=``."""
+    architecture: str
+    """The name for ``make vm-test ARCH=``."""
     userland: str
     """The userland and the name of the tests."""
     seconds: float = 0.0
@@ -40,6 +42,10 @@ class Outcome:
     guest: Guest | None = None
     why_not: str = ""
     """The reason why there is no result or only a part of it; empty if it is complete."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.architecture} with {self.userland}"
 
     @property
     def is_good(self) -> bool:

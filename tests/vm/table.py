@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Writes the table of docs/kernels.md.
 
-python -m tests.vm.table FILE --write docs/kernels.md
+python -m tests.vm.table FILE... --write docs/kernels.md
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from tests import tables
@@ -20,14 +21,16 @@ END = "<!-- end of kernels -->"
 
 def table(outcomes: Sequence[Outcome]) -> Table:
     """Return the headings and a row for each guest."""
-    headings = ["kernel", "with", "BCC", "Python", "passed", "failed", "skipped", "seconds"]
-    return [[*headings, "the kernel lacks"], *map(_row, outcomes)]
+    headings = ["kernel", "architecture", "with", "BCC", "Python"]
+    headings += ["passed", "failed", "skipped", "seconds", "the kernel lacks"]
+    return [headings, *map(_row, outcomes)]
 
 
 def _row(each: Outcome) -> list[str]:
     guest = each.guest
     return [
         guest.release if guest else each.kernel,
+        each.architecture,
         each.userland,
         guest.bcc if guest else "",
         guest.python if guest else "",
@@ -43,14 +46,15 @@ def remarks(outcomes: Sequence[Outcome]) -> list[str]:
     """Return a sentence for each failed test, and for each reason of skipped tests."""
     said = []
     for each in outcomes:
-        name = f"{each.kernel} with {each.userland}"
         if each.why_not:
-            said.append(f"{name}: {each.why_not}")
-        said += [f"{name}: {test} failed" for test in each.failed]
+            said.append(f"{each.name}: {each.why_not}")
+        said += [f"{each.name}: {test} failed" for test in each.failed]
         by_reason: dict[str, int] = {}
         for reason in each.skipped.values():
             by_reason[reason] = by_reason.get(reason, 0) + 1
-        said += [f"{name}: {number} skipped: {why}" for why, number in by_reason.items()]
+        said += [
+            f"{each.name}: {number} skipped: {why}" for why, number in by_reason.items()
+        ]
     bare = [
         each.guest
         for each in outcomes
@@ -73,12 +77,18 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, help="written by python -m tests.vm")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        help="written by python -m tests.vm; a guest's last result counts",
+    )
     parser.add_argument(
         "--write", type=Path, help="replace the text between the marker lines of this file"
     )
     arguments = parser.parse_args()
-    text = markdown(outcome.read(arguments.file))
+    results = chain.from_iterable(map(outcome.read, arguments.files))
+    text = markdown([*{each.name: each for each in results}.values()])
     if arguments.write:
         tables.replace(arguments.write, BEGIN, END, text)
     else:

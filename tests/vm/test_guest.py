@@ -22,9 +22,10 @@ RUN = """
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tests.vm import guest
+from tests.vm.architectures import AMD64
 from tests.vm.kernels import Unpacked
 share = Path({share!r})
-kernel = Unpacked(share, share, share)
+kernel = Unpacked(AMD64, share, share, share)
 with ThreadPoolExecutor() as testing:
     testing.submit(guest.run, kernel, share, share, "", log=share / "log")
 """

@@ -39,6 +39,7 @@ def test_that_is_skipped():
 
 GOOD = Outcome(
     kernel="6.1",
+    architecture="amd64",
     userland="Debian 12",
     seconds=61.3,
     passed=137,
@@ -87,7 +88,7 @@ def test_an_incomplete_result_is_not_a_success(change: dict[str, object]) -> Non
 
 def test_written_outcomes_can_be_read(tmp_path: Path) -> None:
     """One of them is of a kernel without a guest."""
-    outcomes = [GOOD, Outcome(kernel="5.10", userland="Debian 12", why_not="no network")]
+    outcomes = [GOOD, Outcome("5.10", "arm64", "Debian 12", why_not="no network")]
     outcome.write(outcomes, tmp_path / "kernels.json")
     assert outcome.read(tmp_path / "kernels.json") == outcomes
 
@@ -99,13 +100,13 @@ def test_the_table_has_remarks_about_missing_results() -> None:
         [
             replace(GOOD, skipped={"a": "no MPTCP", "b": "no MPTCP", "c": "one CPU"}),
             replace(GOOD, kernel="6.12", failed=["test_slots::test_it"]),
-            Outcome(kernel="7", userland="Debian 13", why_not="it cannot be downloaded"),
+            Outcome("7", "arm64", "Debian 13", why_not="it cannot be downloaded"),
         ]
     )
-    assert "6.1 with Debian 12: 2 skipped: no MPTCP" in shown
-    assert "6.1 with Debian 12: 1 skipped: one CPU" in shown
-    assert "6.12 with Debian 12: test_slots::test_it failed" in shown
-    assert "7 with Debian 13: it cannot be downloaded" in shown
+    assert "6.1 amd64 with Debian 12: 2 skipped: no MPTCP" in shown
+    assert "6.1 amd64 with Debian 12: 1 skipped: one CPU" in shown
+    assert "6.12 amd64 with Debian 12: test_slots::test_it failed" in shown
+    assert "7 arm64 with Debian 13: it cannot be downloaded" in shown
 
 
 @pytest.mark.skipif(not shutil.which("apt-get"), reason="there is no apt here")
@@ -126,3 +127,28 @@ def test_a_kernel_that_cannot_be_downloaded_is_a_failure(
     assert not result.is_good
     assert result.why_not.startswith("kernel 2.6 cannot be downloaded: ")
     assert "no-such-release" in result.why_not
+
+
+def names(kernel: str = "", arch: str | None = None) -> list[str]:
+    return [each.name for each in matrix.chosen(kernel, arch)]
+
+
+def test_one_kernel_of_arm64_runs_without_options() -> None:
+    """All other runs of arm64 require the option --arch."""
+    (only,) = (each for each in names() if "arm64" in each)
+    assert only in names(arch="arm64")
+    assert len(names(arch="arm64")) > 1
+
+
+def test_a_kernel_is_chosen_by_name_and_architecture() -> None:
+    """The default is amd64."""
+    assert names("7") == ["7 amd64 with Debian 13", "7 amd64 with Debian 12"]
+    assert names("7", "arm64") == ["7 arm64 with Debian 13"]
+    assert names("6.13") == []
+    assert names("6.12-16k") == []
+
+
+def test_a_guest_has_the_architecture_of_its_kernel() -> None:
+    """The root file system is for the same architecture."""
+    for each in matrix.RUNS:
+        assert each.kernel.architecture == each.userland.architecture

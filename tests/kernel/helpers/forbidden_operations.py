@@ -24,6 +24,7 @@ from tcpexporter.__main__ import main
 from tcpexporter.host.cgroups import Mount, find
 from tcpexporter.host.seccomp import MAP_COMMANDS
 from tcpexporter.web import http1, pages
+from tests.kernel.helpers.system_calls import NUMBERS
 
 PTRACE_SEIZE = 0x4206
 PR_SET_DUMPABLE = 4
@@ -36,8 +37,6 @@ IO_URING_SETUP = 425
 PIDFD_OPEN = 434
 OPENAT2 = 437
 
-SENDMSG = {"x86_64": 46, "aarch64": 211}[os.uname().machine]
-BPF_SYSCALL = {"x86_64": 321, "aarch64": 280}[os.uname().machine]
 BPF_COMMANDS = 64
 """An upper bound of the number of bpf(2) commands."""
 
@@ -110,7 +109,7 @@ REFUSED: Mapping[str, Callable[[], object]] = {
     "allow tracing by other processes": _c("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0),
     "become another user": lambda: os.setuid(os.getuid()),
     **{
-        f"bpf command {each}": _c("syscall", BPF_SYSCALL, each, None, 0)
+        f"bpf command {each}": _c("syscall", NUMBERS["bpf"], each, None, 0)
         for each in range(BPF_COMMANDS)
         if each not in MAP_COMMANDS
     },
@@ -173,7 +172,7 @@ def _misuse(sock: socket.socket) -> Mapping[str, Callable[[], object]]:
         "send a message elsewhere": lambda: sock.sendmsg([b"x"], [], 0, elsewhere),
         "send a message without an address": _c("sendmsg", fileno, message + bytes(40), 0),
         "send with a descriptor above 32 bits": _c(
-            "syscall", SENDMSG, fileno + (1 << 32), message + bytes(40), 0
+            "syscall", NUMBERS["sendmsg"], fileno + (1 << 32), message + bytes(40), 0
         ),
         "pass the socket to another process": lambda: _pass_on(sock),
         "duplicate the socket with fcntl": lambda: fcntl.fcntl(

@@ -2,8 +2,8 @@
 """Makes a BPF program interrupt itself, if the kernel permits that.
 
 It prints how many times that happened, and how many times the kernel counted that it had
-prevented it. The program runs at the tracepoints of system calls and page faults, and
-causes a page fault in each system call of this process. BCC compiles it, as it compiles the
+prevented it. The program runs at two tracepoints: of system calls, and of bpf_trace_printk,
+which it calls in each system call of this process. BCC compiles it, as it compiles the
 product's program.
 """
 
@@ -23,7 +23,7 @@ BPF_ARRAY(nested, u64, 1);
 int on_event(struct bpf_raw_tracepoint_args *args)
 {
     u32 first = 0, *here = depth.lookup(&first);
-    u64 unmapped, *count = nested.lookup(&first);
+    u64 *count = nested.lookup(&first);
 
     if (!here || !count || bpf_get_current_pid_tgid() >> 32 != OURS)
         return 0;
@@ -32,7 +32,7 @@ int on_event(struct bpf_raw_tracepoint_args *args)
         return 0;
     }
     *here = 1;
-    bpf_probe_read_user(&unmapped, sizeof(unmapped), (void *)8);
+    bpf_trace_printk("nested");
     *here = 0;
     return 0;
 }
@@ -44,7 +44,7 @@ SYSTEM_CALLS = 101
 def main() -> None:
     os.environ["BCC_KERNEL_SOURCE"] = str(Path(__file__).parents[3] / "bpf")
     program = bcc.BPF(text=SOURCE, cflags=[f"-DOURS={os.getpid()}"])
-    for tracepoint in ("page_fault_kernel", "sys_enter"):
+    for tracepoint in ("bpf_trace_printk", "sys_enter"):
         program.attach_raw_tracepoint(tracepoint, "on_event")
     for _ in range(SYSTEM_CALLS):
         os.getppid()
