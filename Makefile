@@ -90,8 +90,8 @@ fleet: setup-test #- Measure what many exporters cost a Prometheus; write the fi
 	$(bin)/python -m tests.benchmarks.fleet
 
 .PHONY: kernels
-kernels: #- Write the results of vm-test, and of vm-test ARCH=arm64, into docs/kernels.md
-	$(bin)/python -m tests.vm.table .cache/vm/kernels.json $(wildcard .cache/vm/arm64.json) --write docs/kernels.md
+kernels: #- Write the results of vm-test, also those with ARCH, into docs/kernels.md
+	$(bin)/python -m tests.vm.table $(wildcard $(addprefix .cache/vm/,kernels.json amd64.json arm64.json)) --write docs/kernels.md
 
 .PHONY: screenshot
 screenshot: #- Write the pictures of the status page and the dashboards in docs/; requires root
@@ -132,7 +132,7 @@ vm_options = $(if $(KERNEL),--kernel $(KERNEL)) $(if $(ARCH),--arch $(ARCH))
 .PHONY: vm-test
 # pdeathsig: the guests end when make ends.
 vm-test vm-shell: export PATH := $(PATH):/usr/sbin:/sbin
-vm-test: vagrant-validate #- Run the kernel tests under Debian's kernels in emulation; KERNEL=6.12 ARCH=arm64 for one
+vm-test: vagrant-validate #- Run kernel tests under Debian's kernels in emulation; KERNEL=6.12 ARCH=arm64 for one, ARCH=amd64 for all
 	setpriv --pdeathsig TERM $(bin)/python -m tests.vm $(vm_options)
 
 .PHONY: vm-shell

@@ -4,7 +4,8 @@
 # Builds a package of this tree for the release of Debian or Ubuntu that it runs on, into a
 # directory (dist). The package contains a virtual environment for the distribution's Python.
 # REVISION is the last part of its version, 1. It requires SOURCE_DATE_EPOCH, which `make deb`
-# sets to the time of the commit. DEBEMAIL, as in "Name <name@example.org>", is the maintainer.
+# sets to the time of the commit. DEBEMAIL, as in "Name <name@example.org>", is the maintainer,
+# by default that in deploy/maintainer.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -23,7 +24,7 @@ upstream=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 # The same version for a newer release is an upgrade: ~debian12 is less than ~debian13.
 version=$upstream-${REVISION:-1}~$ID${VERSION_ID-}
 architecture=$(dpkg --print-architecture)
-maintainer=${DEBEMAIL:-tcpexporter maintainers <tcpexporter@example.org>}
+maintainer=${DEBEMAIL:-$(cat deploy/maintainer)}
 
 DESTDIR=$root PREFIX=/usr ZSH_DIR=vendor-completions deploy/install.sh stage
 

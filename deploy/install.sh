@@ -131,7 +131,7 @@ pip_install() {
 	.venv/bin/python -m pip install -q --disable-pip-version-check --no-index \
 		--only-binary=:all: --no-compile --python-version "$version" --target "$site" "$@"
 	# The commands of these packages contain a path of the build.
-	rm -rf "$site/bin"
+	rm -rf "${site:?}/bin"
 }
 
 uninstall() {

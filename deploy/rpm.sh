@@ -5,8 +5,9 @@
 # so this requires no Fedora. The package contains a virtual environment for Fedora's Python:
 # FOR_PYTHON is its version, by default that in deploy/rpm/python-version. REVISION is the
 # first part of the package's release, 1. It requires SOURCE_DATE_EPOCH, which `make rpm` sets
-# to the time of the commit. PACKAGER, as in "Name <name@example.org>", is the maintainer.
-# PAYLOAD is rpm's name of the compression, by default the one that Fedora uses.
+# to the time of the commit. PACKAGER, as in "Name <name@example.org>", is the maintainer, by
+# default that in deploy/maintainer. PAYLOAD is rpm's name of the compression, by default the
+# one that Fedora uses.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -24,7 +25,7 @@ python=${FOR_PYTHON:-$(cat deploy/rpm/python-version)}
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 # The same version for a newer Python is an upgrade: py313 is less than py314.
 release=${REVISION:-1}.py$(echo "$python" | tr -d .)
-maintainer=${PACKAGER:-tcpexporter maintainers <tcpexporter@example.org>}
+maintainer=${PACKAGER:-$(cat deploy/maintainer)}
 
 FOR_PYTHON=$python DESTDIR=$root PREFIX=/usr deploy/install.sh stage
 
@@ -47,10 +48,16 @@ files() {
 
 files | sed "s|^/$doc$|%doc &|; s|^/usr/share/man/|%doc &|" >"$scratch/files"
 echo "$bundled" >"$scratch/bundled"
+# The description of the Debian package, whose lines begin with a space.
+sed -n '/^Description:/,$ { s/^ \.\{0,1\}//p; }' deploy/deb/control >"$scratch/description"
 sed "
 	/@BUNDLED@/ { r $scratch/bundled
 		d
 	}
+	/@DESCRIPTION@/ { r $scratch/description
+		d
+	}
+	s|@SUMMARY@|$(sed -n 's/^Description: //p' deploy/deb/control)|
 	s|@VERSION@|$version|g
 	s|@RELEASE@|$release|g
 	s|@PYTHON@|$python|g
