@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import eventually
+from tests.vm import ROOT, foreign
 
 EMULATOR = """#!/bin/sh
 echo $$ >"$PIDS/new"
@@ -54,6 +55,15 @@ def test_a_guest_ends_with_its_parent_process(tmp_path: Path) -> None:
         assert is_running(guest)
         runner.kill()
     eventually(lambda: not is_running(guest))
+
+
+def test_an_unpacked_guest_runs_the_exporter_of_its_own_tree(tmp_path: Path) -> None:
+    """No file of its virtual environment refers to the tree of the host."""
+    foreign._fill_venv(tmp_path, "3.11", lambda *_options: None)
+    found = [each for each in tmp_path.rglob("*") if not each.is_symlink()]
+    texts = [each.read_text() for each in found if each.is_file()]
+    assert any("'/tcpexporter/tcpexporter'" in each for each in texts)
+    assert ROOT == foreign.TREE or not any(f"{ROOT}/" in each for each in texts)
 
 
 def test_disruptive_tests_run_in_guests_only() -> None:
