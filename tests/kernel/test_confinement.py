@@ -30,7 +30,7 @@ from tests.kernel.helpers.forbidden_operations import (
 )
 from tests.kernel.helpers.shared import BOTH_ENDS, EVERY_NAMESPACE, Exporters
 from tests.kernel.test_features import found
-from tests.kernel.test_process import COMMAND, status, threads
+from tests.kernel.test_process import COMMAND, status, statuses, threads
 from tests.support import DEADLINE_S, Exporter, Peers, eventually, inside, new_netns
 
 FILTERED = "2"
@@ -61,8 +61,7 @@ def test_every_thread_is_confined(exporters: Exporters, arguments: tuple[str, ..
     """A seccomp filter and no_new_privs apply to each thread."""
     pid = exporters(*arguments).process.pid
     assert len(threads(pid)) > 1
-    for thread in threads(pid):
-        shown = status(pid, thread)
+    for shown in statuses(pid):
         assert shown["Seccomp"] == [FILTERED]
         assert shown["NoNewPrivs"] == ["1"]
 
@@ -377,9 +376,7 @@ def test_ebpf_requires_two_capabilities_and_drops_them() -> None:
     with Exporter("--source", "ebpf", command=AS_NOBODY) as exporter, Peers() as peers:
         peers.connect(7)
         assert exporter.established(peers.port) == 7
-        pid = exporter.process.pid
-        for thread in threads(pid):
-            shown = status(pid, thread)
+        for shown in statuses(exporter.process.pid):
             for held in ("CapPrm", "CapEff"):
                 assert int(shown[held][0], 16) == kept
             for held in ("CapInh", "CapAmb"):

@@ -17,7 +17,7 @@ from tcpexporter.ebpf.loader import BPF_F_NO_PREALLOC
 from tcpexporter.host.privileges import CAP_BPF
 from tests.kernel.helpers.in_process import Dumps, at_port, attach
 from tests.kernel.test_faults import WITHOUT_BTF
-from tests.kernel.test_process import AS_NOBODY, COMMAND, refused, status, threads
+from tests.kernel.test_process import AS_NOBODY, COMMAND, refused, statuses
 from tests.support import DEADLINE_S, Exporter, Peers, eventually
 
 REQUIRED = [each for each in FEATURES if each.required]
@@ -286,8 +286,7 @@ def test_only_cap_bpf_is_kept_if_reading_a_map_requires_it() -> None:
     logged."""
     command = (sys.executable, "-c", MAP_READING_REQUIRES_CAP_BPF)
     with Exporter("--source", "ebpf", command=command) as exporter, Peers() as peers:
-        for thread in threads(exporter.process.pid):
-            shown = status(exporter.process.pid, thread)
+        for shown in statuses(exporter.process.pid):
             assert shown["Uid"] == [str(NOBODY)] * 4
             for held in ("CapEff", "CapPrm"):
                 assert int(shown[held][0], 16) == 1 << CAP_BPF

@@ -44,6 +44,19 @@ def threads(process: int) -> list[int]:
     return [int(each.name) for each in Path(f"/proc/{process}/task").iterdir()]
 
 
+def statuses(process: int) -> list[dict[str, list[str]]]:
+    """Return the status of each thread.
+
+    A thread that ends meanwhile is left out, such as the one that read pre-existing
+    connections. The main thread may not end.
+    """
+    found = [status(process, process)]
+    for each in {*threads(process)} - {process}:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append(status(process, each))
+    return found
+
+
 def wait_until_programs_are_gone(programs: set[int]) -> None:
     """Wait until the kernel has freed the programs, which may be after the process is
     reaped."""
@@ -63,13 +76,7 @@ def test_root_is_dropped_permanently(exporters: Exporters) -> None:
 
 
 def assert_root_is_dropped(exporter: Exporter, *, kept: int) -> None:
-    pid = exporter.process.pid
-    for thread in threads(pid):
-        try:
-            shown = status(pid, thread)
-        except FileNotFoundError:  # the thread that read pre-existing connections has ended
-            assert thread != pid
-            continue
+    for shown in statuses(exporter.process.pid):
         assert shown["Uid"] == [str(NOBODY)] * 4
         assert shown["Gid"] == [str(NOBODY)] * 4
         assert shown["Groups"] == []
