@@ -61,8 +61,8 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
     if report.uncertain_connections is not None:
         yield GaugeMetricFamily(
             "tcpexporter_uncertain_connections",
-            "Upper bound of the difference between these numbers and the kernel's, from"
-            " events missed since the last comparison that found none; 0: exact.",
+            "Upper bound of the difference between the exporter's number of connections and"
+            " the kernel's; 0: exact.",
             report.uncertain_connections,
         )
     if report.kernel_series is not None:
@@ -112,7 +112,7 @@ def _reconciliation_families(done: Reconciliation) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily(
         "tcpexporter_reconcile_interval_seconds",
-        "Time between reconciliations if no event is missed; 0 if they run only after one.",
+        "Time between reconciliations if no event is missed; 0: they run only after one.",
         done.interval_s,
     )
     yield GaugeMetricFamily(

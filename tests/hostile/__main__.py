@@ -27,7 +27,7 @@ from tests.support import Peers, inside, new_netns
 
 HEAD = (
     *("attack", "clients", "connections", "requests", "MB sent"),
-    *("scrapes failed", "slowest", "on a kept connection", "first login"),
+    *("scrapes failed", "slowest", "on a persistent connection", "first login"),
     *("failed from an attacker's address", "peak memory", "peak descriptors"),
     "memory afterwards",
 )
