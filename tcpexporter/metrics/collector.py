@@ -153,8 +153,8 @@ class ConnectionCollector(Collector):
         )
         yield GaugeMetricFamily(
             "tcpexporter_pre_existing_connections",
-            "Connections that were open when counting began; summed over all series, opened -"
-            " closed = established - this.",
+            "Connections that were open when counting began; summed over all series,"
+            " opened - closed = established - this.",
             int(counts.values.pre_existing.sum()),
         )
         yield from expected_families(self._source, choice.rules, since_ns, self._owners)
