@@ -34,7 +34,8 @@ d. In the dump of 1, and closed before 2: the dump shows it and the tracker does
    becomes a seed. The program has recorded the closing, and 3 removes the seed.
 e. As d, but it closes during 2: the program records the closing before it looks for a seed.
    If its run does not find the seed, the run began before the seed was added. So 3 waits
-   for these runs before it reads the log, and removes the seed.
+   for these runs, and reads the log again. Before that it adds the seeds to the ledger:
+   a scrape must not show connections that are not opened while 3 waits.
 f. As d or e, and the same address pair opens again at any time: the tracker has the new
    connection by its socket; 3 removes the seed, which is the old connection.
 g. Closed after 2: the program finds and removes the seed, and records the closing too. If

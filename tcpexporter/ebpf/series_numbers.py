@@ -210,13 +210,9 @@ class SeriesNumbers:
 
     # Corrections
 
-    def record_pre_existing(self, numbers: Numbers, change: int) -> None:
-        """Add connections that the program did not see opening, because they were there."""
-        self._add("pre_existing", numbers, change)
-
-    def record_opened(self, numbers: Numbers, change: int) -> None:
-        """Add connections whose opening was missed."""
-        self._add("opened", numbers, change)
+    def record_seeds(self, numbers: Numbers, *, pre_existing: bool) -> None:
+        """Add pre-existing connections, or those whose opening was missed."""
+        self._add("pre_existing" if pre_existing else "opened", numbers, 1)
 
     def record_closed(self, words: Words, now_ns: int) -> None:
         """Add connections whose closing was missed; their lifetimes are upper bounds."""

@@ -9,8 +9,7 @@ Reading at any time
 -------------------
 A slot has a connection if its word has a series number. The program stores the word last
 when a connection opens, and stores `CLOSED` when it closes. A reader that counts reads only
-the words, and each once. So a connection is counted like this, on any CPU
-(`memory_order` argues the order of loads and stores):
+the words, and each once. So a connection is counted like this, on any CPU: `memory_order`.
 
 a. Open all the while: counted once, in its series, with its own time. It keeps its slot.
 b. Closes after its word was read: counted. It was open.
@@ -296,25 +295,26 @@ class Tracker(EventCounters):
             pre_existing: whether the ledger has them as such; otherwise, as opened.
 
         Returns:
-            How many of them were still open in the array. These had closed before they were
-            added.
+            How many of them were still open in the array, although they had closed.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
         removed = slots[:0]
         try:
-            self.wait_for_runs()  # e of `reconcile`
-            records, all_words = self._used()
-            closed = slots[np.isin(records["handle"][slots], self._pop_closings())]
-            removed, _ = self._release(closed, all_words[closed])
+            removed, _ = self._release_recorded(slots)
         finally:
             stayed = self._added[~np.isin(slots, removed)]
-            if pre_existing:
-                self.series.record_pre_existing(stayed, 1)
-            else:
-                self.series.record_opened(stayed, 1)
-        return len(removed)
+            self.series.record_seeds(stayed, pre_existing=pre_existing)
+        self.wait_for_runs()  # e of `reconcile`
+        _, late = self._release_recorded(slots)
+        self.series.record_closed(late, boottime_ns())
+        return len(removed) + len(late)
+
+    def _release_recorded(self, slots: Slots) -> tuple[Slots, Words]:
+        records, all_words = self._used()
+        closed = slots[np.isin(records["handle"][slots], self._pop_closings())]
+        return self._release(closed, all_words[closed])
 
     @map_errors()
     def _pop_closings(self) -> Hashes:

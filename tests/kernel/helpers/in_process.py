@@ -181,7 +181,7 @@ def put_reported(tracker: Tracker, connections: Records) -> None:
     """Add connections to the tracker as if the kernel had reported them."""
     slots = tracker._allocate(len(connections))
     numbers = tracker.series.numbers(series_of(connections, tracker._parts))
-    tracker.series.record_opened(numbers, 1)
+    tracker.series.record_seeds(numbers, pre_existing=False)
     reported = np.zeros(len(connections), CONNECTION)
     for name in ("key", "is_outbound", "cgroup"):
         reported[name] = connections[name]
