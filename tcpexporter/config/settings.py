@@ -384,8 +384,8 @@ def misleading(settings: Settings) -> Iterator[str]:
     has_remote_port = "remote_port" in settings.series_labels
     if settings.direction == "outbound" and settings.ports and not has_remote_port:
         yield (
-            "port names local ports, and that of an outbound connection is one that the"
-            " kernel chooses: to count connections to a server's port, add --labels"
+            "--port selects local ports, and the kernel chooses that of an outbound"
+            " connection: to count connections to a server's port, add --labels"
             " remote_port, or count inbound ones on the server"
         )
     if has_remote_port and settings.direction == "inbound":

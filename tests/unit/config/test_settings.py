@@ -988,10 +988,10 @@ def test_output_is_accepted_with_once(write_file: WriteFile) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--direction outbound --port 15432", "port names local ports, "),
+        ("--direction outbound --port 15432", "--port selects local ports, "),
         (
             "--direction outbound --port 15432 --labels direction",
-            "port names local ports, ",
+            "--port selects local ports, ",
         ),
         ("--labels remote_port", "labels has remote_port, which is that of outbound "),
         ("--labels port,remote_port --port 443", "labels has remote_port, "),
