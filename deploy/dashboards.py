@@ -98,13 +98,13 @@ FORMATS = {"rows": PromQueryFormat.TABLE, "buckets": PromQueryFormat.HEATMAP}
 def variables(labels: Sequence[str]) -> Iterator[Any]:
     """Yield the variables: data source, job, instance, these labels, and the top N."""
     yield builders.DatasourceVariable("datasource").label("Data source").type("prometheus")
+    metric = "tcp_established_connections" if labels else "tcpexporter_build_info"
     matchers = ""
     for name, all_value in (
         ("job", ".+"),
         ("instance", ".+"),
         *((label, ".*") for label in labels),
     ):
-        metric = "tcp_established_connections" if labels else "tcpexporter_build_info"
         query = f"label_values({metric}{{{matchers}}}, {name})"
         yield (
             builders.QueryVariable(name)

@@ -174,7 +174,7 @@ def count_expected(
         for tests in matchers
     ]
     names = {test.column for test in uses}
-    # Series that are newer than the ledger have no owner yet.
+    # The last element is for series newer than the ledger, whose owners are unknown.
     owned = {
         each: np.append(of_unit(each), np.False_)
         for each in {rule.unit for rule in rules if rule.unit}

@@ -9,7 +9,7 @@ Reading at any time
 -------------------
 A slot has a connection if its word has a series number. The program stores the word last
 when a connection opens, and stores `CLOSED` when it closes. A reader that counts reads only
-the words, and each once. So a connection is counted like this, on any CPU: `memory_order`.
+the words, each once. So a connection is counted like this on any CPU (`memory_order`):
 
 a. Open all the while: counted once, in its series, with its own time. It keeps its slot.
 b. Closes after its word was read: counted. It was open.
@@ -440,7 +440,7 @@ class Tracker(EventCounters):
 
 
 def _is_first(handles: Hashes) -> npt.NDArray[np.bool_]:
-    """Return which handles have no equal one before them."""
+    """Return for each handle whether it is the first of those that are equal to it."""
     ordered = np.sort(handles)
     if not (ordered[1:] == ordered[:-1]).any():  # usually; this takes less time
         return np.ones(len(handles), np.bool_)

@@ -20,7 +20,7 @@ RATE_S = 60
 """Rates are those of the last minute."""
 
 MAX_SERIES = 2_000
-"""Further series have no history. The arrays for this many have 1.7 MB."""
+"""The history keeps this many series. Its arrays then have 1.7 MB."""
 
 POINTS = 60
 """Points of a sparkline. Each point is the largest of the samples in 15 s."""

@@ -106,9 +106,8 @@ class StatusPages:
                     await self._current()
                 except Exception as error:
                     self._next_s = time.monotonic() + INTERVAL_S
-                    if not isinstance(
-                        error, SourceError
-                    ):  # the collection has logged those
+                    # The collection has logged errors of the source.
+                    if not isinstance(error, SourceError):
                         log.error("cannot keep a sample: %s", reason(error))  # noqa: TRY400
                         log.debug("cannot keep a sample", exc_info=error)
             await asyncio.sleep(max(self._due_s() - time.monotonic(), 1))

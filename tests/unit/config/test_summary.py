@@ -63,7 +63,7 @@ def test_the_log_has_an_address_that_can_be_opened(
 
 
 def test_the_log_proposes_settings_only_if_none_chose_the_series() -> None:
-    """An operator who has chosen labels knows them."""
+    """If the operator has chosen labels, the log does not propose any."""
     assert "--labels port,unit" in summary.advice(Settings())
     assert summary.advice(Settings(labels=("port",))) == ""
     assert summary.advice(Settings(simple=True)) == ""

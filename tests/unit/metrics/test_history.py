@@ -92,7 +92,7 @@ def test_a_series_without_history_has_no_rate() -> None:
 
 
 def test_the_arrays_have_less_than_2_mib_with_all_series() -> None:
-    """Series beyond the limit, those with fewest connections, have no history."""
+    """The history keeps the series with most connections, up to the limit."""
     history = History()
     names = [str(each) for each in range(MAX_SERIES + 101)]
     numbers = [*range(len(names))]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Cases 6 to 14 of memory_order.py: maps, the ledger, flags, logs, tables.
 
-Each case is tried as it is, and must have no fault on any machine. It is also tried without
-what orders it: then it must have a fault, or the model would prove nothing.
+The checker must find no fault in a case on any machine. Without the barrier that orders the
+case, it must find a fault: otherwise the model would prove nothing.
 """
 
 from collections.abc import Callable
