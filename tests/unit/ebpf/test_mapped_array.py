@@ -86,7 +86,7 @@ def assert_readable(
     entries = 2 * window + 13
     descriptor, content = array_map(page, entry_bytes, entries)
     descriptors.append(descriptor)
-    entry = np.dtype([("values", "u8", entry_bytes // 8)])
+    entry = np.dtype([("values", "u8", (entry_bytes // 8,))])
     array = MappedArray(descriptor, entry, entries, window)
     for upto in (1, window + 1, entries):
         found = array.upto(upto)
