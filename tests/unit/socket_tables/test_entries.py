@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY
 
-from tcpexporter.connections.record import Direction
+from tcpexporter.connections.record import LISTENER, Direction
 from tcpexporter.socket_tables.diag_messages import decode_messages
+from tcpexporter.socket_tables.entries import distinct
 from tcpexporter.socket_tables.procfs import decode_lines
 from tcpexporter.socket_tables.tables import SocketTables
 from tests.unit.socket_tables.samples import (
@@ -85,6 +86,19 @@ def test_there_is_a_listener_for_each_accepted_ip_version(
     assert [
         (int(port), int(version)) for _, port, version, _ in listeners.tolist()
     ] == sorted({(8001, 4), (8002, 4), (8003, 6), (8004, 6), (8005, 4), (8005, 6)} | extra)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.integers(0, 2), st.integers(0, 2), st.sampled_from([4, 6]), st.integers(0, 2)
+        )
+    )
+)
+def test_equal_listeners_are_one(rows: list[tuple[int, int, int, int]]) -> None:
+    """A server with a socket for each CPU has one listener; they are in ascending order."""
+    found = distinct(np.array(rows, LISTENER))
+    assert found.tolist() == sorted({*rows})
 
 
 any_entry = st.tuples(
