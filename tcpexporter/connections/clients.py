@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Counts the distinct clients of each series."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.identity import CLIENT_BITS, Clients
-from tcpexporter.connections.record import SERIES_MASK, Words
+from tcpexporter.connections.record import SERIES_BITS, SERIES_MASK, Words
 
-Seen: TypeAlias = npt.NDArray[np.uint64]
-"""A number for each slot: from the highest bit to the lowest, its series number, the
-hash of its client, and whether it is too young to be long-term."""
+ClientKeys: TypeAlias = npt.NDArray[np.uint64]
+"""Each identifies the client of a connection: the series number is above the hash of the
+client. Those without connection, whose number is 0, come first in ascending order."""
 
-_NUMBER_SHIFT = np.uint64(CLIENT_BITS + 1)
-_BELOW_NUMBER = np.uint64((1 << CLIENT_BITS + 1) - 1)
+_SHIFT = np.uint64(CLIENT_BITS)
+_FIRST = np.uint64(1 << CLIENT_BITS)
+_HASH = np.uint64((1 << CLIENT_BITS) - 1)
+_NUMBER_TO_TOP = np.uint64(64 - SERIES_BITS)
+_TOP_TO_NUMBER = np.uint64(64 - SERIES_BITS - CLIENT_BITS)
+
+MERGED_PART = 4
+"""If more than one in so many clients has changed, sorting all again is faster."""
 
 
 class Chunk(NamedTuple):
@@ -27,8 +32,7 @@ class Chunk(NamedTuple):
     """The hash of the client of each slot; None: clients are not counted."""
 
 
-@dataclass(frozen=True)
-class ClientCounts:
+class ClientCounts(NamedTuple):
     """Distinct clients; all arrays have one element for each series."""
 
     established: npt.NDArray[np.int64]
@@ -39,59 +43,190 @@ class ClientCounts:
     """Connections of the client that has most."""
 
 
-def seen(words: Words, clients: Clients, limit: np.uint64) -> Seen:
-    """Return the clients of connections; a slot without connection has the number 0.
+def client_keys(words: Words, clients: Clients | None) -> ClientKeys:
+    """Return the keys of the clients of slots; None: all have the same client."""
+    if clients is None:
+        return (words & np.uint64(SERIES_MASK)) << _SHIFT
+    keys = words << _NUMBER_TO_TOP
+    keys >>= _TOP_TO_NUMBER
+    keys |= clients
+    return keys
 
-    Args:
-        words: of slots.
-        clients: of the same slots.
-        limit: words from this one on are those of connections that are not long-term.
+
+def numbers_of(keys: ClientKeys) -> npt.NDArray[np.int64]:
+    """Return the series numbers of clients."""
+    return (keys >> _SHIFT).view(np.int64)
+
+
+class ClientTable:
+    """The distinct clients of all series numbers, and the connections of each client.
+
+    Between scrapes, few connections change. So the table stays sorted from scrape to
+    scrape, and only what has changed is merged into it.
     """
-    found = words & np.uint64(SERIES_MASK)
-    found <<= np.uint64(CLIENT_BITS)
-    found |= clients
-    found <<= np.uint64(1)
-    found |= words >= limit
-    return found
+
+    def __init__(self) -> None:
+        self._keys: ClientKeys = np.empty(0, np.uint64)
+        """In ascending order."""
+        self._connections: npt.NDArray[np.int32] = np.empty(0, np.int32)
+        self._closed: list[ClientKeys] = []
+        self._opened: list[ClientKeys] = []
+        self._changes = 0
+
+    def change(self, before: ClientKeys, after: ClientKeys) -> None:
+        """Record that slots have other clients; `merge` puts them into the table."""
+        self._changes += len(after)
+        if not self._has_many_changes():
+            self._closed.append(before)
+            self._opened.append(after)
+
+    def merge(self, slots: Iterable[ClientKeys]) -> None:
+        """Put what has changed into the table.
+
+        Args:
+            slots: the clients of all slots, in case that too many have changed.
+        """
+        if self._has_many_changes():
+            open_now = np.concatenate(
+                [np.empty(0, np.uint64), *(each[each >= _FIRST] for each in slots)]
+            )
+            self._keys, self._connections = _distinct(open_now)
+        elif self._changes:
+            self._merge_changes()
+        self._closed, self._opened, self._changes = [], [], 0
+
+    def _has_many_changes(self) -> bool:
+        return self._changes * MERGED_PART > len(self._keys)
+
+    def _merge_changes(self) -> None:
+        changed = np.concatenate((*self._closed, *self._opened))
+        order = np.argsort(changed)
+        changed = changed[order]
+        first = _first_of_each(changed)
+        difference = np.where(order < self._changes, np.int32(-1), np.int32(1))
+        difference = np.add.reduceat(difference, first)
+        is_changed = (difference != 0) & (changed[first] >= _FIRST)
+        changed, difference = changed[first][is_changed], difference[is_changed]
+
+        at = np.searchsorted(self._keys, changed)
+        is_known = self._keys.take(at, mode="clip") == changed
+        known = at[is_known]
+        self._connections[known] += difference[is_known]
+        gone = known[self._connections[known] == 0]
+        self._keys = np.delete(self._keys, gone)
+        self._connections = np.delete(self._connections, gone)
+
+        new, connections = changed[~is_known], difference[~is_known]
+        at = np.searchsorted(self._keys, new)
+        self._keys = np.insert(self._keys, at, new)
+        self._connections = np.insert(self._connections, at, connections)
+
+    def counts(self, numbers: int, young: ClientKeys) -> ClientCounts:
+        """Return the clients of the first ``numbers`` series numbers.
+
+        Args:
+            numbers: how many there are.
+            young: the client of each connection that is not long-term.
+        """
+        begin = self._begin(numbers)
+        established = np.diff(begin)
+        young, connections = _distinct(young[young >= _FIRST])
+        at = np.searchsorted(self._keys, young)
+        has_only_young = self._connections[at] == connections
+        only_young = numbers_of(young[has_only_young])
+        long_term = established - np.bincount(only_young, minlength=numbers)[:numbers]
+        largest = np.zeros(numbers, np.int64)
+        used = np.flatnonzero(established)
+        if len(used):
+            connections = self._connections[: begin[-1]]
+            largest[used] = np.maximum.reduceat(connections, begin[used])
+        return ClientCounts(established, long_term, largest)
+
+    def joined(self, rows: npt.NDArray[np.int64]) -> "ClientTable":
+        """Return the table in which the clients of a number are those of its row.
+
+        Args:
+            rows: for each number, the number of its row, at least 1; 0: leave it out.
+        """
+        row = rows[numbers_of(self._keys)]
+        chosen = np.flatnonzero(row)
+        moved = _moved(self._keys[chosen], rows)
+        table = ClientTable()
+        table._keys, table._connections = _distinct(
+            np.repeat(moved, self._connections[chosen])
+        )
+        return table
+
+    def _begin(self, numbers: int) -> npt.NDArray[np.intp]:
+        """Return where the clients of each number begin; the last element is the end."""
+        first = np.arange(numbers + 1, dtype=np.uint64) << _SHIFT
+        return np.searchsorted(self._keys, first)
 
 
-def count_clients(
-    found: Iterable[Seen], rows: npt.NDArray[np.int64], size: int
-) -> ClientCounts:
-    """Count the distinct clients of each series.
+class SeenClients:
+    """The clients of all connections, as one scrape has read them."""
 
-    Args:
-        found: the clients of all connections, in pieces.
-        rows: the index of the series that each number is counted in; -1: none.
-        size: how many series there are.
-    """
-    keys = np.concatenate([np.empty(0, np.uint64), *(_keys(each, rows) for each in found)])
+    def __init__(self, table: ClientTable, young: Sequence[ClientKeys]) -> None:
+        """Use a table until the next scrape, and the clients of young connections.
+
+        Args:
+            table: of all connections.
+            young: the client of each connection that is not long-term, in pieces.
+        """
+        self._table = table
+        self._young = np.concatenate((np.empty(0, np.uint64), *young))
+
+    def counts(self, rows: npt.NDArray[np.int64], size: int) -> ClientCounts:
+        """Return the distinct clients of each series.
+
+        Args:
+            rows: the index of the series that each number is counted in; -1: none.
+            size: how many series there are.
+        """
+        found = self._table.counts(len(rows), self._young)
+        used = np.flatnonzero((rows >= 0) & (found.established > 0))
+        is_shared = np.bincount(rows[used], minlength=size)[rows[used]] > 1
+        own, shared = used[~is_shared], used[is_shared]
+        counts = ClientCounts(*np.zeros((3, size), np.int64))
+        for into, each in zip(counts, found, strict=True):
+            into[rows[own]] = each[own]
+        if len(shared):
+            self._count_shared(shared, rows, counts)
+        return counts
+
+    def _count_shared(
+        self,
+        numbers: npt.NDArray[np.intp],
+        rows: npt.NDArray[np.int64],
+        counts: ClientCounts,
+    ) -> None:
+        """Count the clients of numbers that share a row: the same one is one client."""
+        place = np.zeros(len(rows), np.int64)
+        place[numbers] = rows[numbers] + 1
+        young = self._young[place[numbers_of(self._young)] > 0]
+        found = self._table.joined(place).counts(len(counts[0]) + 1, _moved(young, place))
+        filled = np.unique(rows[numbers])
+        for into, each in zip(counts, found, strict=True):
+            into[filled] = each[filled + 1]
+
+
+def _moved(keys: ClientKeys, numbers: npt.NDArray[np.int64]) -> ClientKeys:
+    """Return clients with the new number of their numbers."""
+    moved = numbers[numbers_of(keys)].astype(np.uint64) << _SHIFT
+    moved |= keys & _HASH
+    return moved
+
+
+def _distinct(keys: ClientKeys) -> tuple[ClientKeys, npt.NDArray[np.int32]]:
+    """Sort clients in place; return each one once, and how often it occurs."""
     keys.sort()
-    # Where each client begins; those of a series are consecutive.
+    first = _first_of_each(keys)
+    return keys[first], np.diff(first, append=len(keys)).astype(np.int32)
+
+
+def _first_of_each(keys: ClientKeys) -> npt.NDArray[np.intp]:
+    """Return where each value of a sorted array begins."""
     is_first = np.empty(len(keys), np.bool_)
     is_first[:1] = True
-    # Of one client, only the lowest bit can differ.
-    np.greater(keys[1:] ^ keys[:-1], np.uint64(1), out=is_first[1:])
-    first = np.flatnonzero(is_first)
-    begin = np.searchsorted(keys, np.arange(size, dtype=np.uint64) << _NUMBER_SHIFT)
-    begin = np.searchsorted(first, begin)
-    established = np.diff(begin, append=len(first))
-    long_term, largest = np.zeros((2, size), np.int64)
-    if len(used := np.flatnonzero(established)):
-        # Of one client, long-term connections come first.
-        is_long_term = keys[first] & np.uint64(1) == 0
-        long_term[used] = np.add.reduceat(is_long_term, begin[used], dtype=np.int64)
-        connections = np.diff(first, append=len(keys))
-        largest[used] = np.maximum.reduceat(connections, begin[used])
-    return ClientCounts(established, long_term, largest)
-
-
-def _keys(found: Seen, rows: npt.NDArray[np.int64]) -> Seen:
-    """Return the clients that are counted, with the index of a series for its number."""
-    row = rows.take((found >> _NUMBER_SHIFT).view(np.int64))
-    is_counted = row >= 0
-    if not is_counted.all():
-        row, found = row[is_counted], found[is_counted]
-    keys = row.view(np.uint64) << _NUMBER_SHIFT
-    keys |= found & _BELOW_NUMBER
-    return keys
+    np.not_equal(keys[1:], keys[:-1], out=is_first[1:])
+    return np.flatnonzero(is_first)

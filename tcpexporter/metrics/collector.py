@@ -19,12 +19,13 @@ from prometheus_client.utils import floatToGoString
 
 from tcpexporter import clock
 from tcpexporter.connections.clients import ClientCounts
-from tcpexporter.connections.counting import Counters, Counts, Projection, count
+from tcpexporter.connections.counting import Counts, Projection, count
 from tcpexporter.connections.expected import Rule
 from tcpexporter.connections.folding import fold
 from tcpexporter.connections.record import TIME_SHIFT, Direction
 from tcpexporter.connections.selection import Selection, is_still_selected, listened
 from tcpexporter.connections.series import FOLDED, OUTBOUND, REMOTE_PORT, SERIES, Series
+from tcpexporter.connections.slot_counts import Counters, SlotCounts
 from tcpexporter.connections.source import Source
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.expected_families import expected_families
@@ -99,6 +100,7 @@ class ConnectionCollector(Collector):
         self._has_clients = has_clients
         self._boottime_ns = boottime_ns
         self._published = choice.named
+        self._slots = SlotCounts()
         self._projection = Projection(choice.selection)
         self._labelled_by: object = None
         self._label_sets = LabelSets((), ())
@@ -130,6 +132,7 @@ class ConnectionCollector(Collector):
         counts = count(
             self._source.read(),
             self._source.ledger,
+            self._slots,
             self._project(choice.selection),
             [now_ns - round(each * 1e9) for each in ages_s],
             now_ns=now_ns if self._bounds_s else None,

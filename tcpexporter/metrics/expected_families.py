@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 from prometheus_client import Metric
 
-from tcpexporter.connections.counting import first_young
 from tcpexporter.connections.expected import Rule, count_expected
 from tcpexporter.connections.series import SERIES, SERIES_BYTES
+from tcpexporter.connections.slot_counts import first_young
 from tcpexporter.connections.source import Source
 from tcpexporter.metrics.owner_numbers import OwnerNumbers
 from tcpexporter.metrics.series_family import LabelSets, SeriesFamily

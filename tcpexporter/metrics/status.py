@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from prometheus_client import Metric
 
-from tcpexporter.connections.counting import Counters
+from tcpexporter.connections.slot_counts import Counters
 from tcpexporter.metrics.history import History
 from tcpexporter.metrics.series_family import LabelSets, SeriesFamily
 

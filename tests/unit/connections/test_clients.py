@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcpexporter.connections.clients import Chunk, count_clients
+from tcpexporter.connections.clients import Chunk, ClientTable, SeenClients
 from tcpexporter.connections.counting import Counts, Projection, count
 from tcpexporter.connections.folding import fold
 from tcpexporter.connections.identity import client_masks
@@ -20,6 +20,7 @@ from tcpexporter.connections.memory_ledger import MemoryLedger
 from tcpexporter.connections.record import CLOSED, Direction, Records, words
 from tcpexporter.connections.selection import Selection, named
 from tcpexporter.connections.series import NO_LISTENER, SERIES_FIRST
+from tcpexporter.connections.slot_counts import SlotCounts
 from tcpexporter.metrics.series_labels import Labels
 from tests.unit.connections.test_counting import (
     BOTH,
@@ -105,7 +106,9 @@ def counted(
     ledger = MemoryLedger(replace(parts_of(selected), client_masks=client_masks(*prefix)))
     chunks = [ledger.count(each) for each in np.split(records_of(everything), cuts)]
     projection = Projection(selected)
-    return count(chunks, ledger.snapshot, projection, [since_ns], long_term_ns=since_ns)
+    return count(
+        chunks, ledger.snapshot, SlotCounts(), projection, [since_ns], long_term_ns=since_ns
+    )
 
 
 def clients_by_labels(counts: Counts, selected: Selection) -> dict[Labels, Clients]:
@@ -245,7 +248,7 @@ def test_clients_are_counted_on_request_only() -> None:
     ledger = MemoryLedger(parts_of(selection()))
     chunk = ledger.count(records_of([Seen(Connection(), "192.0.2.1")]))
     assert chunk.clients is None
-    counts = count([chunk], ledger.snapshot, Projection(selection()), [0])
+    counts = count([chunk], ledger.snapshot, SlotCounts(), Projection(selection()), [0])
     assert counts.clients() is None
 
 
@@ -258,6 +261,7 @@ def test_the_clients_of_a_slot_without_connection_are_not_counted() -> None:
     counts = count(
         [chunk],
         lambda: ledger_of([(4, 0, 443, 0), FREE]),
+        SlotCounts(),
         Projection(selection()),
         [0],
         long_term_ns=0,
@@ -270,7 +274,11 @@ def test_the_clients_of_a_slot_without_connection_are_not_counted() -> None:
 def test_clients_that_differ_in_one_bit_of_the_hash_are_two(bits: int) -> None:
     """So do clients with equal hashes in two series."""
     hashes = np.array([1 << bits, 0, 1 << bits], np.uint64)
-    series = np.array([5, 5, 6], np.uint64)
+    numbers = np.array([5, 5, 6], np.uint64)
     rows = np.array([-1, -1, -1, -1, -1, 0, 1])
-    found = count_clients([(series << np.uint64(33)) | (hashes << np.uint64(1))], rows, 2)
+    keys = (numbers << np.uint64(32)) | hashes
+    table = ClientTable()
+    table.change(np.zeros(3, np.uint64), keys)
+    table.merge([keys])
+    found = SeenClients(table, []).counts(rows, 2)
     assert found.established.tolist() == [2, 1]

@@ -48,6 +48,7 @@ from tcpexporter.connections.series import (
     Parts,
     Series,
 )
+from tcpexporter.connections.slot_counts import SlotCounts
 from tcpexporter.metrics.owner_numbers import OwnerNumbers
 from tcpexporter.metrics.owners import owner_of
 from tcpexporter.metrics.series_labels import Labels, label_values
@@ -131,7 +132,9 @@ def counted(
     """Count connections, cut into chunks, with one bound at 0 if none is given."""
     ledger = MemoryLedger(parts_of(selected))
     chunks = [ledger.count(each) for each in np.split(records(connections), cuts)]
-    return count(chunks, ledger.snapshot, Projection(selected), since_ns or [0])
+    return count(
+        chunks, ledger.snapshot, SlotCounts(), Projection(selected), since_ns or [0]
+    )
 
 
 Shown = dict[tuple[int, int], int]
@@ -218,7 +221,7 @@ def test_directions_are_selected(directions: Sequence[Direction], expected: int)
     ledger = MemoryLedger(parts_of(selected))
     open_now = ledger.count(records(connections)).words
     chunk = np.append(open_now, [np.uint64(0)] * 7 + [CLOSED] * 7)
-    counts = count([Chunk(chunk)], ledger.snapshot, Projection(selected), [0])
+    counts = count([Chunk(chunk)], ledger.snapshot, SlotCounts(), Projection(selected), [0])
     assert counts.values.established.sum() == expected
     assert counts.total == 8
 
@@ -321,7 +324,7 @@ def test_without_connections_all_counts_are_0() -> None:
     ledger = MemoryLedger(parts_of(selection()))
     nothing: list[list[Chunk]] = [[], [ledger.count(records([]))]]
     for chunks in nothing:
-        counts = count(chunks, ledger.snapshot, Projection(selection()), [0])
+        counts = count(chunks, ledger.snapshot, SlotCounts(), Projection(selection()), [0])
         values = counts.values
         assert counts.total == values.established.sum() == values.ages.sum() == 0
 
@@ -339,7 +342,9 @@ def test_a_chunk_is_not_read_after_the_next_is_requested() -> None:
             yield Chunk(buffer[:times])
             buffer[:] = SERIES_FIRST
 
-    counts = count(one_buffer(), ledger.snapshot, Projection(selection()), [0])
+    counts = count(
+        one_buffer(), ledger.snapshot, SlotCounts(), Projection(selection()), [0]
+    )
     assert established(counts) == {(80, 4): 3, (443, 4): 2}
 
 
@@ -468,7 +473,14 @@ def test_ages_are_those_of_a_python_loop(
     selected = selection(directions=BOTH, labels=labels)
     ledger = MemoryLedger(parts_of(selected))
     chunk = ledger.count(records(connections))
-    counts = count([chunk], ledger.snapshot, Projection(selected), since_ns, now_ns=now_ns)
+    counts = count(
+        [chunk],
+        ledger.snapshot,
+        SlotCounts(),
+        Projection(selected),
+        since_ns,
+        now_ns=now_ns,
+    )
     rows = values_of(counts, selected)
     assert counts.values.ages.shape == (len(rows), len(since_ns))
     for row, ages, total in zip(
@@ -531,6 +543,7 @@ def test_sums_are_the_same_for_any_labels(
         counts = count(
             [Chunk(all_words[~is_closed])],
             ledger.snapshot,
+            SlotCounts(),
             Projection(selected),
             [100 * UNIT_NS, 0],
             now_ns=LATEST_NS,
@@ -592,13 +605,22 @@ def test_connections_of_a_freed_number_are_not_those_of_its_next_series(
 ) -> None:
     """A number is freed, and gets another series, while the connections are read.
 
-    They had closed before. A number that had no series before is a new one.
+    They had closed before. A number that had no series before is a new one. Clients that
+    are not counted any more have no series either.
     """
     answers = iter([ledger_of(before), ledger_of(after)])
     chunk = words(np.full(3, SERIES_FIRST, np.uint32), np.full(3, UNIT_NS, np.uint64))
     counts = count(
-        [Chunk(chunk)], lambda: next(answers), Projection(selection()), [UNIT_NS]
+        [Chunk(chunk, np.arange(3, dtype=np.uint64))],
+        lambda: next(answers),
+        SlotCounts(),
+        Projection(selection()),
+        [UNIT_NS],
+        long_term_ns=UNIT_NS,
     )
+    clients = counts.clients()
+    assert clients is not None
+    assert clients.established.sum() == sum(expected.values())
     assert established(counts) == long_term(counts) == expected
     assert counts.total == sum(expected.values())
 
@@ -614,7 +636,9 @@ def test_a_projection_follows_the_series_of_the_ledger() -> None:
         ([(4, 0, 22, 0), (6, 0, 22, 0), FREE], {(22, 4): 2, (22, 6): 1}),
         ([(4, 0, 22, 0), (4, OUTBOUND, 22, 0)], {(22, 4): 2}),
     ):
-        counts = count([Chunk(chunk)], partial(ledger_of, series), projection, [0])
+        counts = count(
+            [Chunk(chunk)], partial(ledger_of, series), SlotCounts(), projection, [0]
+        )
         assert established(counts) == expected
 
 
@@ -721,5 +745,5 @@ def test_series_that_the_source_has_folded_are_other(
         patch.setattr("tcpexporter.connections.memory_ledger.CAPACITY", 1)
         ledger = MemoryLedger(parts_of(selected))
         chunks = [ledger.count(records([each])) for each in connections]
-    counts = count(chunks, ledger.snapshot, Projection(selected), [0])
+    counts = count(chunks, ledger.snapshot, SlotCounts(), Projection(selected), [0])
     assert by_labels(counts, selected, counts.values.established.tolist()) == expected

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.connections.counting import first_young
 from tcpexporter.connections.expected import (
     ANY,
     PIECE,
@@ -29,6 +28,7 @@ from tcpexporter.connections.record import (
     Words,
     words,
 )
+from tcpexporter.connections.slot_counts import first_young
 from tests import rule_oracle as oracle
 from tests.rule_oracle import Connection, connection
 

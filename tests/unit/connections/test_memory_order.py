@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 import pytest
 
-from tcpexporter.connections import counting, expected, memory_order, snapshot
+from tcpexporter.connections import expected, memory_order, slot_counts, snapshot
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.expected import End, Rule, count_expected
 from tcpexporter.connections.memory_order import memory_barrier
@@ -102,11 +102,11 @@ def test_clients_are_copied_between_two_barriers(monkeypatch: pytest.MonkeyPatch
     clients = np.zeros(2, np.uint64)
     acting(
         monkeypatch,
-        counting,
+        slot_counts,
         lambda: clients.__setitem__(0, 5),
         lambda: all_words.__setitem__(1, CLOSED),
     )
-    ((copied, of),) = counting._copies([Chunk(all_words, clients)])
+    ((copied, of),) = slot_counts.copies([Chunk(all_words, clients)])
     assert copied[1] == CLOSED != copied[0]
     assert of is not None
     assert of[0] == 5

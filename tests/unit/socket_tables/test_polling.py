@@ -24,6 +24,7 @@ from tcpexporter.connections.record import (
 )
 from tcpexporter.connections.selection import kernel_parts, select
 from tcpexporter.connections.series import SERIES, OutboundPort, Parts
+from tcpexporter.connections.slot_counts import SlotCounts
 from tcpexporter.connections.source import Report
 from tcpexporter.errors import SocketTableError, SourceError
 from tcpexporter.socket_tables.polling import PollingSource
@@ -420,7 +421,7 @@ def test_a_scrape_during_a_poll_counts_no_connection_in_another_series() -> None
         source.forget("netns", [7])
         source._poll()
 
-    counts = count(poll(), source.ledger, Projection(selection), [0])
+    counts = count(poll(), source.ledger, SlotCounts(), Projection(selection), [0])
     ports = counts.series.view(SERIES)["port"].tolist()
     assert dict(zip(ports, counts.values.established, strict=True)) == {3: 1, 5: 0}
     source.close()
