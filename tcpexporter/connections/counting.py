@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from tcpexporter.connections.clients import Chunk, ClientCounts, SeenClients
 from tcpexporter.connections.memory_order import memory_barrier
-from tcpexporter.connections.record import TIME_SHIFT
+from tcpexporter.connections.record import LISTENER, TIME_SHIFT, Records
 from tcpexporter.connections.selection import (
     Cgroups,
     Selection,
     is_selected,
+    listened,
     owners_of,
     projected,
 )
@@ -71,7 +72,9 @@ class Counts:
     scrape."""
 
     def only(self, chosen: npt.NDArray[np.intp]) -> "Counts":
-        """Return the chosen series."""
+        """Return the chosen series; they are in ascending order."""
+        if len(chosen) == len(self.series):
+            return self
         place = np.full(len(self.series), -1)
         place[chosen] = np.arange(len(chosen))
         values = self.values.only(chosen)
@@ -79,6 +82,8 @@ class Counts:
 
     def moved(self, series: Series, place: npt.NDArray[np.intp]) -> "Counts":
         """Return the sums by other series; ``place`` has the index of each present one."""
+        if np.array_equal(series, self.series):
+            return self
         values = self.values.summed(place, len(series))
         return Counts(series, values, self.total, self._rows(place), self.seen)
 
@@ -106,6 +111,8 @@ class Projection:
         self._merged: Series = np.empty(0, SERIES_BYTES)
         self._place: npt.NDArray[np.intp] = np.empty(0, np.intp)
         self._rows: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._listeners: Records = np.empty(0, LISTENER)
+        self._listened = listened(self._listeners, selection)
 
     def of(
         self, series: Series, values: Values, *, total: int, seen: SeenClients | None
@@ -132,8 +139,16 @@ class Projection:
         summed = values.only(self._chosen).summed(self._place, len(self._merged))
         counts = Counts(self._merged, summed, total, self._rows, seen)
         is_used = summed.established | summed.opened | summed.failed | summed.pre_existing
-        used = np.flatnonzero(is_used)
-        return counts if len(used) == len(self._merged) else counts.only(used)
+        return counts.only(np.flatnonzero(is_used))
+
+    def listened(self, listeners: Records) -> Series:
+        """Return the selected series of ``listeners``, of dtype `LISTENER`."""
+        has_changed = not np.array_equal(listeners, self._listeners)
+        # The owner of a cgroup may become known later.
+        if has_changed or self.selection.by_owner:
+            self._listeners = listeners
+            self._listened = listened(listeners, self.selection)
+        return self._listened
 
 
 def count(

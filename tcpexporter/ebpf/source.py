@@ -121,7 +121,7 @@ class EbpfSource:
         else:
             tables = self._state.aged(self._tables) if self._state else self._tables
             seed(self._tracker, tables)
-        self._warn_at_capacity()
+        self._warn_at_capacity(self._tracker.events()["refused"])
         self._reconciler.start()
         if self._state and not self._pins:
             self._state.begin(self._with_cookies)
@@ -154,10 +154,11 @@ class EbpfSource:
         return self._tables.namespaces()
 
     def report(self) -> Report:
-        self._warn_at_capacity()
+        events = self._tracker.events()
+        self._warn_at_capacity(events["refused"])
         return Report(
             max_connections=self._max_connections,
-            kernel_events=self._tracker.events(),
+            kernel_events=events,
             missed_events=self._tracker.missed_events(),
             uncertain_connections=self._reconciler.uncertain(),
             kernel_series=self._series.in_use(),
@@ -179,8 +180,8 @@ class EbpfSource:
         shown = self._tables.established(with_ages=False)
         return first_seen(shown, itertools.starmap(valid_connections, self._tracker.read()))
 
-    def _warn_at_capacity(self) -> None:
-        refused = self._tracker.events()["refused"] + self._tracker.seeds_refused
+    def _warn_at_capacity(self, refused_events: int) -> None:
+        refused = refused_events + self._tracker.seeds_refused
         if refused and not self._has_warned:
             log.warning(
                 "at capacity: %s connections are not counted: raise --max-connections",

@@ -23,7 +23,7 @@ from tcpexporter.connections.counting import Counts, Projection, count
 from tcpexporter.connections.expected import Rule
 from tcpexporter.connections.folding import fold
 from tcpexporter.connections.record import TIME_SHIFT, Direction
-from tcpexporter.connections.selection import Selection, is_still_selected, listened
+from tcpexporter.connections.selection import Selection, is_still_selected
 from tcpexporter.connections.series import FOLDED, OUTBOUND, REMOTE_PORT, SERIES, Series
 from tcpexporter.connections.slot_counts import Counters, SlotCounts
 from tcpexporter.connections.source import Source
@@ -188,7 +188,7 @@ class ConnectionCollector(Collector):
         """
         selection = choice.selection
         listening = (
-            listened(self._source.listeners(), selection)
+            self._project(selection).listened(self._source.listeners())
             if selection.labels
             else choice.named
         )
