@@ -102,7 +102,7 @@ class StatusPages:
     async def keep_sampling(self, is_ready: Callable[[], bool]) -> None:
         """Take a sample whenever one is due, also if no browser requests the page.
 
-        A failed sample is repeated after `INTERVAL_S`: metrics do not depend on it.
+        After a failure the next sample is due as usual: metrics do not depend on samples.
         """
         while True:
             if is_ready() and time.monotonic() >= self._due_s():

@@ -174,7 +174,7 @@ def duration(collected: ConnectionCollector) -> list[float]:
 
 
 def test_long_term_connections_have_the_minimum_age() -> None:
-    """A connection is long-term at exactly this age, on the clock that the test sets."""
+    """A connection whose age equals the duration is long-term; the test sets the clock."""
     source = MemorySource(
         [
             connections(443, 3, age_s=DURATION_S + 1),

@@ -123,7 +123,7 @@ def test_each_owner_is_present_once() -> None:
 def test_a_namespace_has_the_name_of_its_container_or_pod(
     cgroups: list[int], expected: dict[int, str]
 ) -> None:
-    """It has no name if its sockets have several pods, or several containers and no pod."""
+    """With several containers it has the name of their common pod, or no name."""
     owners = OwnerNumbers([], MadePaths({**PATHS, **IN_PODS}))
     series = series_of_rows([(4, 0, 443, 7, each) for each in cgroups])
     assert owners.of_namespaces(series) == expected
