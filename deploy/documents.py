@@ -65,7 +65,7 @@ TITLES = {
 """The headings of the groups of alert rules."""
 
 BOUNDS_S = (1.0,)
-"""Bounds of the histograms. The table has no buckets, so any bound does."""
+"""Bounds of the histograms. The table does not show buckets, so the value is arbitrary."""
 
 OF_EVERY_PROCESS = ("process_", "python_info")
 """Beginnings of the names of metrics that prometheus_client adds.
@@ -286,7 +286,7 @@ def _roff(text: str) -> str:
 
 
 def alerts_text() -> str:
-    """Return the text on each alert, by group; the pager's link leads to its heading."""
+    """Return the text on each alert, by group; runbook_url leads to the alert's heading."""
     runbook = yaml.safe_load(RUNBOOK.read_text())
     groups = [
         group for path in RULES for group in yaml.safe_load(path.read_text())["groups"]

@@ -8,10 +8,10 @@
 #   stage       only install the files: deploy/deb.sh and deploy/rpm.sh make packages of them
 #   uninstall   stop the service, and remove the files
 #
-# PREFIX is the directory of the installation, /usr/local. DESTDIR is written before each path,
-# so that another program can pack the files. ZSH_DIR is the directory under share/zsh for
-# completions. FOR_PYTHON, as in 3.13, makes "stage" install Python packages for another
-# version than this system's. Building requires what `deploy/setup.sh run` installs.
+# PREFIX is the directory of the installation, by default /usr/local. DESTDIR is written before
+# each path, so that another program can pack the files. ZSH_DIR is the directory under share/zsh
+# for completions. FOR_PYTHON, as in 3.13, makes "stage" install Python packages for another
+# version than this system's. Building requires the packages of `deploy/setup.sh run`.
 set -eu
 
 cd "$(dirname "$0")/.."

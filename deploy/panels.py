@@ -15,7 +15,7 @@ OF_SERIES = f'{OF_HOST}, port=~"$port", unit=~"$unit"'
 """
 
 BY = "instance, port, remote_port, unit"
-"""What a line shows. Series do not have those of the labels that were not chosen."""
+"""The labels that a line is for. Series lack those that --labels does not choose."""
 
 LEGEND = "{{instance}} {{port}}{{remote_port}} {{unit}}"
 
@@ -44,9 +44,9 @@ class Panel(NamedTuple):
     unit: str = "short"
     """The unit of the values, one of Grafana's."""
     width: int = 12
-    """Columns of 24."""
+    """Number of columns; a row has 24."""
     texts: Mapping[str, tuple[str, str]] = MappingProxyType({})
-    """Texts, each with a color, that replace values."""
+    """For a value, the text that is shown instead, and its color."""
 
 
 def of_host(metric: str) -> str:

@@ -1,11 +1,11 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-3.0-only
 #
-# Builds what a release consists of into dist: wheel, source archive, Debian package, bill of
+# Builds the files of a release into dist: wheel, source archive, Debian package, bill of
 # materials, checksums, and the release notes from CHANGELOG.md. `make release` calls it.
 #
-# It requires a tree without changes. With TAG=1 it also makes the tag of the version, which
-# CHANGELOG.md must have a section for. It pushes nothing.
+# It requires a tree without changes. With TAG=1 it also tags the version; then CHANGELOG.md
+# must have a section for that version. It pushes nothing.
 set -eu
 
 cd "$(dirname "$0")/.."

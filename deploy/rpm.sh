@@ -1,13 +1,13 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-3.0-only
 #
-# Builds a package of this tree for Fedora, into a directory (dist). rpmbuild is in Debian too,
-# so this requires no Fedora. The package contains a virtual environment for Fedora's Python:
-# FOR_PYTHON is its version, by default that in deploy/rpm/python-version. REVISION is the
-# first part of the package's release, 1. It requires SOURCE_DATE_EPOCH, which `make rpm` sets
-# to the time of the commit. PACKAGER, as in "Name <name@example.org>", is the maintainer, by
-# default that in deploy/maintainer. PAYLOAD is rpm's name of the compression, by default the
-# one that Fedora uses.
+# Builds a package of this tree for Fedora, into a directory (dist). Debian has rpmbuild too, so
+# this does not require Fedora. The package contains a virtual environment for Fedora's Python:
+# FOR_PYTHON is its version, by default that in deploy/rpm/python-version. REVISION is the first
+# part of the package's release, by default 1. The script requires SOURCE_DATE_EPOCH, which
+# `make rpm` sets to the time of the commit. PACKAGER, as in "Name <name@example.org>", is the
+# maintainer, by default that in deploy/maintainer. PAYLOAD is rpm's name of the compression, by
+# default the one that Fedora uses.
 set -eu
 
 cd "$(dirname "$0")/.."

@@ -62,7 +62,7 @@ class Locked:
 
 
 def read_lock(path: Path) -> Iterator[Locked]:
-    """Return the requirements in a file of deploy/lock."""
+    """Yield the requirements in a file of deploy/lock."""
     text = path.read_text().replace("\\\n", " ")
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -142,7 +142,7 @@ def _of_distribution(name: str) -> Component:
 
 
 def _license(installed: Distribution) -> str:
-    """https://packaging.python.org/en/latest/specifications/core-metadata/."""
+    """Return the licence in a package's core metadata, as an SPDX expression or a text."""
     said = installed.metadata
     return said["License-Expression"] or said["License"]
 

@@ -12,7 +12,7 @@
 #   image        the same as "run", and the programs that build container images
 #   container    the same as "test" and "image", and the programs that check manifests
 #   vm           the same as "test", and the programs that boot other kernels
-#   release      the same as "test", and the tools for lock files and audits
+#   release      install the Python packages of "test", and the tools for lock files and audits
 #   lock         the same as "release"; then write deploy/lock
 #   wheels       the same as "run" if there is no .venv; then download the packages of "run"
 #                into .cache/wheels, for FOR_PYTHON or this system's Python

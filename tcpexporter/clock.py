@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Reads the host's CLOCK_BOOTTIME, the clock of every time that the exporter keeps."""
+"""Reads the host's CLOCK_BOOTTIME, with which the exporter measures connection ages."""
 
 import time
 from pathlib import Path

@@ -136,7 +136,7 @@ class Reader:
             raise ReaderGoneError from error
 
     def receive(self) -> Message:
-        """Wait for the next message.
+        """Wait for the next message, and return it.
 
         Raises:
             ReaderGoneError: the child has ended.
@@ -158,7 +158,7 @@ class Reader:
         try:
             self._child.wait(GRACE_S)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(PermissionError):  # only the child may be root
+            with contextlib.suppress(PermissionError):  # the child is root, and we are not
                 self._child.kill()
                 self._child.wait()
 

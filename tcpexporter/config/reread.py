@@ -13,7 +13,7 @@ class Reread:
     """The result of reading the settings again while the exporter runs."""
 
     settings: Settings
-    """The settings that are in force after it."""
+    """The settings in force from now on."""
     changed: tuple[str, ...]
     """The changed values, such as ``duration is 30``."""
     waiting: tuple[str, ...]
@@ -56,7 +56,7 @@ def reread(before: Settings, after: Settings) -> Reread:
 
 
 def _shown_ports(ports: Sequence[int]) -> str:
-    """Return ports as a user writes them, with ranges: ``443, 8000-8100``."""
+    """Return ports as a user writes them, with ranges: ``443,8000-8100``."""
     in_a_row = itertools.groupby(enumerate(ports), lambda each: each[1] - each[0])
     ranges = [[port for _, port in row] for _, row in in_a_row]
     return (

@@ -42,7 +42,7 @@ def parse_rules(text: str) -> tuple[Rule, ...]:
     """Return rules that are separated by white space.
 
     Raises:
-        RuleError: a rule cannot be used, or two have the same name.
+        RuleError: a rule is invalid, two have the same name, or there are too many.
     """
     rules = tuple(map(_rule, text.split()))
     names = [each.name for each in rules]

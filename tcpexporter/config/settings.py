@@ -55,7 +55,7 @@ class Settings:
     expect: tuple[Rule, ...] = ()
     """Connections that must exist."""
     labels: tuple[str, ...] | None = None
-    """Of a series; None: port and tcp_version, and netns if all namespaces are counted."""
+    """Labels of a series; None: port, tcp_version, and netns if all namespaces count."""
     clients: bool = True
     client_prefix: tuple[int, int] = (32, 64)
     """Bits of an IPv4 and of an IPv6 address that identify a client."""
@@ -63,7 +63,7 @@ class Settings:
     buckets: tuple[float, ...] = (1.0, 6.0, 60.0, 600.0, 3600.0, 21600.0, 86400.0, 604800.0)
     """Upper bounds of the histograms in seconds; the duration is added to them."""
     max_series: int = 2000
-    """Maximum number of series of a metric; the smallest of more are added up as other."""
+    """Maximum number of series of a metric; beyond it the smallest are added up."""
     source: str = "auto"
     """auto, ebpf, sock_diag or procfs."""
     interval_s: float = 1.0
@@ -73,7 +73,7 @@ class Settings:
     reconcile_interval_s: float = 60.0
     """Seconds between two reconciliations; 0: only after missed events."""
     reconcile_cpu_percent: float = 2.0
-    """Maximum average CPU time of reconciliation, as a share of one core."""
+    """Maximum average CPU time of reconciliation, in percent of one core."""
     pin: str | None = None
     """A directory of the BPF file system; None: nothing is pinned."""
     unpin: bool = False

@@ -119,11 +119,11 @@ def _joined(given: str | list[str | list[str]]) -> str:
 
 
 def _normalized(argv: Sequence[str], groups: Groups) -> list[str]:
-    """Return the flags with two dashes: ``--name`` or ``--name=value``.
+    """Return the flags with two dashes, and ``=true`` after a switch without a value.
 
     tcp_established_exporter also accepts one dash. If flags with one dash were registered
-    in argparse, it would accept their abbreviations in spite of ``allow_abbrev``. And a
-    switch would use the next argument as its value.
+    in argparse, it would accept their abbreviations in spite of ``allow_abbrev``. Without
+    ``=true``, argparse would use the next argument as the value of a switch.
     """
     switches = {
         flag for each in _each(groups) if each.kind is SWITCH for flag in each.flags
@@ -184,7 +184,7 @@ def read_environment(groups: Groups, environ: Mapping[str, str]) -> dict[str, Te
     return {
         setting.name: Text(environ[name], f"{VARIABLE}{name}")
         for setting in _each(groups)
-        for name in reversed(setting.variables)  # the last one that is set stays
+        for name in reversed(setting.variables)  # the first one overwrites the others
         if name in environ and not _is_of_kubernetes(name, environ[name])
     }
 

@@ -17,7 +17,7 @@ _ADVICE = (
 )
 
 MOST_PORTS = 10
-"""More ports are not listed but counted."""
+"""Maximum number of ports that are listed; of more ports, only the number is shown."""
 
 
 def counted(settings: Settings) -> str:

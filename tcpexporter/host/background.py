@@ -3,8 +3,8 @@
 
 A `Task` is a thread that runs a loop. An error in the loop is logged once and counted, and
 the loop is tried again. A round of the loop that exceeds its time limit counts as hanging.
-Code that depends on a task calls `Task.trouble`. While a task has trouble, the source
-raises an error instead of returning numbers, and systemd's watchdog is not notified.
+Code that depends on a task calls `Task.trouble`. A source whose numbers would be wrong then
+raises an error. While any task has trouble, systemd's watchdog is not notified.
 """
 
 import contextlib

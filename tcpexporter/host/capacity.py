@@ -38,7 +38,11 @@ def read_limits(proc: Path = Path("/proc")) -> Limits:
 
 
 def max_connections(limits: Limits) -> int:
-    """Return how many connections fit into memory, within the other limits."""
+    """Estimate the maximum number of connections, from LOWEST to HIGHEST.
+
+    Return the number that fits into memory, or tcp_max_orphans if that is larger. It is at
+    most the number that open files and conntrack allow.
+    """
     wanted = max(limits.memory_bytes // CONNECTION_BYTES, limits.orphans)
     bounds = [limits.open_files + limits.orphans, HIGHEST]
     if limits.conntrack is not None:

@@ -8,8 +8,8 @@ is in the lower 32 bits of the id: then the caller passes only these bits.
 
 The kernel does not return the path of an id to an unprivileged process:
 open_by_handle_at(2) requires CAP_DAC_READ_SEARCH. So `CgroupPaths` lists the directories
-until it has found all ids: a walk. It requires no other right. Cgroups are created and
-removed meanwhile:
+until it has found all ids: a walk. A walk requires only the right to list directories.
+Cgroups are created and removed meanwhile:
 
 1. A cgroup was created after the previous walk: an id without a path starts a new walk.
 2. A cgroup was removed before the first walk: its id has no path. Two complete walks must
@@ -93,7 +93,7 @@ def find(mountinfo: Path = MOUNTINFO) -> Mount | None:
 def open_paths() -> "CgroupPaths | None":
     """Return the paths of the host's cgroups; None: no cgroup has a path.
 
-    If cgroups have no path, a warning in the log says why.
+    If some or all cgroups have no path, a warning in the log says why.
     """
     mount = find()
     if mount is None:
@@ -160,7 +160,7 @@ class CgroupPaths:
             OSError: the directory cannot be opened.
         """
         self.descriptor = os.open(mount.point, os.O_PATH | os.O_DIRECTORY)
-        """Of the top directory, which must stay listable: `landlock.restrict_files`."""
+        """Refers to the top directory, which must stay listable: `restrict_files`."""
         # Not the mount point: another file system could be mounted there later. os.scandir
         # would duplicate a descriptor, which seccomp refuses.
         self._top = f"/proc/self/fd/{self.descriptor}"
@@ -194,7 +194,7 @@ class CgroupPaths:
         return {each: place.path for each, place in self._places.items()}
 
     def removed(self, ids: Iterable[int]) -> set[int]:
-        """Return those ids whose cgroup has been removed, for good.
+        """Return those of the ids whose cgroup no longer exists.
 
         The ids must be among those of the last call of `paths`. A removal is reported after
         `CHECK_INTERVAL_S` at the latest.
@@ -265,7 +265,8 @@ class CgroupPaths:
 
     def _found(self, inode: int, directory: str, missing: set[int]) -> None:
         path = (self._prefix + directory) or "/"
-        # Names are bytes, labels are text. Usually both are one string in memory.
+        # Names are bytes, labels are text. An ASCII name needs no conversion: then both
+        # fields usually are one string in memory.
         if not path.isascii():
             path = os.fsencode(path).decode(errors="backslashreplace")
         self._places[inode] = _Place(directory, path)

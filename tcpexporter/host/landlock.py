@@ -34,7 +34,7 @@ RULESET = struct.Struct("=QQQ")
 """struct landlock_ruleset_attr: three sets of operations.
 
 The first two are operations on files and on the network: they are refused unless a rule
-allows them. The third are operations on other processes: they reach only processes of the
+allows them. The third is operations on other processes: they reach only processes of the
 same ruleset.
 """
 PATH_BENEATH = struct.Struct("=Qi")
@@ -56,7 +56,7 @@ def restrict_files(cgroups: int | None = None) -> bool:
 
     Args:
         cgroups: the descriptor of a directory, if there is one. Listing it, and the
-            directories below it, stays permitted; reading files there does not.
+            directories below it, stays permitted; reading files there is refused.
 
     Returns:
         Whether the restriction is in force. If not, the log says why.

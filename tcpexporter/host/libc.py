@@ -38,7 +38,7 @@ def _check(result: int) -> int:
 
 
 def system_call(number: int, *arguments: int | bytes | None) -> int:
-    """Make a system call that has no function in the C library: syscall(2).
+    """Make a system call by its number, and return its result: syscall(2).
 
     Bytes are passed by their address, None as a null pointer.
     """
@@ -52,7 +52,7 @@ def system_call(number: int, *arguments: int | bytes | None) -> int:
 
 
 def prctl(option: int, *arguments: int | bytes | None) -> int:
-    """Change or read an attribute of this thread.
+    """Change or read an attribute of this thread, and return the result of the call.
 
     Missing arguments, up to four, are 0. Bytes are passed by their address, None as a null
     pointer.
@@ -125,7 +125,7 @@ def mmap(  # noqa: PLR0917  as mmap(2)
     descriptor: int = -1,
     offset: int = 0,
 ) -> int:
-    """Map memory at ``address``, or where the kernel chooses; returns the address."""
+    """Map memory at ``address``, or where the kernel chooses; return the address."""
     mapped: int | None = _libc.mmap(address, size, protection, flags, descriptor, offset)
     if mapped is None or mapped == MAP_FAILED:
         raise _error()

@@ -12,8 +12,8 @@ def limit_arenas() -> None:
     """Limit the freed memory that glibc keeps: mallopt(3).
 
     Every array of at least 1 MiB is returned to the kernel when it is freed. By default,
-    glibc raises that threshold with each larger array. One arena is enough, because the
-    exporter's threads rarely allocate memory at the same time.
+    glibc raises that threshold when it frees a larger array. One arena is enough, because
+    the exporter's threads rarely allocate memory at the same time.
     """
     libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
     libc.mallopt(M_ARENA_MAX, 1)

@@ -25,7 +25,7 @@ NAMED = Path("/run/netns")
 
 INIT_PID_NAMESPACE = Path("/proc/1/ns/pid")
 HOST_PID_NAMESPACE = 0xEFFFFFFC
-"""The inode of the host's: PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h."""
+"""The inode of the host's PID namespace: PROC_PID_INIT_INO in include/linux/proc_ns.h."""
 
 # include/uapi: linux/nsfs.h, linux/sched.h
 NS_GET_NSTYPE = 0xB703
@@ -81,7 +81,7 @@ def find(name: str) -> Path:
     """Return the path of a namespace that a user gives as ``self``, a name, or a path.
 
     Raises:
-        SettingsError: there is no network namespace.
+        SettingsError: the path does not exist, or is not a network namespace.
         SourceError: permission is missing.
     """
     path = _path_of(name)
@@ -109,7 +109,7 @@ def _path_of(name: str) -> Path:
 
 
 def open_watch(name: str, held: Callable[[], Iterable[int]]) -> "Watch | None":
-    """Watch the namespace that ``--netns`` names; None: it is the own one, or all.
+    """Return a watch of the namespace of ``--netns``; None if that is self or all.
 
     Args:
         name: the value of ``--netns``.
@@ -163,9 +163,9 @@ class Watch:
             os.close(self._process)
 
     def trouble(self) -> str | None:
-        """Why the counted namespace is not the one that the name refers to; None: it is.
+        """Return why the name no longer refers to the counted namespace; None: it does.
 
-        Logs a warning when the name begins to refer to none.
+        It logs a warning when the namespace is missing, and when it is there again.
         """
         trouble = self._find_trouble()
         if trouble and trouble != self._trouble and not self.is_replaced:
@@ -188,7 +188,8 @@ class Watch:
             return self._missing()
         if (file_system, number) == self._expected:
             return None
-        # Then it is the file on which ip-netns(8) mounts a namespace.
+        # A file of another file system is the one on which ip-netns(8) mounts a namespace:
+        # the namespace is not mounted any more.
         if file_system != self._expected[0]:
             return self._missing()
         self.is_replaced = True
@@ -245,9 +246,9 @@ def others() -> Iterator[tuple[int, Path]]:
 
 
 def _sees_processes_of_host() -> bool:
-    """Whether /proc shows the processes of the host, not only those of a container.
+    """Return whether /proc shows the processes of the host, not only of a container.
 
-    False if the first process is hidden: hidepid in proc(5).
+    Return False if the first process is hidden: hidepid in proc(5).
     """
     try:
         return INIT_PID_NAMESPACE.stat().st_ino == HOST_PID_NAMESPACE
@@ -285,9 +286,10 @@ def named() -> dict[int, str]:
 class Names:
     """The names of the host's namespaces, for the label ``netns``.
 
-    Only root can see which container's processes use a namespace, so that is read at the
-    start. A namespace has its container's name while it is held: later another one may get
-    its inode. The owners of sockets show the containers of other namespaces.
+    Only root can see which container's processes use a namespace. So the names of
+    containers are read at the start. A namespace keeps that name while it is held: later
+    another namespace can get its inode. The owners of sockets show which containers other
+    namespaces belong to.
     """
 
     def __init__(

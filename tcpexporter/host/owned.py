@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Checks that only the exporter's user can write to a file or directory, and locks it."""
+"""Checks that only the exporter's user has access to a file or directory; locks it."""
 
 import fcntl
 import os

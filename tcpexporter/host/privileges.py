@@ -42,7 +42,7 @@ NAMES = (
 """The capabilities by their number, without ``CAP_``."""
 
 LONGEST_LIST = 6
-"""Most capabilities that a message lists; it counts a longer list instead."""
+"""Maximum number of capabilities that a message lists; of more, it has only the number."""
 
 # include/uapi/linux/prctl.h, securebits.h
 PR_SET_KEEPCAPS = 8
@@ -179,8 +179,8 @@ def may_use_bpf() -> bool:
 def keep_reading(account: pwd.struct_passwd | None) -> None:
     """Give up every privilege except reading all files: CAP_DAC_READ_SEARCH.
 
-    Where that capability cannot be kept, as in some containers, the process stays root
-    without capabilities. Then it can still read root's own files.
+    Where that capability cannot be kept, as in some containers, the process keeps its user
+    and has no capabilities. If that user is root, it can still read root's own files.
 
     Args:
         account: the user to switch to; None: the process is not root.
@@ -268,7 +268,7 @@ def works_with(
 
 
 def _become(account: pwd.struct_passwd | None, kept: int) -> Status:
-    """Give up all privileges that the kernel allows; return those that remain.
+    """Give up all privileges except ``kept`` that the kernel allows; return what remains.
 
     Raises:
         PrivilegeError: a dangerous privilege would remain.

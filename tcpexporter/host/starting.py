@@ -54,7 +54,7 @@ class Starting:
         return trouble
 
     def raise_failure(self) -> None:
-        """Raise the error that has prevented the start, if there is one."""
+        """Raise the error that prevented the start or ended the exporter, if any."""
         if self._failure:
             raise self._failure
 

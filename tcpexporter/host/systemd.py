@@ -34,7 +34,7 @@ class Supervisor:
         Args:
             address: the path of a socket, or its abstract name after an @; None: there is
                 no socket, and nothing is reported.
-            watchdog_s: systemd ends the exporter after so many seconds without a
+            watchdog_s: systemd ends the exporter after this many seconds without a
                 notification; None: there is no watchdog.
         """
         self._socket = _connect(address) if address else None
@@ -77,6 +77,7 @@ class Supervisor:
         """Report the state twice per watchdog interval, until cancelled.
 
         While the check fails, the state is reported eight times per watchdog interval.
+        Without a watchdog, it is reported every `STATUS_S` seconds.
 
         Args:
             check: a function that returns what does not work; None: everything works. The
@@ -94,8 +95,7 @@ class Supervisor:
             works = trouble is None
             feed = ("WATCHDOG=1",) if works and watchdog_s else ()
             self.tell(f"STATUS={trouble or status()}", *feed)
-            # More often in trouble: the watchdog must be notified soon after the trouble
-            # ends.
+            # More often while the check fails: systemd must be notified soon after that.
             part = 2 if works else 8
             await asyncio.sleep(watchdog_s / part if watchdog_s else STATUS_S)
 

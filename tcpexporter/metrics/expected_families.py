@@ -18,13 +18,13 @@ from tcpexporter.metrics.series_family import LabelSets, SeriesFamily
 def expected_families(
     source: Source, rules: Sequence[Rule], since_ns: int, owners: OwnerNumbers | None
 ) -> Iterator[Metric]:
-    """Yield the metric families of rules; without rules, none.
+    """Yield the metric families of rules; without rules there are none.
 
     Args:
-        source: of the connections.
+        source: the source of the connections.
         rules: the rules.
-        since_ns: when long-term connections were established, or before.
-        owners: of cgroups; None: no rule has a unit.
+        since_ns: a connection is long-term if it was established at this time or before.
+        owners: the owners of cgroups; None: no rule has a unit.
 
     Raises:
         SourceError: the source cannot be read.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Keeps what each series was in the last 15 minutes, in one ring of numpy arrays."""
+"""Keeps samples of each series for the last 15 minutes, in rings of numpy arrays."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,25 +11,25 @@ from tcpexporter.metrics.series_family import LabelSets
 from tcpexporter.metrics.series_labels import Labels
 
 INTERVAL_S = 5
-"""Time between two samples that are kept."""
+"""Time slot of a sample: at most one sample is kept per slot."""
 
 SPAN_S = 900
 """For how long samples are kept."""
 
 RATE_S = 60
-"""Rates are those of the last minute."""
+"""Time over which rates are measured: at most the last minute."""
 
 MAX_SERIES = 2_000
-"""The history keeps this many series. Its arrays then have 1.7 MB."""
+"""Maximum number of series in the history. Its arrays then use 1.7 MB."""
 
 POINTS = 60
 """Points of a sparkline. Each point is the largest of the samples in 15 s."""
 
 LEVELS = "0123456789abcdef"
-"""A point is one of these: fifteenths of the largest point of the series."""
+"""The digits of a point: its number in fifteenths of the series' largest, rounded up."""
 
 UNKNOWN = "-"
-"""A point before the first sample."""
+"""A point without a number: before the first sample, or of a series past `MAX_SERIES`."""
 
 _SAMPLES = SPAN_S // INTERVAL_S
 _RATES = RATE_S // INTERVAL_S + 1
@@ -42,7 +42,7 @@ class Past(NamedTuple):
     """The history of some series; each list has one element for each of them."""
 
     levels: list[str]
-    """`POINTS` characters of `LEVELS`, or `UNKNOWN`, the oldest first."""
+    """`POINTS` characters, each from `LEVELS` or `UNKNOWN`, the oldest first."""
     largest: list[int]
     """The number of connections at the level ``f``."""
 
@@ -55,7 +55,7 @@ class Rates(NamedTuple):
 
 
 class History:
-    """A ring of samples. A sample has a row of each array, and a series has a column."""
+    """Rings of samples: in each array a sample is a row, and a series is a column."""
 
     def __init__(self) -> None:
         """Start without samples."""
@@ -71,7 +71,7 @@ class History:
 
     @property
     def nbytes(self) -> int:
-        """The size of the arrays."""
+        """The size of the arrays, in bytes."""
         return self._established.nbytes + self._opened.nbytes + self._closed.nbytes
 
     def is_due(self, now_s: float) -> bool:
@@ -86,14 +86,14 @@ class History:
         opened: Sequence[int],
         closed: Sequence[int],
     ) -> None:
-        """Keep a sample, in place of the oldest one.
+        """Store a sample in place of the oldest one.
 
         Args:
             now_s: the time on a clock that never jumps, in seconds.
             labels: the series.
-            established: the number of connections of each series.
-            opened: its counter of connections that were opened.
-            closed: its counter of connections that were closed.
+            established: for each series, the number of established connections.
+            opened: for each series, the counter of opened connections.
+            closed: for each series, the counter of closed connections.
         """
         columns = self._columns_of(labels, established)
         has_column = columns >= 0
@@ -108,7 +108,7 @@ class History:
             (self._closed, rate_row, closed),
         ):
             array[at] = 0
-            # Counters are kept modulo 2**32: differences of a minute are smaller.
+            # Counters are stored modulo 2**32: their change in a minute is below 2**31.
             array[at, kept] = np.array(numbers, np.int64)[has_column].astype(np.uint32)
 
     def rates(
@@ -119,9 +119,10 @@ class History:
         opened: Sequence[int],
         closed: Sequence[int],
     ) -> Rates:
-        """Return the rates from the oldest sample of the last minute until now.
+        """Return the mean rates since the oldest sample of the last minute.
 
-        The arguments are those of `add`. A series without an earlier sample has 0.
+        The arguments are those of `add`. Without a sample that is at least 1 s old, all
+        rates are 0. A series that the sample lacks had counters of 0 then.
         """
         slots = self._rate_slots
         oldest = int(now_s // INTERVAL_S) - _RATES + 1
@@ -144,11 +145,16 @@ class History:
         return Rates(rate(opened, self._opened), rate(closed, self._closed))
 
     def past(self, now_s: float, chosen: Sequence[int]) -> Past:
-        """Return the last 15 minutes of the series at these positions of the last ones."""
+        """Return the last 15 minutes of some series.
+
+        Args:
+            now_s: the time on the clock of `add`, in seconds.
+            chosen: the positions of the series in the labels that were last added.
+        """
         slot = int(now_s // INTERVAL_S)
         wanted = np.arange(slot - _SAMPLES + 1, slot + 1)
         order = np.argsort(self._slots)
-        # Between two samples, which can be further apart, the earlier one holds.
+        # A slot without a sample has the numbers of the sample before it.
         at = np.searchsorted(self._slots[order], wanted, side="right") - 1
         known = (at >= 0) & (self._slots[order][at] > slot - 2 * _SAMPLES)
         columns = self._of_labels[np.array(chosen, np.intp)]
@@ -156,7 +162,7 @@ class History:
         points[~known] = 0
         points = points.reshape(POINTS, _SAMPLES // POINTS, len(columns)).max(axis=1)
         largest = points.max(axis=0, initial=0)
-        # Integers: a fraction that is rounded up can exceed the highest level.
+        # With integers, because rounding up a float can exceed the highest level.
         highest, divisor = len(LEVELS) - 1, np.maximum(largest, 1)
         levels = (points.astype(np.int64) * highest + (divisor - 1)) // divisor
         letters = np.frombuffer(LEVELS.encode(), np.uint8)[levels]
@@ -169,8 +175,11 @@ class History:
     def _columns_of(
         self, labels: LabelSets, established: Sequence[int]
     ) -> npt.NDArray[np.intp]:
-        """Return the column of each series, or -1; allocate those that are missing."""
-        if labels is self._labels:  # the collector keeps them while series stay the same
+        """Return the column of each series; allocate columns to new series.
+
+        A series has -1 if no column is free.
+        """
+        if labels is self._labels:  # the collector reuses the object while series are equal
             return self._of_labels
         missing = [each for each, row in enumerate(labels.rows) if row not in self._columns]
         if missing:
@@ -183,7 +192,7 @@ class History:
         return self._of_labels
 
     def _free_columns(self, labels: LabelSets) -> None:
-        """Free the columns of series that the exposition has no more."""
+        """Free the columns of series that the exposition no longer has."""
         for row in self._columns.keys() - {*labels.rows}:
             column = self._columns.pop(row)
             for array in (self._established, self._opened, self._closed):

@@ -20,7 +20,9 @@ _ELEMENT = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*+"?+)++')
 _WEIGHT = re.compile(r"0(?:\.[0-9]*)?|1(?:\.0*)?")
 
 _IGNORED = "escaping"
-"""How to escape metric names with special characters; the exporter has no such names."""
+"""A parameter that says how to escape special characters in metric names.
+
+It is ignored, because the exporter's names have none."""
 
 
 class Preference(NamedTuple):
@@ -89,9 +91,10 @@ def choose(accept: str, offers: Sequence[str]) -> int:
 
 
 def _merit(offer: Preference, preferences: Sequence[Preference]) -> tuple[float, int, int]:
-    """Return weight, specificity of the name, and earliness; larger is better.
+    """Return a sort key of an offer; the client prefers the offer with the largest key.
 
-    If several ranges match the offer, the most specific one decides.
+    It has the weight, the specificity of the name, and the negated position of the range
+    that matches the offer. If several ranges match, it is the most specific one.
     """
     matching = [
         (*specificity, each.weight, -position)
@@ -105,7 +108,10 @@ def _merit(offer: Preference, preferences: Sequence[Preference]) -> tuple[float,
 
 
 def _specificity(accepted: Preference, offer: Preference) -> tuple[int, int] | None:
-    """Return how specific a range is: wildcards, parameters. None if it does not match."""
+    """Return how specific a range is, by name and by parameters; larger is more specific.
+
+    None: the range does not match the offer.
+    """
     kind, _, _ = offer.name.partition("/")
     ranges = ("*/*", f"{kind}/*", offer.name)
     wanted = {each for each in accepted.parameters.items() if each[0] != _IGNORED}

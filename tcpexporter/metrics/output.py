@@ -95,7 +95,10 @@ class Output:
             self._end()
 
     def _end(self) -> int:
-        """Close the files and wait for the child; return its errno, or minus its signal."""
+        """Close the files and wait for the child process.
+
+        Return its errno, 0 if it has succeeded, or the negated signal that killed it.
+        """
         os.close(self._file)
         os.close(self._channel)
         child, self._child = self._child, 0
@@ -113,7 +116,7 @@ def _require_regular(path: str) -> None:
 
 
 def _publish(complete: int, file: int, directory: int, new: str, name: str) -> int:
-    """Wait, in the child, then rename or remove the file; return an errno, or 0."""
+    """In the child, wait, then rename or remove the new file; return an errno, or 0."""
     try:
         if os.read(complete, len(COMPLETE)):
             os.fsync(file)  # without it, a crash of the host could leave an empty file

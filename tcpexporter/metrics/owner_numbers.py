@@ -13,11 +13,14 @@ from tcpexporter.connections.series import SERIES, Series
 from tcpexporter.metrics.owners import Owner, owner_of, owner_of_unnamed
 
 FORGET_NS = 300_000_000_000
-"""How long a cgroup must be removed before its counters are forgotten."""
+"""Time from the removal of a cgroup until its counters are forgotten, in ns."""
 
 
 def _name_of(owners: Collection[Owner]) -> str:
-    """Return the name of the only container or pod; an empty text if there are several."""
+    """Return ``container:NAME`` if all owners have that container, else ``pod:UID``.
+
+    The text is empty if the owners have no common container and no common pod.
+    """
     for kind in ("container", "pod"):
         names = {getattr(each, kind) for each in owners}
         if len(names) == 1 and "" not in names:
@@ -29,11 +32,11 @@ class Paths(Protocol):
     """The paths of cgroups: `host.cgroups.CgroupPaths`."""
 
     def paths(self, ids: Iterable[int]) -> dict[int, str]:
-        """Return the path of each cgroup that has one, by its id; forget other ids."""
+        """Return the path of each cgroup whose path is known, by id; forget other ids."""
         ...
 
     def removed(self, ids: Iterable[int]) -> AbstractSet[int]:
-        """Return those ids whose cgroup has been removed, for good."""
+        """Return those of the ids whose cgroup no longer exists."""
         ...
 
 
@@ -41,7 +44,7 @@ class OwnerNumbers:
     """The owners of the cgroups that a source has connections or counters of.
 
     Only one thread at a time may use it. A cgroup keeps its owner from one collection to
-    the next, also if it is removed meanwhile. A number is never that of other labels later.
+    the next, also if it is removed meanwhile. A number is never reused for other labels.
     """
 
     def __init__(self, labels: Sequence[str], paths: Paths | None) -> None:
@@ -49,12 +52,12 @@ class OwnerNumbers:
 
         Args:
             labels: some of `OWNER_LABELS`; other names are ignored.
-            paths: of cgroups; None: they have no names.
+            paths: the paths of cgroups; None: no path is known.
         """
         self._fields = [each for each in OWNER_LABELS if each in labels]
         self._paths = paths
         self._owners: dict[int, Owner] = {}
-        """By cgroup; one whose path is not known is missing."""
+        """The owner of each cgroup whose path is known."""
         self._requested: set[int] = set()
         """The cgroups of this collection."""
         self._numbers = {self._labels(owner_of_unnamed(0)): UNKNOWN_OWNER}
@@ -75,11 +78,14 @@ class OwnerNumbers:
         return numbers[place]
 
     def of(self, number: int) -> Owner:
-        """Return the owner with a number; its labels are those of all that have it."""
+        """Return one of the owners with this number; all of them have equal labels."""
         return self._by_number[number]
 
     def cgroups_of(self, unit: str, cgroups: Cgroups) -> list[int]:
-        """Return those cgroups whose innermost systemd unit has this name."""
+        """Return known cgroups whose innermost systemd unit has this name.
+
+        The result has those of ``cgroups``, and can have others.
+        """
         self.numbers(cgroups)
         return [each for each, owner in self._owners.items() if owner.unit == unit]
 
@@ -91,7 +97,7 @@ class OwnerNumbers:
         another namespace may have the inode now.
 
         Args:
-            series: of connections, with cgroups.
+            series: series of the source; ``cgroup`` is the id of a cgroup.
         """
         parts = series.view(SERIES)
         self.numbers(parts["cgroup"].astype(np.uint64))
@@ -105,7 +111,7 @@ class OwnerNumbers:
         return {netns: name for netns, name in names.items() if name}
 
     def is_known(self, numbers: Cgroups) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
-        """Return which numbers have an owner; 0 is that of no particular owner."""
+        """Return whether each number has an owner, or is 0 (no particular owner)."""
         return np.isin(numbers, [0, *self._by_number])
 
     def present(self, numbers: Collection[int]) -> Iterator[Owner]:
@@ -125,7 +131,8 @@ class OwnerNumbers:
             now_ns: the present time on CLOCK_BOOTTIME.
 
         Returns:
-            The cgroups that were removed long ago, whose counters are not needed any more.
+            The cgroups that were found removed more than FORGET_NS ago: their counters are
+            not needed any more.
         """
         requested, self._requested = self._requested, set()
         for each in self._owners.keys() - requested:

@@ -48,7 +48,7 @@ _ESCAPED = re.compile(rb"\\x([0-9a-f]{2})")
 
 
 class Owner(NamedTuple):
-    """The owner of a cgroup: the values of the labels. Empty: there is none."""
+    """The owner of a cgroup: the values of the labels. An empty value: it has none."""
 
     cgroup: str
     """The path of the cgroup of the innermost unit, container or pod. Without any, it is
@@ -97,7 +97,7 @@ def owner_of_unnamed(cgroup_id: int) -> Owner:
 
 
 def _container(component: str, parent: str) -> str:
-    """Return a container's label, or an empty string if the directory is not of one."""
+    """Return a container's label; empty if the directory does not belong to a container."""
     if found := _CONTAINER.fullmatch(component):
         is_podmans_pod = parent == _PODMAN_PARENT and found[1] == component
         return "" if is_podmans_pod else found[1][:CONTAINER_DIGITS]

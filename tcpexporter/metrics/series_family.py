@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A metric family with one sample for each series, which is written fast.
+"""A metric family with one sample per series, written faster than by prometheus_client.
 
-The library requires 4 us to make and write a sample, mostly for the text of its labels,
-which is the same at each scrape. A collector keeps `LabelSets`, which keeps that text.
+That library needs 4 us to make and write a sample. It formats the labels at each scrape,
+although they do not change. A collector keeps `LabelSets`, which keeps the formatted text.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class SeriesFamily(Metric):
         labels: LabelSets,
         numbers: Sequence[int],
     ) -> None:
-        """Make the family; of a counter, ``name`` is without ``_total``."""
+        """Make the family; the ``name`` of a counter has no ``_total``."""
         self.numbers = numbers
         self.labels = labels
         super().__init__(name, documentation, typ)

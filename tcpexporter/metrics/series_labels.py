@@ -8,14 +8,14 @@ from tcpexporter.connections.series import FOLDED, OUTBOUND, REMOTE_PORT, SERIES
 from tcpexporter.metrics.owners import Owner, owner_of_unnamed
 
 Labels: TypeAlias = tuple[str, ...]
-"""The values of one series."""
+"""The label values of one series."""
 
 NO_OWNER = 0
-"""The number of no particular owner."""
+"""The owner number of a folded series, which has no particular owner."""
 
 
 class Fields(NamedTuple):
-    """Those of `SERIES`, in its order."""
+    """The fields of a series, in the order of `SERIES`."""
 
     owner: int
     """In a series of an exposition, ``cgroup`` is the number of the owner."""
@@ -37,7 +37,7 @@ def label_values(
         series: the series.
         labels: the names of the labels.
         names: the names of network namespaces, by inode.
-        owner: returns the owner with a number.
+        owner: returns the owner that has a given number.
     """
     rows = [Fields(*row) for row in series.view(SERIES).tolist()]
     ways = _ways(names, owner)

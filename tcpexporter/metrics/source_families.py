@@ -18,9 +18,9 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
     """Yield the metric families of a source.
 
     Args:
-        name: of the source.
-        report: its state.
-        total: the number of connections that it has.
+        name: the name of the source.
+        report: the state of the source.
+        total: the number of connections that the source tracks.
     """
     yield InfoMetricFamily(
         "tcpexporter_source",

@@ -49,17 +49,17 @@ class Collected:
 
     labels: LabelSets
     numbers: Mapping[str, Sequence[int]]
-    """The number of each series, by metric family. A source may lack families."""
+    """The values of each series, by metric family. Some sources lack some families."""
     bounds: Sequence[str]
     """The upper bounds of the histogram of ages, in seconds; empty: there is none."""
     ages: Counters
-    """The cumulative buckets of each series."""
+    """The cumulative buckets: a row for each series, a column for each bound."""
     facts: Mapping[str, Mapping[str, float]]
-    """The values of other metric families, by the value of their only label or ""."""
+    """The values of other metric families, by the value of their only label; "" if none."""
 
     @property
     def took_s(self) -> float:
-        """The time of the collection, in seconds."""
+        """The duration of the collection, in seconds; 0 if it is not published."""
         return self.facts.get(_TOOK, {}).get("", 0.0)
 
     def of(self, name: str) -> Sequence[int]:
@@ -77,7 +77,7 @@ class Expected(NamedTuple):
 
     @property
     def is_met(self) -> bool:
-        """Whether there are as many long-term connections as the alert requires."""
+        """Whether there are at least as many long-term connections as the rule requires."""
         return self.long_term >= self.minimum
 
 
@@ -107,12 +107,12 @@ class Status:
     connections: int
     long_term: int
     clients: int | None
-    """The sum of all series; a client of two series counts twice."""
+    """The sum over all series: a client of two series counts twice. None: not counted."""
     duration_s: int
     uncertain: int | None
     """None: the source does not count missed events."""
     compared_s: float | None
-    """When numbers were last compared with the kernel's; None: never."""
+    """When numbers were last compared with the kernel's, in Unix time (s); None: never."""
     expected: Sequence[Expected]
     labels: Sequence[str]
     age_segments: Sequence[str]
@@ -161,7 +161,7 @@ def _read_ages(
 
 
 def sample(collected: Collected, history: History, now_s: float) -> None:
-    """Add a collection to the history, unless it has a sample of this time."""
+    """Add a collection to the history, unless that has a sample in this time slot."""
     if history.is_due(now_s):
         counters = (collected.of(each) for each in (ESTABLISHED, OPENED, CLOSED))
         history.add(now_s, collected.labels, *counters)
@@ -171,9 +171,9 @@ def summarize(collected: Collected, history: History, now_s: float) -> Status:
     """Return what the status page shows.
 
     Args:
-        collected: of the last collection.
-        history: has its series.
-        now_s: the time of the collection, on the clock of ``history``.
+        collected: the values of the last collection.
+        history: the history, with a sample of that collection or of one before it.
+        now_s: the time of the collection in seconds, on the clock of ``history``.
     """
     facts = collected.facts
     established, long_term = collected.of(ESTABLISHED), collected.of(LONG_TERM)
@@ -239,7 +239,7 @@ def _segments(bounds: Sequence[str], duration_s: int) -> list[str]:
 
 
 def _expected(facts: Mapping[str, Mapping[str, float]]) -> list[Expected]:
-    """Return expected connections by name; those that are missing first."""
+    """Return expected connections, sorted by name, with those that are missing first."""
     established, long_term, minimum = (facts.get(each, {}) for each in _EXPECTED)
     found = [
         Expected(

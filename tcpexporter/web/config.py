@@ -20,7 +20,7 @@ CIPHERS = {
         ("AES_256_CBC_SHA", "AES256-SHA"),
     )
 }
-"""OpenSSL's name for Go's name of cipher suites up to TLS 1.2, in Go's preference."""
+"""OpenSSL's name for Go's name of cipher suites up to TLS 1.2, in Go's preferred order."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Tls:
     """The section tls_server_config, with the content of the files that it names."""
 
     cert: str
-    """The certificate, in PEM; so are ``key`` and ``client_ca``."""
+    """The certificate, in PEM. ``key`` and ``client_ca`` are in PEM too."""
     key: str
     client_ca: str | None = None
     client_auth_type: str = NO_CERTIFICATE

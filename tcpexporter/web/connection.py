@@ -18,10 +18,10 @@ if TYPE_CHECKING:  # saves the memory of bcrypt and ssl when there is no --web-c
     from tcpexporter.web.guard import Guard
 
 REQUEST_TIMEOUT_S = 10.0
-"""Time from the connect, before TLS, until the client has received the first response.
+"""Time from the connect, before TLS, until the kernel has accepted the whole response.
 
 For later requests it begins with the first byte of the request. Prometheus aborts a
-scrape after 10 s by default, so a later response would not be read.
+scrape after 10 s by default, so it would not read a response that comes later.
 """
 
 KEEP_ALIVE_S = 75
@@ -31,14 +31,14 @@ MAX_HEAD_BYTES = 16 * 1024
 """Longer request heads are refused. The head of a scrape has 300 bytes."""
 
 MAX_IGNORED_BYTES = 64 * 1024
-"""How much of a request's body is read, and discarded, before the response is complete.
+"""Maximum number of body bytes that are read and discarded before a response is complete.
 
 When a connection with unread data is closed, the kernel resets it, and the client can lose
 the response.
 """
 
 READ_BYTES = 4 * 1024
-"""Size of a connection's read buffer. asyncio's 256 KiB would be 64 MiB for all of them."""
+"""Size of a connection's read buffer. With asyncio's 256 KiB, 256 of them use 64 MiB."""
 
 # Closing a socket with this SO_LINGER value resets the connection. Otherwise the kernel
 # would try for minutes to send the remaining data to a client that does not read.
@@ -53,7 +53,7 @@ class Connection(asyncio.BufferedProtocol):
     """The asyncio protocol of one client.
 
     A connection is busy from the connect, or from the first byte of a later request,
-    until the client has received the response. After that it is idle.
+    until the kernel has accepted the whole response. After that it is idle.
     """
 
     network = ""
@@ -78,7 +78,7 @@ class Connection(asyncio.BufferedProtocol):
         """Prepare for a client.
 
         Args:
-            clients: All clients, this one too while it is connected.
+            clients: All clients, including this one while it is connected.
             respond: Makes the responses.
         """
         self._clients = clients
@@ -88,12 +88,12 @@ class Connection(asyncio.BufferedProtocol):
     # Called by asyncio or `TlsTransport`
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Allocate a slot to the client. With TLS, the handshake is still to come."""
+        """Allocate a slot to the client. With TLS, this precedes the handshake."""
         self._transport = transport
         host, *_ = transport.get_extra_info("peername") or ("",)
         self.network = source_network(host)
         self._http = Http1(host, MAX_HEAD_BYTES, MAX_IGNORED_BYTES)
-        # With a limit of 0, writing is paused whenever the kernel has not accepted all.
+        # With a limit of 0, asyncio pauses writing whenever data remains in its buffer.
         transport.set_write_buffer_limits(0)
         self._buffer = bytearray(READ_BYTES)
         self._clients.add(self)
@@ -132,7 +132,7 @@ class Connection(asyncio.BufferedProtocol):
         return False
 
     def pause_writing(self) -> None:
-        """Limit the unsent data of all clients: the kernel accepts no more of this one."""
+        """Limit the unsent data of all clients: the kernel accepts no more for this one."""
         self.is_slow = True
         self._clients.limit_unsent_data(self)
 
@@ -201,7 +201,7 @@ class Connection(asyncio.BufferedProtocol):
             self._complete_response()
 
     def _refuse(self, status: HTTPStatus) -> None:
-        """Respond to what is not HTTP; in the middle of a response, drop the client."""
+        """Respond to input that is not HTTP; drop the client if a response has begun."""
         if self._http.has_request:
             self.drop()
             return
@@ -219,7 +219,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.is_slow:
             return  # resume_writing() calls this again
         if self._transport.is_closing():
-            return  # the deadline stays
+            return  # the deadline still applies
         self._http.start_next()
         self._process()
         if self._http.has_request or self._transport.is_closing():
@@ -253,11 +253,11 @@ def protocol_factory(
     Args:
         clients: All clients.
         respond: Makes the responses.
-        guard: None, or one without TLS: the protocol is HTTP; otherwise HTTP over TLS.
+        guard: With a TLS policy, the protocol is HTTP over TLS; otherwise it is HTTP.
     """
     if guard is None or guard.tls_policy is None:
         return lambda: Connection(clients, respond)
-    from tcpexporter.web.tls import TlsTransport  # noqa: PLC0415  # imported with guard
+    from tcpexporter.web.tls import TlsTransport  # noqa: PLC0415  # guard has imported it
 
     def secure() -> TlsTransport:
         assert guard.tls_policy is not None  # noqa: S101

@@ -22,7 +22,7 @@ def source_network(host: str) -> str:
 
 
 class ConnectionSlots(Generic[_Client]):
-    """The connection slots by source network, and since when each client waits.
+    """The connection slots by source network, with the time when each client's wait began.
 
     The network that holds most slots loses a slot first. So the only client of a network
     is evicted only when no network has more than one client.
@@ -54,9 +54,9 @@ class ConnectionSlots(Generic[_Client]):
     def evictable(self, may_evict: Callable[[_Client], bool]) -> _Client | None:
         """Return the client to evict, or None if ``may_evict`` excludes all of them.
 
-        That is the client that has waited longest in the network with most clients. If
-        ``may_evict`` excludes all clients of that network, the next smaller network is
-        used.
+        The result is the client that has waited longest in the network with most clients.
+        If ``may_evict`` excludes all clients of that network, it is one of the network with
+        the next most clients.
         """
         largest_first = sorted(
             self._networks.values(),

@@ -37,8 +37,8 @@ class _Rules:
 class Guard:
     """Authorizes requests by the web configuration in force.
 
-    A new configuration replaces the whole old one. The same configuration applies to a
-    connection from its beginning to its end, and so for a request.
+    A new configuration replaces the whole old one. A connection keeps the TLS policy that
+    it began with. Each request on it is authorized by the configuration then in force.
     """
 
     def __init__(self, path: str, config: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ class Guard:
         return await rules.users.authenticate(authorization, network)
 
     def cancel_checks(self) -> None:
-        """Refuse all requests that wait for a password check."""
+        """Cancel the running and the waiting password checks, and refuse later ones."""
         self._checker.cancel()
 
     def _make_rules(self, config: Mapping[str, Any]) -> _Rules:

@@ -24,7 +24,7 @@ class Request:
     """The client's IP address."""
 
     def header(self, name: str) -> str:
-        """Return the value of a header: those of all its lines, joined by commas."""
+        """Return the values of a header's lines, joined by commas; empty without any."""
         key = name.encode()
         return b",".join(value for each, value in self.headers if each == key).decode(
             "latin-1"
@@ -47,7 +47,7 @@ def text(status: int, sentence: str, **headers: str) -> Response:
 
 
 class InvalidRequestError(Exception):
-    """A client has sent what is not a valid request."""
+    """A client has sent data that is not a valid request."""
 
     def __init__(self, status: HTTPStatus) -> None:
         """Keep the status of the response to the client."""
@@ -97,21 +97,21 @@ class Http1:
 
     @property
     def accepts_data(self) -> bool:
-        """Whether more should be received before the response to the present request."""
+        """Whether to receive more data before the response to the current request."""
         return not self._is_paused and self._ignored_bytes <= self._max_ignored_bytes
 
     def receive(self, data: bytes) -> None:
-        """Store received bytes for `next_request`; ignore what follows the last request."""
+        """Store received bytes for `next_request`; ignore bytes after the last request."""
         if self._h11.their_state is h11.MUST_CLOSE:
             self._ignored_bytes += len(data)
         else:
             self._h11.receive_data(data)
 
     def next_request(self) -> Request | None:
-        """Return the next request if its head is complete. Its body is discarded.
+        """Return the next request if its head is complete, else None. Discard its body.
 
         Raises:
-            InvalidRequestError: the client has sent something else.
+            InvalidRequestError: the client has sent data that is not a valid request.
         """
         try:
             while self._h11.their_state is not h11.MUST_CLOSE:
@@ -136,7 +136,7 @@ class Http1:
             **response.headers,
         }
         if self._has_body:
-            # The response does not wait for all of the body.
+            # The response does not wait for the whole body, so no request can follow.
             headers["connection"] = "close"
         head = self._h11.send(
             h11.Response(

@@ -12,10 +12,10 @@ if TYPE_CHECKING:  # connection imports this module
     from tcpexporter.web.connection import Connection
 
 MAX_CONNECTIONS = 256
-"""Far more than there are scrapers, far fewer than the usual 1,024 file descriptors."""
+"""Maximum number of client connections; the limit of descriptors is usually 1,024."""
 
 MANY_CONNECTIONS = 64
-"""From this number on, freed memory is returned to the kernel when most are closed."""
+"""After this many open connections, memory is returned when a quarter of them is left."""
 
 MAX_UNSENT_BYTES = 16 << 20
 """Limit for response data that the kernel has not accepted, of all clients together."""
@@ -37,19 +37,22 @@ class HttpClients:
         self.renew(client)
 
     def renew(self, client: "Connection") -> None:
-        """Renew the slot of a client: it waits from now on."""
+        """Renew the slot of a client: its wait begins now."""
         self._slots.hold(client, client.network, asyncio.get_running_loop().time())
 
     def remove(self, client: "Connection") -> None:
-        """Free the slot of a client; does nothing if it has none."""
+        """Free the slot of a client; do nothing if it has none."""
         self._slots.free(client, client.network)
         self._has_left.set()
 
     def limit_unsent_data(self, newest: "Connection") -> None:
-        """Drop the slow client that has waited longest if there is too much unsent data.
+        """Drop a slow client if there are more than `MAX_UNSENT_BYTES` of unsent data.
+
+        `ConnectionSlots.evictable` chooses the client.
 
         Args:
-            newest: Neither counted nor dropped.
+            newest: The client that has just become slow. Its data are not counted, and it
+                is not dropped.
         """
         unsent = sum(each.unsent_bytes for each in self._slots if each is not newest)
         if unsent > MAX_UNSENT_BYTES:
@@ -58,7 +61,7 @@ class HttpClients:
                 slow.drop()
 
     def return_memory(self) -> None:
-        """Return memory to the kernel if many connections were open and most are closed."""
+        """Return memory to the kernel, as `MANY_CONNECTIONS` describes it."""
         if len(self._slots) >= MANY_CONNECTIONS:
             self._were_many = True
         elif self._were_many and len(self._slots) <= MANY_CONNECTIONS // 4:

@@ -41,7 +41,7 @@ _REFUSALS = {
 
 
 class App:
-    """The pages."""
+    """The application: makes the response to each request."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class App:
     async def check(self) -> str | None:
         """Return why metrics cannot be served, or None if they can.
 
-        Collects as for a scrape, unless a scrape has worked since the last check.
+        It collects as for a scrape, unless a collection has succeeded since the last check.
         """
         if pending := self._ready():
             return pending
@@ -105,7 +105,7 @@ class App:
         """Return an exposition collected after this call; concurrent callers share it.
 
         Raises:
-            SourceError: collecting failed, for whatever reason.
+            SourceError: collecting failed, for any reason.
         """
         try:
             exposition = await self._collections.next()
@@ -125,7 +125,7 @@ class App:
         return _REFUSALS.get(await self.guard.authorize(authorization, network))
 
     async def _page(self, request: Request) -> Response:
-        # This asks about the whole server.
+        # A request about the whole server: RFC 9110, section 9.3.7.
         if (request.method, request.target) == (
             "OPTIONS",
             "*",

@@ -5,13 +5,13 @@ Checking a password uses 70 ms of CPU time, or more if its hash has a higher cos
 correct password is remembered, passwords are checked one after another, and the number of
 waiting checks is limited.
 
-The next check is for the source network (`fair_share`) for which fewest checks were done
-lately. If too many checks wait, one check of the network with most waiting checks is
-refused. So a client that tries many passwords delays the first login of clients in other
-networks by one check for each network that it uses. It does not delay their later logins. A
-correct password is unknown before its check. So a user in the attacker's network may be
-refused and must try again. If more networks wait than checks may wait, this can happen to
-any user.
+The next check is for the source network (`fair_share`) for which fewest checks have started
+since the queue was last empty. If more than MAX_WAITING checks wait, one check of the
+network with most waiting checks is refused. So a client that tries many passwords delays
+the first login of clients in other networks by one check for each network that it uses. It
+does not delay their later logins. Whether a password is correct is unknown before its
+check. So a user in the attacker's network may be refused and must try again. If checks of
+more than MAX_WAITING networks wait, this can happen to any user.
 """
 
 import asyncio

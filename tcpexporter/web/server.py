@@ -24,15 +24,15 @@ A request that has arrived when its client is accepted is read two turns later, 
 client with a request is not evicted while other clients have none. Three turns of two
 sockets accept 192 clients, fewer than MAX_CONNECTIONS. So a client that sends its request
 at once gets a response, however many clients of another source network connect. If many
-connect from several networks, each network has its share of the slots; among clients of
-one such network, only as many as its share are safe.
+connect from several networks, each network gets an equal share of the slots. Then only as
+many clients of each network as its share are certain to get a response.
 """
 
 GRACE_S = 0.3
 """Time that clients have to receive the rest of a response when the exporter stops."""
 
 _TURNS_TO_CONNECT = 3
-"""Turns of the event loop after which a client that was accepted is among the clients."""
+"""Turns of the event loop from accept(2) until `HttpClients` has the client."""
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -59,7 +59,7 @@ class Server:
     async def serve(
         self, sockets: Sequence[socket.socket], alongside: Alongside | None = None
     ) -> None:
-        """Accept clients at listening sockets, then stop within half a second.
+        """Accept clients until ``stop`` is set, then end within half a second.
 
         If ``alongside`` raises an exception, this stops and raises it.
         """
@@ -117,7 +117,7 @@ class _LoopErrors:
                 log.warning("cannot accept new clients: %s", error.strerror)
             self._last_s = loop.time()
         elif "_start_serving" not in context["message"]:
-            # _start_serving is asyncio's retry. It fails if listening has stopped since.
+            # _start_serving is asyncio's retry. It fails if listening has stopped by then.
             loop.default_exception_handler(context)
 
 
@@ -126,7 +126,7 @@ def serve(
 ) -> signal.Signals:
     """Serve until SIGTERM or SIGINT, then return that signal within half a second.
 
-    Threads that work meanwhile, such as the one that gets ready, must be started before.
+    It blocks. So start the thread that makes the application ready before this call.
 
     Args:
         sockets: From `listen`; closed on return.

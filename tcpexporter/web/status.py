@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Keeps the data of the status page: samples of the last 15 minutes, and what it shows."""
+"""Serves the status page and its data, and keeps samples of the last 15 minutes."""
 
 import asyncio
 import gzip
@@ -21,16 +21,18 @@ from tcpexporter.web.status_page import CONTENT_SECURITY_POLICY, to_html, to_jso
 log = logging.getLogger(__name__)
 
 IDLE_SHARE = 0.001
-"""Maximum share of a core that samples use, with the time of the previous sample."""
+"""Maximum share of a core that samples use: a slow sample delays the next one."""
 
 UNWATCHED_S = 15
-"""Time between two samples while nobody looks: a point of the history is as long."""
+"""Minimum time between two samples while no browser shows the page.
+
+A point of the history covers the same time."""
 
 WATCHED_FOR_S = 60
-"""After a request, so long somebody looks."""
+"""How long after a request a browser counts as showing the page."""
 
 RELOAD_S = 30
-"""When a browser without JavaScript loads the page again."""
+"""Time after which a browser without JavaScript loads the page again."""
 
 
 class _Body:
@@ -56,11 +58,13 @@ FILES = {
     "/static/status.css": ("text/css; charset=utf-8", _file("status.css")),
     "/static/status.js": ("text/javascript; charset=utf-8", _file("status.js")),
 }
-"""The files of the page, with their types. A confined process could not read them."""
+"""The type and the content of the page's files, by path.
+
+They are read at import, because the confined process cannot read them."""
 
 
 class _Shown:
-    """What the page shows of one collection, written when it is first requested."""
+    """The page and its data for one collection; each is made when it is first requested."""
 
     def __init__(self, status: Status, interval_s: float) -> None:
         self.status = status
@@ -75,8 +79,8 @@ class _Shown:
 class StatusPages:
     """The status page, its data and its files.
 
-    A collection serves all requests until the next sample is due: open pages add no
-    collections to those of the samples.
+    All requests until the next sample is due share one collection. So the number of
+    collections does not depend on the number of open pages.
     """
 
     def __init__(self, collect: Callable[[], Awaitable[Exposition]], version: str) -> None:
@@ -96,9 +100,9 @@ class StatusPages:
             shown.html = None
 
     async def keep_sampling(self, is_ready: Callable[[], bool]) -> None:
-        """Take a sample whenever one is due, also if nobody opens the page.
+        """Take a sample whenever one is due, also if no browser requests the page.
 
-        A sample that fails is taken again later: metrics do not depend on the history.
+        After a failure the next sample is due as usual: metrics do not depend on samples.
         """
         while True:
             if is_ready() and time.monotonic() >= self._due_s():
@@ -106,14 +110,14 @@ class StatusPages:
                     await self._current()
                 except Exception as error:
                     self._next_s = time.monotonic() + INTERVAL_S
-                    # The collection has logged errors of the source.
+                    # ``collect`` has logged a SourceError itself.
                     if not isinstance(error, SourceError):
                         log.error("cannot keep a sample: %s", reason(error))  # noqa: TRY400
                         log.debug("cannot keep a sample", exc_info=error)
             await asyncio.sleep(max(self._due_s() - time.monotonic(), 1))
 
     def _due_s(self) -> float:
-        """Return when the next sample is necessary, even if nobody requests it."""
+        """Return when the next sample is due without a request, on the monotonic clock."""
         if self._next_s < self._watched_until_s:
             return self._next_s
         return self._next_s + UNWATCHED_S - INTERVAL_S
@@ -156,13 +160,13 @@ class StatusPages:
         return _answer(request, body, content_type, headers)
 
     async def _current(self) -> _Shown:
-        """Return what the last sample shows, or take another if that is due."""
+        """Return the page of the last sample; first take a new sample if one is due."""
         shown = self._shown
         if shown and time.monotonic() < self._next_s:
             return shown
         exposition = await self._collect()
         if self._shown and self._shown is not shown:
-            return self._shown  # another request has waited for the same collection
+            return self._shown  # another request has used the same collection
         began_s = time.monotonic()
         collected = read(exposition.families)
         sample(collected, self._history, began_s)

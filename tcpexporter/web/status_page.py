@@ -11,13 +11,13 @@ from tcpexporter.metrics.history import UNKNOWN
 from tcpexporter.metrics.status import Expected, Row, Status
 
 WIDTH, HEIGHT = 120, 20
-"""Of a bar and of a sparkline, in units of their picture."""
+"""Size of a bar and of a sparkline, in units of the picture's viewBox."""
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "connect-src 'self'; img-src data:; script-src 'self'; style-src 'self'"
 )
-"""Value of Content-Security-Policy: the page shows texts that users wrote."""
+"""Value of Content-Security-Policy. It is strict, because the page shows texts of users."""
 
 
 def to_json(status: Status, interval_s: float) -> bytes:
@@ -25,7 +25,7 @@ def to_json(status: Status, interval_s: float) -> bytes:
 
     Args:
         status: the data.
-        interval_s: when the next data will be there, in seconds.
+        interval_s: the time until the next data can be requested, in seconds.
     """
     data: dict[str, Any] = dict(vars(status))
     data["expected"] = [
@@ -48,10 +48,10 @@ def to_html(
 
     Args:
         status: the data; None: there is none, because of ``trouble``.
-        version: of the exporter.
-        settings: those in force, in their order.
-        reload_s: when a browser without JavaScript loads the page again, in seconds.
-        trouble: why there is no data.
+        version: the version of the exporter.
+        settings: the settings in force, in the order to show them.
+        reload_s: after this many seconds a browser without JavaScript loads the page again.
+        trouble: the reason why there is no data.
     """
     main = _main(status) if status else f'<p class="missing">{escape(trouble)}</p>'
     script = '<script src="static/status.js" defer></script>' if status else ""

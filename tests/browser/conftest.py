@@ -31,7 +31,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def complaints() -> list[str]:
-    """Errors in the page's console, which must be none at the end."""
+    """Return the list of errors in the page's console, which must be empty at the end."""
     return []
 
 

@@ -33,7 +33,7 @@ def established(page: Page, port: int) -> Locator:
 
 
 def test_connections_appear_and_disappear_with_the_next_update(page: Page) -> None:
-    """The tiles, the expected connection and the row change; nothing is loaded again."""
+    """The tiles, the expected connection and the row change; the page is not reloaded."""
     with Peers() as peers:
         rule = f"db=local=:{peers.port}"
         with Exporter(*FIXED, "--expect", rule) as exporter:
@@ -62,7 +62,7 @@ def test_connections_appear_and_disappear_with_the_next_update(page: Page) -> No
 
 
 def test_rows_are_sorted_and_filtered(page: Page) -> None:
-    """By any column with a click or a key, and by any label."""
+    """Rows are sorted by a column with a click or a key, and filtered by any label."""
     with Peers() as few, Peers() as many, Exporter(*FIXED) as exporter:
         few.connect(3)
         many.connect(11)
@@ -83,7 +83,7 @@ def test_rows_are_sorted_and_filtered(page: Page) -> None:
 
 
 def test_without_javascript_the_page_is_complete(browser: Browser) -> None:
-    """It loads itself again; controls that would not work are not shown."""
+    """It reloads itself; controls that would not work are not shown."""
     with Peers() as peers, Exporter(*FIXED) as exporter:
         peers.connect(5)
         time.sleep(0.5)
@@ -140,7 +140,7 @@ def test_the_page_works_with_a_password(browser: Browser, tmp_path: Path) -> Non
             expect(established(page, peers.port)).to_have_text("3", timeout=UPDATE_MS)
 
 
-def test_two_thousand_series_are_smooth(page: Page) -> None:
+def test_two_thousand_series_are_sorted_and_filtered_fast(page: Page) -> None:
     """Sorting and filtering take less than a second, in a browser of a busy machine."""
     count = 1999
     with Exporter(*FIXED, "--port", f"10001-{10000 + count}") as exporter:

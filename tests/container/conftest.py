@@ -30,7 +30,7 @@ def _netns(_images: None) -> Iterator[None]:
 
 @pytest.fixture
 def pins() -> Iterator[str]:
-    """A directory for --pin that no other exporter uses."""
+    """Yield a directory for --pin that no other exporter uses."""
     if not BPF_FS.is_mount():
         subprocess.run(["mount", "-t", "bpf", "bpf", BPF_FS], check=True)
     path = f"{BPF_FS}/{unique('pins')}"

@@ -50,10 +50,10 @@ class Exporter:
 
     def __init__(self, container: str) -> None:
         self.container = container
-        """Its id."""
+        """The id of the container."""
 
     def log(self) -> str:
-        """Return what the exporter has written."""
+        """Return the output of the exporter until now."""
         done = subprocess.run(
             ["podman", "logs", self.container],
             stdout=subprocess.PIPE,
@@ -88,7 +88,7 @@ def running(
     """Run an image in a container in the network namespace of the test, then remove it.
 
     Args:
-        image: its name.
+        image: the name of the image.
         options: as in podman-run(1); --network chooses another namespace.
         arguments: the flags of the exporter.
     """

@@ -27,7 +27,7 @@ OF_HOST = [each for each in COMMANDS if each not in (OF_CONTAINER, OF_ALL)]
 
 @pytest.fixture
 def app() -> Iterator[Exporter]:
-    """A container with a network namespace of its own, and five connections there."""
+    """Yield a container with its own network namespace, and five connections there."""
     options = ("--network=none", "--entrypoint=python3")
     with running(POLLING, *options, arguments=("-c", APP)) as container:
         yield container

@@ -26,7 +26,7 @@ another message."""
 FEWEST_WORDS = 5
 """Minimum number of words of a returned string that counts as a sentence."""
 FEWEST_WORDS_FOR_HELPERS = 3
-"""Minimum number of words of such an argument of a helper that makes an exception."""
+"""Minimum number of words of a message, as an argument of a helper that makes an error."""
 
 
 class Message(NamedTuple):

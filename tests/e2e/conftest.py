@@ -10,7 +10,7 @@ from tests.support import inside, new_netns, why_no_bpf
 
 @pytest.fixture(autouse=True)
 def netns() -> Iterator[str]:
-    """The name of the network namespace of the test and its child processes."""
+    """Yield the name of the network namespace of the test and its child processes."""
     if reason := why_no_bpf():
         pytest.skip(reason)
     with new_netns() as name, inside(name):

@@ -108,15 +108,15 @@ class Prometheus:
             )
 
     def targets(self) -> list[dict[str, Any]]:
-        """The targets with their URL, health and last error."""
+        """Return the targets with their URL, health and last error."""
         return list(self._ask("targets")["activeTargets"])
 
     def types(self, metric: str) -> set[str]:
-        """The types that the targets report for a metric family."""
+        """Return the types that the targets report for a metric family."""
         return {each["type"] for each in self._ask("targets/metadata", metric=metric)}
 
     def query(self, promql: str, *labels: str) -> dict[tuple[str, ...], float]:
-        """The current result of a query, by the values of these labels."""
+        """Return the current result of a query, by the values of these labels."""
         found = self._ask("query", query=promql)["result"]
         values: dict[tuple[str, ...], float] = {}
         for each in found:
@@ -128,7 +128,7 @@ class Prometheus:
     def query_range(
         self, promql: str, start_s: float, end_s: float, step_s: float
     ) -> dict[tuple[tuple[str, str], ...], list[tuple[float, float]]]:
-        """The times and values of each series of a query's result, by its labels."""
+        """Return the times (s) and values of each series of the result, by its labels."""
         found = self._ask(
             "query_range", query=promql, start=start_s, end=end_s, step=step_s
         )["result"]
@@ -140,13 +140,13 @@ class Prometheus:
         }
 
     def failed_scrapes(self) -> list[str]:
-        """The log lines about failed scrapes, each with the reason."""
+        """Return the log lines about failed scrapes, each with the reason."""
         return [
             line for line in self._log.read_text().splitlines() if "Scrape failed" in line
         ]
 
     def samples(self, selector: str) -> list[tuple[float, float]]:
-        """The samples of one series: seconds since the epoch, and value."""
+        """Return the samples of one series: seconds since the epoch, and value."""
         (series,) = self._ask("query", query=f"{selector}[10m]")["result"]
         return [(scraped_s, float(value)) for scraped_s, value in series["values"]]
 

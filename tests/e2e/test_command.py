@@ -39,13 +39,13 @@ def run(*command: str, given: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def objections(page: str) -> list[str]:
-    """promtool's objections to an exposition; it ignores families without samples."""
+    """Return promtool's objections to a page; it ignores families without samples."""
     checked = run(tool("promtool"), "check", "metrics", given=page)
     return (checked.stdout + checked.stderr).splitlines()
 
 
 def count(page: str, metric: str, port: int) -> dict[str, float]:
-    """The values of a port in an exposition, by IP version."""
+    """Return the values of a port in an exposition, by IP version."""
     return {
         sample.labels["tcp_version"]: sample.value
         for family in text_string_to_metric_families(page)
@@ -55,7 +55,7 @@ def count(page: str, metric: str, port: int) -> dict[str, float]:
 
 
 def read_terminal(controller: int, last: str | None = None) -> str:
-    """Read a terminal up to ``last``, or until its other side is closed."""
+    """Return the output of a terminal up to ``last``, or until its other side is closed."""
     until = time.monotonic() + DEADLINE_S
     shown = b""
     while last is None or last.encode() not in shown:
@@ -70,7 +70,7 @@ def read_terminal(controller: int, last: str | None = None) -> str:
 
 
 def shown_settings(page: str) -> dict[str, str]:
-    """Return the settings in the table of the landing page."""
+    """Return the settings in the table of the status page."""
     rows = re.findall('<tr><th scope="row">(.*?)</th><td>(.*?)</td></tr>', page)
     return {html.unescape(name): html.unescape(value) for name, value in rows}
 
@@ -83,7 +83,7 @@ def test_promtool_objects_to_the_inherited_name_only(source: str) -> None:
         assert objections(exporter.get("/metrics")) == [INHERITED]
 
 
-def test_promtool_objects_to_the_inherited_name_only_when_simple() -> None:
+def test_promtool_objects_to_nothing_else_with_simple() -> None:
     """``promtool check metrics`` on an exposition with ``--simple``."""
     with Command("--simple") as exporter:
         assert objections(exporter.get("/metrics")) == [INHERITED]
@@ -133,7 +133,7 @@ def test_once_counts_down_on_a_terminal() -> None:
 
 
 def test_settings_come_from_flag_environment_and_file(tmp_path: Path) -> None:
-    """Flags override environment, environment overrides file; the landing page shows it."""
+    """Flags override environment, environment overrides file; the status page shows it."""
     conf = tmp_path / "tcpexporter.conf"
     conf.write_text(
         "# the web server\n"
@@ -206,7 +206,7 @@ def test_without_root_ebpf_alone_is_refused() -> None:
 
 
 def test_the_log_begins_with_what_is_counted_and_ends_with_the_signal() -> None:
-    """An operator sees where to look, and which settings the environment gave."""
+    """It also has the address of the status page, and the settings of the environment."""
     with (
         Peers() as peers,
         Command("--netns", "self", command=("env", "PORT=443,5432", COMMAND)) as exporter,

@@ -84,7 +84,7 @@ def assert_no_scrape_failed(prometheus: Prometheus) -> None:
 
 
 def test_the_alert_on_a_lost_connection_fires(tmp_path: Path) -> None:
-    """An application loses its database: the shipped rule fires once its time is over."""
+    """An application loses its database: the shipped rule fires after its ``for``."""
     rules = (ROOT / "deploy/prometheus/tcpexporter.rules.yml").read_text()
     rules = rules.replace("for: 1m", "for: 2s")
     firing = 'ALERTS{alertname="TcpExpectedConnectionMissing", alertstate="firing"}'

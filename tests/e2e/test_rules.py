@@ -79,7 +79,7 @@ WITHOUT_ALERT = {
     "tcpexporter_seeded_connections",  # All connections are pre-existing after a restart.
     "tcpexporter_build_info",  # This is information only.
     "tcpexporter_duration_seconds",  # This is a setting.
-    # They do not indicate a fault: the number is that of the start.
+    # This is no fault: it is the number of connections when counting began.
     "tcpexporter_pre_existing_connections",
     "tcpexporter_owner_info",  # This is information only.
     # If collecting takes longer than a scrape may, TcpexporterDown fires.
@@ -108,20 +108,20 @@ def promtool(*arguments: str | Path) -> str:
 
 
 def alerts() -> dict[str, str]:
-    """The text of each rule, by alert name."""
+    """Return the text of each rule, by alert name."""
     parts = [part for path in RULES for part in path.read_text().split("- alert: ")[1:]]
     return {part.splitlines()[0]: part for part in parts}
 
 
 def selectors(rule: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The metrics in a rule's expression, each with its label matchers."""
+    """Return the metrics in a rule's expression, each with its label matchers."""
     (expression,) = re.findall(r"(?s)\n +expr: (.*?)\n +for: ", rule)
     found = SELECTOR.findall(GROUPING.sub("", expression))
     return [(name, MATCHER.findall(matchers)) for name, matchers in found]
 
 
 def samples() -> Iterator[Sample]:
-    """Each sample that an exporter can publish, for some choices of --labels."""
+    """Yield each sample that an exporter can publish, for some choices of --labels."""
     # Port 80 is not named, so its series is folded.
     listeners = np.array([(0, port, 4, CGROUP) for port in (*PORTS, 80)], LISTENER)
     outbound = np.zeros(1, SOCKET)
@@ -169,7 +169,7 @@ def samples() -> Iterator[Sample]:
 
 
 def published() -> dict[str, dict[str, set[str]]]:
-    """Each metric that an exporter can publish, with its labels and their values."""
+    """Return each metric that an exporter can publish, with its labels and their values."""
     metrics: dict[str, dict[str, set[str]]] = {}
     for sample in samples():
         values = metrics.setdefault(sample.name, {})

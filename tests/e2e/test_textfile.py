@@ -24,7 +24,7 @@ MANY_PORTS = "1-1009"
 
 @pytest.fixture
 def textfiles(tmp_path: Path) -> Path:
-    """A directory as Debian's node_exporter package creates it: only root can write."""
+    """Return a directory like that of Debian's node_exporter: only root can write."""
     directory = tmp_path / "textfiles"
     directory.mkdir()
     directory.chmod(0o755)
@@ -32,7 +32,7 @@ def textfiles(tmp_path: Path) -> Path:
 
 
 def only(directory: Path) -> Path:
-    """The only file in a directory."""
+    """Return the only file in a directory."""
     (path,) = directory.iterdir()
     return path
 

@@ -64,7 +64,7 @@ def status(process: int) -> dict[str, list[str]]:
 
 
 def scraper_settings(directory: Path) -> dict[str, Any]:
-    """The settings of Prometheus' scrape_configs for the web configuration."""
+    """Return the settings of Prometheus' scrape_configs for the web configuration."""
     CLIENT.private_key_pem.write_to_path(directory / "client.key")
     CLIENT.cert_chain_pems[0].write_to_path(directory / "client.crt")
     return {
@@ -154,8 +154,8 @@ def test_the_reader_process_can_only_read_files(tmp_path: Path) -> None:
 
 
 def test_the_reader_process_stays_root_without_that_capability(tmp_path: Path) -> None:
-    """In some containers the capability is missing; the reader can read files all the
-    same."""
+    """In some containers the capability is missing. Then the reader can read root's
+    files."""
     config = write_web(tmp_path, TLS)
     Path(config).chmod(0o600)
     command = ("setpriv", "--bounding-set=-dac_read_search", COMMAND)
@@ -201,7 +201,7 @@ def test_a_signal_during_a_password_check_ends_the_exporter(tmp_path: Path) -> N
 def test_an_invalid_configuration_is_refused(
     tmp_path: Path, config: str, sentence: str
 ) -> None:
-    """It has exit code 2 and one sentence, like an invalid setting."""
+    """The exporter ends with exit code 2 and one sentence, as for an invalid setting."""
     ended = subprocess.run(
         [COMMAND, "--web-config", write_web(tmp_path, config)],
         check=False,

@@ -260,7 +260,7 @@ def expected(data: bytes) -> None:
 
 
 def _at_the_limits(rule: Rule) -> Iterator[oracle.Connection]:
-    """Yield connections of which the ends are just within those of a rule, or not."""
+    """Yield connections whose ends are just within those of a rule, or just outside."""
     locals_, remotes = (list(_near(each)) for each in (rule.local, rule.remote))
     for (local, port), (remote, remote_port) in itertools.product(locals_, remotes):
         if local.version == remote.version:

@@ -58,7 +58,7 @@ class Shell(Protocol):
 
 
 class Fish:
-    """It can complete a line without a terminal."""
+    """Completes a line with fish, which requires no terminal for that."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -75,7 +75,7 @@ class Fish:
 
 
 class Interactive:
-    """bash or zsh, at a terminal of its own."""
+    """Completes a line with bash or zsh, at a terminal of its own."""
 
     def __init__(self, name: str, directory: Path) -> None:
         command, prepare = INTERACTIVE[name]
@@ -133,19 +133,19 @@ def shell(
 
 
 def test_every_flag_is_offered(shell: Shell) -> None:
-    """There is no other flag."""
+    """No other word is offered."""
     assert shell.offered("tcpexporter --") == FLAGS
 
 
 @pytest.mark.parametrize("line", ["tcpexporter --source ", "tcpexporter --once --source="])
 def test_the_words_of_a_value_are_offered(shell: Shell, line: str) -> None:
-    """They follow after a space or after "="."""
+    """The value follows after a space or after "="."""
     words = {word.rpartition("=")[2] for word in shell.offered(line)}
     assert words - {"--source"} == {"auto", "ebpf", "sock_diag", "procfs"}
 
 
 def test_a_path_is_completed(shell: Shell) -> None:
-    """It is the path of a file in the current directory."""
+    """The path is that of a file in the current directory."""
     found = shell.offered("tcpexporter --web-config ./the")
     assert any(each.endswith("-only-file") for each in found)
 

@@ -16,7 +16,7 @@ EPOCH = "1700000000"
 
 
 def make(target: str, destdir: Path) -> str:
-    """Run a make target; return what it says."""
+    """Run a make target; return its standard error."""
     done = subprocess.run(
         ["make", "-s", target, f"PREFIX=/{PREFIX}", f"DESTDIR={destdir}"],
         cwd=ROOT,
@@ -52,7 +52,7 @@ def test_the_files_are_below_the_prefix(installed: Path) -> None:
 
 
 def test_the_installed_exporter_runs(installed: Path) -> None:
-    """It has all packages that it requires, and compiled modules without DESTDIR."""
+    """All required packages are there, and compiled modules do not contain DESTDIR."""
     python = installed / PREFIX / "lib/tcpexporter/bin/python3"
     shown = subprocess.check_output([python, "-I", "-m", "tcpexporter", "--version"])
     assert VERSION in shown.decode()

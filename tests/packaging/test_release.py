@@ -45,7 +45,7 @@ def write_script(path: Path, command: str) -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a repository of this tree. Other tests build a package, so it has a stub."""
+    """Return a repository of this tree. deploy/deb.sh is a stub there: see test_deb."""
     tree = tmp_path_factory.mktemp("release") / "tree"
     copy_tree(tree, mode=0o644, age_s=0, backwards=False)
     write_script(tree / ".venv/bin/python", f'exec {sys.executable} "$@"')

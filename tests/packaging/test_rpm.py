@@ -101,7 +101,7 @@ def test_root_owns_all_files(rpm: Rpm) -> None:
 
 
 def test_no_file_has_a_path_of_the_build(rpm: Rpm) -> None:
-    """The tree and the temporary directories are not on the host of the package."""
+    """A host that installs the package has neither the tree nor the temporary files."""
     paths = [os.fsencode(ROOT), os.fsencode(rpm.root.parent), b"/tmp/tmp."]
     for name, each in rpm.members.items():
         if each.isfile() and not name.endswith(".so"):
@@ -179,7 +179,7 @@ def test_the_scriptlets_are_valid(rpm: Rpm) -> None:
 
 
 def test_rpmlint_reports_no_error(rpm: Rpm) -> None:
-    """What it does not report has its reason in deploy/rpm/rpmlint.toml."""
+    """deploy/rpm/rpmlint.toml has the reason for each report that is left out."""
     if not shutil.which("rpmlint"):
         pytest.skip("rpmlint is not on PATH: Debian has it in the package rpmlint")
     done = subprocess.run(

@@ -61,7 +61,7 @@ class Poll:
 
 
 def asks() -> None:
-    """A step in which the parent process sends a request."""
+    """Mark a step in which the parent process sends a request."""
 
 
 def watch(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Rules of --expect: what they mean, and where a wrong one is wrong."""
+"""Rules of --expect: their meaning, and the position of a mistake in an invalid rule."""
 
 import ipaddress
 from collections.abc import Callable
@@ -118,7 +118,7 @@ def names(settings: Settings) -> list[str]:
 
 
 def test_a_rule_can_be_given_several_times(conf: Callable[[str], str]) -> None:
-    """As flags, as lines of a file, and in one environment variable."""
+    """Rules can be flags, lines of a file, and words in one environment variable."""
     file = conf(f"expect {FIRST}\nport 443\nexpect = {SECOND}\n")
     environ = {"TCPEXPORTER_EXPECT": f" {FIRST}  {SECOND}\n"}
     for found in (
@@ -155,7 +155,7 @@ addresses = st.ip_addresses().filter(
 def test_any_network_and_ports_are_parsed(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address, bits: int, one: int, other: int
 ) -> None:
-    """The result is what the standard library makes of the same text."""
+    """The result equals that of the standard library for the same text."""
     bits = min(bits, address.max_prefixlen)
     network = ipaddress.ip_network(f"{address}/{bits}", strict=False)
     if isinstance(network, IPv6Network) and network.network_address.ipv4_mapped:

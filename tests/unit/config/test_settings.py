@@ -397,7 +397,7 @@ def test_an_overridden_value_is_not_checked(write_file: WriteFile) -> None:
 
 @pytest.mark.parametrize("dashes", ["-", "--"])
 def test_a_switch_without_a_value_is_on(dashes: str) -> None:
-    """The next argument is not taken as its value."""
+    """The next argument is not used as its value."""
     argv = [dashes + name for name in ("simple", "once", "tcpv6", "port=443")]
     environ = {"TCPV6": "false"}
     assert parse(argv, environ) == Settings(simple=True, once=True, ports=(443,))
@@ -937,7 +937,7 @@ ARGUMENTS = st.tuples(st.sampled_from(["-", "--"]), NAMES, st.just("="), VALUES)
 @unhurried
 @given(st.lists(ARGUMENTS | st.text() | NAMES.map("-{}".format)))
 def test_any_arguments_are_parsed_or_refused(argv: list[str]) -> None:
-    """Otherwise they request the help."""
+    """The only other result is the text of --help or --version."""
     with contextlib.suppress(SettingsError, SystemExit):
         assert isinstance(parse(argv, {}), Settings)
 

@@ -39,7 +39,7 @@ from tcpexporter.config.settings import Settings, in_environment
     ],
 )
 def test_the_log_says_what_is_counted(settings: Settings, expected: str) -> None:
-    """The direction, the ports, the IP version, the namespace and the duration."""
+    """It names the direction, the ports, the IP version, the namespace and the duration."""
     assert summary.counted(settings) == expected
 
 

@@ -93,7 +93,7 @@ def test_a_directory_that_was_created_later_is_found_at_once(tree: Tree) -> None
 
 
 def test_a_removed_directory_keeps_its_path_while_it_is_requested(tree: Tree) -> None:
-    """Case 3, and the path is forgotten after that."""
+    """Case 3: the path is forgotten when the id is not requested any more."""
     gone = tree.make("a")
     tree.found(gone)
     (tree.top / "a").rmdir()
@@ -206,8 +206,8 @@ def test_the_id_0_is_of_no_cgroup(tree: Tree) -> None:
     assert tree.walks == 0
 
 
-def test_a_name_that_is_no_text_is_escaped(tree: Tree) -> None:
-    """Names are bytes without "/" and a newline; labels are text."""
+def test_a_name_that_is_not_utf_8_is_escaped(tree: Tree) -> None:
+    """Names are bytes; labels are text."""
     name = os.fsdecode(b"a\xff b")
     odd = tree.make(name)
     assert tree.found(odd) == {odd: r"/a\xff b"}
@@ -221,7 +221,8 @@ def test_a_name_that_is_no_text_is_escaped(tree: Tree) -> None:
 def test_the_root_of_the_mount_is_part_of_the_path(
     tmp_path: Path, root: str, path: str
 ) -> None:
-    """Two bind mounts: of a subtree, and of a directory above the cgroup namespace's."""
+    """The last two are bind mounts: of a subtree, and of a directory above the root of the
+    cgroup namespace."""
     tree = Tree(tmp_path, root)
     known = tree.make("a")
     assert tree.found(known) == {known: path}
@@ -237,7 +238,7 @@ def mountinfo(tmp_path: Path, *lines: str) -> Path:
 
 @pytest.fixture
 def numbers(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """The number of the mount that a process finds at each mount point."""
+    """Return the number of the mount that a process finds at each mount point."""
     visible: dict[str, int] = {}
     monkeypatch.setattr(cgroups, "_mount_number", visible.get)
     return visible

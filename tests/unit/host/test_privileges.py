@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The exporter accepts some users for --user; tests/kernel switches to one."""
+"""Which users --user accepts; tests/kernel switches to one of them."""
 
 import pwd
 import re

@@ -174,7 +174,7 @@ def duration(collected: ConnectionCollector) -> list[float]:
 
 
 def test_long_term_connections_have_the_minimum_age() -> None:
-    """An age of exactly the duration is long-term, by the injected clock."""
+    """A connection whose age equals the duration is long-term; the test sets the clock."""
     source = MemorySource(
         [
             connections(443, 3, age_s=DURATION_S + 1),
@@ -200,7 +200,7 @@ def test_the_clock_is_boottime() -> None:
 
 
 def _boottime_ns() -> int:
-    """CLOCK_BOOTTIME in ns, from /proc/uptime, which has hundredths of a second."""
+    """Return CLOCK_BOOTTIME in ns, from /proc/uptime, which has hundredths of a second."""
     return int(Path("/proc/uptime").read_text().split()[0].replace(".", "")) * 10**7
 
 
@@ -429,7 +429,7 @@ def test_named_ports_are_not_folded() -> None:
 
 
 def test_simple_ignores_max_series() -> None:
-    """Listeners do not matter either."""
+    """It does not read listeners either."""
     source = SourceWithoutListeners([connections(443, 3), connections(80, 5)])
     collected = collector_of(source, simple=True, max_series=1)
     found = family(collected, ESTABLISHED)
@@ -509,7 +509,7 @@ def test_max_connections_exists_if_the_source_has_a_maximum(most: int | None) ->
 def by_netns(
     source: MemorySource, names: Mapping[int, str], *, max_series: int = 101
 ) -> ConnectionCollector:
-    """A collector with series per namespace, on a clock that a test can set."""
+    """Return a collector with series per namespace, on a clock that a test can set."""
     selection = select(
         (),
         tcpv6=True,
@@ -616,7 +616,7 @@ def test_namespaces_are_folded_too() -> None:
 
 
 def test_the_folded_series_of_a_namespace_that_is_gone_is_removed() -> None:
-    """It is removed when the series of its ports are."""
+    """It is removed at the same time as the series of its ports."""
     elsewhere = connections(443, 5)
     elsewhere["key"]["netns"] = 17
     source = MemorySource([connections(443, 13), elsewhere], parts=PER_NETNS)
@@ -683,13 +683,13 @@ class SourceWithAttempts(MemorySource):
 
 
 def attempts(number: int, *, remote_port: int = 0) -> dict[bytes, int]:
-    """Attempts over IPv4 that have failed, as the BPF program counts them."""
+    """Return failed attempts over IPv4, as the BPF program counts them."""
     flags = OUTBOUND | (REMOTE_PORT if remote_port else 0)
     return {series_of_rows([(4, flags, remote_port)]).tolist()[0]: number}
 
 
 def example(bounds_s: Sequence[float] = ()) -> MemorySource:
-    """A source whose exposition has every metric of the ebpf source."""
+    """Return a source whose exposition has every metric of the ebpf source."""
     source = SourceWithAttempts(
         [
             connections(443, 7),

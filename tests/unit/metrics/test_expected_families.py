@@ -97,14 +97,14 @@ def test_the_metrics_exist_without_a_connection() -> None:
 
 @pytest.mark.parametrize("ports", [(), (443,)])
 def test_rules_match_connections_that_are_not_selected(ports: Sequence[int]) -> None:
-    """The selection here has inbound connections, and perhaps only a port."""
+    """The selection has inbound connections only, of all ports or of one."""
     found = collected("db=direction=outbound", opened("192.0.2.10:5432", 3), ports=ports)
     assert found[LONG_TERM] == {"db": 3}
 
 
 @pytest.mark.parametrize("labels", [("port",), ("port", "unit"), ("port", "container")])
 def test_a_rule_can_require_a_unit(labels: Sequence[str]) -> None:
-    """It owns the cgroups below its own, whatever --labels is."""
+    """A unit also owns the cgroups below its own, whatever --labels is."""
     chunks = [
         opened("192.0.2.10:5432", 2, cgroup=SSH),
         opened("192.0.2.10:5432", 3, cgroup=BELOW_SSH),

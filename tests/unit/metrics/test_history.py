@@ -22,14 +22,14 @@ def label_sets(*names: str) -> LabelSets:
     return LabelSets(("port",), [(each,) for each in names])
 
 
-def test_a_sparkline_ends_with_the_present_and_begins_unknown() -> None:
-    """Each point is the largest number in its quarter of a minute, of 15 levels."""
+def test_a_sparkline_is_unknown_before_the_first_sample() -> None:
+    """Each point is the largest number in 15 s, in fifteenths of the largest point."""
     history, labels = History(), label_sets("443")
     now_s = BEGIN_S
     for number in (15, 30, 7):
         history.add(now_s, labels, [number], [0], [0])
         now_s += 15
-    # The last quarter of a minute began with 30.
+    # The last 15 s began with the sample of 30.
     past = history.past(now_s - 15, [0])
     assert past.largest == [30]
     assert past.levels[0][-3:] == "8ff"
@@ -52,7 +52,7 @@ def test_the_largest_number_of_any_series_has_the_highest_level(numbers: list[in
 
 
 def test_samples_of_more_than_15_minutes_ago_are_forgotten() -> None:
-    """The ring has no place for them."""
+    """Later samples have replaced them in the ring."""
     history, labels = History(), label_sets("443")
     for at in range(0, 2 * SPAN_S, INTERVAL_S):
         number = 100 if at < SPAN_S - INTERVAL_S else 3
@@ -62,8 +62,8 @@ def test_samples_of_more_than_15_minutes_ago_are_forgotten() -> None:
     assert past.levels == ["f" * POINTS]
 
 
-def test_a_gap_has_the_sample_before_it() -> None:
-    """With many connections, samples are further apart."""
+def test_a_point_without_a_sample_repeats_the_sample_before_it() -> None:
+    """With many connections, samples are further apart than points."""
     history, labels = History(), label_sets("443")
     history.add(BEGIN_S, labels, [5], [0], [0])
     history.add(BEGIN_S + 120, labels, [5], [0], [0])
@@ -81,8 +81,8 @@ def test_rates_are_those_of_the_last_minute() -> None:
     assert rates.closed == [pytest.approx(60, abs=3), 0]
 
 
-def test_a_series_without_history_has_no_rate() -> None:
-    """At the start, and for a series that has just appeared."""
+def test_rates_before_the_first_sample_are_0() -> None:
+    """A series that has just appeared does not disturb the rates of other series."""
     history = History()
     assert history.rates(BEGIN_S, label_sets("443"), [1], [1], [1]).opened == [0]
     history.add(BEGIN_S, label_sets("443"), [1], [1], [1])
@@ -103,8 +103,8 @@ def test_the_arrays_have_less_than_2_mib_with_all_series() -> None:
     assert past.levels[1][-1] == "f"
 
 
-def test_a_series_that_is_gone_makes_room() -> None:
-    """Another one gets its column, without its numbers."""
+def test_the_column_of_a_removed_series_is_reused() -> None:
+    """Another series gets the column, without the numbers of the removed one."""
     history = History()
     first = [f"a{each}" for each in range(MAX_SERIES)]
     history.add(

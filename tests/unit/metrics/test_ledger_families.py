@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The metrics of what has happened: counters and histograms that agree with gauges."""
+"""Counters and histograms of connections, which agree with the gauges."""
 
 from collections.abc import Mapping, Sequence
 
@@ -55,7 +55,7 @@ def scrape(collected: ConnectionCollector) -> Page:
 
 
 def outbound(remote_port: int, number: int, *, age_s: float = DURATION_S) -> Records:
-    """Outbound connections to one port, each from a local port of its own."""
+    """Return outbound connections to one port, each from its own local port."""
     made = connections(0, number, age_s=age_s)
     made["key"]["local_port"] = range(50000, 50000 + number)
     made["key"]["remote_port"] = remote_port
@@ -64,7 +64,7 @@ def outbound(remote_port: int, number: int, *, age_s: float = DURATION_S) -> Rec
 
 
 def elsewhere(netns: int, port: int, number: int) -> Records:
-    """Connections in another network namespace."""
+    """Return connections in another network namespace."""
     made = connections(port, number)
     made["key"]["netns"] = netns
     return made
@@ -174,9 +174,9 @@ def test_a_failed_attempt_has_no_local_port() -> None:
 def test_a_series_in_which_every_attempt_has_failed_is_0(
     labels: Sequence[str], expected: set[Labels]
 ) -> None:
-    """A client that cannot reach its server has 0 connections, which is no missing series.
+    """If a client cannot reach its server, the series is 0 and not missing.
 
-    So the number of --simple is there, and a published series stays.
+    So --simple always has a number, and a published series stays.
     """
     source = SourceWithAttempts(
         [outbound(5432, 1)],
@@ -239,11 +239,12 @@ def test_identities_hold_for_any_labels(
     labels: tuple[str, ...],
     max_series: int,
 ) -> None:
-    """Each scrape is at a quiet point: nothing happens while it counts.
+    """No connection opens or closes during a scrape.
 
-    Opened - closed is open - pre-existing. The count of lifetimes is closed, and that of
-    ages is open, in every series. Long-term connections are those above the bound that
-    is the duration. No counter decreases.
+    Opened - closed = established - pre-existing. In every series, the count of lifetimes
+    is the number of closed connections, and that of ages is the number of established
+    ones. Long-term connections are those above the bound that equals the duration. No
+    counter decreases.
     """
     source = Activity(parts=kernel_parts(BOTH, labels), bounds_s=BOUNDS_S)
     collected = collector_of(
@@ -354,7 +355,7 @@ def per_netns(
 def test_a_forgotten_namespace_does_not_reappear_with_its_counters(
     *, is_renamed: bool
 ) -> None:
-    """Neither before nor after the source forgets the counters too.
+    """It reappears neither before nor after the source forgets its counters.
 
     A new namespace with the same inode begins at 0.
     """
@@ -385,7 +386,7 @@ def test_a_forgotten_namespace_does_not_reappear_with_its_counters(
 
 
 def test_the_pre_existing_connections_are_a_metric() -> None:
-    """They are the difference between opened - closed and the connections."""
+    """Their number is established - (opened - closed), summed over all series."""
     page = scrape(collector_of(example()))
     assert page[PRE_EXISTING] == {(): 5}
     assert sum(page[OPENED].values()) == 7 + 3 + 2 + 11 + 13

@@ -76,7 +76,7 @@ def test_closing_without_a_page_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
-    """After SIGKILL in the middle of the page, the child process removes the new file."""
+    """After SIGKILL in the middle of a write, the child process removes the new file."""
     path = tmp_path / "x.prom"
     path.write_bytes(b"old")
     program = (

@@ -26,7 +26,7 @@ def numbers(owners: OwnerNumbers, *cgroups: int) -> list[int]:
 
 
 def test_cgroups_with_equal_labels_have_one_number() -> None:
-    """A unit owns the cgroups below it. A path that matches nothing has no labels."""
+    """A unit owns the cgroups below its own. A path of no known owner has no labels."""
     owners = made_owners(["port", "unit"])
     ssh, below, docker, unmatched, session = numbers(owners, *PATHS)
     assert ssh == below
@@ -51,7 +51,7 @@ def test_an_unknown_cgroup_has_an_owner_without_labels(cgroup: int) -> None:
 
 
 def test_a_cgroup_gets_its_name_when_it_is_found() -> None:
-    """It had the number of unknown owners before."""
+    """Before that, it has the number of unknown owners."""
     paths = MadePaths({})
     owners = OwnerNumbers(["unit"], paths)
     assert numbers(owners, SSH) == [UNKNOWN_OWNER]
@@ -78,7 +78,7 @@ def test_a_cgroup_keeps_its_name_as_long_as_it_is_requested() -> None:
     assert session not in (ssh, UNKNOWN_OWNER)
 
 
-def test_removed_cgroups_are_returned_after_a_while() -> None:
+def test_removed_cgroups_are_returned_after_forget_ns() -> None:
     """A cgroup that is not requested any more is not returned."""
     paths = MadePaths(dict(PATHS))
     owners = OwnerNumbers(["unit"], paths)
@@ -96,7 +96,7 @@ def test_removed_cgroups_are_returned_after_a_while() -> None:
 
 
 def test_each_owner_is_present_once() -> None:
-    """The root's path and those that match nothing are there too; the number 0 is not."""
+    """Paths of no known owner and unknown cgroups are included; the cgroup 0 is not."""
     owners = made_owners(["unit"])
     found = {*numbers(owners, 0, WITHOUT_PATH, *PATHS)}
     present = [*owners.present(found)]
@@ -123,7 +123,7 @@ def test_each_owner_is_present_once() -> None:
 def test_a_namespace_has_the_name_of_its_container_or_pod(
     cgroups: list[int], expected: dict[int, str]
 ) -> None:
-    """It has none if its sockets belong to several pods, or to a container without pod."""
+    """With several containers it has the name of their common pod, or no name."""
     owners = OwnerNumbers([], MadePaths({**PATHS, **IN_PODS}))
     series = series_of_rows([(4, 0, 443, 7, each) for each in cgroups])
     assert owners.of_namespaces(series) == expected
@@ -141,7 +141,7 @@ def test_a_removed_container_does_not_name_a_namespace() -> None:
 
 
 def test_without_the_cgroup_file_system_owners_are_numbers() -> None:
-    """Their labels are empty."""
+    """The number is that of the cgroup, and the other labels are empty."""
     owners = OwnerNumbers(["unit"], None)
     assert numbers(owners, SSH) == [UNKNOWN_OWNER]
     assert [*owners.present([UNKNOWN_OWNER])] == [Owner(str(SSH), "", "", "")]

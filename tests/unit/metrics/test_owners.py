@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 
 CASES = [
-    # The root cgroup, and directories of nobody that is known.
+    # The root cgroup, and directories of no known owner.
     Case("none", "", "/"),
     Case("none", "", "/custom/group"),
     Case("none", "", "/pod_123-456/name"),
@@ -467,8 +467,8 @@ COMPONENTS = sorted(
 def test_any_path_has_one_owner(components: list[str]) -> None:
     """The path of an owner has the same owner, whatever the directories below are called.
 
-    So `cgroup` identifies the owner. The names are those of users to whom systemd delegates
-    cgroups, and nested as no runtime does it.
+    So `cgroup` identifies the owner. Users to whom systemd delegates cgroups can choose any
+    names, and can nest them as no runtime does.
     """
     path = "/" + "/".join(components)
     owner = owner_of(path)

@@ -59,7 +59,7 @@ def test_a_port_is_either_local_or_remote(
 def test_a_namespace_has_its_name_or_its_inode(
     row: tuple[int, int, int, int], expected: str
 ) -> None:
-    """The folded series of a namespace keeps its name; that of all others is other."""
+    """A series folded within a namespace keeps its name; one of several has other."""
     assert values_of(row, "netns") == (expected,)
 
 
@@ -85,7 +85,7 @@ def test_ip_version_and_direction() -> None:
 def test_any_labels_are_the_same_values_in_the_given_order(
     rows: list[tuple[int, int, int, int]],
 ) -> None:
-    """A label does not depend on the other labels. No labels are an empty tuple."""
+    """A label does not depend on other labels. Without labels the tuple is empty."""
     series = series_of_rows(rows)
     columns = {each: label_values(series, (each,), NAMES) for each in LABELS}
     for size in range(len(LABELS) + 1):

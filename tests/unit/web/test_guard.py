@@ -142,7 +142,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
 
 def certificate_of(served: Served) -> bytes:
-    """The certificate that a new client gets, as DER."""
+    """Return the certificate that a new client gets, as DER."""
     with (
         dial(served.port) as sock,
         client_context(CLIENT).wrap_socket(sock, server_hostname=LOOPBACK) as secure,
@@ -151,7 +151,7 @@ def certificate_of(served: Served) -> bytes:
 
 
 def handshake(served: Served, context: ssl.SSLContext) -> tuple[str, str] | None:
-    """The negotiated TLS version and cipher; None if the handshake fails."""
+    """Return the negotiated TLS version and cipher; None if the handshake fails."""
     with dial(served.port) as sock:
         try:
             with context.wrap_socket(sock, server_hostname=LOOPBACK) as secure:
@@ -310,8 +310,7 @@ def accepted(served: Served, certificate: trustme.LeafCert | None) -> bool:
 def test_client_allowed_sans_selects_certificates(
     serve: Serve, allowed: str, *, accepts: bool
 ) -> None:
-    """The certificate must have exactly one of the names; otherwise there is no
-    response."""
+    """The certificate must have one of the names literally, without wildcards."""
     served = serve(f"{MTLS}  client_allowed_sans: {allowed}\n")
     assert accepted(served, CLIENT) == accepts
 
@@ -435,7 +434,7 @@ http_server_config:
 
 
 def test_requests_beyond_the_rate_limit_are_refused(serve: Serve) -> None:
-    """The number of requests up to the burst is allowed."""
+    """As many requests as the burst are allowed at once."""
     served = serve("rate_limit: {interval: 1h, burst: 3}")
     statuses = [served.ask().status for _ in range(5)]
     assert statuses == [200, 200, 200, 429, 429]
@@ -489,7 +488,7 @@ def test_a_client_that_is_silent_after_the_handshake_is_dropped(serve: Serve) ->
 def test_unfinished_tls_handshakes_count_against_the_connection_limit(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The longest waiting of them are evicted, and a scrape gets its response."""
+    """The clients that have waited longest are evicted, and a scrape gets its response."""
     monkeypatch.setattr(http_clients, "MAX_CONNECTIONS", 8)
     served = serve(TLS)
     with contextlib.ExitStack() as held:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""HTTP/1.1 without sockets: what is parsed, discarded and refused."""
+"""HTTP/1.1 without sockets: which input is parsed, discarded or refused."""
 
 from http import HTTPStatus
 
@@ -18,7 +18,7 @@ def received(*parts: bytes) -> Http1:
     return http1
 
 
-def test_a_request() -> None:
+def test_a_request_is_parsed() -> None:
     """Header names are in lower case, and the lines of one name are joined."""
     http1 = received(b"GET /a?b HTTP/1.1\r\nHost: x\r\nACCEPT: c\r\naccept: d\r\n\r\n")
     assert (request := http1.next_request())
@@ -63,8 +63,8 @@ def test_a_body_is_discarded(framing: str, chunk: bytes) -> None:
     assert http1.must_close
 
 
-def test_what_follows_the_last_request_is_discarded() -> None:
-    """Some clients send a line end after a body. It is not a request that is invalid."""
+def test_bytes_after_the_last_request_are_discarded() -> None:
+    """Some clients send a line end after a body. That is not an invalid request."""
     http1 = received(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert http1.next_request()
     assert http1.next_request() is None
@@ -86,7 +86,7 @@ def test_what_follows_the_last_request_is_discarded() -> None:
         (b"GET / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
     ],
 )
-def test_what_is_not_a_request_is_refused(sent: bytes, status: int) -> None:
+def test_data_that_is_not_a_request_is_refused(sent: bytes, status: int) -> None:
     """The error has the status of the response, which closes the connection."""
     http1 = received(sent)
     with pytest.raises(InvalidRequestError) as refused:

@@ -132,7 +132,7 @@ def test_head_gets_headers_without_a_body(start: Start, path: str) -> None:
     ],
 )
 def test_an_unknown_path_is_not_found(start: Start, path: str) -> None:
-    """There are four pages; other paths give 404."""
+    """Only the exact paths of the pages are found."""
     assert ask(start(make_app()), path).status == 404
 
 
@@ -194,7 +194,7 @@ def test_options_of_the_whole_server_are_answered(start: Start) -> None:
 
 @pytest.mark.parametrize("target", ["x:80", "/", "*"])
 def test_connect_is_refused(start: Start, target: str) -> None:
-    """It is a request to a proxy."""
+    """The exporter is not a proxy, to which clients send CONNECT."""
     with dial(start(make_app())) as sock:
         sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         sock.shutdown(socket.SHUT_WR)

@@ -41,7 +41,7 @@ class Checks:
 
 
 def judge(users: Users, *authorizations: str) -> list[HTTPStatus]:
-    """The results of concurrent requests."""
+    """Return the results of concurrent requests."""
 
     async def ask() -> list[HTTPStatus]:
         return await asyncio.gather(

@@ -27,13 +27,13 @@ from tests.unit.web.support import (
 )
 
 
-def test_a_request_sent_at_once_is_answered_whatever_connects_later(
+def test_a_request_sent_at_once_is_answered_even_if_many_clients_connect_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A client that sends its request right after connecting gets a response, even if many
     other clients connect.
 
-    There are twice as many of them as slots.
+    The other clients are twice as many as the slots.
     """
     assert 3 * 2 * server.ACCEPTED_AT_ONCE < http_clients.MAX_CONNECTIONS
     monkeypatch.setattr(http_clients, "MAX_CONNECTIONS", 3 * server.ACCEPTED_AT_ONCE + 1)

@@ -136,7 +136,7 @@ def test_a_file_is_sent_once(start: Start, name: str, kind: str) -> None:
 
 
 def test_the_data_are_json(start: Start) -> None:
-    """They have the rows with most connections first, and what the page shows."""
+    """They have the values of the page, and the rows with most connections come first."""
     port = start(make_app(Connections(("80", 5, 0), ("443", 1377, 1300))))
     answer = ask(port, DATA)
     assert answer.headers["content-type"] == "application/json"
@@ -167,7 +167,7 @@ def test_open_pages_add_no_collections(start: Start) -> None:
 
 
 def test_without_data_the_page_says_why(start: Start) -> None:
-    """A browser loads it again after a while, with and without JavaScript."""
+    """A browser loads it again after RELOAD_S, with and without JavaScript."""
     flaky = Flaky()
     flaky.error = OSError("no sock_diag")
     port = start(make_app(flaky))
@@ -197,13 +197,13 @@ def test_reloaded_settings_are_shown(start: Start) -> None:
     assert b"<td>61</td>" in ask(port, "/").body
 
 
-def test_samples_are_taken_also_if_nobody_looks(
+def test_samples_are_taken_without_requests(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No failure ends them; before the exporter is ready, there are none.
+    """Samples continue after any failure; before the exporter is ready, there are none.
 
-    A source that fails has been logged by the collection; another failure is a fault of
-    the exporter.
+    A failure of the source is not logged here, because the collection logs it. Any other
+    failure is.
     """
     for name in ("UNWATCHED_S", "INTERVAL_S"):
         monkeypatch.setattr(f"tcpexporter.web.status.{name}", 0)
