@@ -267,7 +267,7 @@ def _man_group(title: str, group: Sequence[Described]) -> Iterator[str]:
     for each in group:
         value = (
             rf"[=\fI{_roff(each.metavar.strip('[=]'))}\fR]"
-            if each.metavar.startswith("[")
+            if each.metavar.startswith("[=")
             else rf"=\fI{_roff(each.metavar)}\fR"
         )
         yield ".TP"

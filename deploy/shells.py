@@ -86,7 +86,9 @@ def _zsh_arguments() -> Iterator[str]:
         star = "*" if each.is_repeatable else ""
         # "=-": the value can follow only after "=". "=": it can also be the next word.
         sign, colons = ("=-", "::") if each.kind is SWITCH else ("=", ":")
-        metavar = each.kind.metavar.strip("[=]").replace(":", r"\:")
+        metavar = each.kind.metavar.replace(":", r"\:")
+        if each.kind is SWITCH:
+            metavar = metavar.strip("[=]")
         for flag in each.flags:
             text = re.sub(r"([\[\]:\\])", r"\\\1", each.help)
             yield shlex.quote(

@@ -15,7 +15,7 @@ _arguments \
 	'--max-connections=[maximum number of TCP connections that can be tracked]:NUMBER:' \
 	'--reconcile-interval=[time between two reconciliations\: comparisons with the socket tables]:TIME:' \
 	'--reconcile-cpu=[maximum average CPU time of reconciliation, in percent of one core]:PERCENT:' \
-	'--listen=[address and port at which /metrics is served]:HOST\:]PORT:' \
+	'--listen=[address and port at which /metrics is served]:[HOST\:]PORT:' \
 	'--web-config=[file with TLS, passwords and limits, in the file format of the Prometheus exporters]:PATH:_files' \
 	'--labels=[what is counted separately; auto is port,tcp_version, and netns with --netns all; none is the same as --simple]:LABELS:' \
 	'--clients=-[count the distinct clients (remote addresses) of each series]::BOOL:(true false)' \
