@@ -144,6 +144,10 @@ class History:
             return Rates([0.0] * len(opened), [0.0] * len(closed))
         return Rates(rate(opened, self._opened), rate(closed, self._closed))
 
+    def restart_rates(self) -> None:
+        """Calculate rates from the next sample on: a new series may have old counters."""
+        self._rate_slots[:] = _NEVER
+
     def past(self, now_s: float, chosen: Sequence[int]) -> Past:
         """Return the last 15 minutes of some series.
 

@@ -35,6 +35,9 @@ RELOAD_S = 30
 """Time after which a browser without JavaScript loads the page again."""
 
 
+_VARY = {"vary": "Accept-Encoding"}
+
+
 class _Body:
     """A response body, compressed when that is first requested."""
 
@@ -47,7 +50,8 @@ class _Body:
 
     @cached_property
     def etag(self) -> str:
-        return f'"{hashlib.sha256(self.body).hexdigest()[:32]}"'
+        """A weak validator: it is that of the plain and of the compressed body."""
+        return f'W/"{hashlib.sha256(self.body).hexdigest()[:32]}"'
 
 
 def _file(name: str) -> _Body:
@@ -89,6 +93,8 @@ class StatusPages:
         self._version = version
         self._settings: Mapping[str, object] = {}
         self._history = History()
+        self._has_new_series = False
+        """Whether there may be series that were counted before without being selected."""
         self._shown: _Shown | None = None
         self._next_s = 0.0
         self._watched_until_s = 0.0
@@ -96,6 +102,7 @@ class StatusPages:
     def show_settings(self, settings: Mapping[str, object]) -> None:
         """Replace the settings that the page shows; callable from any thread."""
         self._settings = dict(settings)
+        self._has_new_series = True
         if shown := self._shown:
             shown.html = None
 
@@ -146,18 +153,12 @@ class StatusPages:
             shown = await self._current()
         except SourceError as error:
             return text(503, str(error))
-        headers = {"etag": shown.json.etag, "cache-control": "no-cache"}
-        if request.header("if-none-match") == shown.json.etag:
-            return Response(304, b"", headers=headers)
-        return _answer(request, shown.json, "application/json", headers)
+        return _answer_if_changed(request, shown.json, "application/json")
 
     async def file(self, request: Request, path: str) -> Response:
         """Return a file of `FILES`."""
         content_type, body = FILES[path]
-        headers = {"etag": body.etag, "cache-control": "no-cache"}
-        if request.header("if-none-match") == body.etag:
-            return Response(304, b"", headers=headers)
-        return _answer(request, body, content_type, headers)
+        return _answer_if_changed(request, body, content_type)
 
     async def _current(self) -> _Shown:
         """Return the page of the last sample; first take a new sample if one is due."""
@@ -168,6 +169,9 @@ class StatusPages:
         if self._shown and self._shown is not shown:
             return self._shown  # another request has used the same collection
         began_s = time.monotonic()
+        if self._has_new_series:
+            self._has_new_series = False
+            self._history.restart_rates()
         collected = read(exposition.families)
         sample(collected, self._history, began_s)
         status = summarize(collected, self._history, began_s)
@@ -187,10 +191,18 @@ class StatusPages:
         )
 
 
+def _answer_if_changed(request: Request, body: _Body, content_type: str) -> Response:
+    """Return the body, or 304 if the browser says that it has it."""
+    headers = {"etag": body.etag, "cache-control": "no-cache"}
+    if body.etag in request.header("if-none-match"):
+        return Response(304, b"", headers={**_VARY, **headers})
+    return _answer(request, body, content_type, headers)
+
+
 def _answer(
     request: Request, body: _Body, content_type: str, headers: Mapping[str, str]
 ) -> Response:
-    both = {"vary": "Accept-Encoding", **headers}
+    both = {**_VARY, **headers}
     if not prefers_gzip(request.header("accept-encoding")):
         return Response(200, body.body, content_type, both)
     both["content-encoding"] = "gzip"

@@ -83,7 +83,7 @@ def to_html(
 
 
 def _main(status: Status) -> str:
-    long_term = f"older than {status.duration_s} s"
+    long_term = f"for at least {status.duration_s} s"
     trust = "exact" if status.uncertain == 0 else "uncertain"
     tiles = "\n".join(
         f'<div class="tile"><dt>{name}</dt><dd><strong id="{key}"{extra}>{shown}</strong>'

@@ -91,6 +91,19 @@ def test_rates_before_the_first_sample_are_0() -> None:
     assert rates.opened[0] > 0
 
 
+def test_rates_restart_when_a_series_may_have_an_old_counter() -> None:
+    """A reload selects port 80, where 900 connections were opened before."""
+    history = History()
+    history.add(BEGIN_S, label_sets("443"), [1], [1], [1])
+    history.restart_rates()
+    both = label_sets("443", "80")
+    now = [1, 1], [3, 900], [1, 1]
+    assert history.rates(BEGIN_S + 10, both, *now).opened == [0, 0]
+    history.add(BEGIN_S + 10, both, *now)
+    later = [1, 1], [3, 907], [1, 1]
+    assert history.rates(BEGIN_S + 20, both, *later).opened == [0, 42]
+
+
 def test_the_arrays_have_less_than_2_mib_with_all_series() -> None:
     """The history keeps the series with most connections, up to the limit."""
     history = History()
