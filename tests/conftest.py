@@ -5,7 +5,12 @@ tests."""
 import os
 from collections.abc import Generator
 
+import hypothesis
 import pytest
+
+# On a busy machine any example may take long.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as run_with
 from hypothesis import strategies as st
 
 from tcpexporter.config.reread import reread
@@ -151,8 +150,6 @@ REFUSED = [
 ]
 """The name of a setting, an invalid text, and how the error describes valid ones."""
 
-unhurried = run_with(deadline=None)
-"""Without a deadline, because a busy machine is no failure."""
 
 WriteFile = Callable[[str | bytes], str]
 
@@ -447,7 +444,6 @@ RANGES = st.lists(
 )
 
 
-@unhurried
 @given(RANGES)
 def test_any_list_of_ports_is_parsed(ranges: list[range]) -> None:
     """Formatting ports and parsing the text gives the same ports."""
@@ -483,7 +479,6 @@ def test_a_listen_address_may_have_a_host(
     )
 
 
-@unhurried
 @given(st.ip_addresses(), st.integers(1, 65535))
 def test_any_listen_address_is_parsed(address: Any, port: int) -> None:
     """Formatting an address and parsing the text gives the same address. A v4-mapped
@@ -515,7 +510,6 @@ def test_a_duration_is_seconds_or_has_units(text: str, seconds: int) -> None:
     assert isinstance(duration_s, int)
 
 
-@unhurried
 @given(st.integers(0, 9223372036))
 def test_any_duration_is_parsed(seconds: int) -> None:
     """A duration in seconds and one with units are equal."""
@@ -543,7 +537,6 @@ def test_an_interval_may_have_a_fraction(text: str, seconds: float) -> None:
     assert isinstance(interval_s, float)
 
 
-@unhurried
 @given(st.floats(0.1, 3600))
 def test_any_interval_is_parsed(seconds: float) -> None:
     """Formatting an interval and parsing the text gives the same interval."""
@@ -569,7 +562,6 @@ def test_labels_are_those_of_a_series(argv: str, expected: tuple[str, ...]) -> N
     assert parse(argv.split(), {}).series_labels == expected
 
 
-@unhurried
 @given(st.permutations(LABELS), st.integers(0, len(LABELS)))
 def test_any_set_of_labels_is_parsed(labels: list[str], number: int) -> None:
     """Each label may be there or not, in any order."""
@@ -918,7 +910,6 @@ VALUES = st.sampled_from([text for _, text, _ in SAMPLES]) | st.text(CHARACTERS)
 LINES = st.tuples(NAMES, st.sampled_from(["", " ", "=", "\t", ":"]), VALUES).map("".join)
 
 
-@unhurried
 @given(
     st.text(CHARACTERS) | st.lists(LINES | st.text(CHARACTERS)).map("\n".join) | st.binary()
 )
@@ -934,7 +925,6 @@ ARGUMENTS = st.tuples(st.sampled_from(["-", "--"]), NAMES, st.just("="), VALUES)
 )
 
 
-@unhurried
 @given(st.lists(ARGUMENTS | st.text() | NAMES.map("-{}".format)))
 def test_any_arguments_are_parsed_or_refused(argv: list[str]) -> None:
     """The only other result is the text of --help or --version."""
@@ -942,7 +932,6 @@ def test_any_arguments_are_parsed_or_refused(argv: list[str]) -> None:
         assert isinstance(parse(argv, {}), Settings)
 
 
-@unhurried
 @given(
     st.dictionaries(NAMES.map(lambda name: f"TCPEXPORTER_{in_environment(name)}"), VALUES)
 )

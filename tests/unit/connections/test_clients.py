@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.clients import Chunk, ClientTable, SeenClients
@@ -137,7 +137,6 @@ def expected_of(
     return found
 
 
-@settings(deadline=None)
 @given(
     everything=some_seen,
     cuts=st.lists(st.integers(0, 31), max_size=3),
@@ -195,7 +194,6 @@ def test_clients_are_those_of_a_python_loop(
         assert total.largest >= clients.largest.max(initial=0)
 
 
-@settings(deadline=None)
 @given(everything=some_seen, max_series=st.integers(1, 5))
 def test_a_client_of_several_folded_series_is_one_client(
     everything: list[Seen], max_series: int

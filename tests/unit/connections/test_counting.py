@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.config.values import LABELS
@@ -414,7 +414,6 @@ def by_labels(
     return +Counter(dict(zip(rows, numbers, strict=True)))
 
 
-@settings(deadline=None)
 @given(
     connections=some_connections,
     cuts=st.lists(st.integers(0, 31), max_size=3),
@@ -458,7 +457,6 @@ def test_counts_are_those_of_a_python_loop(
     assert (counts.series[1:] > counts.series[:-1]).all()
 
 
-@settings(deadline=None)
 @given(
     connections=some_connections,
     since_ns=st.lists(st.sampled_from([-1, *TIMES_NS]), unique=True, min_size=1),
@@ -501,7 +499,6 @@ def test_ages_are_added_up_on_request_only() -> None:
     assert counts.values.ages_sum.tolist() == [0]
 
 
-@settings(deadline=None)
 @given(
     pre_existing=some_connections,
     opened=some_connections,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.counting import Counts, Values
@@ -212,7 +212,6 @@ any_series_with_port_0 = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(
     numbers=st.dictionaries(any_series, st.sampled_from([1, 2, 3, 5, 2**40]), max_size=31),
     listening=st.sets(any_series),
@@ -279,7 +278,6 @@ def assert_equal(some: Counts, others: Counts) -> None:
         assert next(values) == next(values)
 
 
-@settings(deadline=None)
 @given(
     connections=some_connections, seed=st.integers(0, 2**32), max_series=st.integers(1, 7)
 )
@@ -305,7 +303,6 @@ def test_the_order_of_connections_does_not_change_the_counts(
     assert_equal(first[0], second[0])
 
 
-@settings(deadline=None)
 @given(
     scrapes=st.lists(some_connections, min_size=1, max_size=4),
     labels=some_labels,

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.memory_ledger import MemoryLedger
@@ -51,7 +51,6 @@ def test_without_connections_there_are_the_folded_series_only() -> None:
     ]
 
 
-@settings(deadline=None)
 @given(polls=st.lists(some_connections, max_size=4))
 def test_a_series_has_one_number_and_keeps_it(polls: list[list[Connection]]) -> None:
     """The number leads to the series of the connection, in each later poll too."""
@@ -101,7 +100,6 @@ def test_the_capacity_is_used_up_before_series_are_folded(
     }
 
 
-@settings(deadline=None)
 @given(
     steps=st.lists(
         st.tuples(some_connections, st.sampled_from(["pre_existing", "opened", "closed"])),

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.record import (
@@ -189,7 +189,6 @@ def test_both_sides_have_the_same_lowest_series_number() -> None:
     assert ranges.SERIES_FIRST == SERIES_FIRST
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.record import CONNECTION, Direction
@@ -51,7 +51,6 @@ def expected(connection: Connection, parts: Parts) -> Row:
     return connection.version, flags, port, connection.netns if parts.by_netns else 0
 
 
-@settings(deadline=None)
 @given(
     connections=some_connections,
     outbound_port=st.sampled_from([*OutboundPort]),

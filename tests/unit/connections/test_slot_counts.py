@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections import clients, slot_counts
@@ -60,7 +60,6 @@ def read(counts: SlotCounts, chunks: Sequence[Chunk], *, has_clients: bool) -> S
     return shown
 
 
-@settings(deadline=None)
 @given(
     states=st.lists(st.lists(any_slots, max_size=3), max_size=5),
     piece=st.integers(1, 5),
@@ -86,7 +85,6 @@ def test_a_reading_after_others_is_that_of_all_slots(
             assert found == read(SlotCounts(), chunks, has_clients=has_clients)
 
 
-@settings(deadline=None)
 @given(slots=any_slots)
 def test_readings_are_those_of_a_python_loop(slots: list[Slot]) -> None:
     """Connections, those that are younger than two bounds, and the sums of their times."""

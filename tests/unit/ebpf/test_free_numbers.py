@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.ebpf.free_numbers import FreeNumbers, numbers_of, ranges
@@ -14,7 +14,6 @@ from tcpexporter.ebpf.ranges import RANGE_BITS, RANGE_SLOTS
 LAST = (1 << 24) - 1
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 3 * RANGE_SLOTS) | st.integers(LAST - 99, LAST), unique=True)
 )
@@ -38,7 +37,6 @@ def test_consecutive_slots_share_ranges(slots: int) -> None:
     ]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 3 * RANGE_SLOTS) | st.integers(LAST - 99, LAST), unique=True)
 )
@@ -51,7 +49,6 @@ def test_no_range_crosses_a_multiple_of_its_maximum_length(slots: list[int]) -> 
         assert found.dtype == np.uint32
 
 
-@settings(deadline=None)
 @given(st.permutations(range(2 * RANGE_SLOTS - 3, 2 * RANGE_SLOTS + 3)))
 def test_ranges_are_as_few_as_possible(numbers: list[int]) -> None:
     """Each consecutive number shares the range of the one before."""
@@ -75,7 +72,6 @@ class Stack:
         return dtype(self.values.pop()) if self.values else None
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 999), unique=True, max_size=31), max_size=5),
 )

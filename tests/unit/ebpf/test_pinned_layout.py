@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.record import CONNECTION, KEY
@@ -142,7 +142,6 @@ any_word = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(
     said=st.sampled_from([OURS, OLD]),
     changed=st.dictionaries(

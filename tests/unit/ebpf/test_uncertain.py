@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.ebpf.reconcile import Corrections, Reconciler, seed
@@ -155,7 +155,6 @@ steps = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(
     steps=steps,
     slots=st.sampled_from([1, 3, 97]),

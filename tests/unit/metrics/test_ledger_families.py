@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.record import Direction, Records
@@ -225,7 +225,6 @@ some_openings = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(
     openings=some_openings,
     closings=st.lists(st.integers(0, 7), min_size=2, max_size=4),

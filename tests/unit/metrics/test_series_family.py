@@ -2,7 +2,7 @@
 """Families that are written fast have the same text as those of the library."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -45,7 +45,6 @@ some_values = st.text(st.characters(codec="utf-8"), max_size=7) | st.sampled_fro
 )
 
 
-@settings(deadline=None)
 @given(
     kind=st.sampled_from(["counter", "gauge"]),
     names=st.sampled_from([(), ("port",), ("tcp_version", "port"), ("port", "netns", "a")]),

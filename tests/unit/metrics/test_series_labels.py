@@ -4,7 +4,7 @@
 from itertools import combinations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.config.values import LABELS
@@ -71,7 +71,6 @@ def test_ip_version_and_direction() -> None:
     assert values_of((6, flags, 0, 0), "direction") == ("outbound",)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

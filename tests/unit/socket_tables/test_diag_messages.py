@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyroute2.netlink import NLMSG_DONE, NLMSG_ERROR
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY, SS_ESTABLISHED, SS_LISTEN
@@ -188,14 +188,12 @@ def decode_or_refuse(reply: Bytes) -> None:
         decode_messages(rows, NETNS)
 
 
-@settings(deadline=None)
 @given(reply=st.one_of(st.binary(), st.lists(any_message, max_size=7).map(b"".join)))
 def test_any_reply_is_decoded_or_refused(reply: bytes) -> None:
     """Decoding ends for any bytes; the only exception is SocketTableError."""
     decode_or_refuse(np.frombuffer(reply, np.uint8))
 
 
-@settings(deadline=None)
 @given(
     name=st.sampled_from(["diag-inet-0.bin", "diag-inet6-0.bin", "diag-error.bin"]),
     changes=st.dictionaries(st.integers(0, 2000), st.integers(0, 255), max_size=7),
@@ -237,7 +235,6 @@ def test_messages_of_one_run_can_have_different_attributes() -> None:
     assert entries["v6only"].tolist() == [True, True, False, False, False]
 
 
-@settings(deadline=None)
 @given(data=st.lists(st.binary(min_size=24, max_size=24), min_size=1, max_size=7))
 def test_any_attributes_are_searched_to_their_end(data: list[bytes]) -> None:
     """Lengths may be 0 or exceed the message; the first byte of the payload is right."""

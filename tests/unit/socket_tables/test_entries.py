@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY
 
@@ -110,7 +110,6 @@ any_entry = st.tuples(
 )
 
 
-@settings(deadline=None)
 @given(entries=st.lists(any_entry, max_size=7), is_ipv4=st.booleans())
 def test_both_decoders_return_what_was_encoded(
     entries: list[tuple[bytes, int, bytes, int, int]], *, is_ipv4: bool

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.clients import Chunk
@@ -310,7 +310,6 @@ def test_what_opens_and_closes_between_polls_is_counted() -> None:
     source.close()
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.sets(st.integers(1, 7)), min_size=1, max_size=7),
     st.integers(0, 3),

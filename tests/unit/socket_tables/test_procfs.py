@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyroute2.netlink.diag import SS_ESTABLISHED, SS_LISTEN
 
@@ -184,7 +184,6 @@ nearly_lines = st.lists(
 ).map(b"".join)
 
 
-@settings(deadline=None)
 @given(text=st.one_of(st.binary(), nearly_lines), words=st.sampled_from([1, 4]))
 def test_any_text_is_decoded_or_refused(text: bytes, words: int) -> None:
     """Decoding ends for any bytes; the only exception is SocketTableError."""
