@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # imported only when it is used
 log = logging.getLogger("tcpexporter")
 
 SOURCES = ("ebpf", "sock_diag", "procfs")
-"""In the order in which ``--source auto`` tries them."""
+"""The sources, in the order in which ``--source auto`` tries them."""
 
 DIRECTIONS = {
     "inbound": (Direction.INBOUND,),
@@ -37,27 +37,28 @@ DIRECTIONS = {
 
 
 class Counting(NamedTuple):
-    """What counts connections."""
+    """The source, the collector, and the objects that belong to them."""
 
     source: Source
     watch: namespaces.Watch | None
-    """Of the namespace that --netns names; None: it names none."""
+    """The watch of the namespace of --netns; None: that is ``self`` or ``all``."""
     choose: Callable[[Settings], Choice]
     """Makes the collector's choice from settings that may have been read again."""
     collector: ConnectionCollector
     cgroups: int | None = None
-    """The descriptor of a directory that must stay listable; None: there is none."""
+    """The descriptor of the top cgroup directory, which must stay listable; None: there
+    is none."""
 
 
 def open_counting(settings: Settings, resources: contextlib.ExitStack) -> Counting:
     """Open the source of connections, and make the collector that counts them.
 
     Args:
-        settings: of this run.
-        resources: closes what is opened.
+        settings: the settings of this run.
+        resources: a stack that closes the opened objects at the end.
 
     Raises:
-        TcpExporterError: something does not work.
+        TcpExporterError: the source, the state file or the namespace cannot be opened.
     """
     state = _open_state(settings.state) if settings.state else None
     source = open_source(settings, state)
@@ -94,7 +95,7 @@ def _open_cgroups(
 
 def _has_owners(settings: Settings) -> bool:
     """Return whether the owners of connections are required."""
-    # They show which containers the namespaces belong to.
+    # Owners show which containers the namespaces belong to.
     return _shows_owners(settings) or "netns" in settings.series_labels
 
 
@@ -107,7 +108,7 @@ def _has_units(settings: Settings) -> bool:
 
 
 def _open_state(path: str) -> "State | None":
-    # Imported only when it is used: it takes 0.3 MiB.
+    # Imported only when it is used: it uses 0.3 MiB of memory.
     from tcpexporter.socket_tables.saved_ages import State  # noqa: PLC0415
 
     return State.open(Path(path))
@@ -117,11 +118,11 @@ def open_source(settings: Settings, state: "State | None" = None) -> Source:
     """Open the source that --source selects.
 
     Args:
-        settings: of this run.
-        state: ages to restore and to save; None: they are neither.
+        settings: the settings of this run.
+        state: ages to restore and to save; None: ages are neither restored nor saved.
 
     Raises:
-        SourceError: it, or with ``auto`` every source, does not work.
+        SourceError: the named source, or with ``auto`` every source, does not work.
     """
     if settings.source != "auto":
         return _open_named_source(settings.source, settings, state)
@@ -170,7 +171,7 @@ def _open_named_source(name: str, settings: Settings, state: "State | None") -> 
 def chooser(
     settings: Settings, source: Source, owners: OwnerNumbers | None = None
 ) -> Callable[[Settings], Choice]:
-    """Return what makes the collector's choice from settings that were read again.
+    """Return the function that makes the collector's choice from settings read again.
 
     Only their ports, duration and rules can differ from ``settings``.
     """

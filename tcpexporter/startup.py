@@ -59,7 +59,7 @@ log = logging.getLogger("tcpexporter")
 
 
 class Process(NamedTuple):
-    """What `main` prepares before the settings are read."""
+    """Objects that `main` makes before the settings are read."""
 
     argv: Sequence[str]
     """The arguments, without the program's name."""

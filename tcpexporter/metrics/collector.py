@@ -45,7 +45,8 @@ OF_OUTBOUND = OUTBOUND | REMOTE_PORT
 """The flags of a series that has outbound connections only."""
 
 FORGET_NS = 300_000_000_000
-"""How long a namespace must have no name, connection and listener to lose its series."""
+"""Time without a name, connection and listener after which a namespace loses its
+series."""
 
 
 class Choice(NamedTuple):
@@ -61,7 +62,7 @@ class Choice(NamedTuple):
 
 
 class ConnectionCollector(Collector):
-    """Reads a source at each scrape; between scrapes it keeps only the published series."""
+    """Reads a source at each scrape; keeps what the next scrape does not need to repeat."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class ConnectionCollector(Collector):
             max_series: Maximum number of series that are not folded.
             names: Returns the names of namespaces by inode; None if series are not per
                 namespace.
-            owners: Owners of the selections that are chosen; None: series have no owner.
+            owners: Numbers of the owners of cgroups; None: series have no owner.
             bounds_s: Bounds of the histograms of lifetimes and ages, ascending; empty:
                 there are none.
             has_clients: Whether the source distinguishes clients.
@@ -184,7 +185,7 @@ class ConnectionCollector(Collector):
     ) -> tuple[Counts, int]:
         """Return the counts to publish and the number of folded series.
 
-        They include the series that were published before.
+        The counts include the series that were published before.
         """
         selection = choice.selection
         listening = (
@@ -216,7 +217,7 @@ class ConnectionCollector(Collector):
         return page, folded
 
     def _without_forgotten(self, counts: Counts) -> Counts:
-        """Leave out series of forgotten namespaces that have no connection.
+        """Return the counts without series of forgotten namespaces without connection.
 
         The source forgets their counters a little later.
         """
@@ -320,7 +321,7 @@ class ConnectionCollector(Collector):
     def _labels(
         self, series: Series, labels: Sequence[str], names: Mapping[int, str]
     ) -> LabelSets:
-        """Return the labels of series; those of the last scrape if nothing has changed."""
+        """Return the labels of series; the same object as before if nothing has changed."""
         key = (series.tobytes(), tuple(names.items()))
         if key != self._labelled_by:
             self._labelled_by = key
@@ -433,7 +434,7 @@ def make_serving_registry(
     tasks: Callable[[], Iterable[Task]],
     dropped: Callable[[], int],
 ) -> CollectorRegistry:
-    """Return a registry for scrapes. It also has reloads, background tasks and the process.
+    """Return a registry for scrapes. It also has metrics of the process.
 
     Args:
         collector: the collector of the connections.
