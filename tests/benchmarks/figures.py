@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from tests.benchmarks.hold import PORTS
+from tests.benchmarks.slot_readings import CHANGED, SLOTS
 
 CONNECTIONS = 10_000
 """Connections that are held on loopback. The tracker has two entries for each, because
@@ -185,6 +186,25 @@ FIGURES = (
         Unit.TIMES,
         at_most=3.5,
         compared_with="scrape_million_times",
+    ),
+    Figure(
+        "reading_unchanged_s",
+        f"count {SLOTS:,} connections of as many clients in memory, CPU time: none has"
+        " changed since the last scrape",
+        Unit.SECONDS,
+        known_as="unchanged",
+    ),
+    Figure(
+        "reading_changed_s",
+        f"… {CHANGED:,} have closed, and as many have opened",
+        Unit.SECONDS,
+        compared_with="reading_unchanged_s",
+    ),
+    Figure(
+        "reading_first_s",
+        "… the first scrape, which sorts all clients",
+        Unit.SECONDS,
+        compared_with="reading_unchanged_s",
     ),
     Figure(
         "rules_s",

@@ -24,6 +24,7 @@ from tests.benchmarks.program_runs import (
     batch_runs,
 )
 from tests.benchmarks.sizes import TOLERANCE
+from tests.benchmarks.slot_readings import readings
 from tests.support import Exporter, inside, new_netns
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ def measure(plan: Plan) -> Samples:
         RuntimeError: the exporter ends, or its count is wrong.
     """
     samples = Samples()
+    for figure, took_s in readings():
+        samples.add(figure, took_s)
     with new_netns() as netns, inside(netns):
         _starts_without_connections(samples, plan)
         with running("--source", "ebpf") as started, held(CONNECTIONS):
