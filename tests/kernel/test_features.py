@@ -60,7 +60,7 @@ def unprivileged_can_read_a_map() -> bool:
 
 
 def has_version_of_exchange() -> bool:
-    """Return whether the kernel's version has it. No kernel of the guests backports it."""
+    """Return whether the version has the exchange; no kernel in our tests backports it."""
     version = tuple(map(int, os.uname().release.split(".")[:2]))
     return version >= ((5, 18) if os.uname().machine == "aarch64" else (5, 12))
 
