@@ -58,7 +58,9 @@ class Rule:
     unit: str | None = None
     """The systemd unit that owns the socket; None: any owner."""
     direction: Direction | None = None
+    """None: both."""
     minimum: int = 1
+    """The number of connections that the rule requires."""
 
     def __str__(self) -> str:
         return self.text
@@ -82,7 +84,7 @@ class _Test(NamedTuple):
     """None: every bit."""
 
     def passes(self, values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Return which values satisfy the condition."""
+        """Return whether each value satisfies the condition."""
         if self.mask is not None:
             values = values & self.mask
         if self.span is not None:

@@ -32,6 +32,7 @@ ClientMasks: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 """The masks of IPv4 addresses (as ::ffff:a.b.c.d) and of IPv6 addresses."""
 
 SECRET = (int.from_bytes(os.urandom(8)), int.from_bytes(os.urandom(8)))
+"""The key of the hash in this process."""
 
 PIECE = 8192
 """Number of keys that are hashed at once: all arrays fit into the cache of a CPU."""
