@@ -25,7 +25,7 @@ CHUNK = 4096
 
 OUT_OF_MEMORY_S = 0.001
 OUT_OF_MEMORY_TRIES = 100
-"""The pause and the number of tries without progress of a batch update that lacks memory.
+"""Pause of a batch update that lacks memory, and its number of tries without progress.
 
 A hash map without preallocated entries allocates memory in advance, in small batches. A
 batch update can use up that memory faster than the kernel allocates more.

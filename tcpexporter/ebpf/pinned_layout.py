@@ -50,7 +50,7 @@ class Layout(NamedTuple):
 
 
 def make(counted: Request) -> npt.NDArray[np.uint32]:
-    """Return the layout of this version, `LAYOUT_WORDS` words, for a program's request."""
+    """Return the layout of this version, in `LAYOUT_WORDS` words, for this request."""
     words = np.zeros(LAYOUT_WORDS, np.uint32)
     said = [MAGIC, CONNECTION.itemsize, KEY.itemsize, *_offsets(CONNECTION, FIELDS)]
     said += _offsets(KEY, KEY_FIELDS)

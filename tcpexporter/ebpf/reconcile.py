@@ -187,13 +187,16 @@ def seed(tracker: TrackedConnections, tables: ConnectionTables) -> None:
 def reconcile(
     tracker: TrackedConnections, tables: ConnectionTables, *, pre_existing: bool = False
 ) -> Corrections:
-    """Correct the tracker where two comparisons show the same difference; return how.
+    """Correct the tracker where two comparisons show the same difference to the tables.
 
     Args:
         tracker: the tracker to correct.
         tables: the socket tables.
         pre_existing: whether added connections count as pre-existing, because this is the
             first comparison after a start; otherwise they count as opened.
+
+    Returns:
+        The numbers of connections that were added, removed and refused.
 
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.

@@ -112,7 +112,7 @@ def _root_again(context: Context, *, can_use_sudo: bool) -> str:
 
 
 def despite_capabilities(context: Context) -> str:
-    """Return cause and remedy for a process with both capabilities that bpf(2) refuses."""
+    """Return cause and remedy if a process with both capabilities cannot use bpf(2)."""
     if context.is_in_user_namespace:
         return _in_user_namespace()
     if context.status.seccomp:
