@@ -298,7 +298,7 @@ def test_only_cap_bpf_is_kept_if_reading_a_map_requires_it() -> None:
     assert "keeping CAP_BPF" in complaints
 
 
-def test_without_a_count_of_missed_events_it_still_reconciles(
+def test_without_a_count_of_missed_events_the_thread_reconciles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On an old kernel bpf_prog_info has 0; reconciling at the interval corrects the
