@@ -21,11 +21,11 @@
  *                  which bits of an address identify a client, as two words of its 16
  *                  bytes: IPV4_MASK_0, _1, IPV6_MASK_0, _1
  * BUCKETS          number of lifetime buckets; undefined: none are counted
- * BOUNDS           the upper bounds of all buckets but the last, in units of time
+ * BOUNDS           the upper bounds of all buckets except the last, in units of 2^13 ns
  * SECRET_0, _1     the key of the hash
  * LOSE_ONE_IN      in tests: the program ignores one in so many events, at random
  * ORDER            how stores are ordered: ORDERED, BY_EXCHANGE or BY_STACK
- * *_OFFSET         offsets of members of struct tcp_sock and struct net, from BTF
+ * *_OFFSET         offsets of members of the kernel's structs, in bytes, from BTF
  *
  * Terms: a *handle* identifies the connection of a slot. It is the address of the
  * socket. If the connection comes from the socket tables, it is a *seed*, and its
@@ -107,7 +107,7 @@ BPF_STACK(empty_stack, __u32, 1);
 BPF_ARRAY_OF_MAPS(barrier, "events", 1);
 
 /*
- * Hides the origin of a pointer from BCC. If BCC can trace a pointer back to the
+ * Hide the origin of a pointer from BCC. If BCC can trace a pointer back to the
  * context, it replaces each load through the pointer by a helper call.
  */
 static const void *untraced(__u64 address)
@@ -122,10 +122,10 @@ static const void *untraced(__u64 address)
 #define STORE(type, member, value) (*(volatile type *)&(member) = (value))
 
 /*
- * Makes all earlier stores of this run visible to other CPUs before all later ones.
+ * Make all earlier stores of this run visible to other CPUs before all later ones.
  * x86-64 does that with any stores (ORDERED). Other machines: an exchange is an atomic
  * operation with acquire and release (swpal), or it ends with a barrier (ldxr, stlxr,
- * dmb ish), also if it concerns memory of this run only. A pop takes and releases a
+ * dmb ish), even on memory that only this run uses. A pop acquires and releases a
  * lock. One pop orders nothing: earlier and later stores may both move into its
  * critical section. The release of the first pop and the acquisition of the second one
  * do. See tcpexporter/connections/memory_order.py.
@@ -183,7 +183,7 @@ static void load_key(struct connection_key *key, const void *sk, __u32 netns,
 	key->remote_port = bpf_ntohs(LOAD(__u16, sk, SKC_DPORT_OFFSET));
 }
 
-/* Returns the local port. A socket that was reset is unbound, but keeps inet_sport. */
+/* Return the local port. A socket that was reset is unbound, but keeps inet_sport. */
 static __u16 port_of_closed(const void *sk)
 {
 	const void *inet = untraced((__u64)bpf_skc_to_tcp_sock((void *)sk));
@@ -208,7 +208,7 @@ static __u64 read_kernel(__u64 address)
 #endif
 
 /*
- * Returns the number of the cgroup in which the socket was made; a socket that
+ * Return the number of the cgroup in which the socket was made; a socket that
  * accept(2) returns has that of the listener.
  *
  * Before Linux kernel commit 8520e224f547 ("bpf, cgroups: Fix cgroup v2 fallback on
@@ -263,7 +263,7 @@ static __u64 cgroup_of(const void *sk)
 		v2 = ROTATED(v2, 32);                                                  \
 	} while (0)
 
-/* Returns SipHash-1-3 of some words, as in tcpexporter/connections/identity.py. */
+/* Return SipHash-1-3 of some words, as in tcpexporter/connections/identity.py. */
 static __u64 siphash(const __u64 *words, int count)
 {
 	__u64 v0 = 0x736f6d6570736575 ^ SECRET_0;
@@ -294,7 +294,7 @@ static __u64 handle_of_seed(const struct connection_key *key)
 }
 
 /*
- * Returns the connection with this handle, its word and its slot's number; or NULL.
+ * Return the connection with this handle, its word and its slot's number; or NULL.
  * When userspace deletes an entry of a hash map, the kernel can reuse the memory of the
  * entry for another handle, while this run has a pointer to the value. So the value may
  * be the slot of another handle. Therefore the handle in the record of the slot is
@@ -318,13 +318,12 @@ static struct connection *find(__u64 handle, __u64 **word, __u32 *number)
 
 static void push_free(__u32 range)
 {
-	/* Since Linux 6.15 a push fails if it waits for its lock for 250 ms: try twice.
-	 */
+	/* Since Linux 6.15 a push fails after 250 ms without its lock: try twice. */
 	if (free_slots.push(&range, 0))
 		free_slots.push(&range, 0);
 }
 
-/* Allocates a slot for a handle without a slot; returns NULL if no slot is free. */
+/* Allocate a slot for a handle without a slot; return NULL if no slot is free. */
 static struct connection *allocate(__u64 handle, __u64 **word, __u32 *number)
 {
 	__u32 range, slot;
@@ -408,8 +407,8 @@ static void store_series(struct ledger_entry *entry, const struct series_key *se
 }
 
 /*
- * Returns the number of a series, or 0. As in `find`, the value can be that of another
- * series whose entry uses the memory of a deleted one.
+ * Return the number of a series, or 0 if it has none. As in `find`, the value can be
+ * that of another series whose entry uses the memory of a deleted one.
  */
 static __u32 number_of(struct series_key *series)
 {
@@ -422,12 +421,12 @@ static __u32 number_of(struct series_key *series)
 
 static void push_free_series(__u32 range)
 {
-	/* As for slots. */
+	/* Try twice, as in push_free. */
 	if (free_series.push(&range, 0))
 		free_series.push(&range, 0);
 }
 
-/* Allocates a number for a series that has none. Returns 0 if none is free. */
+/* Allocate a number for a series that has none. Return 0 if none is free. */
 static __u32 allocate_number(struct series_key *series)
 {
 	struct ledger_entry *entry;
@@ -442,7 +441,7 @@ static __u32 allocate_number(struct series_key *series)
 	entry = ledger.lookup(&number);
 	if (!entry)
 		return 0;
-	/* Before the number can be found. */
+	/* Store the series before another run can find the number. */
 	store_series(entry, series);
 	if (!series_numbers.insert(series, &number))
 		return number;
@@ -452,7 +451,7 @@ static __u32 allocate_number(struct series_key *series)
 	return number_of(series);
 }
 
-/* Returns the number in which a series is counted, never 0. */
+/* Return the number in which a series is counted, never 0. */
 static __u32 counted_in(struct series_key *series)
 {
 	__u32 number = number_of(series);
@@ -604,7 +603,7 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 	count->removed_seeds++;
 }
 
-/* Counts an outbound attempt that has failed. Its local port is in no series. */
+/* Count an outbound attempt that has failed. Its local port is in no series. */
 static void failed(const void *sk, __u32 netns)
 {
 	struct connection_key key;
@@ -644,8 +643,7 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 	if (!count)
 		return 0;
 #ifdef LOSE_ONE_IN
-	/* For tests: ignore and count the event, as a kernel that skips this program.
-	 */
+	/* For tests: ignore and count the event, as if the kernel skipped it. */
 	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0) {
 		count->unrecorded++;
 		return 0;

@@ -34,8 +34,8 @@ struct series_key {
 #define SERIES_OWN 8	     /* the exporter's own listener, which is not counted */
 
 /*
- * A number for each series. Number 0 is none. The numbers below SERIES_FIRST are those
- * of the folded series: 1 + (IPv6) + 2 * (outbound).
+ * Each series has a number. Number 0 means no series. The numbers below SERIES_FIRST
+ * are those of the folded series: 1 + (IPv6) + 2 * (outbound).
  */
 #define SERIES_BITS 18
 #define SERIES_MASK 0x3ffff
@@ -45,11 +45,12 @@ struct series_key {
 #define TIME_SHIFT 13
 
 /*
- * A slot for a connection, one cache line. Whether it has one, since when, and in which
- * series, is in another array: one word for each slot, time << SERIES_BITS | number. So
- * one store opens a connection, one store closes it, and userspace counts a million
- * connections by reading 8 MB. The word of a slot without connection is CLOSED, or 0 if
- * the slot was never used; the number in both is 0.
+ * A slot for one connection; its size is one cache line. Another array has one word for
+ * each slot: time << SERIES_BITS | number. The word says whether the slot has a
+ * connection, since when, and in which series. So one store opens a connection, one
+ * store closes it, and userspace counts a million connections by reading 8 MB. The word
+ * of a slot without connection is CLOSED, or 0 if the slot was never used; the number
+ * in both is 0.
  */
 struct connection {
 	__u64 handle; /* the socket's address, or the hash of a seed; 0: none */
@@ -62,9 +63,9 @@ struct connection {
 #define CLOSED (1ULL << SERIES_BITS)
 
 /*
- * What has happened in a series. Both ends of a loopback connection are connections. In
- * an entry of `corrections`, the first word of `series` is the number of connections
- * that were open when counting began.
+ * What has happened in a series. Both ends of a loopback connection count. In an entry
+ * of `corrections`, the first word of `series` is the number of pre-existing
+ * connections.
  */
 struct ledger_entry {
 	struct series_key series; /* all zero: the number is free */
@@ -80,7 +81,7 @@ struct ledger_entry {
 /* Set in the handle of a seed; the handle of a socket is its address, which is even. */
 #define HANDLE_SEEDED 1
 
-/* A range of free slots or series numbers: the first, above how many follow it. */
+/* A range of free slots or series numbers: first << RANGE_BITS | how many follow it. */
 #define RANGE_BITS 8
 #define RANGE_MASK 0xff
 
@@ -90,7 +91,7 @@ struct tracker_events {
 	__u64 removed;
 	__u64 refused;	     /* connections for which no slot was free */
 	__u64 removed_seeds; /* seeds; `removed` includes them */
-	__u64 allocated;     /* slots */
+	__u64 allocated;     /* slots that were allocated */
 	__u64 unrecorded;    /* closings that did not fit into the closings log */
 };
 

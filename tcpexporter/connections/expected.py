@@ -26,22 +26,7 @@ V4_MAPPED = IPv6Network("::ffff:0:0/96")
 
 IPV4_HALVES = np.frombuffer(V4_MAPPED.network_address.packed, np.uint64)
 IPV4_MASKS = np.frombuffer(V4_MAPPED.netmask.packed, np.uint64)
-"""The first bits of ::ffff:a.b.c.d, and which bits these are."""
-
-EVERY_BIT = np.uint32(0xFFFFFFFF)
-
-PIECE = 8192
-"""Number of slots that are matched at once: their records fit into the cache of a CPU."""
-
-IPV4_HALVES = np.frombuffer(V4_MAPPED.network_address.packed, np.uint64)
-IPV4_MASKS = np.frombuffer(V4_MAPPED.netmask.packed, np.uint64)
-"""The first bits of ::ffff:a.b.c.d, and which bits these are."""
-
-EVERY_BIT = np.uint32(0xFFFFFFFF)
-
-IPV4_HALVES = np.frombuffer(V4_MAPPED.network_address.packed, np.uint64)
-IPV4_MASKS = np.frombuffer(V4_MAPPED.netmask.packed, np.uint64)
-"""The first bits of ::ffff:a.b.c.d, and which bits these are."""
+"""The address and the netmask of `V4_MAPPED`, each as two words of its 16 bytes."""
 
 EVERY_BIT = np.uint32(0xFFFFFFFF)
 
@@ -53,7 +38,7 @@ class End(NamedTuple):
     """What a rule expects of one end of a connection."""
 
     network: Network | None = None
-    """The address is in this network; None: it is any address."""
+    """The network that contains the address; None: any address."""
     first_port: int = 0
     last_port: int = PORTS - 1
 
@@ -73,7 +58,9 @@ class Rule:
     unit: str | None = None
     """The systemd unit that owns the socket; None: any owner."""
     direction: Direction | None = None
+    """None: both."""
     minimum: int = 1
+    """The number of connections that the rule requires."""
 
     def __str__(self) -> str:
         return self.text
@@ -87,7 +74,7 @@ class Found(NamedTuple):
 
 
 class _Test(NamedTuple):
-    """A condition: (column & mask) - first <= span, in numbers of the column's dtype."""
+    """A condition: (column & mask) - first <= span, computed in the column's dtype."""
 
     column: str
     first: np.generic
@@ -97,7 +84,7 @@ class _Test(NamedTuple):
     """None: every bit."""
 
     def passes(self, values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Return which values satisfy the condition."""
+        """Return whether each value satisfies the condition."""
         if self.mask is not None:
             values = values & self.mask
         if self.span is not None:
@@ -109,11 +96,11 @@ class _Test(NamedTuple):
 
 
 Matcher: TypeAlias = Sequence[_Test]
-"""The conditions of a rule; those that fewest connections satisfy come first."""
+"""The conditions of a rule, in the order in which they are tested."""
 
 
 class _Step(NamedTuple):
-    """A test of a rule, and the number of the test."""
+    """A test of a rule. Equal tests of several rules have the same number."""
 
     number: int
     test: _Test
@@ -138,7 +125,7 @@ def _tests_of(side: str, end: End) -> Iterator[_Test]:
     packed = end.network.network_address.packed, end.network.netmask.packed
     values, masks = (np.frombuffer(each, np.uint32) for each in packed)
     before = 4 - len(values)
-    # The last word differs most between addresses.
+    # Test the last word first: it differs most between addresses.
     for word in reversed(range(len(values))):
         if masks[word]:
             mask = None if masks[word] == EVERY_BIT else masks[word]
@@ -158,7 +145,7 @@ def count_expected(
     """Count the connections that match each rule.
 
     A connection that opens or closes meanwhile may be left out. One that is established all
-    the time is counted. It does not loop over connections in Python.
+    the time is counted. There is no loop over connections in Python.
 
     Args:
         windows: records and words of slots, which the kernel may write to at any time.
@@ -211,7 +198,13 @@ def _pieces(windows: Iterable[tuple[Records, Words]]) -> Iterator[tuple[Records,
 
 
 def _column(records: Records, name: str) -> npt.NDArray[Any]:
-    """Return a copy of a column of records."""
+    """Return a copy of one column of records, with one element for each record.
+
+    Args:
+        records: slots of the tracker, or connections of the socket tables.
+        name: a field; or ``SIDE_address_N``, a word of 32 bits of an address; or
+            ``SIDE_is_ipv4``. SIDE is local or remote.
+    """
     key = records["key"]
     side, _, part = name.partition("_")
     if part == "is_ipv4":
@@ -235,7 +228,7 @@ def _matching(
 ) -> npt.NDArray[np.bool_]:
     """Return which slots have a connection that satisfies all tests.
 
-    ``shared`` keeps the results of tests of several rules, by the numbers of the tests.
+    ``shared`` caches the result of each test that several rules have, by its number.
     """
     is_match = is_open
     for place, (number, test, is_shared) in enumerate(steps):
@@ -245,7 +238,7 @@ def _matching(
             if is_shared:
                 shared[number] = passes
         is_match = is_match & passes
-        # Most rules match nothing after their first test.
+        # The other tests are not necessary if nothing passes the first one.
         if not place and not np.count_nonzero(is_match):
             break
     return is_match

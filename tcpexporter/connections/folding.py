@@ -23,9 +23,9 @@ def fold(
 
     The connections of a series that is left out are added to a folded series, without port.
     There is one for each combination of the other labels, so the sums do not change. A
-    series that has no port stays instead, because it is the only one of its kind. If
-    there are more than ``max_series`` of these, the rest are added to the folded series for
-    all other namespaces.
+    series without a port is not folded by port: there is only one for each combination. If
+    there are more than ``max_series`` of both kinds, the rest are added to series for all
+    other owners, and then to series for all other namespaces.
 
     Args:
         counts: the counts of all series.
@@ -87,7 +87,7 @@ def _kept(
 def _others(
     folded: Series, published: Series, max_series: int, steps: Sequence[str]
 ) -> Series:
-    """Return the folded series: published ones, and those that ``folded`` needs."""
+    """Return the published folded series, and those that ``folded`` are added to."""
     if not steps:
         return np.empty(0, SERIES_BYTES)
     needed = np.setdiff1d(_without(steps[0], folded), published)
@@ -103,8 +103,8 @@ def _others(
 def _found(series: Series, exposed: Series, steps: Sequence[str]) -> Series:
     """Return the series of ``exposed`` that each of ``series`` is counted in.
 
-    It is the series itself, or the folded one in its namespace, or the folded one for all
-    other namespaces.
+    It is the series itself, or the first of these that is exposed: the series folded by
+    port, then also by owner, then also by namespace.
     """
     found = series
     for field in steps:
@@ -113,7 +113,7 @@ def _found(series: Series, exposed: Series, steps: Sequence[str]) -> Series:
 
 
 def _without(field: str, series: Series) -> Series:
-    """Return ``series`` folded by a field; those without it are not changed."""
+    """Return ``series`` with a field set to 0, and with `FOLDED` where it was not 0."""
     blank = series.copy()
     parts = blank.view(SERIES)
     parts["flags"] |= np.where(parts[field] != 0, np.uint8(FOLDED), np.uint8(0))

@@ -23,14 +23,16 @@ CLIENT_BITS = 32
 Clients = npt.NDArray[np.uint64]
 """Hashes of clients, of `CLIENT_BITS` bits.
 
-Two clients have the same hash with a probability of 1 in 4 billion. The elements have 64
-bits because the kernel's array maps have: array_map_alloc in its kernel/bpf/arraymap.c.
+Two clients have the same hash with a probability of 1 in 4 billion. An element has 64 bits
+because each value of a BPF array map does: array_map_alloc in the kernel's
+kernel/bpf/arraymap.c.
 """
 
 ClientMasks: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 """The masks of IPv4 addresses (as ::ffff:a.b.c.d) and of IPv6 addresses."""
 
 SECRET = (int.from_bytes(os.urandom(8)), int.from_bytes(os.urandom(8)))
+"""The key of the hash in this process."""
 
 PIECE = 8192
 """Number of keys that are hashed at once: all arrays fit into the cache of a CPU."""
@@ -56,7 +58,7 @@ def client_hashes(
 
     Args:
         keys: of dtype `KEY`. The client is the remote address.
-        masks: which of its bits identify a client.
+        masks: which bits of the address identify a client.
         secret: the key of the hash, as two numbers of 64 bits.
     """
     addresses = np.ascontiguousarray(keys["remote_address"]).view(np.uint64).reshape(-1, 2)
@@ -72,7 +74,7 @@ def client_masks(ipv4_bits: int, ipv6_bits: int) -> ClientMasks:
 
 
 def _mask(bits: int) -> tuple[int, int]:
-    """Return a mask for the first bits of an address, as two words of its bytes."""
+    """Return a mask of the first ``bits`` bits of an address, as two words of 64 bits."""
     octets = ((1 << bits) - 1 << 128 - bits).to_bytes(16, "big")
     first, second = np.frombuffer(octets, np.uint64).tolist()
     return first, second

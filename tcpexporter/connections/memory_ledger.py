@@ -45,8 +45,8 @@ class MemoryLedger:
 
         Args:
             parts: what is counted separately.
-            bounds_s: the upper bounds of lifetime buckets, ascending, but for the last
-                bucket; empty: lifetimes are not counted.
+            bounds_s: the upper bounds of all lifetime buckets except the last, in seconds,
+                ascending; empty: lifetimes are not counted.
         """
         self._parts = parts
         self._bounds = np.array([time_units(each) for each in bounds_s])
@@ -57,7 +57,12 @@ class MemoryLedger:
         self._forgotten = Forgotten()
 
     def forget(self, field: str, values: Iterable[int]) -> None:
-        """Forget series with these values when the next connections are counted."""
+        """Forget series when `drop_forgotten` is called next; any thread may call this.
+
+        Args:
+            field: ``netns`` or ``cgroup``.
+            values: the values of this field in the series to forget.
+        """
         self._forgotten.add(field, values)
 
     def count(self, connections: Records) -> Chunk:
@@ -70,7 +75,7 @@ class MemoryLedger:
         )
 
     def record_pre_existing(self, open_now: Words) -> None:
-        """Record connections that were there before the first ones were read."""
+        """Record pre-existing connections: those that the first poll found."""
         np.add.at(self._rows[:, 2], numbers_of(open_now), 1)
 
     def record_opened(self, opened: Words) -> None:
@@ -89,7 +94,7 @@ class MemoryLedger:
             np.add.at(self._rows[:, 4:], (numbers, buckets), 1)
 
     def snapshot(self) -> Ledger:
-        """Return a copy of the ledger."""
+        """Return a copy of the ledger; ``failed`` is 0: attempts are not counted."""
         rows = self._rows.copy()
         failed = np.zeros(len(rows), np.int64)
         return Ledger(

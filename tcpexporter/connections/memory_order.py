@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Orders loads and stores where the CPU does not, and argues what is read without a lock.
+"""Orders loads and stores where the CPU does not; says why reading needs no lock.
 
 x86-64 has *total store order*: every CPU sees the stores of another one in program order,
 and performs its own loads in program order. Only a load may overtake an earlier store. On
@@ -7,18 +7,19 @@ other machines, such as arm64, loads and stores of different locations may be pe
 any order, unless one of these orders them:
 
 - In the BPF program, ``order_stores``: an exchange, or two pops of an empty stack.
-- In userspace, `memory_barrier`: it releases a lock and then acquires it. Nothing moves
-  behind the release or before the acquisition, and Armv8 never exchanges these two. To
-  acquire and then to release orders nothing: what comes before and what comes after may
-  both move in between. membarrier(2) does not help: it reaches the CPUs that run threads of
-  this process, and the BPF program runs in any task.
-- A dependency: a load from an address that an earlier load found follows that load. That
-  also holds if the program has kept the address on its stack.
+- In userspace, `memory_barrier`: it releases a lock and then acquires it again. No earlier
+  access moves behind the release, no later one before the acquisition, and Armv8 never
+  exchanges these two. Acquiring and then releasing orders nothing: earlier and later
+  accesses may both move in between. membarrier(2) does not help: it reaches the CPUs that
+  run threads of this process, and the BPF program runs in any task.
+- A dependency: a load from an address that an earlier load found follows that load, even if
+  the program has stored the address on its stack in between.
 - The kernel: an update of a hash map publishes the entry by a store with release. A push
   and a pop take the lock of the stack. The kernel runs the program under the lock of the
   socket, and stores the socket's new state with release.
-- `Tracker.wait_for_runs`: a run of the program has ended when it returns, and then all that
-  the run has stored is visible; or the run sees all that was stored before the call.
+- `Tracker.wait_for_runs`: for each run of the program, one of two things holds. The run has
+  ended when the call returns, and all its stores are visible. Or the run sees all that was
+  stored before the call.
 
 These are the cases. tests/unit/ordering tries all orders of each.
 
@@ -26,14 +27,16 @@ These are the cases. tests/unit/ordering tries all orders of each.
    So a count has the series and time of one connection.
 2. A word, then the record or the client of the slot, then the word again, which has not
    changed. The word is stored after the record, and loaded before it, each time with a
-   barrier in between: so the record is not older. A later record follows `CLOSED`: between
-   the closing and the next opening, the socket's lock is released and one is acquired. The
-   reader has a barrier before it loads the word again: so the record is not newer.
+   barrier in between: so the record is not older than the word. A later record follows
+   `CLOSED`: between the closing and the next opening, the socket's lock is released and one
+   is acquired. The reader has a barrier before it loads the word again: so the record is
+   not newer.
 3. As 2, but the closing was missed. Then one run stores `CLOSED` and the next record,
    without a lock in between. It calls ``order_stores`` for that.
 4. As 2, but userspace frees the slot in between. It stores `CLOSED` and clears the handle,
    then pushes the slot; the next owner pops it, then writes. The stack's lock orders both.
-   Only the thread that frees slots reads handles, so these two stores need no order.
+   In userspace, only the thread that frees slots reads handles, so these two stores need no
+   order. For the program, see 6.
 5. A seed: userspace stores the record, adds the handle to the map, calls `memory_barrier`,
    and stores the word. A run that finds the handle follows dependencies to the record.
 6. A handle in ``find``. Its entry can be reused for a slot that was freed, after the handle
@@ -82,7 +85,7 @@ def memory_barrier() -> None:
     """Perform all earlier loads and stores of this thread before all later ones.
 
     With total store order it does nothing: then loads and stores are ordered, except a load
-    after a store, and nothing that calls this function depends on that.
+    after a store, and no caller of this function depends on the order of these two.
     """
     if IS_TOTAL:
         return

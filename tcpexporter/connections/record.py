@@ -41,7 +41,7 @@ CONNECTION = np.dtype(
 )
 """``struct connection``: a slot of the tracker, which the BPF program writes to.
 
-``handle`` identifies the slot to the BPF program (see `ebpf.tracker`). ``is_outbound`` is a
+``handle`` identifies the slot to the BPF program: bpf/tcp_tracker.c. ``is_outbound`` is a
 `Direction`. ``cgroup`` is as in `SOCKET`. Whether the slot has a connection is in the
 slot's element of `Words`.
 """
@@ -66,7 +66,7 @@ unknown, or not counted separately.
 """
 
 SERIES_BITS = 18
-"""Bits of a series number, the lower part of a word of `Words`."""
+"""Number of bits of a series number, which is the lower part of a word of `Words`."""
 
 SERIES_MASK = (1 << SERIES_BITS) - 1
 
@@ -79,7 +79,10 @@ CLOSED = np.uint64(1 << SERIES_BITS)
 LISTENER = np.dtype(
     [("netns", "u4"), ("port", "u2"), ("ip_version", "u1"), ("cgroup", "u8")]
 )
-"""A listening port and an IP version, 4 or 6, that its socket accepts."""
+"""A listening port and an IP version, 4 or 6, that its socket accepts.
+
+The other fields are as in `KEY` and `SOCKET`.
+"""
 
 Records: TypeAlias = npt.NDArray[np.void]
 """A one-dimensional array of one of the dtypes above."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Selects the connections that are counted, and what distinguishes their series."""
+"""Selects the connections that are counted, and the labels that distinguish series."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ UNKNOWN_OWNER = 1
 
 
 class NoOwners:
-    """Owners, if none are known."""
+    """Used if no label requires owners: each cgroup has `UNKNOWN_OWNER`."""
 
     def numbers(self, cgroups: Cgroups) -> Cgroups:
         return np.full(len(cgroups), UNKNOWN_OWNER, np.uint64)
@@ -129,7 +129,7 @@ def has_owner(labels: Sequence[str]) -> bool:
 
 
 def is_selected(series: Series, selection: Selection) -> npt.NDArray[np.bool_]:
-    """Return which series are selected; that of a free number is not."""
+    """Return whether each series is selected; `NO_SERIES` is not."""
     parts = series.view(SERIES)
     selected: npt.NDArray[np.bool_] = selection.ports[parts["port"]] & np.isin(
         parts["ip_version"], selection.ip_versions
@@ -140,7 +140,7 @@ def is_selected(series: Series, selection: Selection) -> npt.NDArray[np.bool_]:
 
 
 def is_still_selected(published: Series, selection: Selection) -> npt.NDArray[np.bool_]:
-    """Return which published series another selection of ports selects, too."""
+    """Return whether each published series is selected after the ports have changed."""
     if not {"port", "remote_port"} & {*selection.labels}:
         return np.ones(len(published), np.bool_)
     selected: npt.NDArray[np.bool_] = selection.ports[published.view(SERIES)["port"]]
@@ -171,7 +171,7 @@ def owners_of(series: Series, selection: Selection) -> Cgroups:
 def projected(series: Series, selection: Selection) -> Series:
     """Return the series without the parts that are not among the labels.
 
-    The field ``cgroup`` has numbers of owners then; 0 is that of no particular owner.
+    The field ``cgroup`` of the result is the number of the owner, as in `owners_of`.
     """
     found = series.copy()
     parts = found.view(SERIES)
@@ -190,13 +190,13 @@ def projected(series: Series, selection: Selection) -> Series:
     if "port" not in labels:
         parts["port"][is_local] = 0
         if not (selection.by_netns or selection.by_owner):
-            # The series with all ports is that of the folded ones.
+            # Now a folded series has the same labels as the others: they are one series.
             parts["flags"][is_local] &= np.uint8(~FOLDED & 0xFF)
     return found
 
 
 def listened(listeners: Records, selection: Selection) -> Series:
-    """Return the selected series of ``listeners``, of dtype `LISTENER`."""
+    """Return the selected series of listeners, which are of dtype `LISTENER`."""
     own_netns, own_port = selection.own_listener
     is_own = (listeners["netns"] == own_netns) & (listeners["port"] == own_port)
     series = np.zeros(len(listeners), SERIES)
@@ -227,10 +227,13 @@ def named(ports: Sequence[int], netns: int, selection: Selection) -> Series:
 
 
 def _present(series: Records, selection: Selection) -> Series:
-    """Return the series that exist without any connection."""
+    """Return the distinct series that `projected` makes of the selected ones of ``series``.
+
+    The flags of ``series`` are changed in place.
+    """
     is_outbound = Direction.INBOUND not in selection.directions
     if is_outbound and not {"remote_port", "direction"} & {*selection.labels}:
-        series["flags"] |= OUTBOUND  # listeners have series, as in the Go program
+        series["flags"] |= OUTBOUND  # so that listeners have series, as in the Go program
     found = series.view(SERIES_BYTES)
     found = found[is_selected(found, selection)]
     return np.unique(projected(found, selection))

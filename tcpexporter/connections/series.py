@@ -118,7 +118,7 @@ def folded_series() -> Series:
 
 
 def folded_number(series: Series) -> Numbers:
-    """Return the number that counts each series if no number is free."""
+    """Return the number of the folded series that counts each series without a number."""
     fields = series.view(SERIES)
     is_outbound = (fields["flags"] & OUTBOUND).astype(np.uint32)
     return np.where(fields["ip_version"] == 6, np.uint32(2), np.uint32(1)) + 2 * is_outbound
@@ -142,7 +142,7 @@ def entry_dtype(buckets: int) -> "np.dtype[np.void]":
 def correction_dtype(buckets: int) -> "np.dtype[np.void]":
     """Return the dtype of ``struct ledger_entry`` in the map of corrections.
 
-    It is that of an entry, but for the series: ``pre_existing`` is in its place.
+    It is that of `entry_dtype`, with ``pre_existing`` and a zero in place of ``series``.
     """
     return np.dtype([("pre_existing", "u8"), ("zero", "u8"), *_counters(buckets)])
 
@@ -173,7 +173,7 @@ class Ledger:
 
 
 class Forgotten:
-    """Which series are to be forgotten: those with some values of a field."""
+    """The series to forget, by the values of a field."""
 
     def __init__(self) -> None:
         self._values: dict[str, frozenset[int]] = {}
@@ -183,7 +183,7 @@ class Forgotten:
         self._values[field] = self._values.get(field, frozenset()) | {*values}
 
     def take(self, series: Series) -> npt.NDArray[np.bool_]:
-        """Return which of these series are to be forgotten, and begin anew."""
+        """Return whether each of these series is to be forgotten, and clear the values."""
         wanted, self._values = self._values, {}
         found = np.zeros(len(series), np.bool_)
         for field, values in wanted.items():

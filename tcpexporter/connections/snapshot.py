@@ -55,7 +55,7 @@ def consistent_fields(
 
 
 def valid_old_connections(window: Records) -> Records:
-    """Do as `valid_connections` for a window of version 1 of the layout.
+    """Do the same as `valid_connections`, for a window of version 1 of the layout.
 
     Args:
         window: with the fields ``key``, ``established_ns`` and ``group``. A slot has a
@@ -71,14 +71,14 @@ def valid_old_connections(window: Records) -> Records:
 
 
 def valid_connections(window: Records, words: Words) -> Records:
-    """Copy the connections that do not change and that a socket can have.
+    """Copy the connections that do not change meanwhile, and correct invalid values.
 
     A connection without a local port is left out, and ``established_ns`` is at most the
     present time. So wrong records of another version of the exporter do no harm.
 
     Args:
         window: as in `consistent_fields`. Its dtype has the fields ``key`` and
-            ``is_outbound``, at any offsets, and perhaps ``cgroup``.
+            ``is_outbound``, at any offsets, and ``cgroup`` if it was recorded.
         words: as in `consistent_fields`.
 
     Returns:

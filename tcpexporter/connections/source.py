@@ -47,7 +47,7 @@ class Report:
     kernel_events: Mapping[str, int] = field(default_factory=dict)
     """How often the BPF program took each action since it was loaded."""
     uncertain_connections: int | None = None
-    """An upper bound of the difference between the numbers and the kernel's."""
+    """An upper bound of the difference between the exporter's counts and the kernel's."""
     kernel_series: int | None = None
     """Series numbers in use."""
     max_kernel_series: int | None = None
@@ -57,7 +57,7 @@ class Report:
     seeded_connections: int | None = None
     """Number of tracked connections that come from the socket tables, not from an event."""
     refused_seeds: int | None = None
-    """Number of connections in the socket tables that did not fit into the tracker."""
+    """How often the tracker had no free slot for a connection from the socket tables."""
     reconciliation: Reconciliation | None = None
     state_saved_s: float | None = None
     """When ages were last saved to a file, in Unix time; 0: not yet."""
@@ -93,7 +93,7 @@ class Source(Protocol):
     """The value of ``--source`` that selects this source."""
 
     def start(self) -> None:
-        """Read the pre-existing connections and starts the threads.
+        """Read the pre-existing connections, and start the threads.
 
         Raises:
             SourceError: the connections cannot be read.
@@ -106,7 +106,7 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """End the threads and closes all descriptors."""
+        """End the threads, and close all descriptors."""
         ...
 
     def read(self) -> Iterator[Chunk]:
@@ -133,7 +133,7 @@ class Source(Protocol):
     def ledger(self) -> Ledger:
         """Return what has happened in each series.
 
-        It has every series of the chunks that `read` has returned before.
+        The result has every series of the chunks that `read` has returned before.
 
         Raises:
             SourceError: it cannot be read now.
@@ -145,7 +145,7 @@ class Source(Protocol):
 
         Args:
             field: ``netns`` or ``cgroup``.
-            values: those of the series to forget.
+            values: the values of this field in the series to forget.
         """
         ...
 
@@ -187,11 +187,11 @@ class MemorySource:
         parts: Parts = INBOUND,
         bounds_s: Sequence[float] = (),
     ) -> None:
-        """Have these connections, of dtype `SOCKET`."""
+        """Use connections of dtype `SOCKET`, which `read` and `records` yield."""
         self.name = name
         self.chunks = list(chunks)
         self.counted = MemoryLedger(parts, bounds_s)
-        """What has happened; a test may change it."""
+        """The ledger; a test may change it."""
         self._listeners = np.empty(0, LISTENER) if listeners is None else listeners
         self._report = report or Report()
 

@@ -85,7 +85,7 @@ class Btf:
         seen = set()
         while left:
             number, begin = left.pop()
-            if number in seen:  # only in malformed BTF a struct contains itself
+            if number in seen:  # a struct contains itself only in malformed BTF
                 continue
             seen.add(number)
             for name, inner, offset in self._members(number):

@@ -23,7 +23,7 @@ Both are whole pages of every size: arm64 has pages of 4, 16 or 64 KiB.
 """
 
 UNTOUCHED = 16 * RANGE_SLOTS
-"""Reading ends after so many consecutive slots that were never used.
+"""Reading ends after this number of consecutive slots that were never used.
 
 Ranges of slots are allocated in ascending order and used at once. But a CPU can be late to
 use the range that it has allocated, so there may be a short gap for an instant.
@@ -86,14 +86,14 @@ class ConnectionArray:
         self._descriptor = records
         self._record = record
         self._used = WINDOW
-        """Number of slots to look at; they are used, but for the last ones."""
+        """Number of slots to read: those ever used, and at least `UNTOUCHED` after them."""
         self._words = MappedArray(words, np.dtype("u8"), slots, WINDOW)
         self._clients = (
             None if clients is None else MappedArray(clients, np.dtype("u8"), slots, WINDOW)
         )
 
     def words(self) -> Words:
-        """Return the words of all slots that were ever used.
+        """Return the words of all slots that were ever used, and of some after them.
 
         Raises:
             OSError: the kernel refuses to map them.
@@ -106,7 +106,7 @@ class ConnectionArray:
         return self._words.upto(self._slots)
 
     def word_windows(self) -> Iterator[Words]:
-        """Yield these words in chunks of `WINDOW`.
+        """Yield the words that `words` returns, in chunks of `WINDOW`.
 
         Raises:
             OSError: the kernel refuses to map them.
@@ -116,7 +116,7 @@ class ConnectionArray:
             yield words[first : first + WINDOW]
 
     def chunk(self) -> Chunk:
-        """Return the words and clients of these slots.
+        """Return the words and clients of the slots that `words` returns.
 
         Raises:
             OSError: the kernel refuses to map them.
@@ -136,7 +136,7 @@ class ConnectionArray:
             self._clients.upto(int(slots.max()) + 1)[slots] = clients
 
     def windows(self) -> Iterator[tuple[Records, Words]]:
-        """Yield the records and words of these slots, in the same chunks.
+        """Yield records and words of the slots that `words` returns, in chunks of `WINDOW`.
 
         Raises:
             OSError: the kernel refuses to map them.
@@ -153,7 +153,7 @@ class ConnectionArray:
         return self._words.upto(slots)
 
     def records_of(self, slots: Slots) -> tuple[Records, Slots]:
-        """Return records of which some are those of these slots, and the indices of these.
+        """Return the records of whole windows, and the index in them of each of ``slots``.
 
         Raises:
             OSError: the kernel refuses to map them.
@@ -163,7 +163,7 @@ class ConnectionArray:
         return self._mapped(first, last), slots - np.uint32(first)
 
     def used(self) -> tuple[Records, Words]:
-        """Return the records and words of all slots that were ever used.
+        """Return the records and words of the slots that `words` returns.
 
         Raises:
             OSError: the kernel refuses to map them.
@@ -177,7 +177,7 @@ class ConnectionArray:
     def known(self) -> Known:
         """Return all connections; those that change meanwhile may be missing.
 
-        They are read after all that this thread has read before.
+        All earlier loads of this thread come first: a memory barrier orders them.
 
         Raises:
             OSError: the kernel refuses to map the arrays.

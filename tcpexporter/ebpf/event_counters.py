@@ -19,7 +19,7 @@ class EventCounters:
     """The counters of a loaded program; any thread may read them."""
 
     def __init__(self, descriptors: Descriptors) -> None:
-        """Use the descriptors of a program and its maps, which stay open."""
+        """Use the descriptors of a program and its maps, which must stay open."""
         self._program = descriptors.program
         self._counters = Map(descriptors.events, "events")
         self._cpus = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
@@ -57,7 +57,7 @@ class EventCounters:
 
     @map_errors()
     def missed_events(self) -> int:
-        """Return for how many events the kernel skipped the program, as it was running.
+        """Return the number of events for which the kernel skipped the program.
 
         A kernel with `features.RECURSION_MISSES` skips the program while it is running on
         the same CPU, and counts that. On other kernels the program can interrupt itself,

@@ -38,7 +38,7 @@ Answer = bool | None
 
 Probe = Callable[[Btf | None], Answer]
 """A function that probes a feature. Its argument is the kernel's types; None without BTF.
-It may raise OSError. """
+It may raise OSError."""
 
 POLLS = "sock_diag is polled"
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Allocates numbers from a stack that the BPF program uses too, in ranges.
 
-A range is a number: its first element above `RANGE_BITS`, and below that its length minus
-one. So a million free slots are 4,096 ranges, each of which takes one system call to push.
+A range is encoded as one number: its first element times `RANGE_SLOTS`, plus its length
+minus one. So a million free slots are 3,907 ranges, and one system call pushes each.
 """
 
 from typing import TypeAlias
@@ -25,10 +25,10 @@ class FreeNumbers:
         self._stack = Map(descriptor, what)
 
     def pop(self) -> Slots | None:
-        """Return a range of free numbers, in ascending order; None if there are none.
+        """Allocate a range; return its numbers in ascending order, or None if none is free.
 
         Raises:
-            OSError: the kernel refuses it.
+            OSError: the kernel refuses the operation.
         """
         popped = self._stack.pop(np.uint32)
         return None if popped is None else numbers_of(int(popped))
@@ -37,14 +37,14 @@ class FreeNumbers:
         """Free numbers; the first is the next to be allocated.
 
         Raises:
-            OSError: the kernel refuses it.
+            OSError: the kernel refuses the operation.
         """
         for each in reversed(ranges(numbers).tolist()):
             self._stack.push(np.uint32(each))
 
 
 def ranges(numbers: Slots) -> Slots:
-    """Return the fewest ranges that contain exactly these numbers, in the same order.
+    """Encode numbers as the fewest ranges, in the same order.
 
     No range crosses a multiple of `RANGE_SLOTS`.
 
@@ -60,6 +60,6 @@ def ranges(numbers: Slots) -> Slots:
 
 
 def numbers_of(found: int) -> Slots:
-    """Return the numbers of one range, in ascending order."""
+    """Return the numbers of one encoded range, in ascending order."""
     first = found >> RANGE_BITS
     return np.arange(first, first + found % RANGE_SLOTS + 1, dtype=np.uint32)

@@ -17,7 +17,7 @@ from tcpexporter.host import libc
 PROT_NONE = 0
 MAP_FIXED = 0x10
 MAP_NORESERVE = 0x4000
-"""include/uapi/asm-generic/mman.h"""
+"""include/uapi/asm-generic/mman-common.h and mman.h."""
 
 
 class MappedArray:
@@ -56,7 +56,9 @@ class MappedArray:
         self._entries: npt.NDArray[Any] = np.frombuffer(memoryview(room), dtype, entries)
 
     def upto(self, entries: int) -> npt.NDArray[Any]:
-        """Map whole windows until the first ``entries`` are mapped, and return them.
+        """Map windows until the first ``entries`` are mapped; return all of these windows.
+
+        So the result can have more than ``entries`` elements.
 
         The BPF program may write to them at any time.
 
@@ -93,8 +95,8 @@ def map_entries(
     Args:
         descriptor: of the map, which the caller keeps open.
         dtype: of an entry.
-        first: the first entry; it begins a page.
-        last: the entry after the last one.
+        first: the index of the first entry, which must begin a page.
+        last: the index after the last entry.
 
     Raises:
         OSError: the kernel refuses to map them.

@@ -25,7 +25,7 @@ CHUNK = 4096
 
 OUT_OF_MEMORY_S = 0.001
 OUT_OF_MEMORY_TRIES = 100
-"""How often, and with which pause, a batch update is tried again for lack of memory.
+"""Pause of a batch update that lacks memory, and its number of tries without progress.
 
 A hash map without preallocated entries allocates memory in advance, in small batches. A
 batch update can use up that memory faster than the kernel allocates more.
@@ -104,7 +104,10 @@ class Map:
         return None
 
     def put_all(self, keys: Keys, values: Keys) -> int:
-        """Set the values of many keys in order; return how many fit into the map."""
+        """Set the values of many keys in order; return how many were set.
+
+        They are fewer than ``keys`` if the map is full or the kernel lacks memory.
+        """
         done = 0
         tries = OUT_OF_MEMORY_TRIES
         while done < len(keys) and tries:
@@ -135,7 +138,10 @@ class Map:
     def items(
         self, key: npt.DTypeLike, value: npt.DTypeLike, *, delete: bool = False
     ) -> tuple[Keys, Keys]:
-        """Return all keys and their values; optionally delete them in the same step."""
+        """Return all keys, of dtype ``key``, and their values, of dtype ``value``.
+
+        With ``delete``, the kernel deletes each batch of them as it copies it.
+        """
         function = "bpf_map_lookup_and_delete_batch" if delete else "bpf_map_lookup_batch"
         keys, values = np.empty(CHUNK, key), np.empty(CHUNK, value)
         found = [(keys[:0], values[:0])]

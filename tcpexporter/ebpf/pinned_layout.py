@@ -23,11 +23,11 @@ OLD_MAGIC = 0x74637078
 """The magic number of layouts of the versions without a ledger."""
 
 FIELDS = ("key", "is_outbound")
-"""The fields of `CONNECTION` that the next run adopts."""
+"""The fields of `CONNECTION` that the next run adopts, besides ``cgroup``."""
 
 OLD_FIELDS = ("established_ns", "key", "group")
 OLD_FORMATS = {"established_ns": "u8", "group": "u4"}
-"""Those of a layout with `OLD_MAGIC`."""
+"""The fields of a record with `OLD_MAGIC`, and their formats except that of the key."""
 
 KEY_FIELDS = ("local_address", "remote_address", "netns", "local_port", "remote_port")
 """The fields of `KEY`. Their order is part of the layout and must not change."""
@@ -42,15 +42,15 @@ class Layout(NamedTuple):
     """What a previous run has pinned."""
 
     record: np.dtype[Any]
-    """Of a connection: the adopted fields, at the offsets of the version that pinned it."""
+    """The adopted fields of a record, at the offsets of the version that pinned it."""
     is_old: bool
-    """Whether a record has the time and the direction, and there are no words."""
+    """Whether the time and the direction are in the record, because there are no words."""
     is_continued: bool
-    """Whether it counted the same series, so that its ledger can be adopted."""
+    """Whether the run counted the same series, so that its ledger can be adopted."""
 
 
 def make(counted: Request) -> npt.NDArray[np.uint32]:
-    """Return the layout of this version for a program that counts this."""
+    """Return the layout of this version, in `LAYOUT_WORDS` words, for this request."""
     words = np.zeros(LAYOUT_WORDS, np.uint32)
     said = [MAGIC, CONNECTION.itemsize, KEY.itemsize, *_offsets(CONNECTION, FIELDS)]
     said += _offsets(KEY, KEY_FIELDS)
@@ -61,7 +61,7 @@ def make(counted: Request) -> npt.NDArray[np.uint32]:
 
 
 def read(words: npt.NDArray[np.uint32], counted: Request) -> Layout:
-    """Return what a layout says.
+    """Parse a layout.
 
     Args:
         words: the layout.
@@ -71,8 +71,8 @@ def read(words: npt.NDArray[np.uint32], counted: Request) -> Layout:
         ValueError: this is not a layout, or it has fields outside of the record.
     """
     magic, record_bytes, key_bytes, *offsets = words.tolist()
-    # The C struct has members of 64 bits, so its size is a multiple of 8 bytes, and so is
-    # the kernel's distance of elements: array_map_alloc in its kernel/bpf/arraymap.c.
+    # The C struct has members of 64 bits, so its size is a multiple of 8 bytes. So is the
+    # distance between elements: array_map_alloc in the kernel's kernel/bpf/arraymap.c.
     if magic not in (MAGIC, OLD_MAGIC) or record_bytes % 8:
         raise ValueError(magic)
     key_formats = {name: KEY[name] for name in KEY_FIELDS}
@@ -122,9 +122,13 @@ def _offsets(dtype: np.dtype[Any], names: tuple[str, ...]) -> list[int]:
 def _laid_out(
     formats: Mapping[str, Any], offsets: list[int], itemsize: int
 ) -> np.dtype[Any]:
-    """Return a dtype with these fields, in order, at these offsets."""
+    """Return a dtype with these fields, in order, at the first of ``offsets``.
+
+    Raises:
+        ValueError: a field ends after ``itemsize``.
+    """
     own_offsets = offsets[: len(formats)]
-    # numpy checks this too, but with 32-bit numbers: it would read out of bounds.
+    # In numpy the same check can overflow 32 bits, and then it reads out of bounds.
     sizes = (np.dtype(each).itemsize for each in formats.values())
     if max(at + size for at, size in zip(own_offsets, sizes, strict=True)) > itemsize:
         raise ValueError(itemsize)

@@ -6,7 +6,7 @@ attachment of its program, the array of connections, the ledger, and a descripti
 layout. The next run, which may be of another version, loads its own program and maps. It
 adds the connections of previous generations to them, as it adds those of the socket tables
 (`reconcile.seed`), and only then removes these generations. So there is one way to add
-pre-existing connections, and an upgrade is no special case. For a connection, against that:
+pre-existing connections, and an upgrade is no special case. The cases for a connection:
 
 a. Stays open: the old generation has it with the kernel's time.
 b. Closes or opens while no exporter runs: the kernel reports it to the old program.
@@ -18,9 +18,9 @@ e. The old program missed its opening: it is added from the socket tables.
 
 The counters of the ledger continue. Both programs count what happens during the adoption,
 so the new run subtracts what its own program has counted by then (`SeriesNumbers.adopt`).
-The two ledgers are not read at one moment: an event in between is counted by one of them at
-most. If the settings count other series than the previous run, or other buckets, counters
-begin at 0.
+The two ledgers are not read at one moment, but an event in between is counted at most once.
+If the settings count other series than the previous run, or other buckets, counters begin
+at 0.
 
 A run that is killed at any step of the adoption leaves the old generation, or both: a
 generation is complete once it has its attachment, which is pinned last and removed first.
@@ -103,8 +103,8 @@ class Pins:
                 that exists only while the service runs.
 
         Returns:
-            None if the directory is not in a BPF file system. Then a warning is logged, and
-            the exporter counts without it.
+            The locked directory; None if it is not in a BPF file system. Then a warning is
+            logged, and the exporter counts without it.
 
         Raises:
             PinError: another user has access to it, or another exporter has locked it.
@@ -142,7 +142,7 @@ class Pins:
         Args:
             tracker: of this run; its program is already attached.
             counted: what that program counts.
-            tables: the socket tables, for what the previous run has not recorded.
+            tables: the socket tables, for cgroups that the previous run has not recorded.
 
         Raises:
             PinError: a pinned object is not of the expected kind.
@@ -153,7 +153,7 @@ class Pins:
             with _Generation.open(each, counted, tables) as generation:
                 reconcile.seed(tracker, generation)
                 self.adopted += generation.found
-                # The newest includes what the previous ones have counted.
+                # The newest generation includes the counters of the previous ones.
                 ledger = generation.ledger() if each == complete[-1] else None
                 if ledger:
                     tracker.series.adopt(ledger)
@@ -254,7 +254,7 @@ class _Generation:
     ) -> None:
         self.found = 0
         self.ledger = ledger
-        """Returns what has happened in each series; None: other series were counted."""
+        """A function that returns the ledger; None: the run counted other series."""
         self._read = read
         self._counted = counted
         self._tables = tables
@@ -294,6 +294,10 @@ class _Generation:
         """Return the connections, of dtype `SOCKET`; of those with equal keys, the newest.
 
         The program missed the closings of the older ones.
+
+        Raises:
+            TrackerError: the kernel refuses to map the arrays.
+            SocketTableError: cgroups are required, and the tables cannot be read.
         """
         with map_errors():
             known = np.concatenate(list(self._read()))
@@ -372,7 +376,7 @@ def _read_ledger(
 
 
 def _get(path: Path, undo: contextlib.ExitStack) -> tuple[int, dict[str, str]]:
-    """Return a descriptor of a pinned object and its fdinfo: bpf_map_show_fdinfo."""
+    """Return a descriptor of a pinned object, and its fdinfo (bpf_map_show_fdinfo)."""
     try:
         owned.require_own(path, path.stat(), PinError)
         descriptor = call("bpf_obj_get", os.fsencode(path))
@@ -396,7 +400,7 @@ def _number(path: Path, shown: dict[str, str], name: str) -> int:
 
 
 def _require(path: Path, shown: dict[str, str], **expected: int) -> None:
-    """Check that a map is an array with the expected properties."""
+    """Raise PinError unless a map is an array with the expected properties."""
     expected |= {"map_type": BPF_MAP_TYPE_ARRAY, "key_size": 4}
     if any(shown.get(name) != str(value) for name, value in expected.items()):
         raise _not_ours(path)

@@ -2,7 +2,7 @@
 """Constants of bpf/tcp_tracker.h for the loader process, which does not import numpy."""
 
 RANGE_BITS = 8
-"""Bits of a range of free numbers that hold its length minus one."""
+"""Number of the low bits of an encoded range; they are its length minus one."""
 
 RANGE_SLOTS = 1 << RANGE_BITS
 """The maximum length of a range."""

@@ -34,12 +34,12 @@ d. In the dump of 1, and closed before 2: the dump shows it and the tracker does
    becomes a seed. The program has recorded the closing, and 3 removes the seed.
 e. As d, but it closes during 2: the program records the closing before it looks for a seed.
    If its run does not find the seed, the run began before the seed was added. So 3 waits
-   for these runs, and reads the log again. Before that it adds the seeds to the ledger:
-   a scrape must not show connections that are not opened while 3 waits.
+   for these runs, and reads the log again. Before it waits, it adds the seeds to the
+   ledger: a scrape must not show connections that are not counted as opened.
 f. As d or e, and the same address pair opens again at any time: the tracker has the new
    connection by its socket; 3 removes the seed, which is the old connection.
-g. Closed after 2: the program finds and removes the seed, and records the closing too. If
-   another connection has the slot when 3 runs, its time differs, and 3 keeps it.
+g. Closed after 2: the program finds and removes the seed, and records the closing too. The
+   slot keeps the handle of the seed until 3 frees it, so no other connection gets it.
 h. As d, but the kernel skipped the program, or the closings log was full. The kernel or the
    program counts that. A reconciliation follows, with case l or r.
 
@@ -65,7 +65,7 @@ k. As j, but opened again before the second dump, and closed again before the tr
 l. Closed, and its closing was missed: neither dump shows it, and the tracker has the same
    entry, with the same time, both times. It is removed. If a new socket gets the same
    address before that, the program itself corrects the entry.
-m. Opened during the first dump, which had already passed its place in the tables: only the
+m. Opened during the first dump, which had already passed its hash bucket: only the
    tracker has it. Its time is after the start of that dump, so it is not compared.
 n. The first dump falls between the report of an opening and the store of the state: only
    the tracker has the connection. The second dump comes later and shows it.
@@ -192,8 +192,11 @@ def reconcile(
     Args:
         tracker: the tracker to correct.
         tables: the socket tables.
-        pre_existing: whether the ledger has added connections as such, because this is the
-            first comparison after a start; otherwise, as opened.
+        pre_existing: whether added connections count as pre-existing, because this is the
+            first comparison after a start; otherwise they count as opened.
+
+    Returns:
+        The numbers of connections that were added, removed and refused.
 
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
@@ -257,7 +260,7 @@ def _surplus(
 
 
 def _add(tracker: TrackedConnections, seeds: Records, *, pre_existing: bool = False) -> int:
-    """Do steps 2 and 3; return how many of the seeds stay."""
+    """Do the steps 2 and 3 for seeds of dtype `SOCKET`; return how many of them stay."""
     slots = tracker.add(seeds)
     return len(slots) - tracker.release_closed(slots, pre_existing=pre_existing)
 

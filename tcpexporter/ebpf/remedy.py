@@ -36,7 +36,7 @@ ALLOW_BPF = {
 }
 
 WHOLE_UID_MAP = ["0", "0", "4294967295"]
-"""The uid_map of the initial user namespace: only there bpf(2) is allowed."""
+"""The uid_map of the initial user namespace: bpf(2) is allowed only there."""
 
 
 class Context(NamedTuple):
@@ -112,7 +112,7 @@ def _root_again(context: Context, *, can_use_sudo: bool) -> str:
 
 
 def despite_capabilities(context: Context) -> str:
-    """Return cause and remedy for a process that has both, but may not use bpf(2)."""
+    """Return cause and remedy if a process with both capabilities cannot use bpf(2)."""
     if context.is_in_user_namespace:
         return _in_user_namespace()
     if context.status.seccomp:

@@ -24,9 +24,9 @@ class Schedule:
     the previous run corrected something; the previous run was the first after a missed
     event.
 
-    A run at the interval can be skipped after two runs, at least one interval apart, that
-    found nothing. The counts must not have changed since the first of them. By then, case s
-    of `reconcile` is over.
+    A run at the interval can be skipped if the counts are those of two runs in a row. The
+    second of them must have found nothing, and have begun at least one interval after the
+    first one ended. By then, case s of `reconcile` is over.
     """
 
     def __init__(self, *, interval_s: float, now_s: float) -> None:
@@ -67,8 +67,8 @@ class Schedule:
 
         Args:
             counts: the counts when the run began.
-            found_nothing: whether tables and tracker agreed.
-            rest_s: the seconds in which no other run may begin.
+            found_nothing: whether nothing was corrected.
+            rest_s: seconds after ``now_s`` during which no other run may begin.
             began_s: the time when the run began.
             now_s: the time when the run ended.
         """

@@ -56,8 +56,8 @@ class EbpfSource:
         Args:
             netns: a network namespace for `namespaces.find`, or ``all``.
             parts: what is counted separately.
-            lifetime_bounds_s: the upper bounds of lifetime buckets, ascending, but for the
-                last bucket; empty: lifetimes are not counted.
+            lifetime_bounds_s: the upper bounds of all lifetime buckets except the last,
+                ascending; empty: lifetimes are not counted.
             max_connections: the number of slots of the tracker.
             reconcile_interval_s: ``interval_s`` of `Reconciler`.
             reconcile_cpu_share: ``cpu_share`` of `Reconciler`.

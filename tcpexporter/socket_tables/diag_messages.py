@@ -43,7 +43,7 @@ DIAG_MESSAGE = np.dtype(
 """``struct nlmsghdr`` and ``struct inet_diag_msg``: netlink(7), sock_diag(7)."""
 
 NETLINK_HEADER = struct.Struct("=IHHI")
-"""The format of a header: length, type, flags, sequence number: netlink(7)."""
+"""The first fields of a header, netlink(7): length, type, flags, sequence number."""
 
 NETLINK_HEADER_BYTES = 16
 
@@ -71,7 +71,7 @@ TCP_INFO = np.dtype(
 TCPI_OPT_SYN_DATA = 32
 
 JIFFY_NS = 10_000_000
-"""The longest jiffy, at HZ=100, in ns. A difference can be one jiffy too large."""
+"""The longest jiffy, at HZ=100, in ns. A duration in jiffies can be one too large."""
 
 
 def split_messages(reply: Bytes, sequence: int) -> tuple[list[Bytes], bool]:
@@ -79,8 +79,8 @@ def split_messages(reply: Bytes, sequence: int) -> tuple[list[Bytes], bool]:
 
     Returns:
         One array of bytes, of shape (messages, length), for each run of messages of the
-        same length: nearly all messages of a dump have the same. And whether the dump ends
-        with these datagrams.
+        same length; nearly all messages of a dump have the same length. And whether the
+        dump ends with these datagrams.
 
     Raises:
         SocketTableError: the kernel reports an error; or a message is malformed or has a
@@ -112,7 +112,7 @@ def split_messages(reply: Bytes, sequence: int) -> tuple[list[Bytes], bool]:
 
 
 def _alike(rows: Bytes) -> Bytes:
-    """Return the leading messages that have the same length, type and sequence number."""
+    """Return the leading messages of the same length, type, flags and sequence number."""
     alike = (rows[:, :12] == rows[0, :12]).all(axis=1)
     return rows[: len(rows) if alike.all() else int(alike.argmin())]
 
@@ -177,7 +177,7 @@ def _attribute(rows: Bytes, kind: int, size: int) -> tuple[npt.NDArray[np.intp],
         The indices of the messages that have an attribute of this kind and of at least this
         size; and the bytes, of shape (indices, size).
     """
-    # Attributes are aligned to 4 bytes. Comparing words is four times as fast as bytes.
+    # Attributes are aligned to 4 bytes, and comparing words is four times as fast.
     words = np.ascontiguousarray(rows).view(np.uint32)
     needed = -(-size // 4)
     payload_at = _payloads_at(words, kind, size)
@@ -239,8 +239,8 @@ def _lowest_ages_ns(info: Records) -> npt.NDArray[np.int64]:
     - last_data_sent: tcp_finish_connect and tcp_rcv_state_process set ``lsndtime``
       when they establish the connection.
     - last_data_recv: tcp_finish_connect and tcp_create_openreq_child set ``lrcvtime``.
-      The latter does so at the SYN, which is too early if the SYN carried data (TCP Fast
-      Open).
+      If the SYN carried data (TCP Fast Open), the latter runs at the SYN, which is too
+      early.
     - last_ack_recv: tcp_ack sets ``rcv_tstamp``, for the handshake at the latest.
     - busy_time: the time during which data was in flight. With Fast Open it can begin too
       early, too.

@@ -67,7 +67,7 @@ def connections(chunks: Iterable[Records]) -> tuple[Records, bool]:
 
 
 def _established(entries: Records) -> Records:
-    """Entries as dtype `SOCKET`, with ``is_outbound`` still 0."""
+    """Return entries as dtype `SOCKET`, with ``is_outbound`` 0."""
     found = np.zeros(len(entries), SOCKET)
     found["key"] = entries["key"]
     found["cookie"] = entries["cookie"]
@@ -79,8 +79,8 @@ def _established(entries: Records) -> Records:
 def listeners(entries: Records) -> Records:
     """Convert entries of sockets in state LISTEN to dtype `LISTENER`.
 
-    A socket that listens at :: accepts IPv4 clients too, unless it is ``v6only``. Such a
-    socket becomes two listeners.
+    A socket that listens at :: and is not ``v6only`` accepts IPv4 clients too. It becomes
+    two listeners.
     """
     versions = ip_versions(entries["key"])
     is_any = (entries["key"]["local_address"] == 0).all(axis=1)

@@ -23,7 +23,7 @@ def run_in_netns(netns: int, function: Callable[[], T]) -> T:
 
     Args:
         netns: a descriptor of the namespace.
-        function: the function to call. Its exceptions are raised in the caller, too.
+        function: the function to call. An exception that it raises is raised here, too.
 
     Raises:
         ThreadError: the kernel refuses another thread.

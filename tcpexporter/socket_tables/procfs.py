@@ -27,7 +27,7 @@ FILES = {
     1: ("/proc/net/tcp", [b"sl", b"local_address", b"rem_address", b"st"]),
     4: ("/proc/net/tcp6", [b"sl", b"local_address", b"remote_address", b"st"]),
 }
-"""Name and first column headings of each file, by the 32-bit words of an address."""
+"""Name and first headings of a file, by the number of 32-bit words of an address."""
 
 _NIBBLES = np.full(256, 255, np.uint8)
 _NIBBLES[np.frombuffer(b"0123456789ABCDEF", np.uint8)] = np.arange(16)
@@ -130,7 +130,7 @@ def decode_lines(text: bytes, address_words: int, netns: int, begin: int = 0) ->
 
     Args:
         text: lines, each with its line feed.
-        address_words: the 32-bit words of an address: 1 for tcp, 4 for tcp6.
+        address_words: as for `decode_file`.
         netns: the inode of the namespace, for the keys of the entries.
         begin: the byte of the file at which ``text`` begins, for messages.
 

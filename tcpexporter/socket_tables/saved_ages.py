@@ -150,7 +150,7 @@ def compose(save: Save) -> bytes:
 
 
 def _checksum(header: Records, rows_checksum: int) -> int:
-    """Return the checksum of the rows and the header."""
+    """Return the checksum that a header must have, from the checksum of its rows."""
     without = header.copy()
     without["checksum"] = 0
     return zlib.crc32(without.tobytes(), rows_checksum)
@@ -172,7 +172,7 @@ class State:
         self._area = 0
         self._number = 0
         self._written: int | None = None
-        """The checksum of the rows of the last save."""
+        """The checksum of the rows of the last save; None: nothing was saved yet."""
         self._task: Task | None = None
 
     @classmethod
@@ -180,7 +180,8 @@ class State:
         """Open the file and lock it until `close`; create the file if it does not exist.
 
         Returns:
-            None if the disk fails. Then a warning is logged, and ages are not saved.
+            The open file; None if the disk fails. Then a warning is logged, and ages are
+            not saved.
 
         Raises:
             StateError: the file belongs to another user or program, or another exporter
@@ -299,7 +300,7 @@ class State:
                 raise StateError(
                     f"{self._path} was deleted or replaced: restart the exporter"
                 )
-            if checksum != self._written:  # otherwise the newest save has these rows
+            if checksum != self._written:
                 number = (self._number + 1) % 2**64
                 save = Save(number, self._boot, self._secret, rows)
                 self._write(memoryview(compose(save)))

@@ -73,8 +73,8 @@ class SocketTables:
         self.name = readers[0].name
         self._readers = list(readers)
         self._used_s = {reader.netns: time.monotonic() for reader in readers}
-        # A reader can do only one dump of each kind at a time. The second lock also
-        # prevents that a reader is closed while its listeners are read.
+        # A reader can do only one dump of each kind at a time. The second lock also keeps
+        # each reader open while its listeners are read.
         self._dump_lock = threading.Lock()
         self._listeners_lock = threading.Lock()
 
@@ -97,8 +97,8 @@ class SocketTables:
         A connection is inbound if its network namespace has a listener at its local port.
         ``cookie`` is 0 if the tables are read from procfs.
 
-        A dump can miss or repeat a connection that is established all the time, but rarely.
-        A dump has several parts, and the kernel continues at a position in a hash bucket.
+        A dump can miss or repeat a connection that is established all the time. A dump has
+        several parts, and the kernel continues at a position in a hash bucket.
         If a socket is added to or removed from that bucket between two parts, another
         socket of the bucket can be missed or repeated (tcp_diag_dump and tcp_get_idx in the
         kernel's net/ipv4).

@@ -10,9 +10,9 @@ the end no connection opens or closes, and the exporter reconciles once more. It
 must then equal those of ss(8), and its memory must not have grown.
 
 At each scrape the counters of opened and closed connections agree with the gauge of open
-ones, but for events during the scrape. No counter decreases. The exporter says how many of
-its counts may be wrong: ss(8), before and after the scrape, never shows more. --lose NUMBER
-makes the program ignore one in so many events, at random.
+ones, except for events during the scrape. No counter decreases. The exporter publishes how
+many of its counts may be wrong. A comparison with ss(8), before and after the scrape, never
+finds more errors. --lose NUMBER makes the program ignore one in NUMBER events, at random.
 """
 
 import argparse
@@ -205,10 +205,10 @@ class Watcher(threading.Thread):
         return wrong
 
     def _unbalanced(self, page: Page, began: Moment, ended: Moment) -> Iterator[str]:
-        """Check the identity of the counters, but for changes during the scrape."""
+        """Check the identity of the counters, except for changes during the scrape."""
         found = abs(imbalance(page))
         self.most_unbalanced = max(self.most_unbalanced, found)
-        # A run of the program counts its event last, and each CPU has one at most.
+        # A run of the program counts its event last, and each CPU has at most one run.
         if found > ended.changes_since(began) + self._counts.cpus:
             # A reconciliation added a connection that had closed shortly before, and
             # removed it. Until then it was counted, but not as opened.
@@ -220,7 +220,7 @@ class Watcher(threading.Thread):
     def _too_certain(
         self, page: Page, shown: Sequence[oracle.Counts], changes: int
     ) -> Iterator[str]:
-        """Check that no error is larger than the page says, but for these changes."""
+        """Check that the errors exceed the published bound by at most these changes."""
         counts = page.counts()
         before, after = shown
         error = 0
@@ -273,7 +273,7 @@ def churn(
         least_s: the minimum duration.
         quiet_s: seconds between two quiet points.
         steer: whether packets are steered over two CPUs.
-        lose_one_in: the program ignores one in so many events, at random; 0: none.
+        lose_one_in: the program ignores one in this number of events; 0: none.
     """
     cpus = sorted(os.sched_getaffinity(0))[:2]
     oracle.set_inside(netns, "/proc/sys/net/ipv4/ip_local_port_range", "50021 51019")

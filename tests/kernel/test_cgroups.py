@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The paths of real cgroups, also of those that are created after the exporter's start."""
+"""The paths of real cgroups, including those created after the exporter's start."""
 
 import subprocess
 import sys
@@ -85,7 +85,7 @@ def paths() -> Iterator[CgroupPaths]:
 
 
 class Clock:
-    """Each call is a minute after the previous one, so that no pause is in the way."""
+    """A clock that advances a minute at each call, so that no walk is postponed."""
 
     def __init__(self) -> None:
         self.now_s = 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""--expect: the connections that must exist, and how soon it is known that one is gone."""
+"""--expect: the connections that must exist, and how soon a loss is reported."""
 
 import contextlib
 import signal
@@ -169,7 +169,7 @@ def half_close(application: Application) -> None:
 
 
 def drop_traffic(application: Application) -> None:
-    """Let the database's host drop every packet, without an answer."""
+    """Make the database's host drop every packet without an answer."""
     command = (
         "ip",
         "-n",
@@ -196,7 +196,7 @@ LOSSES = (kill, half_close, drop_traffic, remove_link)
 def test_a_lost_connection_is_not_counted_any_more(
     application: Application, lose: Callable[[Application], None]
 ) -> None:
-    """As soon as the kernel reports it: at once, or when the peer has not answered."""
+    """The kernel reports the loss at once, or when the peer has not answered."""
     rule = f"--expect=db=remote=198.51.100.1:{PORT}"
     with Exporter("--source", "ebpf", "--duration", "0", rule) as exporter:
         assert exporter.value(LONG_TERM, name="db") == 1

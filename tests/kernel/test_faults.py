@@ -620,7 +620,7 @@ HIDING = "mount -t proc -o hidepid=invisible proc /proc"
 
 @pytest.mark.any_kernel
 @pytest.mark.parametrize("before", ["true", HIDING])
-def test_hidden_namespaces_are_warned_of(before: str) -> None:
+def test_hidden_namespaces_give_a_warning(before: str) -> None:
     """The warning covers processes of other users, even if /proc hides these processes."""
     admin = (
         *("unshare", "--mount", "sh", "-c", f'{before} && exec "$@"', "sh"),

@@ -60,7 +60,7 @@ def unprivileged_can_read_a_map() -> bool:
 
 
 def has_version_of_exchange() -> bool:
-    """Return whether the kernel's version has it. No kernel of the guests backports it."""
+    """Return whether the version has the exchange; no kernel in our tests backports it."""
     version = tuple(map(int, os.uname().release.split(".")[:2]))
     return version >= ((5, 18) if os.uname().machine == "aarch64" else (5, 12))
 
@@ -298,7 +298,7 @@ def test_only_cap_bpf_is_kept_if_reading_a_map_requires_it() -> None:
     assert "keeping CAP_BPF" in complaints
 
 
-def test_without_a_count_of_missed_events_it_still_reconciles(
+def test_without_a_count_of_missed_events_the_thread_reconciles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On an old kernel bpf_prog_info has 0; reconciling at the interval corrects the

@@ -29,7 +29,7 @@ from tests.support import (
 BOUNDS_S = (0.5, 1.0, 2.0)
 HISTOGRAMS = ("--histograms", "--buckets", "0.5,1,2", "--duration", "2")
 UNIT_S = 8192e-9
-"""Times of connections are whole numbers of this."""
+"""The unit of the times of connections, in seconds."""
 
 BASIC = [each for each in LABELS if each not in ("netns", *OWNER_LABELS)]
 
@@ -274,8 +274,8 @@ def test_refused_attempts_are_counted(labels: tuple[str, ...]) -> None:
         assert len(names) == 1 if labels else len(names) <= 2 + 3 + 3
 
 
-def test_inbound_exporters_have_no_failed_attempts() -> None:
-    """Only outbound attempts are counted, so the metric is not there."""
+def test_without_outbound_connections_there_are_no_failed_attempts() -> None:
+    """Only outbound attempts are counted, so the metric does not exist."""
     with Exporter("--source", "ebpf") as exporter:
         assert is_refused(free_port())
         assert not any(name == FAILED for name, _ in exporter.samples())
@@ -301,7 +301,7 @@ def attempt(port: int) -> socket.socket:
 
 @FAILING
 def test_attempts_that_time_out_are_counted(labels: tuple[str, ...]) -> None:
-    """Nobody answers the SYN: the kernel gives up, and then the attempt has failed."""
+    """No SYN is answered: when the kernel stops trying, the attempt has failed."""
     with full_listener() as port, Exporter(*OUTBOUND, *labels) as exporter:
         shown = port if labels else None
         attempts = [attempt(port) for _ in range(5)]

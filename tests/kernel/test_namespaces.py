@@ -236,7 +236,7 @@ def test_an_unknown_namespace_is_an_invalid_setting() -> None:
     assert "no network namespace /run/netns/none-such" in complaint
 
 
-def test_containers_that_a_pid_namespace_hides_are_warned_of() -> None:
+def test_containers_that_a_pid_namespace_hides_give_a_warning() -> None:
     """In a PID namespace /proc shows no process of the host, and gives no error."""
     command = ("unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m")
     arguments = ("--netns", "all", "--once", "--duration", "0", "--source", "sock_diag")

@@ -57,7 +57,7 @@ BY_EVENTS = ("--source", "ebpf")
 
 
 def eventually(read: Callable[[], object], expected: object) -> None:
-    """Waits until ``read`` returns ``expected``; fails with the last value otherwise."""
+    """Wait until ``read`` returns ``expected``; otherwise fail with the last value."""
     until = time.monotonic() + DEADLINE_S
     while (seen := read()) != expected and time.monotonic() < until:
         time.sleep(0.02)
@@ -65,7 +65,7 @@ def eventually(read: Callable[[], object], expected: object) -> None:
 
 
 def agree(exporter: Exporter, port: int, expected: int, version: int = 4) -> None:
-    """Waits until the exporter and ss(8) both show ``expected`` connections at a port."""
+    """Wait until the exporter and ss(8) both show ``expected`` connections at a port."""
     eventually(
         lambda: (exporter.established(port, version), ss_established(port).total()),
         (expected, expected),
@@ -118,7 +118,7 @@ CROSSING_PORT = 6007
 
 
 def delay_packets(address: str) -> None:
-    """Gives this end its address; packets wait, because the other end answers no ARP
+    """Give this end its address; packets wait, because the other end answers no ARP
     request."""
     ip("address", "add", f"{address}/24", "dev", DEVICE)
     set_sysctl(f"ipv4/conf/{DEVICE}/arp_ignore", 8)
@@ -126,7 +126,7 @@ def delay_packets(address: str) -> None:
 
 
 def release_packets(address: str, hardware_address: str) -> None:
-    """Sends the waiting packets, by setting the hardware address of the other end."""
+    """Send the waiting packets, by setting the hardware address of the other end."""
     ip("neighbour", "replace", address, "lladdr", hardware_address, "dev", DEVICE)
 
 
@@ -141,7 +141,7 @@ def begin_to_connect(local: str, remote: str) -> socket.socket:
 
 @contextlib.contextmanager
 def opened_simultaneously(other: str) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Opens a connection without a listener, from here to the other end of a link.
+    """Open a connection without a listener, from here to the other end of a link.
 
     Both ends send a SYN before either SYN arrives (RFC 9293, figure 7). The SYNs wait until
     each end has the hardware address of the other.
@@ -253,7 +253,7 @@ def mptcp_socket(address: str) -> socket.socket:
 
 
 def refuses_mptcp() -> bool:
-    """Returns whether this kernel was built without MPTCP: then socket(2) refuses the
+    """Return whether this kernel was built without MPTCP: then socket(2) refuses the
     protocol."""
     if Path("/proc/sys/net/mptcp").exists():
         return False
@@ -267,7 +267,7 @@ def refuses_mptcp() -> bool:
 
 
 def mptcp_established(port: int) -> int:
-    """Returns how many MPTCP connections (outer sockets) ss(8) shows at a local port."""
+    """Return how many MPTCP connections (outer sockets) ss(8) shows at a local port."""
     shown = subprocess.check_output(
         ["ss", "-HMn", "state", "established", f"( sport = :{port} )"], text=True
     )
@@ -276,7 +276,7 @@ def mptcp_established(port: int) -> int:
 
 @contextlib.contextmanager
 def further_subflows(number: int) -> Iterator[None]:
-    """Makes each MPTCP connection from here open this many subflows after its first one."""
+    """Make each MPTCP connection from here open this many subflows after its first one."""
     ip("mptcp", "limits", "set", "subflow", str(number))
     for last in range(1, number + 1):
         ip("mptcp", "endpoint", "add", f"127.0.0.{last}", "dev", "lo", "subflow")
@@ -336,7 +336,7 @@ def test_mptcp_that_falls_back_to_tcp_counts_once(exporters: Exporters) -> None:
 
 def test_connections_in_the_accept_queue_count(exporters: Exporters) -> None:
     """All connections in a full queue are established; further ones are not."""
-    # a queue has one place more than the backlog: sk_acceptq_is_full in include/net/sock.h
+    # A queue holds one more than the backlog: sk_acceptq_is_full in include/net/sock.h.
     capacity = 7
     exporter = exporters(*BOTH_ENDS)
     with contextlib.ExitStack() as opened:
@@ -389,7 +389,7 @@ def test_listeners_that_share_a_port_have_one_series(exporters: Exporters) -> No
 def accepted_at(
     listener: socket.socket, opened: contextlib.ExitStack
 ) -> list[socket.socket]:
-    """Accepts all connections in the queue; ``opened`` closes them at its end."""
+    """Accept all connections in the queue; ``opened`` closes them when it ends."""
     accepted = []
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -554,7 +554,7 @@ def test_every_port_can_listen(effort: Effort) -> None:
 
 
 def metrics_of(exporter: Exporter) -> str:
-    """Requests /metrics from a bound address, because connect(2) would find no free
+    """Request /metrics from a bound address, because connect(2) would find no free
     port."""
     connection = http.client.HTTPConnection(
         "127.0.0.1", exporter.port, timeout=DEADLINE_S, source_address=("127.0.0.1", 0)
@@ -568,7 +568,7 @@ def metrics_of(exporter: Exporter) -> str:
 
 @contextlib.contextmanager
 def client_on_a_link_of_its_own(device: str, port: int) -> Iterator[None]:
-    """Connects from fe80::2, port 40009, to fe80::1 on ``device`` of this namespace."""
+    """Connect from fe80::2, port 40009, to fe80::1 on ``device`` of this namespace."""
     with linked_netns(device) as other:
         ip("address", "add", "fe80::1/64", "dev", device, "nodad")
         ip("-n", other, "address", "add", "fe80::2/64", "dev", DEVICE, "nodad")

@@ -170,7 +170,7 @@ def test_every_connection_has_an_owner_during_a_rolling_restart() -> None:
         assert exporter.value(INFO, **owner(cgroup, "rolling.service")) == 1
 
 
-def test_owners_are_known_after_the_settings_ask_for_them(directory: Path) -> None:
+def test_owners_are_known_after_the_settings_require_them(directory: Path) -> None:
     """A run without owners did not record them; the next one reads them from the tables."""
     pin = ("--source", "ebpf", "--pin", str(directory))
     with new_cgroup("pinned.service") as cgroup, entered(cgroup), Peers() as peers:
@@ -188,8 +188,8 @@ def test_owners_are_known_after_the_settings_ask_for_them(directory: Path) -> No
 
 
 @pytest.mark.any_kernel
-def test_procfs_has_no_owners_and_says_so() -> None:
-    """All connections are counted in one series, whose labels are empty."""
+def test_procfs_has_no_owners_and_logs_that() -> None:
+    """All connections of a port are counted in one series, with an empty label."""
     with (
         Peers() as peers,
         Exporter("--source", "procfs", "--labels", "port,unit") as running,

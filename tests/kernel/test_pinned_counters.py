@@ -141,7 +141,7 @@ def test_counters_continue_while_the_exporter_is_killed(
         page = Page(exporter)
         assert imbalance(page) == 0
         assert_no_counter_decreased(page, before)
-        # Each has two ends, which open and close, but for those that are still open.
+        # Each has two ends, and each end opens and closes, unless it is still open.
         connections = sum(churned) // 4
         counted = total(page, OPENED)
         sys.stdout.write(f"{counted} of about {connections} openings, {kills} kills\n")

@@ -225,7 +225,7 @@ def test_a_directory_that_other_users_can_write_is_refused(directory: Path) -> N
 
 @pytest.mark.any_kernel
 def test_pins_that_were_given_to_another_user_are_adopted(directory: Path) -> None:
-    """The unit gives them when its user changes; the new user has CAP_BPF only."""
+    """This happens when the user of the unit changes; the new user has CAP_BPF only."""
     with Peers() as peers:
         peers.connect(7)
         with run_by_events(directory):

@@ -190,7 +190,7 @@ def test_the_next_connection_of_a_socket_shows_that_a_closing_was_missed(
     assert tracker.events()["removed"] == before["removed"] + 2 + 1
 
 
-def test_a_connection_that_opens_after_the_first_dump_is_not_judged(
+def test_a_connection_that_opens_after_the_first_dump_is_not_compared(
     tracker: Tracker, peers: Peers
 ) -> None:
     """m: The first dump does not show it but the tracker does: it is newer, and no
@@ -209,8 +209,7 @@ def test_a_connection_that_opens_after_the_first_dump_is_not_judged(
 def test_a_connection_that_one_dump_does_not_show_stays(
     tracker: Tracker, peers: Peers, dump: int
 ) -> None:
-    """n, p: The dump skipped it because of its neighbours, or its state was not stored
-    yet."""
+    """n, p: Its state was not stored yet, or other sockets of its hash bucket hid it."""
     peers.connect(5)
     with Dumps() as dumps:
         reconcile.seed(tracker, dumps)
@@ -219,7 +218,7 @@ def test_a_connection_that_one_dump_does_not_show_stays(
     assert (at_port(tracker, peers.port) == before).all()
 
 
-def test_a_namespace_that_is_not_covered_is_not_judged(tracker: Tracker) -> None:
+def test_a_namespace_that_is_not_covered_is_not_compared(tracker: Tracker) -> None:
     """o: The socket tables do not cover the namespace, so its connections stay."""
     tracker.add(invented(5, netns=1))
     assert run(tracker).missed_close == 0

@@ -63,7 +63,7 @@ def is_saved_since(moment_s: float, exporter: Exporter) -> bool:
 
 
 def wait_for_a_save(exporter: Exporter) -> None:
-    """Waits for two saves: the first one that ends may have begun before this call."""
+    """Wait for two saves: the first one that ends may have begun before this call."""
     for _ in range(2):
         eventually(partial(is_saved_since, time.time(), exporter))
 
@@ -72,7 +72,7 @@ def wait_for_a_save(exporter: Exporter) -> None:
 def source(
     path: Path, *, netns: str = "self", pin: Path | None = None
 ) -> Iterator[EbpfSource]:
-    """Opens and starts the source in this process, as the exporter does."""
+    """Open and start the source in this process, as the exporter does."""
     state = State.open(path)
     assert state
     opened = EbpfSource(
@@ -107,7 +107,7 @@ class Reopening:
         return bound
 
     def reopen(self) -> None:
-        """Closes each connection, and opens its address pair with other sockets."""
+        """Close each connection, and open its address pair with other sockets."""
         for port in self.ports:
             (pair,) = (
                 each for each in self._peers.pairs if each[0].getsockname()[1] == port

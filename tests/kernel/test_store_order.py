@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The programs for machines that reorder stores compile, load and count here, too.
 
-What they are for does not show on this machine: see tests/unit/ordering.
+A machine that does not reorder stores cannot show their effect: see tests/unit/ordering.
 """
 
 import contextlib
@@ -53,8 +53,8 @@ def instructions_and_maps(tracker: Tracker) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(not features.STORE_ORDER.probe(None), reason="no total store order")
-def test_only_machines_that_reorder_stores_pay_for_their_order() -> None:
-    """On x86-64 the program has no exchange and no map of that purpose."""
+def test_with_total_store_order_the_program_does_not_order_stores() -> None:
+    """The program is the shortest one, and does not have the map for ordering."""
     orders = [(), BY_EXCHANGE, BY_STACK]
     if not features.Kernel().has(features.EXCHANGE):
         orders.remove(BY_EXCHANGE)
@@ -67,7 +67,7 @@ def test_only_machines_that_reorder_stores_pay_for_their_order() -> None:
 
 
 def test_openings_and_closings_are_counted(without: tuple[str, ...]) -> None:
-    """Also those of pre-existing connections; keys and clients are right."""
+    """This includes pre-existing connections; keys and clients are correct."""
     with Peers() as peers, contextlib.ExitStack() as undo:
         peers.connect(11)
         tracker = attached(without)

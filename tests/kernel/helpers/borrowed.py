@@ -93,7 +93,7 @@ class KernelCounts:
     @classmethod
     @contextlib.contextmanager
     def of(cls, process: int, buckets: int) -> "Iterator[KernelCounts]":
-        """Yield the counts of an exporter with so many lifetime buckets."""
+        """Yield the counts of an exporter with this number of lifetime buckets."""
         with borrowed(process) as (maps, programs):
             yield cls(maps, programs, buckets)
 

@@ -73,7 +73,7 @@ class Cgroup:
 
 @contextlib.contextmanager
 def new_cgroup(name: str = "") -> Iterator[Cgroup]:
-    """Create a cgroup in a new one of the test, and remove both.
+    """Create a cgroup inside a new cgroup of the test; remove both after the block.
 
     Args:
         name: the name of its directory, or the names of nested directories, such as

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Containers that Podman really runs, without an image and without a registry."""
+"""Containers that Podman runs, without an image and without a registry."""
 
 import contextlib
 import shutil
@@ -53,7 +53,7 @@ def running_container(
         root = Path(directory, "root")
         (root / "bin").mkdir(parents=True)
         shutil.copy(_found("busybox"), root / "bin")
-        # Not the machine's own storage. The cgroup driver is the only one without systemd.
+        # Do not use the machine's own storage. Only this cgroup driver needs no systemd.
         # runc runs containers on hosts with both versions of cgroups, where crun does not.
         podman = [
             _found("podman"),

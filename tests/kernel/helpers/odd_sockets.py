@@ -32,7 +32,7 @@ def ip(*arguments: str) -> None:
 
 @contextlib.contextmanager
 def linked_netns(device: str = DEVICE) -> Iterator[str]:
-    """Creates a link to a new network namespace, and yields the name of the namespace.
+    """Create a link to a new network namespace, and yield the name of the namespace.
 
     The device in that namespace is named `DEVICE`. Neither end has an IPv4 address.
     """
@@ -52,12 +52,12 @@ def linked_netns(device: str = DEVICE) -> Iterator[str]:
 
 
 def tcp_state(opened: socket.socket) -> int:
-    """Returns the first byte of ``struct tcp_info``: tcp(7)."""
+    """Return the first byte of ``struct tcp_info``: tcp(7)."""
     return opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
 
 
 def syn_had_data(connected: socket.socket) -> bool:
-    """Returns whether the SYN carried data that was acknowledged or received."""
+    """Return whether the SYN carried data that was acknowledged or received."""
     options = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 6)[5]
     return bool(options & TCPI_OPT_SYN_DATA)
 
@@ -70,7 +70,7 @@ class _FilterProgram(ctypes.Structure):
 
 @contextlib.contextmanager
 def dropping_packets(opened: socket.socket) -> Iterator[None]:
-    """Drops all packets for a socket, with the one-instruction filter ``ret 0``."""
+    """Drop all packets for a socket, with the one-instruction filter ``ret 0``."""
     drop = ctypes.create_string_buffer(b"\x06\0\0\0\0\0\0\0", 8)
     program = _FilterProgram(1, ctypes.addressof(drop))
     opened.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, bytes(program))
@@ -81,7 +81,7 @@ def dropping_packets(opened: socket.socket) -> Iterator[None]:
 
 
 def close_in_repair(connected: socket.socket) -> dict[int, int]:
-    """Closes a connection without sending a packet, as migration to another host does.
+    """Close a connection without sending a packet, as migration to another host does.
 
     Returns:
         The sequence number of each queue, which `connect_in_repair` requires.
@@ -98,7 +98,7 @@ def close_in_repair(connected: socket.socket) -> dict[int, int]:
 def connect_in_repair(
     local: tuple[str, int], remote: tuple[str, int], numbers: dict[int, int]
 ) -> socket.socket:
-    """Opens one end of a connection without a handshake; the other end must exist."""
+    """Open one end of a connection without a handshake; the other end must exist."""
     made = socket.socket()
     made.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
     made.bind(local)
@@ -112,7 +112,7 @@ def connect_in_repair(
 
 @contextlib.contextmanager
 def held_by_child(inherited: socket.socket) -> Iterator[None]:
-    """Keeps a socket open in a child process until the end of the block."""
+    """Keep a socket open in a child process until the end of the block."""
     # cat ends when Popen closes its standard input.
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[inherited.fileno()]):
         yield
@@ -120,7 +120,7 @@ def held_by_child(inherited: socket.socket) -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening(address: str, ports: Sequence[int]) -> Iterator[None]:
-    """Listens at each port, in as many processes as the limit of open files requires.
+    """Listen at each port, in as many processes as the limit of open files requires.
 
     The processes end when their standard input is closed, so they end with their parent.
     """

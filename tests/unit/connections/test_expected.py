@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Counting the connections that rules expect, compared with a slow count of each one."""
+"""Counts of the connections that rules expect, compared with a slow count in Python."""
 
 from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_network
@@ -61,7 +61,7 @@ def rule(remote: str = "", local: str = "", direction: Direction | None = None) 
 
 
 def end(text: str) -> End:
-    """Return the end of a network, a space and a port or two; either may be missing."""
+    """Parse an end: a network, a space, and a port or a range; either may be missing."""
     network, _, ports = text.partition(" ")
     first, _, last = (ports or "0-65535").partition("-")
     return End(ip_network(network) if network else None, int(first), int(last or first))
@@ -258,7 +258,7 @@ def iterated(windows: Sequence[tuple[Records, Words]]) -> Iterator[tuple[Records
 
 
 def test_a_window_is_used_only_until_the_next_one() -> None:
-    """The records of the tracker are mapped only as long."""
+    """The tracker maps the records of a window only until then."""
     windows = [(at_443(each), words_of(each)) for each in (3, 5)]
     result = count_expected(iterated(windows), [rule(local=" 443")], LIMIT, nobody)
     assert result.established.tolist() == [8]

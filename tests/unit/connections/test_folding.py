@@ -59,7 +59,7 @@ def ports_in(*ports: int, netns: int = 0) -> list[SeriesKey]:
 
 
 def counts_of(numbers: dict[SeriesKey, int]) -> Counts:
-    """Counts with these numbers of established connections; a third is long-term."""
+    """Return counts with these numbers of connections, a third of them long-term."""
     established = np.array([numbers[each] for each in sorted(numbers)], np.int64)
     values = Values(
         established,
@@ -421,7 +421,7 @@ def test_remote_ports_are_folded_apart_from_local_ones() -> None:
 def test_a_series_without_port_is_not_folded_by_port() -> None:
     """With the label remote_port alone, all inbound connections are one series.
 
-    There is one for each combination of the other labels, as there is of folded series.
+    It has the label values that the folded series would have.
     """
     selected = selection(directions=BOTH, labels=("remote_port",))
     outbound = [

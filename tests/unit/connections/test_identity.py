@@ -132,7 +132,7 @@ def test_the_hash_of_a_client_is_that_of_its_network(
 
 
 def test_a_client_is_the_same_at_both_kinds_of_sockets() -> None:
-    """A dual-stack socket shows an IPv4 client as ::ffff:a.b.c.d, also if the local
+    """A dual-stack socket shows an IPv4 client as ::ffff:a.b.c.d, even if the local
     address and all ports differ."""
     keys = keys_of("192.0.2.7", "::ffff:192.0.2.7", "::ffff:192.0.2.8")
     keys["local_address"][0] = np.frombuffer(packed_of("192.0.2.1"), np.uint8)

@@ -155,7 +155,7 @@ def test_a_lifetime_is_in_the_first_bucket_that_is_not_too_small() -> None:
     assert shot.lifetimes.sum(axis=1).tolist() == shot.closed.tolist()
 
 
-def test_a_connection_from_the_future_has_lifetime_0() -> None:
+def test_a_connection_with_a_time_in_the_future_has_lifetime_0() -> None:
     """A restored age may be wrong; a sum must not decrease."""
     ledger = MemoryLedger(PARTS, (1.0,))
     found = ledger.count(records([Connection(established_ns=LATEST_NS)] * 3)).words

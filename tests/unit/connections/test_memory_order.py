@@ -50,7 +50,7 @@ def test_a_barrier_works_on_all_machines(monkeypatch: pytest.MonkeyPatch) -> Non
 def acting(
     monkeypatch: pytest.MonkeyPatch, module: ModuleType, *actions: Callable[[], object]
 ) -> None:
-    """At each barrier of a module, call the next action; there must be as many."""
+    """At each barrier of a module, call the next action; there is one for each barrier."""
     waiting = list(actions)
 
     def act() -> None:
@@ -67,8 +67,8 @@ def slots() -> tuple[Records, Words]:
 
 
 def test_fields_are_copied_between_two_barriers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written at the first one is found, and a word that has changed at the second
-    one excludes its slot."""
+    """What is stored at the first barrier is found. A word that changes at the second
+    barrier excludes its slot."""
     records, all_words = slots()
     acting(
         monkeypatch,
@@ -82,7 +82,7 @@ def test_fields_are_copied_between_two_barriers(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rules_compare_fields_between_two_barriers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As above: of two connections, one matches, and the word of the other has changed."""
+    """One of two slots changes before the copy and matches then; the other is excluded."""
     records, all_words = slots()
     acting(
         monkeypatch,
@@ -97,7 +97,7 @@ def test_rules_compare_fields_between_two_barriers(monkeypatch: pytest.MonkeyPat
 
 
 def test_clients_are_copied_between_two_barriers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As above."""
+    """The client of one of two slots is stored before the copy; the other is excluded."""
     _, all_words = slots()
     clients = np.zeros(2, np.uint64)
     acting(

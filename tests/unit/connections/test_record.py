@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Records have the same layout in C and in Python, and their fields are computed right."""
+"""Records have the same layout in C and in Python, and their fields are correct."""
 
 import ipaddress
 import json
@@ -184,7 +184,7 @@ def test_ip_versions_of_keys_within_records_and_of_no_keys() -> None:
     assert ip_versions(np.empty(0, KEY)).tolist() == []
 
 
-def test_both_sides_have_the_same_lowest_series_number() -> None:
+def test_loader_and_exporter_have_the_same_lowest_series_number() -> None:
     """The loader does not import numpy, so it has a constant of its own."""
     assert ranges.SERIES_FIRST == SERIES_FIRST
 

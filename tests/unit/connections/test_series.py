@@ -73,7 +73,7 @@ def test_series_are_those_of_a_python_loop(
 
 @pytest.mark.parametrize("outbound_port", OutboundPort)
 def test_slots_of_the_tracker_have_series_too(outbound_port: OutboundPort) -> None:
-    """Any dtype with key and direction will do, and any direction but 0 is outbound."""
+    """Any dtype with key and direction is accepted; a direction above 0 is outbound."""
     parts = Parts(outbound_port, by_netns=True)
     sockets = records([Connection(direction=each, remote_port=5432) for each in BOTH])
     slots = np.zeros(len(sockets), CONNECTION)
@@ -83,7 +83,7 @@ def test_slots_of_the_tracker_have_series_too(outbound_port: OutboundPort) -> No
 
 
 def test_an_ephemeral_port_is_part_of_the_series_on_request_only() -> None:
-    """A client with a thousand connections to one server has one series otherwise."""
+    """Otherwise a client with a thousand connections to one server has one series."""
     made = records(
         [
             Connection(port, direction=Direction.OUTBOUND, remote_port=5432)
@@ -101,8 +101,8 @@ def test_an_ephemeral_port_is_part_of_the_series_on_request_only() -> None:
     }
 
 
-def test_the_order_of_series_is_by_namespace_and_port_first() -> None:
-    """As bytes they have a fixed order, which an exposition follows."""
+def test_series_without_cgroup_are_ordered_by_namespace_and_port() -> None:
+    """An exposition has the order of the series as bytes, in which ``cgroup`` is first."""
     rows = [(6, 0, 22, 7), (4, OUTBOUND, 22, 7), (4, 0, 443, 7), (4, 0, 1, 11)]
     series = series_of_rows(rows)
     assert series.tolist() == sorted(series.tolist())

@@ -52,9 +52,9 @@ class FakeSocket:
 
 
 def new_time_ns() -> int:
-    """Wait for the next unit of the times in words, and return its beginning.
+    """Wait for the next unit of the times in words, and return its beginning in ns.
 
-    So that a time is neither that of an earlier event nor before it.
+    So each time is later than all earlier events.
     """
     unit = boottime_ns() >> TIME_SHIFT
     while boottime_ns() >> TIME_SHIFT == unit:
@@ -305,7 +305,7 @@ class FakeKernel:
     def close(
         self, socket: FakeSocket, *, is_missed: bool = False, is_stored: bool = True
     ) -> None:
-        """Let a connection leave ESTABLISHED."""
+        """Close a connection: its socket leaves ESTABLISHED."""
         with self._missing(is_missed):
             self.tracker.closed(socket.address, socket.key)
         socket.is_established = not is_stored
@@ -335,7 +335,7 @@ class FakeTables:
         connections = np.zeros(len(shown), SOCKET)
         for at, each in enumerate(shown):
             connections["key"][at] = each.key[0]
-        # Without any activity of the connection the tables do not know its age.
+        # The tables have no ages, as for connections that have just been active.
         connections["established_ns"] = new_time_ns()
         if self._after:
             self._after.pop(0)()

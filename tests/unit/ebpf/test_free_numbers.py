@@ -60,7 +60,7 @@ def test_ranges_are_as_few_as_possible(numbers: list[int]) -> None:
 
 
 class Stack:
-    """Replaces the map: a stack in memory, as the BPF program uses it."""
+    """A stack in memory that replaces the map."""
 
     def __init__(self, *_: object) -> None:
         self.values: list[int] = []

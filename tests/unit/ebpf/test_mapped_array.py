@@ -24,7 +24,7 @@ WORDS = connection_array.WINDOW
 
 @pytest.fixture(params=PAGES)
 def page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The size of a page. A mapping that is not of whole pages fails, as in the kernel."""
+    """Set and return the page size. Mapping parts of pages fails, as in the kernel."""
     page: int = request.param
     original = libc.mmap
 
@@ -43,7 +43,7 @@ Map = tuple[int, npt.NDArray[np.uint64]]
 
 
 def array_map(page: int, entry_bytes: int, entries: int) -> Map:
-    """Return the descriptor of a file like an array map, and its content."""
+    """Return the descriptor of a file that replaces an array map, and its content."""
     descriptor = os.memfd_create("map")
     size = entries * entry_bytes
     os.ftruncate(descriptor, -(-size // page) * page)
@@ -66,7 +66,7 @@ def descriptors() -> Iterator[list[int]]:
 def test_windows_of_the_ledger_are_whole_pages(
     page: int, descriptors: list[int], entry_bytes: int
 ) -> None:
-    """An entry of the ledger has any number of buckets, so of bytes."""
+    """The size of an entry of the ledger depends on the number of lifetime buckets."""
     window = series_numbers._window(entry_bytes)
     assert_readable(page, descriptors, entry_bytes, window)
 

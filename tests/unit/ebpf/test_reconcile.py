@@ -248,7 +248,7 @@ def test_the_program_corrects_a_missed_closing_when_it_sees_the_socket_again(
     assert run(kernel) == NOTHING
 
 
-def test_a_connection_that_opens_after_the_first_dump_is_not_judged(
+def test_a_connection_that_opens_after_the_first_dump_is_not_compared(
     kernel: FakeKernel,
 ) -> None:
     """m: The tracker has it and the dump does not. No second dump is necessary."""
@@ -270,8 +270,8 @@ def test_an_opening_that_is_reported_before_it_is_stored_stays(kernel: FakeKerne
     assert remote_ports(kernel) == [PORT]
 
 
-def test_a_namespace_that_the_tables_do_not_cover_is_not_judged(kernel: FakeKernel) -> None:
-    """o: The socket tables do not show its namespace, so it stays."""
+def test_a_namespace_that_is_not_covered_is_not_compared(kernel: FakeKernel) -> None:
+    """o: The socket tables do not cover its namespace, so it stays."""
     there = kernel.open(PORT, netns=OTHER_NETNS)
     there.is_established = False  # the namespaces that the socket tables cover
     assert run(kernel) == NOTHING
@@ -282,7 +282,7 @@ def test_a_namespace_that_the_tables_do_not_cover_is_not_judged(kernel: FakeKern
 def test_a_connection_that_one_dump_does_not_show_stays(
     kernel: FakeKernel, dump: int
 ) -> None:
-    """p: The connections next to it hide it from one dump."""
+    """p: Other connections of its hash bucket hide it from one dump."""
     kernel.open(PORT)
     seed(kernel.tracker, FakeTables(kernel))
     assert run(kernel, hidden_from=dump) == NOTHING
@@ -319,7 +319,7 @@ def test_the_older_of_two_connections_with_one_key_is_removed(
     kernel: FakeKernel, is_seed: bool
 ) -> None:
     """r: Its closing was missed, and another socket has the same key. Only one can be
-    right."""
+    open."""
     stale = kernel.open(PORT, is_missed=is_seed)
     seed(kernel.tracker, FakeTables(kernel))
     kernel.close(stale, is_missed=True)
@@ -382,9 +382,9 @@ def test_a_closing_that_is_stored_after_seeding_is_corrected(kernel: FakeKernel)
 
 
 @pytest.fixture
-def under_stale_record(kernel: FakeKernel) -> FakeSocket:
-    """Return a socket whose opening was missed; it still has the record of its previous
-    connection."""
+def with_stale_record(kernel: FakeKernel) -> FakeSocket:
+    """Return a socket whose opening was missed. The tracker still has the record of its
+    previous connection."""
     stale = kernel.open(OTHER_PORT)
     kernel.close(stale, is_missed=True)
     opened = kernel.open(PORT, address=stale.address, is_missed=True)
@@ -392,22 +392,22 @@ def under_stale_record(kernel: FakeKernel) -> FakeSocket:
     return opened
 
 
-def test_a_socket_under_a_stale_record_is_corrected(
-    kernel: FakeKernel, under_stale_record: FakeSocket
+def test_a_socket_with_a_stale_record_is_corrected(
+    kernel: FakeKernel, with_stale_record: FakeSocket
 ) -> None:
     """t: One run adds the connection and removes the stale record. Its closing is then
     handled."""
     assert run(kernel) == Corrections(missed_open=1, missed_close=1)
     assert remote_ports(kernel) == [PORT]
-    kernel.close(under_stale_record)
+    kernel.close(with_stale_record)
     assert remote_ports(kernel) == []
 
 
-def test_a_socket_under_a_stale_record_that_closes_removes_both(
-    kernel: FakeKernel, under_stale_record: FakeSocket
+def test_the_closing_of_a_socket_with_a_stale_record_removes_both(
+    kernel: FakeKernel, with_stale_record: FakeSocket
 ) -> None:
     """t: It is a seed when it closes. The program finds another key in the record."""
-    seed_with(kernel, "add", lambda: kernel.close(under_stale_record))
+    seed_with(kernel, "add", lambda: kernel.close(with_stale_record))
     assert remote_ports(kernel) == []
     assert run(kernel) == NOTHING
 

@@ -20,7 +20,7 @@ class Clocked:
     def watch(
         self, seconds: int, counts: EventCounts, *, finds: int = 0, rest_s: float = 0
     ) -> None:
-        """Ask for this number of seconds; the first ``finds`` runs find a difference."""
+        """Ask once a second for ``seconds``; the first ``finds`` runs find a difference."""
         for _ in range(seconds):
             self.now_s += 1
             if not self.schedule.is_due(counts, self.now_s):
@@ -88,14 +88,14 @@ def test_without_an_interval_only_missed_events_are_a_reason() -> None:
 
 
 def test_no_reason_overrides_the_share_of_cpu() -> None:
-    """No run begins before the pause after the previous run has ended."""
+    """No run begins during the pause that follows the previous run."""
     clocked = Clocked()
     clocked.watch(31, EventCounts(0, 7), finds=31, rest_s=11)
     assert clocked.runs == [1, 12, 23]
 
 
 def test_a_failed_run_stays_due() -> None:
-    """The next check starts it again."""
+    """It is due again at the next check."""
     clocked = Clocked()
     assert clocked.schedule.is_due(EventCounts(0, 7), 1)
     clocked.schedule.record_failure(1)

@@ -92,7 +92,7 @@ def test_missed_events_are_uncertain_until_a_run_finds_nothing(
 
 
 def test_an_event_that_is_missed_during_a_run_stays_uncertain() -> None:
-    """The run began before, so it may not have seen what happened."""
+    """The run began before the event, so its tables may not show the connection."""
     kernel = FakeKernel(FakeTracker())
     tables = FakeTables(kernel, lambda: kernel.open(PORT, is_missed=True))
     reconciler = Reconciler(kernel.tracker, tables, interval_s=60, cpu_share=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Sockets for tests of the socket tables: captured ones, and invented ones."""
+"""Captured and constructed sockets for tests of the socket tables."""
 
 import socket
 import struct
@@ -64,7 +64,7 @@ class Socket(NamedTuple):
 
 
 def captured_sockets() -> set[Socket]:
-    """Returns the sockets that tests/unit/data/capture.py opened."""
+    """Return the sockets that tests/unit/data/capture.py opened."""
     listeners = {
         Socket(IPV4, 8001, IPV4_ANY, 0, SS_LISTEN),
         Socket(IPV4_ANY, 8002, IPV4_ANY, 0, SS_LISTEN),
@@ -90,7 +90,7 @@ def captured_sockets() -> set[Socket]:
 
 
 def sockets_of(chunks: Iterator[Records]) -> list[Socket]:
-    """Returns entries in a form that can be compared."""
+    """Return entries in a form that can be compared."""
 
     def address(octets: Bytes) -> str:
         return socket.inet_ntop(socket.AF_INET6, octets.tobytes())
@@ -109,7 +109,7 @@ def sockets_of(chunks: Iterator[Records]) -> list[Socket]:
 
 
 def captured(name: str) -> Bytes:
-    """Reads a file that tests/unit/data/capture.py wrote."""
+    """Read a file that tests/unit/data/capture.py wrote."""
     return np.fromfile(DATA / name, np.uint8)
 
 
@@ -145,12 +145,12 @@ class CapturedReader:
 
 
 class MadeReader:
-    """Reads the sockets of one network namespace that a test has made."""
+    """Returns sockets of one network namespace that a test defines."""
 
     name = "made"
 
     def __init__(self, netns: int, *rows: tuple[int, int]) -> None:
-        """Take the local port and the state of each IPv4 socket."""
+        """Define IPv4 sockets, each by its local port and its state."""
         self.netns = netns
         self._rows = np.zeros(len(rows), ENTRY)
         self._rows["key"]["netns"] = netns
@@ -182,7 +182,7 @@ def attribute(kind: int, payload: bytes) -> bytes:
 def diag_message(
     port: int, *attributes: bytes, sequence: int = SEQUENCE, state: int = SS_LISTEN
 ) -> bytes:
-    """Returns the message for a socket at 127.0.0.1."""
+    """Return the message for a socket at 127.0.0.1."""
     socket_id = struct.pack(">HH", port, 0) + b"\x7f\0\0\1".ljust(32, b"\0") + bytes(12)
     payload = struct.pack("=BBBB", socket.AF_INET, state, 0, 0) + socket_id + bytes(20)
     return message(SOCK_DIAG_BY_FAMILY, payload + b"".join(attributes), sequence=sequence)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Decoding captured, made and damaged messages of sock_diag."""
+"""Decoding captured, constructed and damaged messages of sock_diag."""
 
 import socket
 import struct
@@ -237,7 +237,7 @@ def test_messages_of_one_run_can_have_different_attributes() -> None:
 
 @given(data=st.lists(st.binary(min_size=24, max_size=24), min_size=1, max_size=7))
 def test_any_attributes_are_searched_to_their_end(data: list[bytes]) -> None:
-    """Lengths may be 0 or exceed the message; the first byte of the payload is right."""
+    """Lengths may be 0 or exceed the message; the first byte of the payload is correct."""
     rows = np.frombuffer(b"".join(diag_message(443, each) for each in data), np.uint8)
     has, payload = diag_messages._attribute(
         rows.reshape(len(data), -1), INET_DIAG_SKV6ONLY, 1
@@ -248,7 +248,7 @@ def test_any_attributes_are_searched_to_their_end(data: list[bytes]) -> None:
 
 
 def first_byte(attributes: bytes, kind: int) -> int:
-    """Finds the byte that `_attribute` returns, in one message."""
+    """Return the first byte of the payload in one message; 0 if there is none."""
     found = 0
     while len(attributes) >= 5:
         length, here = struct.unpack_from("=HH", attributes)

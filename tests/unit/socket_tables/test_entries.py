@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Connections and listeners made from entries of captured and made tables."""
+"""Connections and listeners from entries of captured and constructed tables."""
 
 import socket
 import struct
@@ -151,6 +151,6 @@ def test_both_decoders_return_what_was_encoded(
 
 
 def hexadecimal(address: bytes) -> str:
-    """Formats an address as the kernel does: each word as a number in host byte order."""
+    """Format an address as the kernel does: each word as a number in host byte order."""
     words = struct.unpack(f"={len(address) // 4}I", address)
     return "".join(f"{word:08X}" for word in words)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The polling source, with socket tables made by a test."""
+"""The polling source, with socket tables that a test defines."""
 
 import threading
 import time
@@ -48,7 +48,7 @@ def connections(
 
 
 def ages(found: Records) -> dict[int, int]:
-    """Times when connections were first found, by remote port."""
+    """Return ``established_ns`` of each connection, by remote port."""
     assert len(np.unique(found["key"])) == len(found)
     return dict(
         zip(
@@ -126,7 +126,7 @@ def read(source: PollingSource) -> Words:
 
 
 def ages_of(source: PollingSource) -> dict[int, int]:
-    """Number of the dump that first found each connection, by remote port."""
+    """Return the number of the dump that first found each connection, by remote port."""
     found = read(source)
     ports = source.ledger().series.view(SERIES)["port"][numbers(found)].tolist()
     times = (times_ns(found) >> np.uint64(TIME_SHIFT)).tolist()

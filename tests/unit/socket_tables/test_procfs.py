@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Decoding captured, made and damaged files of /proc/net/tcp and tcp6."""
+"""Decoding captured, constructed and damaged files of /proc/net/tcp and tcp6."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ from tests.unit.socket_tables.test_polling import failing
 
 @pytest.fixture
 def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that the reader opens instead of /proc/thread-self/net."""
+    """Return a directory that the reader opens instead of /proc/thread-self/net."""
     real_open = os.open
 
     def open_there(path: str, flags: int) -> int:
@@ -116,7 +116,7 @@ def test_listening_leaves_out_connections(net: Path) -> None:
 
 
 def line(number: int, port: int, rest: str = " 00000000:00000000 00:00000000") -> bytes:
-    """A line of /proc/net/tcp, of a connection from 127.0.0.1 to itself."""
+    """Return a line of /proc/net/tcp for a connection from 127.0.0.1 to itself."""
     address = f"{int.from_bytes(bytes([127, 0, 0, 1]), sys.byteorder):08X}"
     return f"{number:4d}: {address}:{port:04X} {address}:9C41 01{rest}\n".encode()
 
@@ -204,7 +204,7 @@ TABLE = HEADING + b"".join(LINES)
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that the reader opens instead of /proc/net/tcp."""
+    """Return a file that the reader opens instead of /proc/net/tcp."""
     path = tmp_path / "tcp"
     path.write_bytes(TABLE)
     monkeypatch.setattr(procfs, "_open_files", lambda: {1: os.open(path, os.O_RDONLY)})

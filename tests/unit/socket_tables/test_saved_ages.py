@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Saving ages to a file and restoring them, with socket tables made by a test."""
+"""Saving ages to a file and restoring them, with socket tables that a test defines."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ from tests.support import eventually
 def connections(
     *numbers: int, seen_ns: int = 0, direction: Direction = Direction.INBOUND
 ) -> Records:
-    """A connection for each number, which is its cookie and its remote port."""
+    """Return a connection for each number, which is its cookie and its remote port."""
     made = np.zeros(len(numbers), SOCKET)
     made["cookie"] = numbers
     made["key"]["remote_port"] = numbers
@@ -71,7 +71,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def saved(path: Path, *saves: Records) -> None:
-    """One run of the exporter makes these saves."""
+    """Save these connections one after another, in one run of the exporter."""
     with contextlib.closing(reopened(path)) as run:
         run.aged(Tables(connections()))
         for each in saves:
@@ -79,7 +79,7 @@ def saved(path: Path, *saves: Records) -> None:
 
 
 def restored(path: Path, shown: Records) -> dict[int, tuple[int, int]]:
-    """Times and directions, by cookie, that the next run gives to these connections."""
+    """Return time and direction that the next run gives to each connection, by cookie."""
     run = reopened(path)
     found = run.aged(Tables(shown)).established(with_ages=True)
     run.close()

@@ -46,7 +46,7 @@ def refusal(dumps: DumpSocket) -> str:
 
 
 def complete(first: int, *, ports: tuple[int, int] = (443, 80)) -> list[bytes]:
-    """A complete dump of each address family; ``first`` is the first sequence number."""
+    """Return a complete dump of each address family, from the sequence number ``first``."""
     return [
         diag_message(port, sequence=sequence) + done(sequence)
         for sequence, port in zip((first, first + 1), ports, strict=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The socket tables of several namespaces, made by a test or read from this kernel."""
+"""The socket tables of several namespaces, defined by a test or read from this kernel."""
 
 import socket
 from pathlib import Path
