@@ -114,10 +114,13 @@ class SlotCounts:
                 np.add.at(times, numbers_of(keys), units)
             # The last bound first: only some of these are younger than an earlier bound.
             for limit, row in zip(reversed(limits), younger[::-1], strict=True):
-                chosen = np.flatnonzero(words >= limit)
-                if not len(chosen):
+                is_younger = words >= limit
+                found = np.count_nonzero(is_younger)
+                if not found:
                     break
-                words, keys = words[chosen], keys[chosen]
+                if found < len(words):  # selecting all of them would only copy them
+                    chosen = np.flatnonzero(is_younger)
+                    words, keys = words[chosen], keys[chosen]
                 np.add.at(row, numbers_of(keys), ONE)
                 if limit == long_term:
                     young.append(keys)
