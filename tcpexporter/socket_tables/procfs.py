@@ -44,19 +44,21 @@ class ProcfsReader:
         Raises:
             SocketTableError: a file cannot be opened.
         """
-        with namespaces.opened(netns) as descriptor:
+        with contextlib.ExitStack() as opened, namespaces.opened(netns) as descriptor:
             self.netns = os.fstat(descriptor).st_ino
             try:
                 self._for_entries = run_in_netns(descriptor, _open_files)
+                opened.callback(_close_files, self._for_entries)
                 self._for_listening = run_in_netns(descriptor, _open_files)
+                opened.callback(_close_files, self._for_listening)
             except OSError as error:
                 raise SocketTableError(
                     f"cannot open {error.filename}: {error.strerror}"
                 ) from error
+            self._opened = opened.pop_all()
 
     def close(self) -> None:
-        for descriptor in (*self._for_entries.values(), *self._for_listening.values()):
-            os.close(descriptor)
+        self._opened.close()
 
     def entries(self, *, with_ages: bool) -> Iterator[Records]:  # noqa: ARG002  no ages here
         return self._read(self._for_entries, TCP_ESTABLISHED, TCP_LISTEN)
@@ -76,9 +78,19 @@ def _open_files() -> dict[int, int]:
     # /proc/thread-self shows the namespace of this thread; /proc/self that of the main
     # thread.
     files = {1: os.open("/proc/thread-self/net/tcp", os.O_RDONLY)}
-    with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+    try:
         files[4] = os.open("/proc/thread-self/net/tcp6", os.O_RDONLY)
+    except FileNotFoundError:
+        pass  # a kernel without IPv6
+    except OSError:
+        _close_files(files)
+        raise
     return files
+
+
+def _close_files(files: dict[int, int]) -> None:
+    for descriptor in files.values():
+        os.close(descriptor)
 
 
 def _pieces(descriptor: int) -> Iterator[bytes]:

@@ -2,6 +2,8 @@
 """Decoding captured, constructed and damaged files of /proc/net/tcp and tcp6."""
 
 import contextlib
+import errno
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -103,6 +105,26 @@ def test_a_missing_file_is_an_error(net: Path) -> None:
     """The message has the name of the file."""
     with pytest.raises(SocketTableError, match=f"cannot open {net}/tcp: No such file"):
         ProcfsReader(namespaces.OWN)
+
+
+@pytest.mark.parametrize("opened", range(4))
+def test_a_file_that_cannot_be_opened_leaves_no_descriptor_open(
+    opened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process has too many open files before, or after one, two or three of them."""
+    numbers = itertools.count()
+    open_file = os.open
+
+    def limited(path: str | Path, flags: int) -> int:
+        if str(path).startswith("/proc/thread-self/") and next(numbers) == opened:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return open_file(path, flags)
+
+    before = {*Path("/proc/self/fd").iterdir()}
+    monkeypatch.setattr(os, "open", limited)
+    with pytest.raises(SocketTableError, match=r"cannot open .+: Too many open files"):
+        ProcfsReader(namespaces.OWN)
+    assert {*Path("/proc/self/fd").iterdir()} == before
 
 
 def test_listening_leaves_out_connections(net: Path) -> None:
