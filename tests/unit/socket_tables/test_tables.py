@@ -4,6 +4,7 @@
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pyroute2.netlink.diag import SS_ESTABLISHED, SS_LISTEN
 
@@ -56,7 +57,10 @@ def test_closing_tables_closes_all_readers() -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_listeners_can_be_read_during_a_dump(name: str) -> None:
-    """Both results are complete, and neither waits for the other."""
+    """Both results are complete, and neither waits for the other.
+
+    A socket may be in /proc/net/tcp twice, if others open or close meanwhile.
+    """
     with Peers() as peers:
         peers.connect(3)
         reader: TableReader = (SockDiagReader if name == "sock_diag" else ProcfsReader)(
@@ -67,8 +71,9 @@ def test_listeners_can_be_read_during_a_dump(name: str) -> None:
         assert sum(len(chunk) for chunk in reader.listening()) >= 1
         found += [chunk.copy() for chunk in dump]
         reader.close()
-    here = [chunk[chunk["key"]["local_port"] == peers.port] for chunk in found]
-    assert sum(len(chunk) for chunk in here) == 4
+    keys = np.concatenate(found)["key"]
+    here = keys[keys["local_port"] == peers.port]
+    assert len({*here["remote_port"].tolist()}) == 3 + 1  # the listener has remote port 0
 
 
 @pytest.mark.parametrize("name", SOURCES)
