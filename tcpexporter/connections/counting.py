@@ -81,7 +81,12 @@ class Counts:
         return Counts(self.series[chosen], values, self.total, self._rows(place), self.seen)
 
     def moved(self, series: Series, place: npt.NDArray[np.intp]) -> "Counts":
-        """Return the sums by other series; ``place`` has the index of each present one."""
+        """Return the counts by other series.
+
+        Args:
+            series: the other series, in ascending order.
+            place: for each present series, the index of the one that it is added to.
+        """
         if np.array_equal(series, self.series):
             return self
         values = self.values.summed(place, len(series))
@@ -164,13 +169,15 @@ def count(
     """Count the selected connections of all chunks.
 
     Args:
-        chunks: of slots, with those without a connection. Each chunk is used only until the
-            next one is requested. The kernel may write to it meanwhile.
-        ledger: called when all chunks have been read: so it has all their series.
+        chunks: of slots, including those without a connection. Each chunk is used only
+            until the next one is requested. The kernel may write to it meanwhile.
+        ledger: called before the first chunk and after the last one; the second result has
+            the series of all connections.
         slots: of the same source; what it keeps from scrape to scrape saves time only.
         projection: of the selection of connections that are counted.
         since_ns: times on CLOCK_BOOTTIME, the latest first. For each of them, `Values.ages`
-            has how many connections were established then or before. None was before 0.
+            has how many connections were established then or before. No connection was
+            before 0.
         now_ns: the present time on that clock, if ages are to be added up.
         long_term_ns: the one of ``since_ns`` that makes a connection long-term, if clients
             are to be counted.

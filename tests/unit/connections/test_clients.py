@@ -183,7 +183,7 @@ def test_clients_are_those_of_a_python_loop(
     assert (clients.long_term <= clients.established).all()
     assert (clients.established <= counts.values.established).all()
     assert (clients.largest <= counts.values.established).all()
-    # Only if connections are selected by the same port with and without labels.
+    # This holds only if the same port is selected with and without labels.
     if not ports:
         whole = replace(selected, labels=())
         (total,) = clients_by_labels(
@@ -242,7 +242,7 @@ def test_without_connections_there_are_no_clients() -> None:
 
 
 def test_clients_are_counted_on_request_only() -> None:
-    """Without a time that makes connections long-term, there are none, also not 0."""
+    """Without ``long_term_ns`` the result is None, not 0."""
     ledger = MemoryLedger(parts_of(selection()))
     chunk = ledger.count(records_of([Seen(Connection(), "192.0.2.1")]))
     assert chunk.clients is None
@@ -270,7 +270,7 @@ def test_the_clients_of_a_slot_without_connection_are_not_counted() -> None:
 
 @pytest.mark.parametrize("bits", [0, 31])
 def test_clients_that_differ_in_one_bit_of_the_hash_are_two(bits: int) -> None:
-    """So do clients with equal hashes in two series."""
+    """Clients with equal hashes in two series are two as well."""
     hashes = np.array([1 << bits, 0, 1 << bits], np.uint64)
     numbers = np.array([5, 5, 6], np.uint64)
     rows = np.array([-1, -1, -1, -1, -1, 0, 1])

@@ -654,7 +654,7 @@ def test_a_projection_follows_the_series_of_the_ledger() -> None:
 def test_the_kernel_counts_by_the_port_that_a_label_requires(
     directions: Sequence[Direction], labels: Sequence[str], expected: OutboundPort
 ) -> None:
-    """Outbound connections that nobody counts are not counted by port."""
+    """Outbound connections that are not selected are not counted by port."""
     own = (OWN_NETNS, 9690)
     assert kernel_parts(directions, labels) == Parts(expected, by_netns=False)
     by_both = kernel_parts(directions, (*labels, "netns", "unit"), own)
@@ -702,7 +702,7 @@ def test_a_named_port_has_the_series_that_its_connections_would_have(
 def test_series_of_ports_that_are_not_selected_any_more_are_removed(
     labels: Sequence[str], expected: list[bool]
 ) -> None:
-    """A series that does not have the port is kept, and so is none with port other."""
+    """A series without the label port is kept; one with port other is removed."""
     rows = [(4, 0, 443, 0), (4, 0, 80, 0), (4, FOLDED, 0, 0)]
     published = series_of_rows(rows)
     found = is_still_selected(published, selection(443, labels=labels))
