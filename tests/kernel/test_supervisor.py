@@ -18,7 +18,7 @@ import pytest
 from tests.kernel.helpers.forbidden_operations import LISTING, READING, REFUSED
 from tests.kernel.helpers.resource_limits import limit
 from tests.kernel.test_confinement import ATTEMPT, attempts
-from tests.kernel.test_process import catches
+from tests.kernel.test_process import catches, status
 from tests.support import DEADLINE_S, ESTABLISHED, Exporter, Peers, eventually
 
 pytestmark = pytest.mark.any_kernel
@@ -424,7 +424,8 @@ def test_a_killed_reader_process_is_reported(configured: Configured) -> None:
     with configured.start() as exporter:
         pid = exporter.process.pid
         (reader,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        os.kill(int(reader), signal.SIGHUP)  # the reader process ignores SIGTERM
+        eventually(lambda: ignores(int(reader), signal.SIGHUP))
+        os.kill(int(reader), signal.SIGHUP)
         configured.reload(exporter)
         os.kill(int(reader), signal.SIGKILL)
         eventually(lambda: reloaded(exporter) == 0)
@@ -440,3 +441,7 @@ def test_a_killed_reader_process_is_reported(configured: Configured) -> None:
         log.count("SIGHUP has no effect: the process that reads files has ended: restart")
         == 1
     )
+
+
+def ignores(process: int, number: signal.Signals) -> bool:
+    return bool(int(status(process, process)["SigIgn"][0], 16) >> (number - 1) & 1)
