@@ -130,7 +130,8 @@ require_for_tests() {
 	require_python
 	# Without containers, the services and the timer of podman end at once. It requires crun or
 	# runc; the tests use runc.
-	require bcc venv seccomp ip ss gcc libc git busybox podman runc chromium zsh fish
+	require bcc venv seccomp ip ss iptables gcc libc git busybox podman runc
+	require chromium zsh fish
 	# Only make deb, make rpm and their tests require these.
 	[ "$(system_family)" != debian ] || require dpkg-shlibdeps lintian rpmbuild rpmlint
 	require_unpacked prometheus prometheus promtool

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The resident memory of the exporter stays below a limit."""
+"""The memory of the exporter stays below a limit."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.kernel.helpers.memory_cgroup import memory_cgroup
 from tests.support import Exporter, Peers, eventually
 
 # Debian 13's Python and libraries require about 3 MiB more: 50.1 MiB were measured.
@@ -38,3 +41,22 @@ def assert_small(exporter: Exporter, peers: Peers) -> None:
     assert tracked is not None
     assert tracked >= 1006
     assert resident_kib(exporter.process.pid) <= MOST_RESIDENT_KIB
+
+
+@pytest.mark.any_kernel
+def test_a_start_that_adopts_pinned_maps_requires_less_than_192_mib(
+    directory: Path,
+) -> None:
+    """The maps of both runs count towards the limit, and the compiler too.
+
+    `python -m tests.benchmarks.memory_limit` measures more connections.
+    """
+    flags = ("--source", "ebpf", "--pin", str(directory))
+    with memory_cgroup(192) as processes, Peers() as peers:
+        script = f'echo $$ >{processes}; exec {sys.executable} -m tcpexporter "$@"'
+        command = ("sh", "-c", script, "sh")
+        peers.connect(503)
+        for _ in range(2):
+            with Exporter(*flags, command=command) as exporter:
+                assert exporter.established(peers.port) == 503
+                exporter.stop()

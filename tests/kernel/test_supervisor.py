@@ -18,7 +18,7 @@ import pytest
 from tests.kernel.helpers.forbidden_operations import LISTING, READING, REFUSED
 from tests.kernel.helpers.resource_limits import limit
 from tests.kernel.test_confinement import ATTEMPT, attempts
-from tests.kernel.test_process import catches
+from tests.kernel.test_process import catches, status
 from tests.support import DEADLINE_S, ESTABLISHED, Exporter, Peers, eventually
 
 pytestmark = pytest.mark.any_kernel
@@ -82,6 +82,15 @@ class Manager:
             while True:
                 self._socket.recv(4096)
         self._socket.settimeout(DEADLINE_S)
+
+    def is_silent(self) -> bool:
+        """Return whether no message arrives for three times as long as the watchdog
+        waits."""
+        self._socket.settimeout(3 * WATCHDOG_S)
+        with contextlib.suppress(TimeoutError):
+            self.messages.append(self._socket.recv(4096).decode())
+            return False
+        return True
 
     def __enter__(self) -> Self:
         return self
@@ -219,6 +228,35 @@ def test_the_watchdog_is_not_fed_while_a_thread_hangs(
             (only,) = manager.wait_for("STATUS=")
             assert only.startswith("STATUS=the thread state hangs")
         assert exporter.value("tcpexporter_background_failures_total", task="state")
+
+
+HANGS = """
+import runpy
+runpy.run_module("tests.kernel.helpers.hanging_collection", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("source", ["ebpf", "sock_diag"])
+def test_the_watchdog_is_not_fed_while_collecting_hangs(
+    manager: Manager, source: str
+) -> None:
+    """The exporter sends nothing from then on, and systemd's signal ends it at once.
+
+    `tests/vm/package.py` has the same case with systemd.
+    """
+    with manager.start("--source", source, watchdog=True, run=HANGS) as exporter:
+        manager.wait_for("WATCHDOG=1")
+        eventually(lambda: reads_a_pipe(exporter.process.pid))
+        manager.discard_messages()
+        assert manager.is_silent()
+        assert reads_a_pipe(exporter.process.pid)
+        exporter.process.send_signal(signal.SIGABRT)  # the default of WatchdogSignal=
+        assert exporter.process.wait(DEADLINE_S) == -signal.SIGABRT
+
+
+def reads_a_pipe(process: int) -> bool:
+    """Return whether the main thread of a process waits for data from a pipe."""
+    return Path(f"/proc/{process}/wchan").read_text().endswith("pipe_read")
 
 
 # Reloads
@@ -386,7 +424,8 @@ def test_a_killed_reader_process_is_reported(configured: Configured) -> None:
     with configured.start() as exporter:
         pid = exporter.process.pid
         (reader,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        os.kill(int(reader), signal.SIGHUP)  # the reader process ignores SIGTERM
+        eventually(lambda: ignores(int(reader), signal.SIGHUP))
+        os.kill(int(reader), signal.SIGHUP)
         configured.reload(exporter)
         os.kill(int(reader), signal.SIGKILL)
         eventually(lambda: reloaded(exporter) == 0)
@@ -402,3 +441,7 @@ def test_a_killed_reader_process_is_reported(configured: Configured) -> None:
         log.count("SIGHUP has no effect: the process that reads files has ended: restart")
         == 1
     )
+
+
+def ignores(process: int, number: signal.Signals) -> bool:
+    return bool(int(status(process, process)["SigIgn"][0], 16) >> (number - 1) & 1)

@@ -35,6 +35,26 @@ PROGRAM = "on_state_change"
 RESTART = ("restart",)
 WATCHDOG_S = 5
 
+PYTHON = "/usr/lib/tcpexporter/bin/python3"
+HANGS = Path("/etc/tcpexporter-hangs.py")
+HANGING_PROGRAM = """
+import os
+from tcpexporter.ebpf.source import EbpfSource
+from tcpexporter.__main__ import main
+end, _never_closed = os.pipe()
+collections = 0
+read = EbpfSource.read
+def read_or_hang(self):
+    global collections
+    collections += 1
+    if collections > 20:
+        os.read(end, 1)
+    return read(self)
+EbpfSource.read = read_or_hang
+main()
+"""
+"""An exporter whose 21st collection never ends: it reads a pipe that stays empty."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def unprovisioned() -> None:
@@ -188,6 +208,24 @@ def test_the_watchdog_restarts_an_exporter_that_hangs() -> None:
         hung = pid()
         os.kill(hung, signal.SIGSTOP)
         eventually(partial(is_ready, hung))
+
+
+def test_the_watchdog_restarts_an_exporter_whose_collection_hangs() -> None:
+    """It has counted before; the journal says that the watchdog ended it."""
+    HANGS.write_text(HANGING_PROGRAM)
+    start = f"ExecStart={PYTHON} {HANGS}"
+    with drop_in(f"WatchdogSec={WATCHDOG_S}", "ExecStart=", start):
+        end_by(RESTART)
+        hung = pid()
+        assert has_metric('tcpexporter_source_info{source="ebpf"} 1.0')
+        eventually(lambda: get("/metrics") is None)  # until systemd ends the process
+        eventually(partial(is_ready, hung))
+    HANGS.unlink()
+    journal = subprocess.check_output(
+        ["journalctl", "--output=cat", "--no-pager", "--unit=tcpexporter"], text=True
+    )
+    assert re.search(rf"Killing process {hung} \(.*\) with signal SIGABRT", journal)
+    end_by(RESTART)
 
 
 @pytest.mark.usefixtures("settings")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.ebpf.reconcile import Corrections, Reconciler, seed
-from tests.unit.ebpf.fake_tracker import FakeKernel, FakeTables, FakeTracker
+from tests.unit.ebpf.fake_tracker import NETNS, FakeKernel, FakeTables, FakeTracker
 from tests.unit.ebpf.test_reconcile import OTHER_PORT, PORT
 
 
@@ -89,6 +89,20 @@ def test_missed_events_are_uncertain_until_a_run_finds_nothing(
     assert reconciler.uncertain() == (missed + corrected if corrected else 0)
     assert run(reconciler) == Corrections()
     assert reconciler.uncertain() == difference(kernel) == 0
+
+
+def test_the_bound_does_not_include_later_namespaces() -> None:
+    """Their socket tables cannot be read: only the number of missed events shows the
+    error."""
+    kernel = FakeKernel(FakeTracker())
+    reconciler = reconciler_of(kernel)
+    later = kernel.open(PORT, netns=NETNS + 1)
+    kernel.close(later, is_missed=True)
+    assert reconciler.uncertain() == difference(kernel) == 1
+    assert run(reconciler) == Corrections()
+    assert difference(kernel) == 1
+    assert reconciler.uncertain() == 0
+    assert kernel.tracker.missed_events() == 1
 
 
 def test_an_event_that_is_missed_during_a_run_stays_uncertain() -> None:
