@@ -35,7 +35,8 @@ uninstall: ## Remove what make install has installed
 	deploy/install.sh uninstall
 
 .PHONY: deb
-deb: setup-test ## Build a package for this release of Debian or Ubuntu into dist/
+deb: export FOR_ARCH := $(ARCH)
+deb: setup-test ## Build a package for this release of Debian or Ubuntu into dist/; ARCH=arm64 for arm64
 	deploy/deb.sh
 
 .PHONY: rpm
