@@ -221,6 +221,7 @@ packages_for() {
 		debian:aarch64-linux-gnu-objdump) echo binutils-aarch64-linux-gnu ;;
 		debian:x86_64-linux-gnu-objdump) echo binutils-x86-64-linux-gnu ;;
 		debian:rpmbuild) echo rpm ;;
+		debian:qemu-aarch64-static) echo qemu-user-static binfmt-support ;;
 		debian:qemu-system-x86_64) echo qemu-system-x86 ;;
 		debian:qemu-system-aarch64) echo qemu-system-arm ;;
 		debian:busybox) echo busybox-static ;;
