@@ -35,7 +35,8 @@ uninstall: ## Remove what make install has installed
 	deploy/install.sh uninstall
 
 .PHONY: deb
-deb: setup-test ## Build a package for this release of Debian or Ubuntu into dist/
+deb image: export FOR_ARCH := $(ARCH)
+deb: setup-test ## Build a package for this release of Debian or Ubuntu into dist/; ARCH=arm64
 	deploy/deb.sh
 
 .PHONY: rpm
@@ -43,7 +44,7 @@ rpm: setup-test #- Build a package for Fedora into dist/; FOR_PYTHON=3.14 for th
 	deploy/rpm.sh
 
 .PHONY: image
-image: ## Build the container images tcpexporter:bpf and tcpexporter:polling with podman
+image: ## Build the container images tcpexporter:bpf and tcpexporter:polling; ARCH=arm64
 	@deploy/setup.sh image
 	deploy/container/build.sh
 

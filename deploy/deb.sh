@@ -3,6 +3,7 @@
 #
 # Builds a package of this tree for the release of Debian or Ubuntu that it runs on, into a
 # directory (dist). The package contains a virtual environment for the distribution's Python.
+# FOR_ARCH is its architecture, amd64 or arm64, by default this machine's.
 # REVISION is the last part of its version, 1. It requires SOURCE_DATE_EPOCH, which `make deb`
 # sets to the time of the commit. DEBEMAIL, as in "Name <name@example.org>", is the maintainer,
 # by default that in deploy/maintainer.
@@ -23,7 +24,8 @@ doc=$root/usr/share/doc/tcpexporter
 upstream=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 # The same version for a newer release is an upgrade: ~debian12 is less than ~debian13.
 version=$upstream-${REVISION:-1}~$ID${VERSION_ID-}
-architecture=$(dpkg --print-architecture)
+native=$(dpkg --print-architecture)
+architecture=${FOR_ARCH:-$native}
 maintainer=${DEBEMAIL:-$(cat deploy/maintainer)}
 
 DESTDIR=$root PREFIX=/usr ZSH_DIR=vendor-completions deploy/install.sh stage
@@ -55,14 +57,40 @@ END
 	done
 } >"$doc/copyright"
 
+# Unpacks the release's packages of libraries for another architecture into directories in $1:
+# dpkg-shlibdeps reads the names and the versions of their symbols.
+fetch_libraries() {
+	deploy/setup.sh require "$(dpkg-architecture -A "$architecture" -q DEB_TARGET_GNU_TYPE)-objdump"
+	mkdir -p "$scratch/apt/lists/partial" "$scratch/apt/archives/partial"
+	touch "$scratch/apt/status"
+	foreign_apt update
+	for package in libc6 libgcc-s1 libstdc++6 zlib1g; do
+		(cd "$scratch/apt" && foreign_apt download $package)
+		mkdir -p "$1/$package"
+		dpkg-deb --raw-extract "$scratch/apt/$package"_*.deb "$1/$package"
+	done
+}
+
+# Runs apt-get with the sources of this machine, for the other architecture. It changes nothing
+# outside of $scratch.
+foreign_apt() {
+	apt-get -qq -o APT::Architecture="$architecture" -o APT::Architectures="$architecture" \
+		-o Dir::State="$scratch/apt" -o Dir::State::status="$scratch/apt/status" \
+		-o Dir::Cache="$scratch/apt" -o APT::Sandbox::User=root \
+		-o Acquire::Languages=none "$@"
+}
+
+mkdir "$scratch/libraries"
+[ "$architecture" = "$native" ] || fetch_libraries "$scratch/libraries"
+
 # The packages of the libraries that the virtual environment requires and does not contain.
 libraries=$(find "$root/usr/lib/tcpexporter" -name '*.so*' -type f)
 mkdir "$scratch/debian"
 touch "$scratch/debian/control"
-# shellcheck disable=SC2086  # one word for each library
-shlibs=$(cd "$scratch" && dpkg-shlibdeps -O --ignore-missing-info \
+# shellcheck disable=SC2046,SC2086  # one word for each library
+shlibs=$(cd "$scratch" && DEB_HOST_ARCH=$architecture dpkg-shlibdeps -O --ignore-missing-info \
 	-l"$(echo "$root"/usr/lib/tcpexporter/lib/python3*/site-packages/numpy.libs)" \
-	$libraries 2>"$scratch/shlibdeps") || {
+	$(find libraries -mindepth 1 -maxdepth 1 -printf '-S%p ') $libraries 2>"$scratch/shlibdeps") || {
 	cat "$scratch/shlibdeps" >&2
 	exit 1
 }

@@ -11,7 +11,8 @@
 # PREFIX is the directory of the installation, by default /usr/local. DESTDIR is written before
 # each path, so that another program can pack the files. ZSH_DIR is the directory under share/zsh
 # for completions. FOR_PYTHON, as in 3.13, makes "stage" install Python packages for another
-# version than this system's. Building requires the packages of `deploy/setup.sh run`.
+# version than this system's, and FOR_ARCH, as in arm64, for another architecture. Building
+# requires the packages of `deploy/setup.sh run`.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -108,6 +109,7 @@ fill_venv() {
 	SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(date +%s)} deploy/wheel.sh "$scratch/wheel"
 	version=${FOR_PYTHON:-$("$python" -c 'import sys
 print("%d.%d" % sys.version_info[:2])')}
+	platforms=$(deploy/platforms.sh "${FOR_ARCH-}")
 	site=$destdir$venv/lib/python$version/site-packages
 	rm -rf "$destdir$venv"
 	mkdir -p "$destdir$venv/bin"
@@ -128,8 +130,10 @@ print("%d.%d" % sys.version_info[:2])')}
 # Installs packages even if the system has the same ones: the system can upgrade or remove its
 # own.
 pip_install() {
+	# shellcheck disable=SC2086  # one word for each platform
 	.venv/bin/python -m pip install -q --disable-pip-version-check --no-index \
-		--only-binary=:all: --no-compile --python-version "$version" --target "$site" "$@"
+		--only-binary=:all: --no-compile --python-version "$version" $platforms \
+		--target "$site" "$@"
 	# The commands of these packages contain a path of the build.
 	rm -rf "${site:?}/bin"
 }

@@ -15,7 +15,8 @@
 #   release      install the Python packages of "test", and the tools for lock files and audits
 #   lock         the same as "release"; then write deploy/lock
 #   wheels       the same as "run" if there is no .venv; then download the packages of "run"
-#                into .cache/wheels, for FOR_PYTHON or this system's Python
+#                into .cache/wheels, for FOR_PYTHON or this system's Python, and for FOR_ARCH
+#                or this system's architecture
 #   require X... install the packages of these commands or services: make prometheus.service
 #
 # It does not install a package again. If every package is installed, it requires neither root
@@ -101,7 +102,7 @@ main() {
 		require bcc venv seccomp
 		# Do not replace an old .venv: the tests that build packages run in it.
 		[ -e "$venv/installed" ] || fill_venv run
-		fetch_wheels "${FOR_PYTHON-}"
+		fetch_wheels "${FOR_PYTHON-}" "${FOR_ARCH-}"
 		;;
 	require)
 		shift
@@ -218,7 +219,10 @@ packages_for() {
 		debian:seccomp) echo libseccomp2 ;;
 		debian:libc) echo libc6-dev ;;
 		debian:dpkg-shlibdeps) echo dpkg-dev ;;
+		debian:aarch64-linux-gnu-objdump) echo binutils-aarch64-linux-gnu ;;
+		debian:x86_64-linux-gnu-objdump) echo binutils-x86-64-linux-gnu ;;
 		debian:rpmbuild) echo rpm ;;
+		debian:qemu-aarch64-static) echo qemu-user-static binfmt-support ;;
 		debian:qemu-system-x86_64) echo qemu-system-x86 ;;
 		debian:qemu-system-aarch64) echo qemu-system-arm ;;
 		debian:busybox) echo busybox-static ;;
@@ -375,16 +379,21 @@ state() {
 }
 
 # Downloads the packages that make install, make deb and make rpm unpack, unless they are there:
-# for a version of Python, or for this system's if that is empty. The directory has the files
-# for all versions: pip chooses the right ones by their names.
+# for a version of Python ($1) and an architecture ($2), or for those of this system if these are
+# empty. The directory has the files for all of these: pip chooses the right ones by their names.
 fetch_wheels() {
 	state=$(state)
-	! grep -qsx "$state $1" .cache/wheels/state || return 0
-	say "downloading Python packages into .cache/wheels${1:+ for Python $1}"
-	grep -qs "^$state " .cache/wheels/state || rm -rf .cache/wheels
+	platforms=$(deploy/platforms.sh "${2-}")
+	# shellcheck disable=SC2086  # on one line
+	made=$(echo $state $1 $platforms)
+	! grep -qsxF "$made" .cache/wheels/state || return 0
+	say "downloading Python packages into .cache/wheels${1:+ for Python $1}${2:+ on $2}"
+	grep -qs "^$state" .cache/wheels/state || rm -rf .cache/wheels
+	# shellcheck disable=SC2086  # one word for each platform
 	"$venv/bin/python" -m pip download -q --disable-pip-version-check --require-hashes \
-		--only-binary=:all: ${1:+--python-version "$1"} -r deploy/lock/run.txt -d .cache/wheels
-	echo "$state $1" >>.cache/wheels/state
+		--only-binary=:all: ${1:+--python-version "$1"} $platforms -r deploy/lock/run.txt \
+		-d .cache/wheels
+	echo "$made" >>.cache/wheels/state
 }
 
 pip_install() {

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from packaging import tags
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -86,6 +87,36 @@ def test_lock_files_agree() -> None:
         for each in read_lock(path):
             before = seen.setdefault(each.name, each)
             assert (each.version, each.sha256) == (before.version, before.sha256)
+
+
+PLATFORMS = ROOT / "deploy" / "platforms.sh"
+
+MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
+"""Debian's names of the architectures for which packages are built."""
+
+
+def platforms(architecture: str) -> list[str]:
+    """Return the platforms whose packages pip installs for an architecture."""
+    listed = subprocess.check_output([PLATFORMS, architecture], text=True).split()
+    return [each.removeprefix("--platform=") for each in listed]
+
+
+def test_each_architecture_has_the_platforms_that_pip_chooses_there() -> None:
+    """They are in the order in which pip prefers them.
+
+    The kind of fault: the package for arm64 has older files than a package from arm64.
+    """
+    here = platforms(MACHINES[os.uname().machine])
+    assert [each for each in tags.platform_tags() if each in here] == here
+    amd64, arm64 = (platforms(each) for each in MACHINES.values())
+    assert [each.replace("x86_64", "aarch64") for each in amd64] == arm64
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    """The message names those that are possible."""
+    done = subprocess.run([PLATFORMS, "armhf"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "armhf: choose amd64 or arm64" in done.stderr
 
 
 def make_wheel(directory: Path) -> Path:

@@ -6,13 +6,25 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from tests.vm import CACHE, ROOT, VmError, debs, guest, images, kernels, outcome, table
-from tests.vm.architectures import AMD64, ARCHITECTURES, Architecture
+from tests.vm import (
+    CACHE,
+    ROOT,
+    VmError,
+    debs,
+    guest,
+    images,
+    kernels,
+    outcome,
+    rootfs,
+    table,
+)
+from tests.vm.architectures import AMD64, ARCHITECTURES, ARM64, Architecture
 from tests.vm.images import (
     BOOKWORM,
     BOOKWORM_ARM64,
@@ -70,8 +82,8 @@ class Run:
     title: str = ""
     """A name of these tests, necessary if other tests have the same kernel and userland."""
     init: Path = guest.SESSION
-    with_packages: bool = False
-    """Whether the guest has the packages of `debs.build` in /share."""
+    provide: Callable[[Path], None] | None = None
+    """Writes files into a directory, which the guest has as /share."""
     is_extra: bool = False
     """Whether it only runs if its kernel or architecture is named by an option."""
 
@@ -103,6 +115,16 @@ RUNS_ARM64 = (
     Run(KERNELS_ARM64[0], BOOKWORM_ARM64, PART, is_extra=True),
     Run(PAGES_16K, BOOKWORM_ARM64, PART, is_extra=True),
     Run(KERNELS_ARM64[2], BOOKWORM_ARM64, "tests/vm/faults.py", "faults", is_extra=True),
+    Run(
+        *(KERNELS_ARM64[1], BOOKWORM_ARM64, "tests/vm/cross.py -k package", "package"),
+        provide=partial(debs.build_for, ARM64, BOOKWORM_ARM64.suite),
+        is_extra=True,
+    ),
+    Run(
+        *(KERNELS_ARM64[1], BOOKWORM_ARM64, "tests/vm/cross.py -k image", "images"),
+        provide=partial(rootfs.export, ARM64),
+        is_extra=True,
+    ),
 )
 
 RUNS = (
@@ -117,7 +139,7 @@ RUNS = (
     Run(
         *(KERNELS[1], VAGRANT, "tests/vm/package.py", "package"),
         init=guest.BOOT,
-        with_packages=True,
+        provide=debs.build,
     ),
     # The newest of these kernels, and one on which the exporter keeps more privileges.
     *(Run(KERNELS[each], BOOKWORM, "tests/vm/faults.py", "faults") for each in (2, 0)),
@@ -209,8 +231,8 @@ def _outcome(run: Run, unpacked: Future[Unpacked], image: Future[Path]) -> Outco
         began_s = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
             share = Path(directory)
-            if run.with_packages:
-                debs.build(share)
+            if run.provide:
+                run.provide(share)
             command = TEST.format(what=run.tests)
             code = guest.run(
                 kernel, root, share, command, init=run.init, log=run.log, limit_s=LIMIT_S

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Builds two Debian packages of this tree, an earlier and a later one."""
+"""Builds Debian packages of this tree, for guests that install them."""
 
 import os
 import subprocess
 import time
 from pathlib import Path
 
-from tests.vm import ROOT, VmError
+from tests.vm import CACHE, ROOT, VmError
+from tests.vm.apt import Apt
+from tests.vm.architectures import Architecture
 
 FAST = {"DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"}
 """Compressing as ``make deb`` does would take half a minute."""
@@ -19,13 +21,35 @@ def build(into: Path) -> None:
         VmError: a package cannot be built; the message has the reason.
     """
     for revision in ("1", "2"):
-        environ = {"REVISION": revision, "SOURCE_DATE_EPOCH": f"{time.time():.0f}"}
-        done = subprocess.run(
-            [ROOT / "deploy" / "deb.sh", into],
-            env=os.environ | FAST | environ,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise VmError(f"deploy/deb.sh failed: {done.stderr[-1000:]}")
+        _build(into, {"REVISION": revision})
+
+
+def build_for(architecture: Architecture, suite: str, into: Path) -> None:
+    """Build a package for another architecture, and check that it can be installed.
+
+    Args:
+        architecture: The architecture of the package.
+        suite: The release of Debian, that of this machine.
+        into: The directory of the package.
+
+    Raises:
+        VmError: the package cannot be built, or apt finds no packages of the suite that
+            satisfy its dependencies; the message has the reason.
+    """
+    _build(into, {"FOR_ARCH": architecture.name})
+    (package,) = into.glob("*.deb")
+    apt = Apt(CACHE / "apt" / f"{suite}-{architecture.name}", architecture, suite)
+    apt("apt-get", "install", "--simulate", "--no-install-recommends", str(package))
+
+
+def _build(into: Path, environ: dict[str, str]) -> None:
+    now = {"SOURCE_DATE_EPOCH": f"{time.time():.0f}"}
+    done = subprocess.run(
+        [ROOT / "deploy" / "deb.sh", into],
+        env=os.environ | FAST | now | environ,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise VmError(f"deploy/deb.sh failed: {done.stderr[-1000:]}")

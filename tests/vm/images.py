@@ -58,9 +58,6 @@ VAGRANT = Userland(
 )
 """A machine with systemd and services, as in ``vagrant/``."""
 
-GLIBC = 36
-"""The minor version of the oldest C library, of Debian 12: wheels must not require more."""
-
 LOCKS = ("run.txt", "test.txt")
 """Lock files that `deploy/setup.sh guest` installs."""
 
@@ -133,12 +130,13 @@ def pack_tree(archive: Path) -> None:
 
 def _pip(userland: Userland, command: str, *options: str) -> None:
     """Run a command of pip for the packages of `LOCKS`, and for the userland's Python."""
-    machine = userland.architecture.machine
-    platforms = ["2014", *(f"_2_{minor}" for minor in range(17, GLIBC + 1))]
+    platforms = subprocess.check_output(
+        [ROOT / "deploy/platforms.sh", userland.architecture.name], text=True
+    ).split()
     _run(
         sys.executable, "-m", "pip", command, "-q", "--only-binary=:all:",
         f"--python-version={userland.python}", "--require-hashes",
-        *(f"--platform=manylinux{each}_{machine}" for each in platforms),
+        *platforms,
         *(f"--requirement={ROOT / 'deploy/lock' / name}" for name in LOCKS),
         *options,
     )  # fmt: skip
