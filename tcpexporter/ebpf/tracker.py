@@ -44,12 +44,12 @@ import contextlib
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.clients import Chunk
-from tcpexporter.connections.identity import Hashes, client_hashes, hashes
+from tcpexporter.connections.identity import Hashes, client_hashes, hashes, is_first
 from tcpexporter.connections.memory_order import memory_barrier
+from tcpexporter.connections.parts import Parts
 from tcpexporter.connections.record import (
     CLOSED,
     CONNECTION,
@@ -59,7 +59,7 @@ from tcpexporter.connections.record import (
     words,
 )
 from tcpexporter.connections.record import numbers as numbers_of
-from tcpexporter.connections.series import Parts, series_of
+from tcpexporter.connections.series import series_of
 from tcpexporter.ebpf.connection_array import (
     HANDLE_SEEDED,
     WINDOW,
@@ -204,7 +204,7 @@ class Tracker(EventCounters):
         """
         self._release_empty(self._seed_slots)
         handles = hashes(seeds["key"]) | HANDLE_SEEDED
-        is_new = _is_first(handles)
+        is_new = is_first(handles)
         is_new &= ~np.isin(handles, self._used()[0]["handle"][self._seed_slots])
         chosen = np.flatnonzero(is_new)
         numbers = self.series.numbers(series_of(seeds, self._parts))
@@ -437,14 +437,3 @@ class Tracker(EventCounters):
     def _used(self) -> tuple[Records, Words]:
         """Return the records and words of all slots that were ever used."""
         return self._array.used()
-
-
-def _is_first(handles: Hashes) -> npt.NDArray[np.bool_]:
-    """Return for each handle whether it is the first of those that are equal to it."""
-    ordered = np.sort(handles)
-    if not (ordered[1:] == ordered[:-1]).any():  # usually; this takes less time
-        return np.ones(len(handles), np.bool_)
-    _, first = np.unique(handles, return_index=True)
-    is_first = np.zeros(len(handles), np.bool_)
-    is_first[first] = True
-    return is_first

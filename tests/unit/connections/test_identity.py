@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.connections.identity import PIECE, client_hashes, client_masks, hashes
+from tcpexporter.connections.identity import PIECE, client_hashes, hashes
+from tcpexporter.connections.parts import client_masks
 from tcpexporter.connections.record import CONNECTION, KEY, Records
 
 MASK = (1 << 64) - 1
