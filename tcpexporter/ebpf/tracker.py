@@ -124,6 +124,7 @@ class Tracker(EventCounters):
         self._orphans: set[int] = set()
         self._added: Numbers = np.empty(0, np.uint32)
         """The series numbers of the seeds that the last call of `add` has added."""
+        self._has_recorded = False
         self._seeds_added = 0
         self._seeds_closed = 0
         self._closed = 0
@@ -266,12 +267,15 @@ class Tracker(EventCounters):
     def recording_closings(self) -> Iterator[None]:
         """Let the program record all closings in the closings log during the block.
 
-        When the block begins, every run that does not record has ended. After the block,
-        every run that records has ended.
+        When the block begins, every run that does not record has ended, and every run that
+        recorded in an earlier block. Waiting for the latter now keeps the start short.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
+        if self._has_recorded:
+            self.wait_for_runs()
+        self._has_recorded = True
         self._pop_closings()
         self._set_recording(True)
         try:
@@ -279,7 +283,6 @@ class Tracker(EventCounters):
             yield
         finally:
             self._set_recording(False)
-            self.wait_for_runs()
 
     @map_errors()
     def _set_recording(self, is_recording: bool) -> None:

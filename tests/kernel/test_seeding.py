@@ -251,6 +251,30 @@ def test_closings_are_only_recorded_during_a_comparison(
     assert len(tracker._pop_closings()) == 0
 
 
+def test_a_block_that_records_waits_for_the_runs_of_an_earlier_one(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that found the flag of the earlier block records its closing after its end.
+
+    That closing belongs to no connection of the next dump, so it must not be in the log.
+    """
+    wait, waits = tracker.wait_for_runs, 0
+
+    def end_the_run() -> None:
+        nonlocal waits
+        if not waits:
+            tracker._closings.put(np.uint64(1009), np.uint32(0))
+        waits += 1
+        wait()
+
+    with tracker.recording_closings():
+        pass
+    monkeypatch.setattr(tracker, "wait_for_runs", end_the_run)
+    with tracker.recording_closings():
+        assert waits == 2
+        assert 1009 not in tracker._pop_closings()
+
+
 def test_refused_seeds_are_counted(tracker: Tracker) -> None:
     """A seed without a free slot is counted as refused; the others are added."""
     assert len(tracker.add(invented(1031))) == SLOTS
