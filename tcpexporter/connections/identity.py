@@ -25,6 +25,9 @@ Two clients have the same hash with a probability of 1 in 4 billion. The element
 bits because the kernel's array maps have: array_map_alloc in its kernel/bpf/arraymap.c.
 """
 
+FILTER_BITS = 22
+"""Number of bits of a hash by which `are_new` compares first: a table of 4 MiB."""
+
 PIECE = 8192
 """Number of keys that are hashed at once: all arrays fit into the cache of a CPU."""
 
@@ -57,6 +60,21 @@ def client_hashes(
     is_ipv4 = ip_versions(keys, "remote_address") == 4
     masked = addresses & np.where(is_ipv4[:, np.newaxis], ipv4, ipv6)
     return _hashes(masked, secret) & np.uint64((1 << CLIENT_BITS) - 1)
+
+
+def are_new(some: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
+    """Return which hashes are not among ``known``, of which there may be many more."""
+    # Most known hashes differ from all of ``some`` in their last bits already. Sorting or
+    # searching a million takes a tenth of a second; this takes a hundredth.
+    last_bits = np.uint64((1 << FILTER_BITS) - 1)
+    is_like_some = np.zeros(1 << FILTER_BITS, np.bool_)
+    is_like_some[some & last_bits] = True
+    ordered = np.sort(known[is_like_some[known & last_bits]])
+    if not len(ordered):
+        return np.ones(len(some), np.bool_)
+    place = np.minimum(np.searchsorted(ordered, some), len(ordered) - 1)
+    is_new: npt.NDArray[np.bool_] = ordered[place] != some
+    return is_new
 
 
 def is_first(some: Hashes) -> npt.NDArray[np.bool_]:

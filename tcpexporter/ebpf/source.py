@@ -19,7 +19,7 @@ from tcpexporter.connections.snapshot import first_seen, valid_connections
 from tcpexporter.connections.source import Report
 from tcpexporter.ebpf.loading import Loading
 from tcpexporter.ebpf.pins import Pins
-from tcpexporter.ebpf.reconcile import Reconciler, reconcile, seed
+from tcpexporter.ebpf.reconcile import Reconciler, reconcile, seed, seed_in_parts
 from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SourceError
@@ -105,9 +105,10 @@ class EbpfSource:
     def start(self) -> None:
         if self._pins and self._pins.adopted:
             reconcile(self._tracker, self._tables, pre_existing=True)
+        elif self._state:
+            seed(self._tracker, self._state.aged(self._tables))
         else:
-            tables = self._state.aged(self._tables) if self._state else self._tables
-            seed(self._tracker, tables)
+            seed_in_parts(self._tracker, self._tables.parts())
         self._warn_at_capacity()
         self._reconciler.start()
         if self._state and not self._pins:

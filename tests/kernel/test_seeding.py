@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Each case of `reconcile.seed` is forced with the BPF program and real sockets."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import pytest
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections.record import Direction
+from tcpexporter.connections.record import Direction, Records
 from tcpexporter.ebpf import loader, reconcile
 from tcpexporter.ebpf.tracker import Tracker
+from tcpexporter.errors import SocketTableError
+from tcpexporter.socket_tables import entries, sock_diag
+from tcpexporter.socket_tables.tables import SocketTables, open_tables
 from tests.kernel.helpers.in_process import (
     SLOTS,
     Dumps,
@@ -50,6 +54,82 @@ def test_preexisting_connections_are_seeded(peers: Peers) -> None:
         assert len(at_port(tracker, peers.port)) == 4
     finally:
         tracker.close()
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dump has many parts."""
+    monkeypatch.setattr(entries, "PART", 1)
+    monkeypatch.setattr(sock_diag, "REPLY_BYTES", sock_diag.DATAGRAM_BYTES)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_connections_are_seeded_in_parts(peers: Peers) -> None:
+    """a, b: Those that opened before the program was attached become seeds, each once, and
+    are in the ledger; those that it has reported do not."""
+    peers.connect(251)
+    tracker = attach()
+    try:
+        peers.connect(13)
+        with contextlib.closing(open_tables("sock_diag", "self")) as tables:
+            parts = Parts(tables)
+            reconcile.seed_in_parts(tracker, parts.read())
+        assert parts.number > 1
+        found = at_port(tracker, peers.port)
+        assert len(found) == 264
+        assert len(seeds(found)) == 251
+        ledger = tracker.series.ledger()
+        assert int(ledger.pre_existing.sum()) == tracker.seeds()
+    finally:
+        tracker.close()
+
+
+class Parts:
+    """Reads tables in parts, and acts after the first one."""
+
+    def __init__(
+        self, tables: SocketTables, then: Callable[[], object] = lambda: None
+    ) -> None:
+        self.number = 0
+        self._tables = tables
+        self._then = then
+
+    def read(self) -> Generator[Records, None, None]:
+        for each in self._tables.parts():
+            self.number += 1
+            if self.number == 2:
+                self._then()
+            yield each
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_connections_that_close_while_later_parts_are_read_do_not_stay(
+    tracker: Tracker, peers: Peers
+) -> None:
+    """d, g: Their seeds are added with an earlier or a later part; the log has the
+    closings."""
+    peers.connect(251)
+    remove_records(tracker, peers.port)
+    with contextlib.closing(open_tables("sock_diag", "self")) as tables:
+        parts = Parts(tables, peers.close)
+        reconcile.seed_in_parts(tracker, parts.read())
+    assert parts.number > 1
+    assert len(at_port(tracker, peers.port)) == 0
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_part_that_cannot_be_read_is_an_error(tracker: Tracker) -> None:
+    """The error reaches the caller, and the tables can be read again."""
+
+    def refuse() -> None:
+        raise SocketTableError("the dump is incomplete")
+
+    with contextlib.closing(open_tables("sock_diag", "self")) as tables:
+        with Peers() as peers:
+            peers.connect(300)
+            with pytest.raises(SocketTableError):
+                reconcile.seed_in_parts(tracker, Parts(tables, refuse).read())
+        assert len(tables.established()) >= 0
 
 
 def test_reported_connections_do_not_become_seeds(tracker: Tracker, peers: Peers) -> None:
