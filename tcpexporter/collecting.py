@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tcpexporter.config.settings import Settings
-from tcpexporter.connections.identity import client_masks
-from tcpexporter.connections.record import Direction
-from tcpexporter.connections.selection import has_owner, kernel_parts, named, select
-from tcpexporter.connections.series import NO_LISTENER
+from tcpexporter.connections.parts import NO_LISTENER
+from tcpexporter.connections.selection import named, select
 from tcpexporter.connections.source import Source
+from tcpexporter.ebpf.loading import Loading
 from tcpexporter.ebpf.source import EbpfSource
 from tcpexporter.errors import SettingsError, SourceError
-from tcpexporter.host import capacity, cgroups, namespaces
+from tcpexporter.host import cgroups, namespaces
 from tcpexporter.metrics.collector import Choice, ConnectionCollector
 from tcpexporter.metrics.owner_numbers import OwnerNumbers
+from tcpexporter.request import (
+    DIRECTIONS,
+    begin_loading,
+    has_owners,
+    own_listener,
+    parts_of,
+    shows_owners,
+)
 from tcpexporter.socket_tables.polling import PollingSource
 from tcpexporter.socket_tables.tables import open_tables
 
@@ -28,12 +35,6 @@ log = logging.getLogger("tcpexporter")
 
 SOURCES = ("ebpf", "sock_diag", "procfs")
 """The sources, in the order in which ``--source auto`` tries them."""
-
-DIRECTIONS = {
-    "inbound": (Direction.INBOUND,),
-    "outbound": (Direction.OUTBOUND,),
-    "all": (Direction.INBOUND, Direction.OUTBOUND),
-}
 
 
 class Counting(NamedTuple):
@@ -50,18 +51,22 @@ class Counting(NamedTuple):
     is none."""
 
 
-def open_counting(settings: Settings, resources: contextlib.ExitStack) -> Counting:
+def open_counting(
+    settings: Settings, resources: contextlib.ExitStack, loading: Loading | None = None
+) -> Counting:
     """Open the source of connections, and make the collector that counts them.
 
     Args:
         settings: the settings of this run.
         resources: a stack that closes the opened objects at the end.
+        loading: of `begin_loading` with these settings, which the caller closes; None: the
+            loader is started if the source requires it.
 
     Raises:
         TcpExporterError: the source, the state file or the namespace cannot be opened.
     """
     state = _open_state(settings.state) if settings.state else None
-    source = open_source(settings, state)
+    source = open_source(settings, state, loading)
     resources.callback(source.close)
     if state:
         resources.callback(state.close)
@@ -69,13 +74,13 @@ def open_counting(settings: Settings, resources: contextlib.ExitStack) -> Counti
     if watch:
         resources.callback(watch.close)
     paths = _open_cgroups(settings, resources)
-    if _shows_owners(settings) and source.name == "procfs":
+    if shows_owners(settings) and source.name == "procfs":
         log.warning(
             "the owners of connections are not known: procfs does not show the cgroups of"
             " sockets, ebpf and sock_diag do"
         )
     owners = None
-    if _has_owners(settings):
+    if has_owners(settings):
         owners = OwnerNumbers(settings.series_labels, paths)
     choose = chooser(settings, source, owners)
     collector = make_collector(source, settings, choose(settings), owners)
@@ -85,22 +90,12 @@ def open_counting(settings: Settings, resources: contextlib.ExitStack) -> Counti
 def _open_cgroups(
     settings: Settings, resources: contextlib.ExitStack
 ) -> cgroups.CgroupPaths | None:
-    if not _has_owners(settings):
+    if not has_owners(settings):
         return None
     paths = cgroups.open_paths()
     if paths:
         resources.callback(paths.close)
     return paths
-
-
-def _has_owners(settings: Settings) -> bool:
-    """Return whether the owners of connections are required."""
-    # Owners show which containers the namespaces belong to.
-    return _shows_owners(settings) or "netns" in settings.series_labels
-
-
-def _shows_owners(settings: Settings) -> bool:
-    return has_owner(settings.series_labels) or _has_units(settings)
 
 
 def _has_units(settings: Settings) -> bool:
@@ -114,22 +109,25 @@ def _open_state(path: str) -> "State | None":
     return State.open(Path(path))
 
 
-def open_source(settings: Settings, state: "State | None" = None) -> Source:
+def open_source(
+    settings: Settings, state: "State | None" = None, loading: Loading | None = None
+) -> Source:
     """Open the source that --source selects.
 
     Args:
         settings: the settings of this run.
         state: ages to restore and to save; None: ages are neither restored nor saved.
+        loading: as for `open_counting`.
 
     Raises:
         SourceError: the named source, or with ``auto`` every source, does not work.
     """
     if settings.source != "auto":
-        return _open_named_source(settings.source, settings, state)
+        return _open_named_source(settings.source, settings, state, loading)
     reasons = []
     for name in SOURCES:
         try:
-            source = _open_named_source(name, settings, state)
+            source = _open_named_source(name, settings, state, loading)
         except SourceError as error:
             reasons.append(f"{name} does not work: {error}")
             continue
@@ -139,26 +137,21 @@ def open_source(settings: Settings, state: "State | None" = None) -> Source:
     raise SourceError("; ".join(reasons))
 
 
-def _open_named_source(name: str, settings: Settings, state: "State | None") -> Source:
-    parts = kernel_parts(
-        DIRECTIONS[settings.direction],
-        settings.series_labels,
-        _own_listener(settings),
-        client_masks(*settings.client_prefix) if settings.clients else None,
-        by_cgroup=_has_owners(settings),
-    )
+def _open_named_source(
+    name: str, settings: Settings, state: "State | None", loading: Loading | None
+) -> Source:
     if name == "ebpf":
-        return EbpfSource(
-            netns=settings.netns,
-            parts=parts,
-            lifetime_bounds_s=settings.bounds_s,
-            max_connections=settings.max_connections
-            or capacity.max_connections(capacity.read_limits()),
-            reconcile_interval_s=settings.reconcile_interval_s,
-            reconcile_cpu_share=settings.reconcile_cpu_percent / 100,
-            pin=settings.pin,
-            state=state,
-        )
+        with contextlib.closing(loading or begin_loading(settings)) as begun:
+            return EbpfSource(
+                begun,
+                netns=settings.netns,
+                parts=parts_of(settings),
+                reconcile_interval_s=settings.reconcile_interval_s,
+                reconcile_cpu_share=settings.reconcile_cpu_percent / 100,
+                pin=settings.pin,
+                state=state,
+            )
+    parts = parts_of(settings)
     return PollingSource(
         open_tables(name, settings.netns, with_cgroups=parts.by_cgroup),
         settings.interval_s,
@@ -177,7 +170,7 @@ def chooser(
     """
     own_netns = namespaces.inode()
     listens_there = own_netns in source.namespaces()
-    own_listener = _own_listener(settings) if listens_there else NO_LISTENER
+    own = own_listener(settings) if listens_there else NO_LISTENER
 
     def choose(chosen: Settings) -> Choice:
         if _has_units(chosen) and not owners:
@@ -189,7 +182,7 @@ def chooser(
             chosen.ports,
             tcpv6=settings.tcpv6,
             directions=DIRECTIONS[settings.direction],
-            own_listener=own_listener,
+            own_listener=own,
             labels=settings.series_labels,
             owners=owners,
         )
@@ -201,10 +194,6 @@ def chooser(
         )
 
     return choose
-
-
-def _own_listener(settings: Settings) -> tuple[int, int]:
-    return NO_LISTENER if settings.once else (namespaces.inode(), settings.listen_port)
 
 
 def _namespace_names(

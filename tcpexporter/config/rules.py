@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from tcpexporter.connections.expected import End, Network, Rule
-from tcpexporter.connections.record import Direction
+from tcpexporter.connections.parts import Direction
 from tcpexporter.errors import quoted
 
 MOST_RULES = 64

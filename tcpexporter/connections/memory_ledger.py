@@ -7,13 +7,13 @@ import numpy as np
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import client_hashes
+from tcpexporter.connections.parts import Parts, time_units
 from tcpexporter.connections.record import (
     SERIES_BITS,
     TIME_SHIFT,
     Numbers,
     Records,
     Words,
-    time_units,
     words,
 )
 from tcpexporter.connections.record import numbers as numbers_of
@@ -22,7 +22,6 @@ from tcpexporter.connections.series import (
     SERIES_FIRST,
     Forgotten,
     Ledger,
-    Parts,
     Series,
     bucket_count,
     folded_number,

@@ -64,7 +64,7 @@ These are the cases. tests/unit/ordering tries all orders of each.
     and the load of its word. The same applies to series numbers.
 13. A dump of the socket tables, then the tracker. The kernel stores the state after the
     program has stored the word, with release. `memory_barrier` comes between the dump and
-    the loads of words.
+    the loads of words. If another thread has read the dump, it hands it over by a lock.
 14. Counters of the ledger: each is changed by atomic additions and loaded alone, so none is
     lost and none decreases. Counters that belong together may differ while they change.
 15. Pinned state is read by 2 and 9, while the old program writes to it. Version 1 of its

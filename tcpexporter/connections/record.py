@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Array dtypes for connections and listeners, and the values of their fields."""
 
-import enum
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-
-class Direction(enum.IntEnum):
-    """Which end opened a connection. The values are those of ``is_outbound``."""
-
-    INBOUND = 0
-    OUTBOUND = 1
-
+# Defined there for modules that do not import numpy; here for those that do.
+from tcpexporter.connections.parts import PORTS as PORTS  # noqa: PLC0414
+from tcpexporter.connections.parts import TIME_SHIFT as TIME_SHIFT  # noqa: PLC0414
+from tcpexporter.connections.parts import Direction as Direction  # noqa: PLC0414
 
 KEY = np.dtype(
     [
@@ -70,9 +66,6 @@ SERIES_BITS = 18
 
 SERIES_MASK = (1 << SERIES_BITS) - 1
 
-TIME_SHIFT = 13
-"""The upper part of such a word is a time in units of 2^13 ns."""
-
 CLOSED = np.uint64(1 << SERIES_BITS)
 """The word of a slot whose connection has closed."""
 
@@ -96,9 +89,6 @@ slot has no connection. The word is 0 if the slot was never used.
 
 Numbers: TypeAlias = npt.NDArray[np.uint32]
 """A one-dimensional array of series numbers."""
-
-PORTS = 65536
-"""Number of possible ports, including 0."""
 
 IPV4_PREFIX = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
 """The first 12 bytes of ::ffff:a.b.c.d."""
@@ -128,11 +118,6 @@ def words(numbers: Numbers, established_ns: npt.NDArray[np.uint64]) -> Words:
 def numbers(words: Words) -> Numbers:
     """Return the series number of each word; 0: no connection."""
     return (words & np.uint64(SERIES_MASK)).astype(np.uint32)
-
-
-def time_units(seconds: float) -> int:
-    """Return a duration in the units of the time in a word, rounded down."""
-    return round(seconds * 1e9) >> TIME_SHIFT
 
 
 def times_ns(words: Words) -> npt.NDArray[np.uint64]:

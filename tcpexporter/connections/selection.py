@@ -6,25 +6,20 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
+import numpy.ma
 import numpy.typing as npt
 
-from tcpexporter.connections.identity import ClientMasks
+from tcpexporter.connections.parts import NO_LISTENER, has_owner
 from tcpexporter.connections.record import LISTENER, PORTS, Direction, Records
 from tcpexporter.connections.series import (
     FOLDED,
-    NO_LISTENER,
     OUTBOUND,
     OWN,
     REMOTE_PORT,
     SERIES,
     SERIES_BYTES,
-    OutboundPort,
-    Parts,
     Series,
 )
-
-OWNER_LABELS = ("unit", "container", "pod")
-"""The labels that are derived from a socket's cgroup."""
 
 Cgroups: TypeAlias = npt.NDArray[np.uint64]
 """Numbers of cgroups, or of their owners."""
@@ -94,38 +89,6 @@ def select(
     return Selection(
         mask, versions, chosen, own_listener, tuple(labels), owners or NoOwners()
     )
-
-
-def kernel_parts(
-    directions: Sequence[Direction],
-    labels: Sequence[str],
-    own_listener: tuple[int, int] = NO_LISTENER,
-    client_masks: ClientMasks | None = None,
-    *,
-    by_cgroup: bool = False,
-) -> Parts:
-    """Return what a source has to count separately for a selection with these fields.
-
-    ``by_cgroup`` is true if cgroups are required for another purpose than labels.
-    """
-    if Direction.OUTBOUND not in directions:
-        outbound_port = OutboundPort.NONE
-    elif "remote_port" in labels:
-        outbound_port = OutboundPort.REMOTE
-    else:
-        outbound_port = OutboundPort.LOCAL
-    return Parts(
-        outbound_port,
-        by_netns="netns" in labels,
-        by_cgroup=by_cgroup or has_owner(labels),
-        own_listener=own_listener,
-        client_masks=client_masks,
-    )
-
-
-def has_owner(labels: Sequence[str]) -> bool:
-    """Return whether some labels are derived from a socket's cgroup."""
-    return not {*OWNER_LABELS}.isdisjoint(labels)
 
 
 def is_selected(series: Series, selection: Selection) -> npt.NDArray[np.bool_]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The series that connections are counted in, and what has happened in each of them."""
 
-import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -9,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.identity import ClientMasks
+from tcpexporter.connections.parts import OutboundPort, Parts
 from tcpexporter.connections.record import Numbers, Records, ip_versions
 
 SERIES = np.dtype(
@@ -51,33 +50,6 @@ COUNTERS = ("opened", "closed", "failed")
 
 SERIES_FIRST = 5
 """The lowest number that a series can get. The lower ones are those of `folded_series`."""
-
-
-NO_LISTENER = (0, 0)
-"""Namespace and port, if the exporter does not listen in a namespace that it counts."""
-
-
-class OutboundPort(enum.IntEnum):
-    """Which port is part of the series of an outbound connection."""
-
-    NONE = 0
-    LOCAL = 1
-    REMOTE = 2
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the settings require to be counted separately."""
-
-    outbound_port: OutboundPort
-    by_netns: bool
-    """Whether network namespaces are counted separately."""
-    own_listener: tuple[int, int] = NO_LISTENER
-    """Namespace and port of the exporter's own listener, which is not counted."""
-    client_masks: ClientMasks | None = None
-    """Which bits of an address identify a client; None: clients are not counted."""
-    by_cgroup: bool = False
-    """Whether cgroups are counted separately."""
 
 
 def series_of(connections: Records, parts: Parts) -> Series:

@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.memory_ledger import MemoryLedger
+from tcpexporter.connections.parts import OutboundPort, Parts
 from tcpexporter.connections.record import LISTENER, Records, Words
-from tcpexporter.connections.series import Ledger, OutboundPort, Parts
+from tcpexporter.connections.series import Ledger
 
 if TYPE_CHECKING:  # this package does not import tcpexporter.host at run time
     from tcpexporter.host.background import Task

@@ -1,66 +1,37 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Compiles, loads and attaches the BPF program in a child process, the loader.
+"""Compiles, loads and attaches the BPF program: the loader, a child process.
 
-BCC uses LLVM, which uses 120 MB of memory, so only the loader imports BCC. The loader sends
-the file descriptors of the program and its maps to its parent, the exporter, and exits. The
-maps and the attachment exist as long as a descriptor of them is open.
+BCC uses LLVM, which uses 120 MB of memory, so only the loader imports BCC. It sends the
+file descriptors of the program and its maps to its parent, the exporter (see `loading`),
+and exits. The maps and the attachment exist as long as a descriptor of them is open.
 """
 
 import contextlib
 import ctypes
 import errno
-import logging
 import os
 import resource
-import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tcpexporter.ebpf import program
 from tcpexporter.ebpf.btf import Btf
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, create_map, load_libbpf
 from tcpexporter.ebpf.loader_protocol import (
-    LOAD_TIMEOUT_S,
     SEE_DEBUG,
     Descriptors,
     Request,
-    SilentError,
-    receive_descriptors,
+    out_of_memory,
     receive_request,
     send_descriptors,
     send_reason,
-    send_request,
 )
 from tcpexporter.ebpf.program import TRACEPOINT
 from tcpexporter.ebpf.ranges import RANGE_BITS, RANGE_SLOTS, SERIES_FIRST
-from tcpexporter.errors import LoadError, TcpExporterError, reason
-from tcpexporter.host import children, libc, privileges
-
-log = logging.getLogger(__name__)
-
-EXIT_TIMEOUT_S = 0.5
-"""Seconds after its answer in which the loader must exit; then it is killed."""
-
-VMSTAT = Path("/proc/vmstat")
-
-COMPILING_BYTES = 76 << 20
-"""Memory that compiling the program requires of the limit of a cgroup, without the slots.
-
-Measured with Linux 6.18, BCC 0.26 and LLVM 14: 70 MiB with slots for 1,009 connections, 94
-for 262,144, 266 for 2,000,000; 80 for 1,009 with histograms of 8 bounds, on x86-64.
-On arm64 the start fails with 72 MiB and succeeds with 76, with pages of 4 or 16 KiB.
-"""
-
-CONNECTION_BYTES = 102
-"""Memory that the maps require for each of --max-connections, in bytes."""
-
-BUCKET_BYTES = 16
-"""Memory for a bucket or a sum of lifetimes, in bytes for each series number.
-
-The ledger and its corrections each require half of it."""
+from tcpexporter.errors import LoadError, TcpExporterError
+from tcpexporter.host import libc, privileges
 
 OOM_SCORE_ADJ_MAX = "1000"
 
@@ -102,86 +73,6 @@ MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
 
 
-def load(request: Request) -> Descriptors:
-    """Start the loader, and return the descriptors that it sends; the caller closes them.
-
-    Raises:
-        LoadError: the program could not be loaded; the message has the cause and a remedy.
-    """
-    oom_kills = _oom_kills()
-    with contextlib.ExitStack() as resources:
-        try:
-            channel, output, child = _start(resources)
-        except OSError as error:
-            raise LoadError(
-                f"the process that loads the BPF program cannot be started: {reason(error)}"
-            ) from error
-        channel.settimeout(LOAD_TIMEOUT_S)
-        try:
-            with contextlib.suppress(
-                ConnectionError
-            ):  # the reply says why the loader ended
-                send_request(channel, request)
-            return receive_descriptors(channel)
-        except SilentError as error:
-            _end(child)
-            if child.returncode == -signal.SIGKILL and _oom_kills() > oom_kills:
-                raise LoadError(_out_of_memory(request)) from error
-            raise LoadError(_cause_of_death(child.returncode)) from error
-        finally:
-            _end(child)
-            output.seek(0)
-            for line in output.read().decode(errors="replace").splitlines():
-                log.debug("loader: %s", line)
-
-
-def _start(
-    resources: contextlib.ExitStack,
-) -> tuple[socket.socket, IO[bytes], subprocess.Popen[bytes]]:
-    """Start the loader, and return the channel to it, its output file, and its process."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    resources.enter_context(ours)
-    with theirs:
-        # In memory, because the exporter may lack write access to every directory.
-        output = os.fdopen(os.memfd_create("output"), "w+b")
-        resources.enter_context(output)
-        child = children.start("tcpexporter.ebpf.loader", theirs, output=output)
-    return ours, output, child
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Wait until the loader has exited; kill it if it hangs."""
-    try:
-        child.wait(EXIT_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def _cause_of_death(code: int) -> str:
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"the process that loads the BPF program died ({how}), {SEE_DEBUG}"
-
-
-def _out_of_memory(request: Request) -> str:
-    needed = COMPILING_BYTES + request.max_connections * CONNECTION_BYTES
-    if request.lifetime_bounds:
-        needed += request.max_series * BUCKET_BYTES * (len(request.lifetime_bounds) + 2)
-    return (
-        f"out of memory while compiling; the exporter requires about {needed >> 20} MiB:"
-        " raise the memory limit of the service or container, or lower --max-connections"
-    )
-
-
-def _oom_kills() -> int:
-    """Return how many processes of the host the kernel has killed for lack of memory."""
-    try:
-        lines = VMSTAT.read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
-
-
 def _main(channel_descriptor: int) -> None:
     _be_killed_first()
     _lift_limits()
@@ -192,7 +83,7 @@ def _main(channel_descriptor: int) -> None:
         except TcpExporterError as error:
             send_reason(channel, str(error))
         except MemoryError:
-            send_reason(channel, _out_of_memory(request))
+            send_reason(channel, out_of_memory(request))
         else:
             send_descriptors(channel, descriptors)
     os._exit(0)  # BCC cleans up when Python exits
@@ -260,7 +151,7 @@ def _load_here(request: Request) -> Descriptors:
 def _why_not_compiled(error: Exception, request: Request) -> str:
     number = _refusal(request.max_connections)
     if number == errno.ENOMEM:
-        return _out_of_memory(request)
+        return out_of_memory(request)
     hint = ""
     if number == errno.EPERM:
         limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)

@@ -23,6 +23,22 @@ LOADED = b"loaded"
 
 MAX_SERIES = 65536
 
+COMPILING_BYTES = 76 << 20
+"""Memory that compiling the program requires of the limit of a cgroup, without the slots.
+
+Measured with Linux 6.18, BCC 0.26 and LLVM 14: 70 MiB with slots for 1,009 connections, 94
+for 262,144, 266 for 2,000,000; 80 for 1,009 with histograms of 8 bounds, on x86-64.
+On arm64 the start fails with 72 MiB and succeeds with 76, with pages of 4 or 16 KiB.
+"""
+
+CONNECTION_BYTES = 102
+"""Memory that the maps require for each of --max-connections, in bytes."""
+
+BUCKET_BYTES = 16
+"""Memory for a bucket or a sum of lifetimes, in bytes for each series number.
+
+The ledger and its corrections each require half of it."""
+
 SEE_DEBUG = "--log-level debug shows its output"
 
 
@@ -116,6 +132,17 @@ def send_descriptors(channel: socket.socket, descriptors: Descriptors) -> None:
 def send_reason(channel: socket.socket, sentence: str) -> None:
     """Send the sentence that says why the program was not loaded."""
     channel.send(sentence.encode())
+
+
+def out_of_memory(request: Request) -> str:
+    """Return the sentence for a loader that has run out of memory."""
+    needed = COMPILING_BYTES + request.max_connections * CONNECTION_BYTES
+    if request.lifetime_bounds:
+        needed += request.max_series * BUCKET_BYTES * (len(request.lifetime_bounds) + 2)
+    return (
+        f"out of memory while compiling; the exporter requires about {needed >> 20} MiB:"
+        " raise the memory limit of the service or container, or lower --max-connections"
+    )
 
 
 def receive_descriptors(channel: socket.socket) -> Descriptors:

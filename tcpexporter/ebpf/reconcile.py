@@ -21,13 +21,16 @@ Three steps follow:
 2. add these connections as seeds, which the program finds when they close;
 3. remove the seeds that the closings log has.
 
-These are the cases for a connection:
+A start does 1 and 2 for one part of the dump after the other, while a thread reads the next
+part. In these cases, the dump is then the part that shows the connection:
 
 a. Open before the program was attached, and still open after 3: a seed from 2 on. Only the
    program removes it, when it closes.
 b. Opened before the dump of 1 while the program was attached. The kernel reports an opening
    before it stores the new state, and the tracker is read after the tables. So the tracker
    has the connection too, and it does not become a seed.
+   If another part shows a pre-existing connection with the same key on another device, it
+   does not become a seed either: the next reconciliation adds it as in i.
 c. Opened after that dump: the tracker has it with the kernel's time. No step changes a
    connection that the kernel reported, so no time of the kernel is ever lost.
 d. In the dump of 1, and closed before 2: the dump shows it and the tracker does not, so it
@@ -95,8 +98,10 @@ runs end when a run has found nothing and no event was missed since the run befo
 `schedule.Schedule`.
 """
 
+import contextlib
 import logging
 import time
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -112,7 +117,7 @@ from tcpexporter.ebpf.connection_array import Known
 from tcpexporter.ebpf.free_numbers import Slots
 from tcpexporter.ebpf.schedule import EventCounts, Schedule
 from tcpexporter.errors import enough_memory
-from tcpexporter.host.background import Task
+from tcpexporter.host.background import Task, ahead
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +131,7 @@ class TrackedConnections(Protocol):
     restored: int
     seeds_refused: int
 
-    def known(self) -> Known: ...
+    def known(self, *, with_seeds: bool = True) -> Known: ...
     def add(self, seeds: Records) -> Slots: ...
     def recording_closings(self) -> AbstractContextManager[None]: ...
     def release_closed(self, slots: Slots, *, pre_existing: bool = False) -> int: ...
@@ -179,9 +184,32 @@ def seed(tracker: TrackedConnections, tables: ConnectionTables) -> None:
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
-    with tracker.recording_closings():
-        missing = _differences(tracker, tables, boottime_ns(), with_ages=True).missing
-        _add(tracker, missing, pre_existing=True)
+    seed_in_parts(tracker, (each.established(with_ages=True) for each in (tables,)))
+
+
+def seed_in_parts(
+    tracker: TrackedConnections, parts: Generator[Records, None, None]
+) -> None:
+    """Do as `seed`, while a thread reads the next part of the tables.
+
+    Args:
+        tracker: a tracker whose program is already attached.
+        parts: reads the tables, of dtype `SOCKET`. A part shows what they had when the
+            iterator was advanced to it, or later.
+
+    Raises:
+        SourceError: the tables cannot be read, or the kernel refuses a map operation.
+        ThreadError: the kernel refuses another thread.
+    """
+    with tracker.recording_closings(), contextlib.closing(ahead(parts)) as following:
+        added = [np.empty(0, np.uint32)]
+        for part in following:
+            reported = tracker.known(with_seeds=False)
+            missing = part
+            if len(reported.slots):  # otherwise, hashing would take a fifth of the time
+                missing = part[_surplus(hashes(part["key"]), reported.hashes)]
+            added.append(tracker.add(missing))
+        tracker.release_closed(np.concatenate(added), pre_existing=True)
 
 
 def reconcile(

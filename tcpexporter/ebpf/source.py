@@ -4,7 +4,7 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,19 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.clients import Chunk
-from tcpexporter.connections.identity import SECRET
-from tcpexporter.connections.record import Records, Words, time_units
-from tcpexporter.connections.series import Ledger, Parts
+from tcpexporter.connections.parts import Parts
+from tcpexporter.connections.record import Records, Words
+from tcpexporter.connections.series import Ledger
 from tcpexporter.connections.snapshot import first_seen, valid_connections
 from tcpexporter.connections.source import Report
-from tcpexporter.ebpf import loader
-from tcpexporter.ebpf.loader_protocol import Request
+from tcpexporter.ebpf.loading import Loading
 from tcpexporter.ebpf.pins import Pins
-from tcpexporter.ebpf.reconcile import Reconciler, reconcile, seed
+from tcpexporter.ebpf.reconcile import Reconciler, reconcile, seed, seed_in_parts
 from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SourceError
-from tcpexporter.host import namespaces
 from tcpexporter.host.background import Task
 from tcpexporter.socket_tables.tables import open_tables
 
@@ -41,24 +39,22 @@ class EbpfSource:
 
     def __init__(
         self,
+        loading: Loading,
         *,
         netns: str,
         parts: Parts,
-        lifetime_bounds_s: Sequence[float] = (),
-        max_connections: int,
         reconcile_interval_s: float,
         reconcile_cpu_share: float,
         pin: str | None = None,
         state: "State | None" = None,
     ) -> None:
-        """Load and attach the BPF program. This requires root, or CAP_BPF and CAP_PERFMON.
+        """Wait for the BPF program. Loading it requires root, or CAP_BPF and CAP_PERFMON.
 
         Args:
-            netns: a network namespace for `namespaces.find`, or ``all``.
-            parts: what is counted separately.
-            lifetime_bounds_s: the upper bounds of all lifetime buckets except the last,
-                ascending; empty: lifetimes are not counted.
-            max_connections: the number of slots of the tracker.
+            loading: loads the program; the caller closes it.
+            netns: the network namespace that ``loading`` observes, for `namespaces.find`,
+                or ``all``.
+            parts: what ``loading`` counts separately.
             reconcile_interval_s: ``interval_s`` of `Reconciler`.
             reconcile_cpu_share: ``cpu_share`` of `Reconciler`.
             pin: a bpffs directory for pinned maps: those to adopt, and those of this run.
@@ -70,34 +66,25 @@ class EbpfSource:
             SettingsError: the namespace does not exist.
             SourceError: the source cannot be used; the message has the cause and a remedy.
         """
-        self._max_connections = max_connections
+        counted = loading.request
+        self._max_connections = counted.max_connections
         self._state = state
         self._has_warned = False
-        only = 0 if netns == "all" else namespaces.inode(namespaces.find(netns))
         with contextlib.ExitStack() as undo:
             self._pins = Pins.open(Path(pin)) if pin else None
             if self._pins:
                 undo.callback(self._pins.close)
-            counted = Request(
-                max_connections,
-                only,
-                SECRET,
-                outbound_port=parts.outbound_port,
-                by_netns=parts.by_netns,
-                by_cgroup=parts.by_cgroup,
-                own_listener=parts.own_listener,
-                client_masks=parts.client_masks,
-                lifetime_bounds=tuple(map(time_units, lifetime_bounds_s)),
-            )
-            descriptors = loader.load(counted)
+            descriptors = loading.descriptors()
             undo.callback(descriptors.close)
             self._series = SeriesNumbers(
                 descriptors, counted.max_series, counted.lifetime_bounds
             )
-            self._tracker = Tracker(descriptors, max_connections, parts, self._series)
+            self._tracker = Tracker(
+                descriptors, counted.max_connections, parts, self._series
+            )
             self._tables = open_tables("auto", netns, with_cgroups=parts.by_cgroup)
             undo.callback(self._tables.close)
-            if only and only != self._tables.namespaces()[0]:
+            if counted.netns and counted.netns != self._tables.namespaces()[0]:
                 raise SourceError(
                     f"--netns {netns} was deleted and created again: restart the exporter"
                 )
@@ -118,9 +105,10 @@ class EbpfSource:
     def start(self) -> None:
         if self._pins and self._pins.adopted:
             reconcile(self._tracker, self._tables, pre_existing=True)
+        elif self._state:
+            seed(self._tracker, self._state.aged(self._tables))
         else:
-            tables = self._state.aged(self._tables) if self._state else self._tables
-            seed(self._tracker, tables)
+            seed_in_parts(self._tracker, self._tables.parts())
         self._warn_at_capacity(self._tracker.events()["refused"])
         self._reconciler.start()
         if self._state and not self._pins:

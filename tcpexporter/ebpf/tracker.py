@@ -44,12 +44,18 @@ import contextlib
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.clients import Chunk
-from tcpexporter.connections.identity import Hashes, client_hashes, hashes
+from tcpexporter.connections.identity import (
+    Hashes,
+    are_new,
+    client_hashes,
+    hashes,
+    is_first,
+)
 from tcpexporter.connections.memory_order import memory_barrier
+from tcpexporter.connections.parts import Parts
 from tcpexporter.connections.record import (
     CLOSED,
     CONNECTION,
@@ -59,13 +65,8 @@ from tcpexporter.connections.record import (
     words,
 )
 from tcpexporter.connections.record import numbers as numbers_of
-from tcpexporter.connections.series import Parts, series_of
-from tcpexporter.ebpf.connection_array import (
-    HANDLE_SEEDED,
-    WINDOW,
-    ConnectionArray,
-    Known,
-)
+from tcpexporter.connections.series import series_of
+from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, WINDOW, ConnectionArray, Known
 from tcpexporter.ebpf.event_counters import EventCounters
 from tcpexporter.ebpf.free_numbers import FreeNumbers, Slots
 from tcpexporter.ebpf.loader_protocol import Descriptors
@@ -123,12 +124,10 @@ class Tracker(EventCounters):
         self._seed_slots: Slots = np.empty(0, np.uint32)
         self._orphans: set[int] = set()
         self._added: Numbers = np.empty(0, np.uint32)
-        """The series numbers of the seeds that the last call of `add` has added."""
-        self._seeds_added = 0
-        self._seeds_closed = 0
-        self._closed = 0
-        self._slots_allocated = 0
-        self._slots_freed = 0
+        """The series numbers of the seeds that are not yet in the ledger."""
+        self._has_recorded = False
+        self._seeds_added = self._seeds_closed = self._closed = 0
+        self._slots_allocated = self._slots_freed = 0
 
     def close(self) -> None:
         """Detach the program and free its maps, unless they are pinned."""
@@ -168,13 +167,16 @@ class Tracker(EventCounters):
             yield from self._array.word_windows()
 
     @map_errors()
-    def known(self) -> Known:
+    def known(self, *, with_seeds: bool = True) -> Known:
         """Return all connections; connections that change meanwhile may be missing.
+
+        Args:
+            with_seeds: whether to return seeds too.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        return self._array.known()
+        return self._array.known(with_seeds=with_seeds)
 
     def seeds(self) -> int:
         """Return how many of the connections are seeds.
@@ -204,8 +206,8 @@ class Tracker(EventCounters):
         """
         self._release_empty(self._seed_slots)
         handles = hashes(seeds["key"]) | HANDLE_SEEDED
-        is_new = _is_first(handles)
-        is_new &= ~np.isin(handles, self._used()[0]["handle"][self._seed_slots])
+        is_new = is_first(handles)
+        is_new &= are_new(handles, self._used()[0]["handle"][self._seed_slots])
         chosen = np.flatnonzero(is_new)
         numbers = self.series.numbers(series_of(seeds, self._parts))
         slots = self._allocate(len(chosen))
@@ -220,7 +222,7 @@ class Tracker(EventCounters):
                 self._free(slots[at:])
                 slots = slots[:at]
                 break
-        self._added = numbers[chosen[: len(slots)]]
+        self._added = np.concatenate((self._added, numbers[chosen[: len(slots)]]))
         self._seed_slots = np.concatenate((self._seed_slots, slots))
         self._seeds_added += len(slots)
         self.seeds_refused += len(chosen) - len(slots)
@@ -266,12 +268,16 @@ class Tracker(EventCounters):
     def recording_closings(self) -> Iterator[None]:
         """Let the program record all closings in the closings log during the block.
 
-        When the block begins, every run that does not record has ended. After the block,
-        every run that records has ended.
+        When the block begins, every run that does not record has ended, and every run that
+        recorded in an earlier block. Waiting for the latter now keeps the start short.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
+        if self._has_recorded:
+            self.wait_for_runs()
+        self._has_recorded = True
+        self._added = self._added[:0]
         self._pop_closings()
         self._set_recording(True)
         try:
@@ -279,7 +285,6 @@ class Tracker(EventCounters):
             yield
         finally:
             self._set_recording(False)
-            self.wait_for_runs()
 
     @map_errors()
     def _set_recording(self, is_recording: bool) -> None:
@@ -291,7 +296,8 @@ class Tracker(EventCounters):
         The others are added to the ledger only now, because a counter must not decrease.
 
         Args:
-            slots: that the last call of `add` has returned.
+            slots: all that `add` has returned since the block of `recording_closings`
+                began, in order.
             pre_existing: whether the ledger has them as such; otherwise, as opened.
 
         Returns:
@@ -306,6 +312,7 @@ class Tracker(EventCounters):
         finally:
             stayed = self._added[~np.isin(slots, removed)]
             self.series.record_seeds(stayed, pre_existing=pre_existing)
+            self._added = self._added[:0]
         self.wait_for_runs()  # e of `reconcile`
         _, late = self._release_recorded(slots)
         self.series.record_closed(late, boottime_ns())
@@ -437,14 +444,3 @@ class Tracker(EventCounters):
     def _used(self) -> tuple[Records, Words]:
         """Return the records and words of all slots that were ever used."""
         return self._array.used()
-
-
-def _is_first(handles: Hashes) -> npt.NDArray[np.bool_]:
-    """Return for each handle whether it is the first of those that are equal to it."""
-    ordered = np.sort(handles)
-    if not (ordered[1:] == ordered[:-1]).any():  # usually; this takes less time
-        return np.ones(len(handles), np.bool_)
-    _, first = np.unique(handles, return_index=True)
-    is_first = np.zeros(len(handles), np.bool_)
-    is_first[first] = True
-    return is_first

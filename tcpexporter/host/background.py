@@ -8,15 +8,20 @@ raises an error. While any task has trouble, systemd's watchdog is not notified.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 from tcpexporter.errors import ThreadError, reason
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 RETRY_S = 5.0
 """Seconds until a failed round is tried again, unless its interval is shorter."""
@@ -32,6 +37,39 @@ def start(thread: threading.Thread) -> None:
         thread.start()
     except RuntimeError as error:
         raise ThreadError(reason(error)) from error
+
+
+def ahead(items: Generator[_T, None, None]) -> Generator[_T, None, None]:
+    """Yield the items; a thread gets the next one while the caller uses this one.
+
+    At the end, and when the result is closed, no such thread runs and the generator is
+    closed. If the generator fails, its error is raised after the items before it.
+
+    Raises:
+        ThreadError: the kernel refuses another thread.
+    """
+    with contextlib.closing(items):
+        following = _next_of(items)
+        try:
+            while item := following.result():
+                following = _next_of(items)
+                yield from item
+        finally:
+            wait([following])
+
+
+def _next_of(items: Iterator[_T]) -> "Future[tuple[_T, ...]]":
+    """Start a thread that gets the next item; the result is empty if there is none."""
+    outcome: Future[tuple[_T, ...]] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(tuple(itertools.islice(items, 1)))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    start(threading.Thread(target=run, name="ahead", daemon=True))
+    return outcome
 
 
 class Task:

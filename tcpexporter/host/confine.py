@@ -29,7 +29,7 @@ from tcpexporter.host import landlock, privileges, seccomp
 def confine(
     account: pwd.struct_passwd | None,
     needed: Callable[[], object],
-    connected: int | None = None,
+    code: bytes,
     *,
     cgroups: int | None = None,
 ) -> dict[str, bool]:
@@ -41,8 +41,7 @@ def confine(
     Args:
         account: as in `privileges.drop`.
         needed: as in `privileges.drop`.
-        connected: the descriptor of a connected unix datagram socket, if there is one. It
-            can still send to its peer, but not to other sockets.
+        code: of `seccomp.make_filter`.
         cgroups: as in `landlock.restrict_files`.
 
     Returns:
@@ -57,8 +56,6 @@ def confine(
     # Without TZ, the C library would check /etc/localtime for each line of the log.
     os.environ.setdefault("TZ", ":/etc/localtime")
     time.tzset()
-    # Before root is given up: the modules that this imports may be readable by root only.
-    code = seccomp.make_filter(connected)
     privileges.drop(account, needed)
     files = landlock.restrict_files(cgroups)
     system_calls = bool(code) and seccomp.load_filter(code)

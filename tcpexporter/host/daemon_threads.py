@@ -6,23 +6,27 @@ Rust, which then aborts the whole process. So while such a thread runs, the proc
 exit without Python's cleanup: see `exit_if_running`.
 """
 
-import asyncio
 import contextlib
 import logging
 import os
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tcpexporter.errors import NativeCodeError, reason
 from tcpexporter.host import background
+
+if (
+    TYPE_CHECKING
+):  # imported only when it is used, because every command imports this module
+    import asyncio
 
 _T = TypeVar("_T")
 _NAME = "native code"
 
 
-def in_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
+def in_thread(work: Callable[[], _T]) -> "asyncio.Future[_T]":
     """Start ``work`` in a thread, and return a future that gets its result.
 
     If ``work`` raises an error, the future gets a `NativeCodeError`. Cancelling the future
@@ -31,6 +35,9 @@ def in_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
     Raises:
         ThreadError: the kernel refuses another thread.
     """
+    # The event loop has imported it.
+    import asyncio  # noqa: PLC0415
+
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[_T] = loop.create_future()
 

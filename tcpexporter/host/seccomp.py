@@ -168,10 +168,13 @@ def has_filters() -> bool:
 
 
 def make_filter(connected: int | None) -> bytes:
-    """Compile the filter.
+    """Compile the filter; to be called before root is given up.
+
+    Root alone may be able to read the modules that this imports.
 
     Args:
-        connected: the descriptor of systemd's socket, which sendmsg(2) may not use.
+        connected: the descriptor of a connected unix datagram socket, if there is one. It
+            can still send to its peer, but not to other sockets.
 
     Returns:
         The instructions, an array of struct sock_filter. Empty: there can be no filter, and

@@ -7,7 +7,6 @@ systemd only. A notification that cannot be sent is dropped. There is no reconne
 systemd keeps its socket open as long as it runs, even when it re-executes itself.
 """
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -97,7 +96,10 @@ class Supervisor:
             self.tell(f"STATUS={trouble or status()}", *feed)
             # More often while the check fails: systemd must be notified soon after that.
             part = 2 if works else 8
-            await asyncio.sleep(watchdog_s / part if watchdog_s else STATUS_S)
+            # The event loop has imported it; before that, it would delay the start.
+            from asyncio import sleep  # noqa: PLC0415
+
+            await sleep(watchdog_s / part if watchdog_s else STATUS_S)
 
 
 def _connect(address: str) -> socket.socket | None:

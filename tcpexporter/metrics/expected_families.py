@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from prometheus_client import Metric
 
-from tcpexporter.connections.expected import Rule, count_expected
+from tcpexporter.connections.expected import Rule
+from tcpexporter.connections.matching import count_expected
 from tcpexporter.connections.series import SERIES, SERIES_BYTES
 from tcpexporter.connections.slot_counts import first_young
 from tcpexporter.connections.source import Source

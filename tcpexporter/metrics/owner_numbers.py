@@ -8,7 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from tcpexporter.connections.selection import OWNER_LABELS, UNKNOWN_OWNER, Cgroups
+from tcpexporter.connections.parts import OWNER_LABELS
+from tcpexporter.connections.selection import UNKNOWN_OWNER, Cgroups
 from tcpexporter.connections.series import SERIES, Series
 from tcpexporter.metrics.owners import Owner, owner_of, owner_of_unnamed
 

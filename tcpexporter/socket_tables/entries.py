@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Converts the entries of a socket table to connections and listeners."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ Bytes = npt.NDArray[np.uint8]
 TCP_ESTABLISHED = 1
 TCP_LISTEN = 10
 """Socket states: include/net/tcp_states.h."""
+
+PART = 1 << 17
+"""Number of connections that are converted at once, in 11 MiB."""
 
 ENTRY = np.dtype(
     [
@@ -60,10 +63,45 @@ def connections(chunks: Iterable[Records]) -> tuple[Records, bool]:
         is_listener = entries["state"] == TCP_LISTEN
         has_listener[entries["key"]["local_port"][is_listener]] = True
         found.append(_established(entries[entries["state"] == TCP_ESTABLISHED]))
+    return _directed(found, has_listener), bool(has_listener.any())
+
+
+def parts(
+    chunks: Iterable[Records], has_listener: npt.NDArray[np.bool_]
+) -> Iterator[Records]:
+    """Convert entries of one network namespace to connections, many at a time.
+
+    Args:
+        chunks: as for `connections`.
+        has_listener: of `listening_ports`.
+
+    Yields:
+        The established connections, of dtype `SOCKET`, in parts of about `PART` ones.
+    """
+    found: list[Records] = []
+    for entries in chunks:
+        found.append(_established(entries[entries["state"] == TCP_ESTABLISHED]))
+        if sum(map(len, found)) >= PART:
+            yield _directed(found, has_listener)
+            found = []
+    if any(map(len, found)):
+        yield _directed(found, has_listener)
+
+
+def listening_ports(chunks: Iterable[Records]) -> npt.NDArray[np.bool_]:
+    """Return for each of the 65536 ports whether an entry in state LISTEN has it."""
+    has_listener = np.zeros(PORTS, np.bool_)
+    for entries in chunks:
+        is_listener = entries["state"] == TCP_LISTEN
+        has_listener[entries["key"]["local_port"][is_listener]] = True
+    return has_listener
+
+
+def _directed(found: list[Records], has_listener: npt.NDArray[np.bool_]) -> Records:
     joined = concatenate(found, SOCKET)
     is_inbound = has_listener[joined["key"]["local_port"]]
     joined["is_outbound"] = np.where(is_inbound, Direction.INBOUND, Direction.OUTBOUND)
-    return joined, bool(has_listener.any())
+    return joined
 
 
 def _established(entries: Records) -> Records:
@@ -117,5 +155,10 @@ def v4_mapped(addresses: Bytes) -> Bytes:
 
 
 def concatenate(chunks: list[Records], dtype: np.dtype[np.void]) -> Records:
-    """Return all records of ``chunks``; without chunks, an empty array of ``dtype``."""
+    """Return all records of ``chunks``; without chunks, an empty array of ``dtype``.
+
+    A single chunk is returned itself.
+    """
+    if len(chunks) == 1:
+        return chunks[0]
     return np.concatenate(chunks) if chunks else np.empty(0, dtype)

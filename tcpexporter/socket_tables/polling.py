@@ -11,8 +11,9 @@ from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.memory_ledger import MemoryLedger
+from tcpexporter.connections.parts import Parts
 from tcpexporter.connections.record import SOCKET, Records, Words
-from tcpexporter.connections.series import Ledger, Parts
+from tcpexporter.connections.series import Ledger
 from tcpexporter.connections.snapshot import first_seen
 from tcpexporter.connections.source import Report
 from tcpexporter.errors import SourceError

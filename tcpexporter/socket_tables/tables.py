@@ -4,7 +4,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -124,6 +124,28 @@ class SocketTables:
                     used.add(reader.netns)
             self._close_unused(used)
         return entries.concatenate(found, SOCKET)
+
+    def parts(self) -> Generator[Records, None, None]:
+        """Read the same as `established`, with ages, many connections at a time.
+
+        The listeners are read before the connections. So a connection whose listener is
+        newer may be outbound.
+
+        Yields:
+            Connections of dtype `SOCKET`. A part shows what the tables had when the
+            iterator was advanced to it, or later.
+
+        Raises:
+            SocketTableError: a table cannot be read, or has an unknown format.
+        """
+        if self.name == "procfs":  # reading its listeners would read everything twice
+            yield self.established()
+            return
+        with self._dump_lock:
+            for reader in self._readers:
+                with self._listeners_lock:
+                    has_listener = entries.listening_ports(reader.listening())
+                yield from entries.parts(reader.entries(with_ages=True), has_listener)
 
     def listeners(self) -> Records:
         """Read the listening ports, of dtype `LISTENER`, each once.

@@ -8,10 +8,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tcpexporter.config.settings import Settings
-from tcpexporter.connections.identity import client_masks
+from tcpexporter.connections.parts import client_masks, has_owner
 from tcpexporter.connections.record import TIME_SHIFT
-from tcpexporter.connections.selection import has_owner
-from tcpexporter.ebpf import loader
+from tcpexporter.ebpf import loading
 from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.program import attach
 from tcpexporter.host import namespaces
@@ -106,7 +105,7 @@ def _present_program(netns: int, settings: Settings) -> int:
         client_masks=client_masks(*settings.client_prefix) if settings.clients else None,
         by_cgroup=has_owner(settings.series_labels),
     )
-    descriptors = loader.load(request)
+    descriptors = loading.load(request)
     # The program has references to its maps.
     program = os.dup(descriptors.program)
     descriptors.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tcpexporter.connections.series import bucket_count
-from tcpexporter.ebpf import loader
+from tcpexporter.ebpf import loading
 from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.maps import possible_cpus
 from tests import tables
@@ -45,7 +45,7 @@ def test_the_kernel_reports_the_calculated_sizes(bounds: tuple[int, ...]) -> Non
     """
     cpus = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
     masks = ((1, 1), (1, 1))
-    descriptors = loader.load(
+    descriptors = loading.load(
         Request(300_000, NO_NETNS, (1, 2), client_masks=masks, lifetime_bounds=bounds)
     )
     try:

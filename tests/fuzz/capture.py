@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tcpexporter.connections.identity import SECRET
+from tcpexporter.connections.parts import SECRET
 from tcpexporter.connections.record import CONNECTION, words
-from tcpexporter.ebpf import loader, pinned_layout, pins
+from tcpexporter.ebpf import loading, pinned_layout, pins
 from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.maps import FIRST, Map
 from tcpexporter.socket_tables.diag_messages import INET_DIAG_INFO
@@ -36,7 +36,7 @@ def main() -> None:
     said = np.zeros(pinned_layout.LAYOUT_WORDS, np.uint32)
     Map(layout, "layouts").read(FIRST, said)
     _write("pinned", "words", said.tobytes() + _records_and_words())
-    descriptors = loader.load(counted)
+    descriptors = loading.load(counted)
     for name, descriptor in (
         ("layout", layout),
         ("connections", descriptors.connections),

@@ -52,8 +52,8 @@ CONNECTIONS = 499
 LOSING = """
 import functools
 from tcpexporter.__main__ import main
-from tcpexporter.ebpf import source
-source.Request = functools.partial(source.Request, lose_one_in={})
+from tcpexporter import request
+request.Request = functools.partial(request.Request, lose_one_in={})
 main()
 """
 """Runs an exporter whose program ignores some events."""

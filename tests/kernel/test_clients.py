@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcpexporter.connections.identity import client_hashes, client_masks
+from tcpexporter.connections.identity import client_hashes
+from tcpexporter.connections.parts import client_masks
 from tcpexporter.connections.record import numbers
 from tcpexporter.connections.source import INBOUND
 from tcpexporter.ebpf import reconcile

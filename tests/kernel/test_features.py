@@ -180,9 +180,9 @@ def test_features_are_listed_without_btf() -> None:
 RUN_WITHOUT = """
 import sys
 from functools import partial
-from tcpexporter.ebpf import source
+from tcpexporter import request
 from tcpexporter.__main__ import main
-source.Request = partial(source.Request, without=(sys.argv.pop(1),))
+request.Request = partial(request.Request, without=(sys.argv.pop(1),))
 main()
 """
 

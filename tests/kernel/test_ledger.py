@@ -14,7 +14,7 @@ from tcpexporter.clock import boottime_ns
 from tcpexporter.collecting import chooser, make_collector, open_source
 from tcpexporter.config.settings import Settings
 from tcpexporter.config.values import LABELS
-from tcpexporter.connections.selection import OWNER_LABELS
+from tcpexporter.connections.parts import OWNER_LABELS
 from tcpexporter.metrics.collector import ConnectionCollector
 from tests.kernel.helpers.identities import AGES, CLOSED, FAILED, LIFETIMES, OPENED
 from tests.support import (

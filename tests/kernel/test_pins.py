@@ -18,17 +18,19 @@ import pytest
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import record as connections
-from tcpexporter.connections.identity import SECRET
+from tcpexporter.connections.parts import SECRET
 from tcpexporter.connections.record import KEY, SERIES_BITS, TIME_SHIFT, Records
 from tcpexporter.connections.source import INBOUND
 from tcpexporter.ebpf import libbpf, pinned_layout, pins
 from tcpexporter.ebpf.connection_array import WINDOW
 from tcpexporter.ebpf.loader_protocol import Request
+from tcpexporter.ebpf.loading import Loading
 from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.pinned_layout import KEY_FIELDS
 from tcpexporter.ebpf.pins import CONNECTIONS, CORRECTIONS, LAYOUT, LEDGER, LINK, WORDS
 from tcpexporter.ebpf.source import EbpfSource
 from tcpexporter.host import namespaces
+from tcpexporter.request import observed
 from tests.kernel.helpers.in_process import all_connections
 from tests.kernel.test_confinement import AS_NOBODY
 from tests.support import Exporter, Peers, bpf_programs_by_id, eventually, ss_established
@@ -49,14 +51,17 @@ def run_by_events(directory: Path, *arguments: str) -> Exporter:
 @contextlib.contextmanager
 def source(directory: Path, *, max_connections: int = 8191) -> Iterator[EbpfSource]:
     """Open the source in this process, as the exporter does."""
-    opened = EbpfSource(
-        netns="self",
-        parts=INBOUND,
-        max_connections=max_connections,
-        reconcile_interval_s=0,
-        reconcile_cpu_share=1,
-        pin=str(directory),
-    )
+    with contextlib.closing(
+        Loading(Request(max_connections, observed("self"), SECRET))
+    ) as loading:
+        opened = EbpfSource(
+            loading,
+            netns="self",
+            parts=INBOUND,
+            reconcile_interval_s=0,
+            reconcile_cpu_share=1,
+            pin=str(directory),
+        )
     with contextlib.closing(opened):
         yield opened
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcpexporter.connections.identity import client_hashes, client_masks
+from tcpexporter.connections.identity import client_hashes
+from tcpexporter.connections.parts import client_masks
 from tcpexporter.connections.record import KEY
 from tcpexporter.ebpf.libbpf import call
 from tcpexporter.ebpf.maps import Map
@@ -37,9 +38,8 @@ ADDRESSES = ("127.211.197.173", "2001:db8:c1a5:d15c:7ab1:e5e1:f00d:beef")
 SECRET = (0x0123456789ABCDEF, 0xFEDCBA9876543210)
 
 MAIN = f"""
-from tcpexporter.connections import identity
-identity.SECRET = {SECRET}
-identity.hashes.__defaults__ = identity.client_hashes.__defaults__ = (identity.SECRET,)
+from tcpexporter.connections import parts
+parts.SECRET = {SECRET}
 from tcpexporter.socket_tables import saved_ages
 saved_ages.INTERVAL_S = 0.2
 from tcpexporter.__main__ import main

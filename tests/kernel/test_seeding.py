@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Each case of `reconcile.seed` is forced with the BPF program and real sockets."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import pytest
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections.record import Direction
+from tcpexporter.connections.record import Direction, Records
 from tcpexporter.ebpf import loader, reconcile
 from tcpexporter.ebpf.tracker import Tracker
+from tcpexporter.errors import SocketTableError
+from tcpexporter.socket_tables import entries, sock_diag
+from tcpexporter.socket_tables.tables import SocketTables, open_tables
 from tests.kernel.helpers.in_process import (
     SLOTS,
     Dumps,
@@ -50,6 +54,82 @@ def test_preexisting_connections_are_seeded(peers: Peers) -> None:
         assert len(at_port(tracker, peers.port)) == 4
     finally:
         tracker.close()
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dump has many parts."""
+    monkeypatch.setattr(entries, "PART", 1)
+    monkeypatch.setattr(sock_diag, "REPLY_BYTES", sock_diag.DATAGRAM_BYTES)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_connections_are_seeded_in_parts(peers: Peers) -> None:
+    """a, b: Those that opened before the program was attached become seeds, each once, and
+    are in the ledger; those that it has reported do not."""
+    peers.connect(251)
+    tracker = attach()
+    try:
+        peers.connect(13)
+        with contextlib.closing(open_tables("sock_diag", "self")) as tables:
+            parts = Parts(tables)
+            reconcile.seed_in_parts(tracker, parts.read())
+        assert parts.number > 1
+        found = at_port(tracker, peers.port)
+        assert len(found) == 264
+        assert len(seeds(found)) == 251
+        ledger = tracker.series.ledger()
+        assert int(ledger.pre_existing.sum()) == tracker.seeds()
+    finally:
+        tracker.close()
+
+
+class Parts:
+    """Reads tables in parts, and acts after the first one."""
+
+    def __init__(
+        self, tables: SocketTables, then: Callable[[], object] = lambda: None
+    ) -> None:
+        self.number = 0
+        self._tables = tables
+        self._then = then
+
+    def read(self) -> Generator[Records, None, None]:
+        for each in self._tables.parts():
+            self.number += 1
+            if self.number == 2:
+                self._then()
+            yield each
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_connections_that_close_while_later_parts_are_read_do_not_stay(
+    tracker: Tracker, peers: Peers
+) -> None:
+    """d, g: Their seeds are added with an earlier or a later part; the log has the
+    closings."""
+    peers.connect(251)
+    remove_records(tracker, peers.port)
+    with contextlib.closing(open_tables("sock_diag", "self")) as tables:
+        parts = Parts(tables, peers.close)
+        reconcile.seed_in_parts(tracker, parts.read())
+    assert parts.number > 1
+    assert len(at_port(tracker, peers.port)) == 0
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_part_that_cannot_be_read_is_an_error(tracker: Tracker) -> None:
+    """The error reaches the caller, and the tables can be read again."""
+
+    def refuse() -> None:
+        raise SocketTableError("the dump is incomplete")
+
+    with contextlib.closing(open_tables("sock_diag", "self")) as tables:
+        with Peers() as peers:
+            peers.connect(300)
+            with pytest.raises(SocketTableError):
+                reconcile.seed_in_parts(tracker, Parts(tables, refuse).read())
+        assert len(tables.established()) >= 0
 
 
 def test_reported_connections_do_not_become_seeds(tracker: Tracker, peers: Peers) -> None:
@@ -249,6 +329,30 @@ def test_closings_are_only_recorded_during_a_comparison(
     peers.connect(3)
     peers.close()
     assert len(tracker._pop_closings()) == 0
+
+
+def test_a_block_that_records_waits_for_the_runs_of_an_earlier_one(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that found the flag of the earlier block records its closing after its end.
+
+    That closing belongs to no connection of the next dump, so it must not be in the log.
+    """
+    wait, waits = tracker.wait_for_runs, 0
+
+    def end_the_run() -> None:
+        nonlocal waits
+        if not waits:
+            tracker._closings.put(np.uint64(1009), np.uint32(0))
+        waits += 1
+        wait()
+
+    with tracker.recording_closings():
+        pass
+    monkeypatch.setattr(tracker, "wait_for_runs", end_the_run)
+    with tracker.recording_closings():
+        assert waits == 2
+        assert 1009 not in tracker._pop_closings()
 
 
 def test_refused_seeds_are_counted(tracker: Tracker) -> None:

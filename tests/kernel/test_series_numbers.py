@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from tcpexporter.connections.parts import OutboundPort, Parts
 from tcpexporter.connections.record import CLOSED, SERIES_MASK, Numbers
 from tcpexporter.connections.series import (
     NO_SERIES,
@@ -18,8 +19,6 @@ from tcpexporter.connections.series import (
     SERIES_BYTES,
     SERIES_FIRST,
     Ledger,
-    OutboundPort,
-    Parts,
     Series,
 )
 from tcpexporter.ebpf.loader_protocol import MAX_SERIES

@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 
 from tcpexporter.clock import boottime_ns
+from tcpexporter.connections.parts import SECRET
 from tcpexporter.connections.source import INBOUND
+from tcpexporter.ebpf.loader_protocol import Request
+from tcpexporter.ebpf.loading import Loading
 from tcpexporter.ebpf.source import EbpfSource
+from tcpexporter.request import observed
 from tcpexporter.socket_tables.polling import PollingSource
 from tcpexporter.socket_tables.saved_ages import State
 from tcpexporter.socket_tables.tables import open_tables
@@ -75,15 +79,16 @@ def source(
     """Open and start the source in this process, as the exporter does."""
     state = State.open(path)
     assert state
-    opened = EbpfSource(
-        netns=netns,
-        parts=INBOUND,
-        max_connections=8191,
-        reconcile_interval_s=0,
-        reconcile_cpu_share=1,
-        pin=str(pin) if pin else None,
-        state=state,
-    )
+    with contextlib.closing(Loading(Request(8191, observed(netns), SECRET))) as loading:
+        opened = EbpfSource(
+            loading,
+            netns=netns,
+            parts=INBOUND,
+            reconcile_interval_s=0,
+            reconcile_cpu_share=1,
+            pin=str(pin) if pin else None,
+            state=state,
+        )
     with contextlib.closing(opened), contextlib.closing(state):
         opened.start()
         yield opened

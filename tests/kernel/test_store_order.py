@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tcpexporter.connections.identity import client_masks
+from tcpexporter.connections.parts import client_masks
 from tcpexporter.connections.record import numbers
 from tcpexporter.connections.source import INBOUND
 from tcpexporter.ebpf import features, reconcile

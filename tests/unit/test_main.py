@@ -17,15 +17,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tcpexporter import __main__ as main
-from tcpexporter import collecting, startup
+from tcpexporter import collecting, phases, request
 from tcpexporter.config.settings import Settings
+from tcpexporter.connections.parts import kernel_parts
 from tcpexporter.connections.record import (
     IPV4_PREFIX,
     SOCKET,
     Direction,
     Records,
 )
-from tcpexporter.connections.selection import kernel_parts
 from tcpexporter.connections.source import MemorySource, Source
 from tcpexporter.errors import LoadError, SocketTableError, SourceError
 from tcpexporter.host import logs, namespaces, stdout
@@ -130,7 +130,7 @@ class Sources:
         self.broken = broken
         self.asked: list[str] = []
 
-    def open(self, name: str, _settings: Settings, _state: object) -> Source:
+    def open(self, name: str, *_: object) -> Source:
         self.asked.append(name)
         if name in self.broken:
             raise self.broken[name]
@@ -245,14 +245,14 @@ def test_once_prints_the_selected_series(
     source = SourceHere(
         [connections(443, 3, Direction.INBOUND), connections(40001, 5, Direction.OUTBOUND)],
         parts=kernel_parts(
-            collecting.DIRECTIONS[settings.direction],
+            request.DIRECTIONS[settings.direction],
             settings.series_labels,
-            collecting._own_listener(settings),
+            request.own_listener(settings),
         ),
     )
     choice = collecting.chooser(settings, source)(settings)
     registry = make_registry(collecting.make_collector(source, settings, choice))
-    stdout.write(startup._page_after(0, registry, None))
+    stdout.write(phases._page_after(0, registry, None))
     out, err = capfd.readouterr()
     assert err == ""
     assert {
@@ -263,7 +263,7 @@ def test_once_prints_the_selected_series(
     } == expected
 
 
-@pytest.mark.parametrize("direction", collecting.DIRECTIONS)
+@pytest.mark.parametrize("direction", request.DIRECTIONS)
 def test_no_labels_are_the_same_as_simple(direction: str) -> None:
     """Both export one number; the other labels of a series do not matter."""
 
@@ -271,7 +271,7 @@ def test_no_labels_are_the_same_as_simple(direction: str) -> None:
         source = SourceHere(
             [connections(443, 3, Direction.INBOUND), connections(7, 5, Direction.OUTBOUND)],
             parts=kernel_parts(
-                collecting.DIRECTIONS[settings.direction], settings.series_labels
+                request.DIRECTIONS[settings.direction], settings.series_labels
             ),
         )
         choice = collecting.chooser(settings, source)(settings)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections.identity import SECRET
+from tcpexporter.connections.parts import SECRET, Parts
 from tcpexporter.connections.record import (
     CONNECTION,
     KEY,
@@ -22,9 +22,9 @@ from tcpexporter.connections.record import (
     words,
 )
 from tcpexporter.connections.record import numbers as numbers_of
-from tcpexporter.connections.series import Parts, series_of
+from tcpexporter.connections.series import series_of
 from tcpexporter.connections.source import INBOUND
-from tcpexporter.ebpf import loader
+from tcpexporter.ebpf import loading
 from tcpexporter.ebpf.connection_array import HANDLE_SEEDED
 from tcpexporter.ebpf.free_numbers import Slots
 from tcpexporter.ebpf.loader_protocol import MAX_SERIES, Descriptors, Request
@@ -72,7 +72,7 @@ def attach(
         client_masks=parts.client_masks,
         by_cgroup=parts.by_cgroup,
     )
-    return tracker_of(loader.load(request), request, parts)
+    return tracker_of(loading.load(request), request, parts)
 
 
 def tracker_of(

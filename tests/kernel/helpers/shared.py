@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 
-from tcpexporter.connections.identity import SECRET
+from tcpexporter.connections.parts import SECRET
 from tcpexporter.connections.series import COUNTERS, SERIES_BYTES, SERIES_FIRST
 from tcpexporter.ebpf import loader
 from tcpexporter.ebpf.event_counters import EVENT_KINDS

@@ -16,6 +16,7 @@ from tcpexporter.config.values import LABELS
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.counting import Counts, Projection, Values, count
 from tcpexporter.connections.memory_ledger import MemoryLedger
+from tcpexporter.connections.parts import NO_LISTENER, OutboundPort, Parts, kernel_parts
 from tcpexporter.connections.record import (
     CLOSED,
     IPV4_PREFIX,
@@ -30,22 +31,18 @@ from tcpexporter.connections.record import (
 from tcpexporter.connections.selection import (
     Selection,
     is_still_selected,
-    kernel_parts,
     listened,
     named,
     select,
 )
 from tcpexporter.connections.series import (
     FOLDED,
-    NO_LISTENER,
     OUTBOUND,
     REMOTE_PORT,
     SERIES,
     SERIES_BYTES,
     SERIES_FIRST,
     Ledger,
-    OutboundPort,
-    Parts,
     Series,
 )
 from tcpexporter.connections.slot_counts import SlotCounts

@@ -10,15 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.connections.expected import (
-    ANY,
-    PIECE,
-    End,
-    Found,
-    Network,
-    Rule,
-    count_expected,
-)
+from tcpexporter.connections.expected import ANY, End, Network, Rule
+from tcpexporter.connections.matching import PIECE, Found, count_expected
 from tcpexporter.connections.record import (
     CLOSED,
     CONNECTION,

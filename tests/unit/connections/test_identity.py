@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.connections.identity import PIECE, client_hashes, client_masks, hashes
+from tcpexporter.connections.identity import (
+    FILTER_BITS,
+    PIECE,
+    are_new,
+    client_hashes,
+    hashes,
+)
+from tcpexporter.connections.parts import client_masks
 from tcpexporter.connections.record import CONNECTION, KEY, Records
 
 MASK = (1 << 64) - 1
@@ -162,3 +169,14 @@ def test_the_default_prefix_of_ipv6_joins_the_addresses_of_a_host() -> None:
     keys = keys_of("2001:db8:1:2::1", "2001:db8:1:2:ffff::7", "2001:db8:1:3::1")
     first, same, other = client_hashes(keys, client_masks(32, 64)).tolist()
     assert first == same != other
+
+
+@given(st.lists(st.integers(0, 2**64 - 1)), st.lists(st.integers(0, 2**64 - 1)), st.data())
+def test_new_hashes_are_found(
+    some: list[int], known: list[int], data: st.DataObject
+) -> None:
+    """A hash that only has the last bits of a known one is new."""
+    for each in data.draw(st.lists(st.sampled_from(some))) if some else ():
+        known = [*known, each, each ^ 1 << FILTER_BITS]
+    is_new = are_new(np.array(some, np.uint64), np.array(known, np.uint64))
+    assert is_new.tolist() == [each not in known for each in some]

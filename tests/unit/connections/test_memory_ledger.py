@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.memory_ledger import MemoryLedger
+from tcpexporter.connections.parts import OutboundPort, Parts
 from tcpexporter.connections.record import TIME_SHIFT, Words, numbers, times_ns
 from tcpexporter.connections.series import (
     FOLDED,
@@ -16,8 +17,6 @@ from tcpexporter.connections.series import (
     OUTBOUND,
     SERIES,
     SERIES_FIRST,
-    OutboundPort,
-    Parts,
     series_of,
 )
 from tests.unit.connections.test_counting import (

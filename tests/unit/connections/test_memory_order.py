@@ -8,9 +8,10 @@ from typing import Self
 import numpy as np
 import pytest
 
-from tcpexporter.connections import expected, memory_order, slot_counts, snapshot
+from tcpexporter.connections import matching, memory_order, slot_counts, snapshot
 from tcpexporter.connections.clients import Chunk
-from tcpexporter.connections.expected import End, Rule, count_expected
+from tcpexporter.connections.expected import End, Rule
+from tcpexporter.connections.matching import count_expected
 from tcpexporter.connections.memory_order import memory_barrier
 from tcpexporter.connections.record import CLOSED, CONNECTION, Records, Words, words
 
@@ -86,7 +87,7 @@ def test_rules_compare_fields_between_two_barriers(monkeypatch: pytest.MonkeyPat
     records, all_words = slots()
     acting(
         monkeypatch,
-        expected,
+        matching,
         lambda: records["key"]["local_port"].__setitem__(slice(None), 3),
         lambda: all_words.__setitem__(1, CLOSED),
     )

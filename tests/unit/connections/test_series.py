@@ -6,18 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcpexporter.connections.parts import NO_LISTENER, OutboundPort, Parts
 from tcpexporter.connections.record import CONNECTION, Direction
 from tcpexporter.connections.series import (
     COUNTERS,
     FOLDED,
-    NO_LISTENER,
     NO_SERIES,
     OUTBOUND,
     OWN,
     REMOTE_PORT,
     SERIES_FIRST,
-    OutboundPort,
-    Parts,
     correction_dtype,
     entry_dtype,
     folded_number,

@@ -154,7 +154,7 @@ class FakeTracker:
 
     # TrackedConnections
 
-    def known(self) -> Known:
+    def known(self, *, with_seeds: bool = True) -> Known:
         slots = np.flatnonzero(numbers(self.words)).astype(np.uint32)
         found = self.connections[slots]
         known = Known(
@@ -165,7 +165,7 @@ class FakeTracker:
             found["handle"] & HANDLE_SEEDED != 0,
         )
         self._then("known")
-        return known
+        return known if with_seeds else known.only(~known.is_seed)
 
     def is_balanced(self) -> bool:
         """Return whether opened - closed is open - pre-existing."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tcpexporter.ebpf import loader
+from tcpexporter.ebpf import loader, loading
 from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.errors import LoadError
 from tests.unit.ebpf.test_loader_protocol import open_descriptors
@@ -65,7 +65,7 @@ def test_the_end_of_a_silent_loader_is_reported(
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(LoadError, match=re.escape(said)):
-        loader.load(Request(1009, 0, (0, 0)))
+        loading.load(Request(1009, 0, (0, 0)))
 
 
 def test_a_loader_killed_for_memory_is_reported(
@@ -77,10 +77,10 @@ def test_a_loader_killed_for_memory_is_reported(
     python.write_text(f"#!/bin/sh\necho oom_kill 3 >{vmstat}\nkill -9 $$\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setattr(loader, "VMSTAT", vmstat)
+    monkeypatch.setattr(loading, "VMSTAT", vmstat)
     said = "^out of memory while compiling; the exporter requires about 101 MiB"
     with pytest.raises(LoadError, match=said):
-        loader.load(Request(262144, 0, (0, 0)))
+        loading.load(Request(262144, 0, (0, 0)))
 
 
 def test_a_loader_that_cannot_be_started_is_reported(
@@ -90,5 +90,23 @@ def test_a_loader_that_cannot_be_started_is_reported(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
     before = open_descriptors()
     with pytest.raises(LoadError, match="cannot be started: No such file"):
-        loader.load(Request(1009, 0, (0, 0)))
+        loading.load(Request(1009, 0, (0, 0)))
     assert open_descriptors() == before
+
+
+def test_an_abandoned_loader_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that fails for another reason leaves no process and no descriptor behind."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    before = open_descriptors()
+    started = loading.Loading(Request(1009, 0, (0, 0)))
+    child = started._child.pid
+    assert Path(f"/proc/{child}").exists()
+    started.close()
+    assert not Path(f"/proc/{child}").exists()
+    assert open_descriptors() == before
+    started.close()  # again, as at the end of a successful start

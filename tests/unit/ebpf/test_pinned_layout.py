@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tcpexporter.connections.parts import OutboundPort
 from tcpexporter.connections.record import CONNECTION, KEY
-from tcpexporter.connections.series import OutboundPort
 from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.pinned_layout import (
     FIELDS,

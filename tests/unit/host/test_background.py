@@ -4,12 +4,13 @@
 The kind of fault: such a thread stopped silently, and counts stayed at their old values.
 """
 
+import contextlib
 import errno
 import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import cast
 
 import pytest
@@ -26,7 +27,7 @@ from tcpexporter.host.background import Task
 from tcpexporter.host.systemd import Supervisor
 from tcpexporter.metrics.reload_status import Reloads
 from tcpexporter.socket_tables.polling import PollingSource
-from tests.support import eventually
+from tests.support import DEADLINE_S, eventually
 from tests.unit.socket_tables.test_polling import (
     BY_REMOTE_PORT,
     FakeTables,
@@ -300,3 +301,61 @@ def test_a_failed_reload_is_repeated(
     assert told == f"changes of configuration files are ignored: {sentence}"
     reloading.close()
     reload_signal.raise_again()
+
+
+def test_the_next_item_is_made_while_the_caller_uses_one() -> None:
+    """Reading the socket tables and adding connections take about the same time."""
+    begun = [threading.Event() for _ in range(3)]
+
+    def items() -> Generator[int, None, None]:
+        for number, event in enumerate(begun):
+            event.set()
+            yield number
+
+    found = []
+    for item in background.ahead(items()):
+        if item < 2:
+            assert begun[item + 1].wait(DEADLINE_S)
+        found.append(item)
+    assert found == [0, 1, 2]
+
+
+def test_an_error_of_the_next_item_reaches_the_caller() -> None:
+    """It is raised after the items before it, and the generator is closed."""
+
+    def items() -> Generator[int, None, None]:
+        yield 7
+        raise SocketTableError("the dump is incomplete")
+
+    found: list[int] = []
+    made = items()
+    with pytest.raises(SocketTableError, match="incomplete"):
+        found.extend(background.ahead(made))
+    assert not list(made)
+
+
+def test_a_caller_that_stops_leaves_no_thread_and_no_open_generator() -> None:
+    """Otherwise the lock of the socket tables would stay locked."""
+    lock = threading.Lock()
+
+    def items() -> Generator[int, None, None]:
+        with lock:
+            yield from range(5)
+
+    with contextlib.closing(background.ahead(items())) as made:
+        assert next(made) == 0
+    assert not lock.locked()
+    assert not [each for each in threading.enumerate() if each.name == "ahead"]
+
+
+def test_a_thread_for_the_next_item_that_cannot_start_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The limit of threads is named, and the generator is closed."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise NO_THREAD
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(ThreadError, match="raise the limit of processes"):
+        next(background.ahead(each for each in range(3)))

@@ -7,9 +7,9 @@ from ipaddress import ip_address
 import numpy as np
 import pytest
 
-from tcpexporter.connections.identity import client_masks
+from tcpexporter.connections.parts import client_masks, kernel_parts
 from tcpexporter.connections.record import IPV4_PREFIX, SOCKET, Direction, Records
-from tcpexporter.connections.selection import kernel_parts, named, select
+from tcpexporter.connections.selection import named, select
 from tcpexporter.connections.source import MemorySource
 from tcpexporter.metrics.collector import Choice, ConnectionCollector
 

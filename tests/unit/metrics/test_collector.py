@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from tcpexporter import version
 from tcpexporter.connections.clients import Chunk
+from tcpexporter.connections.parts import OutboundPort, Parts
 from tcpexporter.connections.record import (
     IPV4_PREFIX,
     LISTENER,
@@ -29,13 +30,7 @@ from tcpexporter.connections.record import (
     Records,
 )
 from tcpexporter.connections.selection import named, select
-from tcpexporter.connections.series import (
-    OUTBOUND,
-    REMOTE_PORT,
-    Ledger,
-    OutboundPort,
-    Parts,
-)
+from tcpexporter.connections.series import OUTBOUND, REMOTE_PORT, Ledger
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
 from tcpexporter.errors import SourceError, TrackerError
 from tcpexporter.metrics.collector import (

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import pytest
 
 from tcpexporter.config.rules import parse_rules
+from tcpexporter.connections.parts import kernel_parts
 from tcpexporter.connections.record import Direction, Records
-from tcpexporter.connections.selection import kernel_parts, named, select
+from tcpexporter.connections.selection import named, select
 from tcpexporter.connections.source import MemorySource
 from tcpexporter.metrics.collector import Choice, ConnectionCollector
 from tests.rule_oracle import connection, records

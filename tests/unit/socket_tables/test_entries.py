@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY
 
 from tcpexporter.connections.record import LISTENER, Direction
+from tcpexporter.socket_tables import entries
 from tcpexporter.socket_tables.diag_messages import decode_messages
-from tcpexporter.socket_tables.entries import distinct
+from tcpexporter.socket_tables.entries import TCP_LISTEN, distinct
 from tcpexporter.socket_tables.procfs import decode_lines
 from tcpexporter.socket_tables.tables import SocketTables
 from tests.unit.socket_tables.samples import (
@@ -21,6 +22,7 @@ from tests.unit.socket_tables.samples import (
     NETNS,
     SOURCES,
     CapturedReader,
+    MadeReader,
     captured_sockets,
     decode,
     message,
@@ -42,6 +44,28 @@ def test_keys_are_those_of_the_bpf_program(name: str) -> None:
     keys = SocketTables([CapturedReader(name)]).established()["key"]
     assert len(keys) == 22
     assert {key.tobytes() for key in keys} >= KNOWN_KEYS
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("name", SOURCES)
+def test_parts_have_the_connections_of_the_whole_table(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each connection is in one part, in the same order, with the same direction."""
+    monkeypatch.setattr(entries, "PART", size)
+    whole = SocketTables([CapturedReader(name)]).established()
+    parts = [*SocketTables([CapturedReader(name)]).parts()]
+    joined = np.concatenate(parts)
+    for field in ("key", "is_outbound", "cookie", "cgroup"):
+        assert (joined[field] == whole[field]).all()
+    if name == "sock_diag":  # procfs is read at once
+        assert (len(parts) == 1) == (size == 1000)
+
+
+def test_tables_without_connections_have_no_part() -> None:
+    """The listeners are not among the connections."""
+    tables = SocketTables([MadeReader(NETNS, (443, TCP_LISTEN))])
+    assert [*tables.parts()] == []
 
 
 def test_both_tables_give_the_same_keys() -> None:

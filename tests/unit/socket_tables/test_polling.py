@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.counting import Projection, count
+from tcpexporter.connections.parts import OutboundPort, Parts, kernel_parts
 from tcpexporter.connections.record import (
     LISTENER,
     SOCKET,
@@ -22,8 +23,8 @@ from tcpexporter.connections.record import (
     numbers,
     times_ns,
 )
-from tcpexporter.connections.selection import kernel_parts, select
-from tcpexporter.connections.series import SERIES, OutboundPort, Parts
+from tcpexporter.connections.selection import select
+from tcpexporter.connections.series import SERIES
 from tcpexporter.connections.slot_counts import SlotCounts
 from tcpexporter.connections.source import Report
 from tcpexporter.errors import SocketTableError, SourceError
