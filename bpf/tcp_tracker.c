@@ -24,6 +24,7 @@
  * BOUNDS           the upper bounds of all buckets except the last, in units of 2^13 ns
  * SECRET_0, _1     the key of the hash
  * LOSE_ONE_IN      in tests: the program ignores one in so many events, at random
+ * INTERRUPTIBLE    whether a run of the program can interrupt another one on its CPU
  * ORDER            how stores are ordered: ORDERED, BY_EXCHANGE or BY_STACK
  * *_OFFSET         offsets of members of the kernel's structs, in bytes, from BTF
  *
@@ -466,6 +467,13 @@ static __u32 counted_in(struct series_key *series)
 
 #define ADD(member, number) __sync_fetch_and_add(&(member), number)
 
+/* Count an event of this CPU. Only an interrupt by another run could lose it. */
+#if INTERRUPTIBLE
+#define COUNT(member) ADD(member, 1)
+#else
+#define COUNT(member) ((member)++)
+#endif
+
 static void record_opened(__u32 number)
 {
 	struct ledger_entry *entry = ledger.lookup(&number);
@@ -508,7 +516,7 @@ static void remove_from(__u64 *word, struct tracker_events *count)
 
 	STORE(__u64, *word, CLOSED);
 	record_closed(removed);
-	count->removed++;
+	COUNT(count->removed);
 }
 
 static void opened(const void *sk, __u32 netns, int oldstate,
@@ -525,10 +533,10 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 	if (!connection) {
 		connection = allocate(handle, &word, &slot);
 		if (!connection) {
-			count->refused++;
+			COUNT(count->refused);
 			return;
 		}
-		count->allocated++;
+		COUNT(count->allocated);
 	}
 	/* The closing of the last connection at this address was missed. */
 	if (is_open(*word)) {
@@ -549,7 +557,7 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 	*(volatile __u64 *)word =
 	    bpf_ktime_get_boot_ns() >> TIME_SHIFT << SERIES_BITS | number;
 	record_opened(number);
-	count->inserted++;
+	COUNT(count->inserted);
 }
 
 static bool is_same(const struct connection_key *one,
@@ -593,14 +601,14 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 	 * it reads the log, so either the search or userspace finds the seed.
 	 */
 	if (is_recording && closings.update(&handle, &nothing))
-		count->unrecorded++;
+		COUNT(count->unrecorded);
 	if (is_known)
 		return;
 	connection = find(handle, &word, &slot);
 	if (!connection || !is_open(*word))
 		return;
 	remove_from(word, count);
-	count->removed_seeds++;
+	COUNT(count->removed_seeds);
 }
 
 /* Count an outbound attempt that has failed. Its local port is in no series. */
@@ -645,7 +653,7 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 #ifdef LOSE_ONE_IN
 	/* For tests: ignore and count the event, as if the kernel skipped it. */
 	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0) {
-		count->unrecorded++;
+		COUNT(count->unrecorded);
 		return 0;
 	}
 #endif

@@ -100,7 +100,7 @@ def _lift_limits() -> None:
     for limit in LIMITS:
         _, hard = resource.getrlimit(limit)
         for wanted in (resource.RLIM_INFINITY, hard):
-            # The kernel refuses infinity without that capability, and always for open
+            # The kernel refuses infinity without CAP_SYS_RESOURCE, and always for open
             # files.
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(limit, (wanted, wanted))
@@ -112,6 +112,7 @@ def _load_here(request: Request) -> Descriptors:
     from tcpexporter.ebpf.features import (  # noqa: PLC0415
         HASH_MAP_ALLOCATOR,
         IPV6,
+        RECURSION_MISSES,
         SOCKET_CGROUPS,
         Kernel,
         order_of_stores,
@@ -133,6 +134,7 @@ def _load_here(request: Request) -> Descriptors:
                 request,
                 types,
                 has_allocator=bool(kernel.has(HASH_MAP_ALLOCATOR)),
+                is_interruptible=not kernel.has(RECURSION_MISSES),
                 has_ipv6=bool(kernel.has(IPV6)),
                 has_cgroups=bool(kernel.has(SOCKET_CGROUPS)),
                 order=order_of_stores(kernel),
@@ -219,7 +221,7 @@ def _sources() -> Path:
 
 
 def _require_privilege() -> None:
-    from tcpexporter.ebpf import remedy  # noqa: PLC0415  as for features
+    from tcpexporter.ebpf import remedy  # noqa: PLC0415  imported late to save memory
 
     if not privileges.may_use_bpf():
         raise LoadError(remedy.without_capabilities(remedy.detect()))
@@ -266,6 +268,7 @@ def _cflags(
     types: Btf,
     *,
     has_allocator: bool,
+    is_interruptible: bool,
     has_ipv6: bool,
     has_cgroups: bool,
     order: str,
@@ -276,6 +279,7 @@ def _cflags(
         "MAX_SERIES": request.max_series,
         # Allocate memory when an entry is added, if this kernel does that safely.
         "MAP_FLAGS": BPF_F_NO_PREALLOC if has_allocator else 0,
+        "INTERRUPTIBLE": int(is_interruptible),
         "ORDER": order,
         "NETNS": request.netns,
         "BY_NETNS": int(request.by_netns),
@@ -325,7 +329,10 @@ def _offsets(types: Btf, *, has_ipv6: bool) -> dict[str, int]:
 
 
 def _cgroup_offsets(types: Btf) -> dict[str, int]:
-    """Return where the number of a socket's cgroup is; whether the pointer has flags."""
+    """Return the offsets, in bytes, that lead to the number of a socket's cgroup.
+
+    They include whether the pointer to the cgroup has flags.
+    """
     is_tagged = not types.has("sock_cgroup_data", "cgroup")
     pointer_at = types.offset("sock_cgroup_data", "val" if is_tagged else "cgroup")
     return {

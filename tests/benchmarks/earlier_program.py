@@ -65,6 +65,7 @@ def _load_here(request: Request) -> int:
         has_allocator=bool(kernel.has(HASH_MAP_ALLOCATOR)),
         has_ipv6=bool(kernel.has(IPV6)),
         has_cgroups=False,
+        is_interruptible=False,
         order=order_of_stores(kernel),
     )
     compiled = bcc.BPF(src_file=str(SOURCE), cflags=cflags)
