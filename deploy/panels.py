@@ -266,7 +266,8 @@ EXPORTER: Rows = {
         Panel(
             "number",
             "Uncertain connections",
-            "Upper bound of the difference between the numbers and the kernel's; 0: exact.",
+            "Upper bound of the difference between the numbers and the kernel's, in network"
+            " namespaces that exist since the start; 0: exact.",
             [Query(f"sum({of_host('tcpexporter_uncertain_connections')})")],
             width=6,
         ),
