@@ -51,9 +51,9 @@ class Request:
     netns: int
     """Inode of the only network namespace to observe; 0: all."""
     secret: tuple[int, int]
-    """The key of `siphash.hashes`, as two numbers of 64 bits."""
+    """The key of `identity.hashes`, as two numbers of 64 bits."""
     max_series: int = MAX_SERIES
-    """The number of series numbers."""
+    """The maximum number of series numbers."""
     outbound_port: int = 0
     """Which port is part of the series of an outbound connection: an `OutboundPort`."""
     by_netns: bool = False
@@ -63,12 +63,12 @@ class Request:
     own_listener: tuple[int, int] = (0, 0)
     """Namespace and port of the exporter's own listener; port 0: it has none."""
     client_masks: tuple[tuple[int, int], tuple[int, int]] | None = None
-    """Which bits of an IPv4 and IPv6 address identify a client; None: they are not
-    counted."""
+    """Which bits of an IPv4 and IPv6 address identify a client; None: clients are
+    not counted."""
     lifetime_bounds: tuple[int, ...] = ()
     """The upper bounds of lifetime buckets, in units of 2^13 ns; empty: no histogram."""
     lose_one_in: int = 0
-    """For tests: the program ignores one in so many events, at random; 0: none."""
+    """For tests: the program ignores one in this number of events, at random; 0: none."""
     without: tuple[str, ...] = ()
     """For tests: the names of features to treat as missing."""
 

@@ -10,8 +10,8 @@ Freeing numbers
 ---------------
 `SeriesNumbers.free` (1) deletes the series from the map, so that no run of the program that
 begins from now on finds its number; (2) waits until all runs that began before have ended;
-(3) frees the number if no connection has it; and (4) restores the others. For a series,
-against those steps:
+(3) frees the number if no connection has it; and (4) restores the others. These are
+the cases for a series:
 
 a. No connection is opened: freed.
 b. A run found the number before 1 and stores a connection with it after 1: the run has
@@ -81,10 +81,10 @@ from tcpexporter.ebpf.maps import Map, map_errors
 from tcpexporter.errors import TrackerError
 
 WINDOW = 1024
-"""Minimum of the numbers whose entries are mapped at once."""
+"""Minimum number of entries that are mapped at once."""
 
 UNTOUCHED = 2048
-"""After so many consecutive numbers that are free, no number was ever used.
+"""After this many consecutive free numbers, no number was ever used.
 
 Numbers are allocated in ascending order, from ranges of 256."""
 
@@ -270,10 +270,10 @@ class SeriesNumbers:
     def _add(
         self, field: str, numbers: Numbers, change: "npt.NDArray[np.int64] | int"
     ) -> None:
-        """Correct a field of some numbers, which may have repetitions."""
+        """Correct a field of some numbers, which may repeat."""
         self._entries()
         corrections = self._corrections.upto(self._used)
-        # It wraps around below 0, and the sum of program and correction wraps back.
+        # A negative change wraps around; so does the sum, back to the right value.
         np.add.at(corrections[field], numbers, np.asarray(change, np.int64).view(np.uint64))
 
     # Freeing

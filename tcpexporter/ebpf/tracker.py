@@ -22,11 +22,19 @@ The program keeps the slot of a closed connection for the next socket at the sam
 `Tracker.release` frees such a slot, or the slot of a connection whose closing was missed.
 It has four steps:
 
-e. Nothing happens to its socket: released.
-f. The socket at that address opens or closes before 1: an opening stores another word, so 4
-   restores the handle; a closing is no reason to keep it.
-g. A run found the slot before 1 and writes to it after 1: the run has ended when 3 checks,
-   so as f. That is why 3 must not come before 2: two connections would share the slot.
+1. Delete the handles, so that runs of the program that begin later do not find the slots.
+2. Wait until all runs that began before have ended.
+3. Check whether the slots still have the connections to release. If so, free the slots.
+4. Restore the handles of the other slots.
+
+These are the cases for a handle:
+
+e. Nothing happens to its socket: the slot is freed.
+f. The socket at that address opens or closes before 1. An opening stores another word, so 4
+   restores the handle. After a closing, the slot is freed.
+g. A run found the slot before 1 and writes to it after 1. The run has ended when 3 checks,
+   so this is case f. Therefore 2 comes before 3: otherwise two connections would share the
+   slot.
 h. The socket opens after 1: the program finds no handle and allocates another slot. The old
    slot is freed.
 i. As g, an opening, and that connection closes between 1 and 4: the program finds no
@@ -34,6 +42,14 @@ i. As g, an opening, and that connection closes between 1 and 4: the program fin
    connections, and is a reason to reconcile.
 j. As i, and the socket opens once more before 4: by then it has another slot and its handle
    exists again, so 4 cannot restore the old slot and frees it.
+k. A run has found the entry of a handle, but has not read its value yet. Step 1 deletes the
+   entry, and the kernel uses its memory for another handle at once. Then the run reads the
+   slot of the other handle. The program compares its handle with the one in the record of
+   the slot. They differ, so it treats its handle as not found: case h.
+l. The kernel refuses 1 or 2: all handles are restored, and no slot is freed. If a handle
+   has another slot by now, its old slot has no handle: the slot is an *orphan*. `reclaim`
+   frees an orphan when it has no open connection. A slot is also an orphan if the kernel
+   refuses to restore its handle, here or in 4.
 
 So only the thread that has deleted the only handle of a slot frees it, when no run of the
 program can write to it. A slot never has two owners. `release` frees a slot, restores its
@@ -48,7 +64,6 @@ import numpy as np
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import (
-    Hashes,
     are_new,
     client_hashes,
     hashes,
@@ -66,6 +81,7 @@ from tcpexporter.connections.record import (
 )
 from tcpexporter.connections.record import numbers as numbers_of
 from tcpexporter.connections.series import series_of
+from tcpexporter.ebpf.closings_log import ClosingsLog
 from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, WINDOW, ConnectionArray, Known
 from tcpexporter.ebpf.event_counters import EventCounters
 from tcpexporter.ebpf.free_numbers import FreeNumbers, Slots
@@ -75,7 +91,8 @@ from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.errors import TrackerError
 
 SPARE_SLOTS = 4096
-"""Closed connections may keep this number of slots, plus one per open connection."""
+"""Closed connections may keep this number of slots, plus one per open connection, but at
+most half of the slots without an open connection."""
 
 
 class Tracker(EventCounters):
@@ -111,8 +128,7 @@ class Tracker(EventCounters):
         self._slots = max_connections
         self._handles = Map(descriptors.slots, "slots")
         self._free_slots = FreeNumbers(descriptors.free_slots, "free slots")
-        self._closings = Map(descriptors.closings, "closings")
-        self._recording = Map(descriptors.recording, "recording")
+        self._closings = ClosingsLog(descriptors, self.wait_for_runs)
         self._barrier = Map(descriptors.barrier, "barrier")
         with map_errors():
             self._array = ConnectionArray(
@@ -125,7 +141,6 @@ class Tracker(EventCounters):
         self._orphans: set[int] = set()
         self._added: Numbers = np.empty(0, np.uint32)
         """The series numbers of the seeds that are not yet in the ledger."""
-        self._has_recorded = False
         self._seeds_added = self._seeds_closed = self._closed = 0
         self._slots_allocated = self._slots_freed = 0
 
@@ -158,7 +173,7 @@ class Tracker(EventCounters):
             yield self._array.chunk()
 
     def words(self) -> Iterator[Words]:
-        """Yield the words alone, as `read` does.
+        """Yield the words of the chunks of `read`.
 
         Raises:
             TrackerError: the kernel refuses to map the array.
@@ -266,29 +281,10 @@ class Tracker(EventCounters):
 
     @contextlib.contextmanager
     def recording_closings(self) -> Iterator[None]:
-        """Let the program record all closings in the closings log during the block.
-
-        When the block begins, every run that does not record has ended, and every run that
-        recorded in an earlier block. Waiting for the latter now keeps the start short.
-
-        Raises:
-            TrackerError: the kernel refuses a map operation.
-        """
-        if self._has_recorded:
-            self.wait_for_runs()
-        self._has_recorded = True
+        """Record closings during the block, as `ClosingsLog.recording` does."""
         self._added = self._added[:0]
-        self._pop_closings()
-        self._set_recording(True)
-        try:
-            self.wait_for_runs()
+        with self._closings.recording():
             yield
-        finally:
-            self._set_recording(False)
-
-    @map_errors()
-    def _set_recording(self, is_recording: bool) -> None:
-        self._recording.put(FIRST, np.uint32(is_recording))
 
     def release_closed(self, slots: Slots, *, pre_existing: bool = False) -> int:
         """Release the seeds at ``slots`` whose closing was recorded, and clear the log.
@@ -298,7 +294,7 @@ class Tracker(EventCounters):
         Args:
             slots: all that `add` has returned since the block of `recording_closings`
                 began, in order.
-            pre_existing: whether the ledger has them as such; otherwise, as opened.
+            pre_existing: whether they count as pre-existing; if not, they count as opened.
 
         Returns:
             How many of them were still open in the array, although they had closed.
@@ -320,16 +316,11 @@ class Tracker(EventCounters):
 
     def _release_recorded(self, slots: Slots) -> tuple[Slots, Words]:
         records, all_words = self._used()
-        closed = slots[np.isin(records["handle"][slots], self._pop_closings())]
+        closed = slots[np.isin(records["handle"][slots], self._closings.pop())]
         return self._release(closed, all_words[closed])
 
-    @map_errors()
-    def _pop_closings(self) -> Hashes:
-        handles, _ = self._closings.items(np.uint64, np.uint32, delete=True)
-        return handles
-
     def release(self, slots: Slots, words: Words) -> int:
-        """Remove connections and free their slots, as the module's docstring argues.
+        """Remove connections and free their slots; the module's docstring has the cases.
 
         Args:
             slots: the slots of the connections, without duplicates.

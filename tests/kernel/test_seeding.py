@@ -282,7 +282,7 @@ def test_unrecorded_closings_are_counted_and_corrected(
     with late_tracker.recording_closings():
         handles = np.arange(loader.MAX_CLOSINGS, dtype=np.uint64)
         values = handles.astype(np.uint32)
-        assert late_tracker._closings.put_all(handles, values) == len(handles)
+        assert late_tracker._closings._map.put_all(handles, values) == len(handles)
         with Dumps(reusable.close) as dumps:
             found = reconcile._differences(late_tracker, dumps, boottime_ns()).missing
         reconcile._add(late_tracker, found)
@@ -311,7 +311,7 @@ def test_a_closing_that_is_recorded_while_a_seed_is_added_removes_it(
     def end_the_run() -> None:
         if not opened:  # the log has been read once
             opened.append(int(tracker.series.ledger().opened.sum()))
-            tracker._closings.put(closing, np.uint32(0))
+            tracker._closings._map.put(closing, np.uint32(0))
         wait()
 
     monkeypatch.setattr(tracker, "wait_for_runs", end_the_run)
@@ -328,7 +328,7 @@ def test_closings_are_only_recorded_during_a_comparison(
     """At other times the closings log stays empty."""
     peers.connect(3)
     peers.close()
-    assert len(tracker._pop_closings()) == 0
+    assert len(tracker._closings.pop()) == 0
 
 
 def test_a_block_that_records_waits_for_the_runs_of_an_earlier_one(
@@ -343,16 +343,16 @@ def test_a_block_that_records_waits_for_the_runs_of_an_earlier_one(
     def end_the_run() -> None:
         nonlocal waits
         if not waits:
-            tracker._closings.put(np.uint64(1009), np.uint32(0))
+            tracker._closings._map.put(np.uint64(1009), np.uint32(0))
         waits += 1
         wait()
 
     with tracker.recording_closings():
         pass
-    monkeypatch.setattr(tracker, "wait_for_runs", end_the_run)
+    monkeypatch.setattr(tracker._closings, "_wait_for_runs", end_the_run)
     with tracker.recording_closings():
         assert waits == 2
-        assert 1009 not in tracker._pop_closings()
+        assert 1009 not in tracker._closings.pop()
 
 
 def test_refused_seeds_are_counted(tracker: Tracker) -> None:

@@ -85,9 +85,9 @@ class SharedTracker:
         """Return a tracker with empty maps, as after loading."""
         tracker = tracker_of(self._descriptors, Request(SLOTS, 0, SECRET))
         series = tracker.series
-        tracker._recording.put(FIRST, np.uint32(False))
+        tracker._closings._record(False)
         tracker._handles.items(np.uint64, np.uint32, delete=True)
-        tracker._pop_closings()
+        tracker._closings.pop()
         tracker.wait_for_runs()
         for free in (tracker._free_slots, series._free):
             while free.pop() is not None:
