@@ -35,7 +35,7 @@ uninstall: ## Remove what make install has installed
 	deploy/install.sh uninstall
 
 .PHONY: deb
-deb: setup-test ## Build a package for this release of Debian or Ubuntu into dist/
+deb: setup-test ## Build a package for this release of Debian or Ubuntu into dist/; FOR_RELEASE=debian13
 	deploy/deb.sh
 
 .PHONY: rpm
@@ -178,7 +178,7 @@ wheel: setup-test #- Build a reproducible wheel into dist/
 	deploy/wheel.sh
 
 .PHONY: release
-release: setup-test #- Build wheel, source, package, SBOM and checksums into dist/; TAG=1 also tags
+release: setup-test #- Build wheel, source, packages, SBOM and checksums into dist/; TAG=1 also tags
 	deploy/release.sh
 
 .PHONY: clean

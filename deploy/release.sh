@@ -1,8 +1,9 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-3.0-only
 #
-# Builds what a release consists of into dist: wheel, source archive, Debian package, bill of
-# materials, checksums, and the release notes from CHANGELOG.md. `make release` calls it.
+# Builds what a release consists of into dist: wheel, source archive, packages for this
+# release of Debian and for Debian 13, bill of materials, checksums, and the release notes from
+# CHANGELOG.md. `make release` calls it.
 #
 # It requires a tree without changes. With TAG=1 it also makes the tag of the version, which
 # CHANGELOG.md must have a section for. It pushes nothing.
@@ -24,6 +25,7 @@ main() {
 	deploy/wheel.sh dist
 	pack_source
 	deploy/deb.sh dist
+	FOR_RELEASE=debian13 deploy/deb.sh dist
 	.venv/bin/python -m deploy.sbom >dist/tcpexporter.cdx.json
 	cp "$scratch/notes" dist/NOTES.md
 	(cd dist && sha256sum -- * >"$scratch/sums" && mv "$scratch/sums" SHA256SUMS)

@@ -18,6 +18,7 @@ from tests.vm.images import (
     BOOKWORM_ARM64,
     TRIXIE,
     TRIXIE_ARM64,
+    TRIXIE_SYSTEMD,
     VAGRANT,
     Userland,
 )
@@ -70,8 +71,8 @@ class Run:
     title: str = ""
     """A name of these tests, necessary if other tests have the same kernel and userland."""
     init: Path = guest.SESSION
-    with_packages: bool = False
-    """Whether the guest has the packages of `debs.build` in /share."""
+    packages_for: str = ""
+    """The release whose packages, by `debs.build`, the guest has in /share; empty: none."""
     is_extra: bool = False
     """Whether it only runs if its kernel or architecture is named by an option."""
 
@@ -117,7 +118,13 @@ RUNS = (
     Run(
         *(KERNELS[1], VAGRANT, "tests/vm/package.py", "package"),
         init=guest.BOOT,
-        with_packages=True,
+        packages_for="debian12",
+    ),
+    Run(
+        *(KERNELS[2], TRIXIE_SYSTEMD, "tests/vm/package.py", "package"),
+        init=guest.BOOT,
+        packages_for="debian13",
+        is_extra=True,
     ),
     # The newest of these kernels, and one on which the exporter keeps more privileges.
     *(Run(KERNELS[each], BOOKWORM, "tests/vm/faults.py", "faults") for each in (2, 0)),
@@ -209,8 +216,8 @@ def _outcome(run: Run, unpacked: Future[Unpacked], image: Future[Path]) -> Outco
         began_s = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
             share = Path(directory)
-            if run.with_packages:
-                debs.build(share)
+            if run.packages_for:
+                debs.build(share, run.packages_for)
             command = TEST.format(what=run.tests)
             code = guest.run(
                 kernel, root, share, command, init=run.init, log=run.log, limit_s=LIMIT_S

@@ -12,14 +12,22 @@ FAST = {"DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"}
 """Compressing as ``make deb`` does would take half a minute."""
 
 
-def build(into: Path) -> None:
-    """Build the packages with the revisions 1 and 2 for the release of this machine.
+def build(into: Path, release: str) -> None:
+    """Build the packages with the revisions 1 and 2.
+
+    Args:
+        into: Directory for the packages.
+        release: The release of Debian that the packages are for, such as debian13.
 
     Raises:
         VmError: a package cannot be built; the message has the reason.
     """
     for revision in ("1", "2"):
-        environ = {"REVISION": revision, "SOURCE_DATE_EPOCH": f"{time.time():.0f}"}
+        environ = {
+            "FOR_RELEASE": release,
+            "REVISION": revision,
+            "SOURCE_DATE_EPOCH": f"{time.time():.0f}",
+        }
         done = subprocess.run(
             [ROOT / "deploy" / "deb.sh", into],
             env=os.environ | FAST | environ,
