@@ -17,6 +17,8 @@ export SOURCE_DATE_EPOCH
 main() {
 	umask 022
 	[ -z "$(git status --porcelain)" ] || fail "the tree has changes: commit them first"
+	[ -z "${TAG-}" ] || ! git rev-parse -q --verify "refs/tags/v$version" >/dev/null ||
+		fail "the tag v$version exists: raise the version in pyproject.toml"
 	scratch=$(mktemp -d)
 	trap 'rm -rf "$scratch"' EXIT
 	write_notes

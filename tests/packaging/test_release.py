@@ -120,3 +120,12 @@ def test_a_tag_has_the_notes_of_its_version(tree: Path) -> None:
     assert done.returncode == 0, done.stderr
     shown = git(tree, "for-each-ref", "--format=%(contents)", f"refs/tags/v{VERSION}")
     assert shown.strip() == "### Added\n\n- A thing."
+
+
+def test_a_version_is_tagged_once(tree: Path) -> None:
+    """A second release with a tag builds nothing."""
+    assert git(tree, "tag") == f"v{VERSION}\n"
+    done = release(tree, TAG="1")
+    assert done.returncode == 1
+    assert f"the tag v{VERSION} exists" in done.stderr
+    assert not done.stdout
