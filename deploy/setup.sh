@@ -45,7 +45,7 @@ main() {
 		;;
 	guest)
 		require_python
-		require bcc venv seccomp seccomp-module ip ss
+		require bcc venv seccomp ip ss
 		fill_venv guest
 		;;
 	test)

@@ -18,7 +18,7 @@ from tests.vm import ROOT
 PACKAGES = (
     *("kmod", "passwd", "mount", "python3"),
     # What `deploy/setup.sh guest` installs.
-    *("python3-bpfcc", "libseccomp2", "python3-seccomp", "iproute2"),
+    *("python3-bpfcc", "libseccomp2", "iproute2"),
 )
 
 HOOKS = "/usr/share/mmdebstrap/hooks/maybe-merged-usr"
