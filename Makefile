@@ -36,7 +36,7 @@ uninstall: ## Remove what make install has installed
 
 .PHONY: deb
 deb image: export FOR_ARCH := $(ARCH)
-deb: setup-test ## Build a package for this release of Debian or Ubuntu into dist/; ARCH=arm64
+deb: setup-test ## Build a package for this release of Debian or Ubuntu into dist/; ARCH=arm64, FOR_RELEASE=debian13
 	deploy/deb.sh
 
 .PHONY: rpm
@@ -179,7 +179,7 @@ wheel: setup-test #- Build a reproducible wheel into dist/
 	deploy/wheel.sh
 
 .PHONY: release
-release: setup-test #- Build wheel, source, package, SBOM and checksums into dist/; TAG=1 also tags
+release: setup-test #- Build wheel, source, packages, SBOM and checksums into dist/; TAG=1 also tags
 	deploy/release.sh
 
 .PHONY: clean

@@ -11,8 +11,10 @@
 # PREFIX is the directory of the installation, by default /usr/local. DESTDIR is written before
 # each path, so that another program can pack the files. ZSH_DIR is the directory under share/zsh
 # for completions. FOR_PYTHON, as in 3.13, makes "stage" install Python packages for another
-# version than this system's, and FOR_ARCH, as in arm64, for another architecture. Building
-# requires the packages of `deploy/setup.sh run`.
+# version than this system's, and FOR_ARCH, as in arm64, for another architecture. MODULES is a
+# directory where the distribution's Python finds modules: "stage" installs only the exporter's
+# own there, and makes no virtual environment. Building requires the packages of
+# `deploy/setup.sh run`.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -23,6 +25,7 @@ share=$prefix/share
 settings=/etc/default/tcpexporter
 # A virtual environment with the exporter and the packages of deploy/lock/run.txt.
 venv=$prefix/lib/tcpexporter
+modules=${MODULES-}
 # The distribution's Python: another one could not import its BCC package.
 python=/usr/bin/python3
 
@@ -71,7 +74,12 @@ files() {
 
 stage() {
 	make_files
-	fill_venv
+	if [ -n "$modules" ]; then
+		site=$destdir$modules
+		add_exporter
+	else
+		fill_venv
+	fi
 	files | while read -r source mode path; do
 		if [ "$path" = $settings ] && is_changed; then
 			say "$settings has settings, so it is kept"
@@ -94,8 +102,10 @@ make_files() {
 	gzip -9n <deploy/man/tcpexporter.8 >"$scratch/man"
 	# Not a link into the virtual environment: SELinux in Fedora allows systemd to execute files
 	# in bin, but not in lib.
+	interpreter=$venv/bin/python3
+	[ -z "$modules" ] || interpreter=$python
 	cat >"$scratch/command" <<-END
-		#!$venv/bin/python3 -I
+		#!$interpreter -I
 		import sys
 
 		from tcpexporter.__main__ import main
@@ -106,7 +116,6 @@ make_files() {
 
 fill_venv() {
 	deploy/setup.sh wheels
-	SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(date +%s)} deploy/wheel.sh "$scratch/wheel"
 	version=${FOR_PYTHON:-$("$python" -c 'import sys
 print("%d.%d" % sys.version_info[:2])')}
 	platforms=$(deploy/platforms.sh "${FOR_ARCH-}")
@@ -118,7 +127,15 @@ print("%d.%d" % sys.version_info[:2])')}
 	printf 'home = /usr/bin\ninclude-system-site-packages = true\n' >"$destdir$venv/pyvenv.cfg"
 	# setuptools has built the exporter, and is not required any more.
 	sed '/^setuptools==/,/[^\\]$/d' deploy/lock/run.txt >"$scratch/run.txt"
-	pip_install --require-hashes --find-links .cache/wheels -r "$scratch/run.txt"
+	# shellcheck disable=SC2086  # one word for each platform
+	pip_install --python-version "$version" $platforms --require-hashes \
+		--find-links .cache/wheels -r "$scratch/run.txt"
+	add_exporter
+}
+
+# Adds the exporter's modules to the directory of installed packages, and cleans it.
+add_exporter() {
+	SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(date +%s)} deploy/wheel.sh "$scratch/wheel"
 	pip_install --no-deps --find-links "$scratch/wheel" tcpexporter
 	# Libraries and modules are not executed by their name.
 	find "$site" -type f -perm /111 -exec chmod a-x {} +
@@ -130,10 +147,8 @@ print("%d.%d" % sys.version_info[:2])')}
 # Installs packages even if the system has the same ones: the system can upgrade or remove its
 # own.
 pip_install() {
-	# shellcheck disable=SC2086  # one word for each platform
 	.venv/bin/python -m pip install -q --disable-pip-version-check --no-index \
-		--only-binary=:all: --no-compile --python-version "$version" $platforms \
-		--target "$site" "$@"
+		--only-binary=:all: --no-compile --target "$site" "$@"
 	# The commands of these packages contain a path of the build.
 	rm -rf "${site:?}/bin"
 }

@@ -1,8 +1,9 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-3.0-only
 #
-# Builds the files of a release into dist: wheel, source archive, Debian package, bill of
-# materials, checksums, and the release notes from CHANGELOG.md. `make release` calls it.
+# Builds the files of a release into dist: wheel, source archive, packages for this release of
+# Debian and for Debian 13, bill of materials, checksums, and the release notes from CHANGELOG.md.
+# `make release` calls it.
 #
 # It requires a tree without changes. With TAG=1 it also tags the version; then CHANGELOG.md
 # must have a section for that version. It pushes nothing.
@@ -16,6 +17,8 @@ export SOURCE_DATE_EPOCH
 main() {
 	umask 022
 	[ -z "$(git status --porcelain)" ] || fail "the tree has changes: commit them first"
+	[ -z "${TAG-}" ] || ! git rev-parse -q --verify "refs/tags/v$version" >/dev/null ||
+		fail "the tag v$version exists: raise the version in pyproject.toml"
 	scratch=$(mktemp -d)
 	trap 'rm -rf "$scratch"' EXIT
 	write_notes
@@ -24,6 +27,7 @@ main() {
 	deploy/wheel.sh dist
 	pack_source
 	deploy/deb.sh dist
+	FOR_RELEASE=debian13 deploy/deb.sh dist
 	.venv/bin/python -m deploy.sbom >dist/tcpexporter.cdx.json
 	cp "$scratch/notes" dist/NOTES.md
 	(cd dist && sha256sum -- * >"$scratch/sums" && mv "$scratch/sums" SHA256SUMS)

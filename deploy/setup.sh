@@ -131,7 +131,7 @@ require_for_tests() {
 	require_python
 	# Without containers, the services and the timer of podman end at once. It requires crun or
 	# runc; the tests use runc.
-	require bcc venv seccomp ip ss iptables gcc libc git busybox podman runc
+	require bcc venv seccomp seccomp-module ip ss iptables gcc libc git busybox podman runc
 	require chromium zsh fish
 	# Only make deb, make rpm and their tests require these.
 	[ "$(system_family)" != debian ] || require dpkg-shlibdeps lintian rpmbuild rpmlint
@@ -175,6 +175,7 @@ is_there() {
 	case $1 in
 	bcc) has_module bcc ;;
 	venv) has_module ensurepip ;; # Debian has venv itself in another package
+	seccomp-module) has_module seccomp ;; # only tests require it: .venv has pyseccomp
 	seccomp) ldconfig -p | grep -q 'libseccomp\.so\.2' ;;
 	libc) [ -e /usr/include/stdlib.h ] ;;
 	*.service) [ -e "/lib/systemd/system/$1" ] ;;
@@ -217,6 +218,7 @@ packages_for() {
 		debian:venv) echo python3-venv ;;
 		debian:ip | debian:ss) echo iproute2 ;;
 		debian:seccomp) echo libseccomp2 ;;
+		debian:seccomp-module) echo python3-seccomp ;;
 		debian:libc) echo libc6-dev ;;
 		debian:dpkg-shlibdeps) echo dpkg-dev ;;
 		debian:aarch64-linux-gnu-objdump) echo binutils-aarch64-linux-gnu ;;
@@ -235,6 +237,7 @@ packages_for() {
 		fedora:venv) echo python3-libs ;;
 		fedora:ip | fedora:ss) echo iproute ;;
 		fedora:seccomp) echo libseccomp ;;
+		fedora:seccomp-module) echo python3-libseccomp ;;
 		fedora:libc) echo glibc-devel ;;
 		fedora:mke2fs) echo e2fsprogs ;;
 		fedora:modprobe) echo kmod ;;
@@ -245,6 +248,7 @@ packages_for() {
 		other:bcc) echo "BCC for $python" ;;
 		other:venv) echo "ensurepip for $python" ;;
 		other:seccomp) echo libseccomp ;;
+		other:seccomp-module) echo "libseccomp's module for $python" ;;
 		other:libc) echo "the C library's headers" ;;
 		*) echo "$need" ;;
 		esac

@@ -211,12 +211,34 @@ def make_filter(connected: int | None) -> bytes:
 
 def _write_filter(connected: int | None, channel: IO[bytes]) -> None:
     try:
-        _name_library()
-        _system_calls(os.getppid(), connected).export_bpf(channel)
+        library = _import_library()
+        _system_calls(library, os.getppid(), connected).export_bpf(channel)
     except ImportError as error:
-        _disabled(f"install the Python package pyseccomp ({error})")
+        _disabled(
+            "install the Python package pyseccomp, or the distribution's python3-seccomp"
+            f" or python3-libseccomp ({error})"
+        )
     except (AttributeError, OSError, RuntimeError) as error:
         _disabled(f"install the distribution's libseccomp2 or libseccomp ({error})")
+
+
+def _import_library() -> Any:
+    """Import one of the two Python bindings of libseccomp, in the child only.
+
+    Their interfaces are the same. pyseccomp is in the package index, with a hash in
+    deploy/lock. Distributions have libseccomp's own binding, the module seccomp.
+
+    Raises:
+        ImportError: neither of them is installed.
+        OSError: libseccomp, which pyseccomp requires, is not installed.
+        AttributeError: libseccomp is too old for pyseccomp.
+    """
+    try:
+        _name_library()
+        import pyseccomp as library  # noqa: PLC0415
+    except ModuleNotFoundError:
+        import seccomp as library  # noqa: PLC0415
+    return library
 
 
 def _name_library() -> None:
@@ -230,31 +252,23 @@ def _name_library() -> None:
     ctypes.util.find_library = {"seccomp": LIBSECCOMP}.get  # type: ignore[assignment]
 
 
-def _system_calls(process: int, connected: int | None) -> Any:
-    """Return the filter, a `pyseccomp.SyscallFilter`.
-
-    Raises:
-        ImportError: pyseccomp is not installed.
-        OSError: libseccomp is not installed.
-        AttributeError: libseccomp is too old for pyseccomp.
-    """
-    import pyseccomp  # noqa: PLC0415  only the child imports it
-
-    made = pyseccomp.SyscallFilter(pyseccomp.ERRNO(EPERM))
+def _system_calls(library: Any, process: int, connected: int | None) -> Any:
+    """Return the filter, a ``SyscallFilter`` of the library."""
+    made = library.SyscallFilter(library.ERRNO(EPERM))
     # In the ABI of another architecture (x32, i386) the same number is another system call.
-    made.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
+    made.set_attr(library.Attr.ACT_BADARCH, library.KILL_PROCESS)
     conditional = _conditional(process, connected)
     for name, *conditions in [*((name,) for name in ALLOWED), *conditional]:
-        number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name)
+        number = library.resolve_syscall(library.Arch.NATIVE, name)
         if number >= 0:  # the architecture has it, and libseccomp knows it
             tests = [
-                pyseccomp.Arg(argument, pyseccomp.MASKED_EQ, mask, value)
+                library.Arg(argument, library.MASKED_EQ, mask, value)
                 for argument, mask, value in conditions
             ]
-            made.add_rule(pyseccomp.ALLOW, number, *tests)
+            made.add_rule(library.ALLOW, number, *tests)
     # The flags of clone3 are in memory, which a filter cannot read. With ENOSYS the C
     # library uses clone(2) instead.
-    made.add_rule(pyseccomp.ERRNO(ENOSYS), "clone3")
+    made.add_rule(library.ERRNO(ENOSYS), "clone3")
     return made
 
 

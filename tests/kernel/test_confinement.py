@@ -11,10 +11,12 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -165,12 +167,18 @@ def library() -> str:
     return next(line.split()[-1] for line in lines if seccomp.LIBSECCOMP in line)
 
 
-WITHOUT_PACKAGE = """
+WITHOUT = """
 import sys
-sys.modules["pyseccomp"] = None
+sys.modules.update(dict.fromkeys({modules}))
 from tcpexporter.__main__ import main
 main()
 """
+
+
+def without(*modules: str) -> tuple[str, ...]:
+    """Return a command that runs the exporter where these modules cannot be imported."""
+    return (sys.executable, "-c", WITHOUT.format(modules=modules))
+
 
 UNKNOWN_MACHINE = """
 import platform
@@ -186,8 +194,8 @@ main()
     [
         (lambda: hiding(library(), *COMMAND), "install the distribution's libseccomp2"),
         (
-            lambda: (sys.executable, "-c", WITHOUT_PACKAGE),
-            "install the Python package pyseccomp",
+            lambda: without("pyseccomp", "seccomp"),
+            "install the Python package pyseccomp, or the distribution's",
         ),
         (
             lambda: (sys.executable, "-c", UNKNOWN_MACHINE),
@@ -212,6 +220,27 @@ def test_without_a_filter_the_warning_names_the_missing_package(
     assert code == 0
     (warning,) = (line for line in complaints.splitlines() if "WARNING" in line)
     assert f"seccomp disabled: {words}" in warning
+
+
+@pytest.mark.any_kernel
+def test_the_module_of_the_distribution_makes_the_same_filter() -> None:
+    """python3-seccomp replaces pyseccomp: all tests of the filter hold for it too."""
+    modules = [pytest.importorskip(name) for name in ("pyseccomp", "seccomp")]
+    for connected in (None, 3):
+        one, other = (exported(each, connected) for each in modules)
+        assert one == other
+    command = without("pyseccomp")
+    with Exporter("--source", "sock_diag", command=command) as exporter:
+        assert confined(exporter)["seccomp"] == 1
+        _, complaints = exporter.stop()
+    assert "WARNING" not in complaints
+
+
+def exported(module: ModuleType, connected: int | None) -> bytes:
+    with tempfile.TemporaryFile() as file:
+        seccomp._system_calls(module, 7, connected).export_bpf(file)
+        file.seek(0)
+        return file.read()
 
 
 @pytest.mark.any_kernel

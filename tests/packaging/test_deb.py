@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""The Debian package has the right files, and can be installed, used and removed."""
+"""The Debian packages have the right files, and can be installed, used and removed."""
 
 import base64
 import csv
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from deploy.documents import NOT_OF_A_SERVICE
 from deploy.sbom import ROOT
@@ -22,6 +26,8 @@ from tcpexporter.config.settings import SETTINGS, parse
 from tcpexporter.version import VERSION
 
 VENV = "usr/lib/tcpexporter"
+MODULES = "usr/lib/python3/dist-packages"
+OVERRIDES = "usr/share/lintian/overrides/tcpexporter"
 DEFAULT = "etc/default/tcpexporter"
 UNIT = "usr/lib/systemd/system/tcpexporter.service"
 
@@ -34,7 +40,7 @@ FILES = {
     "usr/share/doc/tcpexporter/changelog.gz",
     "usr/share/doc/tcpexporter/copyright",
     "usr/share/fish/vendor_completions.d/tcpexporter.fish",
-    "usr/share/lintian/overrides/tcpexporter",
+    OVERRIDES,
     "usr/share/man/man8/tcpexporter.8.gz",
     "usr/share/tcpexporter/prometheus/examples.rules.yml",
     "usr/share/tcpexporter/prometheus/recording.rules.yml",
@@ -46,6 +52,21 @@ FILES = {
     ),
 }
 """All files of the package outside of its virtual environment."""
+
+WITH_MODULES = "debian13"
+"""The release whose package has no virtual environment; it can be built on each release."""
+
+PACKAGES = {
+    "bcrypt": "python3-bcrypt",
+    "h11": "python3-h11",
+    "numpy": "python3-numpy",
+    "prometheus-client": "python3-prometheus-client",
+    "pyroute2": "python3-pyroute2",
+    "pyseccomp": "python3-seccomp",
+    "python-json-logger": "python3-pythonjsonlogger",
+    "pyyaml": "python3-yaml",
+}
+"""Debian's packages of the Python packages that the exporter requires."""
 
 
 class Deb(NamedTuple):
@@ -60,19 +81,22 @@ class Deb(NamedTuple):
         return (self.root / name).read_text()
 
 
-@pytest.fixture(scope="module")
-def deb(tmp_path_factory: pytest.TempPathFactory) -> Deb:
+def build(directory: Path, release: str) -> Path:
+    """Build the package for a release of Debian."""
     if not shutil.which("dpkg-shlibdeps"):
         pytest.skip("dpkg-shlibdeps is not on PATH: Debian has it in the package dpkg-dev")
-    directory = tmp_path_factory.mktemp("deb")
     # Compressing as make deb does would take half a minute.
     fast = {"DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"}
+    environ = {"SOURCE_DATE_EPOCH": "1700000000", "FOR_RELEASE": release}
     subprocess.run(
-        [ROOT / "deploy" / "deb.sh", directory],
-        env=os.environ | fast | {"SOURCE_DATE_EPOCH": "1700000000"},
-        check=True,
+        [ROOT / "deploy" / "deb.sh", directory], env=os.environ | fast | environ, check=True
     )
     (path,) = directory.iterdir()
+    return path
+
+
+def unpack(path: Path) -> Deb:
+    directory = path.parent
     archive = directory / "files.tar"
     with archive.open("wb") as file:
         subprocess.run(["dpkg-deb", "--fsys-tarfile", path], stdout=file, check=True)
@@ -80,6 +104,38 @@ def deb(tmp_path_factory: pytest.TempPathFactory) -> Deb:
         members = {each.name.removeprefix("./"): each for each in packed.getmembers()}
     subprocess.run(["dpkg-deb", "--raw-extract", path, directory / "root"], check=True)
     return Deb(path, members, directory / "root")
+
+
+def this_release() -> str:
+    release = platform.freedesktop_os_release()
+    return f"{release['ID']}{release.get('VERSION_ID', '')}"
+
+
+@pytest.fixture(scope="module")
+def deb(tmp_path_factory: pytest.TempPathFactory) -> Deb:
+    """Return the package with a virtual environment for this release."""
+    if this_release() == WITH_MODULES:
+        pytest.skip("the package of this release has no virtual environment")
+    return unpack(build(tmp_path_factory.mktemp("deb"), this_release()))
+
+
+@pytest.fixture(scope="module")
+def with_modules(tmp_path_factory: pytest.TempPathFactory) -> Deb:
+    """Return the package that requires Debian's Python packages."""
+    return unpack(build(tmp_path_factory.mktemp("with-modules"), WITH_MODULES))
+
+
+@pytest.fixture(scope="module", params=["deb", "with_modules"])
+def either(request: pytest.FixtureRequest) -> Deb:
+    package: Deb = request.getfixturevalue(request.param)
+    return package
+
+
+def fields_of(package: Deb) -> dict[str, str]:
+    """Return the fields of the control file that have one line."""
+    shown = subprocess.check_output(["dpkg-deb", "--field", package.path], text=True)
+    assert "@" not in shown.replace("@example.org", "")
+    return dict(re.findall(r"(?m)^([A-Z][\w-]*): (.*)$", shown))
 
 
 def test_the_package_has_these_files(deb: Deb) -> None:
@@ -93,9 +149,68 @@ def test_the_package_has_these_files(deb: Deb) -> None:
     assert not any("__pycache__" in each or "setuptools" in each for each in files)
 
 
-def test_root_owns_all_files(deb: Deb) -> None:
+def test_the_package_of_debian_13_has_these_files(with_modules: Deb) -> None:
+    """Outside of Python's directory they are the same, without overrides.
+
+    pip does not uninstall the exporter: it has no list of its files.
+    """
+    files = {name for name, each in with_modules.members.items() if not each.isdir()}
+    ours = (f"{MODULES}/tcpexporter/", f"{MODULES}/tcpexporter-{VERSION}.dist-info/")
+    assert {each for each in files if not each.startswith(ours)} == FILES - {OVERRIDES}
+    assert f"{ours[0]}bpf/tcp_tracker.c" in files
+    assert f"{ours[0]}revision.txt" in files
+    assert with_modules.text(f"{ours[1]}INSTALLER") == "debian\n"
+    assert not any("__pycache__" in each or each.endswith("RECORD") for each in files)
+    assert with_modules.text("usr/bin/tcpexporter").startswith("#!/usr/bin/python3 -I\n")
+    assert "virtual environment" not in with_modules.text("DEBIAN/control")
+
+
+def test_the_package_of_debian_13_is_reproducible(
+    with_modules: Deb, tmp_path: Path
+) -> None:
+    """A second build gives the same bytes, and the name has the release."""
+    again = build(tmp_path, WITH_MODULES)
+    assert again.name == f"tcpexporter_{VERSION}-1~debian13_all.deb"
+    assert again.read_bytes() == with_modules.path.read_bytes()
+
+
+def test_the_package_of_debian_13_requires_what_the_project_does(
+    with_modules: Deb,
+) -> None:
+    """Each of the project's requirements has a package with the same lowest version.
+
+    A version before the colon is Debian's epoch.
+    """
+    depends = fields_of(with_modules)["Depends"]
+    assert depends.startswith("python3 (>= 3.11), ")
+    versions = dict(re.findall(r"(\S+?)(?: \(>= (?:\d+:)?([^-)]+).*?\))?(?:, |$)", depends))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [*map(Requirement, project["dependencies"])]
+    assert {each.name for each in required} == {*PACKAGES}
+    assert {*versions} == {"python3", "python3-bpfcc", *PACKAGES.values()}
+    for each in required:
+        (lowest,) = (part.version for part in each.specifier if part.operator == ">=")
+        if each.name != "pyseccomp":  # Debian has another module, with other versions
+            assert Version(versions[PACKAGES[each.name]]) == Version(lowest)
+
+
+def test_a_virtual_environment_requires_its_own_release(tmp_path: Path) -> None:
+    """The message says where to build the package."""
+    done = subprocess.run(
+        [ROOT / "deploy" / "deb.sh", tmp_path],
+        env=os.environ | {"FOR_RELEASE": "debian11"},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "build a package for debian11 on debian11" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_root_owns_all_files(either: Deb) -> None:
     """Every user can read them, and only the command can be executed."""
-    for name, each in deb.members.items():
+    for name, each in either.members.items():
         assert (each.uname, each.gname, each.uid, each.gid) == ("root", "root", 0, 0), name
         if each.isfile():
             assert each.mode == (0o755 if name == "usr/bin/tcpexporter" else 0o644), name
@@ -103,32 +218,30 @@ def test_root_owns_all_files(deb: Deb) -> None:
             assert each.mode == 0o755, name
 
 
-def test_no_file_has_a_path_of_the_build(deb: Deb) -> None:
+def test_no_file_has_a_path_of_the_build(either: Deb) -> None:
     """The tree and the temporary directories are not on the host of the package."""
-    paths = [os.fsencode(ROOT), os.fsencode(deb.root.parent), b"/tmp/tmp."]
-    for name, each in deb.members.items():
+    paths = [os.fsencode(ROOT), os.fsencode(either.root.parent), b"/tmp/tmp."]
+    for name, each in either.members.items():
         if each.isfile() and not name.endswith(".so"):
-            content = (deb.root / name).read_bytes()
+            content = (either.root / name).read_bytes()
             assert not any(path in content for path in paths), name
 
 
 def test_the_package_requires_the_python_that_it_was_built_for(deb: Deb) -> None:
     """The virtual environment has the modules of one version of Python."""
-    shown = subprocess.check_output(["dpkg-deb", "--field", deb.path], text=True)
-    fields = dict(re.findall(r"(?m)^([A-Z][\w-]*): (.*)$", shown))
+    fields = fields_of(deb)
     assert fields["Version"].startswith(f"{VERSION}-1~")
     depends = fields["Depends"].split(", ")
     minor = sys.version_info.minor
     assert {f"python3 (>= 3.{minor})", f"python3 (<< 3.{minor + 1})"} <= {*depends}
     assert {"python3-bpfcc", "libseccomp2"} <= {*depends}
     assert any(each.startswith("libc6 (>= ") for each in depends)
-    assert "@" not in shown.replace("@example.org", "")
 
 
-def test_the_unit_starts_the_command_of_the_package(deb: Deb) -> None:
+def test_the_unit_starts_the_command_of_the_package(either: Deb) -> None:
     """Its other lines are those of the unit in the tree, with a bound of memory and the
     manual."""
-    unit = deb.text(UNIT).splitlines()
+    unit = either.text(UNIT).splitlines()
     source = (ROOT / "deploy/systemd/tcpexporter.service").read_text().splitlines()
     changed = [new for old, new in zip(source, unit, strict=True) if old != new]
     assert changed == ["ExecStart=/usr/bin/tcpexporter"]
@@ -136,16 +249,16 @@ def test_the_unit_starts_the_command_of_the_package(deb: Deb) -> None:
     assert "Documentation=man:tcpexporter(8)" in unit
 
 
-def test_the_default_file_has_every_setting_of_a_service(deb: Deb) -> None:
+def test_the_default_file_has_every_setting_of_a_service(either: Deb) -> None:
     """All are commented out; without the # they are the defaults."""
-    lines = deb.text(DEFAULT).splitlines()
+    lines = either.text(DEFAULT).splitlines()
     assert all(line.startswith("#") for line in lines if line)
     given = dict(re.findall(r"(?m)^#(TCPEXPORTER_\w+)=(.*)$", "\n".join(lines)))
     left_out = {each for each in SETTINGS if each.name in NOT_OF_A_SERVICE}
     assert len(left_out) == len(NOT_OF_A_SERVICE)
     assert list(given) == [each.variables[0] for each in SETTINGS if each not in left_out]
     assert parse([], given) == parse([], {})
-    assert deb.text("DEBIAN/conffiles").split() == [f"/{DEFAULT}"]
+    assert either.text("DEBIAN/conffiles").split() == [f"/{DEFAULT}"]
 
 
 def assert_published(site: Path) -> None:
@@ -181,12 +294,12 @@ def test_every_bundled_package_is_in_the_copyright_file(deb: Deb) -> None:
             assert all((deb.root / each).exists() for each in texts)
 
 
-def test_lintian_reports_no_error(deb: Deb) -> None:
+def test_lintian_reports_no_error(either: Deb) -> None:
     """Overrides have their reason in deploy/deb/overrides."""
     if not shutil.which("lintian"):
         pytest.skip("lintian is not on PATH: Debian has it in the package lintian")
     done = subprocess.run(
-        ["lintian", "--allow-root", "--fail-on=error", deb.path],
+        ["lintian", "--allow-root", "--fail-on=error", either.path],
         capture_output=True,
         text=True,
         check=False,
@@ -194,10 +307,10 @@ def test_lintian_reports_no_error(deb: Deb) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_maintainer_scripts_are_valid(deb: Deb) -> None:
+def test_the_maintainer_scripts_are_valid(either: Deb) -> None:
     """They can be executed, and a shell can parse them."""
     for name in ("postinst", "prerm", "postrm"):
-        script = deb.root / "DEBIAN" / name
+        script = either.root / "DEBIAN" / name
         assert os.access(script, os.X_OK)
         subprocess.run(["sh", "-n", script], check=True)
 

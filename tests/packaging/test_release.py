@@ -13,7 +13,7 @@ import pytest
 from tcpexporter.version import VERSION
 from tests.packaging.test_wheel import copy_tree
 
-DEB = "tcpexporter_0_all.deb"
+DEBS = ["tcpexporter_debian13.deb", "tcpexporter_here.deb"]
 IDENTITY = {
     f"GIT_{who}_{what}": value
     for who in ("AUTHOR", "COMMITTER")
@@ -49,7 +49,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("release") / "tree"
     copy_tree(tree, mode=0o644, age_s=0, backwards=False)
     write_script(tree / ".venv/bin/python", f'exec {sys.executable} "$@"')
-    write_script(tree / "deploy/deb.sh", f'echo a package >"$1/{DEB}"')
+    stub = 'echo a package >"$1/tcpexporter_${FOR_RELEASE:-here}.deb"'
+    write_script(tree / "deploy/deb.sh", stub)
     git(tree, "commit", "-qam", "stub")
     return tree
 
@@ -60,7 +61,7 @@ def test_a_release_without_a_tag(tree: Path) -> None:
     assert done.returncode == 0, done.stderr
     dist = tree / "dist"
     assert {each.name for each in dist.iterdir()} == {
-        DEB,
+        *DEBS,
         "NOTES.md",
         "SHA256SUMS",
         "tcpexporter.cdx.json",
@@ -70,7 +71,7 @@ def test_a_release_without_a_tag(tree: Path) -> None:
     checked = subprocess.check_output(
         ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=dist, text=True
     )
-    assert checked.count(": OK\n") == 5
+    assert checked.count(": OK\n") == 6
     notes = (dist / "NOTES.md").read_text()
     assert "\n## [" not in notes
     assert notes.strip() in (tree / "CHANGELOG.md").read_text()
@@ -119,3 +120,12 @@ def test_a_tag_has_the_notes_of_its_version(tree: Path) -> None:
     assert done.returncode == 0, done.stderr
     shown = git(tree, "for-each-ref", "--format=%(contents)", f"refs/tags/v{VERSION}")
     assert shown.strip() == "### Added\n\n- A thing."
+
+
+def test_a_version_is_tagged_once(tree: Path) -> None:
+    """A second release with a tag builds nothing."""
+    assert git(tree, "tag") == f"v{VERSION}\n"
+    done = release(tree, TAG="1")
+    assert done.returncode == 1
+    assert f"the tag v{VERSION} exists" in done.stderr
+    assert not done.stdout

@@ -30,6 +30,7 @@ from tests.vm.images import (
     BOOKWORM_ARM64,
     TRIXIE,
     TRIXIE_ARM64,
+    TRIXIE_SYSTEMD,
     VAGRANT,
     Userland,
 )
@@ -139,7 +140,13 @@ RUNS = (
     Run(
         *(KERNELS[1], VAGRANT, "tests/vm/package.py", "package"),
         init=guest.BOOT,
-        provide=debs.build,
+        provide=partial(debs.build, release="debian12"),
+    ),
+    Run(
+        *(KERNELS[2], TRIXIE_SYSTEMD, "tests/vm/package.py", "package"),
+        init=guest.BOOT,
+        provide=partial(debs.build, release="debian13"),
+        is_extra=True,
     ),
     # The newest of these kernels, and one on which the exporter keeps more privileges.
     *(Run(KERNELS[each], BOOKWORM, "tests/vm/faults.py", "faults") for each in (2, 0)),

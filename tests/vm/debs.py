@@ -14,14 +14,18 @@ FAST = {"DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"}
 """Compressing as ``make deb`` does would take half a minute."""
 
 
-def build(into: Path) -> None:
-    """Build the packages with the revisions 1 and 2 for the release of this machine.
+def build(into: Path, release: str) -> None:
+    """Build the packages with the revisions 1 and 2.
+
+    Args:
+        into: Directory for the packages.
+        release: The release of Debian that the packages are for, such as debian13.
 
     Raises:
         VmError: a package cannot be built; the message has the reason.
     """
     for revision in ("1", "2"):
-        _build(into, {"REVISION": revision})
+        _build(into, {"FOR_RELEASE": release, "REVISION": revision})
 
 
 def build_for(architecture: Architecture, suite: str, into: Path) -> None:

@@ -49,14 +49,29 @@ TRIXIE = Userland("Debian 13", "trixie", "3.13")
 BOOKWORM_ARM64 = replace(BOOKWORM, architecture=ARM64)
 TRIXIE_ARM64 = replace(TRIXIE, architecture=ARM64)
 
+SYSTEMD = ("kmod", "python3", "systemd-sysv", "udev", "dbus", "libpam-systemd")
+
 VAGRANT = Userland(
     "Debian 12, vagrant/",
     "bookworm",
     "3.11",
-    ("kmod", "python3", "systemd-sysv", "udev", "dbus", "libpam-systemd"),
+    SYSTEMD,
     "vagrant/provision.sh; deploy/setup.sh guest",
 )
 """A machine with systemd and services, as in ``vagrant/``."""
+
+TRIXIE_SYSTEMD = replace(
+    TRIXIE,
+    name="Debian 13, systemd",
+    packages=(
+        *SYSTEMD,
+        # What the package of Debian 13 requires, except BCC.
+        *("python3-bcrypt", "python3-h11", "python3-numpy", "python3-prometheus-client"),
+        *("python3-pyroute2", "python3-pythonjsonlogger", "python3-seccomp"),
+        "python3-yaml",
+    ),
+)
+"""A machine with systemd and the packages that the exporter's package requires."""
 
 LOCKS = ("run.txt", "test.txt")
 """Lock files that `deploy/setup.sh guest` installs."""

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -28,6 +29,10 @@ UNIT = Path("/usr/lib/systemd/system/tcpexporter.service")
 PINNED = Path("/sys/fs/bpf/tcpexporter")
 KEPT = (Path("/var/lib/tcpexporter"), Path("/var/lib/private/tcpexporter"))
 DROP_IN = Path("/etc/systemd/system/tcpexporter.service.d/test.conf")
+
+VENV = Path("/usr/lib/tcpexporter")
+"""Only the package of Debian 12 has a virtual environment."""
+INTERPRETER = VENV / "bin/python3" if sys.version_info < (3, 12) else "/usr/bin/python3"
 
 PROGRAM = "on_state_change"
 """The name of the BPF program."""
@@ -125,7 +130,9 @@ def test_the_service_runs_after_the_installation() -> None:
     assert is_active("tcpexporter")
     assert has_metric('tcpexporter_source_info{source="ebpf"} 1.0')
     command = Path(f"/proc/{pid()}/cmdline").read_bytes().split(b"\0")
-    assert command[0] == b"/usr/lib/tcpexporter/bin/python3"
+    assert command[:3] == [os.fsencode(INTERPRETER), b"-I", b"/usr/bin/tcpexporter"]
+    for limit in ("seccomp", "landlock", "unprivileged_user"):
+        assert has_metric(f'tcpexporter_confined{{by="{limit}"}} 1.0')
 
 
 def test_the_unit_has_no_error() -> None:
@@ -275,7 +282,8 @@ def test_removal_stops_the_service() -> None:
     assert not is_active("tcpexporter")
     assert get("/metrics") is None
     assert not UNIT.exists()
-    assert not Path("/usr/lib/tcpexporter").exists()
+    assert not VENV.exists()
+    assert not Path("/usr/lib/python3/dist-packages/tcpexporter").exists()
     assert DEFAULT.exists()
     assert list(PINNED.iterdir())
 

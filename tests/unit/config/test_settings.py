@@ -832,7 +832,7 @@ def test_a_name_given_twice_in_the_file_is_refused(
     [
         ("/absent/x.conf", "No such file or directory"),
         ("/", "Is a directory"),
-        ("\0", "null byte"),
+        ("\0", "embedded null"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(conf: str, reason: str) -> None:

@@ -162,7 +162,7 @@ def test_a_thread_that_cannot_start_is_an_error(
         raise NO_THREAD
 
     with monkeypatch.context() as changed:
-        changed.setattr(threading, "_start_new_thread", refuse)
+        changed.setattr(threading.Thread, "start", refuse)
         with pytest.raises(ThreadError, match="no thread can be started: raise the limit"):
             work.task.begin()
     assert work.task.trouble() is None

@@ -85,7 +85,7 @@ def test_a_container_loses_its_name_when_its_namespace_is_closed() -> None:
         ("none-such", r"no network namespace /run/netns/none-such \(No such file"),
         ("/proc/0/ns/net", r"no network namespace /proc/0/ns/net \(No such file"),
         ("/dev/null/net", r"\(Not a directory\)"),
-        ("n" * 300, r"\(File name too long\)"),
+        ("/" + "n" * 300, r"\(File name too long\)"),
         ("/dev/null", "/dev/null is not a network namespace"),
         ("/proc/self/ns/uts", "/proc/self/ns/uts is not a network namespace"),
     ],
