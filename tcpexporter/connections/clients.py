@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.identity import CLIENT_BITS, Clients
 from tcpexporter.connections.record import SERIES_BITS, SERIES_MASK, Words
+from tcpexporter.connections.sets import distinct
 
 ClientKeys: TypeAlias = npt.NDArray[np.uint64]
 """Each identifies the client of a connection: the series number is above the hash of the
@@ -205,7 +206,7 @@ class SeenClients:
         place[numbers] = rows[numbers] + 1
         young = self._young[place[numbers_of(self._young)] > 0]
         found = self._table.joined(place).counts(len(counts[0]) + 1, _moved(young, place))
-        filled = np.unique(rows[numbers])
+        filled = distinct(rows[numbers])
         for into, each in zip(counts, found, strict=True):
             into[filled] = each[filled + 1]
 

@@ -8,6 +8,7 @@ import numpy as np
 from tcpexporter.connections.counting import Counts
 from tcpexporter.connections.selection import Selection, folding_steps
 from tcpexporter.connections.series import FOLDED, SERIES, SERIES_BYTES, Series
+from tcpexporter.connections.sets import distinct, is_in
 
 
 def fold(
@@ -43,7 +44,7 @@ def fold(
     steps = folding_steps(selection)
     limit = max(max_series, len(named)) if steps else np.iinfo(np.int64).max
     own = [_not_folded(each) for each in (counts.series, published)]
-    everything = np.unique(np.concatenate((*own, listening, named)))
+    everything = distinct(*own, listening, named)
     is_folded = published.view(SERIES)["flags"] & FOLDED != 0
     if len(everything) <= limit:
         kept = everything
@@ -51,9 +52,9 @@ def fold(
             return counts.moved(kept, np.searchsorted(kept, own[0])), 0
     else:
         kept = _kept(everything, counts, listening, own[1], named)[:limit]
-    folded = np.setdiff1d(np.union1d(counts.series, listening), kept, assume_unique=True)
+    folded = np.setdiff1d(distinct(counts.series, listening), kept, assume_unique=True)
     others = _others(folded, published[is_folded], max_series, steps)
-    exposed = np.union1d(kept, others)
+    exposed = distinct(kept, others)
     place = np.searchsorted(exposed, _found(counts.series, exposed, steps))
     left_out = np.setdiff1d(_not_folded(folded), exposed, assume_unique=True)
     return counts.moved(exposed, place), len(left_out)
@@ -90,14 +91,16 @@ def _others(
     """Return the published folded series, and those that ``folded`` are added to."""
     if not steps:
         return np.empty(0, SERIES_BYTES)
-    needed = np.setdiff1d(_without(steps[0], folded), published)
+    needed = np.setdiff1d(
+        distinct(_without(steps[0], folded)), published, assume_unique=True
+    )
     others = np.concatenate((published, needed))
     for field in steps[1:]:
         is_shared = others.view(SERIES)[field] == 0
         own = others[~is_shared]
         shared = (others[is_shared], _without(field, own[max_series:]))
-        others = np.unique(np.concatenate((own[:max_series], *shared)))
-    return np.unique(others)
+        others = distinct(own[:max_series], *shared)
+    return distinct(others)
 
 
 def _found(series: Series, exposed: Series, steps: Sequence[str]) -> Series:
@@ -108,7 +111,7 @@ def _found(series: Series, exposed: Series, steps: Sequence[str]) -> Series:
     """
     found = series
     for field in steps:
-        found = np.where(np.isin(found, exposed), found, _without(field, found))
+        found = np.where(is_in(found, exposed), found, _without(field, found))
     return found
 
 

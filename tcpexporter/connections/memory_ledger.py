@@ -28,6 +28,7 @@ from tcpexporter.connections.series import (
     folded_series,
     series_of,
 )
+from tcpexporter.connections.sets import distinct
 
 CAPACITY = (1 << SERIES_BITS) - SERIES_FIRST
 """How many series can be counted separately."""
@@ -120,8 +121,8 @@ class MemoryLedger:
 
     def _numbers(self, series: Series) -> Numbers:
         """Return the number of each series, and allocate those that are missing."""
-        distinct = np.unique(series)
-        new = np.setdiff1d(distinct, self._series, assume_unique=True)
+        wanted = distinct(series)
+        new = np.setdiff1d(wanted, self._series, assume_unique=True)
         free = np.flatnonzero(self._series == NO_SERIES)[1 : len(new) + 1]
         self._series[free] = new[: len(free)]
         added = new[len(free) :][: CAPACITY + SERIES_FIRST - len(self._series)]
@@ -130,7 +131,7 @@ class MemoryLedger:
         self._rows = np.concatenate((self._rows, rows))
         order = np.argsort(self._series, kind="stable")
         known = self._series[order]
-        at = np.minimum(np.searchsorted(known, distinct), len(known) - 1)
-        number = np.where(known[at] == distinct, order[at], folded_number(distinct))
-        found: Numbers = number[np.searchsorted(distinct, series)].astype(np.uint32)
+        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        number = np.where(known[at] == wanted, order[at], folded_number(wanted))
+        found: Numbers = number[np.searchsorted(wanted, series)].astype(np.uint32)
         return found

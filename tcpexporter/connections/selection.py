@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
-import numpy.ma
 import numpy.typing as npt
 
 from tcpexporter.connections.parts import NO_LISTENER, has_owner
@@ -20,6 +19,7 @@ from tcpexporter.connections.series import (
     SERIES_BYTES,
     Series,
 )
+from tcpexporter.connections.sets import distinct, is_in
 
 Cgroups: TypeAlias = npt.NDArray[np.uint64]
 """Numbers of cgroups, or of their owners."""
@@ -94,10 +94,10 @@ def select(
 def is_selected(series: Series, selection: Selection) -> npt.NDArray[np.bool_]:
     """Return whether each series is selected; `NO_SERIES` is not."""
     parts = series.view(SERIES)
-    selected: npt.NDArray[np.bool_] = selection.ports[parts["port"]] & np.isin(
+    selected: npt.NDArray[np.bool_] = selection.ports[parts["port"]] & is_in(
         parts["ip_version"], selection.ip_versions
     )
-    selected &= np.isin(parts["flags"] & OUTBOUND, selection.directions)
+    selected &= is_in(parts["flags"] & OUTBOUND, selection.directions)
     selected &= parts["flags"] & OWN == 0
     return selected
 
@@ -186,7 +186,7 @@ def named(ports: Sequence[int], netns: int, selection: Selection) -> Series:
         found.append(_present(series.ravel(), selection))
     if not selection.labels:
         found.append(np.zeros(1, SERIES_BYTES))
-    return np.unique(np.concatenate(found))
+    return distinct(*found)
 
 
 def _present(series: Records, selection: Selection) -> Series:
@@ -199,4 +199,4 @@ def _present(series: Records, selection: Selection) -> Series:
         series["flags"] |= OUTBOUND  # so that listeners have series, as in the Go program
     found = series.view(SERIES_BYTES)
     found = found[is_selected(found, selection)]
-    return np.unique(projected(found, selection))
+    return distinct(projected(found, selection))

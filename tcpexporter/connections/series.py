@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.parts import OutboundPort, Parts
 from tcpexporter.connections.record import Numbers, Records, ip_versions
+from tcpexporter.connections.sets import is_in
 
 SERIES = np.dtype(
     [
@@ -159,5 +160,5 @@ class Forgotten:
         wanted, self._values = self._values, {}
         found = np.zeros(len(series), np.bool_)
         for field, values in wanted.items():
-            found |= np.isin(series.view(SERIES)[field], [*values])
+            found |= is_in(series.view(SERIES)[field], [*values])
         return found

@@ -58,7 +58,7 @@ class SlotCounts:
 
     def __init__(self) -> None:
         self._pieces: list[ClientKeys] = []
-        """The keys of `PIECE` slots each, as the last reading found them."""
+        """The keys of at most `PIECE` slots each, as the last reading found them."""
         self._established = np.zeros(NUMBERS, np.int64)
         self._clients: ClientTable | None = None
 
@@ -136,8 +136,11 @@ class SlotCounts:
     def _replace(self, at: int, keys: ClientKeys) -> None:
         """Count what has changed in a piece; slots beyond ``keys`` have no connection."""
         if at == len(self._pieces):
-            self._pieces.append(np.zeros(PIECE, np.uint64))
+            self._pieces.append(np.empty(0, np.uint64))
         piece = self._pieces[at]
+        if len(keys) > len(piece):
+            new = np.zeros(len(keys) - len(piece), np.uint64)
+            self._pieces[at] = piece = np.concatenate((piece, new))
         self._change(piece[: len(keys)], keys)
         rest = piece[len(keys) :]
         if rest.any():

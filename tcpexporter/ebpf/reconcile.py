@@ -112,6 +112,7 @@ import numpy.typing as npt
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import Hashes, hashes
 from tcpexporter.connections.record import Records, Words
+from tcpexporter.connections.sets import is_in
 from tcpexporter.connections.source import ConnectionTables, Reconciliation
 from tcpexporter.ebpf.connection_array import Known
 from tcpexporter.ebpf.free_numbers import Slots
@@ -237,10 +238,10 @@ def reconcile(
     refused = tracker.seeds_refused
     with tracker.recording_closings():
         second = _differences(tracker, tables, began_ns, with_ages=True)
-        is_missing = np.isin(hashes(second.missing["key"]), hashes(first.missing["key"]))
+        is_missing = is_in(hashes(second.missing["key"]), hashes(first.missing["key"]))
         missing = second.missing[is_missing]
         added = _add(tracker, missing, pre_existing=pre_existing)
-    gone = first.gone.only(np.isin(first.gone.slots, second.gone.slots))
+    gone = first.gone.only(is_in(first.gone.slots, second.gone.slots))
     # A new connection in the same slot has another time, and stays.
     removed = tracker.release(gone.slots, gone.words)
     return Corrections(added, removed, tracker.seeds_refused - refused)
@@ -262,7 +263,7 @@ def _differences(
     found = hashes(established["key"])
     is_missing = _surplus(found, known.hashes)
     missing = established if is_missing.all() else established[is_missing]
-    is_judged = np.isin(known.netns, tables.namespaces())  # o
+    is_judged = is_in(known.netns, tables.namespaces())  # o
     judged = known.only(is_judged & (known.established_ns < before_ns))  # m
     precedence = np.where(judged.is_seed, np.uint64(0), judged.established_ns)
     return _Differences(missing, judged.only(_surplus(judged.hashes, found, precedence)))

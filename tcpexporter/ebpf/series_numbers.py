@@ -74,6 +74,7 @@ from tcpexporter.connections.series import (
     folded_number,
     folded_series,
 )
+from tcpexporter.connections.sets import distinct, is_in
 from tcpexporter.ebpf.free_numbers import FreeNumbers
 from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
@@ -176,14 +177,14 @@ class SeriesNumbers:
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        distinct = np.unique(series)
+        wanted = distinct(series)
         # The ledger alone does not prove that a number is that of a series: f.
-        is_folded = distinct.view(SERIES)["flags"] & FOLDED != 0
-        numbers = folded_number(distinct)
-        keys = _keys(distinct)
+        is_folded = wanted.view(SERIES)["flags"] & FOLDED != 0
+        numbers = folded_number(wanted)
+        keys = _keys(wanted)
         for at in np.flatnonzero(~is_folded):
             numbers[at] = self._number_of(keys[at]) or self._allocate(keys[at])
-        found: Numbers = numbers[np.searchsorted(distinct, series)]
+        found: Numbers = numbers[np.searchsorted(wanted, series)]
         return found
 
     def _allocate(self, series: np.void) -> np.uint32:
@@ -331,7 +332,7 @@ class SeriesNumbers:
             own = [self._number_of(each) for each in _keys(entries["series"][numbers])]
         is_own = np.array(own, np.uint32) == numbers
         # A run may be about to push a number that is neither: f.
-        is_known = is_own | np.isin(numbers, [*self._orphans])
+        is_known = is_own | is_in(numbers, [*self._orphans])
         numbers, is_own = numbers[is_known], is_own[is_known]
         series = entries["series"][numbers]
         try:

@@ -81,6 +81,7 @@ from tcpexporter.connections.record import (
 )
 from tcpexporter.connections.record import numbers as numbers_of
 from tcpexporter.connections.series import series_of
+from tcpexporter.connections.sets import is_in
 from tcpexporter.ebpf.closings_log import ClosingsLog
 from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, WINDOW, ConnectionArray, Known
 from tcpexporter.ebpf.event_counters import EventCounters
@@ -306,7 +307,7 @@ class Tracker(EventCounters):
         try:
             removed, _ = self._release_recorded(slots)
         finally:
-            stayed = self._added[~np.isin(slots, removed)]
+            stayed = self._added[~is_in(slots, removed)]
             self.series.record_seeds(stayed, pre_existing=pre_existing)
             self._added = self._added[:0]
         self.wait_for_runs()  # e of `reconcile`
@@ -316,7 +317,7 @@ class Tracker(EventCounters):
 
     def _release_recorded(self, slots: Slots) -> tuple[Slots, Words]:
         records, all_words = self._used()
-        closed = slots[np.isin(records["handle"][slots], self._closings.pop())]
+        closed = slots[is_in(records["handle"][slots], self._closings.pop())]
         return self._release(closed, all_words[closed])
 
     def release(self, slots: Slots, words: Words) -> int:

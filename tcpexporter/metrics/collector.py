@@ -25,6 +25,7 @@ from tcpexporter.connections.folding import fold
 from tcpexporter.connections.record import TIME_SHIFT, Direction
 from tcpexporter.connections.selection import Selection, is_still_selected
 from tcpexporter.connections.series import FOLDED, OUTBOUND, REMOTE_PORT, SERIES, Series
+from tcpexporter.connections.sets import distinct, is_in
 from tcpexporter.connections.slot_counts import Counters, SlotCounts
 from tcpexporter.connections.source import Source
 from tcpexporter.host.background import Task
@@ -221,11 +222,10 @@ class ConnectionCollector(Collector):
 
         The source forgets their counters a little later.
         """
-        is_stale = np.isin(counts.series.view(SERIES)["netns"], [*self._forgotten])
+        is_stale = is_in(counts.series.view(SERIES)["netns"], [*self._forgotten])
         is_stale &= counts.values.established == 0
         self._forgotten &= {*_namespaces(counts.series[is_stale])}
-        kept = np.flatnonzero(~is_stale)
-        return counts.only(kept)
+        return counts.only(np.flatnonzero(~is_stale))
 
     def _forget_renamed(self, names: Mapping[int, str]) -> None:
         """Forget the series of namespaces whose name has changed or is gone.
@@ -245,7 +245,7 @@ class ConnectionCollector(Collector):
         if netns:
             self._forgotten |= {*netns}
             self._source.forget("netns", netns)
-        is_forgotten = np.isin(self._published.view(SERIES)["netns"], netns)
+        is_forgotten = is_in(self._published.view(SERIES)["netns"], netns)
         self._published = self._published[~is_forgotten]
 
     def _forget_gone(self, present: set[int], now_ns: int) -> None:
@@ -370,7 +370,7 @@ class ConnectionCollector(Collector):
 
 def _namespaces(*series: Series) -> Iterator[int]:
     """Yield the inodes of the namespaces of series, each once."""
-    yield from np.unique(np.concatenate(series).view(SERIES)["netns"]).tolist()
+    yield from distinct(*(each.view(SERIES)["netns"] for each in series)).tolist()
 
 
 def _owner_info(owners: OwnerNumbers, series: Series, limit: int) -> Metric:
@@ -379,7 +379,7 @@ def _owner_info(owners: OwnerNumbers, series: Series, limit: int) -> Metric:
         "Owners of TCP connections, for joins; cgroup is the path of the owner's cgroup.",
         labels=Owner._fields,
     )
-    numbers = {*np.unique(series.view(SERIES)["cgroup"]).tolist()}
+    numbers = {*distinct(series.view(SERIES)["cgroup"]).tolist()}
     for each in itertools.islice(owners.present(numbers), limit):
         family.add_metric(each, 1)
     return family

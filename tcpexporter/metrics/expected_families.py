@@ -10,6 +10,7 @@ from prometheus_client import Metric
 from tcpexporter.connections.expected import Rule
 from tcpexporter.connections.matching import count_expected
 from tcpexporter.connections.series import SERIES, SERIES_BYTES
+from tcpexporter.connections.sets import is_in
 from tcpexporter.connections.slot_counts import first_young
 from tcpexporter.connections.source import Source
 from tcpexporter.metrics.owner_numbers import OwnerNumbers
@@ -38,7 +39,7 @@ def expected_families(
     cgroups = series.view(SERIES)["cgroup"].astype(np.uint64)
 
     def of_unit(unit: str) -> npt.NDArray[np.bool_]:
-        return np.isin(cgroups, owners.cgroups_of(unit, cgroups) if owners else [])
+        return is_in(cgroups, owners.cgroups_of(unit, cgroups) if owners else [])
 
     found = count_expected(source.records(), rules, first_young(since_ns), of_unit)
     names = LabelSets(("name",), [(each.name,) for each in rules])

@@ -11,6 +11,7 @@ import numpy as np
 from tcpexporter.connections.parts import OWNER_LABELS
 from tcpexporter.connections.selection import UNKNOWN_OWNER, Cgroups
 from tcpexporter.connections.series import SERIES, Series
+from tcpexporter.connections.sets import is_in
 from tcpexporter.metrics.owners import Owner, owner_of, owner_of_unnamed
 
 FORGET_NS = 300_000_000_000
@@ -113,7 +114,7 @@ class OwnerNumbers:
 
     def is_known(self, numbers: Cgroups) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
         """Return whether each number has an owner, or is 0 (no particular owner)."""
-        return np.isin(numbers, [0, *self._by_number])
+        return is_in(numbers, [0, *self._by_number])
 
     def present(self, numbers: Collection[int]) -> Iterator[Owner]:
         """Yield the distinct owners of this collection that have these numbers, sorted."""

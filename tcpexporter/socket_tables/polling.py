@@ -14,6 +14,7 @@ from tcpexporter.connections.memory_ledger import MemoryLedger
 from tcpexporter.connections.parts import Parts
 from tcpexporter.connections.record import SOCKET, Records, Words
 from tcpexporter.connections.series import Ledger
+from tcpexporter.connections.sets import is_in
 from tcpexporter.connections.snapshot import first_seen
 from tcpexporter.connections.source import Report
 from tcpexporter.errors import SourceError
@@ -129,11 +130,11 @@ class PollingSource:
         now_ns = boottime_ns()
         now = first_seen(self._tables.established(with_ages=False), [self._last])
         found, before = hashes(now["key"]), hashes(self._last["key"])
-        is_open = np.isin(before, found)
+        is_open = is_in(before, found)
         self._counted.record_closed(self._chunk.words[~is_open], now_ns)
         self._counted.drop_forgotten(self._chunk.words[is_open])
         chunk = self._counted.count(now)
-        self._counted.record_opened(chunk.words[~np.isin(found, before)])
+        self._counted.record_opened(chunk.words[~is_in(found, before)])
         # In this order: the ledger has every series that `read` has returned.
         self._ledger, self._chunk = self._counted.snapshot(), chunk
         self._records_and_words = now, chunk.words

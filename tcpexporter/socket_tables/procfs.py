@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tcpexporter.connections.record import Records
+from tcpexporter.connections.sets import is_in
 from tcpexporter.errors import SocketTableError
 from tcpexporter.host import namespaces
 from tcpexporter.socket_tables.entries import (
@@ -70,7 +71,7 @@ class ProcfsReader:
         for address_words, descriptor in files.items():
             pieces = _pieces(descriptor)
             for entries in decode_file(pieces, address_words, self.netns):
-                yield entries[np.isin(entries["state"], states)]
+                yield entries[is_in(entries["state"], states)]
 
 
 def _open_files() -> dict[int, int]:
