@@ -10,7 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tests.benchmarks import ROOT
 
@@ -35,16 +35,19 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 def held(connections: int) -> Iterator[None]:
     """Hold this many connections in this network namespace, spread evenly over the ports.
 
-    Each child process has its own address, so the ephemeral ports suffice. It ends when its
-    standard input is closed, so it ends with its parent.
+    Each child process connects to its own address, so the ephemeral ports suffice. All
+    accept from the same listeners: one for each port, for any number of connections. A
+    child ends when its standard input is closed, so it ends with its parent.
 
     Raises:
         RuntimeError: the connections cannot be opened; the reason is on standard error.
     """
     holders: list[subprocess.Popen[bytes]] = []
     try:
-        for number, share in enumerate(_shares(connections)):
-            holders.append(_holder(address(number), share))
+        with contextlib.ExitStack() as opened:
+            listeners = [opened.enter_context(_listener(port)) for port in PORTS]
+            for number, share in enumerate(_shares(connections)):
+                holders.append(_holder(address(number), share, listeners))
         for holder in holders:
             assert holder.stdout is not None
             if not holder.stdout.readline():
@@ -59,10 +62,15 @@ def address(number: int) -> str:
     return f"127.{1 + number // 256}.{number % 256}.1"
 
 
-def _holder(at: str, connections: int) -> subprocess.Popen[bytes]:
+def _holder(
+    at: str, connections: int, listeners: Sequence[socket.socket]
+) -> subprocess.Popen[bytes]:
+    descriptors = [each.fileno() for each in listeners]
+    arguments = map(str, (connections, *descriptors))
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.benchmarks.hold", at, str(connections)],
+        [sys.executable, "-m", "tests.benchmarks.hold", at, *arguments],
         cwd=ROOT,
+        pass_fds=descriptors,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -89,17 +97,19 @@ def _shares(connections: int) -> list[int]:
     return [most] * whole + [rest] * bool(rest)
 
 
-def _hold(at: str, connections: int) -> None:
+def _hold(at: str, connections: int, *inherited: int) -> None:
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-    listeners = [_listener(at, port) for port in PORTS]
+    listeners = [socket.socket(fileno=each) for each in inherited]
     clients = random.Random(at)  # noqa: S311  # repeatable
     for listener in itertools.islice(itertools.cycle(listeners), connections):
         client = socket.socket()
         _reset_on_close(client)
         client.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
         client.bind((_client_address(clients.getrandbits(20)), 0))
-        client.connect(listener.getsockname())
+        _, port = listener.getsockname()
+        client.connect((at, port))
+        # It may be a connection of another child, which then accepts this one.
         server, _ = listener.accept()
         # Keep the descriptors only: a hundred thousand socket objects use much memory.
         client.detach()
@@ -116,8 +126,8 @@ def _client_address(number: int) -> str:
     return f"127.{128 + (number >> 16)}.{number >> 8 & 255}.{number & 255 or 1}"
 
 
-def _listener(at: str, port: int) -> socket.socket:
-    listener = socket.create_server((at, port))
+def _listener(port: int) -> socket.socket:
+    listener = socket.create_server(("", port))
     _reset_on_close(listener)  # accepted sockets inherit this option
     return listener
 
@@ -127,4 +137,4 @@ def _reset_on_close(each: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    _hold(sys.argv[1], int(sys.argv[2]))
+    _hold(sys.argv[1], *map(int, sys.argv[2:]))
