@@ -61,6 +61,9 @@ DUMP_INFO = "dump_info"
 DEFAULT_MAX_CONNECTIONS = 262_144
 """Default of --max-connections, which is also its minimum here."""
 
+FREE_S = 1.5e-6
+"""Seconds that the kernel requires to free the maps of a connection, and more."""
+
 TOLERANCE = 0.01
 """Largest allowed error of a count, as a share of the sockets. Missed events cause small
 errors. After a larger error the measurement would be of something else."""
@@ -344,6 +347,7 @@ def _starts(max_connections: int, plan: Plan) -> Iterator[Start]:
     """Start exporters when all connections are already open."""
     until_s = time.monotonic() + plan.starts_s
     for _ in range(plan.starts):
+        _wait_for_freed_maps(max_connections)
         with _tracker(max_connections) as started:
             start = _settled(started)
         log.info("  ready after %.2f s", start.took_s)
@@ -363,6 +367,7 @@ def _adoptions(max_connections: int, plan: Plan) -> Iterator[Start]:
         with _tracker(max_connections, "--pin", str(path)):
             pass
         for _ in range(plan.adoptions):
+            _wait_for_freed_maps(max_connections)
             with _tracker(max_connections, "--pin", str(path)) as started:
                 start = _settled(started)
                 _, messages = started.exporter.stop()
@@ -372,6 +377,11 @@ def _adoptions(max_connections: int, plan: Plan) -> Iterator[Start]:
             yield start
             if time.monotonic() > until_s:
                 break
+
+
+def _wait_for_freed_maps(max_connections: int) -> None:
+    """Wait while the kernel frees the maps of the last exporter, in its worker threads."""
+    time.sleep(max_connections * FREE_S)
 
 
 def _settled(started: Started) -> Start:
