@@ -84,9 +84,10 @@ class SlotCounts:
         try:
             return self._read(chunks, since_ns, long_term_ns, has_sums)
         except BaseException:
-            # A part of the slots has been counted again: the next reading counts all.
+            # A part of the slots has been counted again: the next reading counts all. There
+            # may be no memory for new arrays.
             self._pieces, self._clients = [], None
-            self._established = np.zeros(NUMBERS, np.int64)
+            self._established[:] = 0
             raise
 
     def _read(

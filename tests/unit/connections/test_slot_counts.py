@@ -104,21 +104,28 @@ def test_readings_are_those_of_a_python_loop(slots: list[Slot]) -> None:
     ]
 
 
-def test_a_reading_after_a_failed_one_counts_all_slots() -> None:
-    """The source fails after the first of two chunks, whose slots have changed."""
+def test_a_reading_after_a_failed_one_counts_all_slots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory runs out after the first of two chunks, whose slots have changed."""
     before, after = (
         chunk_of([Slot(number, 1, client)] * 7, has_clients=True)
         for number, client in ((1, 2), (4, 3))
     )
 
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
     def failing() -> Iterator[Chunk]:
         yield after
-        raise OSError("the source fails")
+        monkeypatch.setattr(np, "zeros", refuse)
+        raise MemoryError
 
     counts = SlotCounts()
     read(counts, [before, before], has_clients=True)
-    with pytest.raises(OSError, match="the source fails"):
+    with pytest.raises(MemoryError):
         counts.read(failing(), SINCE_NS, long_term_ns=SINCE_NS[0], has_sums=False)
+    monkeypatch.undo()
     found = read(counts, [before, after], has_clients=True)
     assert found == read(SlotCounts(), [before, after], has_clients=True)
 
