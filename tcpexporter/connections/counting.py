@@ -134,13 +134,15 @@ class Projection:
         if not (
             np.array_equal(series, self._series) and np.array_equal(owners, self._owners)
         ):
-            self._series, self._owners = series, owners
-            self._chosen = np.flatnonzero(is_selected(series, self.selection))
-            self._merged, self._place = np.unique(
-                projected(series[self._chosen], self.selection), return_inverse=True
+            chosen = np.flatnonzero(is_selected(series, self.selection))
+            merged, place = np.unique(
+                projected(series[chosen], self.selection), return_inverse=True
             )
-            self._rows = np.full(len(series), -1)
-            self._rows[self._chosen] = self._place
+            rows = np.full(len(series), -1)
+            rows[chosen] = place
+            # All at once: the statements above may fail for lack of memory.
+            self._chosen, self._merged, self._place = chosen, merged, place
+            self._rows, self._series, self._owners = rows, series, owners
         summed = values.only(self._chosen).summed(self._place, len(self._merged))
         counts = Counts(self._merged, summed, total, self._rows, seen)
         is_used = summed.established | summed.opened | summed.failed | summed.pre_existing
@@ -151,8 +153,8 @@ class Projection:
         has_changed = not np.array_equal(listeners, self._listeners)
         # The owner of a cgroup may become known later.
         if has_changed or self.selection.by_owner:
-            self._listeners = listeners
             self._listened = listened(listeners, self.selection)
+            self._listeners = listeners
         return self._listened
 
 

@@ -324,8 +324,8 @@ class ConnectionCollector(Collector):
         """Return the labels of series; the same object as before if nothing has changed."""
         key = (series.tobytes(), tuple(names.items()))
         if key != self._labelled_by:
-            self._labelled_by = key
             self._label_sets = LabelSets(labels, self._label_values(series, labels, names))
+            self._labelled_by = key
         return self._label_sets
 
     def _label_values(

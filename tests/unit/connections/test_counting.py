@@ -636,6 +636,33 @@ def test_a_projection_follows_the_series_of_the_ledger() -> None:
         assert established(counts) == expected
 
 
+@pytest.mark.parametrize("failing", ["is_selected", "projected", "listened"])
+def test_a_projection_is_right_after_memory_was_short(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails when the series or the listeners have changed, and is repeated."""
+    projection = Projection(selection())
+    chunk = words(np.array([5, 5, 6], np.uint32), np.zeros(3, np.uint64))
+
+    def scrape(series: list[Row], listener: int) -> tuple[Shown, list[int]]:
+        counts = count(
+            [Chunk(chunk)], partial(ledger_of, series), SlotCounts(), projection, [0]
+        )
+        listening = projection.listened(np.array([(0, listener, 4, 0)], LISTENER))
+        return established(counts), [port for _, _, port, _ in rows_of(listening)]
+
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    scrape([(4, 0, 443, 0), (4, 0, 80, 0)], 443)
+    changed = [(4, 0, 22, 0), (4, 0, 80, 0)]
+    monkeypatch.setattr(f"tcpexporter.connections.counting.{failing}", refuse)
+    with pytest.raises(MemoryError):
+        scrape(changed, 22)
+    monkeypatch.undo()
+    assert scrape(changed, 22) == ({(22, 4): 2, (80, 4): 1}, [22])
+
+
 @pytest.mark.parametrize(
     ("directions", "labels", "expected"),
     [
