@@ -267,7 +267,7 @@ EXPORTER: Rows = {
             "number",
             "Uncertain connections",
             "Upper bound of the difference between the numbers and the kernel's, in network"
-            " namespaces that exist since the start; 0: exact.",
+            " namespaces that existed at the start; 0: exact.",
             [Query(f"sum({of_host('tcpexporter_uncertain_connections')})")],
             width=6,
         ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Defines what the settings require to be counted separately.
+"""Defines which properties of connections are counted separately, by the settings.
 
 The loader requires that before anything else, and then takes most of the start. So this
 module does not import numpy: see `startup`.

@@ -62,7 +62,7 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
         yield GaugeMetricFamily(
             "tcpexporter_uncertain_connections",
             "Upper bound of the difference between the exporter's number of connections and"
-            " the kernel's, in network namespaces that exist since the start; 0: exact.",
+            " the kernel's, in network namespaces that existed at the start; 0: exact.",
             report.uncertain_connections,
         )
     if report.kernel_series is not None:
