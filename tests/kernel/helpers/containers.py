@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support import DEADLINE_S
+from tests.support import DEADLINE_S, eventually
 
 PORT = 7007
 
@@ -83,3 +83,10 @@ def running_container(
             )
         finally:
             run("rm", "--force", "--time=0", container)
+            eventually(lambda: _is_removed(Path(directory, "storage")))
+
+
+def _is_removed(storage: Path) -> bool:
+    """Remove a directory, to which a cleanup process of podman may still write."""
+    shutil.rmtree(storage, ignore_errors=True)
+    return not storage.exists()
