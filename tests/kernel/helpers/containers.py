@@ -83,10 +83,14 @@ def running_container(
             )
         finally:
             run("rm", "--force", "--time=0", container)
-            eventually(lambda: _is_removed(Path(directory, "storage")))
+            # Its last processes write to the directory: conmon, and podman's cleanup.
+            eventually(lambda: not _is_used(directory))
 
 
-def _is_removed(storage: Path) -> bool:
-    """Remove a directory, to which a cleanup process of podman may still write."""
-    shutil.rmtree(storage, ignore_errors=True)
-    return not storage.exists()
+def _is_used(directory: str) -> bool:
+    """Return whether a process has the directory in its arguments."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # the process has ended
+            if directory.encode() in path.read_bytes():
+                return True
+    return False
