@@ -23,8 +23,8 @@ from deploy import shells
 from tcpexporter.config import settings
 from tcpexporter.config.rules import parse_rules
 from tcpexporter.config.values import LABELS
-from tcpexporter.connections.parts import kernel_parts
-from tcpexporter.connections.record import LISTENER, Direction
+from tcpexporter.connections.parts import Direction, kernel_parts
+from tcpexporter.connections.record import LISTENER
 from tcpexporter.connections.selection import named, select
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
 from tcpexporter.host.background import Task

@@ -21,6 +21,7 @@ from tcpexporter.request import (
     DIRECTIONS,
     begin_loading,
     has_owners,
+    has_units,
     own_listener,
     parts_of,
     shows_owners,
@@ -98,10 +99,6 @@ def _open_cgroups(
     return paths
 
 
-def _has_units(settings: Settings) -> bool:
-    return any(each.unit for each in settings.expect)
-
-
 def _open_state(path: str) -> "State | None":
     # Imported only when it is used: it uses 0.3 MiB of memory.
     from tcpexporter.socket_tables.saved_ages import State  # noqa: PLC0415
@@ -173,7 +170,7 @@ def chooser(
     own = own_listener(settings) if listens_there else NO_LISTENER
 
     def choose(chosen: Settings) -> Choice:
-        if _has_units(chosen) and not owners:
+        if has_units(chosen) and not owners:
             raise SettingsError(
                 "expect: a rule has unit=, and the owners of connections are not counted"
                 " since the start: restart the exporter"

@@ -69,13 +69,13 @@ def open_all(
     """Open all that serving requires, while the process may be root.
 
     Args:
-        settings: of this run.
-        process: what `main` has prepared.
+        settings: the settings of this run.
+        process: the objects that `main` made before it read the settings.
         loading: as for `open_counting`.
-        resources: closes what is opened.
+        resources: a stack that closes the opened objects at the end.
 
     Raises:
-        TcpExporterError: something does not work.
+        TcpExporterError: an object cannot be opened.
     """
     account = privileges.find_account(settings.user)
     reader = _open_reader(settings, account)
@@ -149,9 +149,9 @@ def confine(
 
     Args:
         account: the user to switch to; None: the process is not root.
-        counting: what counts connections.
-        registry: gets the metric.
-        code: of `seccomp.make_filter`.
+        counting: the source, which must work without privileges.
+        registry: the registry to add the metric to.
+        code: the filter that `seccomp.make_filter` returned.
 
     Raises:
         PrivilegeError: a privilege cannot be given up.
@@ -286,7 +286,7 @@ def run_once(settings: Settings, supervisor: Supervisor) -> None:
     Raises:
         TcpExporterError: something does not work.
     """
-    # The default signal handlers: those of `_run` would exit with 0, as if the metrics had
+    # The default signal handlers: those of `serve` would exit with 0, as if the metrics had
     # been written.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

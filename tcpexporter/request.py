@@ -83,11 +83,15 @@ def own_listener(settings: Settings) -> tuple[int, int]:
 
 def has_owners(settings: Settings) -> bool:
     """Return whether the owners of connections are required."""
-    # They show which containers the namespaces belong to.
+    # Owners show which containers the namespaces belong to.
     return shows_owners(settings) or "netns" in settings.series_labels
 
 
 def shows_owners(settings: Settings) -> bool:
     """Return whether labels or rules have the owners of connections."""
-    has_units = any(each.unit for each in settings.expect)
-    return has_owner(settings.series_labels) or has_units
+    return has_owner(settings.series_labels) or has_units(settings)
+
+
+def has_units(settings: Settings) -> bool:
+    """Return whether rules of --expect have a unit."""
+    return any(each.unit for each in settings.expect)

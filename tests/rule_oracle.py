@@ -8,7 +8,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from tcpexporter.connections.expected import End, Rule
-from tcpexporter.connections.record import IPV4_PREFIX, SOCKET, Direction, Records
+from tcpexporter.connections.parts import Direction
+from tcpexporter.connections.record import IPV4_PREFIX, SOCKET, Records
 
 Address: TypeAlias = IPv4Address | IPv6Address
 

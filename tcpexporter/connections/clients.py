@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.identity import CLIENT_BITS, Clients
-from tcpexporter.connections.record import SERIES_BITS, SERIES_MASK, Words
+from tcpexporter.connections.record import SERIES_MASK, Words
 from tcpexporter.connections.sets import distinct
 
 ClientKeys: TypeAlias = npt.NDArray[np.uint64]
@@ -18,8 +18,6 @@ client. Those without connection, whose number is 0, come first in ascending ord
 _SHIFT = np.uint64(CLIENT_BITS)
 _FIRST = np.uint64(1 << CLIENT_BITS)
 _HASH = np.uint64((1 << CLIENT_BITS) - 1)
-_NUMBER_TO_TOP = np.uint64(64 - SERIES_BITS)
-_TOP_TO_NUMBER = np.uint64(64 - SERIES_BITS - CLIENT_BITS)
 
 MERGED_PART = 4
 """If more than one in so many clients has changed, sorting all again is faster."""
@@ -46,11 +44,10 @@ class ClientCounts(NamedTuple):
 
 def client_keys(words: Words, clients: Clients | None) -> ClientKeys:
     """Return the keys of the clients of slots; None: all have the same client."""
-    if clients is None:
-        return (words & np.uint64(SERIES_MASK)) << _SHIFT
-    keys = words << _NUMBER_TO_TOP
-    keys >>= _TOP_TO_NUMBER
-    keys |= clients
+    keys = words & np.uint64(SERIES_MASK)
+    keys <<= _SHIFT
+    if clients is not None:
+        keys |= clients
     return keys
 
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from tcpexporter.connections.clients import Chunk, ClientCounts, SeenClients
 from tcpexporter.connections.memory_order import memory_barrier
-from tcpexporter.connections.record import LISTENER, TIME_SHIFT, Records
+from tcpexporter.connections.parts import TIME_SHIFT
+from tcpexporter.connections.record import LISTENER, Records
 from tcpexporter.connections.selection import (
     Cgroups,
     Selection,

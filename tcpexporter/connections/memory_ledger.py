@@ -7,15 +7,8 @@ import numpy as np
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import client_hashes
-from tcpexporter.connections.parts import Parts, time_units
-from tcpexporter.connections.record import (
-    SERIES_BITS,
-    TIME_SHIFT,
-    Numbers,
-    Records,
-    Words,
-    words,
-)
+from tcpexporter.connections.parts import TIME_SHIFT, Parts, time_units
+from tcpexporter.connections.record import SERIES_BITS, Numbers, Records, Words, words
 from tcpexporter.connections.record import numbers as numbers_of
 from tcpexporter.connections.series import (
     NO_SERIES,

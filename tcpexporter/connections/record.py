@@ -6,10 +6,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-# Defined there for modules that do not import numpy; here for those that do.
-from tcpexporter.connections.parts import PORTS as PORTS  # noqa: PLC0414
-from tcpexporter.connections.parts import TIME_SHIFT as TIME_SHIFT  # noqa: PLC0414
-from tcpexporter.connections.parts import Direction as Direction  # noqa: PLC0414
+from tcpexporter.connections.parts import TIME_SHIFT
 
 KEY = np.dtype(
     [

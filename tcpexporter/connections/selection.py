@@ -8,8 +8,8 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.parts import NO_LISTENER, has_owner
-from tcpexporter.connections.record import LISTENER, PORTS, Direction, Records
+from tcpexporter.connections.parts import NO_LISTENER, PORTS, Direction, has_owner
+from tcpexporter.connections.record import LISTENER, Records
 from tcpexporter.connections.series import (
     FOLDED,
     OUTBOUND,

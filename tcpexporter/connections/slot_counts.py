@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Counts the connections of all slots by series number, beginning with the last counts."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -16,7 +17,8 @@ from tcpexporter.connections.clients import (
     numbers_of,
 )
 from tcpexporter.connections.memory_order import memory_barrier
-from tcpexporter.connections.record import CLOSED, SERIES_BITS, TIME_SHIFT
+from tcpexporter.connections.parts import TIME_SHIFT
+from tcpexporter.connections.record import CLOSED, SERIES_BITS
 
 Counters: TypeAlias = npt.NDArray[np.int64]
 
@@ -31,7 +33,7 @@ PIECE = 32768
 
 
 class Reading(NamedTuple):
-    """The connections of each series number; number 0 has none, whatever is said of it.
+    """The connections of each series number. Ignore number 0: it is that of no connection.
 
     All arrays have `NUMBERS` columns. Pages that are never written to use no memory. The
     next reading changes `established` and `clients`.
@@ -81,61 +83,62 @@ class SlotCounts:
                 clients are to be counted.
             has_sums: whether to add up the times.
         """
+        with self._reset_on_failure():
+            limits = [first_young(each) for each in since_ns]
+            younger = np.zeros((len(limits), NUMBERS), np.int32)
+            times = np.zeros(NUMBERS, np.int64)
+            long_term = None
+            if long_term_ns is not None:
+                long_term = first_young(long_term_ns)
+                self._clients = self._clients or ClientTable()
+            young: list[ClientKeys] = []
+            pieces = 0
+            for piece, clients in copies(chunks):
+                words, keys = piece, client_keys(piece, clients)
+                self._replace(pieces, keys)
+                pieces += 1
+                if has_sums:
+                    units = (words >> np.uint64(SERIES_BITS)).view(np.int64)
+                    np.add.at(times, numbers_of(keys), units)
+                # The last bound first: only some of these are younger than an earlier one.
+                for limit, row in zip(reversed(limits), younger[::-1], strict=True):
+                    is_younger = words >= limit
+                    found = np.count_nonzero(is_younger)
+                    if not found:
+                        break
+                    if found < len(words):  # selecting all of them would only copy them
+                        chosen = np.flatnonzero(is_younger)
+                        words, keys = words[chosen], keys[chosen]
+                    np.add.at(row, numbers_of(keys), ONE)
+                    if limit == long_term:
+                        young.append(keys)
+            for at in range(pieces, len(self._pieces)):
+                self._replace(at, self._pieces[at][:0])
+            del self._pieces[pieces:]
+            seen = None
+            if self._clients:
+                self._clients.merge(self._pieces)
+                seen = SeenClients(self._clients, young)
+            return Reading(self._established, younger, times, seen)
+
+    @contextlib.contextmanager
+    def _reset_on_failure(self) -> Iterator[None]:
+        """Forget all slots if the block fails: then the next reading counts all of them."""
         try:
-            return self._read(chunks, since_ns, long_term_ns, has_sums)
+            yield
         except BaseException:
-            # A part of the slots has been counted again: the next reading counts all. There
-            # may be no memory for new arrays.
+            # Allocate nothing: the block may have failed for lack of memory.
             self._pieces, self._clients = [], None
             self._established[:] = 0
             raise
 
-    def _read(
-        self,
-        chunks: Iterable[Chunk],
-        since_ns: Sequence[int],
-        long_term_ns: int | None,
-        has_sums: bool,
-    ) -> Reading:
-        limits = [first_young(each) for each in since_ns]
-        younger = np.zeros((len(limits), NUMBERS), np.int32)
-        times = np.zeros(NUMBERS, np.int64)
-        long_term = None
-        if long_term_ns is not None:
-            long_term = first_young(long_term_ns)
-            self._clients = self._clients or ClientTable()
-        young: list[ClientKeys] = []
-        pieces = 0
-        for piece, clients in copies(chunks):
-            words, keys = piece, client_keys(piece, clients)
-            self._replace(pieces, keys)
-            pieces += 1
-            if has_sums:
-                units = (words >> np.uint64(SERIES_BITS)).view(np.int64)
-                np.add.at(times, numbers_of(keys), units)
-            # The last bound first: only some of these are younger than an earlier bound.
-            for limit, row in zip(reversed(limits), younger[::-1], strict=True):
-                is_younger = words >= limit
-                found = np.count_nonzero(is_younger)
-                if not found:
-                    break
-                if found < len(words):  # selecting all of them would only copy them
-                    chosen = np.flatnonzero(is_younger)
-                    words, keys = words[chosen], keys[chosen]
-                np.add.at(row, numbers_of(keys), ONE)
-                if limit == long_term:
-                    young.append(keys)
-        for at in range(pieces, len(self._pieces)):
-            self._replace(at, self._pieces[at][:0])
-        del self._pieces[pieces:]
-        seen = None
-        if self._clients:
-            self._clients.merge(self._pieces)
-            seen = SeenClients(self._clients, young)
-        return Reading(self._established, younger, times, seen)
-
     def _replace(self, at: int, keys: ClientKeys) -> None:
-        """Count what has changed in a piece; slots beyond ``keys`` have no connection."""
+        """Replace the keys of a piece, and count its connections again where they differ.
+
+        Args:
+            at: the index of the piece.
+            keys: the new keys; slots of the piece after the last key have no connection.
+        """
         if at == len(self._pieces):
             self._pieces.append(np.empty(0, np.uint64))
         piece = self._pieces[at]
@@ -152,8 +155,8 @@ class SlotCounts:
         if not len(changed):
             return
         old, new = before[changed], after[changed]
-        np.subtract.at(self._established, numbers_of(old), np.int64(ONE))
-        np.add.at(self._established, numbers_of(new), np.int64(ONE))
+        np.subtract.at(self._established, numbers_of(old), np.int64(1))
+        np.add.at(self._established, numbers_of(new), np.int64(1))
         if self._clients:
             self._clients.change(old, new)
         before[changed] = new

@@ -114,7 +114,7 @@ class Loading:
             self._kill()
 
     def close(self) -> None:
-        """End the loader if it still runs; the kernel frees what it has not sent."""
+        """Kill the loader if it is running. The kernel frees maps that were not sent."""
         if self._child.poll() is None:
             self._kill()
         self._resources.close()

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.record import CONNECTION, KEY, SERIES_BITS, TIME_SHIFT
+from tcpexporter.connections.parts import TIME_SHIFT
+from tcpexporter.connections.record import CONNECTION, KEY, SERIES_BITS
 from tcpexporter.connections.series import bucket_count, entry_dtype
 from tcpexporter.ebpf.loader_protocol import Request
 

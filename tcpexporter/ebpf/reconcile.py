@@ -195,8 +195,8 @@ def seed_in_parts(
 
     Args:
         tracker: a tracker whose program is already attached.
-        parts: reads the tables, of dtype `SOCKET`. A part shows what they had when the
-            iterator was advanced to it, or later.
+        parts: reads the tables, of dtype `SOCKET`. A part is read when the
+            iterator is advanced to it.
 
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.

@@ -93,7 +93,7 @@ def find(mountinfo: Path = MOUNTINFO) -> Mount | None:
 def open_paths() -> "CgroupPaths | None":
     """Return the paths of the host's cgroups; None: no cgroup has a path.
 
-    If some or all cgroups have no path, a warning in the log says why.
+    If the paths of some cgroups are not known, the exporter logs a warning that says why.
     """
     mount = find()
     if mount is None:

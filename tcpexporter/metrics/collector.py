@@ -22,7 +22,7 @@ from tcpexporter.connections.clients import ClientCounts
 from tcpexporter.connections.counting import Counts, Projection, count
 from tcpexporter.connections.expected import Rule
 from tcpexporter.connections.folding import fold
-from tcpexporter.connections.record import TIME_SHIFT, Direction
+from tcpexporter.connections.parts import TIME_SHIFT, Direction
 from tcpexporter.connections.selection import Selection, is_still_selected
 from tcpexporter.connections.series import FOLDED, OUTBOUND, REMOTE_PORT, SERIES, Series
 from tcpexporter.connections.sets import distinct, is_in
@@ -85,7 +85,7 @@ class ConnectionCollector(Collector):
             max_series: Maximum number of series that are not folded.
             names: Returns the names of namespaces by inode; None if series are not per
                 namespace.
-            owners: Numbers of the owners of cgroups; None: series have no owner.
+            owners: Returns the owners of cgroups; None: the labels do not include owners.
             bounds_s: Bounds of the histograms of lifetimes and ages, ascending; empty:
                 there are none.
             has_clients: Whether the source distinguishes clients.

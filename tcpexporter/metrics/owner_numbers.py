@@ -21,7 +21,7 @@ FORGET_NS = 300_000_000_000
 def _name_of(owners: Collection[Owner]) -> str:
     """Return ``container:NAME`` if all owners have that container, else ``pod:UID``.
 
-    The text is empty if the owners have no common container and no common pod.
+    If the owners are in different containers and different pods, the text is empty.
     """
     for kind in ("container", "pod"):
         names = {getattr(each, kind) for each in owners}

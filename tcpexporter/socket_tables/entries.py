@@ -7,13 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
+from tcpexporter.connections.parts import PORTS, Direction
 from tcpexporter.connections.record import (
     IPV4_PREFIX,
     KEY,
     LISTENER,
-    PORTS,
     SOCKET,
-    Direction,
     Records,
     ip_versions,
 )
@@ -135,7 +134,7 @@ def listeners(entries: Records) -> Records:
     return made
 
 
-def distinct(listeners: Records) -> Records:
+def distinct_listeners(listeners: Records) -> Records:
     """Return each listener once, in ascending order.
 
     A server may have many sockets for one port, such as one for each CPU. np.unique

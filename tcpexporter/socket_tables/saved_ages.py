@@ -48,7 +48,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.connections.identity import hashes
-from tcpexporter.connections.record import Direction, Records
+from tcpexporter.connections.parts import Direction
+from tcpexporter.connections.record import Records
 from tcpexporter.connections.source import ConnectionTables
 from tcpexporter.errors import SourceError, StateError, enough_memory
 from tcpexporter.host import owned

@@ -161,7 +161,7 @@ class SocketTables:
                 for reader in self._readers
                 for chunk in reader.listening()
             ]
-        return entries.distinct(entries.concatenate(found, LISTENER))
+        return entries.distinct_listeners(entries.concatenate(found, LISTENER))
 
     def _close_unused(self, used: set[int]) -> None:
         """Close the readers of namespaces that have been unused for `FORGET_S` seconds."""

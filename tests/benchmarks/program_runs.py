@@ -8,8 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tcpexporter.config.settings import Settings
-from tcpexporter.connections.parts import client_masks, has_owner
-from tcpexporter.connections.record import TIME_SHIFT
+from tcpexporter.connections.parts import TIME_SHIFT, client_masks, has_owner
 from tcpexporter.ebpf import loading
 from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.program import attach

@@ -12,7 +12,8 @@ import numpy as np
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import CLIENT_BITS
-from tcpexporter.connections.record import TIME_SHIFT, words
+from tcpexporter.connections.parts import TIME_SHIFT
+from tcpexporter.connections.record import words
 from tcpexporter.connections.slot_counts import SlotCounts
 from tests.benchmarks.hold import PORTS
 

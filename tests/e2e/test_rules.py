@@ -16,8 +16,8 @@ from prometheus_client.samples import Sample
 from deploy import documents
 from tcpexporter.collecting import SOURCES
 from tcpexporter.config.rules import parse_rules
-from tcpexporter.connections.parts import client_masks, has_owner, kernel_parts
-from tcpexporter.connections.record import LISTENER, SOCKET, Direction
+from tcpexporter.connections.parts import Direction, client_masks, has_owner, kernel_parts
+from tcpexporter.connections.record import LISTENER, SOCKET
 from tcpexporter.connections.selection import named, select
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
 from tcpexporter.ebpf.event_counters import EVENT_KINDS

@@ -30,8 +30,8 @@ from tcpexporter.config.values import LABELS, TEN_YEARS_S
 from tcpexporter.connections.expected import End, Rule
 from tcpexporter.connections.matching import count_expected
 from tcpexporter.connections.memory_ledger import MemoryLedger
-from tcpexporter.connections.parts import OutboundPort, Parts
-from tcpexporter.connections.record import SOCKET, Direction, Records, numbers
+from tcpexporter.connections.parts import Direction, OutboundPort, Parts
+from tcpexporter.connections.record import SOCKET, Records, numbers
 from tcpexporter.connections.snapshot import valid_connections, valid_old_connections
 from tcpexporter.ebpf import loader_protocol, pinned_layout, pins
 from tcpexporter.ebpf.btf import KIND_FUNC, KIND_STRUCT, KIND_TYPEDEF, KIND_UNION, Btf

@@ -18,8 +18,8 @@ import pytest
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections import record as connections
-from tcpexporter.connections.parts import SECRET
-from tcpexporter.connections.record import KEY, SERIES_BITS, TIME_SHIFT, Records
+from tcpexporter.connections.parts import SECRET, TIME_SHIFT
+from tcpexporter.connections.record import KEY, SERIES_BITS, Records
 from tcpexporter.connections.source import INBOUND
 from tcpexporter.ebpf import libbpf, pinned_layout, pins
 from tcpexporter.ebpf.connection_array import WINDOW

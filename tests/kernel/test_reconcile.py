@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from tcpexporter.connections.record import TIME_SHIFT, Direction, Records, Words
+from tcpexporter.connections.parts import TIME_SHIFT, Direction
+from tcpexporter.connections.record import Records, Words
 from tcpexporter.ebpf import reconcile
 from tcpexporter.ebpf.free_numbers import Slots
 from tcpexporter.ebpf.reconcile import NOTHING, Corrections, Reconciler

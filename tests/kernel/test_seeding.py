@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections.record import Direction, Records
+from tcpexporter.connections.parts import Direction
+from tcpexporter.connections.record import Records
 from tcpexporter.ebpf import loader, reconcile
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SocketTableError

@@ -19,13 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tcpexporter import __main__ as main
 from tcpexporter import collecting, phases, request
 from tcpexporter.config.settings import Settings
-from tcpexporter.connections.parts import kernel_parts
-from tcpexporter.connections.record import (
-    IPV4_PREFIX,
-    SOCKET,
-    Direction,
-    Records,
-)
+from tcpexporter.connections.parts import Direction, kernel_parts
+from tcpexporter.connections.record import IPV4_PREFIX, SOCKET, Records
 from tcpexporter.connections.source import MemorySource, Source
 from tcpexporter.errors import LoadError, SocketTableError, SourceError
 from tcpexporter.host import logs, namespaces, stdout

@@ -9,13 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections.parts import SECRET, Parts
+from tcpexporter.connections.parts import SECRET, TIME_SHIFT, Direction, Parts
 from tcpexporter.connections.record import (
     CONNECTION,
     KEY,
     SOCKET,
-    TIME_SHIFT,
-    Direction,
     Records,
     Words,
     times_ns,

@@ -14,7 +14,7 @@ from tcpexporter.config.reread import reread
 from tcpexporter.config.rules import MOST_RULES, RuleError, parse_rules
 from tcpexporter.config.settings import Settings, parse
 from tcpexporter.connections.expected import End, Rule
-from tcpexporter.connections.record import Direction
+from tcpexporter.connections.parts import Direction
 from tcpexporter.errors import SettingsError
 
 

@@ -16,8 +16,8 @@ from tcpexporter.connections.clients import Chunk, ClientTable, SeenClients
 from tcpexporter.connections.counting import Counts, Projection, count
 from tcpexporter.connections.folding import fold
 from tcpexporter.connections.memory_ledger import MemoryLedger
-from tcpexporter.connections.parts import NO_LISTENER, client_masks
-from tcpexporter.connections.record import CLOSED, Direction, Records, words
+from tcpexporter.connections.parts import NO_LISTENER, Direction, client_masks
+from tcpexporter.connections.record import CLOSED, Records, words
 from tcpexporter.connections.selection import Selection, named
 from tcpexporter.connections.series import SERIES_FIRST
 from tcpexporter.connections.slot_counts import SlotCounts

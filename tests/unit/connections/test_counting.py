@@ -16,15 +16,20 @@ from tcpexporter.config.values import LABELS
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.counting import Counts, Projection, Values, count
 from tcpexporter.connections.memory_ledger import MemoryLedger
-from tcpexporter.connections.parts import NO_LISTENER, OutboundPort, Parts, kernel_parts
+from tcpexporter.connections.parts import (
+    NO_LISTENER,
+    PORTS,
+    TIME_SHIFT,
+    Direction,
+    OutboundPort,
+    Parts,
+    kernel_parts,
+)
 from tcpexporter.connections.record import (
     CLOSED,
     IPV4_PREFIX,
     LISTENER,
-    PORTS,
     SOCKET,
-    TIME_SHIFT,
-    Direction,
     Records,
     words,
 )
@@ -599,8 +604,8 @@ def test_connections_of_a_freed_number_are_not_those_of_its_next_series(
 ) -> None:
     """A number is freed, and gets another series, while the connections are read.
 
-    They had closed before. A number that had no series before is a new one. Clients that
-    are not counted any more have no series either.
+    They had closed before. A number that had no series before is a new one. The clients
+    of the closed connections are not counted in the number's next series.
     """
     answers = iter([ledger_of(before), ledger_of(after)])
     chunk = words(np.full(3, SERIES_FIRST, np.uint32), np.full(3, UNIT_NS, np.uint64))

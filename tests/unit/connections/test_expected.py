@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 
 from tcpexporter.connections.expected import ANY, End, Network, Rule
 from tcpexporter.connections.matching import PIECE, Found, count_expected
-from tcpexporter.connections.record import (
-    CLOSED,
-    CONNECTION,
-    SOCKET,
-    Direction,
-    Records,
-    Words,
-    words,
-)
+from tcpexporter.connections.parts import Direction
+from tcpexporter.connections.record import CLOSED, CONNECTION, SOCKET, Records, Words, words
 from tcpexporter.connections.slot_counts import first_young
 from tests import rule_oracle as oracle
 from tests.rule_oracle import Connection, connection

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from tcpexporter.connections.counting import Counts, Values
 from tcpexporter.connections.folding import fold
-from tcpexporter.connections.parts import OWNER_LABELS
-from tcpexporter.connections.record import PORTS, Direction
+from tcpexporter.connections.parts import OWNER_LABELS, PORTS, Direction
 from tcpexporter.connections.selection import Selection, folding_steps
 from tcpexporter.connections.series import FOLDED, SERIES, Series
 from tests.unit.connections.test_counting import (

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.memory_ledger import MemoryLedger
-from tcpexporter.connections.parts import OutboundPort, Parts
-from tcpexporter.connections.record import TIME_SHIFT, Words, numbers, times_ns
+from tcpexporter.connections.parts import TIME_SHIFT, OutboundPort, Parts
+from tcpexporter.connections.record import Words, numbers, times_ns
 from tcpexporter.connections.series import (
     FOLDED,
     NO_SERIES,

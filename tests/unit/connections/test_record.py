@@ -10,6 +10,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcpexporter.connections.parts import TIME_SHIFT
 from tcpexporter.connections.record import (
     CLOSED,
     CONNECTION,
@@ -18,7 +19,6 @@ from tcpexporter.connections.record import (
     SERIES_BITS,
     SERIES_MASK,
     SOCKET,
-    TIME_SHIFT,
     ip_versions,
     numbers,
     times_ns,

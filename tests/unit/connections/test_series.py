@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.connections.parts import NO_LISTENER, OutboundPort, Parts
-from tcpexporter.connections.record import CONNECTION, Direction
+from tcpexporter.connections.parts import NO_LISTENER, Direction, OutboundPort, Parts
+from tcpexporter.connections.record import CONNECTION
 from tcpexporter.connections.series import (
     COUNTERS,
     FOLDED,

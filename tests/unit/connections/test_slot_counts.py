@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tcpexporter.connections import clients, slot_counts
 from tcpexporter.connections.clients import Chunk
-from tcpexporter.connections.record import CLOSED, SERIES_BITS, TIME_SHIFT, words
+from tcpexporter.connections.parts import TIME_SHIFT
+from tcpexporter.connections.record import CLOSED, SERIES_BITS, words
 from tcpexporter.connections.slot_counts import SlotCounts
 
 SINCE_NS = [7 << TIME_SHIFT, 3 << TIME_SHIFT]

@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.connections.record import (
-    CLOSED,
-    CONNECTION,
-    KEY,
-    TIME_SHIFT,
-    Direction,
-    Records,
-    Words,
-    words,
-)
+from tcpexporter.connections.parts import TIME_SHIFT, Direction
+from tcpexporter.connections.record import CLOSED, CONNECTION, KEY, Records, Words, words
 from tcpexporter.connections.snapshot import (
     OLD_OUTBOUND_BIT,
     consistent_fields,

@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import hashes
+from tcpexporter.connections.parts import TIME_SHIFT
 from tcpexporter.connections.record import (
     CLOSED,
     CONNECTION,
     KEY,
     SOCKET,
-    TIME_SHIFT,
     Records,
     Words,
     numbers,
@@ -335,7 +335,7 @@ class FakeTables:
         connections = np.zeros(len(shown), SOCKET)
         for at, each in enumerate(shown):
             connections["key"][at] = each.key[0]
-        # The tables have no ages, as for connections that have just been active.
+        # These tables report no ages: each connection was active a moment ago.
         connections["established_ns"] = new_time_ns()
         if self._after:
             self._after.pop(0)()

@@ -7,8 +7,8 @@ from ipaddress import ip_address
 import numpy as np
 import pytest
 
-from tcpexporter.connections.parts import client_masks, kernel_parts
-from tcpexporter.connections.record import IPV4_PREFIX, SOCKET, Direction, Records
+from tcpexporter.connections.parts import Direction, client_masks, kernel_parts
+from tcpexporter.connections.record import IPV4_PREFIX, SOCKET, Records
 from tcpexporter.connections.selection import named, select
 from tcpexporter.connections.source import MemorySource
 from tcpexporter.metrics.collector import Choice, ConnectionCollector
@@ -121,6 +121,6 @@ def test_without_clients_there_are_no_families() -> None:
 
 @pytest.mark.parametrize("has_clients", [False, True])
 def test_without_connections_only_named_ports_have_clients(*, has_clients: bool) -> None:
-    """The families exist but have no samples, as those of connections do."""
+    """The families of clients and of connections exist, but have no samples."""
     expected = {each: {"22": 0} for each in FAMILIES if has_clients}
     assert collected(ports=[22], has_clients=has_clients) == expected

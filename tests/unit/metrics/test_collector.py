@@ -21,14 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from tcpexporter import version
 from tcpexporter.connections.clients import Chunk
-from tcpexporter.connections.parts import OutboundPort, Parts
-from tcpexporter.connections.record import (
-    IPV4_PREFIX,
-    LISTENER,
-    SOCKET,
-    Direction,
-    Records,
-)
+from tcpexporter.connections.parts import Direction, OutboundPort, Parts
+from tcpexporter.connections.record import IPV4_PREFIX, LISTENER, SOCKET, Records
 from tcpexporter.connections.selection import named, select
 from tcpexporter.connections.series import OUTBOUND, REMOTE_PORT, Ledger
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report

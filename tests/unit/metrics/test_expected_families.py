@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pytest
 
 from tcpexporter.config.rules import parse_rules
-from tcpexporter.connections.parts import kernel_parts
-from tcpexporter.connections.record import Direction, Records
+from tcpexporter.connections.parts import Direction, kernel_parts
+from tcpexporter.connections.record import Records
 from tcpexporter.connections.selection import named, select
 from tcpexporter.connections.source import MemorySource
 from tcpexporter.metrics.collector import Choice, ConnectionCollector

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.connections.parts import kernel_parts
-from tcpexporter.connections.record import Direction, Records
+from tcpexporter.connections.parts import Direction, kernel_parts
+from tcpexporter.connections.record import Records
 from tcpexporter.connections.selection import named, select
 from tcpexporter.connections.source import MemorySource
 from tcpexporter.metrics.collector import FORGET_NS, Choice, ConnectionCollector

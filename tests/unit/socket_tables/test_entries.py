@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyroute2.netlink.diag import SOCK_DIAG_BY_FAMILY
 
-from tcpexporter.connections.record import LISTENER, Direction
+from tcpexporter.connections.parts import Direction
+from tcpexporter.connections.record import LISTENER
 from tcpexporter.socket_tables import entries
 from tcpexporter.socket_tables.diag_messages import decode_messages
-from tcpexporter.socket_tables.entries import TCP_LISTEN, distinct
+from tcpexporter.socket_tables.entries import TCP_LISTEN, distinct_listeners
 from tcpexporter.socket_tables.procfs import decode_lines
 from tcpexporter.socket_tables.tables import SocketTables
 from tests.unit.socket_tables.samples import (
@@ -121,7 +122,7 @@ def test_there_is_a_listener_for_each_accepted_ip_version(
 )
 def test_equal_listeners_are_one(rows: list[tuple[int, int, int, int]]) -> None:
     """A server with a socket for each CPU has one listener; they are in ascending order."""
-    found = distinct(np.array(rows, LISTENER))
+    found = distinct_listeners(np.array(rows, LISTENER))
     assert found.tolist() == sorted({*rows})
 
 

@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.counting import Projection, count
-from tcpexporter.connections.parts import OutboundPort, Parts, kernel_parts
+from tcpexporter.connections.parts import (
+    TIME_SHIFT,
+    Direction,
+    OutboundPort,
+    Parts,
+    kernel_parts,
+)
 from tcpexporter.connections.record import (
     LISTENER,
     SOCKET,
-    TIME_SHIFT,
-    Direction,
     Records,
     Words,
     numbers,

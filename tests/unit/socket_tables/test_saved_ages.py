@@ -14,11 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.connections.record import (
-    SOCKET,
-    Direction,
-    Records,
-)
+from tcpexporter.connections.parts import Direction
+from tcpexporter.connections.record import SOCKET, Records
 from tcpexporter.errors import StateError
 from tcpexporter.socket_tables import saved_ages
 from tcpexporter.socket_tables.saved_ages import (

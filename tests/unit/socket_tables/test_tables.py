@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pyroute2.netlink.diag import SS_ESTABLISHED, SS_LISTEN
 
-from tcpexporter.connections.record import Direction
+from tcpexporter.connections.parts import Direction
 from tcpexporter.errors import SettingsError, SocketTableError
 from tcpexporter.host import namespaces
 from tcpexporter.socket_tables.procfs import ProcfsReader
