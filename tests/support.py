@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import random
 import re
 import signal
 import socket
@@ -152,9 +153,15 @@ def ss_established(port: int) -> Counter[str]:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port without a listener, below the kernel's range of ephemeral ports.
+
+    The kernel can give an ephemeral port to a listener at [::1] while an exporter listens
+    to it at 127.0.0.1. The exporter would not count the listener's connections.
+    """
+    while True:
+        port = random.randrange(20011, 32768)  # noqa: S311
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Exporter:
