@@ -151,9 +151,9 @@ class Projection:
 
     def listened(self, listeners: Records) -> Series:
         """Return the selected series of ``listeners``, of dtype `LISTENER`."""
-        has_changed = not np.array_equal(listeners, self._listeners)
-        # The owner of a cgroup may become known later.
-        if has_changed or self.selection.by_owner:
+        # The source returns the same array while no listener changes. The owner of a
+        # cgroup may become known later.
+        if listeners is not self._listeners or self.selection.by_owner:
             self._listened = listened(listeners, self.selection)
             self._listeners = listeners
         return self._listened

@@ -47,6 +47,9 @@ NETLINK_HEADER = struct.Struct("=IHHI")
 
 NETLINK_HEADER_BYTES = 16
 
+NETLINK_SEQUENCE = slice(8, 12)
+"""Where the sequence number is in a header."""
+
 INET_DIAG_INFO = 2
 INET_DIAG_SKV6ONLY = 11
 INET_DIAG_CGROUP_ID = 21
@@ -109,6 +112,16 @@ def split_messages(reply: Bytes, sequence: int) -> tuple[list[Bytes], bool]:
         runs.append(rows)
         offset += rows.size
     return runs, False
+
+
+def without_sequence(rows: Bytes) -> bytes:
+    """Return the content of messages, apart from the sequence number of the dump.
+
+    Args:
+        rows: the messages, an array of bytes of shape (messages, length).
+    """
+    rest: bytes = rows[:, NETLINK_SEQUENCE.stop :].tobytes()
+    return rows[:1, : NETLINK_SEQUENCE.start].tobytes() + rest
 
 
 def _alike(rows: Bytes) -> Bytes:

@@ -4,7 +4,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -44,10 +44,11 @@ class TableReader(Protocol):
         """
         ...
 
-    def listening(self) -> Iterator[Records]:
+    def listening(self) -> Iterable[Records]:
         """Read only the sockets in state LISTEN, in chunks of dtype `ENTRY`.
 
-        Another thread may read `entries` at the same time.
+        The chunks may be those of the previous call, if nothing has changed. Another thread
+        may read `entries` at the same time.
 
         Raises:
             SocketTableError: the table cannot be read, or has an unknown format.
@@ -77,6 +78,9 @@ class SocketTables:
         # each reader open while its listeners are read.
         self._dump_lock = threading.Lock()
         self._listeners_lock = threading.Lock()
+        self._listening: Sequence[Records] = ()
+        self._listeners: Records = np.empty(0, LISTENER)
+        """What `listeners` has returned for them."""
 
     def close(self) -> None:
         """Close all descriptors."""
@@ -150,18 +154,20 @@ class SocketTables:
     def listeners(self) -> Records:
         """Read the listening ports, of dtype `LISTENER`, each once.
 
-        Another thread may be in `established` at the same time.
+        The array is that of the previous call, if nothing has changed. Another thread may
+        be in `established` at the same time.
 
         Raises:
             SocketTableError: a table cannot be read, or has an unknown format.
         """
         with self._listeners_lock:
-            found = [
-                entries.listeners(chunk)
-                for reader in self._readers
-                for chunk in reader.listening()
-            ]
-        return entries.distinct_listeners(entries.concatenate(found, LISTENER))
+            chunks = [each for reader in self._readers for each in reader.listening()]
+            if [*map(id, chunks)] != [*map(id, self._listening)]:
+                found = [entries.listeners(each) for each in chunks]
+                joined = entries.concatenate(found, LISTENER)
+                self._listeners = entries.distinct_listeners(joined)
+                self._listening = chunks
+            return self._listeners
 
     def _close_unused(self, used: set[int]) -> None:
         """Close the readers of namespaces that have been unused for `FORGET_S` seconds."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The socket tables of several namespaces, defined by a test or read from this kernel."""
 
+import contextlib
+import itertools
 import socket
 from pathlib import Path
 
@@ -39,6 +41,38 @@ def test_listeners_are_not_repeated() -> None:
     there = MadeReader(2, (443, SS_LISTEN))
     listeners = SocketTables([here, there]).listeners()
     assert listeners.tolist() == [(1, 80, 4, 0), (1, 443, 4, 0), (2, 443, 4, 0)]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_listeners_are_those_of_the_present(name: str) -> None:
+    """A listener appears and disappears, although replies that do not change are decoded
+    only once."""
+    with contextlib.closing(open_tables(name, "self")) as tables:
+        for _ in range(3):
+            with Peers("::1") as one, Peers() as other:
+                own = {one.port, other.port}
+
+                def ports(own: set[int] = own) -> set[int]:
+                    return own.intersection(tables.listeners()["port"].tolist())
+
+                assert ports() == ports() == own
+                one.connect(2)
+                assert ports() == own
+                other.listener.close()
+                assert ports() == {one.port}
+            assert ports() == ports() == set()
+
+
+def test_unchanged_listeners_are_decoded_once() -> None:
+    """sock_diag numbers the replies of each dump; the rest of a reply is the same.
+
+    Other processes may open a listener meanwhile, but not all the time.
+    """
+    with Peers(), contextlib.closing(open_tables("sock_diag", "self")) as tables:
+        found = [tables.listeners() for _ in range(13)]
+        assert any(one is other for one, other in itertools.pairwise(found))
+        with Peers():
+            assert tables.listeners() is not found[-1]
 
 
 def test_tables_without_sockets_are_empty() -> None:
