@@ -377,7 +377,8 @@ class SeriesNumbers:
 
 
 def _in_use(entries: "npt.NDArray[np.void]") -> npt.NDArray[np.bool_]:
-    used: npt.NDArray[np.bool_] = entries["series"] != NO_SERIES
+    """Return which entries have a series: its IP version is never 0."""
+    used: npt.NDArray[np.bool_] = entries["series"].view(SERIES)["ip_version"] != 0
     return used
 
 

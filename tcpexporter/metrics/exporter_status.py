@@ -5,7 +5,6 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client.core import (
-    CounterMetricFamily,
     GaugeMetricFamily,
     InfoMetricFamily,
     Metric,
@@ -15,6 +14,7 @@ from prometheus_client.registry import Collector
 from tcpexporter import version
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.reload_status import Reloads
+from tcpexporter.metrics.series_family import by_label, whole_number
 
 
 class BuildCollector(Collector):
@@ -41,10 +41,11 @@ class ReloadCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield two families, also before the first reload."""
-        yield GaugeMetricFamily(
+        yield whole_number(
             "tcpexporter_config_last_reload_successful",
             "Whether the last reload of the settings and the web configuration succeeded."
             " If not, the previous ones are in force.",
+            "gauge",
             int(self._reloads.successful),
         )
         yield GaugeMetricFamily(
@@ -63,14 +64,13 @@ class ConfinementCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family, which never changes."""
-        family = GaugeMetricFamily(
+        yield by_label(
             "tcpexporter_confined",
             "Whether the serving process is confined by this mechanism (1) or not (0).",
-            labels=["by"],
+            "gauge",
+            "by",
+            {by: int(is_in_force) for by, is_in_force in self._confined.items()},
         )
-        for by, is_in_force in self._confined.items():
-            family.add_metric([by], is_in_force)
-        yield family
 
 
 class BackgroundCollector(Collector):
@@ -90,24 +90,16 @@ class BackgroundCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield two families."""
-        yield counter_by_label(
+        yield by_label(
             "tcpexporter_background_failures",
             "Runs of a background task that failed or exceeded their time limit.",
+            "counter",
             "task",
             {task.name: task.failures() for task in self._tasks()},
         )
-        yield CounterMetricFamily(
+        yield whole_number(
             "tcpexporter_dropped_log_lines",
             "Log lines dropped because standard error did not accept them at once.",
+            "counter",
             self._dropped(),
         )
-
-
-def counter_by_label(
-    name: str, text: str, label: str, values: Mapping[str, int]
-) -> CounterMetricFamily:
-    """Return a counter with one label; ``values`` maps label values to samples."""
-    family = CounterMetricFamily(name, text, labels=(label,))
-    for value, number in values.items():
-        family.add_metric((value,), number)
-    return family

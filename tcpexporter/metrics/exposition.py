@@ -65,7 +65,7 @@ class _FamilyCollector(Collector):
         return form.encode(self).removesuffix(form.end)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _head(form: Format, name: str, documentation: str, kind: str) -> bytes:
     """Return the lines before the samples of a family, as the library writes them."""
     empty = _FamilyCollector(Metric(name, documentation, kind))

@@ -4,14 +4,13 @@
 from collections.abc import Iterator
 
 from prometheus_client.core import (
-    CounterMetricFamily,
     GaugeMetricFamily,
     InfoMetricFamily,
     Metric,
 )
 
 from tcpexporter.connections.source import Reconciliation, Report
-from tcpexporter.metrics.exporter_status import counter_by_label
+from tcpexporter.metrics.series_family import by_label, whole_number
 
 
 def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
@@ -27,60 +26,69 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
         "Source that the connections are read from (--source).",
         {"source": name},
     )
-    yield GaugeMetricFamily(
+    yield whole_number(
         "tcpexporter_tracked_connections",
         "TCP connections that are tracked, of every port, direction and IP version.",
+        "gauge",
         total,
     )
     if report.max_connections is not None:
-        yield GaugeMetricFamily(
+        yield whole_number(
             "tcpexporter_max_connections",
             "Maximum number of TCP connections that can be tracked.",
+            "gauge",
             report.max_connections,
         )
     if report.seeded_connections is not None:
-        yield GaugeMetricFamily(
+        yield whole_number(
             "tcpexporter_seeded_connections",
             "Tracked connections that were established before the exporter started;"
             " their age is a lower bound unless it was restored.",
+            "gauge",
             report.seeded_connections,
         )
     if report.refused_seeds is not None:
-        yield CounterMetricFamily(
+        yield whole_number(
             "tcpexporter_refused_seeds",
             "Connections in the socket tables that did not fit into the BPF map.",
+            "counter",
             report.refused_seeds,
         )
     if report.kernel_events:
-        yield counter_by_label(
+        yield by_label(
             "tcpexporter_kernel_events",
             "Connections that the BPF program inserted, removed or refused (map full).",
+            "counter",
             "action",
             report.kernel_events,
         )
     if report.uncertain_connections is not None:
-        yield GaugeMetricFamily(
+        yield whole_number(
             "tcpexporter_uncertain_connections",
             "Upper bound of the difference between the exporter's number of connections and"
             " the kernel's, in network namespaces that existed at the start; 0: exact.",
+            "gauge",
             report.uncertain_connections,
         )
     if report.kernel_series is not None:
-        yield GaugeMetricFamily(
+        yield whole_number(
             "tcpexporter_kernel_series",
             "Combinations of labels that the BPF program counts separately.",
+            "gauge",
             report.kernel_series,
         )
     if report.max_kernel_series is not None:
-        yield GaugeMetricFamily(
+        yield whole_number(
             "tcpexporter_max_kernel_series",
             "Maximum of tcpexporter_kernel_series; further combinations share series.",
+            "gauge",
             report.max_kernel_series,
         )
     if report.missed_events is not None:
-        yield CounterMetricFamily(
+        yield whole_number(
             "tcpexporter_missed_events",
             "Socket state changes for which the kernel skipped the BPF program.",
+            "counter",
             report.missed_events,
         )
     if report.reconciliation is not None:
@@ -94,14 +102,16 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
 
 
 def _reconciliation_families(done: Reconciliation) -> Iterator[Metric]:
-    yield CounterMetricFamily(
+    yield whole_number(
         "tcpexporter_reconciliations",
         "Comparisons of the tracked connections with the kernel's socket tables.",
+        "counter",
         done.runs,
     )
-    yield counter_by_label(
+    yield by_label(
         "tcpexporter_corrections",
         "Connections added or removed by reconciliation after a missed event.",
+        "counter",
         "kind",
         {"missed_open": done.missed_open, "missed_close": done.missed_close},
     )

@@ -209,8 +209,8 @@ class Connection(asyncio.BufferedProtocol):
         self._send(text(status, sentence, connection="close"))
 
     def _send(self, response: Response) -> None:
-        for part in self._http.encode(response):
-            self._transport.write(part)
+        # One system call: the client does not see the head before the body.
+        self._transport.writelines(self._http.encode(response))
         if self._is_stopping or self._http.must_close:
             self._transport.close()
 
