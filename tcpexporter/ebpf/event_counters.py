@@ -2,6 +2,7 @@
 """Reads what the BPF program and the kernel have counted since the program was loaded."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,30 @@ from tcpexporter.ebpf.maps import FIRST, Map, map_errors, possible_cpus, program
 RECURSION_MISSES_BYTES = 208
 """Offset of ``recursion_misses`` in ``struct bpf_prog_info``, include/uapi/linux/bpf.h."""
 
-EVENT_KINDS = ("inserted", "removed", "refused", "removed_seeds", "allocated", "unrecorded")
+
+class Events(NamedTuple):
+    """What a program has done since it was loaded, on all CPUs.
+
+    All fields but the last are those of ``struct tracker_events``.
+    """
+
+    inserted: int
+    """Connections that it has recorded."""
+    removed: int
+    """Connections that it has removed."""
+    refused: int
+    """Connections that it could not record for lack of a free slot."""
+    removed_seeds: int
+    """Those of the removed connections that were seeds."""
+    allocated: int
+    """Slots that it has allocated."""
+    unrecorded: int
+    """Closings that it did not record, because the closings log was full."""
+    missed: int
+    """As `EventCounters.missed_events` returns it."""
+
+
+EVENT_KINDS = Events._fields[:-1]
 """The fields of ``struct tracker_events``, in their order."""
 
 
@@ -24,36 +48,16 @@ class EventCounters:
         self._counters = Map(descriptors.events, "events")
         self._cpus = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
 
-    def events(self) -> dict[str, int]:
-        """Return what the program has done since it was loaded, on all CPUs.
-
-        Returns:
-            Numbers of connections, with the keys ``inserted``, ``removed`` and ``refused``.
-
-        Raises:
-            TrackerError: the kernel refuses a map operation.
-        """
-        events = self.all_events()
-        return {kind: events[kind] for kind in ("inserted", "removed", "refused")}
-
-    def unrecorded_closings(self) -> int:
-        """Return how many closings were not recorded, because the closings log was full.
-
-        Raises:
-            TrackerError: the kernel refuses a map operation.
-        """
-        return self.all_events()["unrecorded"]
-
     @map_errors()
-    def all_events(self) -> dict[str, int]:
-        """Return the sums over all CPUs, by the names in `EVENT_KINDS`.
+    def events(self) -> Events:
+        """Return what the program has done since it was loaded, on all CPUs.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
         counts = np.zeros((self._cpus, len(EVENT_KINDS)), np.uint64)
         self._counters.read(FIRST, counts)
-        return dict(zip(EVENT_KINDS, counts.sum(axis=0).tolist(), strict=True))
+        return Events._make((*counts.sum(axis=0).tolist(), self.missed_events()))
 
     @map_errors()
     def missed_events(self) -> int:

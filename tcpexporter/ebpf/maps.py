@@ -176,7 +176,7 @@ class Map:
 
 def _passed(argument: Any) -> Any:
     if isinstance(argument, np.ndarray):
-        return argument.ctypes.data_as(ctypes.c_void_p)
+        return ctypes.c_void_p(argument.ctypes.data)
     if isinstance(argument, ctypes.c_uint32):  # the kernel writes to it
         return ctypes.byref(argument)
     return argument

@@ -115,6 +115,7 @@ from tcpexporter.connections.record import Records, Words
 from tcpexporter.connections.sets import is_in
 from tcpexporter.connections.source import ConnectionTables, Reconciliation
 from tcpexporter.ebpf.connection_array import Known
+from tcpexporter.ebpf.event_counters import Events
 from tcpexporter.ebpf.free_numbers import Slots
 from tcpexporter.ebpf.schedule import EventCounts, Schedule
 from tcpexporter.errors import enough_memory
@@ -139,9 +140,7 @@ class TrackedConnections(Protocol):
     def release(self, slots: Slots, words: Words) -> int: ...
     def reclaim(self) -> None: ...
     def wait_for_runs(self) -> None: ...
-    def events(self) -> dict[str, int]: ...
-    def missed_events(self) -> int: ...
-    def unrecorded_closings(self) -> int: ...
+    def events(self) -> Events: ...
 
 
 WATCH_S = 1.0
@@ -353,20 +352,20 @@ class Reconciler:
             TrackerError: the kernel refuses to report missed events.
         """
         trouble = self.task.trouble()
-        if trouble and self._event_counts().missed != self._missed_before_run:
+        if trouble and self._missed(self._tracker.events()) != self._missed_before_run:
             return f"events were missed and reconciliation failed: {trouble}"
         return None
 
-    def uncertain(self) -> int:
+    def uncertain(self, events: Events) -> int:
         """Return an upper bound of the difference between the tracker and the kernel.
 
         It is the number of events that were missed, refused or not recorded since the last
         run that found nothing, and of corrections since then that no run has confirmed.
 
-        Raises:
-            TrackerError: the kernel refuses to report missed events.
+        Args:
+            events: those of the tracker now.
         """
-        missed = self._event_counts().missed - self._missed_when_exact
+        missed = self._missed(events) - self._missed_when_exact
         last = self._last or Corrections(refused=self._tracker.seeds_refused)
         return missed + last.missed_open + last.missed_close + last.refused
 
@@ -404,13 +403,13 @@ class Reconciler:
         return True
 
     def _event_counts(self) -> EventCounts:
-        skipped = self._tracker.missed_events()
         events = self._tracker.events()
-        refused = events.pop("refused")
-        missed = (
-            skipped + refused + self._tracker.unrecorded_closings() + self._tracker.restored
-        )
-        return EventCounts(missed, sum(events.values()))
+        return EventCounts(self._missed(events), events.inserted + events.removed)
+
+    def _missed(self, events: Events) -> int:
+        """Return ``missed`` of `EventCounts`."""
+        of_program = events.missed + events.refused + events.unrecorded
+        return of_program + self._tracker.restored
 
     def _run(self, counts: EventCounts) -> tuple[Corrections, float]:
         """Reconcile once; return the corrections, and the seconds to wait after the run.

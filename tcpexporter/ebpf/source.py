@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # imported only with --state, to save memory
 
 log = logging.getLogger(__name__)
 
+PUBLISHED_EVENTS = ("inserted", "removed", "refused")
+"""The fields of `Events` that the report has in ``kernel_events``."""
+
 
 class EbpfSource:
     """Connections with the times at which the kernel established them."""
@@ -109,7 +112,7 @@ class EbpfSource:
             seed(self._tracker, self._state.aged(self._tables))
         else:
             seed_in_parts(self._tracker, self._tables.parts())
-        self._warn_at_capacity(self._tracker.events()["refused"])
+        self._warn_at_capacity(self._tracker.events().refused)
         self._reconciler.start()
         if self._state and not self._pins:
             self._state.begin(self._with_cookies)
@@ -143,15 +146,15 @@ class EbpfSource:
 
     def report(self) -> Report:
         events = self._tracker.events()
-        self._warn_at_capacity(events["refused"])
+        self._warn_at_capacity(events.refused)
         return Report(
             max_connections=self._max_connections,
-            kernel_events=events,
-            missed_events=self._tracker.missed_events(),
-            uncertain_connections=self._reconciler.uncertain(),
+            kernel_events={each: getattr(events, each) for each in PUBLISHED_EVENTS},
+            missed_events=events.missed,
+            uncertain_connections=self._reconciler.uncertain(events),
             kernel_series=self._series.in_use(),
             max_kernel_series=self._series.max_series,
-            seeded_connections=self._tracker.seeds(),
+            seeded_connections=self._tracker.seeds(events),
             refused_seeds=self._tracker.seeds_refused,
             reconciliation=self._reconciler.state,
             state_saved_s=self._state.saved_s if self._state else None,

@@ -84,7 +84,7 @@ from tcpexporter.connections.series import series_of
 from tcpexporter.connections.sets import is_in
 from tcpexporter.ebpf.closings_log import ClosingsLog
 from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, WINDOW, ConnectionArray, Known
-from tcpexporter.ebpf.event_counters import EventCounters
+from tcpexporter.ebpf.event_counters import EventCounters, Events
 from tcpexporter.ebpf.free_numbers import FreeNumbers, Slots
 from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.maps import FIRST, Map, map_errors
@@ -194,14 +194,9 @@ class Tracker(EventCounters):
         """
         return self._array.known(with_seeds=with_seeds)
 
-    def seeds(self) -> int:
-        """Return how many of the connections are seeds.
-
-        Raises:
-            TrackerError: the kernel refuses a map operation.
-        """
-        closed = self._seeds_closed + self.all_events()["removed_seeds"]
-        return self._seeds_added - closed
+    def seeds(self, events: Events) -> int:
+        """Return how many of the connections were seeds at the time of ``events``."""
+        return self._seeds_added - self._seeds_closed - events.removed_seeds
 
     # Adding
 
@@ -378,10 +373,10 @@ class Tracker(EventCounters):
         """
         if self._orphans:
             self._release_empty(np.array(sorted(self._orphans), np.uint32))
-        events = self.all_events()
-        kept = events["allocated"] + self._slots_allocated - self._slots_freed
-        opened = events["inserted"] + self._seeds_added
-        still_open = opened - events["removed"] - self._closed
+        events = self.events()
+        kept = events.allocated + self._slots_allocated - self._slots_freed
+        opened = events.inserted + self._seeds_added
+        still_open = opened - events.removed - self._closed
         spare = min(still_open + SPARE_SLOTS, (self._slots - still_open) // 2)
         if kept - still_open > spare:
             records, _ = self._used()

@@ -38,7 +38,7 @@ from tcpexporter.metrics.exporter_status import (
 from tcpexporter.metrics.owner_numbers import OwnerNumbers
 from tcpexporter.metrics.owners import Owner, owner_of_unnamed
 from tcpexporter.metrics.reload_status import Reloads
-from tcpexporter.metrics.series_family import LabelSets, SeriesFamily, whole_number
+from tcpexporter.metrics.series_family import LabelSets, SeriesFamily, SingleFamily
 from tcpexporter.metrics.series_labels import Labels, label_values
 from tcpexporter.metrics.source_families import source_families
 
@@ -146,19 +146,19 @@ class ConnectionCollector(Collector):
         yield from self._connection_families(counts, choice, ages_s, names or {})
         if self._owners and choice.selection.by_owner:
             yield _owner_info(self._owners, counts.series, self._max_series)
-        yield whole_number(
+        yield SingleFamily(
             "tcpexporter_duration_seconds",
             "Minimum age of a long-term TCP connection (--duration).",
             "gauge",
             choice.duration_s,
         )
-        yield whole_number(
+        yield SingleFamily(
             "tcpexporter_folded_series",
             'Series summed up in port="other" because there are more than --max-series.',
             "gauge",
             folded,
         )
-        yield whole_number(
+        yield SingleFamily(
             "tcpexporter_pre_existing_connections",
             "Connections that were open when counting began; summed over all series,"
             " opened - closed = established - this.",
@@ -169,9 +169,10 @@ class ConnectionCollector(Collector):
         if self._owners:
             self._source.forget("cgroup", self._owners.finish(now_ns))
         yield from source_families(self._source.name, report, counts.total)
-        yield GaugeMetricFamily(
+        yield SingleFamily(
             "tcpexporter_collect_duration_seconds",
             "Time needed to read and count the connections for this scrape.",
+            "gauge",
             time.perf_counter() - started_s,
         )
 

@@ -5,8 +5,6 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client.core import (
-    GaugeMetricFamily,
-    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
@@ -14,7 +12,7 @@ from prometheus_client.registry import Collector
 from tcpexporter import version
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.reload_status import Reloads
-from tcpexporter.metrics.series_family import by_label, whole_number
+from tcpexporter.metrics.series_family import SingleFamily, by_label, info
 
 
 class BuildCollector(Collector):
@@ -22,7 +20,7 @@ class BuildCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family, which never changes."""
-        yield InfoMetricFamily(
+        yield info(
             "tcpexporter_build",
             "Version of tcpexporter, the commit it was built from, and its Python version.",
             {
@@ -41,16 +39,17 @@ class ReloadCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield two families, also before the first reload."""
-        yield whole_number(
+        yield SingleFamily(
             "tcpexporter_config_last_reload_successful",
             "Whether the last reload of the settings and the web configuration succeeded."
             " If not, the previous ones are in force.",
             "gauge",
             int(self._reloads.successful),
         )
-        yield GaugeMetricFamily(
+        yield SingleFamily(
             "tcpexporter_config_last_reload_success_timestamp_seconds",
             "Time when the last successful reload ended, or of the start.",
+            "gauge",
             self._reloads.succeeded_s,
         )
 
@@ -97,7 +96,7 @@ class BackgroundCollector(Collector):
             "task",
             {task.name: task.failures() for task in self._tasks()},
         )
-        yield whole_number(
+        yield SingleFamily(
             "tcpexporter_dropped_log_lines",
             "Log lines dropped because standard error did not accept them at once.",
             "counter",

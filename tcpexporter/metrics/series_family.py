@@ -17,7 +17,7 @@ from tcpexporter.metrics.series_labels import Labels
 PLAIN_BELOW = 1_000_000
 """From this number on, Go, and so the library, writes numbers with an exponent."""
 
-SUFFIXES = {"counter": "_total", "gauge": ""}
+SUFFIXES = {"counter": "_total", "gauge": "", "info": "_info"}
 
 
 class LabelSets:
@@ -49,7 +49,7 @@ class SeriesFamily(Metric):
         documentation: str,
         typ: str,
         labels: LabelSets,
-        numbers: Sequence[int],
+        numbers: Sequence[float],
     ) -> None:
         """Make the family; the ``name`` of a counter has no ``_total``."""
         self.numbers = numbers
@@ -89,9 +89,30 @@ class SeriesFamily(Metric):
 NO_LABELS = LabelSets((), [()])
 
 
-def whole_number(name: str, documentation: str, typ: str, number: int) -> SeriesFamily:
-    """Return a family with one sample, which has no labels."""
-    return SeriesFamily(name, documentation, typ, NO_LABELS, (number,))
+class SingleFamily(SeriesFamily):
+    """A family with one sample, whose number may be a fraction."""
+
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        typ: str,
+        number: float,
+        labels: LabelSets = NO_LABELS,
+    ) -> None:
+        """Make the family; the ``name`` has no ``_total`` or ``_info``."""
+        super().__init__(name, documentation, typ, labels, (number,))
+
+    def sample_lines(self) -> bytes:
+        """Return the sample as it is written in every text format."""
+        (number,), (text,) = self.numbers, self.labels.texts
+        return f"{self.sample_name}{text}{_go_string(number)}\n".encode()
+
+
+def info(name: str, documentation: str, labels: Mapping[str, str]) -> SingleFamily:
+    """Return a family of type info, whose ``name`` has no ``_info``."""
+    row = LabelSets(tuple(labels), [tuple(labels.values())])
+    return SingleFamily(name, documentation, "info", 1, row)
 
 
 def by_label(
@@ -102,7 +123,7 @@ def by_label(
     return SeriesFamily(name, documentation, typ, labels, [*values.values()])
 
 
-def _go_string(number: int) -> str:
+def _go_string(number: float) -> str:
     text: str = floatToGoString(number)  # type: ignore[no-untyped-call]
     return text
 

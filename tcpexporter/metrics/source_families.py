@@ -4,13 +4,11 @@
 from collections.abc import Iterator
 
 from prometheus_client.core import (
-    GaugeMetricFamily,
-    InfoMetricFamily,
     Metric,
 )
 
 from tcpexporter.connections.source import Reconciliation, Report
-from tcpexporter.metrics.series_family import by_label, whole_number
+from tcpexporter.metrics.series_family import SingleFamily, by_label, info
 
 
 def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
@@ -21,26 +19,26 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
         report: the state of the source.
         total: the number of connections that the source tracks.
     """
-    yield InfoMetricFamily(
+    yield info(
         "tcpexporter_source",
         "Source that the connections are read from (--source).",
         {"source": name},
     )
-    yield whole_number(
+    yield SingleFamily(
         "tcpexporter_tracked_connections",
         "TCP connections that are tracked, of every port, direction and IP version.",
         "gauge",
         total,
     )
     if report.max_connections is not None:
-        yield whole_number(
+        yield SingleFamily(
             "tcpexporter_max_connections",
             "Maximum number of TCP connections that can be tracked.",
             "gauge",
             report.max_connections,
         )
     if report.seeded_connections is not None:
-        yield whole_number(
+        yield SingleFamily(
             "tcpexporter_seeded_connections",
             "Tracked connections that were established before the exporter started;"
             " their age is a lower bound unless it was restored.",
@@ -48,7 +46,7 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
             report.seeded_connections,
         )
     if report.refused_seeds is not None:
-        yield whole_number(
+        yield SingleFamily(
             "tcpexporter_refused_seeds",
             "Connections in the socket tables that did not fit into the BPF map.",
             "counter",
@@ -63,7 +61,7 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
             report.kernel_events,
         )
     if report.uncertain_connections is not None:
-        yield whole_number(
+        yield SingleFamily(
             "tcpexporter_uncertain_connections",
             "Upper bound of the difference between the exporter's number of connections and"
             " the kernel's, in network namespaces that existed at the start; 0: exact.",
@@ -71,21 +69,21 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
             report.uncertain_connections,
         )
     if report.kernel_series is not None:
-        yield whole_number(
+        yield SingleFamily(
             "tcpexporter_kernel_series",
             "Combinations of labels that the BPF program counts separately.",
             "gauge",
             report.kernel_series,
         )
     if report.max_kernel_series is not None:
-        yield whole_number(
+        yield SingleFamily(
             "tcpexporter_max_kernel_series",
             "Maximum of tcpexporter_kernel_series; further combinations share series.",
             "gauge",
             report.max_kernel_series,
         )
     if report.missed_events is not None:
-        yield whole_number(
+        yield SingleFamily(
             "tcpexporter_missed_events",
             "Socket state changes for which the kernel skipped the BPF program.",
             "counter",
@@ -94,15 +92,16 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
     if report.reconciliation is not None:
         yield from _reconciliation_families(report.reconciliation)
     if report.state_saved_s is not None:
-        yield GaugeMetricFamily(
+        yield SingleFamily(
             "tcpexporter_state_saved_timestamp_seconds",
             "Time when connection ages were last saved (--state); 0 before that.",
+            "gauge",
             report.state_saved_s,
         )
 
 
 def _reconciliation_families(done: Reconciliation) -> Iterator[Metric]:
-    yield whole_number(
+    yield SingleFamily(
         "tcpexporter_reconciliations",
         "Comparisons of the tracked connections with the kernel's socket tables.",
         "counter",
@@ -115,18 +114,21 @@ def _reconciliation_families(done: Reconciliation) -> Iterator[Metric]:
         "kind",
         {"missed_open": done.missed_open, "missed_close": done.missed_close},
     )
-    yield GaugeMetricFamily(
+    yield SingleFamily(
         "tcpexporter_reconcile_duration_seconds",
         "Duration of the last reconciliation.",
+        "gauge",
         done.duration_s,
     )
-    yield GaugeMetricFamily(
+    yield SingleFamily(
         "tcpexporter_reconcile_interval_seconds",
         "Time between reconciliations if no event is missed; 0: they run only after one.",
+        "gauge",
         done.interval_s,
     )
-    yield GaugeMetricFamily(
+    yield SingleFamily(
         "tcpexporter_last_reconcile_timestamp_seconds",
         "Time when the last reconciliation ended or was found unnecessary; 0 before that.",
+        "gauge",
         done.finished_s,
     )

@@ -40,7 +40,7 @@ _EXPECTED = {
 
 _TOOK = "tcpexporter_collect_duration_seconds"
 
-_FACTS = (_UNCERTAIN, _COMPARED, _DURATION, _FOLDED, _SOURCE, _TOOK)
+_FACTS = (_UNCERTAIN, _COMPARED, _DURATION, _FOLDED, _SOURCE, _TOOK, *_EXPECTED)
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,9 @@ def read(families: Iterable[Metric]) -> Collected:
     ages: Counters = np.zeros((0, 0), np.int64)
     facts: dict[str, Mapping[str, float]] = {}
     for family in families:
-        if isinstance(family, SeriesFamily):
-            if family.name in _SERIES:
-                numbers[family.name] = family.numbers
-                labels = family.labels
-            elif family.name in _EXPECTED:
-                names = (name for name, *_ in family.labels.rows)
-                facts[family.name] = dict(zip(names, family.numbers, strict=True))
+        if isinstance(family, SeriesFamily) and family.name in _SERIES:
+            numbers[family.name] = [int(each) for each in family.numbers]
+            labels = family.labels
         elif family.name == AGES:
             bounds, ages = _read_ages(family)
         elif family.name in _FACTS:

@@ -20,7 +20,7 @@ from tcpexporter.connections.parts import Direction, client_masks, has_owner, ke
 from tcpexporter.connections.record import LISTENER, SOCKET
 from tcpexporter.connections.selection import named, select
 from tcpexporter.connections.source import MemorySource, Reconciliation, Report
-from tcpexporter.ebpf.event_counters import EVENT_KINDS
+from tcpexporter.ebpf.source import PUBLISHED_EVENTS
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.collector import (
     Choice,
@@ -129,7 +129,7 @@ def samples() -> Iterator[Sample]:
     outbound["key"]["remote_port"] = 80
     report = Report(
         max_connections=100,
-        kernel_events=dict.fromkeys(EVENT_KINDS, 0),
+        kernel_events=dict.fromkeys(PUBLISHED_EVENTS, 0),
         missed_events=0,
         uncertain_connections=0,
         kernel_series=0,

@@ -260,7 +260,7 @@ def test_preallocated_maps_work_too() -> None:
             client.close()
             server.close()
         assert len(at_port(tracker, peers.port)) == 8
-        assert tracker.events()["refused"] == 0
+        assert tracker.events().refused == 0
         tracker.close()
 
 
@@ -283,8 +283,8 @@ def test_a_program_that_can_interrupt_itself_counts_events_atomically() -> None:
             client.close()
         assert len(at_port(tracker, peers.port)) == 7 - 3
         events = tracker.events()
-    assert events["inserted"] >= 14  # both ends
-    assert events["removed"] >= 3 * 2
+    assert events.inserted >= 14  # both ends
+    assert events.removed >= 3 * 2
     tracker.close()
 
 
@@ -322,7 +322,8 @@ def test_without_a_count_of_missed_events_the_thread_reconciles(
         event_counters, "program_info", lambda _descriptor: np.zeros(64, np.uint64)
     )
     tracker = attach(lose_one_in=1)
-    monkeypatch.setattr(tracker, "unrecorded_closings", lambda: 0)
+    events = tracker.events
+    monkeypatch.setattr(tracker, "events", lambda: events()._replace(unrecorded=0))
     with Dumps() as dumps, Peers() as peers:
         reconciler = reconcile.Reconciler(tracker, dumps, interval_s=1, cpu_share=1)
         reconciler.start()

@@ -188,7 +188,7 @@ def test_the_next_connection_of_a_socket_shows_that_a_closing_was_missed(
     if len(known) == 98:
         pytest.fail("no new socket has the address of a closed one")
     assert len(known) == 97
-    assert tracker.events()["removed"] == before["removed"] + 2 + 1
+    assert tracker.events().removed == before.removed + 2 + 1
 
 
 def test_a_connection_that_opens_after_the_first_dump_is_not_compared(

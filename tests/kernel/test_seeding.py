@@ -80,7 +80,7 @@ def test_connections_are_seeded_in_parts(peers: Peers) -> None:
         assert len(found) == 264
         assert len(seeds(found)) == 251
         ledger = tracker.series.ledger()
-        assert int(ledger.pre_existing.sum()) == tracker.seeds()
+        assert int(ledger.pre_existing.sum()) == tracker.seeds(tracker.events())
     finally:
         tracker.close()
 
@@ -240,7 +240,9 @@ def test_a_connection_that_closes_while_seeding_does_not_stay(
     """d, e, g: It closes after any of the steps, and is not in the tracker at the end."""
     seed_with(late_tracker, monkeypatch, step, reusable.close)
     assert len(at_port(late_tracker, peers.port)) == 0
-    assert late_tracker.seeds() == len(seeds(all_connections(late_tracker)))
+    assert late_tracker.seeds(late_tracker.events()) == len(
+        seeds(all_connections(late_tracker))
+    )
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -287,7 +289,7 @@ def test_unrecorded_closings_are_counted_and_corrected(
         with Dumps(reusable.close) as dumps:
             found = reconcile._differences(late_tracker, dumps, boottime_ns()).missing
         reconcile._add(late_tracker, found)
-    assert late_tracker.unrecorded_closings() == 2
+    assert late_tracker.events().unrecorded == 2
     assert len(at_port(late_tracker, peers.port)) == 1
     time.sleep(0.01)
     with Dumps() as dumps:
@@ -320,7 +322,7 @@ def test_a_closing_that_is_recorded_while_a_seed_is_added_removes_it(
     assert opened == [int(before.opened.sum()) + 7]
     after = tracker.series.ledger()
     assert int(after.closed.sum() - before.closed.sum()) == 1
-    assert tracker.seeds() == 6
+    assert tracker.seeds(tracker.events()) == 6
 
 
 def test_closings_are_only_recorded_during_a_comparison(
@@ -360,7 +362,7 @@ def test_refused_seeds_are_counted(tracker: Tracker) -> None:
     """A seed without a free slot is counted as refused; the others are added."""
     assert len(tracker.add(invented(1031))) == SLOTS
     assert tracker.seeds_refused == 1031 - SLOTS
-    assert len(seeds(all_connections(tracker))) == tracker.seeds() == SLOTS
+    assert len(seeds(all_connections(tracker))) == tracker.seeds(tracker.events()) == SLOTS
 
 
 def test_the_program_finds_a_seed_by_its_key(peers: Peers) -> None:
@@ -372,10 +374,10 @@ def test_the_program_finds_a_seed_by_its_key(peers: Peers) -> None:
         tracker = attach()
         try:
             seed(tracker)
-            assert tracker.seeds() == 30
+            assert tracker.seeds(tracker.events()) == 30
             peers.close()
             both.close()
-            assert tracker.seeds() == 0
+            assert tracker.seeds(tracker.events()) == 0
             assert len(all_connections(tracker)) == 0
         finally:
             tracker.close()

@@ -101,7 +101,7 @@ def test_refused_connections_are_added_later(tracker: Tracker) -> None:
     assert len(slots) == SLOTS
     with Peers() as peers:
         peers.connect(7)
-        assert tracker.events()["refused"] == 14
+        assert tracker.events().refused == 14
         assert len(at_port(tracker, peers.port)) == 0
         assert tracker.release(slots, words_at(tracker, slots)) == SLOTS
         assert_each_has_one_owner(tracker)
@@ -322,7 +322,7 @@ def test_a_million_openings_lose_no_slot(
         # Since Linux 7 a task can be preempted in a tracepoint. The kernel then skips the
         # program for the next task on that CPU, even if there is only one CPU. While this
         # process waits for a CPU, it reclaims no slots.
-        reported = events["inserted"] + events["refused"]
+        reported = events.inserted + events.refused
         assert reported + tracker.missed_events() > sum(churned) / 2
         tracker.reclaim()
         assert_each_has_one_owner(tracker)

@@ -75,10 +75,10 @@ def test_openings_and_closings_are_counted(without: tuple[str, ...]) -> None:
         with Dumps() as dumps:
             reconcile.seed(tracker, dumps)
         opened = [each.getsockname()[1] for each, _ in peers.pairs]
-        before = tracker.all_events()["inserted"]
+        before = tracker.events().inserted
         peers.connect(7)
         opened += [each.getsockname()[1] for each, _ in peers.pairs[11:]]
-        assert tracker.all_events()["inserted"] >= before + 14  # both ends
+        assert tracker.events().inserted >= before + 14  # both ends
         known = at_port(tracker, peers.port)
         assert len(seeds(known)) == 11
         assert sorted(known["key"]["remote_port"]) == sorted(opened)
@@ -89,7 +89,7 @@ def test_openings_and_closings_are_counted(without: tuple[str, ...]) -> None:
             client.close()
             server.close()
         assert len(at_port(tracker, peers.port)) == 8
-        assert tracker.events()["refused"] == 0
+        assert tracker.events().refused == 0
 
 
 def test_a_connection_replaces_one_whose_closing_was_missed(
@@ -107,9 +107,9 @@ def test_a_connection_replaces_one_whose_closing_was_missed(
         _, all_words = tracker._used()
         assert not numbers(all_words[slots]).any()
         all_words[slot] = old
-        removed = tracker.all_events()["removed"]
+        removed = tracker.events().removed
         client.connect(("127.0.0.1", peers.port))
         assert words_at(tracker, slots)[0] > old
         (known,) = at_port(tracker, client.getsockname()[1])
         assert known["key"]["remote_port"] == peers.port
-        assert tracker.all_events()["removed"] == removed + 1
+        assert tracker.events().removed == removed + 1

@@ -29,6 +29,7 @@ from tcpexporter.connections.record import (
     words,
 )
 from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, Known
+from tcpexporter.ebpf.event_counters import Events
 from tcpexporter.ebpf.free_numbers import Slots
 
 NETNS = 4026531840
@@ -241,14 +242,8 @@ class FakeTracker:
     def wait_for_runs(self) -> None:
         pass
 
-    def events(self) -> dict[str, int]:
-        return {name: self._events[name] for name in ("inserted", "removed", "refused")}
-
-    def missed_events(self) -> int:
-        return self._events["missed"]
-
-    def unrecorded_closings(self) -> int:
-        return self._events["unrecorded"]
+    def events(self) -> Events:
+        return Events(*(self._events[name] for name in Events._fields))
 
     def _then(self, step: str) -> None:
         if action := self.after.pop(step, None):

@@ -168,10 +168,10 @@ def test_a_missed_closing_during_seeding_is_counted_and_corrected(
 ) -> None:
     """h: The kernel skips the program. The seed is stale until the next reconciliation."""
     closing = kernel.open(PORT, is_missed=True)
-    missed = kernel.tracker.missed_events()
+    missed = kernel.tracker.events().missed
     seed_with(kernel, "dump", lambda: kernel.close(closing, is_missed=True))
     assert remote_ports(kernel) == [PORT]
-    assert kernel.tracker.missed_events() == missed + 1
+    assert kernel.tracker.events().missed == missed + 1
     assert run(kernel) == Corrections(missed_close=1)
     assert remote_ports(kernel) == []
 
@@ -182,7 +182,7 @@ def test_a_closing_without_capacity_in_the_log_is_counted_and_corrected() -> Non
     closing = kernel.open(PORT, is_missed=True)
     seed_with(kernel, "dump", lambda: kernel.close(closing))
     assert remote_ports(kernel) == [PORT]
-    assert kernel.tracker.unrecorded_closings() == 1
+    assert kernel.tracker.events().unrecorded == 1
     assert run(kernel) == Corrections(missed_close=1)
     assert remote_ports(kernel) == []
 
@@ -244,7 +244,7 @@ def test_the_program_corrects_a_missed_closing_when_it_sees_the_socket_again(
     kernel.close(stale, is_missed=True)
     kernel.open(OTHER_PORT, address=stale.address)
     assert remote_ports(kernel) == [OTHER_PORT]
-    assert kernel.tracker.events()["removed"] == 1
+    assert kernel.tracker.events().removed == 1
     assert run(kernel) == NOTHING
 
 
@@ -417,7 +417,7 @@ def test_a_full_tracker_refuses_and_is_corrected_later() -> None:
     kernel = FakeKernel(FakeTracker(slots=1))
     first = kernel.open(PORT)
     kernel.open(OTHER_PORT)
-    assert kernel.tracker.events()["refused"] == 1
+    assert kernel.tracker.events().refused == 1
     assert run(kernel) == Corrections(refused=1)
     kernel.tracker.release(np.zeros(1, np.uint32), kernel.tracker.known().words)
     first.is_established = False

@@ -24,6 +24,11 @@ def run(reconciler: Reconciler) -> Corrections:
     return corrections
 
 
+def uncertain(reconciler: Reconciler) -> int:
+    """Return the present bound, as a scrape does."""
+    return reconciler.uncertain(reconciler._tracker.events())
+
+
 def difference(kernel: FakeKernel) -> int:
     """Return how many connections only the tracker or only the kernel has."""
     known = kernel.tracker.known()
@@ -44,9 +49,9 @@ def test_without_missed_events_the_numbers_are_exact() -> None:
     seed(kernel.tracker, FakeTables(kernel))
     reconciler = reconciler_of(kernel)
     kernel.close(kernel.open(OTHER_PORT))
-    assert reconciler.uncertain() == difference(kernel) == 0
+    assert uncertain(reconciler) == difference(kernel) == 0
     assert run(reconciler) == Corrections()
-    assert reconciler.uncertain() == 0
+    assert uncertain(reconciler) == 0
 
 
 def miss_opening(kernel: FakeKernel) -> None:
@@ -83,12 +88,12 @@ def test_missed_events_are_uncertain_until_a_run_finds_nothing(
     kernel = FakeKernel(FakeTracker())
     reconciler = reconciler_of(kernel)
     act(kernel)
-    assert reconciler.uncertain() == missed >= difference(kernel)
+    assert uncertain(reconciler) == missed >= difference(kernel)
     assert run(reconciler) == corrections
     corrected = corrections.missed_open + corrections.missed_close
-    assert reconciler.uncertain() == (missed + corrected if corrected else 0)
+    assert uncertain(reconciler) == (missed + corrected if corrected else 0)
     assert run(reconciler) == Corrections()
-    assert reconciler.uncertain() == difference(kernel) == 0
+    assert uncertain(reconciler) == difference(kernel) == 0
 
 
 def test_the_bound_does_not_include_later_namespaces() -> None:
@@ -98,11 +103,11 @@ def test_the_bound_does_not_include_later_namespaces() -> None:
     reconciler = reconciler_of(kernel)
     later = kernel.open(PORT, netns=NETNS + 1)
     kernel.close(later, is_missed=True)
-    assert reconciler.uncertain() == difference(kernel) == 1
+    assert uncertain(reconciler) == difference(kernel) == 1
     assert run(reconciler) == Corrections()
     assert difference(kernel) == 1
-    assert reconciler.uncertain() == 0
-    assert kernel.tracker.missed_events() == 1
+    assert uncertain(reconciler) == 0
+    assert kernel.tracker.events().missed == 1
 
 
 def test_an_event_that_is_missed_during_a_run_stays_uncertain() -> None:
@@ -111,7 +116,7 @@ def test_an_event_that_is_missed_during_a_run_stays_uncertain() -> None:
     tables = FakeTables(kernel, lambda: kernel.open(PORT, is_missed=True))
     reconciler = Reconciler(kernel.tracker, tables, interval_s=60, cpu_share=1)
     assert run(reconciler) == Corrections()
-    assert reconciler.uncertain() == difference(kernel) == 1
+    assert uncertain(reconciler) == difference(kernel) == 1
 
 
 def test_a_refused_connection_is_uncertain_until_it_is_added() -> None:
@@ -120,16 +125,16 @@ def test_a_refused_connection_is_uncertain_until_it_is_added() -> None:
     reconciler = reconciler_of(kernel)
     first = kernel.open(PORT)
     kernel.open(OTHER_PORT)
-    assert reconciler.uncertain() == difference(kernel) == 1
+    assert uncertain(reconciler) == difference(kernel) == 1
     for _ in range(3):
         assert run(reconciler) == Corrections(refused=1)
-        assert reconciler.uncertain() >= difference(kernel) == 1
+        assert uncertain(reconciler) >= difference(kernel) == 1
     kernel.close(first, is_missed=True)
     assert run(reconciler).missed_close == 1
-    assert reconciler.uncertain() >= difference(kernel)
+    assert uncertain(reconciler) >= difference(kernel)
     assert run(reconciler) == Corrections(missed_open=1)
     assert run(reconciler) == Corrections()
-    assert reconciler.uncertain() == difference(kernel) == 0
+    assert uncertain(reconciler) == difference(kernel) == 0
 
 
 def test_refused_seeds_are_uncertain_before_the_first_run() -> None:
@@ -141,9 +146,9 @@ def test_refused_seeds_are_uncertain_before_the_first_run() -> None:
     seed(kernel.tracker, FakeTables(kernel))
     reconciler = reconciler_of(kernel)
     assert kernel.tracker.seeds_refused == 4
-    assert reconciler.uncertain() == difference(kernel) == 4
+    assert uncertain(reconciler) == difference(kernel) == 4
     assert run(reconciler) == Corrections(refused=4)
-    assert reconciler.uncertain() == difference(kernel) == 4
+    assert uncertain(reconciler) == difference(kernel) == 4
 
 
 def test_an_unrecorded_closing_is_uncertain() -> None:
@@ -153,10 +158,10 @@ def test_an_unrecorded_closing_is_uncertain() -> None:
     kernel.tracker._events.clear()
     seed(kernel.tracker, FakeTables(kernel, lambda: kernel.close(closing)))
     reconciler = reconciler_of(kernel)
-    assert reconciler.uncertain() == difference(kernel) == 1
+    assert uncertain(reconciler) == difference(kernel) == 1
     assert run(reconciler) == Corrections(missed_close=1)
     assert run(reconciler) == Corrections()
-    assert reconciler.uncertain() == difference(kernel) == 0
+    assert uncertain(reconciler) == difference(kernel) == 0
 
 
 steps = st.lists(
@@ -200,13 +205,13 @@ def test_the_bound_is_at_least_the_difference(
             kernel.open(which, is_missed=is_missed)
         elif step == "reopen":
             kernel.open(which, address=address_of_a_closed(kernel), is_missed=is_missed)
-        assert reconciler.uncertain() >= difference(kernel)
+        assert uncertain(reconciler) >= difference(kernel)
         assert kernel.tracker.is_balanced()
     for _ in range(5):
         run(reconciler)
-    assert reconciler.uncertain() >= difference(kernel)
+    assert uncertain(reconciler) >= difference(kernel)
     if run(reconciler) == Corrections():
-        assert reconciler.uncertain() == difference(kernel) == 0
+        assert uncertain(reconciler) == difference(kernel) == 0
 
 
 def address_of_a_closed(kernel: FakeKernel) -> int | None:

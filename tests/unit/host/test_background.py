@@ -9,7 +9,6 @@ import errno
 import logging
 import os
 import threading
-from collections import Counter
 from collections.abc import Generator, Iterator
 from typing import cast
 
@@ -19,6 +18,7 @@ from tcpexporter.config.reader import ANSWERED, Message, Reader
 from tcpexporter.config.reload import Reloading, ReloadSignal
 from tcpexporter.connections.record import Records
 from tcpexporter.ebpf import reconcile
+from tcpexporter.ebpf.event_counters import Events
 from tcpexporter.ebpf.reconcile import Reconciler
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SocketTableError, ThreadError
@@ -230,14 +230,8 @@ class CountingTracker:
     def wait_for_runs(self) -> None:
         pass
 
-    def missed_events(self) -> int:
-        return self.missed
-
-    def events(self) -> Counter[str]:
-        return Counter(refused=0, inserted=self.missed)
-
-    def unrecorded_closings(self) -> int:
-        return 0
+    def events(self) -> Events:
+        return Events(self.missed, 0, 0, 0, 0, 0, self.missed)
 
 
 @pytest.mark.parametrize(("error", "sentence"), FAULTS)
