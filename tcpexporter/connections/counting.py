@@ -52,6 +52,12 @@ class Values:
             )
         )
 
+    def is_used(self) -> npt.NDArray[np.bool_]:
+        """Return which rows have, or once had, a connection or an attempt."""
+        counted = self.established | self.opened | self.closed | self.failed
+        used: npt.NDArray[np.bool_] = (counted | self.pre_existing) != 0
+        return used
+
     def only(self, chosen: npt.NDArray[Any]) -> "Values":
         """Return the chosen rows."""
         return Values(*(getattr(self, each.name)[chosen] for each in fields(self)))
@@ -112,6 +118,7 @@ class Projection:
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
         self._series: Series = np.empty(0, SERIES_BYTES)
+        self._used: npt.NDArray[np.bool_] = np.empty(0, np.bool_)
         self._owners: Cgroups = np.empty(0, np.uint64)
         self._chosen: npt.NDArray[np.intp] = np.empty(0, np.intp)
         self._merged: Series = np.empty(0, SERIES_BYTES)
@@ -123,7 +130,7 @@ class Projection:
     def of(
         self, series: Series, values: Values, *, total: int, seen: SeenClients | None
     ) -> Counts:
-        """Return the counts of the series in use.
+        """Return the counts of the series of all numbers in use.
 
         Args:
             series: of each number; `NO_SERIES`: the number is free.
@@ -132,22 +139,27 @@ class Projection:
             seen: as in `Counts`.
         """
         owners = owners_of(series, self.selection)
+        used = values.is_used()
         if not (
-            np.array_equal(series, self._series) and np.array_equal(owners, self._owners)
+            np.array_equal(series, self._series)
+            and np.array_equal(used, self._used)
+            and np.array_equal(owners, self._owners)
         ):
-            chosen = np.flatnonzero(is_selected(series, self.selection))
+            chosen = np.flatnonzero(used & is_selected(series, self.selection))
             merged, place = np.unique(
                 projected(series[chosen], self.selection), return_inverse=True
             )
             rows = np.full(len(series), -1)
             rows[chosen] = place
+            if len(merged) == len(chosen):  # in this order, there is nothing to add up
+                chosen, place = chosen[np.argsort(place)], place[:0]
             # All at once: the statements above may fail for lack of memory.
             self._chosen, self._merged, self._place = chosen, merged, place
-            self._rows, self._series, self._owners = rows, series, owners
-        summed = values.only(self._chosen).summed(self._place, len(self._merged))
-        counts = Counts(self._merged, summed, total, self._rows, seen)
-        is_used = summed.established | summed.opened | summed.failed | summed.pre_existing
-        return counts.only(np.flatnonzero(is_used))
+            self._rows, self._series, self._used, self._owners = rows, series, used, owners
+        values = values.only(self._chosen)
+        if len(self._merged) < len(self._chosen):
+            values = values.summed(self._place, len(self._merged))
+        return Counts(self._merged, values, total, self._rows, seen)
 
     def listened(self, listeners: Records) -> Series:
         """Return the selected series of ``listeners``, of dtype `LISTENER`."""

@@ -2,8 +2,10 @@
 """Limits the number of series in an exposition, by adding up the smallest ones."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tcpexporter.connections.counting import Counts
 from tcpexporter.connections.selection import Selection, folding_steps
@@ -11,7 +13,73 @@ from tcpexporter.connections.series import FOLDED, SERIES, SERIES_BYTES, Series
 from tcpexporter.connections.sets import distinct, is_in
 
 
-def fold(
+class _Layout(NamedTuple):
+    """Which series an exposition has."""
+
+    series: Series
+    place: npt.NDArray[np.intp]
+    """For each of the counted series, the index of the series that it is added to."""
+    left_out: int
+    """The number of series in use that are left out."""
+    is_complete: bool = False
+    """Whether nothing is left out or folded: then it does not depend on the counts."""
+
+
+class Folder:
+    """Limits the number of series in one exposition after the other."""
+
+    def __init__(self) -> None:
+        self._given: Sequence[object] = ()
+        self._layout = _Layout(np.empty(0, SERIES_BYTES), np.empty(0, np.intp), 0)
+
+    def fold(
+        self,
+        counts: Counts,
+        *,
+        listening: Series,
+        named: Series,
+        published: Series,
+        max_series: int,
+        selection: Selection,
+    ) -> tuple[Counts, int]:
+        """Limit the number of series in an exposition.
+
+        The connections of a series that is left out are added to a folded series, without
+        port. There is one for each combination of the other labels, so the sums do not
+        change. A series without a port is not folded by port: there is only one for each
+        combination. If there are more than ``max_series`` of both kinds, the rest are added
+        to series for all other owners, and then to series for all other namespaces.
+
+        Args:
+            counts: the counts of all series.
+            listening: the series that have a listener now.
+            named: the series that are never left out.
+            published: the series of the previous exposition, including folded ones. A
+                series that is not in use any more stays, at 0, while there is capacity. A
+                folded series always stays.
+            max_series: the maximum number of series that are not folded, unless more are
+                named.
+            selection: what the series were selected and projected by.
+
+        Returns:
+            The counts of the exposition, and the number of series in use that are left out.
+        """
+        given = (counts.series, listening, named, published, max_series, selection)
+        # Most scrapes have the same arrays as the previous one.
+        if not (self._layout.is_complete and [*map(id, given)] == [*map(id, self._given)]):
+            self._layout = _lay_out(
+                counts,
+                listening=listening,
+                named=named,
+                published=published,
+                max_series=max_series,
+                selection=selection,
+            )
+            self._given = given
+        return counts.moved(self._layout.series, self._layout.place), self._layout.left_out
+
+
+def _lay_out(
     counts: Counts,
     *,
     listening: Series,
@@ -19,28 +87,7 @@ def fold(
     published: Series,
     max_series: int,
     selection: Selection,
-) -> tuple[Counts, int]:
-    """Limit the number of series in an exposition.
-
-    The connections of a series that is left out are added to a folded series, without port.
-    There is one for each combination of the other labels, so the sums do not change. A
-    series without a port is not folded by port: there is only one for each combination. If
-    there are more than ``max_series`` of both kinds, the rest are added to series for all
-    other owners, and then to series for all other namespaces.
-
-    Args:
-        counts: the counts of all series.
-        listening: the series that have a listener now.
-        named: the series that are never left out.
-        published: the series of the previous exposition, including folded ones. A series
-            that is not in use any more stays, at 0, while there is capacity. A folded
-            series always stays.
-        max_series: the maximum number of series that are not folded, unless more are named.
-        selection: what the series were selected and projected by.
-
-    Returns:
-        The counts of the exposition, and the number of series in use that are left out.
-    """
+) -> _Layout:
     steps = folding_steps(selection)
     limit = max(max_series, len(named)) if steps else np.iinfo(np.int64).max
     own = [_not_folded(each) for each in (counts.series, published)]
@@ -49,7 +96,9 @@ def fold(
     if len(everything) <= limit:
         kept = everything
         if len(own[0]) == len(counts.series) and not is_folded.any():
-            return counts.moved(kept, np.searchsorted(kept, own[0])), 0
+            # If it is the same array, the next scrape has it too.
+            kept = published if np.array_equal(kept, published) else kept
+            return _Layout(kept, np.searchsorted(kept, own[0]), 0, is_complete=True)
     else:
         kept = _kept(everything, counts, listening, own[1], named)[:limit]
     folded = np.setdiff1d(distinct(counts.series, listening), kept, assume_unique=True)
@@ -57,7 +106,7 @@ def fold(
     exposed = distinct(kept, others)
     place = np.searchsorted(exposed, _found(counts.series, exposed, steps))
     left_out = np.setdiff1d(_not_folded(folded), exposed, assume_unique=True)
-    return counts.moved(exposed, place), len(left_out)
+    return _Layout(exposed, place, len(left_out))
 
 
 def _not_folded(series: Series) -> Series:

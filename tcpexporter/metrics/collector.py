@@ -18,10 +18,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from tcpexporter import clock
-from tcpexporter.connections.clients import ClientCounts
 from tcpexporter.connections.counting import Counts, Projection, count
 from tcpexporter.connections.expected import Rule
-from tcpexporter.connections.folding import fold
+from tcpexporter.connections.folding import Folder
 from tcpexporter.connections.parts import TIME_SHIFT, Direction
 from tcpexporter.connections.selection import Selection, is_still_selected
 from tcpexporter.connections.series import FOLDED, OUTBOUND, REMOTE_PORT, SERIES, Series
@@ -29,6 +28,7 @@ from tcpexporter.connections.sets import distinct, is_in
 from tcpexporter.connections.slot_counts import Counters, SlotCounts
 from tcpexporter.connections.source import Source
 from tcpexporter.host.background import Task
+from tcpexporter.metrics.client_families import client_families
 from tcpexporter.metrics.expected_families import expected_families
 from tcpexporter.metrics.exporter_status import (
     BackgroundCollector,
@@ -104,6 +104,7 @@ class ConnectionCollector(Collector):
         self._published = choice.named
         self._slots = SlotCounts()
         self._projection = Projection(choice.selection)
+        self._folder = Folder()
         self._labelled_by: object = None
         self._label_sets = LabelSets((), ())
         self._gone_ns: dict[int, int] = {}
@@ -210,7 +211,7 @@ class ConnectionCollector(Collector):
             self._forget_renamed(names)
             self._forget_gone({*names, *_namespaces(present, listening)}, now_ns)
             counts = self._without_forgotten(counts)
-        page, folded = fold(
+        page, folded = self._folder.fold(
             counts,
             listening=listening,
             named=choice.named,
@@ -316,7 +317,7 @@ class ConnectionCollector(Collector):
         for name, text, kind, numbers in families:
             yield SeriesFamily(name, text, kind, label_sets, numbers.tolist())
         if clients := counts.clients():
-            yield from _client_families(clients, label_sets)
+            yield from client_families(clients, label_sets)
         if self._bounds_s:
             chosen = [ages_s.index(each) for each in self._bounds_s]
             yield self._lifetimes(counts, label_sets)
@@ -387,32 +388,6 @@ def _owner_info(owners: OwnerNumbers, series: Series, limit: int) -> Metric:
     for each in itertools.islice(owners.present(numbers), limit):
         family.add_metric(each, 1)
     return family
-
-
-def _client_families(clients: ClientCounts, labels: LabelSets) -> Iterator[Metric]:
-    yield SeriesFamily(
-        "tcp_established_clients",
-        "Distinct clients (--client-prefix) that have an established TCP connection.",
-        "gauge",
-        labels,
-        clients.established.tolist(),
-    )
-    yield SeriesFamily(
-        "tcp_longterm_clients",
-        "Distinct clients that have a TCP connection of at least"
-        " tcpexporter_duration_seconds.",
-        "gauge",
-        labels,
-        clients.long_term.tolist(),
-    )
-    yield SeriesFamily(
-        "tcp_largest_client_connections",
-        "Established TCP connections of the client that has most; nearly all of them if the"
-        " clients come through a proxy.",
-        "gauge",
-        labels,
-        clients.largest.tolist(),
-    )
 
 
 def _seconds(units: np.int64) -> float:

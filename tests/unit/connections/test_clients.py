@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tcpexporter.connections.clients import Chunk, ClientTable, SeenClients
 from tcpexporter.connections.counting import Counts, Projection, count
-from tcpexporter.connections.folding import fold
+from tcpexporter.connections.folding import Folder
 from tcpexporter.connections.memory_ledger import MemoryLedger
 from tcpexporter.connections.parts import NO_LISTENER, Direction, client_masks
 from tcpexporter.connections.record import CLOSED, Records, words
@@ -203,7 +203,7 @@ def test_a_client_of_several_folded_series_is_one_client(
     selected = selection(labels=labels)
     since_ns = 100 * UNIT_NS
     none = named((), OWN_NETNS, selected)
-    exposed, _ = fold(
+    exposed, _ = Folder().fold(
         counted(everything, selected, since_ns),
         listening=none,
         named=none,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Limits of the number of series: the sums stay, and the largest series are kept."""
 
+import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.counting import Counts, Values
-from tcpexporter.connections.folding import fold
+from tcpexporter.connections.folding import Folder
 from tcpexporter.connections.parts import OWNER_LABELS, PORTS, Direction
 from tcpexporter.connections.selection import Selection, folding_steps
 from tcpexporter.connections.series import FOLDED, SERIES, Series
@@ -84,7 +85,7 @@ def folded(
     published: Iterable[SeriesKey] = (),
 ) -> tuple[dict[SeriesKey, int], int]:
     """Return the connections of each exposed series, and the number of folded series."""
-    exposed, number = fold(
+    exposed, number = Folder().fold(
         counts_of(numbers),
         listening=series_of(listening),
         named=series_of(named),
@@ -230,7 +231,7 @@ def test_folding_keeps_the_sums(
     """The limit holds, the largest series stay, and folding again changes nothing."""
     counts = counts_of(numbers)
     given_series = {"listening": series_of(listening), "named": series_of(named_series)}
-    exposed, number = fold(
+    exposed, number = Folder().fold(
         counts,
         **given_series,
         published=series_of(published),
@@ -261,7 +262,7 @@ def test_folding_keeps_the_sums(
 
     smallest = min(map(worth, kept - named_series), default=None)
     assert smallest is None or all(worth(each) <= smallest for each in used - kept)
-    again, _ = fold(
+    again, _ = Folder().fold(
         counts,
         **given_series,
         published=exposed.series,
@@ -289,7 +290,7 @@ def test_the_order_of_connections_does_not_change_the_counts(
     shuffled = random.Random(seed).sample(connections, len(connections))  # noqa: S311
     nothing = series_of([])
     first, second = (
-        fold(
+        Folder().fold(
             counted(each, selected, 100 << 13),
             listening=nothing,
             named=nothing,
@@ -329,7 +330,7 @@ def test_folding_keeps_the_sums_for_any_labels(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("tcpexporter.connections.memory_ledger.CAPACITY", capacity)
             counts = counted(connections, selected, 100 << 13, 0)
-        exposed, number = fold(
+        exposed, number = Folder().fold(
             counts,
             listening=series_of([]),
             named=series_of([]),
@@ -370,7 +371,7 @@ def test_nothing_is_folded_without_a_label_that_has_many_values() -> None:
     ]
     selected = selection(directions=BOTH, labels=("tcp_version", "direction"))
     nothing = series_of([])
-    exposed, number = fold(
+    exposed, number = Folder().fold(
         counted(connections, selected),
         listening=nothing,
         named=nothing,
@@ -387,7 +388,7 @@ def folded_rows(
     connections: Sequence[Connection], selected: Selection, published: Series, most: int
 ) -> tuple[dict[tuple[str, ...], int], Series]:
     """Fold; return the connections by label values, and the series."""
-    exposed, _ = fold(
+    exposed, _ = Folder().fold(
         counted(connections, selected),
         listening=series_of([]),
         named=series_of([]),
@@ -432,3 +433,46 @@ def test_a_series_without_port_is_not_folded_by_port() -> None:
     assert first == {("",): 1, ("5432",): 3, ("other",): 2}
     second, _ = folded_rows([Connection()] * 7 + outbound, selected, published, 1)
     assert second == {("",): 7, ("other",): 5}
+
+
+SETS_OF_PORTS = ((), (80, 443), (22, 80, 443), (22, 5432, 8443))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, len(SETS_OF_PORTS) - 1)), max_size=17
+    ),
+    st.integers(1, 7),
+)
+def test_a_folder_keeps_only_what_stays_the_same(
+    changes: list[tuple[int, int]], max_series: int
+) -> None:
+    """Each exposition is that of a new folder, for any sequence of scrapes.
+
+    A change sets the ports with connections, with listeners, or of --port. Three scrapes
+    follow each change. A source returns the same arrays while nothing changes.
+    """
+    counted = [counts_of(dict.fromkeys(ports_in(*each), 3)) for each in SETS_OF_PORTS]
+    series = [each.series for each in counted]
+    folder, published = Folder(), series[0]
+    chosen = [0, 0, 0]
+    for changed, to in itertools.chain.from_iterable(zip(*[changes] * 3, strict=True)):
+        chosen[changed] = to
+        opened, listening, named = chosen
+        arrays = {
+            "listening": series[listening],
+            "named": series[named],
+            "published": published,
+        }
+        page, left_out = folder.fold(
+            counted[opened], **arrays, max_series=max_series, selection=PER_NETNS
+        )
+        expected, expected_left_out = Folder().fold(
+            counted[opened], **arrays, max_series=max_series, selection=PER_NETNS
+        )
+        assert left_out == expected_left_out
+        assert page.series.tolist() == expected.series.tolist()
+        for each in fields(page.values):
+            found = getattr(page.values, each.name)
+            assert np.array_equal(found, getattr(expected.values, each.name)), each.name
+        published = page.series
