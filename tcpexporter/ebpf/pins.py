@@ -136,6 +136,10 @@ class Pins:
         """Unlock the directory; its content stays."""
         os.close(self._descriptor)
 
+    def has_connections(self) -> bool:
+        """Return whether a previous run has left connections to adopt."""
+        return bool(self._complete())
+
     def adopt(self, tracker: Tracker, counted: Request, tables: ConnectionTables) -> None:
         """Add the connections of previous generations to a tracker, and their counters.
 
@@ -148,7 +152,7 @@ class Pins:
             PinError: a pinned object is not of the expected kind.
             TrackerError: the kernel refuses a map operation.
         """
-        complete = [each for each in self._generations() if (each / LINK).exists()]
+        complete = self._complete()
         for each in complete:
             with _Generation.open(each, counted, tables) as generation:
                 reconcile.seed(tracker, generation)
@@ -222,6 +226,10 @@ class Pins:
             os.rmdir(generation.name, dir_fd=self._descriptor)
         except OSError as error:
             raise _not_removed(generation, error) from error
+
+    def _complete(self) -> list[Path]:
+        """Return the directories of generations whose program still records."""
+        return [each for each in self._generations() if (each / LINK).exists()]
 
     def _generations(self) -> list[Path]:
         """Return the directories of all generations, the oldest first."""

@@ -102,9 +102,10 @@ import contextlib
 import logging
 import time
 from collections.abc import Generator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -119,7 +120,7 @@ from tcpexporter.ebpf.event_counters import Events
 from tcpexporter.ebpf.free_numbers import Slots
 from tcpexporter.ebpf.schedule import EventCounts, Schedule
 from tcpexporter.errors import enough_memory
-from tcpexporter.host.background import Task, ahead
+from tcpexporter.host.background import Task, ahead, in_thread
 
 log = logging.getLogger(__name__)
 
@@ -170,10 +171,21 @@ class Corrections:
 NOTHING = Corrections()
 
 
-@dataclass(frozen=True)
-class _Differences:
-    missing: Records
-    """The connections that only the tables have, of dtype `SOCKET`."""
+class Dump(NamedTuple):
+    """The connections of one dump of the socket tables."""
+
+    began_ns: int
+    """When the first dump of a run began, on CLOCK_BOOTTIME."""
+    hashes: Hashes
+    """Of the keys of the connections."""
+
+
+class Comparison(NamedTuple):
+    """A dump, and how it differs from the tracker."""
+
+    dump: Dump
+    is_missing: npt.NDArray[np.bool_]
+    """Which connections of the dump the tracker does not have."""
     gone: Known
     """The connections that only the tracker has."""
 
@@ -212,8 +224,36 @@ def seed_in_parts(
         tracker.release_closed(np.concatenate(added), pre_existing=True)
 
 
+def begin_dump(
+    tracker: TrackedConnections, parts: Generator[Records, None, None]
+) -> "Future[Dump]":
+    """Start a thread that does the first dump of `reconcile`.
+
+    Args:
+        tracker: a tracker whose program is already attached.
+        parts: reads the tables, of dtype `SOCKET`.
+
+    Raises:
+        TrackerError: the kernel refuses a map operation.
+        ThreadError: the kernel refuses another thread.
+    """
+    tracker.wait_for_runs()
+    began_ns = boottime_ns()
+
+    def dump() -> Dump:
+        with contextlib.closing(parts):
+            found = [np.empty(0, np.uint64), *(hashes(each["key"]) for each in parts)]
+        return Dump(began_ns, np.concatenate(found))
+
+    return in_thread("dump", dump)
+
+
 def reconcile(
-    tracker: TrackedConnections, tables: ConnectionTables, *, pre_existing: bool = False
+    tracker: TrackedConnections,
+    tables: ConnectionTables,
+    *,
+    pre_existing: bool = False,
+    first: Comparison | None = None,
 ) -> Corrections:
     """Correct the tracker where two comparisons show the same difference to the tables.
 
@@ -222,6 +262,7 @@ def reconcile(
         tables: the socket tables.
         pre_existing: whether added connections count as pre-existing, because this is the
             first comparison after a start; otherwise they count as opened.
+        first: the first comparison, if it was done before.
 
     Returns:
         The numbers of connections that were added, removed and refused.
@@ -229,43 +270,46 @@ def reconcile(
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
-    tracker.wait_for_runs()
-    began_ns = boottime_ns()
-    first = _differences(tracker, tables, began_ns)
-    if not len(first.missing) and not len(first.gone.slots):
+    if first is None:
+        tracker.wait_for_runs()
+        began_ns = boottime_ns()
+        found = hashes(tables.established(with_ages=False)["key"])
+        first = compare(tracker, tables, Dump(began_ns, found))
+    if not first.is_missing.any() and not len(first.gone.slots):
         return NOTHING
     refused = tracker.seeds_refused
     with tracker.recording_closings():
-        second = _differences(tracker, tables, began_ns, with_ages=True)
-        is_missing = is_in(hashes(second.missing["key"]), hashes(first.missing["key"]))
-        missing = second.missing[is_missing]
-        added = _add(tracker, missing, pre_existing=pre_existing)
+        established = tables.established(with_ages=True)
+        dump = Dump(first.dump.began_ns, hashes(established["key"]))
+        second = compare(tracker, tables, dump)
+        is_missing = second.is_missing & is_in(
+            dump.hashes, first.dump.hashes[first.is_missing]
+        )
+        added = _add(tracker, established[is_missing], pre_existing=pre_existing)
     gone = first.gone.only(is_in(first.gone.slots, second.gone.slots))
     # A new connection in the same slot has another time, and stays.
     removed = tracker.release(gone.slots, gone.words)
     return Corrections(added, removed, tracker.seeds_refused - refused)
 
 
-def _differences(
-    tracker: TrackedConnections,
-    tables: ConnectionTables,
-    before_ns: int,
-    *,
-    with_ages: bool = False,
-) -> _Differences:
-    """Compare one dump with one reading of the tracker.
+def compare(
+    tracker: TrackedConnections, tables: ConnectionTables, dump: Dump
+) -> Comparison:
+    """Compare a dump with the present tracker.
 
-    A connection of the tracker is compared only if it was established before ``before_ns``.
+    A connection of the tracker is compared only if it was established before ``began_ns``
+    of the dump.
+
+    Raises:
+        TrackerError: the kernel refuses a map operation.
     """
-    established = tables.established(with_ages=with_ages)
     known = tracker.known()
-    found = hashes(established["key"])
-    is_missing = _surplus(found, known.hashes)
-    missing = established if is_missing.all() else established[is_missing]
+    is_missing = _surplus(dump.hashes, known.hashes)
     is_judged = is_in(known.netns, tables.namespaces())  # o
-    judged = known.only(is_judged & (known.established_ns < before_ns))  # m
+    judged = known.only(is_judged & (known.established_ns < dump.began_ns))  # m
     precedence = np.where(judged.is_seed, np.uint64(0), judged.established_ns)
-    return _Differences(missing, judged.only(_surplus(judged.hashes, found, precedence)))
+    is_gone = _surplus(judged.hashes, dump.hashes, precedence)
+    return Comparison(dump, is_missing, judged.only(is_gone))
 
 
 def _surplus(

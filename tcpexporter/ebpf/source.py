@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,15 @@ from tcpexporter.connections.snapshot import first_seen, valid_connections
 from tcpexporter.connections.source import Report
 from tcpexporter.ebpf.loading import Loading
 from tcpexporter.ebpf.pins import Pins
-from tcpexporter.ebpf.reconcile import Reconciler, reconcile, seed, seed_in_parts
+from tcpexporter.ebpf.reconcile import (
+    Comparison,
+    Reconciler,
+    begin_dump,
+    compare,
+    reconcile,
+    seed,
+    seed_in_parts,
+)
 from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SourceError
@@ -91,9 +100,16 @@ class EbpfSource:
                 raise SourceError(
                     f"--netns {netns} was deleted and created again: restart the exporter"
                 )
+            self._compared: Comparison | None = None
             if self._pins:
+                dump = None
+                if self._pins.has_connections():
+                    dump = begin_dump(self._tracker, self._tables.parts(with_ages=False))
+                    undo.callback(wait, [dump])
                 self._pins.adopt(self._tracker, counted, self._tables)
                 self._pins.pin(descriptors, counted)
+                if dump:
+                    self._compared = compare(self._tracker, self._tables, dump.result())
             undo.pop_all()
         self._reconciler = Reconciler(
             self._tracker,
@@ -107,7 +123,8 @@ class EbpfSource:
 
     def start(self) -> None:
         if self._pins and self._pins.adopted:
-            reconcile(self._tracker, self._tables, pre_existing=True)
+            first, self._compared = self._compared, None
+            reconcile(self._tracker, self._tables, pre_existing=True, first=first)
         elif self._state:
             seed(self._tracker, self._state.aged(self._tables))
         else:

@@ -60,15 +60,24 @@ def ahead(items: Generator[_T, None, None]) -> Generator[_T, None, None]:
 
 def _next_of(items: Iterator[_T]) -> "Future[tuple[_T, ...]]":
     """Start a thread that gets the next item; the result is empty if there is none."""
-    outcome: Future[tuple[_T, ...]] = Future()
+    return in_thread("ahead", lambda: tuple(itertools.islice(items, 1)))
+
+
+def in_thread(name: str, work: Callable[[], _T]) -> "Future[_T]":
+    """Call a function in a thread of this name; return its future result or error.
+
+    Raises:
+        ThreadError: the kernel refuses another thread.
+    """
+    outcome: Future[_T] = Future()
 
     def run() -> None:
         try:
-            outcome.set_result(tuple(itertools.islice(items, 1)))
+            outcome.set_result(work())
         except BaseException as error:
             outcome.set_exception(error)
 
-    start(threading.Thread(target=run, name="ahead", daemon=True))
+    start(threading.Thread(target=run, name=name, daemon=True))
     return outcome
 
 

@@ -129,11 +129,14 @@ class SocketTables:
             self._close_unused(used)
         return entries.concatenate(found, SOCKET)
 
-    def parts(self) -> Generator[Records, None, None]:
-        """Read the same as `established`, with ages, many connections at a time.
+    def parts(self, *, with_ages: bool = True) -> Generator[Records, None, None]:
+        """Read the same as `established`, many connections at a time.
 
         The listeners are read before the connections. So a connection whose listener is
         newer may be outbound.
+
+        Args:
+            with_ages: as for `established`.
 
         Yields:
             Connections of dtype `SOCKET`. A part shows what the tables had when the
@@ -143,13 +146,14 @@ class SocketTables:
             SocketTableError: a table cannot be read, or has an unknown format.
         """
         if self.name == "procfs":  # reading its listeners would read everything twice
-            yield self.established()
+            yield self.established(with_ages=with_ages)
             return
         with self._dump_lock:
             for reader in self._readers:
                 with self._listeners_lock:
                     has_listener = entries.listening_ports(reader.listening())
-                yield from entries.parts(reader.entries(with_ages=True), has_listener)
+                chunks = reader.entries(with_ages=with_ages)
+                yield from entries.parts(chunks, has_listener)
 
     def listeners(self) -> Records:
         """Read the listening ports, of dtype `LISTENER`, each once.

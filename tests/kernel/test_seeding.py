@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tcpexporter.clock import boottime_ns
+from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.parts import Direction
 from tcpexporter.connections.record import Records
 from tcpexporter.ebpf import loader, reconcile
@@ -287,8 +288,10 @@ def test_unrecorded_closings_are_counted_and_corrected(
         values = handles.astype(np.uint32)
         assert late_tracker._closings._map.put_all(handles, values) == len(handles)
         with Dumps(reusable.close) as dumps:
-            found = reconcile._differences(late_tracker, dumps, boottime_ns()).missing
-        reconcile._add(late_tracker, found)
+            shown = dumps.established(with_ages=True)
+            dump = reconcile.Dump(boottime_ns(), hashes(shown["key"]))
+            is_missing = reconcile.compare(late_tracker, dumps, dump).is_missing
+        reconcile._add(late_tracker, shown[is_missing])
     assert late_tracker.events().unrecorded == 2
     assert len(at_port(late_tracker, peers.port)) == 1
     time.sleep(0.01)
