@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.clients import Chunk
-from tcpexporter.connections.identity import hashes
+from tcpexporter.connections.identity import hashes, is_first
 from tcpexporter.connections.memory_ledger import MemoryLedger
 from tcpexporter.connections.parts import Parts
 from tcpexporter.connections.record import SOCKET, Records, Words
@@ -79,7 +79,7 @@ class PollingSource:
             ThreadError: the kernel refuses another thread.
         """
         tables = self._state.aged(self._tables) if self._state else self._tables
-        self._last = tables.established(with_ages=True)
+        self._last = _distinct(tables.established(with_ages=True))
         self._chunk = self._counted.count(self._last)
         self._counted.record_pre_existing(self._chunk.words)
         self._records_and_words = self._last, self._chunk.words
@@ -128,7 +128,8 @@ class PollingSource:
         and opens again between them looks as if it had stayed open.
         """
         now_ns = boottime_ns()
-        now = first_seen(self._tables.established(with_ages=False), [self._last])
+        shown = _distinct(self._tables.established(with_ages=False))
+        now = first_seen(shown, [self._last])
         found, before = hashes(now["key"]), hashes(self._last["key"])
         is_open = is_in(before, found)
         self._counted.record_closed(self._chunk.words[~is_open], now_ns)
@@ -139,3 +140,9 @@ class PollingSource:
         self._ledger, self._chunk = self._counted.snapshot(), chunk
         self._records_and_words = now, chunk.words
         self._last = now
+
+
+def _distinct(shown: Records) -> Records:
+    """Return each connection once: a dump can repeat one that stays open."""
+    is_new = is_first(hashes(shown["key"]))
+    return shown if is_new.all() else shown[is_new]

@@ -297,6 +297,19 @@ def to_ports(*ports: int, seen_ns: int = 0) -> Records:
     return connections(*ports, seen_ns=seen_ns, direction=Direction.OUTBOUND)
 
 
+def test_a_connection_that_a_dump_repeats_is_counted_once() -> None:
+    """The first poll may repeat it, or a later one; nothing opens or closes."""
+    tables, source = polled()
+    tables.found = to_ports(80, 443, 80)
+    source.start()
+    assert counters(source) == {80: (0, 0, 1), 443: (0, 0, 1)}
+    for ports in ((80, 443, 443, 443), (80, 443), (443, 80, 443)):
+        tables.found = to_ports(*ports)
+        source._poll()
+        assert np.count_nonzero(read(source)) == 2
+        assert counters(source) == {80: (0, 0, 1), 443: (0, 0, 1)}
+
+
 def test_what_opens_and_closes_between_polls_is_counted() -> None:
     """Connections of the first poll are pre-existing."""
     tables, source = polled()
