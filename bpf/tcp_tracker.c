@@ -54,6 +54,7 @@
 #define TCP_ESTABLISHED 1
 #define TCP_SYN_SENT 2
 #define TCP_CLOSE 7
+#define TCP_LISTEN 10
 
 #define LOCAL_PORT 1
 #define REMOTE_PORT 2
@@ -636,10 +637,15 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 	struct tracker_events *count;
 	int first = 0;
 	bool has_failed;
+	bool is_listener;
 	__u32 netns;
 
 	has_failed = OUTBOUND_PORT && oldstate == TCP_SYN_SENT && newstate == TCP_CLOSE;
-	if (newstate != TCP_ESTABLISHED && oldstate != TCP_ESTABLISHED && !has_failed)
+	/* An accepted socket is a copy of the listener: it goes on to SYN_RECV. */
+	is_listener =
+	    newstate == TCP_LISTEN || (oldstate == TCP_LISTEN && newstate == TCP_CLOSE);
+	if (newstate != TCP_ESTABLISHED && oldstate != TCP_ESTABLISHED && !has_failed &&
+	    !is_listener)
 		return 0;
 	/* MPTCP's own socket has another protocol number, and is not counted. */
 	if (LOAD(__u16, sk, SK_PROTOCOL_OFFSET) != IPPROTO_TCP)
@@ -650,6 +656,10 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 	count = events.lookup(&first);
 	if (!count)
 		return 0;
+	if (is_listener) {
+		COUNT(count->listening);
+		return 0;
+	}
 #ifdef LOSE_ONE_IN
 	/* For tests: ignore and count the event, as if the kernel skipped it. */
 	if (bpf_get_prandom_u32() % LOSE_ONE_IN == 0) {

@@ -93,6 +93,7 @@ struct tracker_events {
 	__u64 removed_seeds; /* seeds; `removed` includes them */
 	__u64 allocated;     /* slots that were allocated */
 	__u64 unrecorded;    /* closings that did not fit into the closings log */
+	__u64 listening;     /* listeners that have appeared or disappeared */
 };
 
 #endif

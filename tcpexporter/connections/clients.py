@@ -128,11 +128,13 @@ class ClientTable:
         """
         begin = self._begin(numbers)
         established = np.diff(begin)
-        young, connections = _distinct(young[young >= _FIRST])
-        at = np.searchsorted(self._keys, young)
-        has_only_young = self._connections[at] == connections
-        only_young = numbers_of(young[has_only_young])
-        long_term = established - np.bincount(only_young, minlength=numbers)[:numbers]
+        long_term = established
+        if len(young):
+            young, connections = _distinct(young[young >= _FIRST])
+            at = np.searchsorted(self._keys, young)
+            has_only_young = self._connections[at] == connections
+            only_young = numbers_of(young[has_only_young])
+            long_term = established - np.bincount(only_young, minlength=numbers)[:numbers]
         largest = np.zeros(numbers, np.int64)
         used = np.flatnonzero(established)
         if len(used):

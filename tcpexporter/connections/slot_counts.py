@@ -168,8 +168,11 @@ def copies(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
     All pieces use the same memory: after large arrays have been freed, glibc returns their
     memory to the kernel, and then each new page costs a page fault.
     """
-    memory = np.empty((2, PIECE), np.uint64)
+    memory = np.empty((2, 0), np.uint64)
     for words, clients in chunks:
+        size = min(len(words), PIECE)
+        if memory.shape[1] < size:
+            memory = np.empty((2, size), np.uint64)
         for first in range(0, len(words), PIECE):
             piece = words[first : first + PIECE]
             copied, of = memory[:, : len(piece)]

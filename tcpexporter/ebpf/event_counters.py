@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.maps import FIRST, Map, map_errors, possible_cpus, program_info
@@ -31,6 +32,8 @@ class Events(NamedTuple):
     """Slots that it has allocated."""
     unrecorded: int
     """Closings that it did not record, because the closings log was full."""
+    listening: int
+    """Listeners that have appeared or disappeared."""
     missed: int
     """As `EventCounters.missed_events` returns it."""
 
@@ -55,9 +58,23 @@ class EventCounters:
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
+        counts = self._read().sum(axis=0)
+        return Events._make((*counts.tolist(), self.missed_events()))
+
+    @map_errors()
+    def listening(self) -> int:
+        """Return how many listeners have appeared or disappeared, as in `Events`.
+
+        Raises:
+            TrackerError: the kernel refuses a map operation.
+        """
+        return int(self._read()[:, EVENT_KINDS.index("listening")].sum())
+
+    def _read(self) -> npt.NDArray[np.uint64]:
+        """Return the counters of each CPU, in the order of `EVENT_KINDS`."""
         counts = np.zeros((self._cpus, len(EVENT_KINDS)), np.uint64)
         self._counters.read(FIRST, counts)
-        return Events._make((*counts.sum(axis=0).tolist(), self.missed_events()))
+        return counts
 
     @map_errors()
     def missed_events(self) -> int:

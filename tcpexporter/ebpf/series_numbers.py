@@ -139,7 +139,8 @@ class SeriesNumbers:
         Raises:
             TrackerError: the kernel refuses to map the ledger.
         """
-        return int(np.count_nonzero(_in_use(self._entries()[SERIES_FIRST:])))
+        _, is_used = self._entries_and_use()
+        return int(np.count_nonzero(is_used[SERIES_FIRST:]))
 
     @map_errors()
     def ledger(self) -> Ledger:
@@ -148,20 +149,26 @@ class SeriesNumbers:
         Raises:
             TrackerError: the kernel refuses to map the ledger.
         """
-        entries = self._entries()
-        used = int(np.flatnonzero(_in_use(entries))[-1]) + 1
+        entries, is_used = self._entries_and_use()
+        used = int(np.flatnonzero(is_used)[-1]) + 1
         corrections = self._corrections.upto(used)
         with self._moving:
             return ledger_of(entries[:used], corrections[:used])
 
     def _entries(self) -> "npt.NDArray[np.void]":
         """Return all entries that were ever used."""
+        return self._entries_and_use()[0]
+
+    def _entries_and_use(self) -> "tuple[npt.NDArray[np.void], npt.NDArray[np.bool_]]":
+        """Return all entries that were ever used, and which of them are in use."""
         while self._used < self._size:
             entries = self._ledger.upto(max(self._used, 1))
-            if len(entries) == self._used and not _in_use(entries[-UNTOUCHED:]).any():
-                return entries
+            is_used = _in_use(entries)
+            if len(entries) == self._used and not is_used[-UNTOUCHED:].any():
+                return entries, is_used
             self._used = len(entries) if len(entries) > self._used else self._used + 1
-        return self._ledger.upto(self._used)
+        entries = self._ledger.upto(self._used)
+        return entries, _in_use(entries)
 
     # Allocating
 

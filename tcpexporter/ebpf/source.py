@@ -18,6 +18,7 @@ from tcpexporter.connections.record import Records, Words
 from tcpexporter.connections.series import Ledger
 from tcpexporter.connections.snapshot import first_seen, valid_connections
 from tcpexporter.connections.source import Report
+from tcpexporter.ebpf.listeners import Listeners
 from tcpexporter.ebpf.loading import Loading
 from tcpexporter.ebpf.pins import Pins
 from tcpexporter.ebpf.reconcile import (
@@ -111,6 +112,7 @@ class EbpfSource:
                 if dump:
                     self._compared = compare(self._tracker, self._tables, dump.result())
             undo.pop_all()
+        self._listeners = Listeners(self._tables.listeners, self._tracker.listening)
         self._reconciler = Reconciler(
             self._tracker,
             self._tables,
@@ -156,7 +158,7 @@ class EbpfSource:
         self._series.forget(field, values)
 
     def listeners(self) -> Records:
-        return self._tables.listeners()
+        return self._listeners.read()
 
     def namespaces(self) -> npt.NDArray[np.uint32]:
         return self._tables.namespaces()

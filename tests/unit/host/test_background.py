@@ -231,7 +231,7 @@ class CountingTracker:
         pass
 
     def events(self) -> Events:
-        return Events(self.missed, 0, 0, 0, 0, 0, self.missed)
+        return Events(self.missed, 0, 0, 0, 0, 0, 0, self.missed)
 
 
 @pytest.mark.parametrize(("error", "sentence"), FAULTS)
