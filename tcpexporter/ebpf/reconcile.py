@@ -57,7 +57,9 @@ For the order of loads and stores, see the cases 10, 11 and 13 of `memory_order`
 Reconciling
 -----------
 `reconcile` dumps the tables and reads the tracker. If they differ, it does both again. It
-corrects a connection only if the difference is the same both times:
+corrects a connection only if the difference is the same both times. When a start adopts
+pinned connections, a thread does the first dump meanwhile (`begin_dump`). Then the tracker
+is read after both. These are the cases:
 
 i. Open, and its opening was missed: both dumps show it, and the tracker does not have it.
    Steps 2 and 3 add it as a seed.

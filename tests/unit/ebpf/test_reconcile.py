@@ -6,9 +6,18 @@ The kernel tests force the same cases with the BPF program and real sockets.
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tcpexporter.clock import boottime_ns
-from tcpexporter.ebpf.reconcile import NOTHING, Corrections, reconcile, seed
+from tcpexporter.ebpf.reconcile import (
+    NOTHING,
+    Corrections,
+    begin_dump,
+    compare,
+    reconcile,
+    seed,
+)
 from tests.unit.ebpf.fake_tracker import (
     Action,
     FakeKernel,
@@ -423,3 +432,55 @@ def test_a_full_tracker_refuses_and_is_corrected_later() -> None:
     first.is_established = False
     assert run(kernel) == Corrections(missed_open=1)
     assert remote_ports(kernel) == [OTHER_PORT]
+
+
+CHANGES = st.lists(
+    st.tuples(st.sampled_from(["open", "close"]), st.integers(0, 4), st.booleans()),
+    max_size=7,
+)
+"""What opens and closes: the offset of the port, and whether the event is missed."""
+
+
+@given(CHANGES, CHANGES, CHANGES)
+def test_the_first_dump_may_be_older_than_the_reading_of_the_tracker(
+    before: list[tuple[str, int, bool]],
+    meanwhile: list[tuple[str, int, bool]],
+    after: list[tuple[str, int, bool]],
+) -> None:
+    """Connections open and close before the dump, then before the comparison, and then
+    before the correction: later runs make the tracker equal to the kernel.
+
+    An event that the program gets is never undone: a connection keeps the kernel's time.
+    """
+    kernel = FakeKernel(FakeTracker())
+    opened: dict[int, FakeSocket] = {}
+    reported: dict[int, int] = {}
+
+    def change(chosen: list[tuple[str, int, bool]]) -> None:
+        for what, offset, is_missed in chosen:
+            if what == "open" and offset not in opened:
+                if not is_missed:
+                    reported[offset] = boottime_ns()
+                opened[offset] = kernel.open(PORT + offset, is_missed=is_missed)
+            elif what == "close" and offset in opened:
+                reported.pop(offset, None)
+                kernel.close(opened.pop(offset), is_missed=is_missed)
+
+    tables = FakeTables(kernel)
+    change(before)
+    dump = begin_dump(
+        kernel.tracker, (tables.established(with_ages=False) for _ in range(1))
+    ).result()
+    change(meanwhile)
+    first = compare(kernel.tracker, tables, dump)
+    change(after)
+    reconcile(kernel.tracker, tables, pre_existing=True, first=first)
+    while reconcile(kernel.tracker, tables) != NOTHING:
+        pass
+    assert remote_ports(kernel) == sorted(PORT + each for each in opened)
+    known = kernel.tracker.known()
+    ports = kernel.tracker.connections["key"]["remote_port"][known.slots].tolist()
+    times_ns = dict(zip(ports, known.established_ns.tolist(), strict=True))
+    for offset, since_ns in reported.items():
+        assert times_ns[PORT + offset] >= since_ns
+        assert not known.is_seed[ports.index(PORT + offset)]
