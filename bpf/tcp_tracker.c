@@ -657,7 +657,7 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 	if (!count)
 		return 0;
 	if (is_listener) {
-		COUNT(count->listening);
+		COUNT(count->listener_changes);
 		return 0;
 	}
 #ifdef LOSE_ONE_IN

@@ -89,11 +89,11 @@ struct ledger_entry {
 struct tracker_events {
 	__u64 inserted;
 	__u64 removed;
-	__u64 refused;	     /* connections for which no slot was free */
-	__u64 removed_seeds; /* seeds; `removed` includes them */
-	__u64 allocated;     /* slots that were allocated */
-	__u64 unrecorded;    /* closings that did not fit into the closings log */
-	__u64 listening;     /* listeners that have appeared or disappeared */
+	__u64 refused;		/* connections for which no slot was free */
+	__u64 removed_seeds;	/* seeds; `removed` includes them */
+	__u64 allocated;	/* slots that were allocated */
+	__u64 unrecorded;	/* closings that did not fit into the closings log */
+	__u64 listener_changes; /* listeners that appeared or disappeared */
 };
 
 #endif

@@ -112,7 +112,8 @@ class Counts:
 class Projection:
     """Adds up the series that are equal when only the labels of a selection are compared.
 
-    It keeps what depends on the series alone: from scrape to scrape, they rarely change.
+    It keeps what depends only on the series and on which of them are used: both rarely
+    change from scrape to scrape.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -130,7 +131,7 @@ class Projection:
     def of(
         self, series: Series, values: Values, *, total: int, seen: SeenClients | None
     ) -> Counts:
-        """Return the counts of the series of all numbers in use.
+        """Return the counts of the series that have, or once had, a connection or attempt.
 
         Args:
             series: of each number; `NO_SERIES`: the number is free.
@@ -151,7 +152,8 @@ class Projection:
             )
             rows = np.full(len(series), -1)
             rows[chosen] = place
-            if len(merged) == len(chosen):  # in this order, there is nothing to add up
+            if len(merged) == len(chosen):
+                # Each series has one number: sort the numbers by series, add nothing up.
                 chosen, place = chosen[np.argsort(place)], place[:0]
             # All at once: the statements above may fail for lack of memory.
             self._chosen, self._merged, self._place = chosen, merged, place
@@ -162,11 +164,16 @@ class Projection:
         return Counts(self._merged, values, total, self._rows, seen)
 
     def listened(self, listeners: Records) -> Series:
-        """Return the selected series of ``listeners``, of dtype `LISTENER`."""
+        """Return the selected series of ``listeners``, of dtype `LISTENER`.
+
+        The array is that of the previous call, if nothing has changed.
+        """
         # The source returns the same array while no listener changes. The owner of a
         # cgroup may become known later.
         if listeners is not self._listeners or self.selection.by_owner:
-            self._listened = listened(listeners, self.selection)
+            found = listened(listeners, self.selection)
+            if not np.array_equal(found, self._listened):
+                self._listened = found
             self._listeners = listeners
         return self._listened
 

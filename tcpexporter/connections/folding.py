@@ -22,11 +22,15 @@ class _Layout(NamedTuple):
     left_out: int
     """The number of series in use that are left out."""
     is_complete: bool = False
-    """Whether nothing is left out or folded: then it does not depend on the counts."""
+    """Whether no series is left out or folded. Then the layout does not depend on the
+    numbers of connections."""
 
 
 class Folder:
-    """Limits the number of series in one exposition after the other."""
+    """Limits the number of series in successive expositions.
+
+    It keeps the result while the arguments are the same arrays.
+    """
 
     def __init__(self) -> None:
         self._given: Sequence[object] = ()
@@ -65,7 +69,6 @@ class Folder:
             The counts of the exposition, and the number of series in use that are left out.
         """
         given = (counts.series, listening, named, published, max_series, selection)
-        # Most scrapes have the same arrays as the previous one.
         if not (self._layout.is_complete and [*map(id, given)] == [*map(id, self._given)]):
             self._layout = _lay_out(
                 counts,
@@ -96,7 +99,8 @@ def _lay_out(
     if len(everything) <= limit:
         kept = everything
         if len(own[0]) == len(counts.series) and not is_folded.any():
-            # If it is the same array, the next scrape has it too.
+            # If they are equal, keep the array itself: the collector passes it again, and
+            # `fold` compares arrays by identity.
             kept = published if np.array_equal(kept, published) else kept
             return _Layout(kept, np.searchsorted(kept, own[0]), 0, is_complete=True)
     else:

@@ -165,8 +165,9 @@ class SlotCounts:
 def copies(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
     """Yield copies of all slots, in pieces; each is valid until the next one is requested.
 
-    All pieces use the same memory: after large arrays have been freed, glibc returns their
-    memory to the kernel, and then each new page costs a page fault.
+    Pieces use the same memory until a larger one requires more. After large arrays have
+    been freed, glibc returns their memory to the kernel; then each new page costs a page
+    fault.
     """
     memory = np.empty((2, 0), np.uint64)
     for words, clients in chunks:

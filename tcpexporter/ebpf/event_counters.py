@@ -32,7 +32,7 @@ class Events(NamedTuple):
     """Slots that it has allocated."""
     unrecorded: int
     """Closings that it did not record, because the closings log was full."""
-    listening: int
+    listener_changes: int
     """Listeners that have appeared or disappeared."""
     missed: int
     """As `EventCounters.missed_events` returns it."""
@@ -62,13 +62,13 @@ class EventCounters:
         return Events._make((*counts.tolist(), self.missed_events()))
 
     @map_errors()
-    def listening(self) -> int:
+    def listener_changes(self) -> int:
         """Return how many listeners have appeared or disappeared, as in `Events`.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        return int(self._read()[:, EVENT_KINDS.index("listening")].sum())
+        return int(self._read()[:, EVENT_KINDS.index("listener_changes")].sum())
 
     def _read(self) -> npt.NDArray[np.uint64]:
         """Return the counters of each CPU, in the order of `EVENT_KINDS`."""

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Reads the listening ports again only after a listener has appeared or disappeared.
+"""Dumps the listening ports again after a listener has changed, or after a minute.
 
-The BPF program counts these changes. The kernel reports a new listener before a dump shows
-it (inet_csk_listen_start in its net/ipv4/inet_connection_sock.c). So a dump may be used for
-later scrapes only if it began at least `SETTLED_S` after the last change. These are the
-cases for a listener:
+The BPF program counts the listeners that appear and disappear. The kernel reports a new
+listener before a dump shows it (inet_csk_listen_start in its
+net/ipv4/inet_connection_sock.c). So a dump may be used for later scrapes only if it began
+at least `SETTLED_S` after the last change. These are the cases for a listener:
 
 a. It appears or disappears before a dump that is used for later scrapes: the dump is
    correct.
 b. It appears or disappears after that dump: the count changes, so the next scrape reads
    the listeners again.
-c. The kernel reports it, and preempts its process for longer than `SETTLED_S` before a dump
-   shows it; or the kernel skips the program. Then a scrape shows it at the latest
-   `REFRESH_S` later. Until then only its series without connections can be missing.
+c. The kernel reports it, and then preempts the process that calls listen(2): a dump shows
+   the listener more than `SETTLED_S` after the report. Or the kernel skips the program. In
+   both cases a scrape shows it at most `REFRESH_S` later. Until then, only a series without
+   connections can be missing.
 """
 
 import math
@@ -63,7 +64,8 @@ class Listeners:
             SourceError: the listening ports or the count of changes cannot be read.
         """
         with self._lock:
-            now_s, changes = self._clock_s(), self._count_changes()
+            changes = self._count_changes()
+            now_s = self._clock_s()  # not before the report of the last counted change
             if changes != self._changes:
                 self._changes, self._changed_s = changes, now_s
             is_settled = self._dumped_s - self._changed_s >= SETTLED_S

@@ -136,8 +136,8 @@ class Pins:
         """Unlock the directory; its content stays."""
         os.close(self._descriptor)
 
-    def has_connections(self) -> bool:
-        """Return whether a previous run has left connections to adopt."""
+    def has_generation(self) -> bool:
+        """Return whether a previous run has left a generation to adopt."""
         return bool(self._complete())
 
     def adopt(self, tracker: Tracker, counted: Request, tables: ConnectionTables) -> None:

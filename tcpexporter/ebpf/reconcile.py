@@ -58,8 +58,8 @@ Reconciling
 -----------
 `reconcile` dumps the tables and reads the tracker. If they differ, it does both again. It
 corrects a connection only if the difference is the same both times. When a start adopts
-pinned connections, a thread does the first dump meanwhile (`begin_dump`). Then the tracker
-is read after both. These are the cases:
+pinned connections, a thread does the first dump during the adoption (`begin_dump`). The
+tracker is read when the dump and the adoption have ended. These are the cases:
 
 i. Open, and its opening was missed: both dumps show it, and the tracker does not have it.
    Steps 2 and 3 add it as a seed.
@@ -70,8 +70,8 @@ k. As j, but opened again before the second dump, and closed again before the tr
 l. Closed, and its closing was missed: neither dump shows it, and the tracker has the same
    entry, with the same time, both times. It is removed. If a new socket gets the same
    address before that, the program itself corrects the entry.
-m. Opened during the first dump, which had already passed its hash bucket: only the
-   tracker has it. Its time is after the start of that dump, so it is not compared.
+m. Opened after the first dump had begun, and that dump does not show it: only the tracker
+   has it. Its time is after the start of that dump, so it is not compared.
 n. The first dump falls between the report of an opening and the store of the state: only
    the tracker has the connection. The second dump comes later and shows it.
 o. In a network namespace that the tables do not cover, because the namespace is newer than
@@ -177,7 +177,8 @@ class Dump(NamedTuple):
     """The connections of one dump of the socket tables."""
 
     began_ns: int
-    """When the first dump of a run began, on CLOCK_BOOTTIME."""
+    """When this dump began, on CLOCK_BOOTTIME; for the second dump of a run, when the first
+    one began."""
     hashes: Hashes
     """Of the keys of the connections."""
 
@@ -411,7 +412,8 @@ class Reconciler:
         Args:
             events: those of the tracker now.
         """
-        missed = self._missed(events) - self._missed_when_exact
+        # The thread may have finished a run after `events` was read.
+        missed = max(self._missed(events) - self._missed_when_exact, 0)
         last = self._last or Corrections(refused=self._tracker.seeds_refused)
         return missed + last.missed_open + last.missed_close + last.refused
 

@@ -104,15 +104,15 @@ class EbpfSource:
             self._compared: Comparison | None = None
             if self._pins:
                 dump = None
-                if self._pins.has_connections():
+                if self._pins.has_generation():
                     dump = begin_dump(self._tracker, self._tables.parts(with_ages=False))
                     undo.callback(wait, [dump])
                 self._pins.adopt(self._tracker, counted, self._tables)
-                self._pins.pin(descriptors, counted)
-                if dump:
+                if dump:  # a failure leaves the generations for a later start
                     self._compared = compare(self._tracker, self._tables, dump.result())
+                self._pins.pin(descriptors, counted)
             undo.pop_all()
-        self._listeners = Listeners(self._tables.listeners, self._tracker.listening)
+        self._listeners = Listeners(self._tables.listeners, self._tracker.listener_changes)
         self._reconciler = Reconciler(
             self._tracker,
             self._tables,
@@ -124,8 +124,8 @@ class EbpfSource:
         return [self._reconciler.task, *(self._state.tasks() if self._state else ())]
 
     def start(self) -> None:
+        first, self._compared = self._compared, None
         if self._pins and self._pins.adopted:
-            first, self._compared = self._compared, None
             reconcile(self._tracker, self._tables, pre_existing=True, first=first)
         elif self._state:
             seed(self._tracker, self._state.aged(self._tables))

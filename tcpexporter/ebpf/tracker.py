@@ -195,7 +195,11 @@ class Tracker(EventCounters):
         return self._array.known(with_seeds=with_seeds)
 
     def seeds(self, events: Events) -> int:
-        """Return how many of the connections were seeds at the time of ``events``."""
+        """Return how many of the connections are seeds.
+
+        Args:
+            events: those of this tracker, just read.
+        """
         return self._seeds_added - self._seeds_closed - events.removed_seeds
 
     # Adding

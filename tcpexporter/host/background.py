@@ -64,7 +64,7 @@ def _next_of(items: Iterator[_T]) -> "Future[tuple[_T, ...]]":
 
 
 def in_thread(name: str, work: Callable[[], _T]) -> "Future[_T]":
-    """Call a function in a thread of this name; return its future result or error.
+    """Start a thread that calls a function; return a future of its result or error.
 
     Raises:
         ThreadError: the kernel refuses another thread.

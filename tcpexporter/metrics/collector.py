@@ -38,7 +38,7 @@ from tcpexporter.metrics.exporter_status import (
 from tcpexporter.metrics.owner_numbers import OwnerNumbers
 from tcpexporter.metrics.owners import Owner, owner_of_unnamed
 from tcpexporter.metrics.reload_status import Reloads
-from tcpexporter.metrics.series_family import LabelSets, SeriesFamily, SingleFamily
+from tcpexporter.metrics.series_family import LabelSets, SeriesFamily, single_family
 from tcpexporter.metrics.series_labels import Labels, label_values
 from tcpexporter.metrics.source_families import source_families
 
@@ -147,19 +147,19 @@ class ConnectionCollector(Collector):
         yield from self._connection_families(counts, choice, ages_s, names or {})
         if self._owners and choice.selection.by_owner:
             yield _owner_info(self._owners, counts.series, self._max_series)
-        yield SingleFamily(
+        yield single_family(
             "tcpexporter_duration_seconds",
             "Minimum age of a long-term TCP connection (--duration).",
             "gauge",
             choice.duration_s,
         )
-        yield SingleFamily(
+        yield single_family(
             "tcpexporter_folded_series",
             'Series summed up in port="other" because there are more than --max-series.',
             "gauge",
             folded,
         )
-        yield SingleFamily(
+        yield single_family(
             "tcpexporter_pre_existing_connections",
             "Connections that were open when counting began; summed over all series,"
             " opened - closed = established - this.",
@@ -170,7 +170,7 @@ class ConnectionCollector(Collector):
         if self._owners:
             self._source.forget("cgroup", self._owners.finish(now_ns))
         yield from source_families(self._source.name, report, counts.total)
-        yield SingleFamily(
+        yield single_family(
             "tcpexporter_collect_duration_seconds",
             "Time needed to read and count the connections for this scrape.",
             "gauge",
@@ -205,7 +205,8 @@ class ConnectionCollector(Collector):
             self._published_by = choice
         if self._owners and selection.by_owner:
             known = self._owners.is_known(self._published.view(SERIES)["cgroup"])
-            self._published = self._published[known]
+            if not known.all():
+                self._published = self._published[known]
         if names is not None:
             present = counts.series[counts.values.established != 0]
             self._forget_renamed(names)
@@ -247,9 +248,10 @@ class ConnectionCollector(Collector):
         self._forget_series(renamed)
 
     def _forget_series(self, netns: Sequence[int]) -> None:
-        if netns:
-            self._forgotten |= {*netns}
-            self._source.forget("netns", netns)
+        if not netns:
+            return
+        self._forgotten |= {*netns}
+        self._source.forget("netns", netns)
         is_forgotten = is_in(self._published.view(SERIES)["netns"], netns)
         self._published = self._published[~is_forgotten]
 

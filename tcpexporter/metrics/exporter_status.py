@@ -4,15 +4,13 @@
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from prometheus_client.core import (
-    Metric,
-)
+from prometheus_client import Metric
 from prometheus_client.registry import Collector
 
 from tcpexporter import version
 from tcpexporter.host.background import Task
 from tcpexporter.metrics.reload_status import Reloads
-from tcpexporter.metrics.series_family import SingleFamily, by_label, info
+from tcpexporter.metrics.series_family import info_family, labelled_family, single_family
 
 
 class BuildCollector(Collector):
@@ -20,7 +18,7 @@ class BuildCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family, which never changes."""
-        yield info(
+        yield info_family(
             "tcpexporter_build",
             "Version of tcpexporter, the commit it was built from, and its Python version.",
             {
@@ -39,14 +37,14 @@ class ReloadCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield two families, also before the first reload."""
-        yield SingleFamily(
+        yield single_family(
             "tcpexporter_config_last_reload_successful",
             "Whether the last reload of the settings and the web configuration succeeded."
             " If not, the previous ones are in force.",
             "gauge",
             int(self._reloads.successful),
         )
-        yield SingleFamily(
+        yield single_family(
             "tcpexporter_config_last_reload_success_timestamp_seconds",
             "Time when the last successful reload ended, or of the start.",
             "gauge",
@@ -63,7 +61,7 @@ class ConfinementCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family, which never changes."""
-        yield by_label(
+        yield labelled_family(
             "tcpexporter_confined",
             "Whether the serving process is confined by this mechanism (1) or not (0).",
             "gauge",
@@ -89,14 +87,14 @@ class BackgroundCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield two families."""
-        yield by_label(
+        yield labelled_family(
             "tcpexporter_background_failures",
             "Runs of a background task that failed or exceeded their time limit.",
             "counter",
             "task",
             {task.name: task.failures() for task in self._tasks()},
         )
-        yield SingleFamily(
+        yield single_family(
             "tcpexporter_dropped_log_lines",
             "Log lines dropped because standard error did not accept them at once.",
             "counter",

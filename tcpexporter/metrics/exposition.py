@@ -13,7 +13,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from tcpexporter.metrics.negotiation import choose
-from tcpexporter.metrics.series_family import SeriesFamily
+from tcpexporter.metrics.series_family import WrittenFamily
 
 _END = b"# EOF\n"
 
@@ -49,7 +49,7 @@ class _FamilyCollector(Collector):
     @property
     def names(self) -> set[str]:
         """The names of the samples."""
-        if isinstance(self._family, SeriesFamily):
+        if isinstance(self._family, WrittenFamily):
             return {self._family.sample_name}
         return {each.name for each in self._family.samples}
 
@@ -58,7 +58,7 @@ class _FamilyCollector(Collector):
 
     def written(self, form: Format) -> bytes:
         """Return the family in a text format, without the text after the last family."""
-        if isinstance(self._family, SeriesFamily):
+        if isinstance(self._family, WrittenFamily):
             family = self._family
             head = _head(form, family.name, family.documentation, family.type)
             return head + family.sample_lines()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""A metric family of whole numbers, written faster than by prometheus_client.
+"""Metric families that are written faster than by prometheus_client.
 
 That library needs 4 us to make and write a sample. It formats the labels at each scrape,
 although they do not change. A collector keeps `LabelSets`, which keeps the formatted text.
@@ -40,8 +40,11 @@ class LabelSets:
         return ["{" + ",".join(each) + "} " for each in pairs]
 
 
-class SeriesFamily(Metric):
-    """A gauge or counter that has a whole number for each series."""
+class WrittenFamily(Metric):
+    """A metric family that writes its samples itself."""
+
+    numbers: Sequence[float]
+    """The value of each sample."""
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class SeriesFamily(Metric):
         labels: LabelSets,
         numbers: Sequence[float],
     ) -> None:
-        """Make the family; the ``name`` of a counter has no ``_total``."""
+        """Make the family; the ``name`` has no ``_total`` or ``_info``."""
         self.numbers = numbers
         self.labels = labels
         super().__init__(name, documentation, typ)
@@ -76,6 +79,19 @@ class SeriesFamily(Metric):
     def sample_lines(self) -> bytes:
         """Return all samples as they are written in every text format."""
         name = self.sample_name
+        pairs = zip(self.labels.texts, self.numbers, strict=True)
+        lines = [f"{name}{text}{_go_string(number)}\n" for text, number in pairs]
+        return "".join(lines).encode()
+
+
+class SeriesFamily(WrittenFamily):
+    """A gauge or counter that has a whole number for each series."""
+
+    numbers: Sequence[int]
+
+    def sample_lines(self) -> bytes:
+        """Do as `WrittenFamily.sample_lines` three times as fast."""
+        name = self.sample_name
         return "".join(
             [
                 f"{name}{text}{number}.0\n"
@@ -89,38 +105,23 @@ class SeriesFamily(Metric):
 NO_LABELS = LabelSets((), [()])
 
 
-class SingleFamily(SeriesFamily):
-    """A family with one sample, whose number may be a fraction."""
-
-    def __init__(
-        self,
-        name: str,
-        documentation: str,
-        typ: str,
-        number: float,
-        labels: LabelSets = NO_LABELS,
-    ) -> None:
-        """Make the family; the ``name`` has no ``_total`` or ``_info``."""
-        super().__init__(name, documentation, typ, labels, (number,))
-
-    def sample_lines(self) -> bytes:
-        """Return the sample as it is written in every text format."""
-        (number,), (text,) = self.numbers, self.labels.texts
-        return f"{self.sample_name}{text}{_go_string(number)}\n".encode()
+def single_family(name: str, documentation: str, typ: str, number: float) -> WrittenFamily:
+    """Return a family with one sample, without labels."""
+    return WrittenFamily(name, documentation, typ, NO_LABELS, (number,))
 
 
-def info(name: str, documentation: str, labels: Mapping[str, str]) -> SingleFamily:
+def info_family(name: str, documentation: str, labels: Mapping[str, str]) -> WrittenFamily:
     """Return a family of type info, whose ``name`` has no ``_info``."""
     row = LabelSets(tuple(labels), [tuple(labels.values())])
-    return SingleFamily(name, documentation, "info", 1, row)
+    return WrittenFamily(name, documentation, "info", row, (1,))
 
 
-def by_label(
+def labelled_family(
     name: str, documentation: str, typ: str, label: str, values: Mapping[str, int]
-) -> SeriesFamily:
+) -> WrittenFamily:
     """Return a family with one label; ``values`` maps label values to samples."""
     labels = LabelSets((label,), [(each,) for each in values])
-    return SeriesFamily(name, documentation, typ, labels, [*values.values()])
+    return WrittenFamily(name, documentation, typ, labels, [*values.values()])
 
 
 def _go_string(number: float) -> str:

@@ -132,7 +132,7 @@ def read(families: Iterable[Metric]) -> Collected:
     facts: dict[str, Mapping[str, float]] = {}
     for family in families:
         if isinstance(family, SeriesFamily) and family.name in _SERIES:
-            numbers[family.name] = [int(each) for each in family.numbers]
+            numbers[family.name] = family.numbers
             labels = family.labels
         elif family.name == AGES:
             bounds, ages = _read_ages(family)

@@ -48,7 +48,7 @@ NETLINK_HEADER = struct.Struct("=IHHI")
 NETLINK_HEADER_BYTES = 16
 
 NETLINK_SEQUENCE = slice(8, 12)
-"""Where the sequence number is in a header."""
+"""The bytes of a header that have the sequence number."""
 
 INET_DIAG_INFO = 2
 INET_DIAG_SKV6ONLY = 11
@@ -118,7 +118,7 @@ def without_sequence(rows: Bytes) -> bytes:
     """Return the content of messages, apart from the sequence number of the dump.
 
     Args:
-        rows: the messages, an array of bytes of shape (messages, length).
+        rows: one run of `split_messages`: they have the same length, type and flags.
     """
     rest: bytes = rows[:, NETLINK_SEQUENCE.stop :].tobytes()
     return rows[:1, : NETLINK_SEQUENCE.start].tobytes() + rest

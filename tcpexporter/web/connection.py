@@ -209,8 +209,10 @@ class Connection(asyncio.BufferedProtocol):
         self._send(text(status, sentence, connection="close"))
 
     def _send(self, response: Response) -> None:
-        # One system call: the client does not see the head before the body.
-        self._transport.writelines(self._http.encode(response))
+        # Joined, so that one system call sends both. Not by writelines(): since Python 3.12
+        # that never finishes an empty chunk, and some versions of 3.12 and 3.13 ignore the
+        # limit of the write buffer (CPython gh-127655).
+        self._transport.write(b"".join(self._http.encode(response)))
         if self._is_stopping or self._http.must_close:
             self._transport.close()
 

@@ -444,7 +444,7 @@ SETS_OF_PORTS = ((), (80, 443), (22, 80, 443), (22, 5432, 8443))
     ),
     st.integers(1, 7),
 )
-def test_a_folder_keeps_only_what_stays_the_same(
+def test_a_folder_returns_what_a_new_one_returns(
     changes: list[tuple[int, int]], max_series: int
 ) -> None:
     """Each exposition is that of a new folder, for any sequence of scrapes.
@@ -452,8 +452,8 @@ def test_a_folder_keeps_only_what_stays_the_same(
     A change sets the ports with connections, with listeners, or of --port. Three scrapes
     follow each change. A source returns the same arrays while nothing changes.
     """
-    counted = [counts_of(dict.fromkeys(ports_in(*each), 3)) for each in SETS_OF_PORTS]
-    series = [each.series for each in counted]
+    sets = [counts_of(dict.fromkeys(ports_in(*each), 3)) for each in SETS_OF_PORTS]
+    series = [each.series for each in sets]
     folder, published = Folder(), series[0]
     chosen = [0, 0, 0]
     for changed, to in itertools.chain.from_iterable(zip(*[changes] * 3, strict=True)):
@@ -465,10 +465,10 @@ def test_a_folder_keeps_only_what_stays_the_same(
             "published": published,
         }
         page, left_out = folder.fold(
-            counted[opened], **arrays, max_series=max_series, selection=PER_NETNS
+            sets[opened], **arrays, max_series=max_series, selection=PER_NETNS
         )
         expected, expected_left_out = Folder().fold(
-            counted[opened], **arrays, max_series=max_series, selection=PER_NETNS
+            sets[opened], **arrays, max_series=max_series, selection=PER_NETNS
         )
         assert left_out == expected_left_out
         assert page.series.tolist() == expected.series.tolist()
@@ -476,3 +476,22 @@ def test_a_folder_keeps_only_what_stays_the_same(
             found = getattr(page.values, each.name)
             assert np.array_equal(found, getattr(expected.values, each.name)), each.name
         published = page.series
+
+
+def test_the_series_that_are_left_out_depend_on_the_counts_of_each_scrape() -> None:
+    """Both scrapes have the same arrays as arguments, and other ports are the largest."""
+    folder = Folder()
+    counts = counts_of(dict(zip(ports_in(80, 443), (3, 5), strict=True)))
+    nothing = series_of([])
+    for largest in (443, 80):
+        page, left_out = folder.fold(
+            counts,
+            listening=nothing,
+            named=nothing,
+            published=nothing,
+            max_series=1,
+            selection=PER_NETNS,
+        )
+        assert left_out == 1
+        assert [each.port for each in keys_of(page.series)] == [0, largest]
+        counts.values.established[:] = counts.values.established[::-1].copy()

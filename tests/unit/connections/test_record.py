@@ -89,7 +89,7 @@ int main(void)
     FIELD(tracker_events, removed_seeds);
     FIELD(tracker_events, allocated);
     FIELD(tracker_events, unrecorded);
-    FIELD(tracker_events, listening);
+    FIELD(tracker_events, listener_changes);
     VALUE(SERIES_OUTBOUND);
     VALUE(SERIES_REMOTE_PORT);
     VALUE(SERIES_FOLDED);

@@ -43,26 +43,6 @@ def test_listeners_are_not_repeated() -> None:
     assert listeners.tolist() == [(1, 80, 4, 0), (1, 443, 4, 0), (2, 443, 4, 0)]
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_the_listeners_are_those_of_the_present(name: str) -> None:
-    """A listener appears and disappears, although replies that do not change are decoded
-    only once."""
-    with contextlib.closing(open_tables(name, "self")) as tables:
-        for _ in range(3):
-            with Peers("::1") as one, Peers() as other:
-                own = {one.port, other.port}
-
-                def ports(own: set[int] = own) -> set[int]:
-                    return own.intersection(tables.listeners()["port"].tolist())
-
-                assert ports() == ports() == own
-                one.connect(2)
-                assert ports() == own
-                other.listener.close()
-                assert ports() == {one.port}
-            assert ports() == ports() == set()
-
-
 def test_unchanged_listeners_are_decoded_once() -> None:
     """sock_diag numbers the replies of each dump; the rest of a reply is the same.
 
