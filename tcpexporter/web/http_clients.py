@@ -15,7 +15,9 @@ MAX_CONNECTIONS = 256
 """Maximum number of client connections; the limit of descriptors is usually 1,024."""
 
 MANY_CONNECTIONS = 64
-"""After this many open connections, memory is returned when a quarter of them is left."""
+"""After this many open connections, memory is returned when a quarter of them is left, and
+again when a quarter of those is left, until one is left. The last ones may have the largest
+responses."""
 
 MAX_UNSENT_BYTES = 16 << 20
 """Limit for response data that the kernel has not accepted, of all clients together."""
@@ -28,7 +30,9 @@ class HttpClients:
         """Start without clients."""
         self._slots = ConnectionSlots["Connection"]()
         self._has_left = asyncio.Event()
-        self._were_many = False
+        self._return_at = 0
+        """Memory is returned when so many connections are left; 0: not until there are
+        `MANY_CONNECTIONS`."""
 
     def add(self, client: "Connection") -> None:
         """Allocate a slot to a new client; if all are taken, evict another client."""
@@ -63,9 +67,9 @@ class HttpClients:
     def return_memory(self) -> None:
         """Return memory to the kernel, as `MANY_CONNECTIONS` describes it."""
         if len(self._slots) >= MANY_CONNECTIONS:
-            self._were_many = True
-        elif self._were_many and len(self._slots) <= MANY_CONNECTIONS // 4:
-            self._were_many = False
+            self._return_at = MANY_CONNECTIONS // 4
+        elif self._return_at and len(self._slots) <= self._return_at:
+            self._return_at //= 4
             gc.collect()  # the objects of a connection refer to each other
             malloc.return_memory()
 
