@@ -214,7 +214,10 @@ def count(
     series = entries.series
     established = reading.established[: len(series)].copy()
     established[0] = 0
-    younger = reading.younger[:, : len(series)].astype(np.int64)
+    younger = np.zeros((len(since_ns), len(series)), np.int64)
+    for row, each in zip(younger, reading.younger, strict=True):
+        counted = each[: len(series)]
+        row[: len(counted)] = counted
     ages_sum = np.zeros(len(series), np.int64)
     if now_ns is not None:
         ages_sum = established * (now_ns >> TIME_SHIFT) - reading.times[: len(series)]

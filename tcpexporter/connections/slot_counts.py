@@ -22,9 +22,6 @@ from tcpexporter.connections.record import CLOSED, SERIES_BITS
 
 Counters: TypeAlias = npt.NDArray[np.int64]
 
-ONE = np.int32(1)
-"""1 in the dtype of the counters: np.add.at is forty times as fast with equal dtypes."""
-
 NUMBERS = 1 << SERIES_BITS
 """How many series numbers a connection can have; number 0 is that of no connection."""
 
@@ -35,17 +32,17 @@ PIECE = 32768
 class Reading(NamedTuple):
     """The connections of each series number. Ignore number 0: it is that of no connection.
 
-    All arrays have `NUMBERS` columns. Pages that are never written to use no memory. The
-    next reading changes `established` and `clients`.
+    The next reading changes `established` and `clients`.
     """
 
     established: npt.NDArray[np.int64]
-    """All connections."""
-    younger: npt.NDArray[np.int32]
-    """Those that are younger than each bound; of shape (bounds, `NUMBERS`)."""
+    """All connections; of length `NUMBERS`."""
+    younger: Sequence[Counters]
+    """For each bound, those that are younger; the numbers after the last one have none."""
     times: npt.NDArray[np.int64]
-    """The sum of the times at which they were established, in units of 2^13 ns; 0 if it
-    was not requested."""
+    """The sum of the times at which they were established, in units of 2^13 ns, of length
+    `NUMBERS`; empty if it was not requested. Pages that are never written to use no
+    memory."""
     clients: SeenClients | None
     """Their clients; None: clients are not counted."""
 
@@ -85,8 +82,8 @@ class SlotCounts:
         """
         with self._reset_on_failure():
             limits = [first_young(each) for each in since_ns]
-            younger = np.zeros((len(limits), NUMBERS), np.int32)
-            times = np.zeros(NUMBERS, np.int64)
+            younger: list[Counters] = [np.zeros(0, np.int64) for _ in limits]
+            times = np.zeros(NUMBERS if has_sums else 0, np.int64)
             long_term = None
             if long_term_ns is not None:
                 long_term = first_young(long_term_ns)
@@ -101,7 +98,7 @@ class SlotCounts:
                     units = (words >> np.uint64(SERIES_BITS)).view(np.int64)
                     np.add.at(times, numbers_of(keys), units)
                 # The last bound first: only some of these are younger than an earlier one.
-                for limit, row in zip(reversed(limits), younger[::-1], strict=True):
+                for at, limit in reversed([*enumerate(limits)]):
                     is_younger = words >= limit
                     found = np.count_nonzero(is_younger)
                     if not found:
@@ -109,7 +106,7 @@ class SlotCounts:
                     if found < len(words):  # selecting all of them would only copy them
                         chosen = np.flatnonzero(is_younger)
                         words, keys = words[chosen], keys[chosen]
-                    np.add.at(row, numbers_of(keys), ONE)
+                    younger[at] = _sum(younger[at], np.bincount(numbers_of(keys)))
                     if limit == long_term:
                         young.append(keys)
             for at in range(pieces, len(self._pieces)):
@@ -160,6 +157,14 @@ class SlotCounts:
         if self._clients:
             self._clients.change(old, new)
         before[changed] = new
+
+
+def _sum(one: Counters, other: Counters) -> Counters:
+    """Add an array to another one in place; the shorter one lacks zeros at its end."""
+    if len(one) < len(other):
+        one, other = other, one
+    one[: len(other)] += other
+    return one
 
 
 def copies(chunks: Iterable[Chunk]) -> Iterator[Chunk]:

@@ -182,6 +182,9 @@ def _passed(argument: Any) -> Any:
     return argument
 
 
+_ProgramInfo = ctypes.c_uint64 * 64
+
+
 def program_info(descriptor: int) -> npt.NDArray[np.uint64]:
     """Return ``struct bpf_prog_info`` of a program as 64 words of 64 bits.
 
@@ -190,12 +193,12 @@ def program_info(descriptor: int) -> npt.NDArray[np.uint64]:
     Raises:
         OSError: the kernel refuses to describe the program.
     """
-    info = np.zeros(64, np.uint64)
-    size = ctypes.c_uint32(info.nbytes)
-    into = info.ctypes.data_as(ctypes.c_void_p)
-    if load_libbpf().bpf_obj_get_info_by_fd(descriptor, into, ctypes.byref(size)):
+    info = _ProgramInfo()
+    size = ctypes.c_uint32(ctypes.sizeof(info))
+    into = ctypes.byref(info), ctypes.byref(size)
+    if load_libbpf().bpf_obj_get_info_by_fd(descriptor, *into):
         raise refusal("describe the BPF program")
-    return info
+    return np.frombuffer(memoryview(info), np.uint64)
 
 
 def refusal(deed: str) -> OSError:

@@ -13,7 +13,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from tcpexporter.metrics.negotiation import choose
-from tcpexporter.metrics.series_family import WrittenFamily
+from tcpexporter.metrics.series_family import WrittenFamily, written
 
 _END = b"# EOF\n"
 
@@ -81,7 +81,7 @@ class Exposition:
 
     def __init__(self, families: Iterable[Metric]) -> None:
         """Keep the families; each format is written when it is first requested."""
-        self._collectors = [_FamilyCollector(family) for family in families]
+        self._collectors = [_FamilyCollector(written(family)) for family in families]
         self._written: dict[Format, Sequence[bytes]] = {}
         self._whole: dict[Format, bytes] = {}
         self._compressed: dict[Format, bytes] = {}

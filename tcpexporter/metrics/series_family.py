@@ -124,6 +124,19 @@ def labelled_family(
     return WrittenFamily(name, documentation, typ, labels, [*values.values()])
 
 
+def written(family: Metric) -> Metric:
+    """Return a family with one sample as a `WrittenFamily`; return any other unchanged."""
+    if isinstance(family, WrittenFamily) or family.type not in SUFFIXES:
+        return family
+    if len(family.samples) != 1:
+        return family
+    ((name, labels, number, timestamp, exemplar, *_),) = family.samples
+    if name != family.name + SUFFIXES[family.type] or timestamp or exemplar:
+        return family
+    row = LabelSets(tuple(labels), [tuple(labels.values())])
+    return WrittenFamily(family.name, family.documentation, family.type, row, (number,))
+
+
 def _go_string(number: float) -> str:
     text: str = floatToGoString(number)  # type: ignore[no-untyped-call]
     return text

@@ -54,7 +54,8 @@ def read(counts: SlotCounts, chunks: Sequence[Chunk], *, has_clients: bool) -> S
         long_term_ns=SINCE_NS[0] if has_clients else None,
         has_sums=True,
     )
-    columns = [reading.established, *reading.younger, reading.times]
+    younger = [np.append(each, np.zeros(NUMBERS, np.int64)) for each in reading.younger]
+    columns = [reading.established, *younger, reading.times]
     shown = [each[1:NUMBERS].tolist() for each in columns]
     if reading.clients:
         shown += [each.tolist() for each in reading.clients.counts(ROWS, 3)]

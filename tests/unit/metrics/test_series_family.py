@@ -1,18 +1,32 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Families that are written fast have the same text as those of the library."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.openmetrics.exposition import (
     generate_latest as generate_openmetrics,
 )
 from prometheus_client.registry import Collector
 
 from tcpexporter.metrics.exposition import OPENMETRICS, TEXT, Exposition
-from tcpexporter.metrics.series_family import PLAIN_BELOW, LabelSets, SeriesFamily
+from tcpexporter.metrics.series_family import (
+    PLAIN_BELOW,
+    LabelSets,
+    SeriesFamily,
+    WrittenFamily,
+    written,
+)
 
 HELP = 'Number of "connections" \\ in each series.'
 
@@ -27,7 +41,7 @@ class Only(Collector):
         return [self._family]
 
 
-def by_library(kind: str, labels: LabelSets, numbers: list[int]) -> Metric:
+def by_library(kind: str, labels: LabelSets, numbers: Sequence[float]) -> Metric:
     make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
     family = make("connections", HELP, labels=labels.names)
     for row, number in zip(labels.rows, numbers, strict=True):
@@ -90,3 +104,36 @@ def test_labels_are_written_once() -> None:
     labels = LabelSets(("port",), [("443",)])
     assert labels.texts is labels.texts
     assert labels.texts == ['{port="443"} ']
+
+
+@given(
+    number=st.floats() | some_numbers,
+    labels=st.dictionaries(st.sampled_from(["a", "by", "c"]), some_values),
+    kind=st.sampled_from(["counter", "gauge", "info"]),
+)
+def test_a_family_with_one_sample_is_written_as_by_the_library(
+    number: float, labels: dict[str, str], kind: str
+) -> None:
+    """This holds for fractions, infinity and NaN, and for families of type info."""
+    if kind == "info":
+        family: Metric = InfoMetricFamily("about", HELP, labels)
+    else:
+        family = by_library(
+            kind, LabelSets(tuple(labels), [tuple(labels.values())]), [number]
+        )
+    assert isinstance(written(family), WrittenFamily)
+    exposition = Exposition([family])
+    assert exposition.body(TEXT) == generate_latest(Only(family))
+    openmetrics = generate_openmetrics(Only(family))  # type: ignore[no-untyped-call]
+    assert exposition.body(OPENMETRICS) == openmetrics
+
+
+def test_families_that_the_library_writes_differently_are_left_to_it() -> None:
+    """These are histograms, samples with a timestamp or exemplar, and other names."""
+    histogram = HistogramMetricFamily("h", HELP, buckets=[("+Inf", 3.0)], sum_value=7.0)
+    dated, created = GaugeMetricFamily("g", HELP), CounterMetricFamily("c", HELP)
+    dated.add_metric([], 3, timestamp=7)
+    created.add_sample("c_created", {}, 3)
+    for family in (histogram, dated, created, GaugeMetricFamily("empty", HELP)):
+        assert written(family) is family
+        assert Exposition([family]).body(TEXT) == generate_latest(Only(family))
