@@ -19,6 +19,9 @@ from tests.support import Exporter
 
 COMMAND = (str(Path(sys.executable).with_name("tcpexporter")),)
 BPF_FS = Path("/sys/fs/bpf")
+KEPT_S = 60.0
+"""After this time without a request, in seconds, a scraper connects again: tcpexporter
+closes idle connections after 75 s."""
 CONTENT_LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 POLL_SHARE = 0.02
 """Pause between two readiness requests, as a share of the time since the start. A request
@@ -90,9 +93,14 @@ class Scraper:
     """
 
     def __init__(self, port: int) -> None:
-        address = ("127.0.0.1", port)
+        self._port = port
+        self._connect()
+
+    def _connect(self) -> None:
+        address = ("127.0.0.1", self._port)
         self._socket = socket.create_connection(address, timeout=DEADLINE_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._used_s = time.monotonic()
 
     def get(self, headers: Mapping[str, str] = {}) -> bytes:
         """Return the exposition.
@@ -101,11 +109,15 @@ class Scraper:
             RuntimeError: the status is not 200; the message has the response.
             NoNumberError: there is no response within the time limit.
         """
+        if time.monotonic() - self._used_s > KEPT_S:
+            self._socket.close()
+            self._connect()
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         request = f"GET /metrics HTTP/1.1\r\nHost: localhost\r\n{''.join(lines)}\r\n"
         try:
             self._socket.sendall(request.encode())
             head, page = self._receive()
+            self._used_s = time.monotonic()
         except TimeoutError as error:
             raise NoNumberError(f"it gave no number within {DEADLINE_S:.0f} s") from error
         if not head.startswith(b"HTTP/1.1 200 "):
