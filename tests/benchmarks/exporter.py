@@ -3,6 +3,7 @@
 
 import contextlib
 import http.client
+import math
 import os
 import re
 import socket
@@ -94,13 +95,15 @@ class Scraper:
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._connect()
+        self._socket = socket.socket()
+        """Connected by the first request: tcpexporter drops clients without a request."""
+        self._used_s = -math.inf
 
     def _connect(self) -> None:
+        self._socket.close()
         address = ("127.0.0.1", self._port)
         self._socket = socket.create_connection(address, timeout=DEADLINE_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._used_s = time.monotonic()
 
     def get(self, headers: Mapping[str, str] = {}) -> bytes:
         """Return the exposition.
@@ -110,7 +113,6 @@ class Scraper:
             NoNumberError: there is no response within the time limit.
         """
         if time.monotonic() - self._used_s > KEPT_S:
-            self._socket.close()
             self._connect()
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         request = f"GET /metrics HTTP/1.1\r\nHost: localhost\r\n{''.join(lines)}\r\n"
