@@ -641,7 +641,10 @@ int on_state_change(struct bpf_raw_tracepoint_args *args)
 	__u32 netns;
 
 	has_failed = OUTBOUND_PORT && oldstate == TCP_SYN_SENT && newstate == TCP_CLOSE;
-	/* An accepted socket is a copy of the listener: it goes on to SYN_RECV. */
+	/*
+	 * The kernel makes an accepted socket by copying the listener. The state of
+	 * the copy changes from LISTEN to SYN_RECV, which is not counted.
+	 */
 	is_listener =
 	    newstate == TCP_LISTEN || (oldstate == TCP_LISTEN && newstate == TCP_CLOSE);
 	if (newstate != TCP_ESTABLISHED && oldstate != TCP_ESTABLISHED && !has_failed &&

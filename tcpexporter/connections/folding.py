@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Limits the number of series in an exposition, by adding up the smallest ones."""
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,17 @@ from tcpexporter.connections.counting import Counts
 from tcpexporter.connections.selection import Selection, folding_steps
 from tcpexporter.connections.series import FOLDED, SERIES, SERIES_BYTES, Series
 from tcpexporter.connections.sets import distinct, is_in
+
+
+class _Given(NamedTuple):
+    """What a layout depends on; `Folder.fold` describes each field."""
+
+    series: Series
+    listening: Series
+    named: Series
+    published: Series
+    max_series: int
+    selection: Selection
 
 
 class _Layout(NamedTuple):
@@ -33,7 +45,7 @@ class Folder:
     """
 
     def __init__(self) -> None:
-        self._given: Sequence[object] = ()
+        self._given: _Given | None = None
         self._layout = _Layout(np.empty(0, SERIES_BYTES), np.empty(0, np.intp), 0)
 
     def fold(
@@ -68,29 +80,16 @@ class Folder:
         Returns:
             The counts of the exposition, and the number of series in use that are left out.
         """
-        given = (counts.series, listening, named, published, max_series, selection)
-        if not (self._layout.is_complete and [*map(id, given)] == [*map(id, self._given)]):
-            self._layout = _lay_out(
-                counts,
-                listening=listening,
-                named=named,
-                published=published,
-                max_series=max_series,
-                selection=selection,
-            )
+        given = _Given(counts.series, listening, named, published, max_series, selection)
+        is_same = self._given is not None and all(map(operator.is_, given, self._given))
+        if not (is_same and self._layout.is_complete):
+            self._layout = _lay_out(counts, given)
             self._given = given
         return counts.moved(self._layout.series, self._layout.place), self._layout.left_out
 
 
-def _lay_out(
-    counts: Counts,
-    *,
-    listening: Series,
-    named: Series,
-    published: Series,
-    max_series: int,
-    selection: Selection,
-) -> _Layout:
+def _lay_out(counts: Counts, given: _Given) -> _Layout:
+    _, listening, named, published, max_series, selection = given
     steps = folding_steps(selection)
     limit = max(max_series, len(named)) if steps else np.iinfo(np.int64).max
     own = [_not_folded(each) for each in (counts.series, published)]

@@ -75,8 +75,8 @@ def _head(form: Format, name: str, documentation: str, kind: str) -> bytes:
 class Exposition:
     """The exposition of one collection, written at most once in each format.
 
-    Writing takes several times as long as collecting. Each family is written separately, so
-    a request for selected names reuses the families that are already written.
+    Each family is written separately, so a request for selected names reuses the families
+    that are already written.
     """
 
     def __init__(self, families: Iterable[Metric]) -> None:

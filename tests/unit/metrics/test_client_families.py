@@ -121,6 +121,6 @@ def test_without_clients_there_are_no_families() -> None:
 
 @pytest.mark.parametrize("has_clients", [False, True])
 def test_without_connections_only_named_ports_have_clients(*, has_clients: bool) -> None:
-    """The families of clients and of connections exist, but have no samples."""
+    """The exposition has the families of clients and connections, without samples."""
     expected = {each: {"22": 0} for each in FAMILIES if has_clients}
     assert collected(ports=[22], has_clients=has_clients) == expected
