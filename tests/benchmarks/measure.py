@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
 
 from tests.benchmarks import empty_program, program_runs
 from tests.benchmarks.churn import by_fin, by_rst, churn, listening
@@ -234,8 +236,12 @@ def _rate_with_empty_per_s(listeners: Sequence[socket.socket], plan: Plan) -> fl
 
 
 def _rate_per_s(listeners: Sequence[socket.socket], plan: Plan) -> float:
-    start_s = time.perf_counter()
-    for ending in STATE_CHANGES:
-        churn(listeners, plan.rate_connections, ending)
-    took_s = time.perf_counter() - start_s
-    return len(STATE_CHANGES) * plan.rate_connections / took_s
+    """Return the rate of the median batches, because other load disturbs some batches."""
+    batch_s = {
+        ending: median(
+            _timed_s(partial(churn, listeners, BATCH_CONNECTIONS, ending))
+            for _ in range(plan.rate_batches)
+        )
+        for ending in STATE_CHANGES
+    }
+    return len(STATE_CHANGES) * BATCH_CONNECTIONS / sum(batch_s.values())

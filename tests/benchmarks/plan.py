@@ -32,8 +32,8 @@ class Plan:
     event_rounds: int
     rate_rounds: int
     """Rounds that compare rates; each round has two pairs of rates."""
-    rate_connections: int
-    """Number of connections in each sample that are closed by FIN; as many are closed by
+    rate_batches: int
+    """Number of batches in each sample that are closed by FIN; as many are closed by
     RST."""
     last_size_after_s: float
     """Time after which no larger size is begun. It is exceeded only on a busy machine."""
@@ -55,7 +55,7 @@ QUICK = Plan(
     polling_idle_s=3,
     event_rounds=3,
     rate_rounds=5,
-    rate_connections=2_003,
+    rate_batches=21,
     last_size_after_s=90,
     limit_s=300,
 )
@@ -73,7 +73,7 @@ FULL = Plan(
     polling_idle_s=10,
     event_rounds=7,
     rate_rounds=11,
-    rate_connections=3_001,
+    rate_batches=31,
     last_size_after_s=600,
     limit_s=1_500,
 )
