@@ -56,6 +56,11 @@
 #define TCP_CLOSE 7
 #define TCP_LISTEN 10
 
+#define RECENT_SLOTS_BITS 16
+#define RECENT_NUMBERS_BITS 8
+#define MULTIPLIER 0x9e3779b97f4a7c15 /* 2^64 / golden ratio, odd */
+#define NO_SLOT 0xffffffff
+
 #define LOCAL_PORT 1
 #define REMOTE_PORT 2
 
@@ -87,6 +92,18 @@ BPF_F_TABLE("array", __u32, struct ledger_entry, corrections, SERIES_FIRST + MAX
 	    BPF_F_MMAPABLE);
 
 BPF_STACK(free_series, __u32, MAX_SERIES);
+
+/*
+ * Caches of `slots` and `series_numbers`, because lookups in hash maps take most of the
+ * time of a run. All keys with the same hash share one element. Its low half is the
+ * slot or number that a run found for one of these keys; the record or the ledger shows
+ * for which. Its high half is the epoch that this run had loaded. Elements of other
+ * epochs are invalid. In epoch 0 the caches are off: userspace stores it before it
+ * deletes keys. See Runs.without_caches in tcpexporter/ebpf/runs.py.
+ */
+BPF_ARRAY(recent_slots, __u64, 1 << RECENT_SLOTS_BITS);
+BPF_ARRAY(recent_numbers, __u64, 1 << RECENT_NUMBERS_BITS);
+BPF_F_TABLE("array", __u32, __u64, epochs, 1, BPF_F_MMAPABLE);
 
 /* Whether closings are recorded: userspace is comparing with the socket tables. */
 BPF_ARRAY(recording, __u32, 1);
@@ -185,11 +202,18 @@ static void load_key(struct connection_key *key, const void *sk, __u32 netns,
 	key->remote_port = bpf_ntohs(LOAD(__u16, sk, SKC_DPORT_OFFSET));
 }
 
-/* Return the local port. A socket that was reset is unbound, but keeps inet_sport. */
+/*
+ * Return the local port. Only an unbound socket requires the helper: a reset unbinds
+ * it, but it keeps inet_sport.
+ */
 static __u16 port_of_closed(const void *sk)
 {
-	const void *inet = untraced((__u64)bpf_skc_to_tcp_sock((void *)sk));
+	__u16 bound = LOAD(__u16, sk, SKC_NUM_OFFSET);
+	const void *inet;
 
+	if (bound)
+		return bound;
+	inet = untraced((__u64)bpf_skc_to_tcp_sock((void *)sk));
 	return inet ? bpf_ntohs(LOAD(__u16, inet, INET_SPORT_OFFSET)) : 0;
 }
 
@@ -295,25 +319,88 @@ static __u64 handle_of_seed(const struct connection_key *key)
 	return siphash((const __u64 *)key, 5) | HANDLE_SEEDED;
 }
 
+static __u64 current_epoch(void)
+{
+	__u32 first = 0;
+	__u64 *epoch = epochs.lookup(&first);
+
+	return epoch ? LOAD(__u64, epoch, 0) : 0;
+}
+
+/*
+ * Return a handle as a number. With CAP_PERFMON, the verifier allows a change of a
+ * pointer's byte order, and treats the result as a number; it refuses all other
+ * arithmetic. On a little-endian machine this instruction does nothing.
+ */
+static __u64 number_from(__u64 handle)
+{
+	asm("%0 = le64 %0" : "+r"(handle));
+	return handle;
+}
+
+/* Return the index of the element of a cache for a key. */
+static int element_for(__u64 key, int bits)
+{
+	key *= MULTIPLIER;
+	key ^= key >> 32;
+	return key * MULTIPLIER >> (64 - bits);
+}
+
+/* Return the slot or number in an element of a cache, or `none` if it is invalid. */
+static __u32 cached(const __u64 *element, __u64 epoch, __u32 none)
+{
+	__u64 found = element ? LOAD(__u64, element, 0) : 0;
+
+	return epoch && found >> 32 == epoch ? found : none;
+}
+
+static void cache(__u64 *element, __u64 epoch, __u32 found)
+{
+	if (element && epoch)
+		STORE(__u64, *element, epoch << 32 | found);
+}
+
+static __u64 *recent_slot(__u64 handle)
+{
+	int at = element_for(number_from(handle), RECENT_SLOTS_BITS);
+
+	return recent_slots.lookup(&at);
+}
+
+/* Return the connection of a slot if it has this handle, or NULL. */
+static struct connection *in_slot(__u32 slot, __u64 handle)
+{
+	struct connection *connection = connections.lookup(&slot);
+
+	return connection && connection->handle == handle ? connection : NULL;
+}
+
 /*
  * Return the connection with this handle, its word and its slot's number; or NULL.
  * When userspace deletes an entry of a hash map, the kernel can reuse the memory of the
  * entry for another handle, while this run has a pointer to the value. So the value may
- * be the slot of another handle. Therefore the handle in the record of the slot is
- * compared: userspace clears it before it frees the slot. The value is loaded once,
- * because it can change between two loads.
+ * be the slot of another handle. An element of the cache may be, too. Therefore the
+ * handle in the record of the slot is compared: userspace clears it before it frees the
+ * slot. The value is loaded once, because it can change between two loads.
  */
-static struct connection *find(__u64 handle, __u64 **word, __u32 *number)
+static struct connection *find(__u64 handle, __u64 epoch, __u64 **word, __u32 *number)
 {
-	__u32 *slot = slots.lookup(&handle);
+	__u64 *recent = recent_slot(handle);
 	struct connection *connection;
+	__u32 *slot;
 
-	if (!slot)
-		return NULL;
-	*number = LOAD(__u32, slot, 0);
-	connection = connections.lookup(number);
-	if (!connection || connection->handle != handle)
-		return NULL;
+	*number = cached(recent, epoch, NO_SLOT);
+	connection = in_slot(*number, handle);
+	if (!connection) {
+		slot = slots.lookup(&handle);
+		if (!slot)
+			return NULL;
+		*number = LOAD(__u32, slot, 0);
+		connection = in_slot(*number, handle);
+		if (!connection)
+			return NULL;
+		cache(recent, epoch, *number);
+	}
 	*word = series_and_time.lookup(number);
 	return *word ? connection : NULL;
 }
@@ -326,8 +413,10 @@ static void push_free(__u32 range)
 }
 
 /* Allocate a slot for a handle without a slot; return NULL if no slot is free. */
-static struct connection *allocate(__u64 handle, __u64 **word, __u32 *number)
+static struct connection *allocate(__u64 handle, __u64 epoch, __u64 **word,
+				   __u32 *number)
 {
+	struct connection *connection;
 	__u32 range, slot;
 
 	if (free_slots.pop(&range))
@@ -341,7 +430,12 @@ static struct connection *allocate(__u64 handle, __u64 **word, __u32 *number)
 	}
 	*number = slot;
 	*word = series_and_time.lookup(&slot);
-	return *word ? connections.lookup(&slot) : NULL;
+	connection = connections.lookup(&slot);
+	if (!*word || !connection)
+		return NULL;
+	connection->handle = handle;
+	cache(recent_slot(handle), epoch, slot);
+	return connection;
 }
 
 static bool is_ipv4(const struct connection_key *key)
@@ -408,6 +502,13 @@ static void store_series(struct ledger_entry *entry, const struct series_key *se
 	stored[1] = words[1];
 }
 
+static bool is_number_of(__u32 number, const struct series_key *series)
+{
+	struct ledger_entry *entry = ledger.lookup(&number);
+
+	return entry && is_series(&entry->series, series);
+}
+
 /*
  * Return the number of a series, or 0 if it has none. As in `find`, the value can be
  * that of another series whose entry uses the memory of a deleted one.
@@ -416,9 +517,8 @@ static __u32 number_of(struct series_key *series)
 {
 	__u32 *found = series_numbers.lookup(series);
 	__u32 number = found ? *found : 0;
-	struct ledger_entry *entry = ledger.lookup(&number);
 
-	return entry && is_series(&entry->series, series) ? number : 0;
+	return is_number_of(number, series) ? number : 0;
 }
 
 static void push_free_series(__u32 range)
@@ -454,15 +554,22 @@ static __u32 allocate_number(struct series_key *series)
 }
 
 /* Return the number in which a series is counted, never 0. */
-static __u32 counted_in(struct series_key *series)
+static __u32 counted_in(struct series_key *series, __u64 epoch)
 {
-	__u32 number = number_of(series);
+	const __u64 *words = (const __u64 *)series;
+	int at = element_for(words[0] * MULTIPLIER ^ words[1], RECENT_NUMBERS_BITS);
+	__u64 *recent = recent_numbers.lookup(&at);
+	__u32 number = cached(recent, epoch, 0);
 
+	if (is_number_of(number, series))
+		return number;
+	number = number_of(series);
 	if (!number)
 		number = allocate_number(series);
 	if (!number)
-		number = 1 + (series->ip_version == 6) +
-			 2 * (series->flags & SERIES_OUTBOUND);
+		return 1 + (series->ip_version == 6) +
+		       2 * (series->flags & SERIES_OUTBOUND);
+	cache(recent, epoch, number);
 	return number;
 }
 
@@ -526,13 +633,14 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 	__u64 handle = (__u64)sk;
 	__u64 *word = NULL;
 	__u32 slot = 0;
-	struct connection *connection = find(handle, &word, &slot);
+	__u64 epoch = current_epoch();
+	struct connection *connection = find(handle, epoch, &word, &slot);
 	struct series_key series;
 	__u64 cgroup;
 	__u32 number;
 
 	if (!connection) {
-		connection = allocate(handle, &word, &slot);
+		connection = allocate(handle, epoch, &word, &slot);
 		if (!connection) {
 			COUNT(count->refused);
 			return;
@@ -544,7 +652,6 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 		remove_from(word, count);
 		order_stores();
 	}
-	connection->handle = handle;
 	load_key(&connection->key, sk, netns, LOAD(__u16, sk, SKC_NUM_OFFSET));
 	connection->is_outbound = oldstate == TCP_SYN_SENT;
 	cgroup = cgroup_of(sk);
@@ -552,7 +659,7 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 	record_client(slot, &connection->key);
 	series = series_of(&connection->key, cgroup, oldstate == TCP_SYN_SENT,
 			   outbound_port_of(&connection->key));
-	number = counted_in(&series);
+	number = counted_in(&series, epoch);
 	/* A reader that finds the word finds the record and the client, too. */
 	order_stores();
 	*(volatile __u64 *)word =
@@ -575,7 +682,8 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 {
 	__u64 *word = NULL;
 	__u32 slot = 0;
-	struct connection *connection = find((__u64)sk, &word, &slot);
+	__u64 epoch = current_epoch();
+	struct connection *connection = find((__u64)sk, epoch, &word, &slot);
 	struct connection_key key;
 	__u32 nothing = 0;
 	int first = 0;
@@ -605,7 +713,7 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 		COUNT(count->unrecorded);
 	if (is_known)
 		return;
-	connection = find(handle, &word, &slot);
+	connection = find(handle, epoch, &word, &slot);
 	if (!connection || !is_open(*word))
 		return;
 	remove_from(word, count);
@@ -623,7 +731,7 @@ static void failed(const void *sk, __u32 netns)
 	load_key(&key, sk, netns, port_of_closed(sk));
 	series = series_of(&key, cgroup_of(sk), 1,
 			   OUTBOUND_PORT == REMOTE_PORT ? key.remote_port : 0);
-	number = counted_in(&series);
+	number = counted_in(&series, current_epoch());
 	entry = ledger.lookup(&number);
 	if (entry)
 		ADD(entry->failed, 1);

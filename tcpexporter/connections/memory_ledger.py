@@ -106,11 +106,11 @@ class MemoryLedger:
         Args:
             open_now: the present connections.
         """
-        is_dropped = self._forgotten.take(self._series)
-        is_dropped[numbers_of(open_now)] = False
-        is_dropped[:SERIES_FIRST] = False
-        self._series[is_dropped] = NO_SERIES
-        self._rows[is_dropped] = 0
+        with self._forgotten.taken(self._series) as is_dropped:
+            is_dropped[numbers_of(open_now)] = False
+            is_dropped[:SERIES_FIRST] = False
+            self._series[is_dropped] = NO_SERIES
+            self._rows[is_dropped] = 0
 
     def _numbers(self, series: Series) -> Numbers:
         """Return the number of each series, and allocate those that are missing."""

@@ -17,7 +17,7 @@ any order, unless one of these orders them:
 - The kernel: an update of a hash map publishes the entry by a store with release. A push
   and a pop take the lock of the stack. The kernel runs the program under the lock of the
   socket, and stores the socket's new state with release.
-- `Tracker.wait_for_runs`: for each run of the program, one of two things holds. The run has
+- `Runs.wait`: for each run of the program, one of two things holds. The run has
   ended when the call returns, and all its stores are visible. Or the run sees all that was
   stored before the call.
 
@@ -57,10 +57,10 @@ These are the cases. tests/unit/ordering tries all orders of each.
 10. The closings log and seeds: a run records its closing, then looks for the seed.
     Userspace adds the seed, then reads the log; the kernel looks at an empty bucket of it
     without a lock. A load may overtake a store, also on x86-64, so each could miss what the
-    other has stored. Userspace calls `Tracker.wait_for_runs` in between: a run that has not
+    other has stored. Userspace calls `Runs.wait` in between: a run that has not
     found the seed has ended, and the log has its closing.
-11. The flag ``recording``: `Tracker.wait_for_runs` follows its store.
-12. A slot that is freed: `Tracker.wait_for_runs` comes between the deletion of its handle
+11. The flag ``recording``: `Runs.wait` follows its store.
+12. A slot that is freed: `Runs.wait` comes between the deletion of its handle
     and the load of its word. The same applies to series numbers.
 13. A dump of the socket tables, then the tracker. The kernel stores the state after the
     program has stored the word, with release. `memory_barrier` comes between the dump and
@@ -70,6 +70,13 @@ These are the cases. tests/unit/ordering tries all orders of each.
 15. Pinned state is read by 2 and 9, while the old program writes to it. Version 1 of its
     layout, which had a connection's series and time in two words, has no order for that; it
     was for x86-64 only.
+16. The caches of the program. In epoch 0 they are off. Userspace stores 0, deletes keys,
+    waits, frees what is unused, and stores an epoch that was never used. A run that had
+    loaded the previous epoch may have found a key in a cache. It has ended after the wait,
+    like a run that has found it in the map. A run that loads the next epoch began after the
+    deletion, because the store follows the wait. So it finds in a cache only what such runs
+    have found in the map after the deletion. What is found in a cache is compared with the
+    record or the ledger, as in 6 and 7.
 """
 
 import os

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The series that connections are counted in, and what has happened in each of them."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -150,15 +152,27 @@ class Forgotten:
 
     def __init__(self) -> None:
         self._values: dict[str, frozenset[int]] = {}
+        self._changing = threading.Lock()
 
     def add(self, field: str, values: Iterable[int]) -> None:
         """Add series to forget; any thread may call this."""
-        self._values[field] = self._values.get(field, frozenset()) | {*values}
+        with self._changing:
+            self._values[field] = self._values.get(field, frozenset()) | {*values}
 
-    def take(self, series: Series) -> npt.NDArray[np.bool_]:
-        """Return whether each of these series is to be forgotten, and clear the values."""
-        wanted, self._values = self._values, {}
-        found = np.zeros(len(series), np.bool_)
-        for field, values in wanted.items():
-            found |= is_in(series.view(SERIES)[field], [*values])
-        return found
+    @contextlib.contextmanager
+    def taken(self, series: Series) -> Iterator[npt.NDArray[np.bool_]]:
+        """Return whether each of these series is to be forgotten, and clear the values.
+
+        If the block raises an error, the values are added again.
+        """
+        with self._changing:
+            taken, self._values = self._values, {}
+        try:
+            found = np.zeros(len(series), np.bool_)
+            for field, values in taken.items():
+                found |= is_in(series.view(SERIES)[field], [*values])
+            yield found
+        except BaseException:
+            for field, values in taken.items():
+                self.add(field, values)
+            raise

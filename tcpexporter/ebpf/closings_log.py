@@ -2,47 +2,49 @@
 """Lets the BPF program record which connections close, while seeds are added."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from tcpexporter.connections.identity import Hashes
 from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.maps import FIRST, Map, map_errors
+from tcpexporter.ebpf.runs import Runs
 
 
 class ClosingsLog:
     """The closings log: the handles of closed connections, as those of seeds."""
 
-    def __init__(self, descriptors: Descriptors, wait_for_runs: Callable[[], None]) -> None:
+    def __init__(self, descriptors: Descriptors, runs: Runs) -> None:
         """Use the maps of a loaded program.
 
         Args:
             descriptors: of the program and its maps, which stay open.
-            wait_for_runs: waits until every run of the program that has begun has ended.
+            runs: the runs of the program.
         """
         self._map = Map(descriptors.closings, "closings")
         self._recording = Map(descriptors.recording, "recording")
-        self._wait_for_runs = wait_for_runs
+        self._runs = runs
         self._has_recorded = False
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Let the program record all closings during the block.
 
-        When the block begins, every run that does not record has ended, and every run that
-        recorded in an earlier block. Waiting for the latter now keeps the start short.
+        When the block begins, every run that does not record has ended. A run that began in
+        an earlier block may add to the log after that block. This method waits for such
+        runs when the next block begins, because a start has only one block.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
         if self._has_recorded:
-            self._wait_for_runs()
+            self._runs.wait()
         self._has_recorded = True
         self.pop()
         self._record(True)
         try:
-            self._wait_for_runs()
+            self._runs.wait()
             yield
         finally:
             self._record(False)

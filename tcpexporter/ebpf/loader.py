@@ -58,6 +58,7 @@ MAPS = (
     "ledger",
     "corrections",
     "free_series",
+    "epochs",
     "recording",
     "closings",
     "events",

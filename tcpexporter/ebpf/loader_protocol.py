@@ -89,6 +89,7 @@ class Descriptors:
     ledger: int
     corrections: int
     free_series: int
+    epochs: int
     recording: int
     closings: int
     events: int

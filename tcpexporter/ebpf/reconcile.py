@@ -48,7 +48,7 @@ h. As d, but the kernel skipped the program, or the closings log was full. The k
 
 The kernel reports a change just before it stores the new state. A softirq does both without
 being preempted. Step 1 and `reconcile` begin when every softirq that was running has ended
-(`Tracker.wait_for_runs`). A task, however, can be preempted between the report and the
+(`Runs.wait`). A task, however, can be preempted between the report and the
 store. If it reported a closing before the recording began, and the dump of 1 still shows
 the connection, the connection becomes a seed. The next reconciliation removes it: case s.
 
@@ -127,6 +127,12 @@ from tcpexporter.host.background import Task, ahead, in_thread
 log = logging.getLogger(__name__)
 
 
+class ProgramRuns(Protocol):
+    """The member of `Runs` that reconciling requires."""
+
+    def wait(self) -> None: ...
+
+
 class TrackedConnections(Protocol):
     """The members of a tracker that reconciling requires; `Tracker` documents each of them.
 
@@ -136,13 +142,14 @@ class TrackedConnections(Protocol):
     restored: int
     seeds_refused: int
 
+    @property
+    def runs(self) -> ProgramRuns: ...
     def known(self, *, with_seeds: bool = True) -> Known: ...
     def add(self, seeds: Records) -> Slots: ...
     def recording_closings(self) -> AbstractContextManager[None]: ...
     def release_closed(self, slots: Slots, *, pre_existing: bool = False) -> int: ...
     def release(self, slots: Slots, words: Words) -> int: ...
     def reclaim(self) -> None: ...
-    def wait_for_runs(self) -> None: ...
     def events(self) -> Events: ...
 
 
@@ -240,7 +247,7 @@ def begin_dump(
         TrackerError: the kernel refuses a map operation.
         ThreadError: the kernel refuses another thread.
     """
-    tracker.wait_for_runs()
+    tracker.runs.wait()
     began_ns = boottime_ns()
 
     def dump() -> Dump:
@@ -274,7 +281,7 @@ def reconcile(
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
     if first is None:
-        tracker.wait_for_runs()
+        tracker.runs.wait()
         began_ns = boottime_ns()
         found = hashes(tables.established(with_ages=False)["key"])
         first = compare(tracker, tables, Dump(began_ns, found))

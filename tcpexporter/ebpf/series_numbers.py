@@ -10,8 +10,8 @@ Freeing numbers
 ---------------
 `SeriesNumbers.free` (1) deletes the series from the map, so that no run of the program that
 begins from now on finds its number; (2) waits until all runs that began before have ended;
-(3) frees the number if no connection has it; and (4) restores the others. These are
-the cases for a series:
+(3) frees the number if no connection has it; and (4) restores the others. The caches of the
+program are off meanwhile. These are the cases for a series:
 
 a. No connection is opened: freed.
 b. A run found the number before 1 and stores a connection with it after 1: the run has
@@ -29,7 +29,7 @@ f. Two runs, or a run and this module, allocate a number for the same series: th
    the first. The other pushes its number back and uses the first. For an instant the ledger
    has the series at that number, too. It is neither in the map nor an orphan, so this
    module does not free it.
-g. The kernel refuses 1 or 2: all are restored and nothing is freed. A number that the
+g. The kernel refuses 1 or a wait: all are restored and nothing is freed. A number that the
    kernel refuses to restore is an orphan.
 h. As b, but that connection closes before 3 looks. A run stores that first, and then adds
    to the counters of the number. So 3 waits for all runs once more before it frees it.
@@ -74,6 +74,7 @@ from tcpexporter.ebpf.free_numbers import FreeNumbers
 from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import Map, map_errors
+from tcpexporter.ebpf.runs import Runs
 from tcpexporter.errors import TrackerError
 
 WINDOW = 1024
@@ -96,12 +97,17 @@ class SeriesNumbers:
     """
 
     def __init__(
-        self, descriptors: Descriptors, max_series: int, bounds: Sequence[int] = ()
+        self,
+        descriptors: Descriptors,
+        runs: Runs,
+        max_series: int,
+        bounds: Sequence[int] = (),
     ) -> None:
         """Use the maps of a loaded program.
 
         Args:
             descriptors: of its maps.
+            runs: the runs of the program.
             max_series: how many numbers there are, besides those of folded series.
             bounds: the bounds of lifetime buckets, as in `loader_protocol.Request`.
 
@@ -109,6 +115,7 @@ class SeriesNumbers:
             TrackerError: the kernel refuses to map the ledger.
         """
         self.max_series = max_series
+        self._runs = runs
         self._bounds = np.array(bounds, np.uint64)
         self._numbers = Map(descriptors.series_numbers, "series numbers")
         self._free = FreeNumbers(descriptors.free_series, "free series numbers")
@@ -117,7 +124,10 @@ class SeriesNumbers:
         self._orphans: set[int] = set()
         self._moving = threading.Lock()
         """Held while counters are added to those of another number."""
-        self._used = 0
+        self._mapped = 1
+        """How many entries are mapped, or the least number of them."""
+        self._growing = threading.Lock()
+        """Held while entries are mapped; `_mapped` must not decrease."""
         buckets = bucket_count(bounds)
         with map_errors():
             self._ledger, self._corrections = (
@@ -161,14 +171,14 @@ class SeriesNumbers:
 
     def _entries_and_use(self) -> "tuple[npt.NDArray[np.void], npt.NDArray[np.bool_]]":
         """Return all entries that were ever used, and which of them are in use."""
-        while self._used < self._size:
-            entries = self._ledger.upto(max(self._used, 1))
+        with self._growing:
+            entries = self._ledger.upto(self._mapped)
             is_used = _in_use(entries)
-            if len(entries) == self._used and not is_used[-UNTOUCHED:].any():
-                return entries, is_used
-            self._used = len(entries) if len(entries) > self._used else self._used + 1
-        entries = self._ledger.upto(self._used)
-        return entries, _in_use(entries)
+            while len(entries) < self._size and is_used[-UNTOUCHED:].any():
+                entries = self._ledger.upto(len(entries) + 1)  # and the rest of the window
+                is_used = _in_use(entries)
+            self._mapped = len(entries)
+        return entries, is_used
 
     # Allocating
 
@@ -224,7 +234,7 @@ class SeriesNumbers:
         if len(self._bounds):
             times = words >> np.uint64(SERIES_BITS)
             lifetimes = np.uint64(now_ns >> TIME_SHIFT) - times
-            corrections = self._corrections.upto(self._used)
+            corrections = self._corrections.upto(len(self._entries()))
             np.add.at(corrections["lifetimes_sum"], numbers, lifetimes)
             buckets = np.searchsorted(self._bounds, lifetimes)
             np.add.at(corrections["lifetimes"], (numbers, buckets), np.uint64(1))
@@ -244,13 +254,13 @@ class SeriesNumbers:
             TrackerError: the kernel refuses a map operation.
         """
         is_used = (old.opened | old.closed | old.failed | old.pre_existing) != 0
-        series, place = np.unique(old.series[is_used], return_inverse=True)
-        numbers = self.numbers(series)
+        # Several series have one number if they are folded.
+        numbers, place = np.unique(self.numbers(old.series[is_used]), return_inverse=True)
         before = self.ledger()
 
         def missing(name: str) -> npt.NDArray[np.int64]:
             rows = getattr(old, name)[is_used]
-            total = np.zeros((len(series), *rows.shape[1:]), np.int64)
+            total = np.zeros((len(numbers), *rows.shape[1:]), np.int64)
             if rows.size:
                 np.add.at(total, place, rows)
             difference: npt.NDArray[np.int64] = total - getattr(before, name)[numbers]
@@ -260,6 +270,8 @@ class SeriesNumbers:
         opened = np.maximum(missing("opened"), missing("closed") - pre_existing)
         closed = opened + pre_existing
         if lifetimes.size:
+            # The buckets must add up to `closed`. Closings whose lifetimes are unknown go
+            # into the first one.
             lifetimes[:, 0] += closed - lifetimes.sum(axis=1)
         self._add("pre_existing", numbers, pre_existing)
         self._add("opened", numbers, opened)
@@ -274,45 +286,38 @@ class SeriesNumbers:
         self, field: str, numbers: Numbers, change: "npt.NDArray[np.int64] | int"
     ) -> None:
         """Correct a field of some numbers, which may repeat."""
-        self._entries()
-        corrections = self._corrections.upto(self._used)
+        corrections = self._corrections.upto(len(self._entries()))
         # A negative change wraps around; so does the sum, back to the right value.
         np.add.at(corrections[field], numbers, np.asarray(change, np.int64).view(np.uint64))
 
     # Freeing
 
-    def reclaim(
-        self,
-        connections: Callable[[], Iterator[Words]],
-        wait_for_runs: Callable[[], None],
-    ) -> None:
+    def reclaim(self, connections: Callable[[], Iterator[Words]]) -> None:
         """Free numbers without connections: forgotten ones, or all if few are free.
 
         Args:
             connections: returns the words of all slots.
-            wait_for_runs: waits until every run of the program that is under way has ended.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
         series = self._entries()["series"].copy()
         series[:SERIES_FIRST] = NO_SERIES
-        is_forgotten = self._forgotten.take(series)
-        is_used = series != NO_SERIES
-        is_full = np.count_nonzero(is_used) > FULL_SHARE * self.max_series
-        is_wanted = is_used & (is_forgotten | is_full)
-        if not is_wanted.any():
-            return
-        is_wanted &= ~self._is_referred_to(connections)
-        for chosen, keep in ((is_forgotten, False), (~is_forgotten, True)):
-            numbers = np.flatnonzero(is_wanted & chosen).astype(np.uint32)
-            self.free(numbers, connections, wait_for_runs, keep_counters=keep)
+        with self._forgotten.taken(series) as is_forgotten:
+            is_used = series != NO_SERIES
+            is_full = np.count_nonzero(is_used) > FULL_SHARE * self.max_series
+            is_wanted = is_used & (is_forgotten | is_full)
+            if not is_wanted.any():
+                return
+            is_wanted &= ~_referred_to(connections)[: len(series)]
+            for chosen, keep in ((is_forgotten, False), (~is_forgotten, True)):
+                numbers = np.flatnonzero(is_wanted & chosen).astype(np.uint32)
+                self.free(numbers, connections, keep_counters=keep)
 
     def free(
         self,
         numbers: Numbers,
         connections: Callable[[], Iterator[Words]],
-        wait_for_runs: Callable[[], None],
         *,
         keep_counters: bool = False,
     ) -> None:
@@ -321,7 +326,6 @@ class SeriesNumbers:
         Args:
             numbers: without duplicates.
             connections: as for `reclaim`.
-            wait_for_runs: as for `reclaim`.
             keep_counters: whether the folded series get their counters.
 
         Raises:
@@ -337,24 +341,26 @@ class SeriesNumbers:
         is_known = is_own | is_in(numbers, [*self._orphans])
         numbers, is_own = numbers[is_known], is_own[is_known]
         series = entries["series"][numbers]
-        try:
-            with map_errors():
-                self._numbers.delete_all(_keys(series[is_own]))
-            wait_for_runs()
-            is_referred_to = self._is_referred_to(connections)[numbers]
-            wait_for_runs()  # h
-        except TrackerError:  # g
-            self._restore(numbers, series)
-            raise
-        self._restore(numbers[is_referred_to], series[is_referred_to])
-        freed, of = numbers[~is_referred_to], series[~is_referred_to]
-        corrections = self._corrections.upto(self._used)
+        with self._runs.without_caches():
+            try:
+                with map_errors():
+                    self._numbers.delete_all(_keys(series[is_own]))
+                self._runs.wait()
+                is_referred_to = _referred_to(connections)[numbers]
+                self._runs.wait()  # h
+            except (TrackerError, MemoryError):  # g
+                self._restore(numbers, series)
+                raise
+            self._restore(numbers[is_referred_to], series[is_referred_to])
+        freed, freed_series = numbers[~is_referred_to], series[~is_referred_to]
+        corrections = self._corrections.upto(len(entries))
         with map_errors():
             successors = np.array(
-                [self._number_of(each) for each in _keys(of)], np.uint32
+                [self._number_of(each) for each in _keys(freed_series)], np.uint32
             )  # c
             if keep_counters:
-                successors = np.where(successors == 0, folded_number(of), successors)
+                folded = folded_number(freed_series)
+                successors = np.where(successors == 0, folded, successors)
             with self._moving:
                 _move(entries, corrections, freed, successors)
             self._orphans.difference_update(freed.tolist())
@@ -372,15 +378,13 @@ class SeriesNumbers:
             else:  # d; or the kernel refuses it
                 self._orphans.add(int(number))
 
-    def _is_referred_to(
-        self, connections: Callable[[], Iterator[Words]]
-    ) -> npt.NDArray[np.bool_]:
-        """Return for each number whether a connection has it."""
-        found = np.zeros(1 << SERIES_BITS, np.bool_)
-        for words in connections():
-            found[words & np.uint64(SERIES_MASK)] = True
-        referred: npt.NDArray[np.bool_] = found[: len(self._entries())]
-        return referred
+
+def _referred_to(connections: Callable[[], Iterator[Words]]) -> npt.NDArray[np.bool_]:
+    """Return for each of 2^18 numbers whether a connection has it."""
+    found = np.zeros(1 << SERIES_BITS, np.bool_)
+    for words in connections():
+        found[words & np.uint64(SERIES_MASK)] = True
+    return found
 
 
 def _in_use(entries: "npt.NDArray[np.void]") -> npt.NDArray[np.bool_]:

@@ -30,6 +30,7 @@ from tcpexporter.ebpf.reconcile import (
     seed,
     seed_in_parts,
 )
+from tcpexporter.ebpf.runs import Runs
 from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SourceError
@@ -89,11 +90,12 @@ class EbpfSource:
                 undo.callback(self._pins.close)
             descriptors = loading.descriptors()
             undo.callback(descriptors.close)
+            runs = Runs(descriptors)
             self._series = SeriesNumbers(
-                descriptors, counted.max_series, counted.lifetime_bounds
+                descriptors, runs, counted.max_series, counted.lifetime_bounds
             )
             self._tracker = Tracker(
-                descriptors, counted.max_connections, parts, self._series
+                descriptors, counted.max_connections, parts, self._series, runs
             )
             self._tables = open_tables("auto", netns, with_cgroups=parts.by_cgroup)
             undo.callback(self._tables.close)

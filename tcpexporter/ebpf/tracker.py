@@ -27,7 +27,7 @@ It has four steps:
 3. Check whether the slots still have the connections to release. If so, free the slots.
 4. Restore the handles of the other slots.
 
-These are the cases for a handle:
+The caches of the program are off meanwhile. These are the cases for a handle:
 
 e. Nothing happens to its socket: the slot is freed.
 f. The socket at that address opens or closes before 1. An opening stores another word, so 4
@@ -41,7 +41,8 @@ i. As g, an opening, and that connection closes between 1 and 4: the program fin
    handle, and 4 restores a connection whose closing was missed. `restored` counts these
    connections, and is a reason to reconcile.
 j. As i, and the socket opens once more before 4: by then it has another slot and its handle
-   exists again, so 4 cannot restore the old slot and frees it.
+   exists again, so 4 cannot restore the old slot and frees it. The connection in it counts
+   as closed.
 k. A run has found the entry of a handle, but has not read its value yet. Step 1 deletes the
    entry, and the kernel uses its memory for another handle at once. Then the run reads the
    slot of the other handle. The program compares its handle with the one in the record of
@@ -87,7 +88,8 @@ from tcpexporter.ebpf.connection_array import HANDLE_SEEDED, WINDOW, ConnectionA
 from tcpexporter.ebpf.event_counters import EventCounters, Events
 from tcpexporter.ebpf.free_numbers import FreeNumbers, Slots
 from tcpexporter.ebpf.loader_protocol import Descriptors
-from tcpexporter.ebpf.maps import FIRST, Map, map_errors
+from tcpexporter.ebpf.maps import Map, map_errors
+from tcpexporter.ebpf.runs import Runs
 from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.errors import TrackerError
 
@@ -105,6 +107,7 @@ class Tracker(EventCounters):
         max_connections: int,
         parts: Parts,
         series: SeriesNumbers,
+        runs: Runs,
     ) -> None:
         """Use a loaded program and its maps, which `close` closes.
 
@@ -113,6 +116,7 @@ class Tracker(EventCounters):
             max_connections: the number of slots that the maps were made for.
             parts: what the program counts separately.
             series: the series numbers of the program.
+            runs: the runs of the program.
 
         Raises:
             TrackerError: the kernel refuses to map the array of connections.
@@ -124,13 +128,13 @@ class Tracker(EventCounters):
         """How many connections kept their slots because they had changed (i) or the kernel
         refused to release them (l). The program may have missed their closings."""
         self.series = series
+        self.runs = runs
         self._parts = parts
         self._descriptors = descriptors
         self._slots = max_connections
         self._handles = Map(descriptors.slots, "slots")
         self._free_slots = FreeNumbers(descriptors.free_slots, "free slots")
-        self._closings = ClosingsLog(descriptors, self.wait_for_runs)
-        self._barrier = Map(descriptors.barrier, "barrier")
+        self._closings = ClosingsLog(descriptors, runs)
         with map_errors():
             self._array = ConnectionArray(
                 descriptors.connections,
@@ -219,28 +223,34 @@ class Tracker(EventCounters):
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        self._release_empty(self._seed_slots)
         handles = hashes(seeds["key"]) | HANDLE_SEEDED
         is_new = is_first(handles)
         is_new &= are_new(handles, self._used()[0]["handle"][self._seed_slots])
         chosen = np.flatnonzero(is_new)
         numbers = self.series.numbers(series_of(seeds, self._parts))
         slots = self._allocate(len(chosen))
-        for at in range(0, len(slots), WINDOW):
-            of = chosen[at : at + WINDOW][: len(slots) - at]
-            new = np.zeros(len(of), CONNECTION)
-            new["handle"] = handles[of]
-            for field in ("key", "is_outbound", "cgroup"):
-                new[field] = seeds[field][of]
-            new_words = words(numbers[of], seeds["established_ns"][of])
-            if not self._write_seeds(slots[at : at + WINDOW], new, new_words):
-                self._free(slots[at:])
-                slots = slots[:at]
-                break
-        self._added = np.concatenate((self._added, numbers[chosen[: len(slots)]]))
-        self._seed_slots = np.concatenate((self._seed_slots, slots))
-        self._seeds_added += len(slots)
         self.seeds_refused += len(chosen) - len(slots)
+        for at in range(0, len(slots), WINDOW):
+            batch = slots[at : at + WINDOW]
+            rows = chosen[at : at + len(batch)]
+            new = np.zeros(len(rows), CONNECTION)
+            new["handle"] = handles[rows]
+            for field in ("key", "is_outbound", "cgroup"):
+                new[field] = seeds[field][rows]
+            new_words = words(numbers[rows], seeds["established_ns"][rows])
+            try:
+                is_written = self._write_seeds(batch, new, new_words)
+            except (TrackerError, MemoryError):
+                for slot in slots[at:]:  # the map may have the handles of some
+                    self._orphan(slot)
+                raise
+            if not is_written:
+                self._free(slots[at:])
+                self.seeds_refused += len(slots) - at
+                return slots[:at]
+            self._added = np.concatenate((self._added, numbers[rows]))
+            self._seed_slots = np.concatenate((self._seed_slots, batch))
+            self._seeds_added += len(batch)
         return slots
 
     @map_errors()
@@ -257,8 +267,9 @@ class Tracker(EventCounters):
             memory_barrier()
             all_words[slots] = seed_words
             return True
-        self._handles.delete_all(seeds["handle"][:done])
-        self.wait_for_runs()  # as in `release`: a run may have found one of the slots
+        with self.runs.without_caches():
+            self._handles.delete_all(seeds["handle"][:done])
+            self.runs.wait()  # as in `release`: a run may have found one of the slots
         records["handle"][at] = 0
         return False
 
@@ -281,10 +292,18 @@ class Tracker(EventCounters):
 
     @contextlib.contextmanager
     def recording_closings(self) -> Iterator[None]:
-        """Record closings during the block, as `ClosingsLog.recording` does."""
+        """Record closings during the block, as `ClosingsLog.recording` does.
+
+        Before it, slots of closed seeds are freed. In the block a slot must not be freed
+        and allocated again: it would be in the result of `add` twice.
+        """
+        self._release_empty(self._seed_slots)
         self._added = self._added[:0]
-        with self._closings.recording():
-            yield
+        try:
+            with self._closings.recording():
+                yield
+        finally:  # after an error; otherwise `release_closed` has recorded them
+            self.series.record_seeds(self._added, pre_existing=False)
 
     def release_closed(self, slots: Slots, *, pre_existing: bool = False) -> int:
         """Release the seeds at ``slots`` whose closing was recorded, and clear the log.
@@ -309,7 +328,7 @@ class Tracker(EventCounters):
             stayed = self._added[~is_in(slots, removed)]
             self.series.record_seeds(stayed, pre_existing=pre_existing)
             self._added = self._added[:0]
-        self.wait_for_runs()  # e of `reconcile`
+        self.runs.wait()  # e of `reconcile`
         _, late = self._release_recorded(slots)
         self.series.record_closed(late, boottime_ns())
         return len(removed) + len(late)
@@ -317,7 +336,8 @@ class Tracker(EventCounters):
     def _release_recorded(self, slots: Slots) -> tuple[Slots, Words]:
         records, all_words = self._used()
         closed = slots[is_in(records["handle"][slots], self._closings.pop())]
-        return self._release(closed, all_words[closed])
+        with self.runs.without_caches():
+            return self._release(closed, all_words[closed])
 
     def release(self, slots: Slots, words: Words) -> int:
         """Remove connections and free their slots; the module's docstring has the cases.
@@ -333,12 +353,17 @@ class Tracker(EventCounters):
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        _, removed = self._release(slots, words)
+        with self.runs.without_caches():
+            _, removed = self._release(slots, words)
         self.series.record_closed(removed, boottime_ns())
         return len(removed)
 
     def _release(self, slots: Slots, words: Words) -> tuple[Slots, Words]:
-        """Remove connections; return the slots and words of those that were open."""
+        """Remove connections while the caches are off, with ``words`` read since then.
+
+        Returns:
+            The slots and words of those that were open. The caller adds them to the ledger.
+        """
         if not len(slots):
             return slots, words
         records, all_words = self._used()
@@ -346,14 +371,14 @@ class Tracker(EventCounters):
         try:
             with map_errors():
                 self._handles.delete_all(handles)
-            self.wait_for_runs()
-        except TrackerError:  # l
+            self.runs.wait()
+            now = all_words[slots]
+            has_changed = (now != words) & (numbers_of(now) != 0)
+        except (TrackerError, MemoryError):  # l
             for handle, slot in zip(handles, slots, strict=True):
                 if not self._restore(handle, slot):
                     self._orphan(slot)
             raise
-        now = all_words[slots]
-        has_changed = (now != words) & (numbers_of(now) != 0)
         for at in np.flatnonzero(has_changed):
             has_changed[at] = self._restore(handles[at], slots[at])
         released = np.sort(slots[~has_changed])
@@ -385,13 +410,15 @@ class Tracker(EventCounters):
         if kept - still_open > spare:
             records, _ = self._used()
             self._release_empty(np.flatnonzero(records["handle"]).astype(np.uint32))
-        self.series.reclaim(self.words, self.wait_for_runs)
+        self.series.reclaim(self.words)
 
     def _release_empty(self, slots: Slots) -> None:
         """Release those of ``slots`` that have no open connection."""
         _, all_words = self._used()
-        empty = slots[numbers_of(all_words[slots]) == 0]
-        self._release(empty, np.full(len(empty), CLOSED))
+        with self.runs.without_caches():
+            empty = slots[numbers_of(all_words[slots]) == 0]
+            _, removed = self._release(empty, np.full(len(empty), CLOSED))
+        self.series.record_closed(removed, boottime_ns())
 
     def _restore(self, handle: np.uint64, slot: np.uint32) -> bool:
         """Restore the handle of a slot; return False if the slot must be freed."""
@@ -416,20 +443,6 @@ class Tracker(EventCounters):
         """Free slots; the first is the next to be allocated."""
         self._free_slots.push(slots)
         self._slots_freed += len(slots)
-
-    @map_errors()
-    def wait_for_runs(self) -> None:
-        """Wait until every run of the program that has begun has ended.
-
-        After each change to a map of maps, the kernel waits for that by synchronize_rcu():
-        Linux kernel commit 1ae80cf31938 ("bpf: wait for running BPF programs when updating
-        map-in-map") (in v4.20). So every softirq that has begun has ended too, and has
-        stored the state of the socket that it reported or missed.
-
-        Raises:
-            TrackerError: the kernel refuses a map operation.
-        """
-        self._barrier.put(FIRST, np.uint32(self._descriptors.events))
 
     @map_errors()
     def _used(self) -> tuple[Records, Words]:

@@ -40,6 +40,9 @@ WORD_BYTES = 8
 NUMBER_BYTES = 4
 HANDLE_BYTES = 8
 
+RECENT_SLOTS = 1 << 16
+"""``1 << RECENT_SLOTS_BITS`` in bpf/tcp_tracker.c."""
+
 BUCKET_BYTES = 16
 """``struct bucket`` of a hash map, in the kernel's kernel/bpf/hashtab.c."""
 
@@ -83,6 +86,7 @@ class Sizes:
             "closings": _hash(MAX_CLOSINGS),
             "free_slots": (self.max_connections + 1) * NUMBER_BYTES,
             "free_series": (MAX_SERIES + 1) * NUMBER_BYTES,
+            "recent_slots": RECENT_SLOTS * WORD_BYTES,
             "events": self.cpus * len(EVENT_KINDS) * WORD_BYTES,
         }
 

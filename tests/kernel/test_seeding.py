@@ -11,10 +11,12 @@ import pytest
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.parts import Direction
-from tcpexporter.connections.record import Records
+from tcpexporter.connections.record import CLOSED, Records
 from tcpexporter.ebpf import loader, reconcile
+from tcpexporter.ebpf import tracker as tracker_module
+from tcpexporter.ebpf.maps import Keys
 from tcpexporter.ebpf.tracker import Tracker
-from tcpexporter.errors import SocketTableError
+from tcpexporter.errors import SocketTableError, TrackerError
 from tcpexporter.socket_tables import entries, sock_diag
 from tcpexporter.socket_tables.tables import SocketTables, open_tables
 from tests.kernel.helpers.in_process import (
@@ -24,10 +26,12 @@ from tests.kernel.helpers.in_process import (
     all_connections,
     at_port,
     attach,
+    free_slots,
     invented,
     now_ns,
     remove_records,
     seeds,
+    taken_slots,
 )
 from tests.support import Exporter, Peers, eventually, inside, new_netns
 
@@ -312,7 +316,7 @@ def test_a_closing_that_is_recorded_while_a_seed_is_added_removes_it(
     slots = tracker.add(invented(7))
     (closing,) = tracker._used()[0]["handle"][slots[:1]]
     opened: list[int] = []
-    wait = tracker.wait_for_runs
+    wait = tracker.runs.wait
 
     def end_the_run() -> None:
         if not opened:  # the log has been read once
@@ -320,12 +324,58 @@ def test_a_closing_that_is_recorded_while_a_seed_is_added_removes_it(
             tracker._closings._map.put(closing, np.uint32(0))
         wait()
 
-    monkeypatch.setattr(tracker, "wait_for_runs", end_the_run)
+    monkeypatch.setattr(tracker.runs, "wait", end_the_run)
     assert tracker.release_closed(slots) == 1
     assert opened == [int(before.opened.sum()) + 7]
     after = tracker.series.ledger()
     assert int(after.closed.sum() - before.closed.sum()) == 1
     assert tracker.seeds(tracker.events()) == 6
+
+
+def test_a_seed_that_closes_during_seeding_is_freed_once(tracker: Tracker) -> None:
+    """It closes between two batches; both are seeds, and the log has both closings.
+
+    The fault: the second batch got the slot of the first, which was then freed twice.
+    """
+    with tracker.recording_closings():
+        slots = tracker.add(invented(1))
+        handles = [tracker._used()[0]["handle"][slots]]
+        tracker._used()[1][slots] = CLOSED  # as the program does
+        slots = np.concatenate((slots, tracker.add(invented(1, local_port=2))))
+        handles.append(tracker._used()[0]["handle"][slots[1:]])
+        tracker._used()[1][slots] = CLOSED
+        for handle in np.concatenate(handles):
+            tracker._closings._map.put(handle, np.uint32(0))
+        tracker.release_closed(slots)
+    assert len({*slots.tolist()}) == 2
+    free = free_slots(tracker).tolist()
+    assert len(free) == len({*free})
+
+
+@pytest.mark.parametrize("error", [TrackerError, MemoryError])
+def test_seeds_that_are_not_written_lose_no_slot(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """The first batch is in the ledger; the slots of the others are freed later."""
+    monkeypatch.setattr(tracker_module, "WINDOW", 7)
+    real = tracker._handles.put_all
+    written: list[int] = []
+
+    def put_all(handles: Keys, slots: Keys) -> int:
+        if written:
+            raise error("refused")
+        written.append(real(handles, slots))
+        return written[0]
+
+    before = tracker.series.ledger().opened.sum()
+    monkeypatch.setattr(tracker._handles, "put_all", put_all)
+    with pytest.raises(error), tracker.recording_closings():
+        tracker.add(invented(23))
+    assert tracker.series.ledger().opened.sum() == before + 7
+    assert tracker.restored == 16
+    tracker.reclaim()
+    everywhere = np.concatenate((free_slots(tracker), taken_slots(tracker)))
+    assert sorted(everywhere.tolist()) == list(range(SLOTS))
 
 
 def test_closings_are_only_recorded_during_a_comparison(
@@ -344,7 +394,7 @@ def test_a_block_that_records_waits_for_the_runs_of_an_earlier_one(
 
     That closing belongs to no connection of the next dump, so it must not be in the log.
     """
-    wait, waits = tracker.wait_for_runs, 0
+    wait, waits = tracker.runs.wait, 0
 
     def end_the_run() -> None:
         nonlocal waits
@@ -355,7 +405,7 @@ def test_a_block_that_records_waits_for_the_runs_of_an_earlier_one(
 
     with tracker.recording_closings():
         pass
-    monkeypatch.setattr(tracker._closings, "_wait_for_runs", end_the_run)
+    monkeypatch.setattr(tracker.runs, "wait", end_the_run)
     with tracker.recording_closings():
         assert waits == 2
         assert 1009 not in tracker._closings.pop()

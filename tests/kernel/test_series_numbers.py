@@ -104,14 +104,17 @@ def free(
     wait_again: Callable[[], None] | None = None,
 ) -> None:
     """Free a number; step 2 calls ``wait``, and step 3 calls ``wait_again``."""
-    real = tracker.wait_for_runs
+    real = tracker.runs.wait
     waits = iter((wait or real, wait_again or real))
+    with pytest.MonkeyPatch.context() as patched:
 
-    def wait_once() -> None:
-        next(waits)()
+        def next_wait() -> None:
+            with pytest.MonkeyPatch.context() as unpatched:
+                unpatched.setattr(tracker.runs, "wait", real)
+                next(waits)()
 
-    numbers = np.array([number], np.uint32)
-    tracker.series.free(numbers, tracker.words, wait_once)
+        patched.setattr(tracker.runs, "wait", next_wait)
+        tracker.series.free(np.array([number], np.uint32), tracker.words)
 
 
 def test_all_numbers_are_free_at_first(tracker: Tracker) -> None:
@@ -161,7 +164,7 @@ def test_a_number_with_a_connection_is_restored(tracker: Tracker, peers: Peers) 
     def store() -> None:
         assert number_of(tracker, peers.port) == 0
         all_words[slots] = words
-        tracker.wait_for_runs()
+        tracker.runs.wait()
 
     free(tracker, number, store)
     assert number_of(tracker, peers.port) == number
@@ -169,6 +172,33 @@ def test_a_number_with_a_connection_is_restored(tracker: Tracker, peers: Peers) 
     assert number_of(tracker, peers.port) == number
     assert opened_and_closed(tracker.series.ledger(), peers.port) == (3, 0)
     assert_each_has_one_owner(tracker)
+
+
+@pytest.mark.parametrize("has_caches", [True, False], ids=["on", "off"])
+def test_a_deleted_series_is_found_only_in_a_cache(
+    tracker: Tracker, peers: Peers, has_caches: bool
+) -> None:
+    """The program uses the number again, or allocates another.
+
+    After the caches were off, it uses the other one, too.
+    """
+    peers.connect(2)
+    number = number_of(tracker, peers.port)
+    series = inbound(peers.port).view(SERIES)
+    if has_caches:
+        tracker.series._numbers.delete_all(series)
+        peers.connect(3)
+        assert number_of(tracker, peers.port) == 0
+        assert tracker.series.ledger().opened[number] == 5
+        return
+    with tracker.runs.without_caches():
+        tracker.series._numbers.delete_all(series)
+        tracker.runs.wait()
+        peers.connect(3)
+    peers.connect(5)
+    successor = number_of(tracker, peers.port)
+    assert successor not in (0, number)
+    assert tracker.series.ledger().opened[[number, successor]].tolist() == [2, 8]
 
 
 def test_counters_of_a_freed_number_go_to_its_successor(
@@ -181,7 +211,7 @@ def test_counters_of_a_freed_number_go_to_its_successor(
 
     def open_more() -> None:
         peers.connect(3)
-        tracker.wait_for_runs()
+        tracker.runs.wait()
 
     free(tracker, number, open_more)
     successor = number_of(tracker, peers.port)
@@ -207,7 +237,7 @@ def test_a_series_with_two_numbers_is_counted_in_both(
     def store_and_open() -> None:
         all_words[slots] = words
         peers.connect(2)
-        tracker.wait_for_runs()
+        tracker.runs.wait()
 
     free(tracker, number, store_and_open)
     successor = number_of(tracker, peers.port)
@@ -238,7 +268,8 @@ def test_a_run_with_a_number_of_another_series_does_not_use_it(
         others.connect(2)
         peers.connect(1)
         number, other = (number_of(tracker, each.port) for each in (peers, others))
-        tracker.series._numbers.put(inbound(peers.port)[0], np.uint32(other))
+        with tracker.runs.without_caches():
+            tracker.series._numbers.put(inbound(peers.port)[0], np.uint32(other))
         peers.connect(3)
         ledger = tracker.series.ledger()
         assert opened_and_closed(ledger, others.port) == (2, 0)
@@ -334,11 +365,11 @@ def test_a_closing_that_is_not_counted_yet_is_not_lost(
 
     def open_more() -> None:
         peers.connect(1)
-        tracker.wait_for_runs()
+        tracker.runs.wait()
 
     def count_closing() -> None:
         ledger["closed"][number] += 1
-        tracker.wait_for_runs()
+        tracker.runs.wait()
 
     free(tracker, number, open_more, wait_again=count_closing)
     assert opened_and_closed(tracker.series.ledger(), peers.port) == (4, 3)
@@ -417,12 +448,12 @@ def test_a_million_cycles_lose_no_number(few_numbers: Tracker, effort: Effort) -
         done += len(allocated)
         order = np.array(chosen.sample(range(len(held)), len(held)))
         freed = held[order[: chosen.randrange(len(held) + 1)]]
-        tracker.series.free(freed, tracker.words, tracker.wait_for_runs)
+        tracker.series.free(freed, tracker.words)
         held = np.setdiff1d(held, freed)
         if chosen.randrange(11) == 0:
             assert_each_has_one_owner(tracker)
     assert_each_has_one_owner(tracker)
-    tracker.series.free(held, tracker.words, tracker.wait_for_runs)
+    tracker.series.free(held, tracker.words)
     assert len(free_numbers(tracker)) == MANY
 
 
@@ -466,7 +497,7 @@ def test_clients_on_all_cpus_lose_no_number(few_numbers: Tracker, effort: Effort
                 thread.join()
     assert freed > 0
     assert totals == sorted(totals)
-    tracker.wait_for_runs()
+    tracker.runs.wait()
     assert_each_has_one_owner(tracker)
     ledger = tracker.series.ledger()
     words = np.concatenate([each.copy() for each in tracker.words()])

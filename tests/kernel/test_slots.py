@@ -14,6 +14,7 @@ import pytest
 from tcpexporter.connections.record import CLOSED, SERIES_BITS, numbers
 from tcpexporter.ebpf import reconcile
 from tcpexporter.ebpf import tracker as tracker_module
+from tcpexporter.ebpf.maps import Keys
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import TrackerError
 from tests.kernel.helpers.effort import Effort
@@ -111,7 +112,7 @@ def test_refused_connections_are_added_later(tracker: Tracker) -> None:
     assert_each_has_one_owner(tracker)
 
 
-@pytest.mark.parametrize("step", ["delete_all", "wait_for_runs"])
+@pytest.mark.parametrize("step", ["deleted", "waited", "turned on"])
 @pytest.mark.parametrize("ends", ["open", "closed", "reopened"])
 def test_a_socket_used_during_a_release_keeps_its_connection(
     tracker: Tracker,
@@ -120,14 +121,22 @@ def test_a_socket_used_during_a_release_keeps_its_connection(
     step: str,
     ends: str,
 ) -> None:
-    """h, g: The socket's address is used again between two steps of the release."""
+    """h, g: The socket's address is used again between two steps of the release.
+
+    After the last step, the program uses its caches again.
+    """
     peers.connect(1)
     stale = slots_at(tracker, peers.port)
     words = words_at(tracker, stale)
     for each in peers.pairs.pop():
         each.close()
-    owner = tracker if step == "wait_for_runs" else tracker._handles
-    real = getattr(owner, step)
+    hooks: dict[str, tuple[object, str]] = {
+        "deleted": (tracker._handles, "delete_all"),
+        "waited": (tracker.runs, "wait"),
+        "turned on": (tracker.runs, "_begin_epoch"),
+    }
+    owner, name = hooks[step]
+    real = getattr(owner, name)
 
     def then_use(*arguments: object) -> None:
         real(*arguments)
@@ -141,7 +150,7 @@ def test_a_socket_used_during_a_release_keeps_its_connection(
         if ends == "reopened":
             peers.connect(23)
 
-    monkeypatch.setattr(owner, step, then_use)
+    monkeypatch.setattr(owner, name, then_use)
     assert tracker.release(stale, words) == 0
     monkeypatch.undo()
     expected = 0 if ends == "closed" else 23
@@ -150,8 +159,83 @@ def test_a_socket_used_during_a_release_keeps_its_connection(
     assert_each_has_one_owner(tracker)
 
 
+@pytest.mark.parametrize("has_caches", [True, False], ids=["on", "off"])
+def test_a_deleted_handle_is_found_only_in_a_cache(
+    tracker: Tracker, peers: Peers, has_caches: bool
+) -> None:
+    """Sockets at the same addresses use their slots again, or get others.
+
+    After the caches were off, they get others, too.
+    """
+    peers.connect(1)
+    slots = slots_at(tracker, peers.port)
+    for each in peers.pairs.pop():
+        each.close()
+    records, all_words = tracker._used()
+    handles = records["handle"][slots]
+    if has_caches:
+        tracker._handles.delete_all(handles)
+    else:
+        with tracker.runs.without_caches():
+            tracker._handles.delete_all(handles)
+            tracker.runs.wait()
+            peers.connect(97)
+        assert (all_words[slots] == CLOSED).all()
+    peers.connect(97)
+    assert (all_words[slots] == CLOSED).all() != has_caches
+    assert len(at_port(tracker, peers.port)) == len(peers.pairs)
+
+
+def test_a_connection_that_opens_during_a_release_and_closes_after_it_is_not_lost(
+    tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """h: The caches are off, so the program allocates another slot.
+
+    The fault: an opening found the slot in a cache, and the closing did not.
+    """
+    peers.connect(1)
+    stale = slots_at(tracker, peers.port)
+    for each in peers.pairs.pop():
+        each.close()
+    delete, begin = tracker._handles.delete_all, tracker.runs._begin_epoch
+
+    def delete_and_open(handles: Keys) -> None:
+        delete(handles)
+        peers.connect(97)
+
+    def begin_and_close() -> None:
+        begin()
+        for client, server in peers.pairs:
+            client.close()
+            server.close()
+        peers.pairs.clear()
+
+    monkeypatch.setattr(tracker._handles, "delete_all", delete_and_open)
+    monkeypatch.setattr(tracker.runs, "_begin_epoch", begin_and_close)
+    tracker._release_empty(stale)
+    monkeypatch.undo()
+    assert len(at_port(tracker, peers.port)) == 0
+    assert tracker.restored == 0
+    ledger = tracker.series.ledger()
+    assert ledger.opened.sum() == ledger.closed.sum()
+    assert_each_has_one_owner(tracker)
+
+
+def after_deletion(
+    monkeypatch: pytest.MonkeyPatch, tracker: Tracker, action: Callable[[], None]
+) -> None:
+    """Execute an action between steps 1 and 2 of a release."""
+    real = tracker._handles.delete_all
+
+    def delete(handles: Keys) -> None:
+        real(handles)
+        action()
+
+    monkeypatch.setattr(tracker._handles, "delete_all", delete)
+
+
 def test_the_old_slot_of_a_handle_with_a_new_slot_is_freed(
-    tracker: Tracker, peers: Peers
+    tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """j: Step 4 does not restore the old slot, because the handle has another one."""
     peers.connect(1)
@@ -160,16 +244,41 @@ def test_the_old_slot_of_a_handle_with_a_new_slot_is_freed(
     handle = connections["handle"][old][0]
     (new,) = tracker._allocate(1)
     connections["handle"][new] = handle
-    real = tracker.wait_for_runs
 
     def reopened() -> None:
-        real()
         # The program does this when it finds no handle.
         assert tracker._handles.put_new(handle, new)
 
-    tracker.wait_for_runs = reopened  # type: ignore[method-assign]
+    after_deletion(monkeypatch, tracker, reopened)
     assert tracker.release(old, words_at(tracker, old) - ONE_UNIT) == 1
     assert tracker.restored == 0
+    assert_each_has_one_owner(tracker)
+
+
+def test_the_connection_in_an_old_slot_counts_as_closed(
+    tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """j: The run found the old slot before step 1. The next run allocated another.
+
+    The fault: if a slot without connection was freed, the ledger missed the closing.
+    """
+    peers.connect(1)
+    old = slots_at(tracker, peers.port)
+    connections, all_words = tracker._used()
+    word = all_words[old]
+    handle = connections["handle"][old][0]
+    (new,) = tracker._allocate(1)
+    connections["handle"][new] = handle
+    all_words[old] = CLOSED  # the state before the run stores its word
+    before = tracker.series.ledger().closed.sum()
+
+    def reopened() -> None:
+        all_words[old] = word
+        assert tracker._handles.put_new(handle, new)
+
+    after_deletion(monkeypatch, tracker, reopened)
+    tracker._release_empty(old)
+    assert tracker.series.ledger().closed.sum() == before + 1
     assert_each_has_one_owner(tracker)
 
 
@@ -186,13 +295,11 @@ def test_a_slot_whose_connection_is_opening_is_not_freed(
     _, all_words = tracker._used()
     words = words_at(tracker, slots)
     all_words[slots] = CLOSED  # the state before the store
-    real = tracker.wait_for_runs
 
     def store_words() -> None:
         all_words[slots] = words
-        real()
 
-    monkeypatch.setattr(tracker, "wait_for_runs", store_words)
+    after_deletion(monkeypatch, tracker, store_words)
     tracker._release_empty(slots)
     monkeypatch.undo()
     assert len(at_port(tracker, peers.port)) == 1
@@ -219,7 +326,8 @@ def test_a_program_run_with_a_wrong_slot_changes_nothing(
     connections, all_words = tracker._used()
     before = connections[other_slot].copy(), all_words[other_slot]
     handle = connections["handle"][own_slot]
-    tracker._handles.put(handle, np.uint32(other_slot))
+    with tracker.runs.without_caches():
+        tracker._handles.put(handle, np.uint32(other_slot))
     if not close:
         all_words[own_slot] = CLOSED
     first.close()
@@ -246,7 +354,7 @@ def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
         assert tracker._handles.put_new(handle, new)  # as the program does
         raise TrackerError("refused")
 
-    monkeypatch.setattr(tracker, "wait_for_runs", refuse)
+    after_deletion(monkeypatch, tracker, refuse)
     with pytest.raises(TrackerError):
         tracker.release(np.array([old], np.uint32), np.array([word]))
     monkeypatch.undo()
@@ -279,7 +387,7 @@ def test_a_slot_whose_release_is_refused_twice_is_freed_once(
         assert tracker.release(slots, words - ONE_UNIT) == 0
         assert tracker._orphans == {*slots.tolist()}
     with monkeypatch.context() as refusing:
-        refusing.setattr(tracker._barrier, "put", refuse)
+        refusing.setattr(tracker.runs._barrier, "put", refuse)
         with pytest.raises(TrackerError):
             tracker.release(slots, words)
     assert len(at_port(tracker, peers.port)) == 1

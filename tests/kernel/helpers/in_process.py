@@ -26,6 +26,7 @@ from tcpexporter.ebpf import loading
 from tcpexporter.ebpf.connection_array import HANDLE_SEEDED
 from tcpexporter.ebpf.free_numbers import Slots
 from tcpexporter.ebpf.loader_protocol import MAX_SERIES, Descriptors, Request
+from tcpexporter.ebpf.runs import Runs
 from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.host import namespaces
@@ -74,11 +75,22 @@ def attach(
 
 
 def tracker_of(
-    descriptors: Descriptors, request: Request, parts: Parts = INBOUND
+    descriptors: Descriptors,
+    request: Request,
+    parts: Parts = INBOUND,
+    runs: Runs | None = None,
 ) -> Tracker:
-    """Return a tracker for a program that was loaded as requested."""
-    series = SeriesNumbers(descriptors, request.max_series, request.lifetime_bounds)
-    return Tracker(descriptors, request.max_connections, parts, series)
+    """Return a tracker for a program that was loaded as requested.
+
+    Args:
+        descriptors: of the program and its maps.
+        request: what was requested.
+        parts: what the program counts separately.
+        runs: those of a previous tracker of this program; None: there was none.
+    """
+    runs = runs or Runs(descriptors)
+    series = SeriesNumbers(descriptors, runs, request.max_series, request.lifetime_bounds)
+    return Tracker(descriptors, request.max_connections, parts, series, runs)
 
 
 def now_ns() -> int:

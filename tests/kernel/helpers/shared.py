@@ -80,20 +80,22 @@ class SharedTracker:
             loaded = attach()
         self._undo.callback(loaded.close)
         self._descriptors = loaded._descriptors
+        self._runs = loaded.runs
 
     def fresh(self) -> Tracker:
         """Return a tracker with empty maps, as after loading."""
-        tracker = tracker_of(self._descriptors, Request(SLOTS, 0, SECRET))
+        tracker = tracker_of(self._descriptors, Request(SLOTS, 0, SECRET), runs=self._runs)
         series = tracker.series
         tracker._closings._record(False)
-        tracker._handles.items(np.uint64, np.uint32, delete=True)
+        with tracker.runs.without_caches():
+            tracker._handles.items(np.uint64, np.uint32, delete=True)
+            series._numbers.items(SERIES_BYTES, np.uint32, delete=True)
+            tracker.runs.wait()
         tracker._closings.pop()
-        tracker.wait_for_runs()
         for free in (tracker._free_slots, series._free):
             while free.pop() is not None:
                 pass
         loader._fill(self._descriptors.free_slots, range(SLOTS))
-        series._numbers.items(SERIES_BYTES, np.uint32, delete=True)
         used = len(series._entries())
         ledger = series._ledger.upto(used)
         ledger[SERIES_FIRST:] = np.zeros(1, ledger.dtype)

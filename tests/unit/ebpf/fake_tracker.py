@@ -63,6 +63,13 @@ def new_time_ns() -> int:
     return boottime_ns() >> TIME_SHIFT << TIME_SHIFT
 
 
+class NoRuns:
+    """The runs of the fake program: each of its events is handled at once."""
+
+    def wait(self) -> None:
+        pass
+
+
 class FakeTracker:
     """Connections in memory.
 
@@ -75,6 +82,7 @@ class FakeTracker:
     """
 
     def __init__(self, *, slots: int = 97, max_closings: int = 101) -> None:
+        self.runs = NoRuns()
         self.restored = 0
         self.seeds_refused = 0
         self.ledger: Counter[str] = Counter()
@@ -237,9 +245,6 @@ class FakeTracker:
         self._free.append(slot)
 
     def reclaim(self) -> None:
-        pass
-
-    def wait_for_runs(self) -> None:
         pass
 
     def events(self) -> Events:

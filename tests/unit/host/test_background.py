@@ -28,6 +28,7 @@ from tcpexporter.host.systemd import Supervisor
 from tcpexporter.metrics.reload_status import Reloads
 from tcpexporter.socket_tables.polling import PollingSource
 from tests.support import DEADLINE_S, eventually
+from tests.unit.ebpf.fake_tracker import NoRuns
 from tests.unit.socket_tables.test_polling import (
     BY_REMOTE_PORT,
     FakeTables,
@@ -223,11 +224,9 @@ class CountingTracker:
     def __init__(self) -> None:
         self.missed = 0
         self.restored = 0
+        self.runs = NoRuns()
 
     def reclaim(self) -> None:
-        pass
-
-    def wait_for_runs(self) -> None:
         pass
 
     def events(self) -> Events:

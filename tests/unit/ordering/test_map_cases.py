@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Cases 6 to 14 of memory_order.py: maps, the ledger, flags, logs, tables.
+"""Cases 6 to 14 and 16 of memory_order.py: maps, ledger, flags, logs, tables, caches.
 
 The checker must find no fault in a case on any machine. Without the barrier that orders the
 case, it must find a fault: otherwise the model would prove nothing.
@@ -212,6 +212,47 @@ def dumping(barrier: Operations) -> list[Thread]:
     ]
 
 
+def caching(turns_off: Operations, waits: Operations) -> list[Thread]:
+    """Userspace turns the caches off, deletes a key from the map, and begins epoch 2.
+
+    A run caches what it has found in the map, with its epoch. Another run uses what it
+    finds in the cache, if it has that epoch, and the map.
+    """
+    return [
+        run(
+            Read("epoch_of_writer", "epoch"),
+            Read("in_map", "map"),
+            Write(
+                "cache",
+                lambda values: values["epoch_of_writer"],
+                needs=("epoch_of_writer",),
+                only_if=lambda values: bool(values["in_map"] and values["epoch_of_writer"]),
+                decides=("in_map", "epoch_of_writer"),
+            ),
+        ),
+        run(
+            Read("epoch_of_reader", "epoch"),
+            Read("cached", "cache"),
+            Write(
+                "word",
+                2,
+                only_if=lambda values: 0 != values["epoch_of_reader"] == values["cached"],
+                decides=("cached", "epoch_of_reader"),
+            ),
+        ),
+        thread(
+            *turns_off,
+            Write("map", 0),
+            *waits,
+            Read("word_read", "word"),
+            Write("epoch", 2),
+        ),
+    ]
+
+
+OFF: Operations = [Write("epoch", 0)]
+
+
 def counters() -> list[Thread]:
     return [
         run(Add("counter", 1)),
@@ -345,6 +386,20 @@ CASES = [
             faulty=faulty,
         )
         for name, barrier, faulty in (("", BARRIER, ()), ("no barrier", NOTHING, WEAK))
+    ),
+    *(
+        Case(
+            f"16 {name}",
+            caching(turns_off, waits),
+            lambda result: result["word_read"] == 1 and result["word"] == 2,
+            {"map": 1, "cache": 1, "epoch": 1, "word": 1},
+            faulty,
+        )
+        for name, turns_off, waits, faulty in (
+            ("", OFF, wait_for_runs(), ()),
+            ("not turned off", NOTHING, wait_for_runs(), tuple(Memory)),
+            ("no wait", OFF, EXCHANGE, tuple(Memory)),
+        )
     ),
     Case(
         "14",
