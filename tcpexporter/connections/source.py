@@ -56,9 +56,9 @@ class Report:
     missed_events: int | None = None
     """Number of events for which the kernel skipped the BPF program."""
     seeded_connections: int | None = None
-    """Number of tracked connections that come from the socket tables, not from an event."""
+    """Number of tracked connections that no event of this run has reported."""
     refused_seeds: int | None = None
-    """How often the tracker had no free slot for a connection from the socket tables."""
+    """How often the tracker had no free slot for a connection that no event reported."""
     reconciliation: Reconciliation | None = None
     state_saved_s: float | None = None
     """When ages were last saved to a file, in Unix time; 0: not yet."""
