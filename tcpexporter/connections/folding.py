@@ -41,7 +41,8 @@ class _Layout(NamedTuple):
 class Folder:
     """Limits the number of series in successive expositions.
 
-    It keeps the result while the arguments are the same arrays.
+    It keeps the layout while the arguments are the same arrays and no series is folded or
+    left out.
     """
 
     def __init__(self) -> None:

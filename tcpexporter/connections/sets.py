@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Treats arrays as sets, by sorting.
 
-np.unique without counts, and np.isin of arrays that require sorting, import numpy.ma. That
-requires 1.2 MiB, and the confined process cannot read the file. Since numpy 2.3, the former
-also hashes integers: for a million of them, it takes fifty times as long as sorting.
+np.unique with none of return_counts, return_index and return_inverse imports numpy.ma, and
+so does np.isin of arrays that require sorting. That requires 1.2 MiB, and the confined
+process cannot read the file. Since numpy 2.3, the former also hashes integers: for a
+million of them, it takes fifty times as long as sorting.
 """
 
 from collections.abc import Sequence

@@ -113,8 +113,8 @@ class Source(Protocol):
     def read(self) -> Iterator[Chunk]:
         """Yield all slots, in chunks; those without a connection too.
 
-        A chunk is valid until the next one is requested. So the memory in use does not
-        depend on the number of connections.
+        A chunk is valid until the next one is requested. So a source requires no copy of
+        its slots. The reader (`slot_counts`) keeps 8 bytes for each slot.
 
         Raises:
             SourceError: the connections cannot be read now.
