@@ -186,6 +186,7 @@ class ConnectionArray:
             OSError: the kernel refuses to map the arrays.
         """
         memory_barrier()
+        # The first window always, so that there is something to concatenate.
         windows = [
             _known(*window, at * WINDOW)
             for at, window in enumerate(self.windows())
