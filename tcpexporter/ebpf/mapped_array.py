@@ -122,5 +122,5 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        sentence = f"the kernel refuses to map the connections: {error.strerror}"
+        sentence = f"the kernel refuses to map a BPF array: {error.strerror}"
         raise OSError(error.errno, sentence) from error
