@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.identity import CLIENT_BITS, Clients
 from tcpexporter.connections.record import SERIES_MASK, Words
-from tcpexporter.connections.sets import distinct
+from tcpexporter.connections.sets import distinct, find
 
 ClientKeys: TypeAlias = npt.NDArray[np.uint64]
 """Each identifies the client of a connection: the series number is above the hash of the
@@ -106,8 +106,7 @@ class ClientTable:
         is_changed = (difference != 0) & (changed[first] >= _FIRST)
         changed, difference = changed[first][is_changed], difference[is_changed]
 
-        at = np.searchsorted(self._keys, changed)
-        is_known = self._keys.take(at, mode="clip") == changed
+        at, is_known = find(self._keys, changed)
         known = at[is_known]
         self._connections[known] += difference[is_known]
         gone = known[self._connections[known] == 0]

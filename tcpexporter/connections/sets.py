@@ -26,10 +26,22 @@ def is_in(
     values: npt.NDArray[Value], known: npt.NDArray[Value] | Sequence[int]
 ) -> npt.NDArray[np.bool_]:
     """Return for each value whether it is among the known ones."""
-    ordered = np.sort(np.asarray(known, values.dtype))
+    _, is_known = find(np.sort(np.asarray(known, values.dtype)), values)
+    return is_known
+
+
+def find(
+    ordered: npt.NDArray[Value], values: npt.NDArray[Value]
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+    """Find values in an array that is in ascending order.
+
+    Returns:
+        For each value, the index of the first element that is equal to it, and whether
+        there is one. If there is none, the index is that of another element, or 0 if
+        the array is empty.
+    """
     if not len(ordered):
-        return np.zeros(len(values), np.bool_)
-    found: npt.NDArray[np.bool_] = (
-        ordered.take(np.searchsorted(ordered, values), mode="clip") == values
-    )
-    return found
+        return np.zeros(len(values), np.intp), np.zeros(len(values), np.bool_)
+    index = np.searchsorted(ordered, values)
+    np.minimum(index, len(ordered) - 1, out=index)
+    return index, ordered[index] == values
