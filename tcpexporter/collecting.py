@@ -60,8 +60,9 @@ def open_counting(
     Args:
         settings: the settings of this run.
         resources: a stack that closes the opened objects at the end.
-        loading: of `begin_loading` with these settings, which the caller closes; None: the
-            loader is started if the source requires it.
+        loading: of `begin_loading` with these settings; None: the loader is started if the
+            source requires it. It is closed when the program is loaded, or cannot be
+            loaded. The caller closes it too, in case of an earlier error.
 
     Raises:
         TcpExporterError: the source, the state file or the namespace cannot be opened.

@@ -298,11 +298,11 @@ def run_once(settings: Settings, supervisor: Supervisor) -> None:
         code = seccomp.make_filter(supervisor.fileno())
         confine(account, counting, registry, code)
         counting.source.start()
-        page = _page_after(settings.duration_s, registry, counting.watch)
+        exposition = _exposition_after(settings.duration_s, registry, counting.watch)
         if output:
-            output.publish(page)
+            output.publish(exposition)
         else:
-            stdout.write(page)
+            stdout.write(exposition)
 
 
 def check(settings: Settings) -> None:
@@ -328,7 +328,7 @@ def check(settings: Settings) -> None:
         )
 
 
-def _page_after(
+def _exposition_after(
     duration_s: int, registry: CollectorRegistry, watch: namespaces.Watch | None
 ) -> bytes:
     """Watch connections for ``duration_s`` seconds, then return the exposition.

@@ -99,7 +99,8 @@ def _begin_loading(settings: Settings, resources: contextlib.ExitStack) -> Loadi
 
 
 def _run_without_http(settings: Settings, supervisor: Supervisor) -> None:
-    from tcpexporter import phases  # noqa: PLC0415  as above
+    # It imports numpy, which other commands do not require.
+    from tcpexporter import phases  # noqa: PLC0415
 
     if settings.check:
         phases.check(settings)
@@ -108,7 +109,8 @@ def _run_without_http(settings: Settings, supervisor: Supervisor) -> None:
 
 
 def _unpin(directory: str | None) -> None:
-    from tcpexporter.ebpf import pins  # noqa: PLC0415  as above
+    # It imports numpy, which other commands do not require.
+    from tcpexporter.ebpf import pins  # noqa: PLC0415
 
     pins.remove(directory or pins.DEFAULT)
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.identity import CLIENT_BITS, Clients
 from tcpexporter.connections.record import SERIES_MASK, Words
-from tcpexporter.connections.sets import distinct
+from tcpexporter.connections.sets import distinct, find
 
 ClientKeys: TypeAlias = npt.NDArray[np.uint64]
 """Each identifies the client of a connection: the series number is above the hash of the
@@ -19,8 +19,8 @@ _SHIFT = np.uint64(CLIENT_BITS)
 _FIRST = np.uint64(1 << CLIENT_BITS)
 _HASH = np.uint64((1 << CLIENT_BITS) - 1)
 
-MERGED_PART = 4
-"""If more than one in so many clients has changed, sorting all again is faster."""
+MERGED_SHARE = 0.25
+"""If more than this share of the clients has changed, sorting all again is faster."""
 
 
 class Chunk(NamedTuple):
@@ -94,7 +94,7 @@ class ClientTable:
         self._closed, self._opened, self._changes = [], [], 0
 
     def _has_many_changes(self) -> bool:
-        return self._changes * MERGED_PART > len(self._keys)
+        return self._changes > MERGED_SHARE * len(self._keys)
 
     def _merge_changes(self) -> None:
         changed = np.concatenate((*self._closed, *self._opened))
@@ -106,8 +106,7 @@ class ClientTable:
         is_changed = (difference != 0) & (changed[first] >= _FIRST)
         changed, difference = changed[first][is_changed], difference[is_changed]
 
-        at = np.searchsorted(self._keys, changed)
-        is_known = self._keys.take(at, mode="clip") == changed
+        at, is_known = find(self._keys, changed)
         known = at[is_known]
         self._connections[known] += difference[is_known]
         gone = known[self._connections[known] == 0]
@@ -142,15 +141,16 @@ class ClientTable:
             largest[used] = np.maximum.reduceat(connections, begin[used])
         return ClientCounts(established, long_term, largest)
 
-    def joined(self, rows: npt.NDArray[np.int64]) -> "ClientTable":
-        """Return the table in which the clients of a number are those of its row.
+    def joined(self, new_numbers: npt.NDArray[np.int64]) -> "ClientTable":
+        """Return a table in which number n has become ``new_numbers[n]``.
+
+        The clients of numbers that become one number are merged.
 
         Args:
-            rows: for each number, the number of its row, at least 1; 0: leave it out.
+            new_numbers: of each series number, at least 1; 0: leave it out.
         """
-        row = rows[numbers_of(self._keys)]
-        chosen = np.flatnonzero(row)
-        moved = _moved(self._keys[chosen], rows)
+        chosen = np.flatnonzero(new_numbers[numbers_of(self._keys)])
+        moved = _moved(self._keys[chosen], new_numbers)
         table = ClientTable()
         table._keys, table._connections = _distinct(
             np.repeat(moved, self._connections[chosen])
@@ -200,19 +200,20 @@ class SeenClients:
         rows: npt.NDArray[np.int64],
         counts: ClientCounts,
     ) -> None:
-        """Count the clients of numbers that share a row: the same one is one client."""
-        place = np.zeros(len(rows), np.int64)
-        place[numbers] = rows[numbers] + 1
-        young = self._young[place[numbers_of(self._young)] > 0]
-        found = self._table.joined(place).counts(len(counts[0]) + 1, _moved(young, place))
+        """Count the clients of numbers that share a row; equal ones count as one client."""
+        new_numbers = np.zeros(len(rows), np.int64)
+        new_numbers[numbers] = rows[numbers] + 1
+        young = self._young[new_numbers[numbers_of(self._young)] > 0]
+        joined = self._table.joined(new_numbers)
+        found = joined.counts(len(counts[0]) + 1, _moved(young, new_numbers))
         filled = distinct(rows[numbers])
         for into, each in zip(counts, found, strict=True):
             into[filled] = each[filled + 1]
 
 
-def _moved(keys: ClientKeys, numbers: npt.NDArray[np.int64]) -> ClientKeys:
-    """Return clients with the new number of their numbers."""
-    moved = numbers[numbers_of(keys)].astype(np.uint64) << _SHIFT
+def _moved(keys: ClientKeys, new_numbers: npt.NDArray[np.int64]) -> ClientKeys:
+    """Return the same clients, with each series number n replaced by new_numbers[n]."""
+    moved = new_numbers[numbers_of(keys)].astype(np.uint64) << _SHIFT
     moved |= keys & _HASH
     return moved
 

@@ -100,7 +100,7 @@ class Counts:
         return Counts(series, values, self.total, self._rows(place), self.seen)
 
     def _rows(self, place: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
-        return np.where(self.rows >= 0, np.append(place, -1)[self.rows], -1)
+        return np.append(place, -1)[self.rows]  # the index -1 selects the appended -1
 
     def clients(self) -> ClientCounts | None:
         """Return the distinct clients of each series; None: they are not counted."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Defines the rules that expect connections: those between certain addresses and ports.
 
-It imports no numpy, because the settings have rules (see `parts`).
+`config.settings` imports this module, so it does not import numpy: see `startup`.
 """
 
 from dataclasses import dataclass

@@ -41,7 +41,8 @@ class _Layout(NamedTuple):
 class Folder:
     """Limits the number of series in successive expositions.
 
-    It keeps the result while the arguments are the same arrays.
+    It keeps the layout while the arguments are the same arrays and no series is folded or
+    left out.
     """
 
     def __init__(self) -> None:
@@ -170,7 +171,7 @@ def _found(series: Series, exposed: Series, steps: Sequence[str]) -> Series:
 def _without(field: str, series: Series) -> Series:
     """Return ``series`` with a field set to 0, and with `FOLDED` where it was not 0."""
     blank = series.copy()
-    parts = blank.view(SERIES)
-    parts["flags"] |= np.where(parts[field] != 0, np.uint8(FOLDED), np.uint8(0))
-    parts[field] = 0
+    fields = blank.view(SERIES)
+    fields["flags"] |= np.where(fields[field] != 0, np.uint8(FOLDED), np.uint8(0))
+    fields[field] = 0
     return blank

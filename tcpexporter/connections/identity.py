@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.parts import SECRET, ClientMasks
 from tcpexporter.connections.record import KEY, Records, ip_versions
+from tcpexporter.connections.sets import is_in
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -70,12 +71,7 @@ def are_new(some: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
     last_bits = np.uint64((1 << FILTER_BITS) - 1)
     is_like_some = np.zeros(1 << FILTER_BITS, np.bool_)
     is_like_some[some & last_bits] = True
-    ordered = np.sort(known[is_like_some[known & last_bits]])
-    if not len(ordered):
-        return np.ones(len(some), np.bool_)
-    place = np.minimum(np.searchsorted(ordered, some), len(ordered) - 1)
-    is_new: npt.NDArray[np.bool_] = ordered[place] != some
-    return is_new
+    return ~is_in(some, known[is_like_some[known & last_bits]])
 
 
 def is_first(some: Hashes) -> npt.NDArray[np.bool_]:

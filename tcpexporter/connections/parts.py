@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Defines which properties of connections are counted separately, by the settings.
 
-The loader requires that before anything else, and then takes most of the start. So this
-module does not import numpy: see `startup`.
+Start-up imports this module before numpy, so that the loader starts early: see `startup`.
 """
 
 import enum

@@ -93,12 +93,12 @@ def select(
 
 def is_selected(series: Series, selection: Selection) -> npt.NDArray[np.bool_]:
     """Return whether each series is selected; `NO_SERIES` is not."""
-    parts = series.view(SERIES)
-    selected: npt.NDArray[np.bool_] = selection.ports[parts["port"]] & is_in(
-        parts["ip_version"], selection.ip_versions
+    fields = series.view(SERIES)
+    selected: npt.NDArray[np.bool_] = selection.ports[fields["port"]] & is_in(
+        fields["ip_version"], selection.ip_versions
     )
-    selected &= is_in(parts["flags"] & OUTBOUND, selection.directions)
-    selected &= parts["flags"] & OWN == 0
+    selected &= is_in(fields["flags"] & OUTBOUND, selection.directions)
+    selected &= fields["flags"] & OWN == 0
     return selected
 
 
@@ -124,37 +124,37 @@ def folding_steps(selection: Selection) -> list[str]:
 
 def owners_of(series: Series, selection: Selection) -> Cgroups:
     """Return the number of the owner of each series; 0 if it is of no particular owner."""
-    parts = series.view(SERIES)
+    fields = series.view(SERIES)
     if not selection.by_owner:
         return np.zeros(len(series), np.uint64)
-    owners = selection.owners.numbers(parts["cgroup"].astype(np.uint64))
-    return np.where(parts["flags"] & FOLDED, np.uint64(0), owners)
+    owners = selection.owners.numbers(fields["cgroup"].astype(np.uint64))
+    return np.where(fields["flags"] & FOLDED, np.uint64(0), owners)
 
 
 def projected(series: Series, selection: Selection) -> Series:
-    """Return the series without the parts that are not among the labels.
+    """Return the series without the fields that are not among the labels.
 
     The field ``cgroup`` of the result is the number of the owner, as in `owners_of`.
     """
     found = series.copy()
-    parts = found.view(SERIES)
+    fields = found.view(SERIES)
     labels = selection.labels
     if "remote_port" in labels:
         both = FOLDED | OUTBOUND
-        parts["flags"][parts["flags"] & both == both] |= REMOTE_PORT
-    is_local = parts["flags"] & REMOTE_PORT == 0
+        fields["flags"][fields["flags"] & both == both] |= REMOTE_PORT
+    is_local = fields["flags"] & REMOTE_PORT == 0
     if "tcp_version" not in labels:
-        parts["ip_version"] = 0
+        fields["ip_version"] = 0
     if "direction" not in labels:
-        parts["flags"] &= np.uint8(~OUTBOUND & 0xFF)
+        fields["flags"] &= np.uint8(~OUTBOUND & 0xFF)
     if "netns" not in labels:
-        parts["netns"] = 0
-    parts["cgroup"] = owners_of(series, selection)
+        fields["netns"] = 0
+    fields["cgroup"] = owners_of(series, selection)
     if "port" not in labels:
-        parts["port"][is_local] = 0
+        fields["port"][is_local] = 0
         if not (selection.by_netns or selection.by_owner):
             # Now a folded series has the same labels as the others: they are one series.
-            parts["flags"][is_local] &= np.uint8(~FOLDED & 0xFF)
+            fields["flags"][is_local] &= np.uint8(~FOLDED & 0xFF)
     return found
 
 

@@ -25,6 +25,7 @@ from tcpexporter.connections.record import (
     Words,
     times_ns,
 )
+from tcpexporter.connections.sets import find
 
 OLD_OUTBOUND_BIT = 17
 """The bit of ``group`` that is set for outbound connections, in records of version 1."""
@@ -131,8 +132,8 @@ def first_seen(now: Records, before: Iterable[Records]) -> Records:
     is_known = np.zeros(len(wanted), np.bool_)
     for chunk in before:
         found = hashes(chunk["key"])
-        at = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
-        same = np.flatnonzero(wanted[at] == found)
+        at, is_wanted = find(wanted, found)
+        same = np.flatnonzero(is_wanted)
         same = same[np.argsort(chunk["established_ns"][same])]
         same = same[chunk["established_ns"][same] >= established_ns[at[same]]]
         # An assignment with repeated indices keeps the last value, here the latest time.
@@ -159,7 +160,6 @@ def with_cgroups(connections: Records, shown: Records) -> Records:
     if len(lacking) and len(shown):
         known, first = np.unique(hashes(shown["key"]), return_index=True)
         wanted = hashes(connections["key"][lacking])
-        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-        same = known[at] == wanted
+        at, same = find(known, wanted)
         connections["cgroup"][lacking[same]] = shown["cgroup"][first[at[same]]]
     return connections

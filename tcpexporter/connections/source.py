@@ -56,9 +56,9 @@ class Report:
     missed_events: int | None = None
     """Number of events for which the kernel skipped the BPF program."""
     seeded_connections: int | None = None
-    """Number of tracked connections that come from the socket tables, not from an event."""
+    """Number of tracked connections that no event of this run has reported."""
     refused_seeds: int | None = None
-    """How often the tracker had no free slot for a connection from the socket tables."""
+    """How often the tracker had no free slot for a connection that no event reported."""
     reconciliation: Reconciliation | None = None
     state_saved_s: float | None = None
     """When ages were last saved to a file, in Unix time; 0: not yet."""
@@ -113,8 +113,8 @@ class Source(Protocol):
     def read(self) -> Iterator[Chunk]:
         """Yield all slots, in chunks; those without a connection too.
 
-        A chunk is valid until the next one is requested. So the memory in use does not
-        depend on the number of connections.
+        A chunk is valid until the next one is requested. So a source requires no copy of
+        its slots. The reader (`slot_counts`) keeps 8 bytes for each slot.
 
         Raises:
             SourceError: the connections cannot be read now.

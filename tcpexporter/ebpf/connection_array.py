@@ -186,12 +186,13 @@ class ConnectionArray:
             OSError: the kernel refuses to map the arrays.
         """
         memory_barrier()
-        parts = [
+        # The first window always, so that there is something to concatenate.
+        windows = [
             _known(*window, at * WINDOW)
             for at, window in enumerate(self.windows())
             if with_seeds or not at or _has_reported(*window)
         ]
-        known = Known(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+        known = Known(*(np.concatenate(each) for each in zip(*windows, strict=True)))
         return known if with_seeds else known.only(~known.is_seed)
 
 

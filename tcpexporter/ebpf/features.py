@@ -55,11 +55,8 @@ class Feature:
     without: str
     """The effect on the exporter if the kernel does not have the feature."""
     probe: Probe
-
-    @property
-    def required(self) -> bool:
-        """Whether the BPF program requires the feature."""
-        return self.without == POLLS
+    required: bool = False
+    """Whether the BPF program requires the feature."""
 
 
 class Kernel:
@@ -197,6 +194,7 @@ BTF = Feature(
     "ebpf, to find the members of a socket",
     POLLS,
     lambda types: types is not None,
+    required=True,
 )
 """Linux kernel commit 341dfcf8d78e ("btf: expose BTF info through sysfs") (in v5.4)."""
 
@@ -206,6 +204,7 @@ STATES = Feature(
     "ebpf, to get an event for each change of state",
     POLLS,
     _in_types(lambda types: types.has_tracepoint(TRACEPOINT)),
+    required=True,
 )
 """Linux kernel commit 563e0bb0dc74 ("net: tracepoint: replace tcp_set_state tracepoint with
 inet_sock_set_state tracepoint") (in v4.16)."""
@@ -216,6 +215,7 @@ TYPED_PROGRAMS = Feature(
     "ebpf, to read a socket by typed pointers",
     POLLS,
     _loading(RETURN_0),
+    required=True,
 )
 """The program gets a pointer to the socket. The verifier knows the pointer's type, so the
 program may read through it: Linux kernel commit 9e15db66136a ("bpf: Implement accurate
@@ -227,6 +227,7 @@ BOOT_TIME = Feature(
     "ebpf, to get the time when a connection is established",
     POLLS,
     _loading(CALL_KTIME_GET_BOOT_NS, RETURN_0),
+    required=True,
 )
 """Linux kernel commit 71d19214776e ("bpf: add bpf_ktime_get_boot_ns()") (in v5.8)."""
 
@@ -236,6 +237,7 @@ SOCKET_CAST = Feature(
     "ebpf, to get the port of a socket that was reset",
     POLLS,
     _loading(FIRST_ARGUMENT, CALL_SKC_TO_TCP_SOCK, RETURN_0),
+    required=True,
 )
 """Linux kernel commit 478cfbdf5f13 ("bpf: Add bpf_skc_to_{tcp, tcp_timewait,
 tcp_request}_sock() helpers") (in v5.9)."""
@@ -246,6 +248,7 @@ MAPPED_ARRAYS = Feature(
     "ebpf, to count without system calls",
     POLLS,
     _maps_an_array,
+    required=True,
 )
 """Linux kernel commit fc9702273e2e ("bpf: Add mmap() support for BPF_MAP_TYPE_ARRAY") (in
 v5.5)."""
@@ -256,6 +259,7 @@ STACKS = Feature(
     "ebpf, to allocate slots",
     POLLS,
     _pops_from_a_stack,
+    required=True,
 )
 """Linux kernel commits f1a2e44a3aec ("bpf: add queue and stack maps") and bd513cd08f10
 ("bpf: add MAP_LOOKUP_AND_DELETE_ELEM syscall") (in v4.20)."""
@@ -266,6 +270,7 @@ BATCHES = Feature(
     "ebpf, to compare with the socket tables",
     POLLS,
     _changes_many_entries,
+    required=True,
 )
 """Linux kernel commit 057996380a42 ("bpf: Add batch ops to all htab bpf map") (in v5.6)."""
 

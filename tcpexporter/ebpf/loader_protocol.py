@@ -159,7 +159,8 @@ def receive_descriptors(channel: socket.socket) -> Descriptors:
         )
     except TimeoutError:
         raise LoadError(
-            f"the BPF program was not loaded within {LOAD_TIMEOUT_S} s"
+            f"the BPF program was not loaded within {LOAD_TIMEOUT_S} s, {SEE_DEBUG}: give"
+            " the exporter more CPU, or use --source sock_diag"
         ) from None
     except ConnectionError:  # the loader ended before it read the request
         message, descriptors, flags = b"", [], 0

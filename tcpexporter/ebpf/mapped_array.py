@@ -50,10 +50,8 @@ class MappedArray:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         with _refusals():
             self._address = libc.mmap(None, self._bytes, PROT_NONE, flags)
-        room = (ctypes.c_char * self._bytes).from_address(self._address)
-        # Unmap when the last numpy array that refers to this memory has been deleted.
-        weakref.finalize(room, libc.munmap, self._address, self._bytes)
-        self._entries: npt.NDArray[Any] = np.frombuffer(memoryview(room), dtype, entries)
+        reserved = _memory(self._address, self._bytes)
+        self._entries: npt.NDArray[Any] = np.frombuffer(reserved, dtype, entries)
 
     def upto(self, entries: int) -> npt.NDArray[Any]:
         """Map windows until the first ``entries`` are mapped; return all of these windows.
@@ -107,9 +105,16 @@ def map_entries(
         address = libc.mmap(
             None, size, access, mmap.MAP_SHARED, descriptor, first * dtype.itemsize
         )
+    return np.frombuffer(_memory(address, size), dtype, last - first)
+
+
+def _memory(address: int, size: int) -> memoryview:
+    """Return mapped memory, which is unmapped when nothing refers to it any more."""
     memory = (ctypes.c_char * size).from_address(address)
-    weakref.finalize(memory, libc.munmap, address, size)
-    return np.frombuffer(memoryview(memory), dtype, last - first)
+    unmapping = weakref.finalize(memory, libc.munmap, address, size)
+    # Do not unmap at exit: a background thread may still read. The kernel unmaps it then.
+    unmapping.atexit = False
+    return memoryview(memory)
 
 
 def _whole_pages(size: int) -> int:
@@ -122,5 +127,5 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        sentence = f"the kernel refuses to map the connections: {error.strerror}"
+        sentence = f"the kernel refuses to map a BPF array: {error.strerror}"
         raise OSError(error.errno, sentence) from error

@@ -170,8 +170,8 @@ class Map:
         result = getattr(self._libbpf, function)(ctypes.c_int(self.descriptor), *passed)
         return bool(result == 0)
 
-    def _refusal(self, deed: str) -> OSError:
-        return refusal(f"{deed} the map of {self._what}")
+    def _refusal(self, operation: str) -> OSError:
+        return refusal(f"{operation} the map of {self._what}")
 
 
 def _passed(argument: Any) -> Any:
@@ -201,10 +201,10 @@ def program_info(descriptor: int) -> npt.NDArray[np.uint64]:
     return np.frombuffer(memoryview(info), np.uint64)
 
 
-def refusal(deed: str) -> OSError:
+def refusal(operation: str) -> OSError:
     """Return an error for the last C call that failed, with a sentence as ``strerror``."""
     number = ctypes.get_errno()
-    return OSError(number, f"the kernel refuses to {deed}: {os.strerror(number)}")
+    return OSError(number, f"the kernel refuses to {operation}: {os.strerror(number)}")
 
 
 def possible_cpus(ranges: str) -> int:

@@ -53,11 +53,11 @@ class Layout(NamedTuple):
 def make(counted: Request) -> npt.NDArray[np.uint32]:
     """Return the layout of this version, in `LAYOUT_WORDS` words, for this request."""
     words = np.zeros(LAYOUT_WORDS, np.uint32)
-    said = [MAGIC, CONNECTION.itemsize, KEY.itemsize, *_offsets(CONNECTION, FIELDS)]
-    said += _offsets(KEY, KEY_FIELDS)
-    said += [WORD_FORMAT, _entry(counted).itemsize, checksum(counted)]
-    said += _offsets(CONNECTION, ("cgroup",)) if counted.by_cgroup else [0]
-    words[: len(said)] = said
+    values = [MAGIC, CONNECTION.itemsize, KEY.itemsize, *_offsets(CONNECTION, FIELDS)]
+    values += _offsets(KEY, KEY_FIELDS)
+    values += [WORD_FORMAT, _entry(counted).itemsize, checksum(counted)]
+    values += _offsets(CONNECTION, ("cgroup",)) if counted.by_cgroup else [0]
+    words[: len(values)] = values
     return words
 
 
@@ -101,14 +101,14 @@ def read(words: npt.NDArray[np.uint32], counted: Request) -> Layout:
 
 def checksum(counted: Request) -> int:
     """Return a number that is equal for programs that count the same series."""
-    parts = (
+    compared = (
         counted.netns,
         counted.by_netns,
         counted.by_cgroup,
         int(counted.outbound_port),
         counted.lifetime_bounds,
     )
-    return zlib.crc32(repr(parts).encode())
+    return zlib.crc32(repr(compared).encode())
 
 
 def _entry(counted: Request) -> np.dtype[Any]:

@@ -122,7 +122,10 @@ def despite_capabilities(context: Context) -> str:
             "look in the kernel's log for the security module (SELinux, AppArmor) that"
             " refuses it, and check that the kernel has CONFIG_BPF_SYSCALL"
         )
-    return f"the kernel refuses bpf(2) although we have the capabilities: {why}, {OR_POLL}"
+    return (
+        "the kernel refuses bpf(2) although this process has the capabilities:"
+        f" {why}, {OR_POLL}"
+    )
 
 
 def _in_user_namespace() -> str:

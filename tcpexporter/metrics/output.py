@@ -69,13 +69,13 @@ class Output:
             undo.pop_all()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def publish(self, page: bytes) -> None:
+    def publish(self, exposition: bytes) -> None:
         """Write the exposition, and let the child process rename the new file to the path.
 
         Raises:
             ServerError: one of these steps failed; the old file is unchanged.
         """
-        left = page
+        left = exposition
         try:
             while left:
                 left = left[os.write(self._file, left) :]

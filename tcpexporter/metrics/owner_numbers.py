@@ -101,10 +101,10 @@ class OwnerNumbers:
         Args:
             series: series of the source; ``cgroup`` is the id of a cgroup.
         """
-        parts = series.view(SERIES)
-        self.numbers(parts["cgroup"].astype(np.uint64))
+        fields = series.view(SERIES)
+        self.numbers(fields["cgroup"].astype(np.uint64))
         found: defaultdict[int, set[Owner]] = defaultdict(set)
-        pairs = zip(parts["netns"].tolist(), parts["cgroup"].tolist(), strict=True)
+        pairs = zip(fields["netns"].tolist(), fields["cgroup"].tolist(), strict=True)
         for netns, cgroup in {*pairs}:
             owner = self._owners.get(cgroup)
             if owner and owner.container and cgroup not in self._removed_ns:

@@ -38,7 +38,7 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
     if report.seeded_connections is not None:
         yield single_family(
             "tcpexporter_seeded_connections",
-            "Tracked connections that were established before the exporter started;"
+            "Tracked connections that were open at the start, or whose opening was missed;"
             " their age is a lower bound unless it was restored.",
             "gauge",
             report.seeded_connections,
@@ -46,7 +46,7 @@ def source_families(name: str, report: Report, total: int) -> Iterator[Metric]:
     if report.refused_seeds is not None:
         yield single_family(
             "tcpexporter_refused_seeds",
-            "Connections in the socket tables that did not fit into the BPF map.",
+            "Attempts to add a pre-existing or missed connection that found no free slot.",
             "counter",
             report.refused_seeds,
         )

@@ -31,7 +31,8 @@ NOT_IN_EFFECT = (
     "this process lacks CAP_PERFMON, CAP_BPF: start the container with --cap-add BPF"
 )
 SECCOMP = (
-    "the kernel refuses bpf(2) although we have the capabilities: allow it in the seccomp"
+    "the kernel refuses bpf(2) although this process has the capabilities: allow it in the"
+    " seccomp"
 )
 """Parts of the sentences about what BPF lacks."""
 

@@ -359,8 +359,8 @@ def test_bpf_refused_by_a_seccomp_filter_is_reported_as_such() -> None:
         ended = once(*within_filter([("bpf",)], answer), "--source", "ebpf")
         assert ended.returncode == 1
         assert (
-            "refuses bpf(2) although we have the capabilities: allow it in the seccomp"
-            in (ended.stderr)
+            "refuses bpf(2) although this process has the capabilities: allow it in the"
+            " seccomp" in ended.stderr
         )
 
 

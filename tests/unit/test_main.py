@@ -247,7 +247,7 @@ def test_once_prints_the_selected_series(
     )
     choice = collecting.chooser(settings, source)(settings)
     registry = make_registry(collecting.make_collector(source, settings, choice))
-    stdout.write(phases._page_after(0, registry, None))
+    stdout.write(phases._exposition_after(0, registry, None))
     out, err = capfd.readouterr()
     assert err == ""
     assert {

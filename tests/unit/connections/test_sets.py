@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tcpexporter
 from tcpexporter.connections.series import SERIES_BYTES
-from tcpexporter.connections.sets import distinct, is_in
+from tcpexporter.connections.sets import distinct, find, is_in
 
 numbers = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5))
 
@@ -33,10 +33,24 @@ def test_known_values_are_those_of_a_set(values: list[int], known: list[int]) ->
     assert is_in(array, known).tolist() == expected
 
 
+@given(values=numbers, ordered=numbers.map(sorted))
+def test_values_are_found_where_a_list_has_them(
+    values: list[int], ordered: list[int]
+) -> None:
+    """Every index is one of the array, unless the array is empty."""
+    arrays = (np.array(each, np.uint64) for each in (ordered, values))
+    index, is_found = find(*arrays)
+    assert is_found.tolist() == [value in ordered for value in values]
+    assert all(0 <= each < max(1, len(ordered)) for each in index)
+    found = [value for value in values if value in ordered]
+    assert index[is_found].tolist() == [ordered.index(value) for value in found]
+
+
 def test_series_are_compared_as_bytes() -> None:
     """A series that is a prefix of another one is a different value."""
     series = np.array([b"\0\1", b"\0\1\2", b"\3"], SERIES_BYTES)
     assert is_in(series, series[1:2]).tolist() == [False, True, False]
+    assert find(series, series[1:2])[0].tolist() == [1]
     assert distinct(series[::-1], series).tolist() == series.tolist()
 
 

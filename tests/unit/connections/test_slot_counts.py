@@ -65,21 +65,21 @@ def read(counts: SlotCounts, chunks: Sequence[Chunk], *, has_clients: bool) -> S
 @given(
     states=st.lists(st.lists(any_slots, max_size=3), max_size=5),
     piece=st.integers(1, 5),
-    merged_part=st.sampled_from([0.01, 4, 1000]),
+    merged_share=st.sampled_from([100, 0.25, 0.001]),
     has_clients=st.booleans(),
 )
 def test_a_reading_after_others_is_that_of_all_slots(
     *,
     states: list[list[list[Slot]]],
     piece: int,
-    merged_part: float,
+    merged_share: float,
     has_clients: bool,
 ) -> None:
     """This holds for any changes of slots, for slots that are new or missing, for pieces of
     any size, and whether changes are merged or all clients are sorted again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slot_counts, "PIECE", piece)
-        patch.setattr(clients, "MERGED_PART", merged_part)
+        patch.setattr(clients, "MERGED_SHARE", merged_share)
         kept = SlotCounts()
         for state in states:
             chunks = [chunk_of(each, has_clients=has_clients) for each in state]

@@ -19,14 +19,17 @@ def refusing(number: int) -> features.Probe:
     return refuse
 
 
-def feature(name: str, probe: features.Probe, without: str = POLLS) -> Feature:
-    return Feature(name, "Linux 9.7", "ebpf, to be tried", without, probe)
+def required(name: str, probe: features.Probe) -> Feature:
+    used_by = "ebpf, to be tried"
+    return Feature(name, "Linux 9.7", used_by, POLLS, probe, required=True)
 
 
-PRESENT = feature("present", lambda _types: True)
-LACKING = feature("lacking", refusing(errno.EINVAL))
-FORBIDDEN = feature("forbidden", refusing(errno.EPERM))
-OPTIONAL = feature("optional", lambda _types: False, "it works slowly")
+PRESENT = required("present", lambda _types: True)
+LACKING = required("lacking", refusing(errno.EINVAL))
+FORBIDDEN = required("forbidden", refusing(errno.EPERM))
+OPTIONAL = Feature(
+    "optional", "Linux 9.7", "ebpf, to be tried", "it works slowly", lambda _types: False
+)
 
 
 def kernel(*without: str) -> Kernel:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Arrays are mapped in whole pages, whatever the size of a page is."""
 
+import gc
 import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -106,3 +109,54 @@ def test_the_records_of_some_windows_are_mapped_alone(
         found = map_entries(descriptor, CONNECTION, first, last).view(np.uint64)
         start = first * CONNECTION.itemsize // 8
         assert (found == content[start : start + found.size]).all()
+
+
+@pytest.fixture
+def unmapped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the sizes that are unmapped from now on."""
+    sizes: list[int] = []
+    original = libc.munmap
+
+    def recorded(address: int, size: int) -> None:
+        sizes.append(size)
+        original(address, size)
+
+    monkeypatch.setattr(libc, "munmap", recorded)
+    return sizes
+
+
+def test_an_array_is_unmapped_when_nothing_refers_to_it(
+    page: int, descriptors: list[int], unmapped: list[int]
+) -> None:
+    """A part of the array keeps it mapped."""
+    descriptor, content = array_map(page, 8, WORDS)
+    descriptors.append(descriptor)
+    array = MappedArray(descriptor, np.dtype("u8"), WORDS, WORDS)
+    entries = map_entries(descriptor, np.dtype("u8"), 0, WORDS)
+    part, other_part = array.upto(WORDS)[-3:], entries[-3:]
+    del array, entries
+    gc.collect()
+    assert unmapped == []
+    assert part.tolist() == other_part.tolist() == content[WORDS - 3 : WORDS].tolist()
+    del part, other_part
+    gc.collect()
+    assert unmapped == [WORDS * 8] * 2
+
+
+ENDS_WITH_ARRAYS = """
+import os
+import numpy as np
+from tcpexporter.ebpf.mapped_array import MappedArray, map_entries
+from tcpexporter.host import libc
+libc.munmap = lambda address, size: os.write(1, b"unmapped")
+descriptor = os.memfd_create("map")
+os.ftruncate(descriptor, 65536)
+entries = MappedArray(descriptor, np.dtype("u8"), 8192, 8192).upto(8192)
+others = map_entries(descriptor, np.dtype("u8"), 0, 8192)
+"""
+
+
+def test_arrays_stay_mapped_until_the_process_has_ended() -> None:
+    """A background thread may read them while the interpreter exits."""
+    command = (sys.executable, "-c", ENDS_WITH_ARRAYS)
+    assert subprocess.check_output(command, text=True) == ""
