@@ -131,15 +131,16 @@ class ConnectionCollector(Collector):
         # of a reconciliation must also show its corrections.
         report = self._source.report()
         ages_s = sorted({*self._bounds_s, choice.duration_s})
-        since_ns = now_ns - choice.duration_s * 1_000_000_000
+        since_ns = [now_ns - round(each * 1e9) for each in ages_s]
+        long_term_ns = since_ns[ages_s.index(choice.duration_s)]
         counts = count(
             self._source.read(),
             self._source.ledger,
             self._slots,
             self._project(choice.selection),
-            [now_ns - round(each * 1e9) for each in ages_s],
+            since_ns,
             now_ns=now_ns if self._bounds_s else None,
-            long_term_ns=since_ns if self._has_clients else None,
+            long_term_ns=long_term_ns if self._has_clients else None,
         )
         self.tracked = counts.total
         names = self._names() if self._names else None
@@ -166,7 +167,7 @@ class ConnectionCollector(Collector):
             "gauge",
             int(counts.values.pre_existing.sum()),
         )
-        yield from expected_families(self._source, choice.rules, since_ns, self._owners)
+        yield from expected_families(self._source, choice.rules, long_term_ns, self._owners)
         if self._owners:
             self._source.forget("cgroup", self._owners.finish(now_ns))
         yield from source_families(self._source.name, report, counts.total)
