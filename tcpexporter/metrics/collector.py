@@ -109,7 +109,8 @@ class ConnectionCollector(Collector):
         self._label_sets = LabelSets((), ())
         self._gone_ns: dict[int, int] = {}
         self._forgotten: set[int] = set()
-        self._names_before: Mapping[int, str] = {}
+        self._names_before: Mapping[int, str] | None = None
+        """The names at the last scrape; None: no scrape yet."""
 
     def choose(self, choice: Choice) -> None:
         """Count these connections from the next scrape on. Any thread may call this.
@@ -241,6 +242,8 @@ class ConnectionCollector(Collector):
         now.
         """
         before, self._names_before = self._names_before, dict(names)
+        if before is None:
+            return
         renamed = [
             netns
             for netns in _namespaces(self._published)

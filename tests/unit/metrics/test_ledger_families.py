@@ -333,6 +333,24 @@ def test_counters_without_connections_have_a_series_from_the_first_scrape() -> N
     assert page[OPENED] == page[CLOSED] == {("443", "4"): 3}
 
 
+def test_the_first_scrape_forgets_no_counters_of_named_ports() -> None:
+    """--port has series before the first scrape, and --pin adopts counters.
+
+    The source keeps the counters, and each scrape shows them.
+    """
+    source = Activity(parts=PER_NETNS)
+    source.open(connections(443, 3), is_pre_existing=False)
+    source.close_first()
+    collected = collector_of(
+        source, ports=[443], labels=("port", "netns"), names={NETNS: "self"}
+    )
+    for _ in range(2):
+        page = scrape(collected)
+        assert page[ESTABLISHED] == {("443", "self"): 0}
+        assert page[OPENED] == page[CLOSED] == {("443", "self"): 3}
+        source.counted.drop_forgotten(source.counted.count(connections(443, 0)).words)
+
+
 def netns_of(page: Page, name: str) -> Mapping[Labels, float]:
     return {labels[2:]: value for labels, value in page[name].items()}
 
