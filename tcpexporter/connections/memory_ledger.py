@@ -117,11 +117,12 @@ class MemoryLedger:
         wanted = distinct(series)
         new = np.setdiff1d(wanted, self._series, assume_unique=True)
         free = np.flatnonzero(self._series == NO_SERIES)[1 : len(new) + 1]
-        self._series[free] = new[: len(free)]
         added = new[len(free) :][: CAPACITY + SERIES_FIRST - len(self._series)]
-        self._series = np.concatenate((self._series, added))
+        numbered = np.concatenate((self._series, added))
+        numbered[free] = new[: len(free)]
         rows = np.zeros((len(added), self._rows.shape[1]), np.int64)
-        self._rows = np.concatenate((self._rows, rows))
+        # Both are assigned after both are made: their lengths must always be equal.
+        self._rows, self._series = np.concatenate((self._rows, rows)), numbered
         order = np.argsort(self._series, kind="stable")
         known = self._series[order]
         at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
