@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Numbers series and keeps their ledger in memory, for sources without a BPF program."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -57,6 +58,18 @@ class MemoryLedger:
             values: the values of this field in the series to forget.
         """
         self._forgotten.add(field, values)
+
+    @contextlib.contextmanager
+    def unchanged_on_failure(self) -> Iterator[None]:
+        """Undo what the block changes, if it fails. The block can then be repeated."""
+        before = self._series, self._rows
+        self._series, self._rows = self._series.copy(), self._rows.copy()
+        try:
+            with self._forgotten.restored_on_failure():
+                yield
+        except BaseException:
+            self._series, self._rows = before
+            raise
 
     def count(self, connections: Records) -> Chunk:
         """Return the words and clients of connections of dtype `SOCKET`."""

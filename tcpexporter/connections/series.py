@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The series that connections are counted in, and what has happened in each of them."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -150,6 +151,8 @@ class Forgotten:
 
     def __init__(self) -> None:
         self._values: dict[str, frozenset[int]] = {}
+        self._taken: dict[str, frozenset[int]] = {}
+        """What the last `take` has cleared."""
 
     def add(self, field: str, values: Iterable[int]) -> None:
         """Add series to forget; any thread may call this."""
@@ -157,8 +160,19 @@ class Forgotten:
 
     def take(self, series: Series) -> npt.NDArray[np.bool_]:
         """Return whether each of these series is to be forgotten, and clear the values."""
-        wanted, self._values = self._values, {}
+        self._taken, self._values = self._values, {}
         found = np.zeros(len(series), np.bool_)
-        for field, values in wanted.items():
+        for field, values in self._taken.items():
             found |= is_in(series.view(SERIES)[field], [*values])
         return found
+
+    @contextlib.contextmanager
+    def restored_on_failure(self) -> Iterator[None]:
+        """Add the values again that the block takes, if the block fails."""
+        self._taken = {}
+        try:
+            yield
+        except BaseException:
+            for field, values in self._taken.items():
+                self.add(field, values)
+            raise
