@@ -27,6 +27,9 @@ from tcpexporter.connections.sets import distinct
 CAPACITY = (1 << SERIES_BITS) - SERIES_FIRST
 """How many series can be counted separately."""
 
+OPENED, CLOSED, PRE_EXISTING, LIFETIMES_SUM, BUCKETS = range(5)
+"""The columns of the ledger; `BUCKETS` is the first column of the lifetimes by bucket."""
+
 
 class MemoryLedger:
     """The series of connections, by number, and what has happened in each of them.
@@ -45,9 +48,9 @@ class MemoryLedger:
         self._parts = parts
         self._bounds = np.array([time_units(each) for each in bounds_s])
         self._series = folded_series()
-        columns = 4 + bucket_count(bounds_s)
+        columns = BUCKETS + bucket_count(bounds_s)
         self._rows = np.zeros((SERIES_FIRST, columns), np.int64)
-        """Opened, closed, pre-existing, the sum of lifetimes, and lifetimes by bucket."""
+        """What has happened in each series; of shape (numbers, columns)."""
         self._forgotten = Forgotten()
 
     def forget(self, field: str, values: Iterable[int]) -> None:
@@ -82,22 +85,22 @@ class MemoryLedger:
 
     def record_pre_existing(self, open_now: Words) -> None:
         """Record pre-existing connections: those that the first poll found."""
-        np.add.at(self._rows[:, 2], numbers_of(open_now), 1)
+        np.add.at(self._rows[:, PRE_EXISTING], numbers_of(open_now), 1)
 
     def record_opened(self, opened: Words) -> None:
         """Record connections that were opened."""
-        np.add.at(self._rows[:, 0], numbers_of(opened), 1)
+        np.add.at(self._rows[:, OPENED], numbers_of(opened), 1)
 
     def record_closed(self, closed: Words, now_ns: int) -> None:
         """Record connections that had closed by a time on CLOCK_BOOTTIME."""
         numbers = numbers_of(closed)
-        np.add.at(self._rows[:, 1], numbers, 1)
+        np.add.at(self._rows[:, CLOSED], numbers, 1)
         if len(self._bounds):
             established = (closed >> np.uint64(SERIES_BITS)).astype(np.int64)
             lifetimes = np.maximum((now_ns >> TIME_SHIFT) - established, 0)
-            np.add.at(self._rows[:, 3], numbers, lifetimes)
+            np.add.at(self._rows[:, LIFETIMES_SUM], numbers, lifetimes)
             buckets = np.searchsorted(self._bounds, lifetimes)
-            np.add.at(self._rows[:, 4:], (numbers, buckets), 1)
+            np.add.at(self._rows[:, BUCKETS:], (numbers, buckets), 1)
 
     def snapshot(self) -> Ledger:
         """Return a copy of the ledger; ``failed`` is 0: attempts are not counted."""
@@ -105,12 +108,12 @@ class MemoryLedger:
         failed = np.zeros(len(rows), np.int64)
         return Ledger(
             series=self._series.copy(),
-            opened=rows[:, 0],
-            closed=rows[:, 1],
+            opened=rows[:, OPENED],
+            closed=rows[:, CLOSED],
             failed=failed,
-            pre_existing=rows[:, 2],
-            lifetimes_sum=rows[:, 3],
-            lifetimes=rows[:, 4:],
+            pre_existing=rows[:, PRE_EXISTING],
+            lifetimes_sum=rows[:, LIFETIMES_SUM],
+            lifetimes=rows[:, BUCKETS:],
         )
 
     def drop_forgotten(self, open_now: Words) -> None:
@@ -129,6 +132,7 @@ class MemoryLedger:
         """Return the number of each series, and allocate those that are missing."""
         wanted = distinct(series)
         new = np.setdiff1d(wanted, self._series, assume_unique=True)
+        # Number 0 has no series and is never free.
         free = np.flatnonzero(self._series == NO_SERIES)[1 : len(new) + 1]
         added = new[len(free) :][: CAPACITY + SERIES_FIRST - len(self._series)]
         numbered = np.concatenate((self._series, added))

@@ -182,17 +182,17 @@ def copies(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
             memory = np.empty((2, size), np.uint64)
         for first in range(0, len(words), PIECE):
             piece = words[first : first + PIECE]
-            copied, of = memory[:, : len(piece)]
+            copied, copied_clients = memory[:, : len(piece)]
             np.copyto(copied, piece)
             if clients is None:
                 yield Chunk(copied)
                 continue
             memory_barrier()
-            np.copyto(of, clients[first : first + PIECE])
+            np.copyto(copied_clients, clients[first : first + PIECE])
             memory_barrier()
             # A slot whose word has changed may have the client of another connection.
             copied[np.flatnonzero(piece != copied)] = CLOSED
-            yield Chunk(copied, of)
+            yield Chunk(copied, copied_clients)
 
 
 def first_young(since_ns: int) -> np.uint64:

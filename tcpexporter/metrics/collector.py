@@ -85,7 +85,8 @@ class ConnectionCollector(Collector):
             max_series: Maximum number of series that are not folded.
             names: Returns the names of namespaces by inode; None if series are not per
                 namespace.
-            owners: Returns the owners of cgroups; None: the labels do not include owners.
+            owners: Returns the owners of cgroups; None: no label, rule or namespace name
+                requires them.
             bounds_s: Bounds of the histograms of lifetimes and ages, ascending; empty:
                 there are none.
             has_clients: Whether the source distinguishes clients.
@@ -214,7 +215,7 @@ class ConnectionCollector(Collector):
             self._forget_renamed(names)
             self._forget_gone({*names, *_namespaces(present, listening)}, now_ns)
             counts = self._without_forgotten(counts)
-        page, folded = self._folder.fold(
+        exposition, folded = self._folder.fold(
             counts,
             listening=listening,
             named=choice.named,
@@ -222,8 +223,8 @@ class ConnectionCollector(Collector):
             max_series=self._max_series,
             selection=selection,
         )
-        self._published = page.series
-        return page, folded
+        self._published = exposition.series
+        return exposition, folded
 
     def _without_forgotten(self, counts: Counts) -> Counts:
         """Return the counts without series of forgotten namespaces without connection.

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcpexporter.connections import memory_ledger
 from tcpexporter.connections.parts import Direction, kernel_parts
 from tcpexporter.connections.record import Records
 from tcpexporter.connections.selection import named, select
@@ -430,6 +431,6 @@ def test_large_counters_are_exact() -> None:
     """A counter is not limited to 32 bits."""
     source = MemorySource([connections(443, 1)])
     source.counted.count(source.chunks[0])
-    source.counted._rows[-1, 0] = 2**40 + 1
+    source.counted._rows[-1, memory_ledger.OPENED] = 2**40 + 1
     assert scrape(collector_of(source))[OPENED] == {("443", "4"): 2**40 + 1}
     assert np.iinfo(source.ledger().opened.dtype).max == 2**63 - 1
