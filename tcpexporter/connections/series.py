@@ -152,6 +152,8 @@ class Forgotten:
 
     def __init__(self) -> None:
         self._values: dict[str, frozenset[int]] = {}
+        self._taken: dict[str, frozenset[int]] = {}
+        """What the last `take` has cleared."""
         self._changing = threading.Lock()
 
     def add(self, field: str, values: Iterable[int]) -> None:
@@ -159,20 +161,22 @@ class Forgotten:
         with self._changing:
             self._values[field] = self._values.get(field, frozenset()) | {*values}
 
-    @contextlib.contextmanager
-    def taken(self, series: Series) -> Iterator[npt.NDArray[np.bool_]]:
-        """Return whether each of these series is to be forgotten, and clear the values.
-
-        If the block raises an error, the values are added again.
-        """
+    def take(self, series: Series) -> npt.NDArray[np.bool_]:
+        """Return whether each of these series is to be forgotten, and clear the values."""
         with self._changing:
-            taken, self._values = self._values, {}
+            self._taken, self._values = self._values, {}
+        found = np.zeros(len(series), np.bool_)
+        for field, values in self._taken.items():
+            found |= is_in(series.view(SERIES)[field], [*values])
+        return found
+
+    @contextlib.contextmanager
+    def restored_on_failure(self) -> Iterator[None]:
+        """Add the values again that the block takes, if the block fails."""
+        self._taken = {}
         try:
-            found = np.zeros(len(series), np.bool_)
-            for field, values in taken.items():
-                found |= is_in(series.view(SERIES)[field], [*values])
-            yield found
+            yield
         except BaseException:
-            for field, values in taken.items():
+            for field, values in self._taken.items():
                 self.add(field, values)
             raise

@@ -84,9 +84,9 @@ class SlotCounts:
             limits = [first_young(each) for each in since_ns]
             younger: list[Counters] = [np.zeros(0, np.int64) for _ in limits]
             times = np.zeros(NUMBERS if has_sums else 0, np.int64)
-            long_term = None
+            long_term_at = None
             if long_term_ns is not None:
-                long_term = first_young(long_term_ns)
+                long_term_at = since_ns.index(long_term_ns)
                 self._clients = self._clients or ClientTable()
             young: list[ClientKeys] = []
             pieces = 0
@@ -107,7 +107,7 @@ class SlotCounts:
                         chosen = np.flatnonzero(is_younger)
                         words, keys = words[chosen], keys[chosen]
                     younger[at] = _sum(younger[at], np.bincount(numbers_of(keys)))
-                    if limit == long_term:
+                    if at == long_term_at:  # other bounds may have the same limit
                         young.append(keys)
             for at in range(pieces, len(self._pieces)):
                 self._replace(at, self._pieces[at][:0])
@@ -182,17 +182,17 @@ def copies(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
             memory = np.empty((2, size), np.uint64)
         for first in range(0, len(words), PIECE):
             piece = words[first : first + PIECE]
-            copied, of = memory[:, : len(piece)]
+            copied, copied_clients = memory[:, : len(piece)]
             np.copyto(copied, piece)
             if clients is None:
                 yield Chunk(copied)
                 continue
             memory_barrier()
-            np.copyto(of, clients[first : first + PIECE])
+            np.copyto(copied_clients, clients[first : first + PIECE])
             memory_barrier()
             # A slot whose word has changed may have the client of another connection.
             copied[np.flatnonzero(piece != copied)] = CLOSED
-            yield Chunk(copied, of)
+            yield Chunk(copied, copied_clients)
 
 
 def first_young(since_ns: int) -> np.uint64:

@@ -303,7 +303,8 @@ class SeriesNumbers:
         """
         series = self._entries()["series"].copy()
         series[:SERIES_FIRST] = NO_SERIES
-        with self._forgotten.taken(series) as is_forgotten:
+        with self._forgotten.restored_on_failure():
+            is_forgotten = self._forgotten.take(series)
             is_used = series != NO_SERIES
             is_full = np.count_nonzero(is_used) > FULL_SHARE * self.max_series
             is_wanted = is_used & (is_forgotten | is_full)

@@ -107,7 +107,7 @@ class EbpfSource:
             if self._pins:
                 dump = None
                 if self._pins.has_generation():
-                    dump = begin_dump(self._tracker, self._tables.parts(with_ages=False))
+                    dump = begin_dump(self._tracker, self._tables.batches(with_ages=False))
                     undo.callback(wait, [dump])
                 self._pins.adopt(self._tracker, counted, self._tables)
                 if dump:  # a failure leaves the generations for a later start
@@ -132,7 +132,7 @@ class EbpfSource:
         elif self._state:
             seed(self._tracker, self._state.aged(self._tables))
         else:
-            seed_in_parts(self._tracker, self._tables.parts())
+            seed_in_parts(self._tracker, self._tables.batches())
         self._warn_at_capacity(self._tracker.events().refused)
         self._reconciler.start()
         if self._state and not self._pins:

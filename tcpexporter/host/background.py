@@ -117,7 +117,6 @@ class Task:
             ThreadError: the kernel refuses another thread.
         """
         start(self._thread)
-        self.beat()
 
     def stop(self, timeout_s: float) -> bool:
         """Make the loop end; return whether the thread has ended within ``timeout_s``."""
@@ -202,6 +201,9 @@ class Task:
         return 1 + int(overdue_s / self._limit_s) if overdue_s > 0 else 0
 
     def _run(self) -> None:
+        # Only this thread calls `beat`. After `start`, `begin` could replace the time limit
+        # of a thread that already waits.
+        self.beat()
         while not self._stop.is_set():
             try:
                 self._loop()

@@ -85,7 +85,8 @@ class ConnectionCollector(Collector):
             max_series: Maximum number of series that are not folded.
             names: Returns the names of namespaces by inode; None if series are not per
                 namespace.
-            owners: Returns the owners of cgroups; None: the labels do not include owners.
+            owners: Returns the owners of cgroups; None: no label, rule or namespace name
+                requires them.
             bounds_s: Bounds of the histograms of lifetimes and ages, ascending; empty:
                 there are none.
             has_clients: Whether the source distinguishes clients.
@@ -109,7 +110,8 @@ class ConnectionCollector(Collector):
         self._label_sets = LabelSets((), ())
         self._gone_ns: dict[int, int] = {}
         self._forgotten: set[int] = set()
-        self._names_before: Mapping[int, str] = {}
+        self._names_before: Mapping[int, str] | None = None
+        """The names at the last scrape; None: no scrape yet."""
 
     def choose(self, choice: Choice) -> None:
         """Count these connections from the next scrape on. Any thread may call this.
@@ -131,15 +133,16 @@ class ConnectionCollector(Collector):
         # of a reconciliation must also show its corrections.
         report = self._source.report()
         ages_s = sorted({*self._bounds_s, choice.duration_s})
-        since_ns = now_ns - choice.duration_s * 1_000_000_000
+        since_ns = [now_ns - round(each * 1e9) for each in ages_s]
+        long_term_ns = since_ns[ages_s.index(choice.duration_s)]
         counts = count(
             self._source.read(),
             self._source.ledger,
             self._slots,
             self._project(choice.selection),
-            [now_ns - round(each * 1e9) for each in ages_s],
+            since_ns,
             now_ns=now_ns if self._bounds_s else None,
-            long_term_ns=since_ns if self._has_clients else None,
+            long_term_ns=long_term_ns if self._has_clients else None,
         )
         self.tracked = counts.total
         names = self._names() if self._names else None
@@ -166,7 +169,7 @@ class ConnectionCollector(Collector):
             "gauge",
             int(counts.values.pre_existing.sum()),
         )
-        yield from expected_families(self._source, choice.rules, since_ns, self._owners)
+        yield from expected_families(self._source, choice.rules, long_term_ns, self._owners)
         if self._owners:
             self._source.forget("cgroup", self._owners.finish(now_ns))
         yield from source_families(self._source.name, report, counts.total)
@@ -212,7 +215,7 @@ class ConnectionCollector(Collector):
             self._forget_renamed(names)
             self._forget_gone({*names, *_namespaces(present, listening)}, now_ns)
             counts = self._without_forgotten(counts)
-        page, folded = self._folder.fold(
+        exposition, folded = self._folder.fold(
             counts,
             listening=listening,
             named=choice.named,
@@ -220,8 +223,8 @@ class ConnectionCollector(Collector):
             max_series=self._max_series,
             selection=selection,
         )
-        self._published = page.series
-        return page, folded
+        self._published = exposition.series
+        return exposition, folded
 
     def _without_forgotten(self, counts: Counts) -> Counts:
         """Return the counts without series of forgotten namespaces without connection.
@@ -240,6 +243,8 @@ class ConnectionCollector(Collector):
         now.
         """
         before, self._names_before = self._names_before, dict(names)
+        if before is None:
+            return
         renamed = [
             netns
             for netns in _namespaces(self._published)

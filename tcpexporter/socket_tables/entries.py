@@ -23,7 +23,7 @@ TCP_ESTABLISHED = 1
 TCP_LISTEN = 10
 """Socket states: include/net/tcp_states.h."""
 
-PART = 1 << 17
+BATCH = 1 << 17
 """Number of connections that are converted at once, in 11 MiB."""
 
 ENTRY = np.dtype(
@@ -65,7 +65,7 @@ def connections(chunks: Iterable[Records]) -> tuple[Records, bool]:
     return _directed(found, has_listener), bool(has_listener.any())
 
 
-def parts(
+def batches(
     chunks: Iterable[Records], has_listener: npt.NDArray[np.bool_]
 ) -> Iterator[Records]:
     """Convert entries of one network namespace to connections, many at a time.
@@ -75,12 +75,12 @@ def parts(
         has_listener: of `listening_ports`.
 
     Yields:
-        The established connections, of dtype `SOCKET`, in parts of about `PART` ones.
+        The established connections, of dtype `SOCKET`, in batches of about `BATCH` ones.
     """
     found: list[Records] = []
     for entries in chunks:
         found.append(_established(entries[entries["state"] == TCP_ESTABLISHED]))
-        if sum(map(len, found)) >= PART:
+        if sum(map(len, found)) >= BATCH:
             yield _directed(found, has_listener)
             found = []
     if any(map(len, found)):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Runs a function in another network namespace, in a thread of its own."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def run_in_netns(netns: int, function: Callable[[], T]) -> T:
 
     def enter_and_call() -> None:
         try:
-            pyroute2_netns.setns(netns)
+            _enter(netns)
             outcome.append(function())
         except Exception as error:
             outcome.append(error)
@@ -46,3 +47,13 @@ def run_in_netns(netns: int, function: Callable[[], T]) -> T:
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
+
+
+def _enter(netns: int) -> None:
+    try:
+        pyroute2_netns.setns(netns)
+    except OSError as error:
+        # pyroute2 replaces the reason with "failed to open netns", and the file name with
+        # the number of the descriptor.
+        number = error.errno or errno.EPERM
+        raise OSError(number, os.strerror(number)) from error

@@ -126,19 +126,26 @@ class PollingSource:
 
         A connection that opens and closes between two polls is not seen. One that closes
         and opens again between them looks as if it had stayed open.
+
+        If a poll fails, the next one compares with the same connections again. So a failed
+        poll must change nothing.
         """
         now_ns = boottime_ns()
         shown = _distinct(self._tables.established(with_ages=False))
         now = first_seen(shown, [self._last])
         found, before = hashes(now["key"]), hashes(self._last["key"])
         is_open = is_in(before, found)
-        self._counted.record_closed(self._chunk.words[~is_open], now_ns)
-        self._counted.drop_forgotten(self._chunk.words[is_open])
-        chunk = self._counted.count(now)
-        self._counted.record_opened(chunk.words[~is_in(found, before)])
+        is_new = ~is_in(found, before)
+        with self._counted.unchanged_on_failure():
+            self._counted.record_closed(self._chunk.words[~is_open], now_ns)
+            self._counted.drop_forgotten(self._chunk.words[is_open])
+            chunk = self._counted.count(now)
+            self._counted.record_opened(chunk.words[is_new])
+            ledger = self._counted.snapshot()
+            records_and_words = now, chunk.words
         # In this order: the ledger has every series that `read` has returned.
-        self._ledger, self._chunk = self._counted.snapshot(), chunk
-        self._records_and_words = now, chunk.words
+        self._ledger, self._chunk = ledger, chunk
+        self._records_and_words = records_and_words
         self._last = now
 
 

@@ -43,7 +43,7 @@ class ProcfsReader:
         """Open the files. An open file shows the namespace in which it was opened.
 
         Raises:
-            SocketTableError: a file cannot be opened.
+            SocketTableError: the namespace cannot be entered, or a file cannot be opened.
         """
         with contextlib.ExitStack() as opened, namespaces.opened(netns) as descriptor:
             self.netns = os.fstat(descriptor).st_ino
@@ -53,8 +53,9 @@ class ProcfsReader:
                 self._for_listening = run_in_netns(descriptor, _open_files)
                 opened.callback(_close_files, self._for_listening)
             except OSError as error:
+                # If the namespace refuses the thread, the error has no file name.
                 raise SocketTableError(
-                    f"cannot open {error.filename}: {error.strerror}"
+                    f"cannot open {error.filename or netns}: {error.strerror}"
                 ) from error
             self._opened = opened.pop_all()
 
@@ -69,7 +70,8 @@ class ProcfsReader:
 
     def _read(self, files: dict[int, int], *states: int) -> Iterator[Records]:
         for address_words, descriptor in files.items():
-            pieces = _pieces(descriptor)
+            name, _ = FILES[address_words]
+            pieces = _pieces(descriptor, name)
             for entries in decode_file(pieces, address_words, self.netns):
                 yield entries[is_in(entries["state"], states)]
 
@@ -94,14 +96,14 @@ def _close_files(files: dict[int, int]) -> None:
         os.close(descriptor)
 
 
-def _pieces(descriptor: int) -> Iterator[bytes]:
-    """Yield the content of a file from its start, in pieces."""
+def _pieces(descriptor: int, name: str) -> Iterator[bytes]:
+    """Yield the content of a file from its start, in pieces; errors have its name."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
         while piece := os.read(descriptor, PIECE_BYTES):
             yield piece
     except OSError as error:
-        raise SocketTableError(f"cannot read /proc/net/tcp: {error.strerror}") from error
+        raise SocketTableError(f"cannot read {name}: {error.strerror}") from error
 
 
 def decode_file(

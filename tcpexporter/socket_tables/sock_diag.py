@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Dumps the kernel's TCP sockets over netlink: sock_diag(7)."""
 
+import contextlib
 import functools
 import os
 import socket
@@ -61,30 +62,30 @@ class SockDiagReader:
             with_cgroups: whether to decode the cgroups of sockets.
 
         Raises:
-            SocketTableError: the kernel does not answer.
+            SocketTableError: the namespace cannot be entered, or the kernel does not
+                answer.
         """
         self._with_cgroups = with_cgroups
         self._listening: Sequence[Records] = ()
         self._listening_from: Sequence[bytes] = ()
         """The messages from which `listening` has decoded them."""
-        with namespaces.opened(netns) as descriptor:
+        with contextlib.ExitStack() as opened, namespaces.opened(netns) as descriptor:
             self.netns = os.fstat(descriptor).st_ino
             try:
                 self._for_entries = DumpSocket(run_in_netns(descriptor, _netlink_socket))
+                opened.callback(self._for_entries.close)
                 self._for_listening = DumpSocket(run_in_netns(descriptor, _netlink_socket))
+                opened.callback(self._for_listening.close)
             except OSError as error:
                 raise SocketTableError(
-                    f"no sock_diag in {netns}: {error.strerror}"
+                    f"cannot open sock_diag in {netns}: {error.strerror}: start as root,"
+                    " or use --netns self"
                 ) from error
-        try:
             self.listening()
-        except SocketTableError:
-            self.close()
-            raise
+            self._opened = opened.pop_all()
 
     def close(self) -> None:
-        self._for_entries.close()
-        self._for_listening.close()
+        self._opened.close()
 
     def entries(self, *, with_ages: bool) -> Iterator[Records]:
         states = 1 << TCP_ESTABLISHED | 1 << TCP_LISTEN

@@ -101,11 +101,11 @@ class SocketTables:
         A connection is inbound if its network namespace has a listener at its local port.
         ``cookie`` is 0 if the tables are read from procfs.
 
-        A dump can miss or repeat a connection that is established all the time. A dump has
-        several parts, and the kernel continues at a position in a hash bucket.
-        If a socket is added to or removed from that bucket between two parts, another
-        socket of the bucket can be missed or repeated (tcp_diag_dump and tcp_get_idx in the
-        kernel's net/ipv4).
+        A dump can miss or repeat a connection that is established all the time. A dump
+        requires several system calls, and the kernel continues at a position in a hash
+        bucket. If a socket is added to or removed from that bucket between two calls,
+        another socket of the bucket can be missed or repeated (tcp_diag_dump and
+        tcp_get_idx in the kernel's net/ipv4).
 
         Args:
             with_ages: whether to request ages; the kernel then sends five times as much
@@ -129,7 +129,7 @@ class SocketTables:
             self._close_unused(used)
         return entries.concatenate(found, SOCKET)
 
-    def parts(self, *, with_ages: bool = True) -> Generator[Records, None, None]:
+    def batches(self, *, with_ages: bool = True) -> Generator[Records, None, None]:
         """Read the same as `established`, many connections at a time.
 
         The listeners are read before the connections. So a connection whose listener is
@@ -139,7 +139,7 @@ class SocketTables:
             with_ages: as for `established`.
 
         Yields:
-            Connections of dtype `SOCKET`. A part shows what the tables had when the
+            Connections of dtype `SOCKET`. A batch shows what the tables had when the
             iterator was advanced to it, or later.
 
         Raises:
@@ -153,7 +153,7 @@ class SocketTables:
                 with self._listeners_lock:
                     has_listener = entries.listening_ports(reader.listening())
                 chunks = reader.entries(with_ages=with_ages)
-                yield from entries.parts(chunks, has_listener)
+                yield from entries.batches(chunks, has_listener)
 
     def listeners(self) -> Records:
         """Read the listening ports, of dtype `LISTENER`, each once.

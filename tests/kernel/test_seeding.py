@@ -64,8 +64,8 @@ def test_preexisting_connections_are_seeded(peers: Peers) -> None:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dump has many parts."""
-    monkeypatch.setattr(entries, "PART", 1)
+    """A dump has many batches."""
+    monkeypatch.setattr(entries, "BATCH", 1)
     monkeypatch.setattr(sock_diag, "REPLY_BYTES", sock_diag.DATAGRAM_BYTES)
 
 
@@ -91,7 +91,7 @@ def test_connections_are_seeded_in_parts(peers: Peers) -> None:
 
 
 class Parts:
-    """Reads tables in parts, and acts after the first one."""
+    """Reads tables in batches, and acts after the first one."""
 
     def __init__(
         self, tables: SocketTables, then: Callable[[], object] = lambda: None
@@ -101,7 +101,7 @@ class Parts:
         self._then = then
 
     def read(self) -> Generator[Records, None, None]:
-        for each in self._tables.parts():
+        for each in self._tables.batches():
             self.number += 1
             if self.number == 2:
                 self._then()

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """The ledger in memory: numbers of series, and what has happened in each."""
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -272,3 +274,51 @@ def test_a_word_of_a_dropped_series_is_not_that_of_the_next(
     shot = ledger.snapshot()
     assert shot.opened[SERIES_FIRST] == shot.closed[SERIES_FIRST] == 3
     assert shot.lifetimes[SERIES_FIRST].tolist() == [0, 3]
+
+
+class LittleMemory:
+    """Lets some calls of a function succeed; all later ones raise MemoryError."""
+
+    def __init__(self, function: Callable[..., object], calls: int) -> None:
+        self._function = function
+        self._calls = calls
+
+    def __call__(self, *arguments: object, **named: object) -> object:
+        if not self._calls:
+            raise MemoryError
+        self._calls -= 1
+        return self._function(*arguments, **named)
+
+
+@pytest.mark.parametrize("name", ["zeros", "concatenate"])
+def test_a_ledger_works_after_each_allocation_that_failed(name: str) -> None:
+    """Counting fails at the first call of a numpy function, then at the second, and so on.
+
+    Each time the next call counts. Two of the series get numbers that were freed.
+    """
+    function = getattr(np, name)
+    stays, gone = Connection(443), [Connection(port, netns=OTHER_NETNS) for port in (1, 2)]
+    more = records([stays, *(Connection(port) for port in (3, 5, 7, 11, 13))])
+    for calls in itertools.count():
+        ledger = MemoryLedger(PARTS)
+        found = ledger.count(records([stays, *gone])).words
+        ledger.record_opened(found)
+        ledger.forget("netns", [OTHER_NETNS])
+        ledger.drop_forgotten(found[:1])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(np, name, LittleMemory(function, calls))
+            try:
+                ledger.count(more)
+            except MemoryError:
+                has_failed = True
+            else:
+                has_failed = False
+        found = ledger.count(more).words
+        ledger.record_opened(found)
+        shot = ledger.snapshot()
+        assert shot.series[numbers(found)].tolist() == series_of(more, PARTS).tolist()
+        assert shot.opened[numbers(found)].tolist() == [2, 1, 1, 1, 1, 1]
+        assert len(shot.series) == SERIES_FIRST + 6
+        if not has_failed:
+            break
+    assert calls >= 2

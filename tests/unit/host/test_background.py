@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections.abc import Generator, Iterator
 from typing import cast
 
@@ -169,6 +170,42 @@ def test_a_thread_that_cannot_start_is_an_error(
     assert work.task.trouble() is None
     work.task.begin()
     work.do(1)
+
+
+class ReportedWait(threading.Event):
+    """An event that reports that a thread waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_waiter = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.has_waiter.set()
+        return super().wait(timeout)
+
+
+def test_a_wait_that_is_longer_than_the_time_limit_is_no_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread waits for its first round before `begin` returns: --interval 5m."""
+    stop = ReportedWait()
+    start = background.start
+
+    def loop() -> None:
+        while not task.wait(300):
+            pass
+
+    def start_and_wait(thread: threading.Thread) -> None:
+        start(thread)
+        assert stop.has_waiter.wait(DEADLINE_S)
+
+    task = Task("work", loop, without="nothing is done", limit_s=0.007)
+    monkeypatch.setattr(task, "_stop", stop)
+    monkeypatch.setattr(background, "start", start_and_wait)
+    task.begin()
+    time.sleep(3 * 0.007)
+    assert task.trouble() is None
+    assert task.stop(10)
 
 
 class FaultyTables(FakeTables):

@@ -42,15 +42,19 @@ def collected(
     max_series: int = 101,
     ports: Sequence[int] = (),
     has_clients: bool = True,
+    duration_s: int = DURATION_S,
+    bounds_s: Sequence[float] = (),
 ) -> dict[str, dict[str, float]]:
     """Return the values of the families of clients, by port."""
     directions = [Direction.INBOUND]
     masks = client_masks(32, 64) if has_clients else None
     selection = select((), tcpv6=True, directions=directions, labels=labels)
+    parts = kernel_parts(directions, labels, client_masks=masks)
     collector = ConnectionCollector(
-        MemorySource(chunks, parts=kernel_parts(directions, labels, client_masks=masks)),
-        Choice(selection, named(ports, NETNS, selection), DURATION_S),
+        MemorySource(chunks, parts=parts, bounds_s=bounds_s),
+        Choice(selection, named(ports, NETNS, selection), duration_s),
         max_series=max_series,
+        bounds_s=bounds_s,
         has_clients=has_clients,
         boottime_ns=lambda: NOW_NS,
     )
@@ -117,6 +121,22 @@ def test_behind_a_proxy_one_client_has_all_connections() -> None:
 def test_without_clients_there_are_no_families() -> None:
     """--clients=false omits them, instead of exposing 0."""
     assert collected(connections(443, 7, "192.0.2.1"), has_clients=False) == {}
+
+
+@pytest.mark.parametrize("duration_s", [2003, 9_000_000_001])
+@pytest.mark.parametrize("bounds_s", [(), (6.0, 3001.0, 5003.0)])
+def test_no_client_is_long_term_before_the_host_was_up_for_the_duration(
+    duration_s: int, bounds_s: Sequence[float]
+) -> None:
+    """Bounds of histograms that are older than the boot do not change that.
+
+    This holds for a duration that is inexact as a floating-point number of ns, too.
+    """
+    assert duration_s * 10**9 > NOW_NS
+    chunks = [connections(443, 2, f"192.0.2.{number}") for number in (1, 2, 3)]
+    found = collected(*chunks, duration_s=duration_s, bounds_s=bounds_s)
+    assert found[ESTABLISHED] == {"443": 3}
+    assert found[LONG_TERM] == {"443": 0}
 
 
 @pytest.mark.parametrize("has_clients", [False, True])

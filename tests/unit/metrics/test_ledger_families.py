@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcpexporter.connections import memory_ledger
 from tcpexporter.connections.parts import Direction, kernel_parts
 from tcpexporter.connections.record import Records
 from tcpexporter.connections.selection import named, select
@@ -333,6 +334,24 @@ def test_counters_without_connections_have_a_series_from_the_first_scrape() -> N
     assert page[OPENED] == page[CLOSED] == {("443", "4"): 3}
 
 
+def test_the_first_scrape_forgets_no_counters_of_named_ports() -> None:
+    """--port has series before the first scrape, and --pin adopts counters.
+
+    The source keeps the counters, and each scrape shows them.
+    """
+    source = Activity(parts=PER_NETNS)
+    source.open(connections(443, 3), is_pre_existing=False)
+    source.close_first()
+    collected = collector_of(
+        source, ports=[443], labels=("port", "netns"), names={NETNS: "self"}
+    )
+    for _ in range(2):
+        page = scrape(collected)
+        assert page[ESTABLISHED] == {("443", "self"): 0}
+        assert page[OPENED] == page[CLOSED] == {("443", "self"): 3}
+        source.counted.drop_forgotten(source.counted.count(connections(443, 0)).words)
+
+
 def netns_of(page: Page, name: str) -> Mapping[Labels, float]:
     return {labels[2:]: value for labels, value in page[name].items()}
 
@@ -412,6 +431,6 @@ def test_large_counters_are_exact() -> None:
     """A counter is not limited to 32 bits."""
     source = MemorySource([connections(443, 1)])
     source.counted.count(source.chunks[0])
-    source.counted._rows[-1, 0] = 2**40 + 1
+    source.counted._rows[-1, memory_ledger.OPENED] = 2**40 + 1
     assert scrape(collector_of(source))[OPENED] == {("443", "4"): 2**40 + 1}
     assert np.iinfo(source.ledger().opened.dtype).max == 2**63 - 1

@@ -49,24 +49,24 @@ def test_keys_are_those_of_the_bpf_program(name: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 @pytest.mark.parametrize("name", SOURCES)
-def test_parts_have_the_connections_of_the_whole_table(
+def test_batches_have_the_connections_of_the_whole_table(
     name: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each connection is in one part, in the same order, with the same direction."""
-    monkeypatch.setattr(entries, "PART", size)
+    """Each connection is in one batch, in the same order, with the same direction."""
+    monkeypatch.setattr(entries, "BATCH", size)
     whole = SocketTables([CapturedReader(name)]).established()
-    parts = [*SocketTables([CapturedReader(name)]).parts()]
-    joined = np.concatenate(parts)
+    batches = [*SocketTables([CapturedReader(name)]).batches()]
+    joined = np.concatenate(batches)
     for field in ("key", "is_outbound", "cookie", "cgroup"):
         assert (joined[field] == whole[field]).all()
     if name == "sock_diag":  # procfs is read at once
-        assert (len(parts) == 1) == (size == 1000)
+        assert (len(batches) == 1) == (size == 1000)
 
 
-def test_tables_without_connections_have_no_part() -> None:
+def test_tables_without_connections_have_no_batch() -> None:
     """The listeners are not among the connections."""
     tables = SocketTables([MadeReader(NETNS, (443, TCP_LISTEN))])
-    assert [*tables.parts()] == []
+    assert [*tables.batches()] == []
 
 
 def test_both_tables_give_the_same_keys() -> None:

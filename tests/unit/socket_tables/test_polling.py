@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.counting import Projection, count
+from tcpexporter.connections.memory_ledger import MemoryLedger
 from tcpexporter.connections.parts import (
     TIME_SHIFT,
     Direction,
@@ -418,6 +419,63 @@ def test_a_namespace_that_is_forgotten_loses_its_counters_at_the_next_poll() -> 
     tables.found = np.concatenate([in_netns(7, 1), in_netns(11, 3)])
     source._poll()
     assert counters(source) == {3: (0, 0, 1), 1: (1, 0, 0)}
+    source.close()
+
+
+def fail_after(
+    patch: pytest.MonkeyPatch, step: Callable[..., object], failures: int
+) -> None:
+    """Make a method of the ledger raise MemoryError this many times, at its end."""
+
+    def failing_step(*arguments: object) -> object:
+        nonlocal failures
+        result = step(*arguments)
+        if failures:
+            failures -= 1
+            raise MemoryError
+        return result
+
+    patch.setattr(MemoryLedger, step.__name__, failing_step)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        MemoryLedger.record_closed,
+        MemoryLedger.drop_forgotten,
+        MemoryLedger.count,
+        MemoryLedger.record_opened,
+        MemoryLedger.snapshot,
+    ],
+)
+def test_a_failed_poll_changes_no_counter(
+    step: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After three failures the next poll counts two closings and three openings once.
+
+    It also forgets the namespace that each of them should have forgotten.
+    """
+    parts = Parts(OutboundPort.REMOTE, by_netns=True)
+    tables, source = polled(bounds_s=(1.0,), parts=parts)
+    tables.found = np.concatenate([in_netns(7, 1), in_netns(11, 2, 3, 5)])
+    source.start()
+    tables.found = in_netns(11, 5, 7, 13, 17)
+    source.forget("netns", [7])
+    before = counters(source), ages_of(source)
+    fail_after(monkeypatch, step, failures=3)
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            source._poll()
+        assert (counters(source), ages_of(source)) == before
+    source._poll()
+    assert ages_of(source).keys() == {5, 7, 13, 17}
+    assert counters(source) == {
+        2: (0, 1, 1),
+        3: (0, 1, 1),
+        5: (0, 0, 1),
+        **dict.fromkeys((7, 13, 17), (1, 0, 0)),
+    }
+    assert source.ledger().lifetimes.sum() == 2
     source.close()
 
 

@@ -127,6 +127,18 @@ def test_a_file_that_cannot_be_opened_leaves_no_descriptor_open(
     assert {*Path("/proc/self/fd").iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["tcp", "tcp6"])
+def test_a_file_that_cannot_be_read_is_named(net: Path, name: str) -> None:
+    """The reader has opened a directory in place of one of the files."""
+    put(net, "tcp", "tcp6")
+    (net / name).unlink()
+    (net / name).mkdir()
+    with contextlib.closing(ProcfsReader(namespaces.OWN)) as reader:
+        reason = f"^cannot read /proc/net/{name}: Is a directory$"
+        with pytest.raises(SocketTableError, match=reason):
+            list(reader.entries(with_ages=True))
+
+
 def test_listening_leaves_out_connections(net: Path) -> None:
     """All listeners are returned."""
     put(net, "tcp", "tcp6")

@@ -2,8 +2,12 @@
 """Complete and incomplete dumps over a netlink socket."""
 
 import contextlib
+import errno
+import itertools
+import os
 import socket
 import struct
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -122,6 +126,27 @@ def test_a_missing_end_is_awaited_only_once() -> None:
     assert "timed out" in refusal(dumps)
     opened.send_later(complete(2))
     assert ports(dumps) == [443, 80]
+
+
+@pytest.mark.parametrize("opened", range(2))
+def test_a_socket_that_cannot_be_opened_leaves_no_descriptor_open(
+    opened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process has too many open files before or after the first of two sockets."""
+    numbers = itertools.count()
+    open_socket = sock_diag._netlink_socket
+
+    def limited() -> socket.socket:
+        if next(numbers) == opened:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return open_socket()
+
+    before = {*Path("/proc/self/fd").iterdir()}
+    monkeypatch.setattr(sock_diag, "_netlink_socket", limited)
+    # The error refers to the reader: it is not deleted before the assertion.
+    with pytest.raises(SocketTableError, match="Too many open files") as caught:
+        SockDiagReader(namespaces.OWN)
+    assert {*Path("/proc/self/fd").iterdir()} == before, caught
 
 
 def test_an_abandoned_dump_does_not_affect_the_next() -> None:

@@ -155,6 +155,23 @@ def test_a_missing_namespace_is_an_error() -> None:
         open_tables("procfs", "none-such")
 
 
+@pytest.mark.parametrize(
+    ("name", "what", "remedy"),
+    [
+        ("sock_diag", "sock_diag in ", ": start as root, or use --netns self"),
+        ("procfs", "", ""),
+    ],
+)
+def test_a_namespace_that_cannot_be_entered_is_an_error(
+    name: str, what: str, remedy: str
+) -> None:
+    """The error has the path and the kernel's reason, here EINVAL of setns(2)."""
+    reader = SockDiagReader if name == "sock_diag" else ProcfsReader
+    with pytest.raises(SocketTableError) as caught:
+        reader(Path("/dev/null"))
+    assert str(caught.value) == f"cannot open {what}/dev/null: Invalid argument{remedy}"
+
+
 def test_a_namespace_without_sockets_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A namespace with sockets or a name stays open, and so does the first one."""
     first, empty, used, named = (
