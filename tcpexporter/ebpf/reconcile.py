@@ -206,42 +206,46 @@ def seed(tracker: TrackedConnections, tables: ConnectionTables) -> None:
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
     """
-    seed_in_parts(tracker, (each.established(with_ages=True) for each in (tables,)))
+
+    def whole() -> Generator[Records, None, None]:
+        yield tables.established(with_ages=True)
+
+    seed_in_batches(tracker, whole())
 
 
-def seed_in_parts(
-    tracker: TrackedConnections, parts: Generator[Records, None, None]
+def seed_in_batches(
+    tracker: TrackedConnections, batches: Generator[Records, None, None]
 ) -> None:
-    """Do as `seed`, while a thread reads the next part of the tables.
+    """Add the connections as `seed` does, while a thread reads the next batch.
 
     Args:
         tracker: a tracker whose program is already attached.
-        parts: reads the tables, of dtype `SOCKET`. A part is read when the
-            iterator is advanced to it.
+        batches: reads the tables, of dtype `SOCKET`. A batch is read when the iterator is
+            advanced to it.
 
     Raises:
         SourceError: the tables cannot be read, or the kernel refuses a map operation.
         ThreadError: the kernel refuses another thread.
     """
-    with tracker.recording_closings(), contextlib.closing(ahead(parts)) as following:
+    with tracker.recording_closings(), contextlib.closing(ahead(batches)) as following:
         added = [np.empty(0, np.uint32)]
-        for part in following:
+        for batch in following:
             reported = tracker.known(with_seeds=False)
-            missing = part
+            missing = batch
             if len(reported.slots):  # otherwise, hashing would take a fifth of the time
-                missing = part[_surplus(hashes(part["key"]), reported.hashes)]
+                missing = batch[_surplus(hashes(batch["key"]), reported.hashes)]
             added.append(tracker.add(missing))
         tracker.release_closed(np.concatenate(added), pre_existing=True)
 
 
 def begin_dump(
-    tracker: TrackedConnections, parts: Generator[Records, None, None]
+    tracker: TrackedConnections, batches: Generator[Records, None, None]
 ) -> "Future[Dump]":
     """Start a thread that does the first dump of `reconcile`.
 
     Args:
         tracker: a tracker whose program is already attached.
-        parts: reads the tables, of dtype `SOCKET`.
+        batches: reads the tables, of dtype `SOCKET`.
 
     Raises:
         TrackerError: the kernel refuses a map operation.
@@ -251,8 +255,8 @@ def begin_dump(
     began_ns = boottime_ns()
 
     def dump() -> Dump:
-        with contextlib.closing(parts):
-            found = [np.empty(0, np.uint64), *(hashes(each["key"]) for each in parts)]
+        with contextlib.closing(batches):
+            found = [np.empty(0, np.uint64), *(hashes(each["key"]) for each in batches)]
         return Dump(began_ns, np.concatenate(found))
 
     return in_thread("dump", dump)

@@ -28,7 +28,7 @@ from tcpexporter.ebpf.reconcile import (
     compare,
     reconcile,
     seed,
-    seed_in_parts,
+    seed_in_batches,
 )
 from tcpexporter.ebpf.runs import Runs
 from tcpexporter.ebpf.series_numbers import SeriesNumbers
@@ -132,7 +132,7 @@ class EbpfSource:
         elif self._state:
             seed(self._tracker, self._state.aged(self._tables))
         else:
-            seed_in_parts(self._tracker, self._tables.batches())
+            seed_in_batches(self._tracker, self._tables.batches())
         self._warn_at_capacity(self._tracker.events().refused)
         self._reconciler.start()
         if self._state and not self._pins:

@@ -276,14 +276,14 @@ class Tracker(EventCounters):
     @map_errors()
     def _allocate(self, wanted: int) -> Slots:
         """Return ``wanted`` free slots, or all free slots if there are fewer."""
-        parts = [np.empty(0, np.uint32)]
+        popped = [np.empty(0, np.uint32)]
         missing = wanted
         while missing > 0 and (slots := self._free_slots.pop()) is not None:
             # So that reading does not stop here before the slots are used.
             self._array.words_upto(int(slots[-1]) + 1)[slots] = CLOSED
-            parts.append(slots)
+            popped.append(slots)
             missing -= len(slots)
-        taken = np.concatenate(parts)
+        taken = np.concatenate(popped)
         self._slots_allocated += len(taken)
         self._free(taken[wanted:])
         return taken[:wanted]

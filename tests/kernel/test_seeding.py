@@ -78,9 +78,9 @@ def test_connections_are_seeded_in_parts(peers: Peers) -> None:
     try:
         peers.connect(13)
         with contextlib.closing(open_tables("sock_diag", "self")) as tables:
-            parts = Parts(tables)
-            reconcile.seed_in_parts(tracker, parts.read())
-        assert parts.number > 1
+            batches = Batches(tables)
+            reconcile.seed_in_batches(tracker, batches.read())
+        assert batches.number > 1
         found = at_port(tracker, peers.port)
         assert len(found) == 264
         assert len(seeds(found)) == 251
@@ -90,7 +90,7 @@ def test_connections_are_seeded_in_parts(peers: Peers) -> None:
         tracker.close()
 
 
-class Parts:
+class Batches:
     """Reads tables in batches, and acts after the first one."""
 
     def __init__(
@@ -112,14 +112,14 @@ class Parts:
 def test_connections_that_close_while_later_parts_are_read_do_not_stay(
     tracker: Tracker, peers: Peers
 ) -> None:
-    """d, g: Their seeds are added with an earlier or a later part; the log has the
+    """d, g: Their seeds are added with an earlier or a later batch; the log has the
     closings."""
     peers.connect(251)
     remove_records(tracker, peers.port)
     with contextlib.closing(open_tables("sock_diag", "self")) as tables:
-        parts = Parts(tables, peers.close)
-        reconcile.seed_in_parts(tracker, parts.read())
-    assert parts.number > 1
+        batches = Batches(tables, peers.close)
+        reconcile.seed_in_batches(tracker, batches.read())
+    assert batches.number > 1
     assert len(at_port(tracker, peers.port)) == 0
 
 
@@ -134,7 +134,7 @@ def test_a_part_that_cannot_be_read_is_an_error(tracker: Tracker) -> None:
         with Peers() as peers:
             peers.connect(300)
             with pytest.raises(SocketTableError):
-                reconcile.seed_in_parts(tracker, Parts(tables, refuse).read())
+                reconcile.seed_in_batches(tracker, Batches(tables, refuse).read())
         assert len(tables.established()) >= 0
 
 
