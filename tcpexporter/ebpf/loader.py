@@ -13,6 +13,7 @@ import os
 import resource
 import socket
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +49,8 @@ LIMITS = (
 
 BPF_F_NO_PREALLOC = 1
 
-MAPS = (
-    "slots",
-    "connections",
-    "series_and_time",
-    "clients",
-    "free_slots",
-    "series_numbers",
-    "ledger",
-    "corrections",
-    "free_series",
-    "epochs",
-    "recording",
-    "closings",
-    "events",
-    "barrier",
+MAPS = tuple(
+    each.name for each in fields(Descriptors) if each.name not in ("program", "link")
 )
 
 MAX_CLOSINGS = 65536

@@ -395,7 +395,7 @@ class Tracker(EventCounters):
         return released[was_open], found[was_open]
 
     def reclaim(self) -> None:
-        """Free orphans, and slots and series numbers if closed connections keep too many.
+        """Free orphans, slots if closed connections keep too many, and series numbers.
 
         Raises:
             TrackerError: the kernel refuses a map operation.
@@ -421,7 +421,7 @@ class Tracker(EventCounters):
         self.series.record_closed(removed, boottime_ns())
 
     def _restore(self, handle: np.uint64, slot: np.uint32) -> bool:
-        """Restore the handle of a slot; return False if the slot must be freed."""
+        """Restore a handle and return True; or False if it is 0 or has another slot."""
         try:
             restored = bool(handle) and self._handles.put_new(handle, slot)
         except OSError:

@@ -321,7 +321,7 @@ def test_a_number_that_a_run_is_pushing_back_is_not_freed(
     assert_each_has_one_owner(tracker)
 
 
-@pytest.mark.parametrize("step", ["delete", "wait"])
+@pytest.mark.parametrize("step", ["delete", "wait", "memory"])
 def test_nothing_is_freed_if_the_kernel_refuses_it(
     tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -333,13 +333,15 @@ def test_nothing_is_freed_if_the_kernel_refuses_it(
     def refuse(*_: object) -> None:
         raise OSError(errno.EBUSY, "refused")
 
+    error = MemoryError if step == "memory" else TrackerError
+
     def refuse_to_wait() -> None:
-        raise TrackerError("refused")
+        raise error("refused")
 
     with monkeypatch.context() as refusing:
         if step == "delete":
             refusing.setattr(tracker.series._numbers, "delete_all", refuse)
-        with pytest.raises(TrackerError):
+        with pytest.raises(error):
             free(tracker, number, refuse_to_wait)
     assert not tracker.series._orphans
     assert number_of(tracker, peers.port) == number
@@ -347,6 +349,57 @@ def test_nothing_is_freed_if_the_kernel_refuses_it(
     free(tracker, number)
     assert number_of(tracker, peers.port) == 0
     assert_each_has_one_owner(tracker)
+
+
+def test_series_are_forgotten_later_if_the_kernel_refuses_it(
+    tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault: the values to forget were lost, and the counters stayed for ever."""
+    peers.connect(3)
+    number = number_of(tracker, peers.port)
+    close_all(peers)
+    tracker.series.forget("port", [peers.port])
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBUSY, "refused")
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(tracker.series._numbers, "delete_all", refuse)
+        with pytest.raises(TrackerError):
+            tracker.reclaim()
+    assert number_of(tracker, peers.port) == number
+    tracker.reclaim()
+    assert number_of(tracker, peers.port) == 0
+    assert_each_has_one_owner(tracker)
+
+
+def test_series_that_are_folded_now_are_adopted_together() -> None:
+    """Two series of the previous run have one number. The fault: what this run has counted
+    for that number was subtracted from each of the two."""
+    tracker = attach(max_series=1)
+    try:
+        while tracker.series._free.pop() is not None:
+            pass
+        series = np.concatenate((inbound(1), inbound(2)))
+        (folded,) = {*tracker.series.numbers(series).tolist()}
+        tracker.series.record_seeds(np.full(13, folded, np.uint32), pre_existing=True)
+        none = np.zeros(2, np.int64)
+        old = Ledger(
+            series,
+            opened=np.array([11, 7]),
+            closed=np.array([5, 3]),
+            failed=none,
+            pre_existing=np.array([2, 1]),
+            lifetimes_sum=none,
+            lifetimes=np.zeros((2, 0), np.int64),
+        )
+        tracker.series.adopt(old)
+        now = tracker.series.ledger()
+        assert now.pre_existing[folded] == 3
+        assert now.opened[folded] == 18
+        assert now.opened[folded] - now.closed[folded] + now.pre_existing[folded] == 13
+    finally:
+        tracker.close()
 
 
 def test_a_closing_that_is_not_counted_yet_is_not_lost(

@@ -337,8 +337,12 @@ def test_a_program_run_with_a_wrong_slot_changes_nothing(
     assert (connections[other_slot], all_words[other_slot]) == before
 
 
+@pytest.mark.parametrize("error", [TrackerError, MemoryError])
 def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
-    tracker: Tracker, peers: Peers, monkeypatch: pytest.MonkeyPatch
+    tracker: Tracker,
+    peers: Peers,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception],
 ) -> None:
     """l: The kernel refuses the release, and the handle already has another slot."""
     peers.connect(1)
@@ -352,10 +356,10 @@ def test_a_slot_that_cannot_be_released_or_restored_is_reclaimed(
         connections["key"][new] = connections["key"][old]
         all_words[new] = word + ONE_UNIT
         assert tracker._handles.put_new(handle, new)  # as the program does
-        raise TrackerError("refused")
+        raise error("refused")
 
     after_deletion(monkeypatch, tracker, refuse)
-    with pytest.raises(TrackerError):
+    with pytest.raises(error):
         tracker.release(np.array([old], np.uint32), np.array([word]))
     monkeypatch.undo()
     assert tracker.restored == 1  # this causes a reconciliation
