@@ -30,6 +30,12 @@ NOT_RUN = {
     "vagrant ssh -c 'cd /tcpexporter && sudo make test'": "it requires that VM",
     "curl --cacert ca.crt --cert client.crt --key client.key -u prometheus"
     " https://HOST:9690/metrics": "it asks for a password",
+    "curl -s http://localhost:9690/metrics '|' grep longterm": "it requires an exporter",
+    "sleep '8;' curl -s http://localhost:9690/metrics '|'"
+    " grep 'longterm_connections.*8765'": "it requires an exporter",
+    """python3 -c 'import socket, time; at = "127.0.0.1", 8765;"""
+    """ s = socket.create_server(at); c = socket.create_connection(at);"""
+    """ time.sleep(60)' '&'""": "it would run for a minute",
     "pip install --require-hashes -r deploy/lock/run.txt": "tests/packaging does this",
     "pip install --no-deps 'dist/*.whl'": "tests/packaging builds the wheel",
     "sed -i s,https://tcpexporter.example,https://wiki.example.org/tcpexporter,"
