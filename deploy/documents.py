@@ -325,6 +325,8 @@ DEFAULTS = """\
 #
 #     systemctl restart tcpexporter
 #
+# A reload does not read this file: it reads the file of TCPEXPORTER_CONF.
+#
 # The service itself sets TCPEXPORTER_PIN and TCPEXPORTER_STATE: an empty value here turns
 # one off. tcpexporter(8) describes all settings.
 """
