@@ -55,8 +55,8 @@ RULES = [
 ]
 """The files of alert rules, in the order of docs/alerts.md."""
 
-RUNBOOK = ROOT / "deploy" / "prometheus" / "runbook.yml"
-"""What to do about each alert."""
+RUNBOOK = ROOT / "deploy" / "runbook.yml"
+"""What to do about each alert. It is not in deploy/prometheus, because it has no rules."""
 
 TITLES = {
     "tcpexporter": "Alerts about the exporter",

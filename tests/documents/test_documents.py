@@ -39,7 +39,7 @@ NOT_RUN = {
     "pip install --require-hashes -r deploy/lock/run.txt": "tests/packaging does this",
     "pip install --no-deps 'dist/*.whl'": "tests/packaging builds the wheel",
     "sed -i s,https://tcpexporter.example,https://wiki.example.org/tcpexporter,"
-    " tcpexporter.rules.yml": "it changes the rules",
+    " 'deploy/prometheus/*.rules.yml' 'deploy/grafana/*.json'": "it changes the rules",
     "sudo install -d -m 0700 /var/lib/tcpexporter": "it would change this host",
     "journalctl -u tcpexporter": "it requires the service, which make vm-test has",
     "sudo systemctl reload tcpexporter": "it requires the service, which make vm-test has",
