@@ -45,7 +45,9 @@ NOT_RUN = {
     "sudo systemctl reload tcpexporter": "it requires the service, which make vm-test has",
     "sudo systemctl restart tcpexporter": "make vm-test has the service",
     "sudo systemctl enable --now tcpexporter": "make vm-test has the service",
-    "sudo apt install './tcpexporter_*~debian12_amd64.deb'": "tests/packaging does this",
+    "sudo apt install './dist/tcpexporter_*~debian12_amd64.deb'": (
+        "tests/packaging does this"
+    ),
     "sudo apt remove tcpexporter": "tests/packaging does this",
     "sudo apt purge tcpexporter": "tests/packaging does this",
     "sudo dnf install './dist/tcpexporter-*.rpm'": "tests/packaging installs it with rpm",
