@@ -255,10 +255,11 @@ def man_page() -> str:
     template = (ROOT / "deploy" / "man" / "template.8").read_text()
     options = "\n".join(line for each in described() for line in _man_group(*each))
     variables = ", ".join(
-        each.variables[-1]
+        variable
         for _, group in described()
         for each in group
-        if not each.variables[-1].startswith("TCPEXPORTER_")
+        for variable in each.variables
+        if not variable.startswith("TCPEXPORTER_")
     )
     return template.replace("@OPTIONS@", options).replace("@UNPREFIXED@", variables)
 
