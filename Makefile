@@ -36,7 +36,8 @@ uninstall: ## Remove what make install has installed
 
 .PHONY: deb
 deb image: export FOR_ARCH := $(ARCH)
-deb: setup-test ## Build a package for this release of Debian or Ubuntu into dist/; ARCH=arm64, FOR_RELEASE=debian13
+deb: ## Build a package for this release of Debian or Ubuntu into dist/; ARCH=arm64, FOR_RELEASE=debian13
+	@deploy/setup.sh deb
 	deploy/deb.sh
 
 .PHONY: rpm
@@ -49,7 +50,7 @@ image: ## Build the container images tcpexporter:bpf and tcpexporter:polling; AR
 	deploy/container/build.sh
 
 .PHONY: setup
-setup: #- Install what the exporter requires, and .venv/bin/tcpexporter
+setup: ## Install what the exporter requires, and .venv/bin/tcpexporter
 	@deploy/setup.sh run
 
 .PHONY: test

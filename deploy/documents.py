@@ -55,8 +55,8 @@ RULES = [
 ]
 """The files of alert rules, in the order of docs/alerts.md."""
 
-RUNBOOK = ROOT / "deploy" / "prometheus" / "runbook.yml"
-"""What to do about each alert."""
+RUNBOOK = ROOT / "deploy" / "runbook.yml"
+"""What to do about each alert. It is not in deploy/prometheus, because it has no rules."""
 
 TITLES = {
     "tcpexporter": "Alerts about the exporter",
@@ -255,10 +255,11 @@ def man_page() -> str:
     template = (ROOT / "deploy" / "man" / "template.8").read_text()
     options = "\n".join(line for each in described() for line in _man_group(*each))
     variables = ", ".join(
-        each.variables[-1]
+        variable
         for _, group in described()
         for each in group
-        if not each.variables[-1].startswith("TCPEXPORTER_")
+        for variable in each.variables
+        if not variable.startswith("TCPEXPORTER_")
     )
     return template.replace("@OPTIONS@", options).replace("@UNPREFIXED@", variables)
 
@@ -324,6 +325,8 @@ DEFAULTS = """\
 # To change a setting, remove the # before it. The line shows the default. Then run:
 #
 #     systemctl restart tcpexporter
+#
+# A reload does not read this file: it reads the file of TCPEXPORTER_CONF.
 #
 # The service itself sets TCPEXPORTER_PIN and TCPEXPORTER_STATE: an empty value here turns
 # one off. tcpexporter(8) describes all settings.

@@ -70,6 +70,9 @@ files() {
 	for file in deploy/prometheus/*.rules.yml deploy/grafana/*.json; do
 		[ ! -e "$file" ] || echo "$file 644 $share/tcpexporter/${file#deploy/}"
 	done
+	for file in README.md docs/*.md; do
+		echo "$file 644 $share/doc/tcpexporter/$file"
+	done
 }
 
 stage() {
@@ -165,8 +168,9 @@ uninstall() {
 		fi
 		rm -f "$destdir$path"
 	done
-	[ ! -d "$destdir$share/tcpexporter" ] ||
-		find "$destdir$share/tcpexporter" -depth -type d -empty -delete
+	for directory in "$destdir$share/tcpexporter" "$destdir$share/doc/tcpexporter"; do
+		[ ! -d "$directory" ] || find "$directory" -depth -type d -empty -delete
+	done
 	say "to remove ages and pinned maps too: rm -rf /var/lib/tcpexporter" \
 		"/var/lib/private/tcpexporter /sys/fs/bpf/tcpexporter"
 }

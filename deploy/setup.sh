@@ -9,6 +9,7 @@
 #   lowest       install the lowest versions that pyproject.toml allows, into .cache/lowest
 #   fuzz         the same as "test", and the fuzzer
 #   bench        the same as "test", and the programs that the benchmarks compare
+#   deb          the same as "run", and the programs that build a Debian package
 #   image        the same as "run", and the programs that build container images
 #   container    the same as "test" and "image", and the programs that check manifests
 #   vm           the same as "test", and the programs that boot other kernels
@@ -69,6 +70,11 @@ main() {
 		require_for_tests
 		fill_venv bench
 		;;
+	deb)
+		require_python
+		require bcc venv seccomp dpkg-shlibdeps git
+		fill_venv run
+		;;
 	image)
 		require_python
 		require bcc venv seccomp podman runc mmdebstrap
@@ -108,7 +114,7 @@ main() {
 		shift
 		require "$@"
 		;;
-	*) fail "usage: $0 run|guest|test|lowest|fuzz|bench|image|container|vm|release|lock|wheels|require X..." ;;
+	*) fail "usage: $0 run|guest|test|lowest|fuzz|bench|deb|image|container|vm|release|lock|wheels|require X..." ;;
 	esac
 }
 

@@ -247,7 +247,8 @@ def _measured(figure: Figure, by_name: dict[str, Figure]) -> str:
     if base and base.samples:
         parts.append(f"×{format_digits(figure.median / base.median)} {base.known_as}")
     median = format_value(figure.median, figure.unit)
-    return f"{median} ({', '.join(parts)})" if parts else median
+    shown = f"{median} ({', '.join(parts)})" if parts else median
+    return f"{shown}, missed" if figure.is_reached is False else shown
 
 
 def _spreads(measured: Report) -> Table:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """A report can be written and read, and its tables show the measured values."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,13 @@ def test_the_table_shows_why_a_number_is_missing(measured: report.Report) -> Non
     assert "counted in Python | it gave no number within 60 s |" in shown
     assert "1,000,000 sockets: not measured, because memory does not suffice." in shown
     assert "1,000,000 pre-existing sockets | ≤ 5.00 s | not measured |" in shown
+
+
+def test_the_table_marks_a_missed_target(measured: report.Report) -> None:
+    figures = filled({"resident_bytes": [48 << 20], "kernel_bytes": [161.0]})
+    shown = table.markdown(dataclasses.replace(measured, figures=figures))
+    assert "1,000 tracked | ≤ 48.0 MiB | 48.0 MiB |" in shown
+    assert "with full maps | ≤ 160 bytes | 161 bytes, missed |" in shown
 
 
 def test_the_table_compares_an_adoption_with_a_first_start(

@@ -30,15 +30,24 @@ NOT_RUN = {
     "vagrant ssh -c 'cd /tcpexporter && sudo make test'": "it requires that VM",
     "curl --cacert ca.crt --cert client.crt --key client.key -u prometheus"
     " https://HOST:9690/metrics": "it asks for a password",
+    "curl -s http://localhost:9690/metrics '|' grep longterm": "it requires an exporter",
+    "sleep '8;' curl -s http://localhost:9690/metrics '|'"
+    " grep 'longterm_connections.*8765'": "it requires an exporter",
+    """python3 -c 'import socket, time; at = "127.0.0.1", 8765;"""
+    """ s = socket.create_server(at); c = socket.create_connection(at);"""
+    """ time.sleep(60)' '&'""": "tests/e2e does this",
     "pip install --require-hashes -r deploy/lock/run.txt": "tests/packaging does this",
     "pip install --no-deps 'dist/*.whl'": "tests/packaging builds the wheel",
     "sed -i s,https://tcpexporter.example,https://wiki.example.org/tcpexporter,"
-    " tcpexporter.rules.yml": "it changes the rules",
+    " 'deploy/prometheus/*.rules.yml' 'deploy/grafana/*.json'": "it changes the rules",
+    "sudo install -d -m 0700 /var/lib/tcpexporter": "it would change this host",
     "journalctl -u tcpexporter": "it requires the service, which make vm-test has",
     "sudo systemctl reload tcpexporter": "it requires the service, which make vm-test has",
     "sudo systemctl restart tcpexporter": "make vm-test has the service",
     "sudo systemctl enable --now tcpexporter": "make vm-test has the service",
-    "sudo apt install './tcpexporter_*~debian12_amd64.deb'": "tests/packaging does this",
+    "sudo apt install './dist/tcpexporter_*~debian12_amd64.deb'": (
+        "tests/packaging does this"
+    ),
     "sudo apt remove tcpexporter": "tests/packaging does this",
     "sudo apt purge tcpexporter": "tests/packaging does this",
     "sudo dnf install './dist/tcpexporter-*.rpm'": "tests/packaging installs it with rpm",

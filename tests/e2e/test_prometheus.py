@@ -3,6 +3,9 @@
 
 import contextlib
 import itertools
+import re
+import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,8 +13,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.openmetrics import parser
 
-from tests.e2e.support import COMMAND, Command, Prometheus
-from tests.support import ESTABLISHED, LONG_TERM, Peers, free_port
+from tests.e2e.support import COMMAND, README, Command, Prometheus
+from tests.support import ESTABLISHED, LONG_TERM, Peers, eventually, free_port
 
 ACCEPT = {
     "2.42": "application/openmetrics-text;version=1.0.0,"
@@ -131,6 +134,20 @@ def test_the_example_of_the_readme_works_unchanged(tmp_path: Path) -> None:
         peers.connect(3)
         prometheus.wait_for(at(peers.port, ESTABLISHED), {("4",): 3}, "tcp_version")
         assert exporter.value("tcpexporter_duration_seconds") == 6
+
+
+def test_the_check_of_the_readme_counts_its_connection() -> None:
+    """The README shows the line of the connection that its command holds."""
+    (held,) = re.findall(r"(?m)^    python3 (-c .*) &$", README.read_text())
+    (line,) = re.findall(r"(?m)^This prints `(.*)`", README.read_text())
+    with (
+        Command() as exporter,
+        subprocess.Popen([sys.executable, *shlex.split(held)]) as holder,
+    ):
+        try:
+            eventually(lambda: f"\n{line}\n" in exporter.fetch("/metrics")[0])
+        finally:
+            holder.kill()
 
 
 def test_a_restart_loses_at_most_one_scrape(tmp_path: Path) -> None:

@@ -31,7 +31,13 @@ OVERRIDES = "usr/share/lintian/overrides/tcpexporter"
 DEFAULT = "etc/default/tcpexporter"
 UNIT = "usr/lib/systemd/system/tcpexporter.service"
 
+DOCUMENTS = {
+    f"usr/share/doc/tcpexporter/{each.relative_to(ROOT)}"
+    for each in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+}
+
 FILES = {
+    *DOCUMENTS,
     DEFAULT,
     UNIT,
     "usr/bin/tcpexporter",

@@ -28,6 +28,7 @@ ONLY_IN_DEBIAN = ("usr/share/doc/", "usr/share/lintian/", "usr/share/zsh/")
 
 FILES = {
     *(each for each in test_deb.FILES if not each.startswith(ONLY_IN_DEBIAN)),
+    *test_deb.DOCUMENTS,
     f"{DOC}/CHANGELOG.md",
     f"{DOC}/LICENSE",
     "usr/share/zsh/site-functions/_tcpexporter",
