@@ -2,6 +2,7 @@
 """Reads the texts of settings from flags, the environment and a file, with their origin."""
 
 import argparse
+import contextlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,20 +103,34 @@ def read_flags(
         argv: the arguments, without the program's name.
 
     Raises:
-        SettingsError: a flag has no value.
+        SettingsError: a flag has no value, or is given twice.
     """
     parsed, unknown = parser.parse_known_args(_normalized(argv, groups))
+    given = {name: list(map(_as_text, texts)) for name, texts in vars(parsed).items()}
+    for each in _each(groups):
+        if not each.is_repeatable and len(given.get(each.name, ())) > 1:
+            raise SettingsError(_given_again(each, given[each.name]))
     return {
-        name: Text(_joined(given), f"flag --{name}") for name, given in vars(parsed).items()
+        name: Text(" ".join(texts), f"flag --{name}") for name, texts in given.items()
     }, unknown
 
 
-def _joined(given: str | list[str | list[str]]) -> str:
-    """Return the value of a flag, or all values of one that can be repeated."""
-    if isinstance(given, str):
-        return given
-    # Before Python 3.13 argparse removes the value "--", because "--" can end the flags.
-    return " ".join("--" if each == [] else str(each) for each in given or [[]])
+def _as_text(given: str | list[str]) -> str:
+    """Return the value of a flag.
+
+    Before Python 3.13 argparse removes the value "--", because "--" can end the flags.
+    """
+    return given if isinstance(given, str) else "--"
+
+
+def _given_again(setting: Setting, texts: Sequence[str]) -> str:
+    remedy = "give it once"
+    if setting.kind.is_list:
+        both = ",".join(dict.fromkeys(texts))
+        with contextlib.suppress(ValueError):  # -1 and ports, for example, are no list
+            setting.kind.parse(both)
+            remedy = f"write --{setting.name} {both}"
+    return f"flag --{setting.name} is given a second time: {remedy}"
 
 
 def _normalized(argv: Sequence[str], groups: Groups) -> list[str]:
@@ -172,7 +187,7 @@ def make_parser(groups: Groups) -> argparse.ArgumentParser:
             group.add_argument(
                 *each.flags,
                 dest=each.name,
-                action="append" if each.is_repeatable else "store",
+                action="append",
                 metavar=each.kind.metavar,
                 help=f"{each.help}. Value: {each.kind.allowed}"
                 f" (default: {each.default or 'none'})",

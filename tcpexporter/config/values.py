@@ -160,6 +160,8 @@ class Kind:
     """Parses a text; raises LookupError or ValueError if the text is not accepted."""
     words: tuple[str, ...] = ()
     """All accepted values, if they are a few words; else empty."""
+    is_list: bool = False
+    """Whether a value can be a list of several values, separated by commas."""
 
 
 def one_of(*words: str) -> Kind:
@@ -176,7 +178,10 @@ _BOOLEANS = dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True) | dict.
 
 SWITCH = Kind("[=BOOL]", "true or false", _BOOLEANS.__getitem__, ("true", "false"))
 PORTS = Kind(
-    "PORTS", "-1 for all ports, or ports from 1 to 65535 as in 443 or 443,8000-8100", _ports
+    "PORTS",
+    "-1 for all ports, or ports from 1 to 65535 as in 443 or 443,8000-8100",
+    _ports,
+    is_list=True,
 )
 LISTEN = Kind(
     "[HOST:]PORT",
@@ -206,12 +211,16 @@ NETNS = Kind(
 CONNECTIONS = Kind("NUMBER", "auto, or a whole number from 1 to 16777216", _connections)
 SERIES = Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
 LABEL_SET = Kind(
-    "LABELS", f"auto, none, or some of {', '.join(LABELS)}, separated by commas", _labels
+    "LABELS",
+    f"auto, none, or some of {', '.join(LABELS)}, separated by commas",
+    _labels,
+    is_list=True,
 )
 BUCKETS = Kind(
     "TIMES",
     f"at most {MOST_BUCKETS} times from 0.001 seconds to 10 years, as in 1,1m30s,24h",
     _buckets,
+    is_list=True,
 )
 RULES = Kind("NAME=RULE", rules.ALLOWED, rules.parse_rules)
 PREFIXES = Kind(

@@ -376,11 +376,25 @@ def test_settings_from_several_origins_are_combined(write_file: WriteFile) -> No
     )
 
 
-def test_the_last_of_two_equal_flags_wins() -> None:
-    """The Go program did the same."""
-    assert parse(["--port=1", "-port", "2", "--simple", "--simple=false"], {}) == Settings(
-        ports=(2,)
-    )
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--port 443 --port 80", "flag --port is given a second time: write --port 443,80"),
+        ("--port=443 -port 443", "flag --port is given a second time: write --port 443"),
+        ("--port -1 --port 80", "flag --port is given a second time: give it once"),
+        ("--labels port --labels unit", "second time: write --labels port,unit"),
+        ("--buckets 1,2 --buckets 3", "second time: write --buckets 1,2,3"),
+        (
+            "--duration 5 --duration 6",
+            "flag --duration is given a second time: give it once",
+        ),
+        ("--simple -simple=false", "flag --simple is given a second time: give it once"),
+        ("--conf a --config b", "flag --conf is given a second time: give it once"),
+    ],
+)
+def test_a_flag_that_is_given_twice_is_refused(argv: str, message: str) -> None:
+    """Otherwise one of the values would be ignored; a settings file refuses it too."""
+    assert refusal(argv.split()).endswith(message)
 
 
 def test_an_overridden_value_is_not_checked(write_file: WriteFile) -> None:
