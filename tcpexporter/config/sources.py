@@ -259,8 +259,12 @@ def _is_of_kubernetes(name: str, value: str) -> bool:
 # --- File ---
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, origin: str) -> str:
     """Return the text of a settings file.
+
+    Args:
+        path: the path of the file.
+        origin: where the path was given, for the message.
 
     Raises:
         SettingsError: the file cannot be read.
@@ -271,8 +275,7 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError, SettingsError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise SettingsError(
-            f"the settings file {path} (flag --conf or environment variable CONF)"
-            f" cannot be read: {reason}"
+            f"{origin}: the settings file {path} cannot be read: {reason}"
         ) from error
 
 
@@ -321,7 +324,10 @@ def _read_line(line: str, origin: str, known: Mapping[str, Setting]) -> tuple[st
 
 def defaults(groups: Groups) -> dict[str, Text]:
     """Return the default of each setting, by setting."""
-    return {each.name: Text(each.default, "the default") for each in _each(groups)}
+    return {
+        each.name: Text(each.default, f"the default of --{each.name}")
+        for each in _each(groups)
+    }
 
 
 def _each(groups: Groups) -> Iterator[Setting]:

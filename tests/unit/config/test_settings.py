@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcpexporter.config.misleading import misleading
 from tcpexporter.config.reread import reread
-from tcpexporter.config.settings import Settings, misleading, parse
+from tcpexporter.config.settings import Settings, naming_origins, parse
 from tcpexporter.config.values import LABELS
 from tcpexporter.errors import SettingsError, quoted
 
@@ -192,9 +193,9 @@ def test_settings_cannot_be_changed() -> None:
 
 
 def test_the_samples_have_every_setting() -> None:
-    """Only conf, output and expect are missing, because they have their own tests."""
+    """Only conf, output, expect and the texts are missing: they have their own tests."""
     covered = {field for _, _, expected in SAMPLES for field in expected}
-    covered |= {"conf", "output", "expect"}
+    covered |= {"conf", "output", "expect", "given"}
     assert covered == {field.name for field in fields(Settings)}
 
 
@@ -850,10 +851,35 @@ def test_a_name_given_twice_in_the_file_is_refused(
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(conf: str, reason: str) -> None:
-    """The error has the path and the reason."""
-    for message in (refusal(["--conf", conf]), refusal([], {"CONF": conf})):
-        assert f"the settings file {conf} " in message
+    """The error has the place where the path was given, the path and the reason."""
+    for origin, message in {
+        "flag --conf": refusal(["--conf", conf]),
+        "environment variable CONF": refusal([], {"CONF": conf}),
+        "environment variable TCPEXPORTER_CONFIG": refusal(
+            [], {"TCPEXPORTER_CONFIG": conf}
+        ),
+    }.items():
+        assert message.startswith(f"{origin}: the settings file {conf} cannot be read: ")
         assert reason in message
+
+
+def test_an_error_about_a_value_gets_the_place_where_the_value_was_given(
+    write_file: WriteFile,
+) -> None:
+    """Only the start finds out that a user or a network namespace does not exist."""
+    conf = write_file("simple\nnetns blue\n")
+    settings = parse([f"--conf={conf}", "--pin=x"], {"TCPEXPORTER_STATE": "y"})
+    for name, origin in {
+        "netns": f"{conf} line 2",
+        "pin": "flag --pin",
+        "state": "environment variable TCPEXPORTER_STATE",
+        "user": "the default of --user",
+    }.items():
+        with pytest.raises(SettingsError) as caught, naming_origins(settings):
+            raise SettingsError("it does not exist", setting=name)
+        assert str(caught.value) == f"{origin}: it does not exist"
+    with pytest.raises(SettingsError, match=r"^another$"), naming_origins(settings):
+        raise SettingsError("another")
 
 
 def test_an_endless_file_is_refused() -> None:
@@ -961,14 +987,23 @@ def test_any_environment_is_parsed_or_refused(environ: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--output=x.prom"], "output requires once: add --once, or leave out --output"),
-        (["--output=x", "--features"], "output requires once"),
-        (["--once", "--features"], "once and features exclude each other: choose one"),
-        (["--once", "--unpin"], "once and unpin exclude each other"),
-        (["--unpin", "--features"], "unpin and features exclude each other"),
-        (["--labels=netns"], "labels has netns, but only one network namespace is "),
-        (["--labels=port,netns", "--netns=blue"], "labels has netns, "),
-        (["--simple", "--labels=netns"], "labels has netns, "),
+        (
+            ["--output=x.prom"],
+            "flag --output: output requires once: add --once, or leave out --output",
+        ),
+        (["--output=x", "--features"], "flag --output: output requires once"),
+        (
+            ["--once", "--features"],
+            "once (flag --once) and features (flag --features) exclude each other: choose",
+        ),
+        (["--once", "--unpin"], "once (flag --once) and unpin (flag --unpin) exclude each"),
+        (["--unpin", "--features"], "unpin (flag --unpin) and features (flag --features) "),
+        (
+            ["--labels=netns"],
+            "flag --labels: labels has netns, but only one network namespace is ",
+        ),
+        (["--labels=port,netns", "--netns=blue"], "flag --labels: labels has netns, "),
+        (["--simple", "--labels=netns"], "flag --labels: labels has netns, "),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(

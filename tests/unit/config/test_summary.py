@@ -4,7 +4,8 @@
 import pytest
 
 from tcpexporter.config import summary
-from tcpexporter.config.settings import Settings, in_environment
+from tcpexporter.config.misleading import in_environment
+from tcpexporter.config.settings import Settings, parse
 
 
 @pytest.mark.parametrize(
@@ -72,8 +73,8 @@ def test_the_log_proposes_settings_only_if_none_chose_the_series() -> None:
 def test_settings_of_the_environment_are_listed_unless_a_flag_overrides_them() -> None:
     """Many platforms set PORT, which selects local ports here."""
     environ = {"PORT": "8080", "TCPEXPORTER_DURATION": "30", "SIMPLE": "true", "HOME": "/"}
-    assert in_environment(["--simple=false"], environ) == [
+    assert in_environment(parse(["--simple=false"], environ)) == [
         "PORT=8080",
         "TCPEXPORTER_DURATION=30",
     ]
-    assert in_environment([], {}) == []
+    assert in_environment(parse([], {})) == []
