@@ -42,7 +42,7 @@ def misleading(settings: Settings) -> Iterator[str]:
         )
     for reason, names in _idle(settings):
         if idle := [name for name in names if _is_chosen(name, settings)]:
-            yield f"{', '.join(idle)} has no effect with {reason}"
+            yield f"{', '.join(idle)} has no effect {reason}"
 
 
 def _serves_where_it_counts(settings: Settings) -> bool:
@@ -54,22 +54,25 @@ def _polls(settings: Settings) -> bool:
 
 
 def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yield a setting in force, and the settings that have no effect because of it."""
+    """Yield a setting in force, and the settings that have no effect because of it.
+
+    The first string begins with ``with`` or ``without``.
+    """
     if settings.once:
-        yield "once", ("listen", "web-config")
+        yield "with once", ("listen", "web-config")
     if settings.simple:
-        yield "simple", ("max-series", "labels")
+        yield "with simple", ("max-series", "labels")
     if not settings.histograms:
-        yield "no --histograms", ("buckets",)
+        yield "without --histograms", ("buckets",)
     if not settings.clients:
-        yield "--clients=false", ("client-prefix",)
+        yield "with --clients=false", ("client-prefix",)
     if settings.source == "ebpf":
-        yield "source ebpf", ("interval",)
+        yield "with source ebpf", ("interval",)
     if _polls(settings):
         of_ebpf = ("max-connections", "reconcile-interval", "reconcile-cpu", "pin")
-        yield f"source {settings.source}", of_ebpf
+        yield f"with source {settings.source}", of_ebpf
     if settings.source == "procfs":
-        yield "source procfs, which cannot identify sockets", ("state",)
+        yield "with source procfs, which cannot identify sockets", ("state",)
 
 
 def _is_chosen(name: str, settings: Settings) -> bool:

@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 
 from tcpexporter.config import files
 from tcpexporter.config.rules import RuleError
-from tcpexporter.config.values import CONF, SWITCH, Kind
+from tcpexporter.config.values import CONF, SWITCH, Kind, RemedyError, remedy
 from tcpexporter.errors import SettingsError, quoted
 
 PREFIX = "TCPEXPORTER_"
@@ -75,11 +75,12 @@ class Setting:
         try:
             return self.kind.parse(text.text)
         except RuleError as error:
-            raise SettingsError(f"{text.origin}: {self.name} {error}") from None
-        except (LookupError, ValueError):
+            raise SettingsError(f"{text.origin}: {error}") from None
+        except (LookupError, ValueError) as error:
+            why = error if isinstance(error, RemedyError) else remedy(self.kind, text.text)
             raise SettingsError(
                 f"{text.origin}: {self.name} must be {self.kind.allowed},"
-                f" not {quoted(text.text)}"
+                f" not {quoted(text.text)}{f': {why}' if why else ''}"
             ) from None
 
 
@@ -312,11 +313,25 @@ def _read_line(line: str, origin: str, known: Mapping[str, Setting]) -> tuple[st
     setting = known.get(name.replace("_", "-"))
     if setting is None:
         raise SettingsError(
-            f"{origin}: {quoted(name)} is not a setting that a file can have; --help lists"
-            " them"
+            f"{origin}: {quoted(name)} is not a setting that a file can have;"
+            f" {_instead(line, known)}"
         )
     text = rest[0] if rest else "true" if setting.kind is SWITCH else ""
     return setting.name, Text(text, origin)
+
+
+_LIKE_A_SETTING = re.compile(r"([A-Za-z][A-Za-z_-]*)(?:\s*[:=]\s*|\s+|$)(.*)")
+"""A name and a value, as in a shell, in YAML or after the dashes of a flag."""
+
+
+def _instead(line: str, known: Mapping[str, Setting]) -> str:
+    """Return what to do about a line whose name is unknown."""
+    found = _LIKE_A_SETTING.fullmatch(line.lstrip("-").removeprefix(PREFIX))
+    setting = found and known.get(found[1].lower().replace("_", "-"))
+    if not found or not setting:
+        return "--help lists them"
+    value = found[2].strip("'\"")
+    return f"write {quoted(f'{setting.name} {value}'.strip())}"
 
 
 # --- Defaults ---

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 from tcpexporter.config import rules
+from tcpexporter.errors import quoted
 
 MOST_BUCKETS = 24
 TEN_YEARS_S = 10 * 365 * 86400
@@ -25,6 +26,10 @@ LABELS = (
 
 LONGEST_DURATION_S = (2**63 - 1) // 10**9
 """The longest duration: in nanoseconds it fits into a signed 64-bit number."""
+
+
+class RemedyError(ValueError):
+    """A value is not accepted; the text says what is wrong with it."""
 
 
 def _whole(lowest: int, highest: int) -> Callable[[str], int]:
@@ -46,10 +51,12 @@ def _connections(text: str) -> int | None:
 
 def _port_range(text: str) -> range:
     first, dash, last = text.partition("-")
-    ports = range(_port(first), _port(last if dash else first) + 1)
-    if not ports:
-        raise ValueError(text)
-    return ports
+    lowest, highest = _port(first), _port(last if dash else first)
+    if highest < lowest:
+        raise RemedyError(
+            f"{lowest}-{highest} is a descending range, write {highest}-{lowest}"
+        )
+    return range(lowest, highest + 1)
 
 
 def _ports(text: str) -> tuple[int, ...]:
@@ -119,8 +126,11 @@ def _labels(text: str) -> tuple[str, ...] | None:
     if text == "auto":
         return None
     chosen = [] if text == "none" else text.split(",")
-    if not {*chosen} <= {*LABELS} or len({*chosen}) < len(chosen):
+    if not {*chosen} <= {*LABELS}:
         raise ValueError(text)
+    for each in LABELS:
+        if chosen.count(each) > 1:
+            raise RemedyError(f"{each} is given twice")
     return tuple(each for each in LABELS if each in chosen)
 
 
@@ -162,6 +172,26 @@ class Kind:
     """All accepted values, if they are a few words; else empty."""
     is_list: bool = False
     """Whether a value can be a list of several values, separated by commas."""
+
+
+def remedy(kind: Kind, text: str) -> str | None:
+    """Return how to correct a text that a kind does not accept; None: it is not known."""
+    listed = re.sub(r"[\s,]+", ",", text.strip())
+    if (kind.is_list or "," in text) and _accepts(kind, listed):
+        return f"write {quoted(listed)}, without spaces"
+    if _accepts(kind, re.split(r"\s+#", text, maxsplit=1)[0]):
+        return "a comment requires a line of its own"
+    if _accepts(kind, text.strip("'\"")):
+        return "write it without quotes"
+    return None
+
+
+def _accepts(kind: Kind, text: str) -> bool:
+    try:
+        kind.parse(text)
+    except (LookupError, ValueError):
+        return False
+    return True
 
 
 def one_of(*words: str) -> Kind:

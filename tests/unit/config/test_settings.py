@@ -632,7 +632,30 @@ def test_an_invalid_value_is_refused(
         f"{conf} line 2": refusal([f"--conf={conf}"]),
     }.items():
         assert message.startswith(f"{origin}: {name} must be {allowed}")
-        assert message.endswith(f", not {quoted(text)}")
+        assert f", not {quoted(text)}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "remedy"),
+    [
+        ("port", "443, 80", "write '443,80', without spaces"),
+        ("port", "443 80", "write '443,80', without spaces"),
+        ("labels", "port, unit", "write 'port,unit', without spaces"),
+        ("client-prefix", "24, 56", "write '24,56', without spaces"),
+        ("port", "443 # web", "a comment requires a line of its own"),
+        ("direction", "all\t# both", "a comment requires a line of its own"),
+        ("duration", '"30"', "write it without quotes"),
+        ("port", "443,80-20", "80-20 is a descending range, write 20-80"),
+        ("labels", "port,netns,port", "port is given twice"),
+    ],
+)
+def test_a_frequent_mistake_in_a_value_has_its_own_explanation(
+    write_file: WriteFile, name: str, text: str, remedy: str
+) -> None:
+    """The general sentence, which has the valid values, precedes it."""
+    conf = write_file(f"{name} {text}\n")
+    for message in (refusal([f"--{name}={text}"]), refusal([f"--conf={conf}"])):
+        assert message.endswith(f", not {quoted(text)}: {remedy}")
 
 
 def test_two_dashes_are_a_value(write_file: WriteFile) -> None:
@@ -791,9 +814,7 @@ def test_unknown_variables_without_the_prefix_are_ignored() -> None:
     ("line", "name"),
     [
         ("prot 443", "prot"),
-        ("Port 443", "Port"),
-        ("--port 443", "--port"),
-        ("port: 443", "port:"),
+        ("-----!", "-----!"),
         ("[tcp]", "[tcp]"),
         ("= 443", ""),
         ("help", "help"),
@@ -810,6 +831,30 @@ def test_an_unknown_name_in_the_file_is_refused(
     conf = write_file(f"simple\n\n{line}\n")
     assert refusal(["--conf", conf]) == (
         f"{conf} line 3: {name!r} is not a setting that a file can have; --help lists them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("TCPEXPORTER_PORT=443", "port 443"),
+        ('TCPEXPORTER_PORT="443"', "port 443"),
+        ("TCPEXPORTER_LOG_LEVEL=debug", "log-level debug"),
+        ("--port 443", "port 443"),
+        ("-port=443", "port 443"),
+        ("--simple", "simple"),
+        ("port: 443", "port 443"),
+        ("port:443", "port 443"),
+        ("Port 443", "port 443"),
+    ],
+)
+def test_a_line_in_another_form_is_refused_with_the_right_form(
+    write_file: WriteFile, line: str, remedy: str
+) -> None:
+    """Operators copy flags, and lines of /etc/default/tcpexporter."""
+    conf = write_file(f"{line}\n")
+    assert refusal(["--conf", conf]).endswith(
+        f" is not a setting that a file can have; write '{remedy}'"
     )
 
 
@@ -1039,7 +1084,7 @@ def test_output_is_accepted_with_once(write_file: WriteFile) -> None:
             "--simple --labels port --max-series 7",
             "max-series, labels has no effect with simple",
         ),
-        ("--buckets 1,2", "buckets has no effect with no --histograms"),
+        ("--buckets 1,2", "buckets has no effect without --histograms"),
         (
             "--clients=false --client-prefix 24,56",
             "client-prefix has no effect with --clients=false",
