@@ -18,7 +18,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from tcpexporter.config.misleading import in_environment, misleading
+from tcpexporter.config.misleading import in_environment, misleading, unprefixed
 from tcpexporter.config.reload import ReloadSignal
 from tcpexporter.config.settings import Settings, naming_origins, parse
 from tcpexporter.ebpf.loading import Loading
@@ -131,7 +131,6 @@ def _print_features() -> None:
 def _log_settings(settings: Settings) -> None:
     """Log which settings the environment gave, and warn of those without effect."""
     if given := in_environment(settings):
-        # Some platforms set PORT for every program.
         log.info("settings from the environment: %s", ", ".join(given))
-    for sentence in misleading(settings):
+    for sentence in (*unprefixed(settings), *misleading(settings)):
         log.warning("%s", sentence)

@@ -4,7 +4,8 @@
 from collections.abc import Iterator, Sequence
 
 from tcpexporter.config.settings import SETTINGS, Settings, value_in
-from tcpexporter.config.sources import VARIABLE
+from tcpexporter.config.sources import PREFIX, VARIABLE
+from tcpexporter.errors import quoted
 
 
 def in_environment(settings: Settings) -> list[str]:
@@ -14,6 +15,20 @@ def in_environment(settings: Settings) -> list[str]:
         for each in settings.given.values()
         if each.origin.startswith(VARIABLE)
     ]
+
+
+def unprefixed(settings: Settings) -> Iterator[str]:
+    """Yield a sentence for each environment variable without prefix that is in force.
+
+    Some platforms set PORT for every program.
+    """
+    for name, (text, origin) in settings.given.items():
+        variable = origin.removeprefix(VARIABLE)
+        if variable != origin and not variable.startswith(PREFIX):
+            yield (
+                f"environment variable {variable} sets {name} to {quoted(text)}: rename it"
+                f" to {PREFIX}{variable}, or unset it if it is not meant for tcpexporter"
+            )
 
 
 def misleading(settings: Settings) -> Iterator[str]:

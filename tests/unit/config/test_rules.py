@@ -101,9 +101,8 @@ def test_a_wrong_rule_is_refused_with_the_position_of_the_mistake(
     """The sentence has the rule, and what is allowed there."""
     with pytest.raises(RuleError) as caught:
         parse_rules(text)
-    assert f"rule '{text.split(maxsplit=1)[0]}', character {character}: " in str(
-        caught.value
-    )
+    first, *_ = text.split()
+    assert f"rule '{first}', character {character}: " in str(caught.value)
     assert why in str(caught.value)
 
 

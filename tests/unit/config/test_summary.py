@@ -4,7 +4,7 @@
 import pytest
 
 from tcpexporter.config import summary
-from tcpexporter.config.misleading import in_environment
+from tcpexporter.config.misleading import in_environment, unprefixed
 from tcpexporter.config.settings import Settings, parse
 
 
@@ -78,3 +78,13 @@ def test_settings_of_the_environment_are_listed_unless_a_flag_overrides_them() -
         "TCPEXPORTER_DURATION=30",
     ]
     assert in_environment(parse([], {})) == []
+
+
+def test_a_variable_without_the_prefix_is_reported_unless_it_has_no_effect() -> None:
+    """A platform that sets PORT for every program would select the counted ports."""
+    environ = {"PORT": "8080", "TCPEXPORTER_DURATION": "3", "DURATION": "4", "SIMPLE": "1"}
+    (sentence,) = unprefixed(parse(["--simple=false"], environ))
+    assert sentence == (
+        "environment variable PORT sets port to '8080': rename it to TCPEXPORTER_PORT, or"
+        " unset it if it is not meant for tcpexporter"
+    )
