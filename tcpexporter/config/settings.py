@@ -124,7 +124,7 @@ GROUPS: Groups = {
         Setting("tcpv6", "true", SWITCH, "count IPv6 connections too", from_go=True),
         Setting(
             "port",
-            "-1",
+            "all",
             PORTS,
             "count only connections to these local ports",
             attribute="ports",

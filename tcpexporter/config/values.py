@@ -60,7 +60,7 @@ def _port_range(text: str) -> range:
 
 
 def _ports(text: str) -> tuple[int, ...]:
-    if text == "-1":
+    if text in ("all", "-1"):  # tcp_established_exporter has -1
         return ()
     ports: list[int] = []
     # In ascending order and without duplicates.
@@ -209,7 +209,7 @@ _BOOLEANS = dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True) | dict.
 SWITCH = Kind("[=BOOL]", "true or false", _BOOLEANS.__getitem__, ("true", "false"))
 PORTS = Kind(
     "PORTS",
-    "-1 for all ports, or ports from 1 to 65535 as in 443 or 443,8000-8100",
+    "all (or -1), or ports from 1 to 65535 as in 443 or 443,8000-8100",
     _ports,
     is_list=True,
 )

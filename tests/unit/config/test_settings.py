@@ -64,7 +64,7 @@ REFUSED = [
         for value in ("", "yes", "on", "TrUe", "2")
     ],
     *[
-        ("port", value, "-1 for all ports, or ports from 1 to 65535")
+        ("port", value, "all (or -1), or ports from 1 to 65535")
         for value in (
             *(
                 "",
@@ -75,6 +75,8 @@ REFUSED = [
                 "443,",
                 ",443",
                 "443,-1",
+                "443,all",
+                "ALL",
                 "90-80",
                 "1-",
                 "80-65536",
@@ -427,9 +429,9 @@ def test_booleans_are_those_of_go(word: str, expected: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--port", "-1"], ["-port", "-1"], ["--port=-1"], ["-port=-1"]]
+    "argv", [["--port", "-1"], ["-port", "-1"], ["--port=-1"], ["-port=-1"], ["--port=all"]]
 )
-def test_port_minus_one_means_every_port(argv: list[str]) -> None:
+def test_port_all_or_minus_one_means_every_port(argv: list[str]) -> None:
     """The value -1 is not mistaken for a flag."""
     assert parse(argv, {"PORT": "443"}).ports == ()
 
@@ -1165,7 +1167,8 @@ def test_a_given_text_replaces_the_file(tmp_path: Path) -> None:
     ("before", "after", "message"),
     [
         ("port 443", "port 80,443,8000-8100,8102", "port is 80,443,8000-8100,8102"),
-        ("port 443", "", "port is -1"),
+        ("port 443", "", "port is all"),
+        ("port 443", "port 7001,7002,9,8001-8003", "port is 9,7001,7002,8001-8003"),
         (
             "duration 1m",
             "duration 60",
