@@ -20,6 +20,7 @@ from tcpexporter.config.values import (
     LABEL_SET,
     LISTEN,
     NETNS,
+    OUTPUT,
     PATH,
     PERCENT,
     PORTS,
@@ -259,7 +260,7 @@ GROUPS: Groups = {
         Setting(
             "output",
             "",
-            PATH,
+            OUTPUT,
             "with --once, write the metrics to this file, completely or not at all, for"
             " node_exporter's textfile collector",
         ),

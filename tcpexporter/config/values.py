@@ -152,6 +152,12 @@ def _word(text: str) -> str:
     return text
 
 
+def _output(text: str) -> str | None:
+    if text == "-":
+        raise RemedyError("without --output, --once prints the metrics")
+    return _path(text)
+
+
 def _path(text: str) -> str | None:
     if "\0" in text:
         raise ValueError(text)
@@ -263,4 +269,5 @@ DIRECTORY = Kind(
     _path,
 )
 PATH = Kind("PATH", "the path of a file", _path)
+OUTPUT = Kind("PATH", "the path of a file", _output)
 CONF = Kind("PATH", "the path of a settings file", _path)

@@ -1060,6 +1060,14 @@ def test_settings_that_exclude_each_other_are_refused(
     assert refusal(argv).startswith(message)
 
 
+def test_a_dash_is_no_name_of_an_output_file() -> None:
+    """Other programs write to standard output then; this one did write to a file "-"."""
+    assert refusal(["--once", "--output", "-"]) == (
+        "flag --output: output must be the path of a file, not '-': without --output,"
+        " --once prints the metrics"
+    )
+
+
 def test_output_is_accepted_with_once(write_file: WriteFile) -> None:
     """It may be a flag, a variable or a line of the file; an empty path means none."""
     expected = Settings(once=True, output="/x/y.prom")
