@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from tcpexporter.config.settings import SETTINGS
 from tcpexporter.config.sources import Setting
-from tcpexporter.config.values import CONF, DIRECTORY, PATH, SWITCH, USER
+from tcpexporter.config.values import CONF, DIRECTORY, OUTPUT, PATH, SWITCH, USER
 
 WRITTEN = "# SPDX-License-Identifier: GPL-3.0-only\n# Written by `make documents`.\n"
 
@@ -61,7 +61,7 @@ def _bash_cases() -> Iterator[str]:
 def _bash_action(setting: Setting) -> str:
     """Return the commands that complete the value of a setting."""
     match setting.kind:
-        case kind if kind in (PATH, CONF):
+        case kind if kind in (PATH, OUTPUT, CONF):
             return "compopt -o default"
         case kind if kind is DIRECTORY:
             return "compopt -o dirnames"
@@ -100,7 +100,7 @@ def _zsh_arguments() -> Iterator[str]:
 
 def _zsh_action(setting: Setting) -> str:
     match setting.kind:
-        case kind if kind in (PATH, CONF):
+        case kind if kind in (PATH, OUTPUT, CONF):
             return "_files"
         case kind if kind is DIRECTORY:
             return "_directories"
@@ -134,7 +134,7 @@ def _fish_value(setting: Setting) -> str:
     match setting.kind:
         case kind if kind is SWITCH:
             return ""
-        case kind if kind in (PATH, CONF):
+        case kind if kind in (PATH, OUTPUT, CONF):
             return " -r -F"
         case kind if kind is DIRECTORY:
             return " -x -a '(__fish_complete_directories)'"

@@ -173,8 +173,8 @@ def chooser(
     def choose(chosen: Settings) -> Choice:
         if has_units(chosen) and not owners:
             raise SettingsError(
-                "expect: a rule has unit=, and the owners of connections are not counted"
-                " since the start: restart the exporter"
+                "a rule of --expect has unit=, and the owners of connections are not"
+                " counted since the start: restart the exporter"
             )
         selection = select(
             chosen.ports,

@@ -20,7 +20,15 @@ class TcpExporterError(Exception):
 
 
 class SettingsError(TcpExporterError):
-    """A setting has an unknown name or a value that cannot be used."""
+    """A setting has an unknown name or a value that cannot be used.
+
+    ``setting`` is the name of a setting if the text does not say where its value was given;
+    `config.settings.naming_origins` adds that.
+    """
+
+    def __init__(self, sentence: str, *, setting: str | None = None) -> None:
+        super().__init__(sentence)
+        self.setting = setting
 
 
 class WebConfigError(SettingsError):

@@ -19,10 +19,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from tcpexporter import version
 from tcpexporter.collecting import Counting, open_counting
 from tcpexporter.config import files, summary
+from tcpexporter.config.misleading import misleading
 from tcpexporter.config.reader import SETTINGS, WEB_CONFIG, Message, Reader, ReaderGoneError
 from tcpexporter.config.reload import Apply, Reloading
 from tcpexporter.config.reread import reread
-from tcpexporter.config.settings import Settings, misleading, parse
+from tcpexporter.config.settings import Settings, parse
 from tcpexporter.ebpf.loading import Loading
 from tcpexporter.errors import ServerError, SourceError, WebConfigError
 from tcpexporter.host import background, namespaces, privileges, seccomp, stderr, stdout
@@ -175,7 +176,7 @@ def serve(
     app = pages.App(
         opened.registry,
         ready=starting.awaited,
-        settings=vars(settings),
+        settings=settings.shown,
         version=version.VERSION,
         guard=opened.guard,
     )
@@ -264,7 +265,7 @@ class _SettingsReload:
         choice = self._counting.choose(done.settings)
         self._settings = done.settings
         self._counting.collector.choose(choice)
-        self._app.status.show_settings(vars(done.settings))
+        self._app.status.show_settings(done.settings.shown)
         root = logging.getLogger()
         level = logging.getLevelName(done.settings.log_level.upper())
         # The lower of the old and the new log level: the line is logged if either allows

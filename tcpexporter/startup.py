@@ -18,8 +18,9 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from tcpexporter.config.misleading import in_environment, misleading, unprefixed
 from tcpexporter.config.reload import ReloadSignal
-from tcpexporter.config.settings import Settings, in_environment, misleading, parse
+from tcpexporter.config.settings import Settings, naming_origins, parse
 from tcpexporter.ebpf.loading import Loading
 from tcpexporter.errors import SourceError
 from tcpexporter.host import stderr, stdout
@@ -54,12 +55,17 @@ def run(process: Process, set_up_logging: Callable[[str, str], None]) -> None:
     """
     settings = parse(process.argv, process.environ)
     set_up_logging(settings.log_level, settings.log_format)
+    with naming_origins(settings):
+        _run_command(settings, process)
+
+
+def _run_command(settings: Settings, process: Process) -> None:
     if settings.features:
         _print_features()
     elif settings.unpin:
         _unpin(settings.pin)
     else:
-        _log_settings(settings, process)
+        _log_settings(settings)
         if settings.check or settings.once:
             _run_without_http(settings, process.supervisor)
         else:
@@ -122,10 +128,9 @@ def _print_features() -> None:
     stdout.write(table(Kernel()).encode())
 
 
-def _log_settings(settings: Settings, process: Process) -> None:
+def _log_settings(settings: Settings) -> None:
     """Log which settings the environment gave, and warn of those without effect."""
-    if given := in_environment(process.argv, process.environ):
-        # Some platforms set PORT for every program.
+    if given := in_environment(settings):
         log.info("settings from the environment: %s", ", ".join(given))
-    for sentence in misleading(settings):
+    for sentence in (*unprefixed(settings), *misleading(settings)):
         log.warning("%s", sentence)

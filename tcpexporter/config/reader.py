@@ -68,6 +68,8 @@ class Message:
     the settings, the text of their file."""
     refused: str | None = None
     """The reason why there is no content; None: there is content."""
+    setting: str | None = None
+    """As in `SettingsError`."""
 
     def accepted(self) -> Any:
         """Return the content.
@@ -76,7 +78,7 @@ class Message:
             SettingsError: a file cannot be read, or its content cannot be used.
         """
         if self.refused:
-            raise SettingsError(self.refused)
+            raise SettingsError(self.refused, setting=self.setting)
         return self.content
 
 
@@ -240,12 +242,15 @@ def _read_as(about: str, read: Callable[[], object]) -> Message:
     try:
         return Message(about, read())
     except SettingsError as error:
-        return Message(about, refused=str(error))
+        return Message(about, refused=str(error), setting=error.setting)
 
 
 def _web_config(path: str, files: _Files, parse: Parse) -> dict[str, object]:
     directory = Path(path).parent
-    text = files.read_text(path)
+    try:
+        text = files.read_text(path)
+    except SettingsError as error:
+        raise SettingsError(str(error), setting="web-config") from error
     config = parse(text, path, lambda name: files.read_text(str(directory / name)))
     return asdict(config)
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 
 from tcpexporter.config.settings import SETTINGS, Settings, value_in
 
+FEWEST_OF_RANGE = 3
+"""Minimum number of ports in a row that are shown as a range."""
+
 
 @dataclass(frozen=True)
 class Reread:
@@ -57,11 +60,13 @@ def reread(before: Settings, after: Settings) -> Reread:
 
 def _shown_ports(ports: Sequence[int]) -> str:
     """Return ports as a user writes them, with ranges: ``443,8000-8100``."""
+    if not ports:
+        return "all"
     in_a_row = itertools.groupby(enumerate(ports), lambda each: each[1] - each[0])
     ranges = [[port for _, port in row] for _, row in in_a_row]
-    return (
-        ",".join(
-            f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in ranges
-        )
-        or "-1"
+    return ",".join(
+        f"{each[0]}-{each[-1]}"
+        if len(each) >= FEWEST_OF_RANGE
+        else ",".join(map(str, each))
+        for each in ranges
     )

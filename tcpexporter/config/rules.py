@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from tcpexporter.connections.expected import End, Network, Rule
 from tcpexporter.connections.parts import Direction
 from tcpexporter.errors import quoted
+from tcpexporter.metrics.owners import UNIT_SUFFIXES
 
 MOST_RULES = 64
 LONGEST_RULE = 512
@@ -56,10 +57,12 @@ def parse_rules(text: str) -> tuple[Rule, ...]:
 
 def _rule(text: str) -> Rule:
     def wrong(offset: int, why: str) -> RuleError:
-        return RuleError(f"{quoted(text)}, character {offset + 1}: {why}")
+        return RuleError(f"rule {quoted(text)}, character {offset + 1}: {why}")
 
     if len(text) > LONGEST_RULE:
         raise wrong(LONGEST_RULE, f"a rule has at most {LONGEST_RULE} characters")
+    if text.startswith("#"):
+        raise wrong(0, "a comment requires a line of its own")
     name, equals, conditions = text.partition("=")
     if not equals or not _NAME.fullmatch(name):
         raise wrong(0, "a rule begins with NAME=; a name has letters, digits, _, . and -")
@@ -107,12 +110,15 @@ def _local(value: str) -> End:
 
 
 def _end(value: str) -> End:
-    """Return an end such as 192.0.2.0/24:5432, [2001:db8::1]:443, 2001:db8::1 or :443."""
+    """Return an end such as 192.0.2.0/24:5432, [2001:db8::1]:443, 2001:db8::1 or :443.
+
+    In 2001:db8::1:443 the last group can be meant as a port, so it is refused.
+    """
     is_plain_ipv6 = not value.startswith("[") and value.count(":") > 1
     pattern = _BRACKETED if value.startswith("[") else _PLAIN
     found = pattern.fullmatch(value)
     if is_plain_ipv6:
-        return End(_network(value))
+        return End(_plain_ipv6(value))
     if not found:
         raise _WrongPartError(0, "write ADDRESS[/PREFIX][:PORTS], with [ ] around IPv6")
     first, last = 0, 65535
@@ -125,6 +131,26 @@ def _end(value: str) -> End:
     if value.startswith("[") and network.version == 4:
         raise _WrongPartError(1, "an IPv4 address has no brackets")
     return End(network, first, last)
+
+
+def _plain_ipv6(value: str) -> Network:
+    """Return the network of an IPv6 address without brackets."""
+    address, _, ports = value.rpartition(":")
+    host, slash, prefix = address.partition("/")
+    if re.fullmatch("[0-9]{1,5}(-[0-9]{1,5})?", ports) and _is_ipv6(host):
+        alone = f", or [{value}] for an address without port" if _is_ipv6(value) else ""
+        raise _WrongPartError(
+            0, f"a port may be meant: write [{host}]{slash}{prefix}:{ports}{alone}"
+        )
+    return _network(value)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _network(written: str, offset: int = 0) -> Network:
@@ -176,6 +202,12 @@ def _port(text: str, offset: int) -> int:
 def _unit(value: str) -> str:
     if not _UNIT.fullmatch(value):
         raise _WrongPartError(0, "this is not the name of a unit, as in nginx.service")
+    if not value.endswith(UNIT_SUFFIXES):
+        raise _WrongPartError(
+            len(value),
+            f"the name of a unit ends with one of {', '.join(UNIT_SUFFIXES)}, as in"
+            " nginx.service",
+        )
     return value
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Defines all settings, and combines their values from flags, environment and file."""
 
+import contextlib
 import itertools
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from tcpexporter.config import files, sources
@@ -20,6 +20,7 @@ from tcpexporter.config.values import (
     LABEL_SET,
     LISTEN,
     NETNS,
+    OUTPUT,
     PATH,
     PERCENT,
     PORTS,
@@ -88,6 +89,13 @@ class Settings:
     """The file to which ``once`` writes; None: standard output."""
     features: bool = False
     check: bool = False
+    given: Mapping[str, Text] = field(default_factory=dict, compare=False)
+    """The text of each setting, by its name, and where it was given."""
+
+    @property
+    def shown(self) -> dict[str, object]:
+        """The value of each field, for the status page."""
+        return {name: value for name, value in vars(self).items() if name != "given"}
 
     @property
     def series_labels(self) -> tuple[str, ...]:
@@ -117,7 +125,7 @@ GROUPS: Groups = {
         Setting("tcpv6", "true", SWITCH, "count IPv6 connections too", from_go=True),
         Setting(
             "port",
-            "-1",
+            "all",
             PORTS,
             "count only connections to these local ports",
             attribute="ports",
@@ -252,7 +260,7 @@ GROUPS: Groups = {
         Setting(
             "output",
             "",
-            PATH,
+            OUTPUT,
             "with --once, write the metrics to this file, completely or not at all, for"
             " node_exporter's textfile collector",
         ),
@@ -327,8 +335,8 @@ def parse(
     flags, unknown = sources.read_flags(parser, GROUPS, argv)
     variables = sources.read_environment(GROUPS, environ)
     defaults = sources.defaults(GROUPS)
-    conf = ChainMap(flags, variables, defaults)["conf"].text
-    lines = _read_file(files.expanded(conf), file) if conf else {}
+    conf = ChainMap(flags, variables, defaults)["conf"]
+    lines = _read_file(conf, file) if conf.text else {}
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     sources.refuse_unknown_variables(GROUPS, environ)
@@ -337,31 +345,34 @@ def parse(
     return settings
 
 
-def in_environment(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """Return ``NAME=value`` of each environment variable that no flag overrides.
+@contextlib.contextmanager
+def naming_origins(settings: Settings) -> Iterator[None]:
+    """Add to an error about the value of a setting where the value was given.
 
     Raises:
-        SettingsError: a flag is invalid.
+        SettingsError: the block raised such an error.
     """
-    flags, _ = sources.read_flags(sources.make_parser(GROUPS), GROUPS, argv)
-    variables = sources.read_environment(GROUPS, environ)
-    return [
-        f"{text.origin.removeprefix(sources.VARIABLE)}={text.text}"
-        for name, text in variables.items()
-        if name not in flags
-    ]
+    try:
+        yield
+    except SettingsError as error:
+        if error.setting is None:
+            raise
+        origin = settings.given[error.setting].origin
+        raise SettingsError(f"{origin}: {error}") from error
 
 
-def _read_file(path: Path, text: str | None) -> dict[str, Text]:
-    return sources.read_lines(
-        GROUPS, sources.read_text(path) if text is None else text, path
-    )
+def _read_file(conf: Text, text: str | None) -> dict[str, Text]:
+    path = files.expanded(conf.text)
+    if text is None:
+        text = sources.read_text(path, conf.origin)
+    return sources.read_lines(GROUPS, text, path)
 
 
 def _combine(texts: Mapping[str, Text]) -> Settings:
-    values: dict[str, Any] = {each.field: each.value(texts[each.name]) for each in SETTINGS}
+    given = {each.name: texts[each.name] for each in SETTINGS}
+    values: dict[str, Any] = {each.field: each.value(given[each.name]) for each in SETTINGS}
     address, port = values.pop("listen")
-    return Settings(listen_address=address, listen_port=port, **values)
+    return Settings(listen_address=address, listen_port=port, given=given, **values)
 
 
 def _refuse_contradictions(settings: Settings) -> None:
@@ -369,76 +380,18 @@ def _refuse_contradictions(settings: Settings) -> None:
         name for name in ("once", "unpin", "features", "check") if getattr(settings, name)
     ]
     if len(actions) > 1:
-        raise SettingsError(f"{' and '.join(actions)} exclude each other: choose one")
+        given = [f"{name} ({settings.given[name].origin})" for name in actions]
+        raise SettingsError(f"{' and '.join(given)} exclude each other: choose one")
     if settings.output and not settings.once:
-        raise SettingsError("output requires once: add --once, or leave out --output")
+        raise SettingsError(
+            f"{settings.given['output'].origin}: output requires once: add --once, or leave"
+            " out --output"
+        )
     if "netns" in (settings.labels or ()) and settings.netns != "all":
         raise SettingsError(
-            "labels has netns, but only one network namespace is counted: add --netns all,"
-            " or leave it out"
+            f"{settings.given['labels'].origin}: labels has netns, but only one network"
+            " namespace is counted: add --netns all, or leave it out"
         )
-
-
-def misleading(settings: Settings) -> Iterator[str]:
-    """Yield a sentence for each setting that has no effect, or can only give 0."""
-    has_remote_port = "remote_port" in settings.series_labels
-    if settings.direction == "outbound" and settings.ports and not has_remote_port:
-        yield (
-            "--port selects local ports, and the kernel chooses that of an outbound"
-            " connection: to count connections to a server's port, add --labels"
-            " remote_port, or count inbound ones on the server"
-        )
-    if has_remote_port and settings.direction == "inbound":
-        yield (
-            "labels has remote_port, which is that of outbound connections, and these are"
-            " not counted: add --direction outbound or --direction all"
-        )
-    if settings.listen_port in settings.ports and _serves_where_it_counts(settings):
-        yield (
-            f"--port selects {settings.listen_port}, the exporter's own port, which is not"
-            " counted: choose another port with --listen"
-        )
-    if settings.once and 0 < settings.duration_s < settings.interval_s and _polls(settings):
-        yield (
-            "--interval is longer than --duration, so the socket tables are read only once,"
-            " and closed connections are counted: choose a shorter --interval"
-        )
-    for reason, names in _idle(settings):
-        if idle := [name for name in names if _is_chosen(name, settings)]:
-            yield f"{', '.join(idle)} has no effect with {reason}"
-
-
-def _serves_where_it_counts(settings: Settings) -> bool:
-    return settings.netns == "self" and not settings.once
-
-
-def _polls(settings: Settings) -> bool:
-    return settings.source in ("sock_diag", "procfs")
-
-
-def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yield a setting in force, and the settings that have no effect because of it."""
-    if settings.once:
-        yield "once", ("listen", "web-config")
-    if settings.simple:
-        yield "simple", ("max-series", "labels")
-    if not settings.histograms:
-        yield "no --histograms", ("buckets",)
-    if not settings.clients:
-        yield "--clients=false", ("client-prefix",)
-    if settings.source == "ebpf":
-        yield "source ebpf", ("interval",)
-    if _polls(settings):
-        of_ebpf = ("max-connections", "reconcile-interval", "reconcile-cpu", "pin")
-        yield f"source {settings.source}", of_ebpf
-    if settings.source == "procfs":
-        yield "source procfs, which cannot identify sockets", ("state",)
-
-
-def _is_chosen(name: str, settings: Settings) -> bool:
-    """Return whether the value of a setting differs from its default."""
-    (setting,) = (each for each in SETTINGS if each.name == name)
-    return value_in(settings, setting) != value_in(Settings(), setting)
 
 
 def value_in(settings: Settings, setting: Setting) -> object:

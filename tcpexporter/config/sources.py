@@ -2,6 +2,7 @@
 """Reads the texts of settings from flags, the environment and a file, with their origin."""
 
 import argparse
+import contextlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple, NoReturn
 
 from tcpexporter.config import files
 from tcpexporter.config.rules import RuleError
-from tcpexporter.config.values import CONF, SWITCH, Kind
+from tcpexporter.config.values import CONF, SWITCH, Kind, RemedyError, remedy
 from tcpexporter.errors import SettingsError, quoted
 
 PREFIX = "TCPEXPORTER_"
@@ -74,11 +75,12 @@ class Setting:
         try:
             return self.kind.parse(text.text)
         except RuleError as error:
-            raise SettingsError(f"{text.origin}: {self.name} {error}") from None
-        except (LookupError, ValueError):
+            raise SettingsError(f"{text.origin}: {error}") from None
+        except (LookupError, ValueError) as error:
+            why = error if isinstance(error, RemedyError) else remedy(self.kind, text.text)
             raise SettingsError(
                 f"{text.origin}: {self.name} must be {self.kind.allowed},"
-                f" not {quoted(text.text)}"
+                f" not {quoted(text.text)}{f': {why}' if why else ''}"
             ) from None
 
 
@@ -102,20 +104,34 @@ def read_flags(
         argv: the arguments, without the program's name.
 
     Raises:
-        SettingsError: a flag has no value.
+        SettingsError: a flag has no value, or is given twice.
     """
     parsed, unknown = parser.parse_known_args(_normalized(argv, groups))
+    given = {name: list(map(_as_text, texts)) for name, texts in vars(parsed).items()}
+    for each in _each(groups):
+        if not each.is_repeatable and len(given.get(each.name, ())) > 1:
+            raise SettingsError(_given_again(each, given[each.name]))
     return {
-        name: Text(_joined(given), f"flag --{name}") for name, given in vars(parsed).items()
+        name: Text(" ".join(texts), f"flag --{name}") for name, texts in given.items()
     }, unknown
 
 
-def _joined(given: str | list[str | list[str]]) -> str:
-    """Return the value of a flag, or all values of one that can be repeated."""
-    if isinstance(given, str):
-        return given
-    # Before Python 3.13 argparse removes the value "--", because "--" can end the flags.
-    return " ".join("--" if each == [] else str(each) for each in given or [[]])
+def _as_text(given: str | list[str]) -> str:
+    """Return the value of a flag.
+
+    Before Python 3.13 argparse removes the value "--", because "--" can end the flags.
+    """
+    return given if isinstance(given, str) else "--"
+
+
+def _given_again(setting: Setting, texts: Sequence[str]) -> str:
+    remedy = "give it once"
+    if setting.kind.is_list:
+        both = ",".join(dict.fromkeys(texts))
+        with contextlib.suppress(ValueError):  # -1 and ports, for example, are no list
+            setting.kind.parse(both)
+            remedy = f"write --{setting.name} {both}"
+    return f"flag --{setting.name} is given a second time: {remedy}"
 
 
 def _normalized(argv: Sequence[str], groups: Groups) -> list[str]:
@@ -172,7 +188,7 @@ def make_parser(groups: Groups) -> argparse.ArgumentParser:
             group.add_argument(
                 *each.flags,
                 dest=each.name,
-                action="append" if each.is_repeatable else "store",
+                action="append",
                 metavar=each.kind.metavar,
                 help=f"{each.help}. Value: {each.kind.allowed}"
                 f" (default: {each.default or 'none'})",
@@ -244,8 +260,12 @@ def _is_of_kubernetes(name: str, value: str) -> bool:
 # --- File ---
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, origin: str) -> str:
     """Return the text of a settings file.
+
+    Args:
+        path: the path of the file.
+        origin: where the path was given, for the message.
 
     Raises:
         SettingsError: the file cannot be read.
@@ -256,8 +276,7 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError, SettingsError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise SettingsError(
-            f"the settings file {path} (flag --conf or environment variable CONF)"
-            f" cannot be read: {reason}"
+            f"{origin}: the settings file {path} cannot be read: {reason}"
         ) from error
 
 
@@ -294,11 +313,25 @@ def _read_line(line: str, origin: str, known: Mapping[str, Setting]) -> tuple[st
     setting = known.get(name.replace("_", "-"))
     if setting is None:
         raise SettingsError(
-            f"{origin}: {quoted(name)} is not a setting that a file can have; --help lists"
-            " them"
+            f"{origin}: {quoted(name)} is not a setting that a file can have;"
+            f" {_instead(line, known)}"
         )
     text = rest[0] if rest else "true" if setting.kind is SWITCH else ""
     return setting.name, Text(text, origin)
+
+
+_LIKE_A_SETTING = re.compile(r"([A-Za-z][A-Za-z_-]*)(?:\s*[:=]\s*|\s+|$)(.*)")
+"""A name and a value, as in a shell, in YAML or after the dashes of a flag."""
+
+
+def _instead(line: str, known: Mapping[str, Setting]) -> str:
+    """Return what to do about a line whose name is unknown."""
+    found = _LIKE_A_SETTING.fullmatch(line.lstrip("-").removeprefix(PREFIX))
+    setting = found and known.get(found[1].lower().replace("_", "-"))
+    if not found or not setting:
+        return "--help lists them"
+    value = found[2].strip("'\"")
+    return f"write {quoted(f'{setting.name} {value}'.strip())}"
 
 
 # --- Defaults ---
@@ -306,7 +339,10 @@ def _read_line(line: str, origin: str, known: Mapping[str, Setting]) -> tuple[st
 
 def defaults(groups: Groups) -> dict[str, Text]:
     """Return the default of each setting, by setting."""
-    return {each.name: Text(each.default, "the default") for each in _each(groups)}
+    return {
+        each.name: Text(each.default, f"the default of --{each.name}")
+        for each in _each(groups)
+    }
 
 
 def _each(groups: Groups) -> Iterator[Setting]:

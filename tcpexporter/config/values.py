@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 from tcpexporter.config import rules
+from tcpexporter.errors import quoted
 
 MOST_BUCKETS = 24
 TEN_YEARS_S = 10 * 365 * 86400
@@ -25,6 +26,10 @@ LABELS = (
 
 LONGEST_DURATION_S = (2**63 - 1) // 10**9
 """The longest duration: in nanoseconds it fits into a signed 64-bit number."""
+
+
+class RemedyError(ValueError):
+    """A value is not accepted; the text says what is wrong with it."""
 
 
 def _whole(lowest: int, highest: int) -> Callable[[str], int]:
@@ -46,14 +51,16 @@ def _connections(text: str) -> int | None:
 
 def _port_range(text: str) -> range:
     first, dash, last = text.partition("-")
-    ports = range(_port(first), _port(last if dash else first) + 1)
-    if not ports:
-        raise ValueError(text)
-    return ports
+    lowest, highest = _port(first), _port(last if dash else first)
+    if highest < lowest:
+        raise RemedyError(
+            f"{lowest}-{highest} is a descending range, write {highest}-{lowest}"
+        )
+    return range(lowest, highest + 1)
 
 
 def _ports(text: str) -> tuple[int, ...]:
-    if text == "-1":
+    if text in ("all", "-1"):  # tcp_established_exporter has -1
         return ()
     ports: list[int] = []
     # In ascending order and without duplicates.
@@ -119,8 +126,11 @@ def _labels(text: str) -> tuple[str, ...] | None:
     if text == "auto":
         return None
     chosen = [] if text == "none" else text.split(",")
-    if not {*chosen} <= {*LABELS} or len({*chosen}) < len(chosen):
+    if not {*chosen} <= {*LABELS}:
         raise ValueError(text)
+    for each in LABELS:
+        if chosen.count(each) > 1:
+            raise RemedyError(f"{each} is given twice")
     return tuple(each for each in LABELS if each in chosen)
 
 
@@ -142,6 +152,12 @@ def _word(text: str) -> str:
     return text
 
 
+def _output(text: str) -> str | None:
+    if text == "-":
+        raise RemedyError("without --output, --once prints the metrics")
+    return _path(text)
+
+
 def _path(text: str) -> str | None:
     if "\0" in text:
         raise ValueError(text)
@@ -160,6 +176,28 @@ class Kind:
     """Parses a text; raises LookupError or ValueError if the text is not accepted."""
     words: tuple[str, ...] = ()
     """All accepted values, if they are a few words; else empty."""
+    is_list: bool = False
+    """Whether a value can be a list of several values, separated by commas."""
+
+
+def remedy(kind: Kind, text: str) -> str | None:
+    """Return how to correct a text that a kind does not accept; None: it is not known."""
+    listed = re.sub(r"[\s,]+", ",", text.strip())
+    if (kind.is_list or "," in text) and _accepts(kind, listed):
+        return f"write {quoted(listed)}, without spaces"
+    if _accepts(kind, re.split(r"\s+#", text, maxsplit=1)[0]):
+        return "a comment requires a line of its own"
+    if _accepts(kind, text.strip("'\"")):
+        return "write it without quotes"
+    return None
+
+
+def _accepts(kind: Kind, text: str) -> bool:
+    try:
+        kind.parse(text)
+    except (LookupError, ValueError):
+        return False
+    return True
 
 
 def one_of(*words: str) -> Kind:
@@ -176,7 +214,10 @@ _BOOLEANS = dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True) | dict.
 
 SWITCH = Kind("[=BOOL]", "true or false", _BOOLEANS.__getitem__, ("true", "false"))
 PORTS = Kind(
-    "PORTS", "-1 for all ports, or ports from 1 to 65535 as in 443 or 443,8000-8100", _ports
+    "PORTS",
+    "all (or -1), or ports from 1 to 65535 as in 443 or 443,8000-8100",
+    _ports,
+    is_list=True,
 )
 LISTEN = Kind(
     "[HOST:]PORT",
@@ -206,12 +247,16 @@ NETNS = Kind(
 CONNECTIONS = Kind("NUMBER", "auto, or a whole number from 1 to 16777216", _connections)
 SERIES = Kind("NUMBER", "a whole number from 1 to 16777216", _whole(1, 16_777_216))
 LABEL_SET = Kind(
-    "LABELS", f"auto, none, or some of {', '.join(LABELS)}, separated by commas", _labels
+    "LABELS",
+    f"auto, none, or some of {', '.join(LABELS)}, separated by commas",
+    _labels,
+    is_list=True,
 )
 BUCKETS = Kind(
     "TIMES",
     f"at most {MOST_BUCKETS} times from 0.001 seconds to 10 years, as in 1,1m30s,24h",
     _buckets,
+    is_list=True,
 )
 RULES = Kind("NAME=RULE", rules.ALLOWED, rules.parse_rules)
 PREFIXES = Kind(
@@ -224,4 +269,5 @@ DIRECTORY = Kind(
     _path,
 )
 PATH = Kind("PATH", "the path of a file", _path)
+OUTPUT = Kind("PATH", "the path of a file", _output)
 CONF = Kind("PATH", "the path of a settings file", _path)

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from tcpexporter.errors import SettingsError, SourceError, quoted
+from tcpexporter.errors import SettingsError, SourceError
 
 log = logging.getLogger(__name__)
 
@@ -89,15 +89,14 @@ def find(name: str) -> Path:
         is_namespace = path.stat().st_dev == OWN.stat().st_dev
         with opened(path) if is_namespace else contextlib.nullcontext() as descriptor:
             if descriptor is None or fcntl.ioctl(descriptor, NS_GET_NSTYPE) != CLONE_NEWNET:
-                raise SettingsError(
-                    f"--netns {quoted(name)}: {path} is not a network namespace"
-                )
+                raise SettingsError(f"{path} is not a network namespace", setting="netns")
     except OSError as error:
         if path == OWN or isinstance(error, PermissionError):
             raise _unseen(path, error) from error
         raise SettingsError(
-            f"--netns {quoted(name)}: there is no network namespace {path}"
-            f" ({error.strerror}): `ip netns` lists the names, `lsns -t net` the paths"
+            f"there is no network namespace {path} ({error.strerror}): `ip netns` lists the"
+            " names, `lsns -t net` the paths",
+            setting="netns",
         ) from error
     return path
 

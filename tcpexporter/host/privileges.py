@@ -157,11 +157,12 @@ def find_user(name: str) -> pwd.struct_passwd:
         account = pwd.getpwnam(name)
     except (KeyError, ValueError):  # ValueError: no user can have such a name
         raise SettingsError(
-            f"there is no user {quoted(name)}: choose one with --user"
+            f"there is no user {quoted(name)}: choose one with --user", setting="user"
         ) from None
     if account.pw_uid == 0:
         raise SettingsError(
-            f"user {quoted(name)} is root: choose an unprivileged one with --user"
+            f"user {quoted(name)} is root: choose an unprivileged one with --user",
+            setting="user",
         )
     return account
 

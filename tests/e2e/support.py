@@ -32,10 +32,9 @@ class Command(Exporter):
         address: str = "127.0.0.1",
         port: int | None = None,
     ) -> None:
-        if port is not None:  # the last of two equal flags has effect
-            arguments = (*arguments, "--listen", f"{address}:{port}")
-        super().__init__(*arguments, command=command, address=address, wait=False)
-        self.port = port or self.port
+        super().__init__(
+            *arguments, command=command, address=address, port=port or 0, wait=False
+        )
         self.wait_until_ready()
 
     @property

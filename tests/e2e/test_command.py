@@ -209,7 +209,9 @@ def test_the_log_begins_with_what_is_counted_and_ends_with_the_signal() -> None:
     """It also has the address of the status page, and the settings of the environment."""
     with (
         Peers() as peers,
-        Command("--netns", "self", command=("env", "PORT=443,5432", COMMAND)) as exporter,
+        Command(
+            "--netns", "self", command=("env", "TCPEXPORTER_PORT=443,5432", COMMAND)
+        ) as exporter,
     ):
         peers.connect(3)
         code, log = exporter.stop()
@@ -217,7 +219,7 @@ def test_the_log_begins_with_what_is_counted_and_ends_with_the_signal() -> None:
     lines = [line.partition(" INFO tcpexporter: ")[2] for line in log.splitlines()]
     url = f"http://{exporter.target}/"
     assert [line for line in lines if line] == [
-        "settings from the environment: PORT=443,5432",
+        "settings from the environment: TCPEXPORTER_PORT=443,5432",
         (
             "counting inbound connections of local ports 443, 5432, long-term from 6 s, by"
             " ebpf; 0 existed before"

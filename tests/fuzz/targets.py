@@ -227,8 +227,9 @@ def setting(data: bytes) -> None:
     name, _, text = data.decode(errors="surrogateescape").partition(" ")
     known = {each.name: each for each in settings.SETTINGS}
     chosen = known.get(name) or settings.SETTINGS[len(name) % len(known)]
-    what = "must be |['\"]|two rules|there are" if chosen.name == "expect" else "must be "
-    with refused(SettingsError, saying=f"^flag --{chosen.name}: {chosen.name} ({what})"):
+    of_rules = chosen.name == "expect"
+    what = "rule ['\"]|two rules|there are" if of_rules else f"{chosen.name} must be "
+    with refused(SettingsError, saying=f"^flag --{chosen.name}: ({what})"):
         value: Any = chosen.value(sources.Text(text, f"flag --{chosen.name}"))
         values = {chosen.field: value}
         if chosen.name == "listen":
@@ -240,7 +241,7 @@ def expected(data: bytes) -> None:
     """Parse rules of --expect, and count connections at the limits of their conditions."""
     text = data.decode(errors="surrogateescape")
     found: tuple[Rule, ...] = ()
-    place = r"^(['\"]).*\1, character \d+: |^two rules have |^there are \d+ rules: "
+    place = r"^rule (['\"]).*\1, character \d+: |^two rules have |^there are \d+ rules: "
     with refused(SettingsError, saying=place):
         try:
             found = rules.parse_rules(text)
@@ -307,7 +308,7 @@ def settings_given(data: bytes) -> None:
     text = "\n".join(lines)
     with (
         mock.patch.multiple(
-            sources, read_text=lambda _path: text, make_parser=lambda _groups: _PARSER
+            sources, read_text=lambda *_: text, make_parser=lambda _groups: _PARSER
         ),
         contextlib.redirect_stdout(io.StringIO()),
         refused(SettingsError),

@@ -479,7 +479,8 @@ def test_a_reused_address_pair_has_the_age_of_its_last_connection(effort: Effort
     with contextlib.ExitStack() as opened:
         peers = opened.enter_context(Peers())
         client, server = open_at_reused_port(peers)
-        exporter = opened.enter_context(Exporter(*BOTH_ENDS, "--duration", str(duration_s)))
+        both_ends = ("--source", "ebpf", "--max-series", "65535", "--direction", "all")
+        exporter = opened.enter_context(Exporter(*both_ends, "--duration", str(duration_s)))
 
         def long_term() -> set[float | None]:
             return {exporter.long_term(port) for port in (REUSED_PORT, peers.port)}

@@ -32,6 +32,10 @@ def rule(text: str) -> Rule:
         ("0.0.0.0/0", End(IPv4Network("0.0.0.0/0"))),
         ("2001:db8::1", End(IPv6Network("2001:db8::1/128"))),
         ("2001:db8::/32", End(IPv6Network("2001:db8::/32"))),
+        ("2001:db8:0:0:0:0:0:1", End(IPv6Network("2001:db8::1/128"))),
+        ("2001:db8::1:443/128", End(IPv6Network("2001:db8::1:443/128"))),
+        ("2001:db8::1:44a", End(IPv6Network("2001:db8::1:44a/128"))),
+        ("[2001:db8::1:443]", End(IPv6Network("2001:db8::1:443/128"))),
         ("[2001:db8::1]", End(IPv6Network("2001:db8::1/128"))),
         ("[2001:db8::]/64:443", End(IPv6Network("2001:db8::/64"), 443, 443)),
         ("[::]/0:1-65535", End(IPv6Network("::/0"), 1, 65535)),
@@ -73,6 +77,16 @@ def test_a_rule_has_all_its_parts() -> None:
         ("db=remote=[2001:db8::1", 11, "with [ ] around IPv6"),
         ("db=remote=::ffff:192.0.2.1", 11, "write 192.0.2.1"),
         ("db=remote=fe80::1%eth0", 11, "zone"),
+        (
+            "db=remote=2001:db8::1:443",
+            11,
+            "write [2001:db8::1]:443, or [2001:db8::1:443] for an address without port",
+        ),
+        ("db=local=2001:db8::1:80-90", 10, "write [2001:db8::1]:80-90"),
+        ("db=local=2001:db8::/64:65000", 10, "write [2001:db8::]/64:65000"),
+        ("db=unit=nginx", 14, "ends with one of .service, .scope, .slice, .socket"),
+        ("db=unit=backup.timer", 21, "ends with one of .service, "),
+        ("# comment", 1, "a comment requires"),
         ("db=local=192.0.2.10", 20, "the port is missing"),
         ("db=remote=192.0.2.10,remote=192.0.2.11", 22, "a second time"),
         ("db=host=192.0.2.10", 4, "'host' is not one of remote, local"),
@@ -87,7 +101,8 @@ def test_a_wrong_rule_is_refused_with_the_position_of_the_mistake(
     """The sentence has the rule, and what is allowed there."""
     with pytest.raises(RuleError) as caught:
         parse_rules(text)
-    assert f"'{text}', character {character}: " in str(caught.value)
+    first, *_ = text.split()
+    assert f"rule '{first}', character {character}: " in str(caught.value)
     assert why in str(caught.value)
 
 
@@ -133,7 +148,7 @@ def test_a_rule_can_be_given_several_times(conf: Callable[[str], str]) -> None:
 def test_a_refusal_names_the_lines_of_the_file(conf: Callable[[str], str]) -> None:
     """The message also quotes the rule."""
     file = conf(f"expect {FIRST}\n\nexpect b=local=443\n")
-    with pytest.raises(SettingsError, match=r"conf line 1, line 3: expect 'b=local=443', "):
+    with pytest.raises(SettingsError, match=r"conf line 1, line 3: rule 'b=local=443', "):
         parse(["--conf", file], {})
 
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcpexporter.config.misleading import misleading
 from tcpexporter.config.reread import reread
-from tcpexporter.config.settings import Settings, misleading, parse
+from tcpexporter.config.settings import Settings, naming_origins, parse
 from tcpexporter.config.values import LABELS
 from tcpexporter.errors import SettingsError, quoted
 
@@ -63,7 +64,7 @@ REFUSED = [
         for value in ("", "yes", "on", "TrUe", "2")
     ],
     *[
-        ("port", value, "-1 for all ports, or ports from 1 to 65535")
+        ("port", value, "all (or -1), or ports from 1 to 65535")
         for value in (
             *(
                 "",
@@ -74,6 +75,8 @@ REFUSED = [
                 "443,",
                 ",443",
                 "443,-1",
+                "443,all",
+                "ALL",
                 "90-80",
                 "1-",
                 "80-65536",
@@ -192,9 +195,9 @@ def test_settings_cannot_be_changed() -> None:
 
 
 def test_the_samples_have_every_setting() -> None:
-    """Only conf, output and expect are missing, because they have their own tests."""
+    """Only conf, output, expect and the texts are missing: they have their own tests."""
     covered = {field for _, _, expected in SAMPLES for field in expected}
-    covered |= {"conf", "output", "expect"}
+    covered |= {"conf", "output", "expect", "given"}
     assert covered == {field.name for field in fields(Settings)}
 
 
@@ -376,11 +379,25 @@ def test_settings_from_several_origins_are_combined(write_file: WriteFile) -> No
     )
 
 
-def test_the_last_of_two_equal_flags_wins() -> None:
-    """The Go program did the same."""
-    assert parse(["--port=1", "-port", "2", "--simple", "--simple=false"], {}) == Settings(
-        ports=(2,)
-    )
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--port 443 --port 80", "flag --port is given a second time: write --port 443,80"),
+        ("--port=443 -port 443", "flag --port is given a second time: write --port 443"),
+        ("--port -1 --port 80", "flag --port is given a second time: give it once"),
+        ("--labels port --labels unit", "second time: write --labels port,unit"),
+        ("--buckets 1,2 --buckets 3", "second time: write --buckets 1,2,3"),
+        (
+            "--duration 5 --duration 6",
+            "flag --duration is given a second time: give it once",
+        ),
+        ("--simple -simple=false", "flag --simple is given a second time: give it once"),
+        ("--conf a --config b", "flag --conf is given a second time: give it once"),
+    ],
+)
+def test_a_flag_that_is_given_twice_is_refused(argv: str, message: str) -> None:
+    """Otherwise one of the values would be ignored; a settings file refuses it too."""
+    assert refusal(argv.split()).endswith(message)
 
 
 def test_an_overridden_value_is_not_checked(write_file: WriteFile) -> None:
@@ -412,9 +429,9 @@ def test_booleans_are_those_of_go(word: str, expected: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--port", "-1"], ["-port", "-1"], ["--port=-1"], ["-port=-1"]]
+    "argv", [["--port", "-1"], ["-port", "-1"], ["--port=-1"], ["-port=-1"], ["--port=all"]]
 )
-def test_port_minus_one_means_every_port(argv: list[str]) -> None:
+def test_port_all_or_minus_one_means_every_port(argv: list[str]) -> None:
     """The value -1 is not mistaken for a flag."""
     assert parse(argv, {"PORT": "443"}).ports == ()
 
@@ -617,7 +634,30 @@ def test_an_invalid_value_is_refused(
         f"{conf} line 2": refusal([f"--conf={conf}"]),
     }.items():
         assert message.startswith(f"{origin}: {name} must be {allowed}")
-        assert message.endswith(f", not {quoted(text)}")
+        assert f", not {quoted(text)}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "remedy"),
+    [
+        ("port", "443, 80", "write '443,80', without spaces"),
+        ("port", "443 80", "write '443,80', without spaces"),
+        ("labels", "port, unit", "write 'port,unit', without spaces"),
+        ("client-prefix", "24, 56", "write '24,56', without spaces"),
+        ("port", "443 # web", "a comment requires a line of its own"),
+        ("direction", "all\t# both", "a comment requires a line of its own"),
+        ("duration", '"30"', "write it without quotes"),
+        ("port", "443,80-20", "80-20 is a descending range, write 20-80"),
+        ("labels", "port,netns,port", "port is given twice"),
+    ],
+)
+def test_a_frequent_mistake_in_a_value_has_its_own_explanation(
+    write_file: WriteFile, name: str, text: str, remedy: str
+) -> None:
+    """The general sentence, which has the valid values, precedes it."""
+    conf = write_file(f"{name} {text}\n")
+    for message in (refusal([f"--{name}={text}"]), refusal([f"--conf={conf}"])):
+        assert message.endswith(f", not {quoted(text)}: {remedy}")
 
 
 def test_two_dashes_are_a_value(write_file: WriteFile) -> None:
@@ -776,9 +816,7 @@ def test_unknown_variables_without_the_prefix_are_ignored() -> None:
     ("line", "name"),
     [
         ("prot 443", "prot"),
-        ("Port 443", "Port"),
-        ("--port 443", "--port"),
-        ("port: 443", "port:"),
+        ("-----!", "-----!"),
         ("[tcp]", "[tcp]"),
         ("= 443", ""),
         ("help", "help"),
@@ -795,6 +833,30 @@ def test_an_unknown_name_in_the_file_is_refused(
     conf = write_file(f"simple\n\n{line}\n")
     assert refusal(["--conf", conf]) == (
         f"{conf} line 3: {name!r} is not a setting that a file can have; --help lists them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("TCPEXPORTER_PORT=443", "port 443"),
+        ('TCPEXPORTER_PORT="443"', "port 443"),
+        ("TCPEXPORTER_LOG_LEVEL=debug", "log-level debug"),
+        ("--port 443", "port 443"),
+        ("-port=443", "port 443"),
+        ("--simple", "simple"),
+        ("port: 443", "port 443"),
+        ("port:443", "port 443"),
+        ("Port 443", "port 443"),
+    ],
+)
+def test_a_line_in_another_form_is_refused_with_the_right_form(
+    write_file: WriteFile, line: str, remedy: str
+) -> None:
+    """Operators copy flags, and lines of /etc/default/tcpexporter."""
+    conf = write_file(f"{line}\n")
+    assert refusal(["--conf", conf]).endswith(
+        f" is not a setting that a file can have; write '{remedy}'"
     )
 
 
@@ -836,10 +898,35 @@ def test_a_name_given_twice_in_the_file_is_refused(
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(conf: str, reason: str) -> None:
-    """The error has the path and the reason."""
-    for message in (refusal(["--conf", conf]), refusal([], {"CONF": conf})):
-        assert f"the settings file {conf} " in message
+    """The error has the place where the path was given, the path and the reason."""
+    for origin, message in {
+        "flag --conf": refusal(["--conf", conf]),
+        "environment variable CONF": refusal([], {"CONF": conf}),
+        "environment variable TCPEXPORTER_CONFIG": refusal(
+            [], {"TCPEXPORTER_CONFIG": conf}
+        ),
+    }.items():
+        assert message.startswith(f"{origin}: the settings file {conf} cannot be read: ")
         assert reason in message
+
+
+def test_an_error_about_a_value_gets_the_place_where_the_value_was_given(
+    write_file: WriteFile,
+) -> None:
+    """Only the start finds out that a user or a network namespace does not exist."""
+    conf = write_file("simple\nnetns blue\n")
+    settings = parse([f"--conf={conf}", "--pin=x"], {"TCPEXPORTER_STATE": "y"})
+    for name, origin in {
+        "netns": f"{conf} line 2",
+        "pin": "flag --pin",
+        "state": "environment variable TCPEXPORTER_STATE",
+        "user": "the default of --user",
+    }.items():
+        with pytest.raises(SettingsError) as caught, naming_origins(settings):
+            raise SettingsError("it does not exist", setting=name)
+        assert str(caught.value) == f"{origin}: it does not exist"
+    with pytest.raises(SettingsError, match=r"^another$"), naming_origins(settings):
+        raise SettingsError("another")
 
 
 def test_an_endless_file_is_refused() -> None:
@@ -947,14 +1034,23 @@ def test_any_environment_is_parsed_or_refused(environ: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--output=x.prom"], "output requires once: add --once, or leave out --output"),
-        (["--output=x", "--features"], "output requires once"),
-        (["--once", "--features"], "once and features exclude each other: choose one"),
-        (["--once", "--unpin"], "once and unpin exclude each other"),
-        (["--unpin", "--features"], "unpin and features exclude each other"),
-        (["--labels=netns"], "labels has netns, but only one network namespace is "),
-        (["--labels=port,netns", "--netns=blue"], "labels has netns, "),
-        (["--simple", "--labels=netns"], "labels has netns, "),
+        (
+            ["--output=x.prom"],
+            "flag --output: output requires once: add --once, or leave out --output",
+        ),
+        (["--output=x", "--features"], "flag --output: output requires once"),
+        (
+            ["--once", "--features"],
+            "once (flag --once) and features (flag --features) exclude each other: choose",
+        ),
+        (["--once", "--unpin"], "once (flag --once) and unpin (flag --unpin) exclude each"),
+        (["--unpin", "--features"], "unpin (flag --unpin) and features (flag --features) "),
+        (
+            ["--labels=netns"],
+            "flag --labels: labels has netns, but only one network namespace is ",
+        ),
+        (["--labels=port,netns", "--netns=blue"], "flag --labels: labels has netns, "),
+        (["--simple", "--labels=netns"], "flag --labels: labels has netns, "),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(
@@ -962,6 +1058,14 @@ def test_settings_that_exclude_each_other_are_refused(
 ) -> None:
     """Otherwise the exporter would silently ignore one of them."""
     assert refusal(argv).startswith(message)
+
+
+def test_a_dash_is_no_name_of_an_output_file() -> None:
+    """Other programs write to standard output then; this one did write to a file "-"."""
+    assert refusal(["--once", "--output", "-"]) == (
+        "flag --output: output must be the path of a file, not '-': without --output,"
+        " --once prints the metrics"
+    )
 
 
 def test_output_is_accepted_with_once(write_file: WriteFile) -> None:
@@ -990,7 +1094,7 @@ def test_output_is_accepted_with_once(write_file: WriteFile) -> None:
             "--simple --labels port --max-series 7",
             "max-series, labels has no effect with simple",
         ),
-        ("--buckets 1,2", "buckets has no effect with no --histograms"),
+        ("--buckets 1,2", "buckets has no effect without --histograms"),
         (
             "--clients=false --client-prefix 24,56",
             "client-prefix has no effect with --clients=false",
@@ -1071,7 +1175,8 @@ def test_a_given_text_replaces_the_file(tmp_path: Path) -> None:
     ("before", "after", "message"),
     [
         ("port 443", "port 80,443,8000-8100,8102", "port is 80,443,8000-8100,8102"),
-        ("port 443", "", "port is -1"),
+        ("port 443", "", "port is all"),
+        ("port 443", "port 7001,7002,9,8001-8003", "port is 9,7001,7002,8001-8003"),
         (
             "duration 1m",
             "duration 60",

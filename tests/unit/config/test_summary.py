@@ -4,7 +4,8 @@
 import pytest
 
 from tcpexporter.config import summary
-from tcpexporter.config.settings import Settings, in_environment
+from tcpexporter.config.misleading import in_environment, unprefixed
+from tcpexporter.config.settings import Settings, parse
 
 
 @pytest.mark.parametrize(
@@ -72,8 +73,18 @@ def test_the_log_proposes_settings_only_if_none_chose_the_series() -> None:
 def test_settings_of_the_environment_are_listed_unless_a_flag_overrides_them() -> None:
     """Many platforms set PORT, which selects local ports here."""
     environ = {"PORT": "8080", "TCPEXPORTER_DURATION": "30", "SIMPLE": "true", "HOME": "/"}
-    assert in_environment(["--simple=false"], environ) == [
+    assert in_environment(parse(["--simple=false"], environ)) == [
         "PORT=8080",
         "TCPEXPORTER_DURATION=30",
     ]
-    assert in_environment([], {}) == []
+    assert in_environment(parse([], {})) == []
+
+
+def test_a_variable_without_the_prefix_is_reported_unless_it_has_no_effect() -> None:
+    """A platform that sets PORT for every program would select the counted ports."""
+    environ = {"PORT": "8080", "TCPEXPORTER_DURATION": "3", "DURATION": "4", "SIMPLE": "1"}
+    (sentence,) = unprefixed(parse(["--simple=false"], environ))
+    assert sentence == (
+        "environment variable PORT sets port to '8080': rename it to TCPEXPORTER_PORT, or"
+        " unset it if it is not meant for tcpexporter"
+    )
