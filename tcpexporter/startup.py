@@ -16,6 +16,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from tcpexporter.config.reload import ReloadSignal
@@ -112,7 +113,9 @@ def _unpin(directory: str | None) -> None:
     # It imports numpy, which other commands do not require.
     from tcpexporter.ebpf import pins  # noqa: PLC0415
 
-    pins.remove(directory or pins.DEFAULT)
+    path = Path(directory or pins.DEFAULT)
+    done = "removed what was pinned in" if pins.remove(path) else "nothing is pinned in"
+    stdout.write(f"{done} {path}\n".encode())
 
 
 def _print_features() -> None:

@@ -28,7 +28,7 @@ complete -c tcpexporter -l check -d 'check the settings, say what would run on t
 complete -c tcpexporter -l log-level -x -a 'debug info warning error' -d 'lowest severity that is logged'
 complete -c tcpexporter -l log-format -x -a 'text json' -d 'format of a log line'
 complete -c tcpexporter -l pin -x -a '(__fish_complete_directories)' -d 'pin the BPF maps in this bpffs directory, so that recording continues while the exporter is down and the next start adopts it'
-complete -c tcpexporter -l unpin -d 'stop recording, delete the objects in the directory of --pin, then exit'
+complete -c tcpexporter -l unpin -d 'stop recording: delete what is pinned in the directory of --pin, or else in /sys/fs/bpf/tcpexporter, then exit'
 complete -c tcpexporter -l state -r -F -d 'save connection ages to this file and restore them at start (used when nothing can be pinned)'
 complete -c tcpexporter -l user -x -a '(__fish_complete_users)' -d 'unprivileged user to switch to after start-up'
 complete -c tcpexporter -l conf -r -F -d 'file to read settings from'

@@ -289,7 +289,8 @@ GROUPS: Groups = {
             "unpin",
             "false",
             SWITCH,
-            "stop recording, delete the objects in the directory of --pin, then exit",
+            "stop recording: delete what is pinned in the directory of --pin, or else in"
+            " /sys/fs/bpf/tcpexporter, then exit",
         ),
         Setting(
             "state",
