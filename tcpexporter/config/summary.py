@@ -3,12 +3,6 @@
 
 from tcpexporter.config.settings import Settings
 
-_DIRECTIONS = {
-    "inbound": "inbound connections",
-    "outbound": "outbound connections",
-    "all": "inbound and outbound connections",
-}
-
 _NAMESPACES = {"self": "", "all": " in all network namespaces"}
 
 _ADVICE = (
@@ -24,19 +18,31 @@ def counted(settings: Settings) -> str:
     """Return what is counted, such as "inbound connections of every local port"."""
     version = "" if settings.tcpv6 else " over IPv4 only"
     netns = _NAMESPACES.get(settings.netns, f" in network namespace {settings.netns}")
-    where = f"{_DIRECTIONS[settings.direction]} of {_ports(settings.ports)}{version}{netns}"
-    return ", ".join([where, f"long-term from {settings.duration_s} s"])
+    what = f"{_directions(settings)}{version}{netns}"
+    return f"{what}, long-term from {settings.duration_s} s"
 
 
-def _ports(ports: tuple[int, ...]) -> str:
+def _directions(settings: Settings) -> str:
+    """Return the directions, with the ports that --port selects in each of them."""
+    local, remote = (_ports(settings.ports, each) for each in ("local", "remote"))
+    if "remote_port" not in settings.series_labels or settings.direction == "inbound":
+        both = "inbound and outbound"
+        return f"{settings.direction.replace('all', both)} connections of {local}"
+    outbound = f"outbound connections to {remote}"
+    if settings.direction == "outbound":
+        return outbound
+    return f"inbound connections of {local} and {outbound}"
+
+
+def _ports(ports: tuple[int, ...], end: str) -> str:
     match len(ports):
         case 0:
-            return "every local port"
+            return f"every {end} port"
         case 1:
-            return f"local port {ports[0]}"
+            return f"{end} port {ports[0]}"
         case number if number > MOST_PORTS:
-            return f"{number} local ports"
-    return f"local ports {', '.join(map(str, ports))}"
+            return f"{number} {end} ports"
+    return f"{end} ports {', '.join(map(str, ports))}"
 
 
 def url(settings: Settings, *, has_tls: bool) -> str:

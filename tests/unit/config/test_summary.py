@@ -23,6 +23,17 @@ from tcpexporter.config.settings import Settings, in_environment
             ),
         ),
         (
+            Settings(ports=(7001,), direction="outbound", labels=("remote_port",)),
+            "outbound connections to remote port 7001, long-term from 6 s",
+        ),
+        (
+            Settings(direction="all", labels=("port", "remote_port")),
+            (
+                "inbound connections of every local port and outbound connections to every"
+                " remote port, long-term from 6 s"
+            ),
+        ),
+        (
             Settings(netns="all"),
             (
                 "inbound connections of every local port in all network namespaces, "
