@@ -214,8 +214,11 @@ def _log_ready(settings: Settings, opened: Opened) -> None:
     """Log what is counted, where it can be seen, and what to try next."""
     source = opened.counting.source
     found = source.report().seeded_connections
-    more = "" if found is None else f"; {found:,} existed before"
-    log.info("counting %s, by %s%s", summary.counted(settings), source.name, more)
+    log.info("counting %s, by %s", summary.counted(settings), source.name)
+    if found is not None:
+        # Also those that --direction, --port or --tcpv6 leave out of the metrics.
+        sentence = "tracking %s pre-existing connections of any direction and port"
+        log.info(sentence, f"{found:,}")
     has_tls = bool(opened.guard and opened.guard.tls_policy)
     url = summary.url(settings, has_tls=has_tls)
     log.info("open %s in a browser; Prometheus scrapes %smetrics", url, url)

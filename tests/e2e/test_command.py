@@ -220,8 +220,9 @@ def test_the_log_begins_with_what_is_counted_and_ends_with_the_signal() -> None:
         "settings from the environment: PORT=443,5432",
         (
             "counting inbound connections of local ports 443, 5432, long-term from 6 s, by"
-            " ebpf; 0 existed before"
+            " ebpf"
         ),
+        "tracking 0 pre-existing connections of any direction and port",
         f"open {url} in a browser; Prometheus scrapes {url}metrics",
         (
             "next: --labels port,unit shows which service owns the connections,"
