@@ -9,7 +9,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -78,10 +77,10 @@ def open_all(
         TcpExporterError: an object cannot be opened.
     """
     account = privileges.find_account(settings.user)
-    reader = _open_reader(settings, account)
+    reader = open_reader(settings, account)
     if reader:
         resources.callback(reader.close)
-    guard = _open_guard(settings, reader) if reader else None
+    guard = open_guard(settings, reader) if reader else None
     code = seccomp.make_filter(process.supervisor.fileno())
     counting = open_counting(settings, resources, loading)
     reloads = Reloads()
@@ -98,7 +97,12 @@ def open_all(
     return Opened(account, counting, registry, code, guard, reloading, tasks)
 
 
-def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reader | None:
+def open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reader | None:
+    """Start the process that reads the configuration files; None: there are none.
+
+    Raises:
+        ServerError: the process cannot be started.
+    """
     if not (settings.conf or settings.web_config):
         return None
     try:
@@ -113,7 +117,12 @@ def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reade
         ) from error
 
 
-def _open_guard(settings: Settings, reader: Reader) -> "Guard | None":
+def open_guard(settings: Settings, reader: Reader) -> "Guard | None":
+    """Return what the web configuration requires of clients; None: there is none.
+
+    Raises:
+        WebConfigError: the file cannot be used.
+    """
     path = settings.web_config
     if not path:
         return None
@@ -306,29 +315,6 @@ def run_once(settings: Settings, supervisor: Supervisor) -> None:
             output.publish(exposition)
         else:
             stdout.write(exposition)
-
-
-def check(settings: Settings) -> None:
-    """Print what would run on this host, without disturbing an exporter that runs.
-
-    Nothing listens, nothing is pinned, and the file of --state is not opened.
-
-    Raises:
-        TcpExporterError: the exporter would not start.
-    """
-    tried = replace(settings, pin=None, state=None)
-    with contextlib.ExitStack() as resources:
-        account = privileges.find_account(tried.user)
-        reader = _open_reader(tried, account)
-        if reader:
-            resources.callback(reader.close)
-        guard = _open_guard(tried, reader) if reader else None
-        source = open_counting(tried, resources).source
-        has_tls = bool(guard and guard.tls_policy)
-        stdout.write(
-            f"would count {summary.counted(settings)}, by {source.name}\n"
-            f"would serve {summary.url(settings, has_tls=has_tls)}\n".encode()
-        )
 
 
 def _exposition_after(

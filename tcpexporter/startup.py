@@ -84,6 +84,7 @@ def _listen(settings: Settings, resources: contextlib.ExitStack) -> list[socket.
     listening = listen(settings.listen_address, settings.listen_port)
     for each in listening:
         resources.enter_context(each)
+        log.info("listening on %s, port %s", *each.getsockname()[:2])
     return listening
 
 
@@ -100,11 +101,11 @@ def _begin_loading(settings: Settings, resources: contextlib.ExitStack) -> Loadi
 
 
 def _run_without_http(settings: Settings, supervisor: Supervisor) -> None:
-    # It imports numpy, which other commands do not require.
-    from tcpexporter import phases  # noqa: PLC0415
+    # They import numpy, which other commands do not require.
+    from tcpexporter import checking, phases  # noqa: PLC0415
 
     if settings.check:
-        phases.check(settings)
+        checking.check(settings)
     else:
         phases.run_once(settings, supervisor)
 

@@ -24,7 +24,7 @@ complete -c tcpexporter -l max-series -x -d 'maximum number of series of a metri
 complete -c tcpexporter -l once -d 'print the metrics once, after watching for --duration, then exit'
 complete -c tcpexporter -l output -r -F -d 'with --once, write the metrics to this file, completely or not at all, for node_exporter'"'"'s textfile collector'
 complete -c tcpexporter -l features -d 'list the kernel features that tcpexporter uses and whether this kernel has them, then exit'
-complete -c tcpexporter -l check -d 'check the settings, say what would run on this host, then exit'
+complete -c tcpexporter -l check -d 'check the settings and what they require on this host, print what would run, then exit; whether another exporter uses --pin or --state is not checked'
 complete -c tcpexporter -l log-level -x -a 'debug info warning error' -d 'lowest severity that is logged'
 complete -c tcpexporter -l log-format -x -a 'text json' -d 'format of a log line'
 complete -c tcpexporter -l pin -x -a '(__fish_complete_directories)' -d 'pin the BPF maps in this bpffs directory, so that recording continues while the exporter is down and the next start adopts it'

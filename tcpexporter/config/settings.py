@@ -267,7 +267,8 @@ GROUPS: Groups = {
             "check",
             "false",
             SWITCH,
-            "check the settings, say what would run on this host, then exit",
+            "check the settings and what they require on this host, print what would run,"
+            " then exit; whether another exporter uses --pin or --state is not checked",
         ),
         Setting(
             "log-level",

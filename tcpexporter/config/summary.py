@@ -2,6 +2,7 @@
 """Says in words what the settings select, for the log and ``--check``."""
 
 from tcpexporter.config.settings import Settings
+from tcpexporter.connections.expected import ANY, End, Rule
 
 _NAMESPACES = {"self": "", "all": " in all network namespaces"}
 
@@ -43,6 +44,34 @@ def _ports(ports: tuple[int, ...], end: str) -> str:
         case number if number > MOST_PORTS:
             return f"{number} {end} ports"
     return f"{end} ports {', '.join(map(str, ports))}"
+
+
+def labels(settings: Settings) -> str:
+    """Return how series are distinguished, as the end of a sentence with "would"."""
+    if not settings.series_labels:
+        return "export one number only"
+    return f"label each series with {', '.join(settings.series_labels)}"
+
+
+def expected(rule: Rule) -> str:
+    """Return how a rule was understood, as the end of a sentence with "would"."""
+    many = "connection" if rule.minimum == 1 else "connections"
+    ends = (("remote", rule.remote), ("local", rule.local))
+    conditions = [f"{name} {_end(end)}" for name, end in ends if end != ANY]
+    if rule.unit:
+        conditions.append(f"unit {rule.unit}")
+    if rule.direction is not None:
+        conditions.append(rule.direction.name.lower())
+    return f"expect at least {rule.minimum} {many} for {rule.name}: {', '.join(conditions)}"
+
+
+def _end(end: End) -> str:
+    parts = [] if end.network is None else [str(end.network)]
+    if end.first_port == end.last_port:
+        parts.append(f"port {end.first_port}")
+    elif end[1:] != ANY[1:]:
+        parts.append(f"ports {end.first_port}-{end.last_port}")
+    return " ".join(parts)
 
 
 def url(settings: Settings, *, has_tls: bool) -> str:

@@ -4,6 +4,7 @@
 import pytest
 
 from tcpexporter.config import summary
+from tcpexporter.config.rules import parse_rules
 from tcpexporter.config.settings import Settings, in_environment
 
 
@@ -71,6 +72,36 @@ def test_the_log_has_an_address_that_can_be_opened(
     assert summary.url(Settings(listen_address=address), has_tls=False) == expected
     secure = summary.url(Settings(listen_address=address), has_tls=True)
     assert secure == expected.replace("http:", "https:")
+
+
+@pytest.mark.parametrize(
+    ("rule", "understood"),
+    [
+        (
+            "db=remote=192.0.2.10:5432,min=2",
+            "at least 2 connections for db: remote 192.0.2.10/32 port 5432",
+        ),
+        ("net=remote=192.0.2.0/24", "at least 1 connection for net: remote 192.0.2.0/24"),
+        (
+            "v6=remote=[2001:db8::1]:443,unit=a.service,direction=outbound",
+            (
+                "at least 1 connection for v6: remote 2001:db8::1/128 port 443, unit"
+                " a.service, outbound"
+            ),
+        ),
+        ("web=local=:80-90", "at least 1 connection for web: local ports 80-90"),
+    ],
+)
+def test_a_rule_is_shown_as_it_was_understood(rule: str, understood: str) -> None:
+    """A mistake in a rule is visible before a connection is missed."""
+    (parsed,) = parse_rules(rule)
+    assert summary.expected(parsed) == f"expect {understood}"
+
+
+def test_check_names_the_labels() -> None:
+    """Without labels there is one number."""
+    assert summary.labels(Settings()) == "label each series with port, tcp_version"
+    assert summary.labels(Settings(simple=True)) == "export one number only"
 
 
 def test_the_log_proposes_settings_only_if_none_chose_the_series() -> None:

@@ -3,6 +3,7 @@
 
 import errno
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,11 @@ def test_a_warning_names_the_directory_and_what_helps_on_this_host(
         lambda path: mounted and path == pin_directory.BPF_FS,
     )
     monkeypatch.setattr(Path, "is_dir", lambda _: True)
+    uses: tuple[Callable[[Path], object], ...]
     uses = (pin_directory.open_locked, pin_directory.check)
-    for use, directory in itertools.product(uses, (tmp_path / "pin", Path("relative"))):
+    for at, directory in itertools.product((0, 1), (tmp_path / "pin", Path("relative"))):
         caplog.clear()
-        assert not use(directory)
+        assert not uses[at](directory)
         assert caplog.messages == [
             f"nothing is pinned: {directory} is not in a BPF file system; {remedy}"
         ]
