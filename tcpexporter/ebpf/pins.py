@@ -168,6 +168,13 @@ class Pins:
             raise PinError(f"{generation} cannot be filled: {error.strerror}") from error
         for each in before:
             self._remove(each)
+        directory = self._directory
+        if directory.is_mount():
+            # The systemd unit mounts it at a path that only the service sees.
+            log.info("pinned in %s", directory)
+        else:
+            how = f"tcpexporter --unpin --pin {directory}"
+            log.info("pinned in %s; %s removes it", directory, how)
 
     def remove(self) -> bool:
         """Remove the directory and all generations, which detaches their programs.

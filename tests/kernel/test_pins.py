@@ -141,11 +141,15 @@ def test_preexisting_connections_keep_their_ages(directory: Path) -> None:
 
 
 def test_only_the_last_run_is_recorded(directory: Path) -> None:
-    """Each start leaves one generation, and no program of previous runs."""
+    """Each start leaves one generation, and no program of previous runs. The log says once
+    how to end the recording."""
     before = set(bpf_programs_by_id())
+    removal = f"tcpexporter --unpin --pin {directory} removes it"
     for number in (1, 2, 3):
         with run_by_events(directory) as exporter:
-            assert exporter.stop()[0] == 0
+            code, log = exporter.stop()
+        assert code == 0
+        assert log.count(f"pinned in {directory}; {removal}\n") == 1
         assert pinned(directory) == {f"{number}/{name}" for name in GENERATION}
         eventually(lambda: len(set(bpf_programs_by_id()) - before) == 1)
 
