@@ -184,7 +184,7 @@ def serve(
     app = pages.App(
         opened.registry,
         ready=starting.awaited,
-        settings=vars(settings),
+        settings=summary.flags(settings),
         version=version.VERSION,
         guard=opened.guard,
     )
@@ -276,7 +276,7 @@ class _SettingsReload:
         choice = self._counting.choose(done.settings)
         self._settings = done.settings
         self._counting.collector.choose(choice)
-        self._app.status.show_settings(vars(done.settings))
+        self._app.status.show_settings(summary.flags(done.settings))
         root = logging.getLogger()
         level = logging.getLevelName(done.settings.log_level.upper())
         # The lower of the old and the new log level: the line is logged if either allows

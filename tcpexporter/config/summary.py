@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Says in words what the settings select, for the log and ``--check``."""
+"""Says what the settings select, for the log, ``--check`` and the status page."""
 
-from tcpexporter.config.settings import Settings
+import itertools
+from collections.abc import Sequence
+
+from tcpexporter.config.settings import SETTINGS, Settings, value_in
+from tcpexporter.config.sources import Setting
+from tcpexporter.config.values import LISTEN, PORTS
 from tcpexporter.connections.expected import ANY, End, Rule
 
 _NAMESPACES = {"self": "", "all": " in all network namespaces"}
@@ -88,3 +93,40 @@ def url(settings: Settings, *, has_tls: bool) -> str:
 def advice(settings: Settings) -> str:
     """Return what to try next; empty if the operator has chosen what is shown."""
     return "" if settings.simple or settings.labels is not None else _ADVICE
+
+
+def flags(settings: Settings) -> dict[str, str]:
+    """Return each flag and its value, as an operator writes it; empty: it has none."""
+    return {f"--{each.name}": _written(value_in(settings, each), each) for each in SETTINGS}
+
+
+def _written(value: object, setting: Setting) -> str:
+    if value == value_in(Settings(), setting):
+        return setting.default
+    if setting.kind is PORTS and isinstance(value, tuple):
+        return _ranges(value)
+    if setting.kind is LISTEN and isinstance(value, tuple):
+        host, port = value
+        host = f"[{host}]" if ":" in (host or "") else host
+        return f"{host}:{port}" if host else str(port)
+    if setting.is_repeatable and isinstance(value, tuple):
+        return " ".join(map(str, value))
+    if isinstance(value, tuple):
+        return ",".join(map(_plain, value)) or "none"
+    # The default of --max-connections is a number, and None stands for its other value.
+    return "auto" if value is None else _plain(value)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _ranges(ports: Sequence[int]) -> str:
+    """Return ports as an operator writes them: ``443,8000-8100``."""
+    in_a_row = itertools.groupby(enumerate(ports), lambda each: each[1] - each[0])
+    ranges = [[port for _, port in row] for _, row in in_a_row]
+    return ",".join(
+        f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in ranges
+    )

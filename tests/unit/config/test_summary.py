@@ -5,7 +5,7 @@ import pytest
 
 from tcpexporter.config import summary
 from tcpexporter.config.rules import parse_rules
-from tcpexporter.config.settings import Settings, in_environment
+from tcpexporter.config.settings import Settings, in_environment, parse
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,24 @@ def test_check_names_the_labels() -> None:
     """Without labels there is one number."""
     assert summary.labels(Settings()) == "label each series with port, tcp_version"
     assert summary.labels(Settings(simple=True)) == "export one number only"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--port=443,8000-8100", "--listen=[::1]:80", "--max-connections=auto"],
+        ["--buckets=0.5,90,31536000", "--duration=30", "--reconcile-cpu=0.5"],
+        ["--labels=port,unit", "--client-prefix=24,64", "--listen=localhost:9691"],
+        ["--labels=none", "--state=/var/lib/x/state", "--listen=9691", "--tcpv6=false"],
+        ["--expect=db=remote=192.0.2.10:5432,min=2", "--histograms=true"],
+    ],
+)
+def test_the_status_page_shows_flags_that_can_be_copied(given: list[str]) -> None:
+    """They have the names of --help, and give the same settings again."""
+    settings = parse(given, {})
+    shown = [f"{flag}={value}" for flag, value in summary.flags(settings).items()]
+    assert {*given} <= {*shown}
+    assert parse([each for each in shown if not each.endswith("=")], {}) == settings
 
 
 def test_the_log_proposes_settings_only_if_none_chose_the_series() -> None:
