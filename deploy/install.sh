@@ -38,7 +38,11 @@ main() {
 		stage
 		# -s: tracebacks show the paths without DESTDIR.
 		"$python" -m compileall -q ${destdir:+-s "$destdir"} "$destdir$venv/lib"
-		say "installed; to start the service: systemctl enable --now tcpexporter"
+		if [ -n "$destdir" ]; then
+			say "installed in $destdir"
+		else
+			say "installed; to start the service: systemctl enable --now tcpexporter"
+		fi
 		;;
 	stage) stage ;;
 	uninstall) uninstall ;;

@@ -9,7 +9,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -79,10 +78,10 @@ def open_all(
         TcpExporterError: an object cannot be opened.
     """
     account = privileges.find_account(settings.user)
-    reader = _open_reader(settings, account)
+    reader = open_reader(settings, account)
     if reader:
         resources.callback(reader.close)
-    guard = _open_guard(settings, reader) if reader else None
+    guard = open_guard(settings, reader) if reader else None
     code = seccomp.make_filter(process.supervisor.fileno())
     counting = open_counting(settings, resources, loading)
     reloads = Reloads()
@@ -99,7 +98,12 @@ def open_all(
     return Opened(account, counting, registry, code, guard, reloading, tasks)
 
 
-def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reader | None:
+def open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reader | None:
+    """Start the process that reads the configuration files; None: there are none.
+
+    Raises:
+        ServerError: the process cannot be started.
+    """
     if not (settings.conf or settings.web_config):
         return None
     try:
@@ -114,7 +118,12 @@ def _open_reader(settings: Settings, account: pwd.struct_passwd | None) -> Reade
         ) from error
 
 
-def _open_guard(settings: Settings, reader: Reader) -> "Guard | None":
+def open_guard(settings: Settings, reader: Reader) -> "Guard | None":
+    """Return what the web configuration requires of clients; None: there is none.
+
+    Raises:
+        WebConfigError: the file cannot be used.
+    """
     path = settings.web_config
     if not path:
         return None
@@ -176,7 +185,7 @@ def serve(
     app = pages.App(
         opened.registry,
         ready=starting.awaited,
-        settings=settings.shown,
+        settings=summary.flags(settings),
         version=version.VERSION,
         guard=opened.guard,
     )
@@ -215,8 +224,11 @@ def _log_ready(settings: Settings, opened: Opened) -> None:
     """Log what is counted, where it can be seen, and what to try next."""
     source = opened.counting.source
     found = source.report().seeded_connections
-    more = "" if found is None else f"; {found:,} existed before"
-    log.info("counting %s, by %s%s", summary.counted(settings), source.name, more)
+    log.info("counting %s, by %s", summary.counted(settings), source.name)
+    if found is not None:
+        # Also those that --direction, --port or --tcpv6 leave out of the metrics.
+        sentence = "tracking %s pre-existing connections of any direction and port"
+        log.info(sentence, f"{found:,}")
     has_tls = bool(opened.guard and opened.guard.tls_policy)
     url = summary.url(settings, has_tls=has_tls)
     log.info("open %s in a browser; Prometheus scrapes %smetrics", url, url)
@@ -265,7 +277,7 @@ class _SettingsReload:
         choice = self._counting.choose(done.settings)
         self._settings = done.settings
         self._counting.collector.choose(choice)
-        self._app.status.show_settings(done.settings.shown)
+        self._app.status.show_settings(summary.flags(done.settings))
         root = logging.getLogger()
         level = logging.getLevelName(done.settings.log_level.upper())
         # The lower of the old and the new log level: the line is logged if either allows
@@ -304,29 +316,6 @@ def run_once(settings: Settings, supervisor: Supervisor) -> None:
             output.publish(exposition)
         else:
             stdout.write(exposition)
-
-
-def check(settings: Settings) -> None:
-    """Print what would run on this host, without disturbing an exporter that runs.
-
-    Nothing listens, nothing is pinned, and the file of --state is not opened.
-
-    Raises:
-        TcpExporterError: the exporter would not start.
-    """
-    tried = replace(settings, pin=None, state=None)
-    with contextlib.ExitStack() as resources:
-        account = privileges.find_account(tried.user)
-        reader = _open_reader(tried, account)
-        if reader:
-            resources.callback(reader.close)
-        guard = _open_guard(tried, reader) if reader else None
-        source = open_counting(tried, resources).source
-        has_tls = bool(guard and guard.tls_policy)
-        stdout.write(
-            f"would count {summary.counted(settings)}, by {source.name}\n"
-            f"would serve {summary.url(settings, has_tls=has_tls)}\n".encode()
-        )
 
 
 def _exposition_after(

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from tcpexporter.config.misleading import in_environment, misleading, unprefixed
@@ -89,6 +90,7 @@ def _listen(settings: Settings, resources: contextlib.ExitStack) -> list[socket.
     listening = listen(settings.listen_address, settings.listen_port)
     for each in listening:
         resources.enter_context(each)
+        log.info("listening on %s, port %s", *each.getsockname()[:2])
     return listening
 
 
@@ -105,11 +107,11 @@ def _begin_loading(settings: Settings, resources: contextlib.ExitStack) -> Loadi
 
 
 def _run_without_http(settings: Settings, supervisor: Supervisor) -> None:
-    # It imports numpy, which other commands do not require.
-    from tcpexporter import phases  # noqa: PLC0415
+    # They import numpy, which other commands do not require.
+    from tcpexporter import checking, phases  # noqa: PLC0415
 
     if settings.check:
-        phases.check(settings)
+        checking.check(settings)
     else:
         phases.run_once(settings, supervisor)
 
@@ -118,7 +120,9 @@ def _unpin(directory: str | None) -> None:
     # It imports numpy, which other commands do not require.
     from tcpexporter.ebpf import pins  # noqa: PLC0415
 
-    pins.remove(directory or pins.DEFAULT)
+    path = Path(directory or pins.DEFAULT)
+    done = "removed what was pinned in" if pins.remove(path) else "nothing is pinned in"
+    stdout.write(f"{done} {path}\n".encode())
 
 
 def _print_features() -> None:

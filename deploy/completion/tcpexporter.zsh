@@ -26,11 +26,11 @@ _arguments \
 	'--once=-[print the metrics once, after watching for --duration, then exit]::BOOL:(true false)' \
 	'--output=[with --once, write the metrics to this file, completely or not at all, for node_exporter'"'"'s textfile collector]:PATH:_files' \
 	'--features=-[list the kernel features that tcpexporter uses and whether this kernel has them, then exit]::BOOL:(true false)' \
-	'--check=-[check the settings, say what would run on this host, then exit]::BOOL:(true false)' \
+	'--check=-[check the settings and what they require on this host, print what would run, then exit; whether another exporter uses --pin or --state is not checked]::BOOL:(true false)' \
 	'--log-level=[lowest severity that is logged]:WORD:(debug info warning error)' \
 	'--log-format=[format of a log line]:WORD:(text json)' \
 	'--pin=[pin the BPF maps in this bpffs directory, so that recording continues while the exporter is down and the next start adopts it]:DIR:_directories' \
-	'--unpin=-[stop recording, delete the objects in the directory of --pin, then exit]::BOOL:(true false)' \
+	'--unpin=-[stop recording\: delete what is pinned in the directory of --pin, or else in /sys/fs/bpf/tcpexporter, then exit]::BOOL:(true false)' \
 	'--state=[save connection ages to this file and restore them at start (used when nothing can be pinned)]:PATH:_files' \
 	'--user=[unprivileged user to switch to after start-up]:USER:_users' \
 	'--conf=[file to read settings from]:PATH:_files' \

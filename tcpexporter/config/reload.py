@@ -133,7 +133,7 @@ class Reloading:
 
     def _read_again(self) -> None:
         if self._reader is None:
-            log.info("SIGHUP has no effect: %s", self._why_not)
+            log.warning("SIGHUP has no effect: %s", self._why_not)
             return
         self._reader.ask()
         while self._apply_next(self._reader) != ANSWERED:

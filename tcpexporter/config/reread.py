@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Combines settings that were read again with those in force."""
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tcpexporter.config import summary
 from tcpexporter.config.settings import SETTINGS, Settings, value_in
-
-FEWEST_OF_RANGE = 3
-"""Minimum number of ports in a row that are shown as a range."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +41,12 @@ def reread(before: Settings, after: Settings) -> Reread:
         expect=after.expect,
         log_level=after.log_level,
     )
-    shown = {
-        "duration": str(after.duration_s),
-        "port": _shown_ports(after.ports),
-        "expect": " ".join(map(str, after.expect)) or "none",
-        "log-level": after.log_level,
-    }
+    applied = ("duration", "port", "expect", "log-level")
+    shown = summary.flags(in_force)
     return Reread(
         in_force,
-        tuple(f"{each} is {shown[each]}" for each in names if each in shown),
-        tuple(each for each in names if each not in shown),
-    )
-
-
-def _shown_ports(ports: Sequence[int]) -> str:
-    """Return ports as a user writes them, with ranges: ``443,8000-8100``."""
-    if not ports:
-        return "all"
-    in_a_row = itertools.groupby(enumerate(ports), lambda each: each[1] - each[0])
-    ranges = [[port for _, port in row] for _, row in in_a_row]
-    return ",".join(
-        f"{each[0]}-{each[-1]}"
-        if len(each) >= FEWEST_OF_RANGE
-        else ",".join(map(str, each))
-        for each in ranges
+        tuple(
+            f"{each} is {shown[f'--{each}'] or 'none'}" for each in names if each in applied
+        ),
+        tuple(each for each in names if each not in applied),
     )

@@ -93,11 +93,6 @@ class Settings:
     """The text of each setting, by its name, and where it was given."""
 
     @property
-    def shown(self) -> dict[str, object]:
-        """The value of each field, for the status page."""
-        return {name: value for name, value in vars(self).items() if name != "given"}
-
-    @property
     def series_labels(self) -> tuple[str, ...]:
         """The labels of a series."""
         if self.simple:
@@ -275,7 +270,8 @@ GROUPS: Groups = {
             "check",
             "false",
             SWITCH,
-            "check the settings, say what would run on this host, then exit",
+            "check the settings and what they require on this host, print what would run,"
+            " then exit; whether another exporter uses --pin or --state is not checked",
         ),
         Setting(
             "log-level",
@@ -297,7 +293,8 @@ GROUPS: Groups = {
             "unpin",
             "false",
             SWITCH,
-            "stop recording, delete the objects in the directory of --pin, then exit",
+            "stop recording: delete what is pinned in the directory of --pin, or else in"
+            " /sys/fs/bpf/tcpexporter, then exit",
         ),
         Setting(
             "state",

@@ -53,7 +53,7 @@ from tcpexporter.connections.snapshot import (
     with_cgroups,
 )
 from tcpexporter.connections.source import ConnectionTables
-from tcpexporter.ebpf import pinned_layout, reconcile
+from tcpexporter.ebpf import pin_directory, pinned_layout, reconcile
 from tcpexporter.ebpf.connection_array import WINDOW, ConnectionArray, old_windows
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, call, create_map
 from tcpexporter.ebpf.loader_protocol import Descriptors, Request
@@ -63,7 +63,7 @@ from tcpexporter.ebpf.pinned_layout import Layout
 from tcpexporter.ebpf.series_numbers import ledger_of
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import PinError
-from tcpexporter.host import libc, owned
+from tcpexporter.host import owned
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +75,6 @@ LAYOUT = "layout"
 WORDS = "series_and_time"
 LEDGER = "ledger"
 CORRECTIONS = "corrections"
-
-BPF_FS_MAGIC = 0xCAFE4A11
-"""``f_type`` of statfs(2): include/uapi/linux/magic.h."""
-
-UNMOUNTED = "mount -t bpf bpf /sys/fs/bpf"
 
 
 class Pins:
@@ -109,28 +104,8 @@ class Pins:
         Raises:
             PinError: another user has access to it, or another exporter has locked it.
         """
-        try:
-            there = directory if directory.exists() else directory.parent
-            if not _is_bpf_file_system(there):
-                log.warning(
-                    "nothing is pinned: %s is not in a BPF file system; to mount one: %s",
-                    there,
-                    UNMOUNTED,
-                )
-                return None
-            directory.mkdir(mode=0o700, exist_ok=True)
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-            descriptor = os.open(directory, flags)
-        except OSError as error:
-            raise PinError(f"{directory} cannot be used: {error.strerror}") from error
-        try:
-            if not (to_remove and os.geteuid() == 0):
-                owned.require_own(directory, os.fstat(descriptor), PinError)
-            owned.lock(directory, descriptor, PinError, setting="--pin")
-        except PinError:
-            os.close(descriptor)
-            raise
-        return cls(directory, descriptor)
+        descriptor = pin_directory.open_locked(directory, to_remove=to_remove)
+        return None if descriptor is None else cls(directory, descriptor)
 
     def close(self) -> None:
         """Unlock the directory; its content stays."""
@@ -193,19 +168,31 @@ class Pins:
             raise PinError(f"{generation} cannot be filled: {error.strerror}") from error
         for each in before:
             self._remove(each)
+        directory = self._directory
+        if directory.is_mount():
+            # The systemd unit mounts it at a path that only the service sees.
+            log.info("pinned in %s", directory)
+        else:
+            how = f"tcpexporter --unpin --pin {directory}"
+            log.info("pinned in %s; %s removes it", directory, how)
 
-    def remove(self) -> None:
+    def remove(self) -> bool:
         """Remove the directory and all generations, which detaches their programs.
+
+        Returns:
+            Whether there was a generation.
 
         Raises:
             PinError: the kernel refuses to remove an object.
         """
-        for each in self._generations():
+        generations = self._generations()
+        for each in generations:
             self._remove(each)
         try:
             self._directory.rmdir()
         except OSError as error:
             raise _not_removed(self._directory, error) from error
+        return bool(generations)
 
     def _remove(self, generation: Path) -> None:
         """Remove a generation; its attachment first, so that it is no longer complete.
@@ -237,17 +224,22 @@ class Pins:
         return sorted(found, key=lambda each: int(each.name))
 
 
-def remove(directory: str) -> None:
+def remove(directory: Path) -> bool:
     """Remove a directory of pins if it exists, which ends the recording.
+
+    Returns:
+        Whether a run was pinned there.
 
     Raises:
         PinError: an exporter still uses it, or the kernel refuses to remove it.
     """
-    path = Path(directory)
-    pins = Pins.open(path, to_remove=True) if path.exists() else None
-    if pins:
-        with contextlib.closing(pins):
-            pins.remove()
+    if not pin_directory.exists(directory):
+        return False
+    pins = Pins.open(directory, to_remove=True)
+    if pins is None:
+        return False
+    with contextlib.closing(pins):
+        return pins.remove()
 
 
 class _Generation:
@@ -427,7 +419,3 @@ def _pin(descriptor: int, path: Path) -> None:
 
 def _not_removed(path: Path, error: OSError) -> PinError:
     return PinError(f"{path} cannot be removed: {error.strerror}")
-
-
-def _is_bpf_file_system(path: Path) -> bool:
-    return libc.file_system_type(path) == BPF_FS_MAGIC

@@ -397,9 +397,9 @@ class Reconciler:
         """
         self.task.begin()
 
-    def close(self) -> None:
-        """Stop the thread, and wait at most `STOP_TIMEOUT_S` until it ends."""
-        self.task.stop(STOP_TIMEOUT_S)
+    def close(self) -> bool:
+        """Stop the thread; return whether it has ended within `STOP_TIMEOUT_S`."""
+        return self.task.stop(STOP_TIMEOUT_S)
 
     def trouble(self) -> str | None:
         """Return why the tracker stays wrong; None: it is correct or will be corrected.

@@ -21,10 +21,10 @@ ADD_CAPABILITIES = {
 
 BECOME_ROOT = {
     "": "start it as a systemd service with AmbientCapabilities=CAP_BPF CAP_PERFMON",
-    "Kubernetes": "set runAsUser: 0, which the exporter gives up later",
-    "Docker": "start the container with --user 0, which the exporter gives up later",
-    "Podman": "start the container with --user 0, which the exporter gives up later",
-    "container": "start the exporter as the container's root, which it gives up later",
+    "Kubernetes": "set runAsUser: 0",
+    "Docker": "start its container with --user 0",
+    "Podman": "start its container with --user 0",
+    "container": "start it as the container's root",
 }
 
 ALLOW_BPF = {
@@ -85,10 +85,12 @@ def without_capabilities(context: Context) -> str:
     is_root = status.uids[1] == 0
     required = "CAP_BPF and CAP_PERFMON" if is_root else "root, or CAP_BPF and CAP_PERFMON"
     remedies = [*_capabilities_again(context, removed, is_root=is_root)]
+    ending = f", {OR_POLL}"
     if not is_root:
         remedies.append(_root_again(context, can_use_sudo=not removed))
+        ending = f"; it gives up root before it serves. {OR_POLL.capitalize()}"
     remedy = ", and ".join(remedies)
-    return f"BPF requires {required}; this process lacks {missing}: {remedy}, {OR_POLL}"
+    return f"BPF requires {required}; this process lacks {missing}: {remedy}{ending}"
 
 
 def _capabilities_again(context: Context, removed: int, *, is_root: bool) -> Iterator[str]:
@@ -106,7 +108,7 @@ def _capabilities_again(context: Context, removed: int, *, is_root: bool) -> Ite
 def _root_again(context: Context, *, can_use_sudo: bool) -> str:
     ways = []
     if can_use_sudo and not context.status.no_new_privs:
-        ways.append("start the exporter with sudo")
+        ways.append("start it with sudo")
     ways.append(BECOME_ROOT[context.container])
     return ", or ".join(ways)
 

@@ -139,9 +139,12 @@ class EbpfSource:
             self._state.begin(self._with_cookies)
 
     def close(self) -> None:
-        self._reconciler.close()
-        self._tracker.close()
-        self._tables.close()
+        """End the threads; close the maps and tables unless a thread still uses them."""
+        saving = self._state.tasks() if self._state else []
+        has_ended = [self._reconciler.close(), *(each.stop(0) for each in saving)]
+        if all(has_ended):
+            self._tracker.close()
+            self._tables.close()
         if self._pins:
             self._pins.close()
 

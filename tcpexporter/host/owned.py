@@ -23,8 +23,9 @@ def require_own(path: Path, status: os.stat_result, error: type[TcpExporterError
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         mode = "0700" if stat.S_ISDIR(status.st_mode) else "0600"
         raise error(
-            f"{path} is accessible to other users, so it cannot be trusted: set its mode to"
-            f" {mode}, and its owner to the user that starts the exporter"
+            f"{path} is accessible to other users, so it cannot be trusted: choose another"
+            f" path; or set its mode to {mode}, and its owner to the user that starts the"
+            " exporter"
         )
 
 

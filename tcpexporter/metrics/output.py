@@ -9,6 +9,7 @@ without reporting that, the child removes the new file.
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import signal
@@ -105,6 +106,12 @@ class Output:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def _failed(self, number: int) -> ServerError:
+        if number == errno.ENOENT:
+            directory = Path(self._path).parent
+            return ServerError(
+                f"cannot write {self._path}: the directory {directory} does not exist:"
+                " create it, or choose another path with --output"
+            )
         return ServerError(f"cannot write {self._path}: {os.strerror(number)}")
 
 

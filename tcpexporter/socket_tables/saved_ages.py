@@ -193,17 +193,38 @@ class State:
             with contextlib.ExitStack() as undo:
                 descriptor = os.open(path, flags, 0o600)
                 undo.callback(os.close, descriptor)
-                _require_own_file(path, os.fstat(descriptor))
+                _require_own_state(path, descriptor)
                 owned.lock(path, descriptor, StateError, setting="--state")
-                _require_state(path, os.pread(descriptor, len(MAGIC), 0))
                 opened = cls(path, descriptor)
                 undo.pop_all()
         except OSError as error:
             if error.errno not in DISK_ERRORS:
-                raise StateError(f"{path} cannot be used: {error.strerror}") from error
+                raise _unusable(path, error) from error
             log.warning("ages are not saved: %s: %s", path, error.strerror)
             return None
         return opened
+
+    @staticmethod
+    def check(path: Path) -> None:
+        """Check what `open` requires, but change, create and lock nothing.
+
+        Raises:
+            StateError: the file cannot be used.
+        """
+        try:
+            if not os.path.lexists(path):
+                os.close(os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+                if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                return
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with contextlib.ExitStack() as undo:
+                undo.callback(os.close, descriptor)
+                _require_own_state(path, descriptor)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise _unusable(path, error) from error
+            log.warning("ages are not saved: %s: %s", path, error.strerror)
 
     def close(self) -> None:
         """Save a last time, if `begin` was called, and unlock the file."""
@@ -375,16 +396,26 @@ def _rows(connections: Records, secret: tuple[int, int]) -> Records:
     return rows
 
 
-def _require_own_file(path: Path, status: os.stat_result) -> None:
+def _require_own_state(path: Path, descriptor: int) -> None:
+    """Refuse a file that is of another kind, or to which other users have access.
+
+    Its kind comes first: the mode of another program's file must not be changed.
+    """
+    status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         raise StateError(f"{path} is not a regular file: choose another path with --state")
+    if os.pread(descriptor, len(MAGIC), 0) not in (b"", MAGIC):
+        raise StateError(
+            f"{path} is not a file of --state: choose another path with --state"
+        )
     owned.require_own(path, status, StateError)
 
 
-def _require_state(path: Path, beginning: bytes) -> None:
-    """Refuse a file that is not empty and does not begin with the header of a save."""
-    if beginning and beginning != MAGIC:
-        raise StateError(
-            f"{path} is not a file of --state: remove it, or choose another file with"
-            " --state"
+def _unusable(path: Path, error: OSError) -> StateError:
+    why = error.strerror
+    if error.errno == errno.ENOENT:
+        why = (
+            f"the directory {path.parent} does not exist: create it (install -d -m 0700"
+            f" {path.parent}), or choose another path with --state"
         )
+    return StateError(f"{path} cannot be used: {why}")

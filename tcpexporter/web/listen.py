@@ -2,7 +2,6 @@
 """Binds the addresses at which the exporter accepts HTTP clients."""
 
 import errno
-import logging
 import socket
 from typing import Any
 
@@ -37,8 +36,6 @@ _REMEDIES = {
 }
 
 _Address = tuple[Any, ...]
-
-log = logging.getLogger(__name__)
 
 
 def listen(address: str | None, port: int) -> list[socket.socket]:
@@ -111,7 +108,6 @@ def _bind(family: socket.AddressFamily, sockaddr: _Address) -> socket.socket:
     except OSError:
         sock.close()
         raise
-    log.info("listening on %s, port %s", *sock.getsockname()[:2])
     return sock
 
 

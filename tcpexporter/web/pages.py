@@ -48,7 +48,7 @@ class App:
         registry: CollectorRegistry,
         *,
         ready: Callable[[], str | None],
-        settings: Mapping[str, object],
+        settings: Mapping[str, str],
         version: str,
         guard: "Guard | None" = None,
     ) -> None:

@@ -91,7 +91,7 @@ class StatusPages:
         """Show what ``collect`` returns; it raises SourceError if it fails."""
         self._collect = collect
         self._version = version
-        self._settings: Mapping[str, object] = {}
+        self._settings: Mapping[str, str] = {}
         self._history = History()
         self._has_new_series = False
         """Whether there may be series that were counted before without being selected."""
@@ -99,7 +99,7 @@ class StatusPages:
         self._next_s = 0.0
         self._watched_until_s = 0.0
 
-    def show_settings(self, settings: Mapping[str, object]) -> None:
+    def show_settings(self, settings: Mapping[str, str]) -> None:
         """Replace the settings that the page shows; callable from any thread."""
         self._settings = dict(settings)
         self._has_new_series = True

@@ -40,7 +40,7 @@ def to_html(
     status: Status | None,
     *,
     version: str,
-    settings: Mapping[str, object],
+    settings: Mapping[str, str],
     reload_s: int,
     trouble: str = "",
 ) -> bytes:
@@ -49,7 +49,7 @@ def to_html(
     Args:
         status: the data; None: there is none, because of ``trouble``.
         version: the version of the exporter.
-        settings: the settings in force, in the order to show them.
+        settings: the flags in force and their values, in the order to show them.
         reload_s: after this many seconds a browser without JavaScript loads the page again.
         trouble: the reason why there is no data.
     """
@@ -216,9 +216,9 @@ def _picture(name: str, text: str, content: str) -> str:
     )
 
 
-def _details(status: Status | None, settings: Mapping[str, object]) -> str:
+def _details(status: Status | None, settings: Mapping[str, str]) -> str:
     rows = "\n".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(_shown(value))}</td></tr>'
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value or "not set")}</td></tr>'
         for name, value in settings.items()
     )
     source = f"Source: {escape(status.source)}. " if status else ""
@@ -254,7 +254,8 @@ def _compared(status: Status) -> str:
 
 def _expected_text(each: Expected) -> str:
     sign = "✓" if each.is_met else "✗ missing:"
-    return f"{sign} {each.name}: {_number(each.long_term)} of {_number(each.minimum)}"
+    minimum = _number(each.minimum)
+    return f"{sign} {each.name}: {_number(each.long_term)}, at least {minimum}"
 
 
 def _number(value: int | None) -> str:
@@ -263,9 +264,3 @@ def _number(value: int | None) -> str:
 
 def _rate(value: float) -> str:
     return f"{value:,.1f}".removesuffix(".0")
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value)) or "not set"
-    return "not set" if value is None else str(value)

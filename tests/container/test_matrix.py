@@ -138,7 +138,7 @@ def test_capabilities_in_the_bounding_set_alone_are_not_in_effect() -> None:
         assert exporter.exit_code() == 1
         log = exporter.log()
         assert "this process lacks CAP_PERFMON, CAP_BPF" in log
-        assert "start the container with --user 0, which the exporter gives up later" in log
+        assert "start its container with --user 0; it gives up root before it serves" in log
 
 
 def test_a_seccomp_profile_that_allows_bpf_with_its_capability(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -220,10 +221,12 @@ def test_the_log_begins_with_what_is_counted_and_ends_with_the_signal() -> None:
     url = f"http://{exporter.target}/"
     assert [line for line in lines if line] == [
         "settings from the environment: TCPEXPORTER_PORT=443,5432",
+        f"listening on {exporter.target.replace(':', ', port ')}",
         (
             "counting inbound connections of local ports 443, 5432, long-term from 6 s, by"
-            " ebpf; 0 existed before"
+            " ebpf"
         ),
+        "tracking 0 pre-existing connections of any direction and port",
         f"open {url} in a browser; Prometheus scrapes {url}metrics",
         (
             "next: --labels port,unit shows which service owns the connections,"
@@ -263,12 +266,14 @@ def test_lines_for_the_journal_have_a_severity_and_no_time() -> None:
 
 
 def test_check_says_what_would_run(tmp_path: Path) -> None:
-    """It disturbs no exporter that runs: it neither listens, nor pins, nor saves ages."""
+    """It disturbs no exporter that runs: it neither pins nor saves ages. The port of that
+    exporter is no error, because a new start can replace it."""
     state = tmp_path / "state"
     with Command("--state", str(state)) as running:
         ended = run(
             *(COMMAND, "--check", "--state", str(state), "--pin", "/sys/fs/bpf/unused"),
             *("--listen", running.target, "--direction", "all"),
+            *("--expect", "db=remote=192.0.2.10:5432"),
         )
         assert running.is_ready()
     assert ended.returncode == 0
@@ -278,20 +283,34 @@ def test_check_says_what_would_run(tmp_path: Path) -> None:
             "would count inbound and outbound connections of every local port, long-term"
             " from 6 s, by ebpf"
         ),
+        "would label each series with port, tcp_version",
+        "would expect at least 1 connection for db: remote 192.0.2.10/32 port 5432",
         f"would serve http://{running.target}/",
+        "would pin in /sys/fs/bpf/unused",
+        f"would restore ages from {state}",
+        (
+            f"port {running.port} is in use by an exporter, which must end before another"
+            " can start there"
+        ),
     ]
     assert not Path("/sys/fs/bpf/unused").exists()
 
 
 def test_check_refuses_what_the_start_would_refuse(tmp_path: Path) -> None:
-    """Exit code 2 for an invalid setting or file, and 1 if no connection can be read."""
+    """Exit code 2 for an invalid setting or file, and 1 for what this host lacks."""
     config = tmp_path / "web.yml"
     config.write_text("basic_auth_users: {alice: secret}\n")
+    port = f"--listen=127.0.0.1:{free_port()}"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        in_use = run(COMMAND, "--check", f"--listen=127.0.0.1:{other.getsockname()[1]}")
     for code, refused in (
         (2, run(COMMAND, "--check", "--port", "https")),
         (2, run(COMMAND, "--check", "--web-config", str(config))),
         (2, run(COMMAND, "--check", "--expect", "db=remote=database:5432")),
-        (1, run(*AS_NOBODY, COMMAND, "--check", "--source=ebpf")),
+        (1, run(*AS_NOBODY, COMMAND, "--check", "--source=ebpf", port)),
+        (1, run(COMMAND, "--check", port, "--state", str(tmp_path / "absent" / "state"))),
+        (1, run(COMMAND, "--check", port, "--pin", "/sys/fs/bpf/absent/pin")),
+        (1, in_use),
     ):
         assert refused.returncode == code
         assert refused.stdout == ""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tcpexporter.ebpf import pins
+from tcpexporter.ebpf import pin_directory, pins
 from tcpexporter.ebpf.tracker import Tracker
 from tests.kernel.helpers.effort import Effort
 from tests.kernel.helpers.in_process import attach
@@ -119,8 +119,8 @@ def peers() -> Iterator[Peers]:
 def directory() -> Iterator[Path]:
     """The path of a directory that does not exist, in the BPF file system. The file
     system is mounted if necessary."""
-    if not pins._is_bpf_file_system(BPF_FS):
+    if not pin_directory.is_bpf_file_system(BPF_FS):
         subprocess.run(["mount", "-t", "bpf", "bpf", BPF_FS], check=True)
     path = BPF_FS / f"tcpexporter-test-{os.getpid()}"
     yield path
-    pins.remove(str(path))
+    pins.remove(path)

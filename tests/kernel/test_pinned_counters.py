@@ -291,4 +291,4 @@ def test_the_state_of_version_0_2_is_adopted(directory: Path) -> None:
         with source(directory) as opened:
             opened.start()
             assert opened.ledger().closed.sum() == 5 + 2 * 7
-        pins.remove(str(directory))
+        pins.remove(directory)

@@ -141,25 +141,48 @@ def test_preexisting_connections_keep_their_ages(directory: Path) -> None:
 
 
 def test_only_the_last_run_is_recorded(directory: Path) -> None:
-    """Each start leaves one generation, and no program of previous runs."""
+    """Each start leaves one generation, and no program of previous runs. The log says once
+    how to end the recording."""
     before = set(bpf_programs_by_id())
+    removal = f"tcpexporter --unpin --pin {directory} removes it"
     for number in (1, 2, 3):
         with run_by_events(directory) as exporter:
-            assert exporter.stop()[0] == 0
+            code, log = exporter.stop()
+        assert code == 0
+        assert log.count(f"pinned in {directory}; {removal}\n") == 1
         assert pinned(directory) == {f"{number}/{name}" for name in GENERATION}
         eventually(lambda: len(set(bpf_programs_by_id()) - before) == 1)
 
 
 @pytest.mark.any_kernel
 def test_unpin_leaves_nothing(directory: Path) -> None:
-    """No file, directory or program remains, and a second ``--unpin`` is no error."""
+    """No file, directory or program remains. It says what it did: a second ``--unpin`` is
+    no error, but may be due to a mistake in the path."""
     before = set(bpf_programs_by_id())
     with run_by_events(directory):
         pass
-    for _ in range(2):
-        subprocess.run([*COMMAND, "--unpin", "--pin", str(directory)], check=True)
+    for said in ("removed what was pinned in", "nothing is pinned in"):
+        assert unpin(directory) == f"{said} {directory}\n"
         assert not directory.exists()
     eventually(lambda: set(bpf_programs_by_id()) <= before)
+
+
+def unpin(directory: Path) -> str:
+    """Run ``--unpin`` for a directory, and return its output."""
+    command = [*COMMAND, "--unpin", "--pin", str(directory)]
+    return subprocess.check_output(command, text=True)
+
+
+@pytest.mark.any_kernel
+def test_unpin_does_not_claim_to_have_removed_what_is_not_pinned(
+    directory: Path, tmp_path: Path
+) -> None:
+    """An empty directory in the BPF file system is removed; one elsewhere stays."""
+    directory.mkdir(mode=0o700)
+    for path in (directory, tmp_path, tmp_path / "no" / "where"):
+        assert unpin(path) == f"nothing is pinned in {path}\n"
+    assert not directory.exists()
+    assert tmp_path.exists()
 
 
 @pytest.mark.any_kernel
@@ -176,7 +199,7 @@ def test_root_unpins_the_directory_of_another_user(directory: Path, tmp_path: Pa
     assert sentence == f"tcpexporter: {directory}/2 cannot be removed: Not a directory"
     assert (tmp_path / LINK).exists()
     (directory / "2").unlink()
-    pins.remove(str(directory))
+    pins.remove(directory)
     assert not directory.exists()
 
 

@@ -6,6 +6,7 @@ A socket of the test replaces that of systemd.
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -378,7 +379,7 @@ def test_sighup_without_a_file_is_logged() -> None:
         assert exporter.get("/metrics")
         code, log = exporter.stop()
     assert code == 0
-    assert "SIGHUP has no effect" in log
+    assert re.search("WARNING .*: SIGHUP has no effect: neither --conf nor", log)
 
 
 def test_many_sighups_apply_the_last_content_of_the_file(configured: Configured) -> None:

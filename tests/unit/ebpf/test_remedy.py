@@ -90,6 +90,16 @@ def test_the_advice_for_missing_capabilities_can_help(
     assert not any(each in sentence for each in not_advised), sentence
 
 
+def test_the_advice_to_become_root_says_that_root_is_given_up() -> None:
+    """A reader need not parse it twice: first what to do, then that it is safe."""
+    advice = "start it with sudo, or start its container with --user 0; it gives up root"
+    assert without_capabilities(Context(status(1000), "Docker")).endswith(
+        f": {advice} before it serves. Or use --source sock_diag"
+    )
+    advice = "start the exporter with both in effect, or use --source sock_diag"
+    assert without_capabilities(Context(status())).endswith(f": {advice}")
+
+
 @pytest.mark.parametrize(
     ("context", "advised"),
     [

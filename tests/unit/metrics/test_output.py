@@ -131,7 +131,7 @@ def test_a_child_process_that_is_killed_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("absent/x.prom", "No such file or directory"),
+        ("absent/x.prom", "absent does not exist: create it, or choose another path with"),
         ("file/x.prom", "Not a directory"),
         ("directory", "not a regular file"),
         ("directory/", "not a regular file"),

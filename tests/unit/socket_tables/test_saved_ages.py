@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -264,9 +265,9 @@ def test_a_save_of_another_version_is_not_restored(
     assert restored(path, connections(1, seen_ns=900)) == {1: (500, 0)}
 
 
-def refused(path: Path) -> str:
+def refused(path: Path, use: Callable[[Path], object] = State.open) -> str:
     with pytest.raises(StateError) as raised:
-        State.open(path)
+        use(path)
     return str(raised.value)
 
 
@@ -277,24 +278,44 @@ def test_a_second_exporter_gets_an_error(path: Path) -> None:
     reopened(path).close()
 
 
-def test_a_file_that_cannot_be_trusted_is_refused(path: Path, tmp_path: Path) -> None:
-    """It has other content, other users may read it, or it is no regular file."""
+@pytest.mark.parametrize("use", [State.open, State.check])
+def test_a_file_that_cannot_be_trusted_is_refused(
+    path: Path, tmp_path: Path, use: Callable[[Path], object]
+) -> None:
+    """It has other content, other users may read it, or it is no regular file. --check says
+    the same as a start."""
     path.write_text("# another file\n")
     path.chmod(0o600)
-    assert "is not a file of --state" in refused(path)
-    path.chmod(0o640)
-    assert "cannot be trusted" in refused(path)
+    not_ours = f"{path} is not a file of --state: choose another path with --state"
+    assert refused(path, use) == not_ours
+    path.chmod(0o640)  # the message must not propose to change the mode of such a file
+    assert refused(path, use) == not_ours
     assert path.read_text() == "# another file\n"
+    path.write_text("")
+    assert "cannot be trusted: choose another path; or set its mode" in refused(path, use)
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "elsewhere")
-    assert refused(link) == f"{link} cannot be used: Too many levels of symbolic links"
+    assert refused(link, use) == f"{link} cannot be used: Too many levels of symbolic links"
     assert not (tmp_path / "elsewhere").exists()
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo, 0o600)
-    assert "is not a regular file" in refused(fifo)
-    assert refused(tmp_path) == f"{tmp_path} cannot be used: Is a directory"
+    assert "is not a regular file" in refused(fifo, use)
+    assert refused(tmp_path, use) == f"{tmp_path} cannot be used: Is a directory"
     missing = tmp_path / "missing" / "state"
-    assert refused(missing) == f"{missing} cannot be used: No such file or directory"
+    assert refused(missing, use) == (
+        f"{missing} cannot be used: the directory {missing.parent} does not exist: create"
+        f" it (install -d -m 0700 {missing.parent}), or choose another path with --state"
+    )
+
+
+def test_checking_a_file_creates_changes_and_locks_nothing(path: Path) -> None:
+    """An exporter can use the file meanwhile."""
+    State.check(path)
+    assert not path.exists()
+    with contextlib.closing(reopened(path)):
+        before = path.read_bytes()
+        State.check(path)
+        assert path.read_bytes() == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")

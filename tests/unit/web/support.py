@@ -74,7 +74,7 @@ class Held(Collector):
 def make_app(
     *collectors: Collector,
     ready: Callable[[], str | None] = lambda: None,
-    settings: Mapping[str, object] | None = None,
+    settings: Mapping[str, str] | None = None,
 ) -> pages.App:
     registry = CollectorRegistry()
     for collector in collectors:

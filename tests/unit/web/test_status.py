@@ -88,7 +88,7 @@ class Connections(Collector):
 def test_the_page_is_complete_without_a_script(start: Start) -> None:
     """The tiles, the expected connections, the rows and the settings are in the HTML."""
     collector = Connections(("443", 1377, 1300), ("80", 5, 0))
-    settings = {"ports": (80, 443), "conf": None, "<b>user": HOSTILE}
+    settings = {"--port": "80,443", "--conf": "", "<b>user": HOSTILE}
     answer = ask(start(make_app(collector, settings=settings)), "/")
     page = Page(answer.body.decode())
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -99,12 +99,12 @@ def test_the_page_is_complete_without_a_script(start: Start) -> None:
         "1,300",
         "±7",
         "up to 7 uncertain",
-        "80, 443",
+        "80,443",
         "not set",
     ):
         assert text in page.text
-    assert "✓ db: 2 of 2" in page.text
-    assert "✗ missing: queue: 0 of 1" in page.text
+    assert "✓ db: 2, at least 2" in page.text
+    assert "✗ missing: queue: 0, at least 1" in page.text
     assert HOSTILE in page.text
     assert page.tags.count("script") == 1
     assert "b" not in page.tags
@@ -201,10 +201,10 @@ def test_before_the_exporter_is_ready_there_is_no_data(start: Start) -> None:
 
 def test_reloaded_settings_are_shown(start: Start) -> None:
     """The next request shows the new settings."""
-    app = make_app(Connections(), settings={"duration_s": 6})
+    app = make_app(Connections(), settings={"--duration": "6"})
     port = start(app)
     assert b"<td>6</td>" in ask(port, "/").body
-    app.status.show_settings({"duration_s": 61})
+    app.status.show_settings({"--duration": "61"})
     assert b"<td>61</td>" in ask(port, "/").body
 
 
