@@ -155,12 +155,12 @@ def test_settings_come_from_flag_environment_and_file(tmp_path: Path) -> None:
     ) as exporter:
         shown = shown_settings(exporter.get("/"))
         page = exporter.get("/metrics")
-    assert shown["ports"] == "443"
-    assert shown["duration_s"] == "11"
-    assert shown["direction"] == "inbound"
-    assert shown["tcpv6"] == "True"
-    assert shown["max_connections"] == "1009"
-    assert shown["conf"] == str(conf)
+    assert shown["--port"] == "443"
+    assert shown["--duration"] == "11"
+    assert shown["--direction"] == "inbound"
+    assert shown["--tcpv6"] == "true"
+    assert shown["--max-connections"] == "1009"
+    assert shown["--conf"] == str(conf)
     assert "\ntcpexporter_duration_seconds 11.0\n" in page
     assert count(page, LONG_TERM, 443) == {"4": 0, "6": 0}
 
