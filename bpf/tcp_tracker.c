@@ -98,8 +98,9 @@ BPF_STACK(free_series, __u32, MAX_SERIES);
  * time of a run. All keys with the same hash share one element. Its low half is the
  * slot or number that a run found for one of these keys; the record or the ledger shows
  * for which. Its high half is the epoch that this run had loaded. Elements of other
- * epochs are invalid. In epoch 0 the caches are off: userspace stores it before it
- * deletes keys. See Runs.without_caches in tcpexporter/ebpf/runs.py.
+ * epochs are invalid. In epoch 2^32 the caches are off: no element has it, because it
+ * has 33 bits. Userspace stores it before it deletes keys. See Runs.without_caches in
+ * tcpexporter/ebpf/runs.py.
  */
 BPF_ARRAY(recent_slots, __u64, 1 << RECENT_SLOTS_BITS);
 BPF_ARRAY(recent_numbers, __u64, 1 << RECENT_NUMBERS_BITS);
@@ -349,15 +350,14 @@ static int element_for(__u64 key, int bits)
 /* Return the slot or number in an element of a cache, or `none` if it is invalid. */
 static __u32 cached(const __u64 *element, __u64 epoch, __u32 none)
 {
-	__u64 found = element ? LOAD(__u64, element, 0) : 0;
+	__u64 found = LOAD(__u64, element, 0);
 
-	return epoch && found >> 32 == epoch ? found : none;
+	return found >> 32 == epoch ? found : none;
 }
 
 static void cache(__u64 *element, __u64 epoch, __u32 found)
 {
-	if (element && epoch)
-		STORE(__u64, *element, epoch << 32 | found);
+	STORE(__u64, *element, epoch << 32 | found);
 }
 
 static __u64 *recent_slot(__u64 handle)
@@ -376,33 +376,39 @@ static struct connection *in_slot(__u32 slot, __u64 handle)
 }
 
 /*
- * Return the connection with this handle, its word and its slot's number; or NULL.
+ * Return the connection with this handle and its slot's number, or NULL.
  * When userspace deletes an entry of a hash map, the kernel can reuse the memory of the
  * entry for another handle, while this run has a pointer to the value. So the value may
- * be the slot of another handle. An element of the cache may be, too. Therefore the
- * handle in the record of the slot is compared: userspace clears it before it frees the
- * slot. The value is loaded once, because it can change between two loads.
+ * be the slot of another handle. Therefore the handle in the record of the slot is
+ * compared: userspace clears it before it frees the slot. The value is loaded once,
+ * because it can change between two loads.
  */
-static struct connection *find(__u64 handle, __u64 epoch, __u64 **word, __u32 *number)
+static struct connection *find_in_map(__u64 handle, __u32 *number)
+{
+	__u32 *slot = slots.lookup(&handle);
+
+	if (!slot)
+		return NULL;
+	*number = LOAD(__u32, slot, 0);
+	return in_slot(*number, handle);
+}
+
+/* As `find_in_map`, but search the cache first. */
+static struct connection *find(__u64 handle, __u64 epoch, __u32 *number)
 {
 	__u64 *recent = recent_slot(handle);
 	struct connection *connection;
-	__u32 *slot;
 
+	if (!recent)
+		return NULL;
 	*number = cached(recent, epoch, NO_SLOT);
 	connection = in_slot(*number, handle);
-	if (!connection) {
-		slot = slots.lookup(&handle);
-		if (!slot)
-			return NULL;
-		*number = LOAD(__u32, slot, 0);
-		connection = in_slot(*number, handle);
-		if (!connection)
-			return NULL;
+	if (connection)
+		return connection;
+	connection = find_in_map(handle, number);
+	if (connection)
 		cache(recent, epoch, *number);
-	}
-	*word = series_and_time.lookup(number);
-	return *word ? connection : NULL;
+	return connection;
 }
 
 static void push_free(__u32 range)
@@ -413,8 +419,7 @@ static void push_free(__u32 range)
 }
 
 /* Allocate a slot for a handle without a slot; return NULL if no slot is free. */
-static struct connection *allocate(__u64 handle, __u64 epoch, __u64 **word,
-				   __u32 *number)
+static struct connection *allocate(__u64 handle, __u32 *number)
 {
 	struct connection *connection;
 	__u32 range, slot;
@@ -429,12 +434,9 @@ static struct connection *allocate(__u64 handle, __u64 epoch, __u64 **word,
 		return NULL;
 	}
 	*number = slot;
-	*word = series_and_time.lookup(&slot);
 	connection = connections.lookup(&slot);
-	if (!*word || !connection)
-		return NULL;
-	connection->handle = handle;
-	cache(recent_slot(handle), epoch, slot);
+	if (connection)
+		connection->handle = handle;
 	return connection;
 }
 
@@ -557,18 +559,22 @@ static __u32 allocate_number(struct series_key *series)
 static __u32 counted_in(struct series_key *series, __u64 epoch)
 {
 	const __u64 *words = (const __u64 *)series;
+	__u32 folded =
+	    1 + (series->ip_version == 6) + 2 * (series->flags & SERIES_OUTBOUND);
 	int at = element_for(words[0] * MULTIPLIER ^ words[1], RECENT_NUMBERS_BITS);
 	__u64 *recent = recent_numbers.lookup(&at);
-	__u32 number = cached(recent, epoch, 0);
+	__u32 number;
 
+	if (!recent)
+		return folded;
+	number = cached(recent, epoch, 0);
 	if (is_number_of(number, series))
 		return number;
 	number = number_of(series);
 	if (!number)
 		number = allocate_number(series);
 	if (!number)
-		return 1 + (series->ip_version == 6) +
-		       2 * (series->flags & SERIES_OUTBOUND);
+		return folded;
 	cache(recent, epoch, number);
 	return number;
 }
@@ -631,22 +637,25 @@ static void opened(const void *sk, __u32 netns, int oldstate,
 		   struct tracker_events *count)
 {
 	__u64 handle = (__u64)sk;
-	__u64 *word = NULL;
+	__u64 *word;
 	__u32 slot = 0;
 	__u64 epoch = current_epoch();
-	struct connection *connection = find(handle, epoch, &word, &slot);
+	struct connection *connection = find(handle, epoch, &slot);
 	struct series_key series;
 	__u64 cgroup;
 	__u32 number;
 
 	if (!connection) {
-		connection = allocate(handle, epoch, &word, &slot);
+		connection = allocate(handle, &slot);
 		if (!connection) {
 			COUNT(count->refused);
 			return;
 		}
 		COUNT(count->allocated);
 	}
+	word = series_and_time.lookup(&slot);
+	if (!word)
+		return;
 	/* The closing of the last connection at this address was missed. */
 	if (is_open(*word)) {
 		remove_from(word, count);
@@ -680,16 +689,15 @@ static bool is_same(const struct connection_key *one,
 
 static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 {
-	__u64 *word = NULL;
 	__u32 slot = 0;
-	__u64 epoch = current_epoch();
-	struct connection *connection = find((__u64)sk, epoch, &word, &slot);
+	struct connection *connection = find((__u64)sk, current_epoch(), &slot);
+	__u64 *word = series_and_time.lookup(&slot);
 	struct connection_key key;
 	__u32 nothing = 0;
 	int first = 0;
 	__u32 *flag = recording.lookup(&first);
 	bool is_recording = flag && *flag;
-	bool has_record = connection && is_open(*word);
+	bool has_record = connection && word && is_open(*word);
 	bool is_known;
 	__u64 handle;
 
@@ -713,8 +721,9 @@ static void closed(const void *sk, __u32 netns, struct tracker_events *count)
 		COUNT(count->unrecorded);
 	if (is_known)
 		return;
-	connection = find(handle, epoch, &word, &slot);
-	if (!connection || !is_open(*word))
+	connection = find_in_map(handle, &slot);
+	word = series_and_time.lookup(&slot);
+	if (!connection || !word || !is_open(*word))
 		return;
 	remove_from(word, count);
 	COUNT(count->removed_seeds);

@@ -70,7 +70,7 @@ These are the cases. tests/unit/ordering tries all orders of each.
 15. Pinned state is read by 2 and 9, while the old program writes to it. Version 1 of its
     layout, which had a connection's series and time in two words, has no order for that; it
     was for x86-64 only.
-16. The caches of the program. In epoch 0 they are off. Userspace stores 0, deletes keys,
+16. The caches of the program. Userspace turns them off by the epoch, deletes keys,
     waits, frees what is unused, and stores an epoch that was never used. A run that had
     loaded the previous epoch may have found a key in a cache. It has ended after the wait,
     like a run that has found it in the map. A run that loads the next epoch began after the

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Loads and attaches programs of the tracepoint sock:inet_sock_set_state."""
 
+import contextlib
 import ctypes
+import os
 
 from tcpexporter.ebpf.libbpf import call
 
@@ -53,28 +55,37 @@ def load(code: bytes, function: int) -> int:
     Raises:
         OSError: the kernel refuses the program; a note has the output of the verifier.
     """
-    verifier_log = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
+    try:
+        return _load(code, function)
+    except OSError as refusal:
+        # Again, for the log: to write it takes the verifier longer than everything else.
+        log = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
+        with contextlib.suppress(OSError):
+            os.close(_load(code, function, log))
+        refusal.add_note(log.value.decode(errors="replace"))
+        raise
+
+
+def _load(
+    code: bytes, function: int, log: "ctypes.Array[ctypes.c_char] | None" = None
+) -> int:
     options = _LoadOptions(
         size=ctypes.sizeof(_LoadOptions),
         expected_attach_type=BPF_TRACE_RAW_TP,
         attach_btf_id=function,
-        log_level=1,
-        log_size=len(verifier_log),
-        log_buf=ctypes.addressof(verifier_log),
+        log_level=1 if log else 0,
+        log_size=len(log) if log else 0,
+        log_buf=ctypes.addressof(log) if log else None,
     )
-    try:
-        return call(
-            "bpf_prog_load",
-            BPF_PROG_TYPE_TRACING,
-            b"on_state_change",
-            b"GPL",
-            code,
-            ctypes.c_size_t(len(code) // INSTRUCTION_BYTES),
-            ctypes.byref(options),
-        )
-    except OSError as refusal:
-        refusal.add_note(verifier_log.value.decode(errors="replace"))
-        raise
+    return call(
+        "bpf_prog_load",
+        BPF_PROG_TYPE_TRACING,
+        b"on_state_change",
+        b"GPL",
+        code,
+        ctypes.c_size_t(len(code) // INSTRUCTION_BYTES),
+        ctypes.byref(options),
+    )
 
 
 def attach(program: int) -> int:

@@ -10,8 +10,8 @@ from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import FIRST, Map, map_errors
 
-OFF = 0
-"""The epoch in which the program uses no cache."""
+OFF = 1 << 32
+"""The epoch in which the program uses no cache: an element has only 32 bits for it."""
 
 
 class Runs:
@@ -31,7 +31,7 @@ class Runs:
         with map_errors():
             epochs = MappedArray(descriptors.epochs, np.dtype(np.uint64), 1, 1)
             self._epochs = epochs.upto(1)
-        self._last_epoch = OFF
+        self._last_epoch = 0
         self._begin_epoch()
 
     @map_errors()

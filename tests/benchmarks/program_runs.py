@@ -12,6 +12,7 @@ from tcpexporter.connections.parts import TIME_SHIFT, client_masks, has_owner
 from tcpexporter.ebpf import loading
 from tcpexporter.ebpf.loader_protocol import Request
 from tcpexporter.ebpf.program import attach
+from tcpexporter.ebpf.runs import Runs
 from tcpexporter.host import namespaces
 from tests.benchmarks import earlier_program
 from tests.benchmarks.churn import Ending, by_fin, by_rst, churn
@@ -105,6 +106,7 @@ def _present_program(netns: int, settings: Settings) -> int:
         by_cgroup=has_owner(settings.series_labels),
     )
     descriptors = loading.load(request)
+    Runs(descriptors)  # turns on the caches of the program
     # The program has references to its maps.
     program = os.dup(descriptors.program)
     descriptors.close()

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tcpexporter.ebpf import event_counters, features, reconcile
+from tcpexporter.ebpf import event_counters, features, program, reconcile
+from tcpexporter.ebpf.btf import Btf
 from tcpexporter.ebpf.features import FEATURES, Feature
 from tcpexporter.ebpf.loader import BPF_F_NO_PREALLOC
 from tcpexporter.host.privileges import CAP_BPF
@@ -332,3 +333,11 @@ def test_without_a_count_of_missed_events_the_thread_reconciles(
         eventually(lambda: len(at_port(tracker, peers.port)) == 7)
         reconciler.close()
     tracker.close()
+
+
+def test_a_refused_program_has_the_output_of_the_verifier() -> None:
+    """A program that only exits has no return value."""
+    only_exit = b"\x95" + bytes(7)
+    with pytest.raises(OSError, match="Permission denied") as error:
+        program.load(only_exit, Btf.of_kernel().function(program.TRACEPOINT))
+    assert "R0 !read_ok" in "".join(error.value.__notes__)
