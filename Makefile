@@ -36,9 +36,12 @@ uninstall: ## Remove what make install has installed
 
 .PHONY: deb
 deb image: export FOR_ARCH := $(ARCH)
-deb: ## Build a package for this release of Debian or Ubuntu into dist/; ARCH=arm64, FOR_RELEASE=debian13
-	@deploy/setup.sh deb
+deb: setup-deb ## Build a package for this release of Debian or Ubuntu into dist/; ARCH=arm64, FOR_RELEASE=debian13
 	deploy/deb.sh
+
+.PHONY: setup-deb
+setup-deb:
+	@deploy/setup.sh deb
 
 .PHONY: rpm
 rpm: setup-test #- Build a package for Fedora into dist/; FOR_PYTHON=3.14 for that Python

@@ -99,7 +99,8 @@ BPF_STACK(free_series, __u32, MAX_SERIES);
  * slot or number that a run found for one of these keys; the record or the ledger shows
  * for which. Its high half is the epoch that this run had loaded. Elements of other
  * epochs are invalid. In epoch 2^32 the caches are off: no element has it, because it
- * has 33 bits. Userspace stores it before it deletes keys. See Runs.without_caches in
+ * has 33 bits. What a run stores then has epoch 0, which never comes again. Userspace
+ * turns the caches off before it deletes keys: see Runs.without_caches in
  * tcpexporter/ebpf/runs.py.
  */
 BPF_ARRAY(recent_slots, __u64, 1 << RECENT_SLOTS_BITS);

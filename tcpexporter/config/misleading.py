@@ -24,7 +24,8 @@ def unprefixed(settings: Settings) -> Iterator[str]:
     """
     for name, (text, origin) in settings.given.items():
         variable = origin.removeprefix(VARIABLE)
-        if variable != origin and not variable.startswith(PREFIX):
+        is_chosen = variable != origin and _is_chosen(name, settings)
+        if is_chosen and not variable.startswith(PREFIX):
             yield (
                 f"environment variable {variable} sets {name} to {quoted(text)}: rename it"
                 f" to {PREFIX}{variable}, or unset it if it is not meant for tcpexporter"
@@ -45,10 +46,10 @@ def misleading(settings: Settings) -> Iterator[str]:
             "labels has remote_port, which is that of outbound connections, and these are"
             " not counted: add --direction outbound or --direction all"
         )
-    if settings.listen_port in settings.ports and _serves_where_it_counts(settings):
+    if settings.listen_port in settings.ports and _counts_own_clients(settings):
         yield (
-            f"--port selects {settings.listen_port}, the exporter's own port, which is not"
-            " counted: choose another port with --listen"
+            f"--port selects {settings.listen_port}, the exporter's own port, whose inbound"
+            " connections are not counted: choose another port with --listen"
         )
     if settings.once and 0 < settings.duration_s < settings.interval_s and _polls(settings):
         yield (
@@ -60,8 +61,10 @@ def misleading(settings: Settings) -> Iterator[str]:
             yield f"{', '.join(idle)} has no effect {reason}"
 
 
-def _serves_where_it_counts(settings: Settings) -> bool:
-    return settings.netns == "self" and not settings.once
+def _counts_own_clients(settings: Settings) -> bool:
+    """Return whether scrapes would count, if they were not left out."""
+    is_here = settings.netns == "self" and not settings.once
+    return is_here and settings.direction != "outbound"
 
 
 def _polls(settings: Settings) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from tcpexporter.connections.expected import End, Network, Rule
-from tcpexporter.connections.parts import Direction
+from tcpexporter.connections.parts import PORTS, Direction
 from tcpexporter.errors import quoted
 from tcpexporter.metrics.owners import UNIT_SUFFIXES
 
@@ -23,6 +23,7 @@ ALLOWED = (
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _UNIT = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}")
 
+_PORT_RANGE = re.compile("[0-9]{1,5}(-[0-9]{1,5})?")
 _BRACKETED = re.compile(r"\[(?P<address>[^\]]*)\](?P<prefix>/[^:]*)?(?::(?P<ports>.*))?")
 _PLAIN = re.compile(r"(?P<address>[^:/]*)(?P<prefix>/[^:]*)?(?::(?P<ports>.*))?")
 
@@ -137,12 +138,17 @@ def _plain_ipv6(value: str) -> Network:
     """Return the network of an IPv6 address without brackets."""
     address, _, ports = value.rpartition(":")
     host, slash, prefix = address.partition("/")
-    if re.fullmatch("[0-9]{1,5}(-[0-9]{1,5})?", ports) and _is_ipv6(host):
+    are_ports = _PORT_RANGE.fullmatch(ports) and all(map(_is_port, ports.split("-")))
+    if are_ports and _is_ipv6(host):
         alone = f", or [{value}] for an address without port" if _is_ipv6(value) else ""
         raise _WrongPartError(
             0, f"a port may be meant: write [{host}]{slash}{prefix}:{ports}{alone}"
         )
     return _network(value)
+
+
+def _is_port(text: str) -> bool:
+    return 0 < int(text) < PORTS
 
 
 def _is_ipv6(text: str) -> bool:

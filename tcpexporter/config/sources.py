@@ -104,13 +104,15 @@ def read_flags(
         argv: the arguments, without the program's name.
 
     Raises:
-        SettingsError: a flag has no value, or is given twice.
+        SettingsError: a flag has no value, or is given twice with different values.
     """
     parsed, unknown = parser.parse_known_args(_normalized(argv, groups))
     given = {name: list(map(_as_text, texts)) for name, texts in vars(parsed).items()}
     for each in _each(groups):
-        if not each.is_repeatable and len(given.get(each.name, ())) > 1:
-            raise SettingsError(_given_again(each, given[each.name]))
+        if each.name in given and not each.is_repeatable:
+            if len({*given[each.name]}) > 1:
+                raise SettingsError(_given_again(each, given[each.name]))
+            del given[each.name][1:]
     return {
         name: Text(" ".join(texts), f"flag --{name}") for name, texts in given.items()
     }, unknown

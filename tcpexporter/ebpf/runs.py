@@ -18,7 +18,9 @@ class Runs:
     """The runs of a loaded program. Only one thread may call the methods."""
 
     def __init__(self, descriptors: Descriptors) -> None:
-        """Turn on the caches of the program, which were never used before.
+        """Begin an epoch. There must be only one object for a loaded program.
+
+        Until now the program has used its caches in epoch 0, in which nothing is deleted.
 
         Args:
             descriptors: of the program and its maps, which stay open.

@@ -175,5 +175,7 @@ def test_output_without_once_is_refused(textfiles: Path) -> None:
     """The file would never be written: exit code 2, and the remedy."""
     ended = run(COMMAND, "--output", str(textfiles / "x.prom"))
     assert ended.returncode == 2
-    assert re.fullmatch("tcpexporter: output requires once: .*\n", ended.stderr)
+    assert re.fullmatch(
+        "tcpexporter: flag --output: output requires once: .*\n", ended.stderr
+    )
     assert only_names(textfiles) == []

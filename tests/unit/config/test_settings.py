@@ -383,7 +383,6 @@ def test_settings_from_several_origins_are_combined(write_file: WriteFile) -> No
     ("argv", "message"),
     [
         ("--port 443 --port 80", "flag --port is given a second time: write --port 443,80"),
-        ("--port=443 -port 443", "flag --port is given a second time: write --port 443"),
         ("--port -1 --port 80", "flag --port is given a second time: give it once"),
         ("--labels port --labels unit", "second time: write --labels port,unit"),
         ("--buckets 1,2 --buckets 3", "second time: write --buckets 1,2,3"),
@@ -398,6 +397,12 @@ def test_settings_from_several_origins_are_combined(write_file: WriteFile) -> No
 def test_a_flag_that_is_given_twice_is_refused(argv: str, message: str) -> None:
     """Otherwise one of the values would be ignored; a settings file refuses it too."""
     assert refusal(argv.split()).endswith(message)
+
+
+def test_a_flag_may_be_given_twice_with_the_same_value() -> None:
+    """Nothing is ignored then, and the Go program accepts it."""
+    given = parse(["--port=443", "-port", "443", "-simple", "--simple"], {})
+    assert given == Settings(ports=(443,), simple=True)
 
 
 def test_an_overridden_value_is_not_checked(write_file: WriteFile) -> None:
