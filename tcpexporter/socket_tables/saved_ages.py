@@ -216,12 +216,7 @@ class State:
         """
         try:
             if not os.path.lexists(path):
-                os.close(os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-                # access(2) returns False for a read-only file system too.
-                if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
-                    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-                if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                _require_creatable(path)
                 return True
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             with contextlib.ExitStack() as undo:
@@ -417,6 +412,16 @@ def _require_own_state(path: Path, descriptor: int) -> None:
             f"{path} is not a file of --state: choose another path with --state"
         )
     owned.require_own(path, status, StateError)
+
+
+def _require_creatable(path: Path) -> None:
+    """Raise the OSError that the creation of a file would raise."""
+    os.close(os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    # access(2) refuses a read-only file system too.
+    if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _unusable(path: Path, error: OSError) -> StateError:

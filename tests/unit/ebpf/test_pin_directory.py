@@ -3,7 +3,6 @@
 
 import errno
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,10 +90,10 @@ def test_a_check_accepts_a_usable_directory_and_closes_it(
     monkeypatch.setattr(pin_directory, "is_bpf_file_system", lambda _: True)
     own = tmp_path / "own"
     own.mkdir(mode=0o700)
-    before = os.listdir("/proc/self/fd")
+    before = len(list(Path("/proc/self/fd").iterdir()))
     assert pin_directory.check(own)
     assert pin_directory.check(tmp_path / "absent")
-    assert os.listdir("/proc/self/fd") == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert not (tmp_path / "absent").exists()
     own.chmod(0o755)
     with pytest.raises(PinError, match="is accessible to other users"):
