@@ -27,8 +27,10 @@ def listener() -> Iterator[socket.socket]:
     [
         (
             User.EXPORTER,
-            "port {} is in use by an exporter, which must end before another can start"
-            " there\n",
+            (
+                "port {} is in use by an exporter, which must end before another can start"
+                " there\n"
+            ),
         ),
         (User.HIDDEN, "port {} is in use; only root can see by which process\n"),
     ],
