@@ -63,8 +63,7 @@ def listen(
     try:
         for family, (host, _, *scope) in _resolve(address, port):
             try:
-                sock = _bind(family, (host, port, *scope), only_bind=only_bind)
-                sockets.append(sock)
+                sockets.append(_bind(family, (host, port, *scope)))
             except OSError as error:
                 if error.errno not in _ABSENT:
                     raise
@@ -73,6 +72,9 @@ def listen(
                 port = sockets[-1].getsockname()[1]
         if absent and not sockets:
             raise absent
+        if not only_bind:
+            for sock in sockets:
+                sock.listen(BACKLOG)
     except OSError as error:
         for sock in sockets:
             sock.close()
@@ -106,9 +108,7 @@ def _resolve(address: str | None, port: int) -> list[tuple[socket.AddressFamily,
     return list(dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found))
 
 
-def _bind(
-    family: socket.AddressFamily, sockaddr: _Address, *, only_bind: bool
-) -> socket.socket:
+def _bind(family: socket.AddressFamily, sockaddr: _Address) -> socket.socket:
     # asyncio sets TCP_NODELAY only on sockets that were made with IPPROTO_TCP. Without it,
     # the last packet of a response waits 40 ms for the client's delayed ACK.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -120,8 +120,6 @@ def _bind(
             # IPv4 has its own socket, whatever the value of net.ipv6.bindv6only.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(sockaddr)
-        if not only_bind:
-            sock.listen(BACKLOG)
     except OSError:
         sock.close()
         raise
