@@ -14,19 +14,27 @@ from tcpexporter.ebpf import pin_directory
 from tcpexporter.errors import ServerError
 from tcpexporter.host import port_users, privileges, stdout
 from tcpexporter.phases import open_guard, open_reader
-from tcpexporter.web.listen import listen
+from tcpexporter.web.listen import addresses, listen
+
+_IN_USE = {
+    port_users.User.EXPORTER: "port {port} is in use by an exporter, which must end before"
+    " another can start there\n",
+    port_users.User.HIDDEN: "port {port} is in use; only root can see by which process\n",
+}
+"""The line about a port in use, for the users of the port that are no error."""
 
 
 def check(settings: Settings) -> None:
     """Print what would run on this host.
 
-    The port is bound for a moment. Nothing is pinned, and the file of --state is not
-    changed. Neither is locked, so this does not detect that another exporter uses one.
+    The port is bound for a moment, without listen(2), so an exporter can start meanwhile.
+    Nothing is pinned, and the file of --state is not changed. Neither is locked, so this
+    does not detect that another exporter uses one.
 
     Raises:
         TcpExporterError: the exporter would not start.
     """
-    has_exporter = _bind(settings)
+    in_use = _bind(settings)
     tried = replace(settings, pin=None, state=None)
     with contextlib.ExitStack() as resources:
         account = privileges.find_account(tried.user)
@@ -44,30 +52,32 @@ def check(settings: Settings) -> None:
             *_kept(settings, source),
         ]
     said = "".join(f"would {each}\n" for each in lines)
-    if has_exporter:
-        said += (
-            f"port {settings.listen_port} is in use by an exporter, which must end before"
-            " another can start there\n"
-        )
-    stdout.write(said.encode())
+    stdout.write(f"{said}{in_use}".encode())
 
 
-def _bind(settings: Settings) -> bool:
-    """Listen for a moment; return whether another exporter already listens there.
+def _bind(settings: Settings) -> str:
+    """Bind the port for a moment.
+
+    Returns:
+        A line to print if an exporter, or a process that this user cannot see, listens
+        there. Otherwise an empty string.
 
     Raises:
         ServerError: the exporter could not listen, for another reason.
     """
+    port = settings.listen_port
     try:
-        for each in listen(settings.listen_address, settings.listen_port):
+        for each in listen(settings.listen_address, port, only_bind=True):
             each.close()
     except ServerError as error:
         cause = error.__cause__
-        is_in_use = isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE
-        if is_in_use and port_users.has_exporter(settings.listen_port):
-            return True
-        raise
-    return False
+        if not isinstance(cause, OSError) or cause.errno != errno.EADDRINUSE:
+            raise
+        user = port_users.find(port, addresses(settings.listen_address, port))
+        if user not in _IN_USE:
+            raise
+        return _IN_USE[user].format(port=port)
+    return ""
 
 
 def _kept(settings: Settings, source: str) -> Iterator[str]:
@@ -86,5 +96,7 @@ def _kept(settings: Settings, source: str) -> Iterator[str]:
         # Imported only when it is used, as in `collecting`.
         from tcpexporter.socket_tables.saved_ages import State  # noqa: PLC0415
 
-        State.check(Path(settings.state))
-        yield f"restore ages from {settings.state}{'' if is_pinned else ', and save them'}"
+        # procfs has no socket cookies, so no age can be restored or saved.
+        if State.check(Path(settings.state)) and source != "procfs":
+            saving = "" if is_pinned else ", and save them"
+            yield f"restore ages from {settings.state}{saving}"

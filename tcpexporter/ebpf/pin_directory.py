@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Finds, checks and locks the directory of --pin."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -16,6 +17,9 @@ BPF_FS = Path("/sys/fs/bpf")
 
 BPF_FS_MAGIC = 0xCAFE4A11
 """``f_type`` of statfs(2): include/uapi/linux/magic.h."""
+
+OPEN_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+"""Flags of open(2): the kernel refuses a symbolic link, and anything but a directory."""
 
 
 def exists(directory: Path) -> bool:
@@ -48,7 +52,7 @@ def open_locked(directory: Path, *, to_remove: bool = False) -> int | None:
         if not _is_in_bpf_file_system(directory):
             return None
         directory.mkdir(mode=0o700, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        descriptor = os.open(directory, OPEN_FLAGS)
     except OSError as error:
         raise _unusable(directory, error) from error
     try:
@@ -73,10 +77,14 @@ def check(directory: Path) -> bool:
     try:
         if not _is_in_bpf_file_system(directory):
             return False
-        if directory.exists():
-            owned.require_own(directory, directory.lstat(), PinError)
-        elif not os.access(directory.parent, os.W_OK | os.X_OK, effective_ids=True):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if not os.path.lexists(directory):
+            if not os.access(directory.parent, os.W_OK | os.X_OK, effective_ids=True):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return True
+        with contextlib.ExitStack() as undo:
+            descriptor = os.open(directory, OPEN_FLAGS)
+            undo.callback(os.close, descriptor)
+            owned.require_own(directory, os.fstat(descriptor), PinError)
     except OSError as error:
         raise _unusable(directory, error) from error
     return True

@@ -205,18 +205,19 @@ class State:
         return opened
 
     @staticmethod
-    def check(path: Path) -> None:
+    def check(path: Path) -> bool:
         """Check what `open` requires, but change, create and lock nothing.
+
+        Returns:
+            Whether `open` would return an open file; if not, a warning is logged.
 
         Raises:
             StateError: the file cannot be used.
         """
         try:
             if not os.path.lexists(path):
-                os.close(os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-                if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-                return
+                _require_creatable(path)
+                return True
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             with contextlib.ExitStack() as undo:
                 undo.callback(os.close, descriptor)
@@ -225,6 +226,8 @@ class State:
             if error.errno not in DISK_ERRORS:
                 raise _unusable(path, error) from error
             log.warning("ages are not saved: %s: %s", path, error.strerror)
+            return False
+        return True
 
     def close(self) -> None:
         """Save a last time, if `begin` was called, and unlock the file."""
@@ -409,6 +412,16 @@ def _require_own_state(path: Path, descriptor: int) -> None:
             f"{path} is not a file of --state: choose another path with --state"
         )
     owned.require_own(path, status, StateError)
+
+
+def _require_creatable(path: Path) -> None:
+    """Raise the OSError that the creation of a file would raise."""
+    os.close(os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    # access(2) refuses a read-only file system too.
+    if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _unusable(path: Path, error: OSError) -> StateError:

@@ -38,7 +38,9 @@ _REMEDIES = {
 _Address = tuple[Any, ...]
 
 
-def listen(address: str | None, port: int) -> list[socket.socket]:
+def listen(
+    address: str | None, port: int, *, only_bind: bool = False
+) -> list[socket.socket]:
     """Listen at an address, or at each address of a host name that this host has.
 
     Args:
@@ -46,6 +48,8 @@ def listen(address: str | None, port: int) -> list[socket.socket]:
             host, IPv4 and IPv6, as for exporters written in Go. ``0.0.0.0`` means every
             IPv4 address.
         port: the port; 0 chooses a free port, the same for all addresses.
+        only_bind: do not call listen(2). The kernel then refuses clients, and another
+            process can listen at the port meanwhile.
 
     Returns:
         One listening socket per address.
@@ -56,12 +60,8 @@ def listen(address: str | None, port: int) -> list[socket.socket]:
     """
     sockets: list[socket.socket] = []
     absent: OSError | None = None
-    # One socket per address family. On a dual-stack socket the addresses of all IPv4
-    # clients would be in one IPv6 network, ::ffff:0:0/96, and share its slots
-    # (`fair_share`).
-    bound = None if address == "::" else address
     try:
-        for family, (host, _, *scope) in _resolve(bound, port):
+        for family, (host, _, *scope) in _resolve(address, port):
             try:
                 sockets.append(_bind(family, (host, port, *scope)))
             except OSError as error:
@@ -72,6 +72,9 @@ def listen(address: str | None, port: int) -> list[socket.socket]:
                 port = sockets[-1].getsockname()[1]
         if absent and not sockets:
             raise absent
+        if not only_bind:
+            for sock in sockets:
+                sock.listen(BACKLOG)
     except OSError as error:
         for sock in sockets:
             sock.close()
@@ -79,10 +82,23 @@ def listen(address: str | None, port: int) -> list[socket.socket]:
     return sockets
 
 
+def addresses(address: str | None, port: int) -> list[str]:
+    """Return the IP addresses at which `listen` would listen.
+
+    Raises:
+        ServerError: the host name cannot be resolved.
+    """
+    return [sockaddr[0] for _, sockaddr in _resolve(address, port)]
+
+
 def _resolve(address: str | None, port: int) -> list[tuple[socket.AddressFamily, _Address]]:
+    # One socket per address family. On a dual-stack socket the addresses of all IPv4
+    # clients would be in one IPv6 network, ::ffff:0:0/96, and share its slots
+    # (`fair_share`).
+    bound = None if address == "::" else address
     try:
         found = socket.getaddrinfo(
-            address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            bound, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except (socket.gaierror, UnicodeError) as error:
         raise ServerError(
@@ -104,7 +120,6 @@ def _bind(family: socket.AddressFamily, sockaddr: _Address) -> socket.socket:
             # IPv4 has its own socket, whatever the value of net.ipv6.bindv6only.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(sockaddr)
-        sock.listen(BACKLOG)
     except OSError:
         sock.close()
         raise

@@ -296,6 +296,16 @@ def test_check_says_what_would_run(tmp_path: Path) -> None:
     assert not Path("/sys/fs/bpf/unused").exists()
 
 
+def test_check_without_root_accepts_a_port_in_use() -> None:
+    """Only root can see that a process of another user is the exporter."""
+    with Command() as running:
+        ended = run(*AS_NOBODY, COMMAND, "--check", "--listen", running.target)
+    assert ended.returncode == 0
+    assert ended.stdout.splitlines()[-1] == (
+        f"port {running.port} is in use; only root can see by which process"
+    )
+
+
 def test_check_refuses_what_the_start_would_refuse(tmp_path: Path) -> None:
     """Exit code 2 for an invalid setting or file, and 1 for what this host lacks."""
     config = tmp_path / "web.yml"

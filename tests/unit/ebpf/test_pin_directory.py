@@ -63,3 +63,38 @@ def test_a_path_that_may_not_be_looked_up_is_an_error(
     monkeypatch.setattr(Path, "exists", refuse)
     with pytest.raises(PinError, match="Permission denied: start as root, or choose"):
         pin_directory.exists(Path("/sys/fs/bpf/tcpexporter"))
+
+
+@pytest.mark.parametrize("use", [pin_directory.open_locked, pin_directory.check])
+def test_a_check_refuses_a_path_that_the_start_would_refuse(
+    use: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A symbolic link, even to a usable directory, and a file."""
+    monkeypatch.setattr(pin_directory, "is_bpf_file_system", lambda _: True)
+    own = tmp_path / "own"
+    own.mkdir(mode=0o700)
+    link, dangling, file = (tmp_path / name for name in ("link", "dangling", "file"))
+    link.symlink_to(own)
+    dangling.symlink_to(tmp_path / "absent")
+    file.touch(0o600)
+    for path in (link, dangling, file):
+        with pytest.raises(PinError, match=f"^{path} cannot be used: "):
+            use(path)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_check_accepts_a_usable_directory_and_closes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing directory is not created, and no descriptor stays open."""
+    monkeypatch.setattr(pin_directory, "is_bpf_file_system", lambda _: True)
+    own = tmp_path / "own"
+    own.mkdir(mode=0o700)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert pin_directory.check(own)
+    assert pin_directory.check(tmp_path / "absent")
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert not (tmp_path / "absent").exists()
+    own.chmod(0o755)
+    with pytest.raises(PinError, match="is accessible to other users"):
+        pin_directory.check(own)

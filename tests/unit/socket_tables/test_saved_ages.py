@@ -310,12 +310,24 @@ def test_a_file_that_cannot_be_trusted_is_refused(
 
 def test_checking_a_file_creates_changes_and_locks_nothing(path: Path) -> None:
     """An exporter can use the file meanwhile."""
-    State.check(path)
+    assert State.check(path)
     assert not path.exists()
     with contextlib.closing(reopened(path)):
         before = path.read_bytes()
-        State.check(path)
+        assert State.check(path)
         assert path.read_bytes() == before
+
+
+def test_checking_a_missing_file_on_a_read_only_file_system_logs_a_warning(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A start logs the same warning. access(2) refuses a read-only file system too."""
+    status = os.statvfs(path.parent)
+    read_only = os.statvfs_result((*status[:8], status.f_flag | os.ST_RDONLY, *status[9:]))
+    monkeypatch.setattr(os, "statvfs", lambda _: read_only)
+    monkeypatch.setattr(os, "access", lambda *_args, **_kwargs: False)
+    assert not State.check(path)
+    assert caplog.messages == [f"ages are not saved: {path}: Read-only file system"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")

@@ -109,6 +109,27 @@ def test_a_port_in_use_is_refused() -> None:
     )
 
 
+def test_a_port_can_be_bound_without_disturbing_a_start() -> None:
+    """Clients are refused, and an exporter can listen there meanwhile; a port in use is
+    still refused."""
+    (bound,) = listen_at(LOOPBACK, 0, only_bind=True)
+    port = bound.getsockname()[1]
+    with bound:
+        with pytest.raises(ConnectionRefusedError):
+            dial(port)
+        (listener,) = listen_at(LOOPBACK, port)
+    with listener, pytest.raises(ServerError, match="is already in use"):
+        listen_at(LOOPBACK, port, only_bind=True)
+
+
+@needs_ipv6
+def test_the_ipv6_wildcard_has_two_addresses() -> None:
+    """They are those that are bound."""
+    for wildcard in (None, "::"):
+        assert sorted(listen.addresses(wildcard, 9690)) == ["0.0.0.0", "::"]
+    assert listen.addresses(LOOPBACK, 9690) == [LOOPBACK]
+
+
 @pytest.mark.parametrize(
     ("number", "sentence"),
     [
