@@ -314,7 +314,7 @@ def test_duration_and_ports_change_at_a_reload(configured: Configured) -> None:
         code, log = exporter.stop()
     assert code == 0
     assert f"reloaded: port is {one.port}, duration is 0\n" in log
-    assert "reloaded: port is -1\n" in log
+    assert "reloaded: port is all\n" in log
 
 
 def test_a_reload_names_settings_that_require_a_restart(configured: Configured) -> None:
@@ -326,7 +326,7 @@ def test_a_reload_names_settings_that_require_a_restart(configured: Configured) 
         )
         configured.reload(exporter, "duration 7\nlog-level error\n")
         configured.reload(exporter, "log-level info\n")
-        assert "max_series</th><td>2000<" in exporter.get("/")
+        assert "--max-series</th><td>2000<" in exporter.get("/")
         _, log = exporter.stop()
     assert "reloaded: duration is 7; restart required for simple, max-series\n" in log
     assert "reloaded: log-level is error\n" in log
