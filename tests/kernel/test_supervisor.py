@@ -19,7 +19,7 @@ import pytest
 from tests.kernel.helpers.forbidden_operations import LISTING, READING, REFUSED
 from tests.kernel.helpers.resource_limits import limit
 from tests.kernel.test_confinement import ATTEMPT, attempts
-from tests.kernel.test_process import catches, status
+from tests.kernel.test_process import COMMAND, catches, status
 from tests.support import DEADLINE_S, ESTABLISHED, Exporter, Peers, eventually
 
 pytestmark = pytest.mark.any_kernel
@@ -372,14 +372,17 @@ def test_a_reload_of_an_invalid_file_changes_nothing(
     assert sentence in warning
 
 
-def test_sighup_without_a_file_is_logged() -> None:
+def test_sighup_without_a_file_is_logged(tmp_path: Path) -> None:
     """SIGHUP does nothing else, and does not end the exporter."""
-    with Exporter(*POLLING) as exporter:
+    log = tmp_path / "log"
+    command = ("sh", "-c", f'exec "$@" 2>{log}', "sh", *COMMAND)
+    warning = re.compile("WARNING .*: SIGHUP has no effect: neither --conf nor")
+    with Exporter(*POLLING, command=command) as exporter:
         exporter.process.send_signal(signal.SIGHUP)
+        eventually(lambda: warning.search(log.read_text()) is not None)
         assert exporter.get("/metrics")
-        code, log = exporter.stop()
+        code, _ = exporter.stop()
     assert code == 0
-    assert re.search("WARNING .*: SIGHUP has no effect: neither --conf nor", log)
 
 
 def test_many_sighups_apply_the_last_content_of_the_file(configured: Configured) -> None:
