@@ -394,7 +394,7 @@ static struct connection *find_in_map(__u64 handle, __u32 *number)
 	return in_slot(*number, handle);
 }
 
-/* As `find_in_map`, but search the cache first. */
+/* Return what `find_in_map` does, but search the cache first. */
 static struct connection *find(__u64 handle, __u64 epoch, __u32 *number)
 {
 	__u64 *recent = recent_slot(handle);
@@ -513,8 +513,8 @@ static bool is_number_of(__u32 number, const struct series_key *series)
 }
 
 /*
- * Return the number of a series, or 0 if it has none. As in `find`, the value can be
- * that of another series whose entry uses the memory of a deleted one.
+ * Return the number of a series, or 0 if it has none. As in `find_in_map`, the value
+ * can be that of another series whose entry uses the memory of a deleted one.
  */
 static __u32 number_of(struct series_key *series)
 {

@@ -51,8 +51,8 @@ def check(settings: Settings) -> None:
             f"serve {url}",
             *_kept(settings, source),
         ]
-    said = "".join(f"would {each}\n" for each in lines)
-    stdout.write(f"{said}{in_use}".encode())
+    text = "".join(f"would {each}\n" for each in lines)
+    stdout.write(f"{text}{in_use}".encode())
 
 
 def _bind(settings: Settings) -> str:

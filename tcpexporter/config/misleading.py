@@ -72,9 +72,9 @@ def _polls(settings: Settings) -> bool:
 
 
 def _idle(settings: Settings) -> Iterator[tuple[str, Sequence[str]]]:
-    """Yield a setting in force, and the settings that have no effect because of it.
+    """Yield settings without effect, each time after the setting that causes this.
 
-    The first string begins with ``with`` or ``without``.
+    The cause begins with ``with`` or ``without``.
     """
     if settings.once:
         yield "with once", ("listen", "web-config")

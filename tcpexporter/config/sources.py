@@ -127,13 +127,13 @@ def _as_text(given: str | list[str]) -> str:
 
 
 def _given_again(setting: Setting, texts: Sequence[str]) -> str:
-    remedy = "give it once"
+    instead = "give it once"
     if setting.kind.is_list:
         both = ",".join(dict.fromkeys(texts))
         with contextlib.suppress(ValueError):  # -1 and ports, for example, are no list
             setting.kind.parse(both)
-            remedy = f"write --{setting.name} {both}"
-    return f"flag --{setting.name} is given a second time: {remedy}"
+            instead = f"write --{setting.name} {both}"
+    return f"flag --{setting.name} is given a second time: {instead}"
 
 
 def _normalized(argv: Sequence[str], groups: Groups) -> list[str]:

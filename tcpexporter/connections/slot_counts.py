@@ -134,8 +134,8 @@ class SlotCounts:
 
         Args:
             at: the index of the piece.
-            keys: the new keys. There may be fewer than before: the last slots of the piece
-                then have no connection.
+            keys: the new keys. If there are fewer than before, the last slots of the piece
+                have no connection.
         """
         if at == len(self._pieces):
             self._pieces.append(np.empty(0, np.uint64))

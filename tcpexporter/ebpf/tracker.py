@@ -359,7 +359,7 @@ class Tracker(EventCounters):
         return len(removed)
 
     def _release(self, slots: Slots, words: Words) -> tuple[Slots, Words]:
-        """Remove connections while the caches are off, with ``words`` read since then.
+        """Remove connections as `release` does, while the caches are off.
 
         Returns:
             The slots and words of those that were open. The caller adds them to the ledger.

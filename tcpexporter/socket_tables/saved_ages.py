@@ -39,7 +39,7 @@ import os
 import stat
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -189,20 +189,15 @@ class State:
                 has locked it.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            with contextlib.ExitStack() as undo:
-                descriptor = os.open(path, flags, 0o600)
-                undo.callback(os.close, descriptor)
-                _require_own_state(path, descriptor)
-                owned.lock(path, descriptor, StateError, setting="--state")
-                opened = cls(path, descriptor)
-                undo.pop_all()
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise _unusable(path, error) from error
-            log.warning("ages are not saved: %s: %s", path, error.strerror)
-            return None
-        return opened
+        with _disk_errors(path), contextlib.ExitStack() as undo:
+            descriptor = os.open(path, flags, 0o600)
+            undo.callback(os.close, descriptor)
+            _require_own_state(path, descriptor)
+            owned.lock(path, descriptor, StateError, setting="--state")
+            opened = cls(path, descriptor)
+            undo.pop_all()
+            return opened
+        return None  # after a warning
 
     @staticmethod
     def check(path: Path) -> bool:
@@ -214,20 +209,15 @@ class State:
         Raises:
             StateError: the file cannot be used.
         """
-        try:
-            if not os.path.lexists(path):
-                _require_creatable(path)
-                return True
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            with contextlib.ExitStack() as undo:
+        with _disk_errors(path), contextlib.ExitStack() as undo:
+            if os.path.lexists(path):
+                descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
                 undo.callback(os.close, descriptor)
                 _require_own_state(path, descriptor)
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise _unusable(path, error) from error
-            log.warning("ages are not saved: %s: %s", path, error.strerror)
-            return False
-        return True
+            else:
+                _require_creatable(path)
+            return True
+        return False  # after a warning
 
     def close(self) -> None:
         """Save a last time, if `begin` was called, and unlock the file."""
@@ -397,6 +387,17 @@ def _rows(connections: Records, secret: tuple[int, int]) -> Records:
     rows["established_ns"] = identified["established_ns"]
     rows["direction"] = identified["is_outbound"]
     return rows
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """End the block with a warning if the disk is at fault, and with StateError if not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise _unusable(path, error) from error
+        log.warning("ages are not saved: %s: %s", path, error.strerror)
 
 
 def _require_own_state(path: Path, descriptor: int) -> None:

@@ -215,8 +215,8 @@ def dumping(barrier: Operations) -> list[Thread]:
 def caching(turns_off: Operations, waits: Operations) -> list[Thread]:
     """Userspace turns the caches off, deletes a key from the map, and begins epoch 2.
 
-    A run caches what it has found in the map, with its epoch. Another run uses what it
-    finds in the cache, if it has that epoch, and the map.
+    A run writes to the cache that the key is in the map, with its epoch. Another run uses
+    the element if the element has the epoch of this run.
     """
     return [
         run(
