@@ -30,6 +30,33 @@ class Chunk(NamedTuple):
     clients: Clients | None = None
     """The hash of the client of each slot; None: clients are not counted."""
 
+    def only(self, chosen: slice | npt.NDArray[np.intp]) -> "Chunk":
+        """Return the chosen slots; with a slice, in the same memory."""
+        clients = None if self.clients is None else self.clients[chosen]
+        return Chunk(self.words[chosen], clients)
+
+    def padded(self, size: int) -> "Chunk":
+        """Return at least ``size`` slots: those that are missing have no connection."""
+        missing = np.zeros(max(0, size - len(self.words)), np.uint64)
+        if not len(missing):
+            return self
+        clients = None if self.clients is None else np.append(self.clients, missing)
+        return Chunk(np.append(self.words, missing), clients)
+
+    def put(self, chosen: npt.NDArray[np.intp], slots: "Chunk") -> None:
+        """Replace the chosen slots."""
+        self.words[chosen] = slots.words
+        if self.clients is not None and slots.clients is not None:
+            self.clients[chosen] = slots.clients
+
+    def keys(self) -> ClientKeys:
+        """Return the keys of the clients; if they are not counted, all are the same one."""
+        keys = self.words & np.uint64(SERIES_MASK)
+        keys <<= _SHIFT
+        if self.clients is not None:
+            keys |= self.clients
+        return keys
+
 
 class ClientCounts(NamedTuple):
     """Distinct clients; all arrays have one element for each series."""
@@ -42,18 +69,17 @@ class ClientCounts(NamedTuple):
     """Connections of the client that has most."""
 
 
-def client_keys(words: Words, clients: Clients | None) -> ClientKeys:
-    """Return the keys of the clients of slots; None: all have the same client."""
-    keys = words & np.uint64(SERIES_MASK)
-    keys <<= _SHIFT
-    if clients is not None:
-        keys |= clients
-    return keys
-
-
 def numbers_of(keys: ClientKeys) -> npt.NDArray[np.int64]:
     """Return the series numbers of clients."""
     return (keys >> _SHIFT).view(np.int64)
+
+
+class _Totals(NamedTuple):
+    """What does not depend on the ages of connections; one element for each number."""
+
+    clients: npt.NDArray[np.int64]
+    largest: npt.NDArray[np.int64]
+    """As in `ClientCounts`."""
 
 
 class ClientTable:
@@ -70,13 +96,17 @@ class ClientTable:
         self._closed: list[ClientKeys] = []
         self._opened: list[ClientKeys] = []
         self._changes = 0
+        self._totals: _Totals | None = None
+        """Those of the table; None: it has changed since they were calculated."""
 
-    def change(self, before: ClientKeys, after: ClientKeys) -> None:
-        """Record that slots have other clients; `merge` puts them into the table."""
-        self._changes += len(after)
+    def change(self, keys: ClientKeys, step: int) -> None:
+        """Record that clients have opened connections, or closed them if ``step`` is -1.
+
+        `merge` puts them into the table.
+        """
+        self._changes += len(keys)
         if not self._has_many_changes():
-            self._closed.append(before)
-            self._opened.append(after)
+            (self._opened if step > 0 else self._closed).append(keys)
 
     def merge(self, slots: Iterable[ClientKeys]) -> None:
         """Put what has changed into the table.
@@ -84,24 +114,28 @@ class ClientTable:
         Args:
             slots: the clients of all slots, in case that too many have changed.
         """
+        if not self._changes:
+            return
         if self._has_many_changes():
             open_now = np.concatenate(
                 [np.empty(0, np.uint64), *(each[each >= _FIRST] for each in slots)]
             )
             self._keys, self._connections = _distinct(open_now)
-        elif self._changes:
+        else:
             self._merge_changes()
+        self._totals = None
         self._closed, self._opened, self._changes = [], [], 0
 
     def _has_many_changes(self) -> bool:
-        return self._changes > MERGED_SHARE * len(self._keys)
+        return self._changes > 2 * MERGED_SHARE * len(self._keys)
 
     def _merge_changes(self) -> None:
         changed = np.concatenate((*self._closed, *self._opened))
         order = np.argsort(changed)
         changed = changed[order]
         first = _first_of_each(changed)
-        difference = np.where(order < self._changes, np.int32(-1), np.int32(1))
+        closed = sum(map(len, self._closed))
+        difference = np.where(order < closed, np.int32(-1), np.int32(1))
         difference = np.add.reduceat(difference, first)
         is_changed = (difference != 0) & (changed[first] >= _FIRST)
         changed, difference = changed[first][is_changed], difference[is_changed]
@@ -125,21 +159,26 @@ class ClientTable:
             numbers: how many there are.
             young: the client of each connection that is not long-term.
         """
-        begin = self._begin(numbers)
-        established = np.diff(begin)
-        long_term = established
+        if self._totals is None or len(self._totals.clients) != numbers:
+            self._totals = self._added_up(numbers)
+        established = long_term = self._totals.clients
         if len(young):
             young, connections = _distinct(young[young >= _FIRST])
             at = np.searchsorted(self._keys, young)
             has_only_young = self._connections[at] == connections
             only_young = numbers_of(young[has_only_young])
             long_term = established - np.bincount(only_young, minlength=numbers)[:numbers]
+        return ClientCounts(established, long_term, self._totals.largest)
+
+    def _added_up(self, numbers: int) -> _Totals:
+        begin = self._begin(numbers)
+        clients = np.diff(begin)
         largest = np.zeros(numbers, np.int64)
-        used = np.flatnonzero(established)
+        used = np.flatnonzero(clients)
         if len(used):
             connections = self._connections[: begin[-1]]
             largest[used] = np.maximum.reduceat(connections, begin[used])
-        return ClientCounts(established, long_term, largest)
+        return _Totals(clients, largest)
 
     def joined(self, new_numbers: npt.NDArray[np.int64]) -> "ClientTable":
         """Return a table in which number n has become ``new_numbers[n]``.

@@ -206,9 +206,7 @@ def count(
     """
     before = ledger().series
     memory_barrier()
-    reading = slots.read(
-        chunks, since_ns, long_term_ns=long_term_ns, has_sums=now_ns is not None
-    )
+    reading = slots.read(chunks, since_ns, long_term_ns=long_term_ns)
     memory_barrier()
     entries = ledger()
     series = entries.series

@@ -13,12 +13,10 @@ from tcpexporter.connections.clients import (
     ClientKeys,
     ClientTable,
     SeenClients,
-    client_keys,
-    numbers_of,
 )
 from tcpexporter.connections.memory_order import memory_barrier
 from tcpexporter.connections.parts import TIME_SHIFT
-from tcpexporter.connections.record import CLOSED, SERIES_BITS
+from tcpexporter.connections.record import CLOSED, SERIES_BITS, SERIES_MASK, Words
 
 Counters: TypeAlias = npt.NDArray[np.int64]
 
@@ -32,7 +30,7 @@ PIECE = 32768
 class Reading(NamedTuple):
     """The connections of each series number. Ignore number 0: it is that of no connection.
 
-    The next reading changes `established` and `clients`.
+    The next reading changes `established`, `times` and `clients`.
     """
 
     established: npt.NDArray[np.int64]
@@ -40,25 +38,54 @@ class Reading(NamedTuple):
     younger: Sequence[Counters]
     """For each bound, those that are younger; the numbers after the last one have none."""
     times: npt.NDArray[np.int64]
-    """The sum of the times at which they were established, in units of 2^13 ns, of length
-    `NUMBERS`; empty if it was not requested. Pages that are never written to use no
-    memory."""
+    """The sum of the times at which they were established, in units of 2^13 ns; of length
+    `NUMBERS`."""
     clients: SeenClients | None
     """Their clients; None: clients are not counted."""
+
+
+class _Piece:
+    """The slots that the last reading found in a piece of a chunk."""
+
+    def __init__(self, *, has_clients: bool) -> None:
+        none = np.empty(0, np.uint64)
+        self.slots = Chunk(none, none if has_clients else None)
+        self.latest = np.uint64(0)
+        """No word is larger: no connection was established later."""
+
+    def replace(self, chunk: Chunk) -> tuple[Chunk, Chunk]:
+        """Replace all slots by those of a chunk.
+
+        Returns:
+            What the slots that have changed had before, and what they have now. Slots that
+            the chunk does not have any more are in the former only.
+        """
+        size = len(chunk.words)
+        before = self.slots.padded(size)
+        changed = _differing(chunk, before.only(slice(size)))
+        gone = np.arange(size, len(before.words))
+        removed = before.only(np.concatenate((changed, gone)))
+        added = _consistent(chunk, changed)
+        self.slots = before.only(slice(size))
+        self.slots.put(changed, added)
+        self.latest = added.words.max(initial=self.latest)
+        return removed, added
 
 
 class SlotCounts:
     """What the slots of a source add up to.
 
-    It keeps the series number and the client of each slot. Between two scrapes only few of
-    them change, and only these are counted again. So a reading requires neither sorting nor
-    a loop over connections in Python. Its time does not depend on the number of series.
+    It keeps the word and the client of each slot. Between two scrapes only few of them
+    change, and only these are counted again. So a reading requires neither sorting nor a
+    loop over connections in Python. Its time does not depend on the number of series.
     """
 
     def __init__(self) -> None:
-        self._pieces: list[ClientKeys] = []
-        """The keys of at most `PIECE` slots each, as the last reading found them."""
+        self._pieces: list[_Piece] = []
+        """Of at most `PIECE` slots each."""
+        # Pages of these that are never written to use no memory.
         self._established = np.zeros(NUMBERS, np.int64)
+        self._times = np.zeros(NUMBERS, np.int64)
         self._clients: ClientTable | None = None
 
     def read(
@@ -67,7 +94,6 @@ class SlotCounts:
         since_ns: Sequence[int],
         *,
         long_term_ns: int | None,
-        has_sums: bool,
     ) -> Reading:
         """Read all slots of a source.
 
@@ -78,45 +104,38 @@ class SlotCounts:
                 established after each of them are counted separately.
             long_term_ns: the one of ``since_ns`` that makes a connection long-term, if
                 clients are to be counted.
-            has_sums: whether to add up the times.
         """
         with self._reset_on_failure():
             limits = [first_young(each) for each in since_ns]
             younger: list[Counters] = [np.zeros(0, np.int64) for _ in limits]
-            times = np.zeros(NUMBERS if has_sums else 0, np.int64)
             long_term_at = None
             if long_term_ns is not None:
                 long_term_at = since_ns.index(long_term_ns)
                 self._clients = self._clients or ClientTable()
             young: list[ClientKeys] = []
-            pieces = 0
-            for piece, clients in copies(chunks):
-                words, keys = piece, client_keys(piece, clients)
-                self._replace(pieces, keys)
-                pieces += 1
-                if has_sums:
-                    units = (words >> np.uint64(SERIES_BITS)).view(np.int64)
-                    np.add.at(times, numbers_of(keys), units)
+            read = 0
+            for chunk in _in_pieces(chunks):
+                piece = self._replace(read, chunk)
+                read += 1
+                slots = piece.slots
                 # The last bound first: only some of these are younger than an earlier one.
                 for at, limit in reversed([*enumerate(limits)]):
-                    is_younger = words >= limit
-                    found = np.count_nonzero(is_younger)
-                    if not found:
+                    if piece.latest < limit:
                         break
-                    if found < len(words):  # selecting all of them would only copy them
-                        chosen = np.flatnonzero(is_younger)
-                        words, keys = words[chosen], keys[chosen]
-                    younger[at] = _sum(younger[at], np.bincount(numbers_of(keys)))
+                    is_younger = slots.words >= limit
+                    if np.count_nonzero(is_younger) < len(is_younger):
+                        slots = slots.only(np.flatnonzero(is_younger))
+                    younger[at] = _sum(younger[at], np.bincount(_numbers(slots.words)))
                     if at == long_term_at:  # other bounds may have the same limit
-                        young.append(keys)
-            for at in range(pieces, len(self._pieces)):
-                self._replace(at, self._pieces[at][:0])
-            del self._pieces[pieces:]
+                        young.append(slots.keys())
+            for each in self._pieces[read:]:
+                self._count(each.slots, -1)
+            del self._pieces[read:]
             seen = None
             if self._clients:
-                self._clients.merge(self._pieces)
+                self._clients.merge(each.slots.keys() for each in self._pieces)
                 seen = SeenClients(self._clients, young)
-            return Reading(self._established, younger, times, seen)
+            return Reading(self._established, younger, self._times, seen)
 
     @contextlib.contextmanager
     def _reset_on_failure(self) -> Iterator[None]:
@@ -127,37 +146,32 @@ class SlotCounts:
             # Allocate nothing: the block may have failed for lack of memory.
             self._pieces, self._clients = [], None
             self._established[:] = 0
+            self._times[:] = 0
             raise
 
-    def _replace(self, at: int, keys: ClientKeys) -> None:
-        """Replace the keys of a piece, and count its connections again where they differ.
-
-        Args:
-            at: the index of the piece.
-            keys: the new keys. If there are fewer than before, the last slots of the piece
-                have no connection.
-        """
+    def _replace(self, at: int, chunk: Chunk) -> _Piece:
+        """Replace the slots of a piece, and count those that differ again."""
         if at == len(self._pieces):
-            self._pieces.append(np.empty(0, np.uint64))
-        piece = self._pieces[at]
-        if len(keys) > len(piece):
-            new = np.zeros(len(keys) - len(piece), np.uint64)
-            self._pieces[at] = piece = np.concatenate((piece, new))
-        self._change(piece[: len(keys)], keys)
-        rest = piece[len(keys) :]
-        if rest.any():
-            self._change(rest, np.zeros(len(rest), np.uint64))
+            self._pieces.append(_Piece(has_clients=chunk.clients is not None))
+        removed, added = self._pieces[at].replace(chunk)
+        self._count(removed, -1)
+        self._count(added, 1)
+        return self._pieces[at]
 
-    def _change(self, before: ClientKeys, after: ClientKeys) -> None:
-        changed = np.flatnonzero(before != after)
-        if not len(changed):
+    def _count(self, slots: Chunk, step: int) -> None:
+        """Add slots to the counts, or remove them: ``step`` is 1 or -1."""
+        if not len(slots.words):
             return
-        old, new = before[changed], after[changed]
-        np.subtract.at(self._established, numbers_of(old), np.int64(1))
-        np.add.at(self._established, numbers_of(new), np.int64(1))
+        numbers = _numbers(slots.words)
+        units = (slots.words >> np.uint64(SERIES_BITS)).view(np.int64)
+        np.add.at(self._established, numbers, np.int64(step))
+        np.add.at(self._times, numbers, units * step)
         if self._clients:
-            self._clients.change(old, new)
-        before[changed] = new
+            self._clients.change(slots.keys(), step)
+
+
+def _numbers(words: Words) -> npt.NDArray[np.int64]:
+    return (words & np.uint64(SERIES_MASK)).view(np.int64)
 
 
 def _sum(one: Counters, other: Counters) -> Counters:
@@ -168,31 +182,33 @@ def _sum(one: Counters, other: Counters) -> Counters:
     return one
 
 
-def copies(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """Yield copies of all slots, in pieces; each is valid until the next one is requested.
+def _in_pieces(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    for chunk in chunks:
+        for first in range(0, len(chunk.words), PIECE):
+            yield chunk.only(slice(first, first + PIECE))
 
-    Pieces use the same memory until a larger one requires more. After large arrays have
-    been freed, glibc returns their memory to the kernel; then each new page costs a page
-    fault.
-    """
-    memory = np.empty((2, 0), np.uint64)
-    for words, clients in chunks:
-        size = min(len(words), PIECE)
-        if memory.shape[1] < size:
-            memory = np.empty((2, size), np.uint64)
-        for first in range(0, len(words), PIECE):
-            piece = words[first : first + PIECE]
-            copied, copied_clients = memory[:, : len(piece)]
-            np.copyto(copied, piece)
-            if clients is None:
-                yield Chunk(copied)
-                continue
-            memory_barrier()
-            np.copyto(copied_clients, clients[first : first + PIECE])
-            memory_barrier()
-            # A slot whose word has changed may have the client of another connection.
-            copied[np.flatnonzero(piece != copied)] = CLOSED
-            yield Chunk(copied, copied_clients)
+
+def _differing(slots: Chunk, known: Chunk) -> npt.NDArray[np.intp]:
+    """Return the indices of the slots that differ from those of the last reading."""
+    differs = slots.words != known.words
+    if slots.clients is not None:
+        # Seeds may have equal words: so a slot can have another client with the same word.
+        memory_barrier()
+        differs |= slots.clients != known.clients
+    return np.flatnonzero(differs)
+
+
+def _consistent(slots: Chunk, chosen: npt.NDArray[np.intp]) -> Chunk:
+    """Return a copy of the chosen slots; each client is that of the word."""
+    words = slots.words[chosen]
+    if slots.clients is None:
+        return Chunk(words)
+    memory_barrier()
+    clients = slots.clients[chosen]
+    memory_barrier()
+    # A slot whose word has changed may have the client of another connection.
+    words[slots.words[chosen] != words] = CLOSED
+    return Chunk(words, clients)
 
 
 def first_young(since_ns: int) -> np.uint64:

@@ -114,7 +114,7 @@ class Source(Protocol):
         """Yield all slots, in chunks; those without a connection too.
 
         A chunk is valid until the next one is requested. So a source requires no copy of
-        its slots. The reader (`slot_counts`) keeps 8 bytes for each slot.
+        its slots. The reader (`slot_counts`) keeps the words and clients of all slots.
 
         Raises:
             SourceError: the connections cannot be read now.

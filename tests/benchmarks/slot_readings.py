@@ -46,5 +46,5 @@ def readings() -> Iterator[tuple[str, float]]:
 
 def _read_s(counts: SlotCounts, chunk: Chunk) -> float:
     began_s = time.process_time()
-    counts.read([chunk], [SINCE_NS], long_term_ns=SINCE_NS, has_sums=False)
+    counts.read([chunk], [SINCE_NS], long_term_ns=SINCE_NS)
     return time.process_time() - began_s

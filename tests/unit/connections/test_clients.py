@@ -276,7 +276,17 @@ def test_clients_that_differ_in_one_bit_of_the_hash_are_two(bits: int) -> None:
     rows = np.array([-1, -1, -1, -1, -1, 0, 1])
     keys = (numbers << np.uint64(32)) | hashes
     table = ClientTable()
-    table.change(np.zeros(3, np.uint64), keys)
+    table.change(keys, 1)
     table.merge([keys])
     found = SeenClients(table, []).counts(rows, 2)
     assert found.established.tolist() == [2, 1]
+
+
+def test_a_number_that_is_new_has_no_clients() -> None:
+    """A series gets a number after the clients were added up; it has no connection yet."""
+    table = ClientTable()
+    table.change(np.array([3 << 32], np.uint64), 1)
+    table.merge([np.array([3 << 32], np.uint64)])
+    for rows, clients in (([-1, -1, -1, 0], [1]), ([-1, -1, -1, 0, 1], [1, 0])):
+        found = SeenClients(table, []).counts(np.array(rows), len(clients))
+        assert found.established.tolist() == clients

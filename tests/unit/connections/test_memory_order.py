@@ -14,6 +14,7 @@ from tcpexporter.connections.expected import End, Rule
 from tcpexporter.connections.matching import count_expected
 from tcpexporter.connections.memory_order import memory_barrier
 from tcpexporter.connections.record import CLOSED, CONNECTION, Records, Words, words
+from tcpexporter.connections.slot_counts import SlotCounts
 
 
 class RecordingLock:
@@ -97,6 +98,10 @@ def test_rules_compare_fields_between_two_barriers(monkeypatch: pytest.MonkeyPat
     assert found.established.tolist() == [1]
 
 
+def nothing() -> None:
+    """Change nothing at a barrier."""
+
+
 def test_clients_are_copied_between_two_barriers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client of one of two slots is stored before the copy; the other is excluded."""
     _, all_words = slots()
@@ -104,10 +109,27 @@ def test_clients_are_copied_between_two_barriers(monkeypatch: pytest.MonkeyPatch
     acting(
         monkeypatch,
         slot_counts,
+        nothing,
         lambda: clients.__setitem__(0, 5),
         lambda: all_words.__setitem__(1, CLOSED),
     )
-    ((copied, of),) = slot_counts.copies([Chunk(all_words, clients)])
+    counts = SlotCounts()
+    reading = counts.read([Chunk(all_words, clients)], [0], long_term_ns=0)
+    assert reading.established[7] == 1
+    ((copied, of),) = (each.slots for each in counts._pieces)
     assert copied[1] == CLOSED != copied[0]
     assert of is not None
     assert of[0] == 5
+
+
+def test_clients_are_compared_after_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the barrier after the words are compared, a client changes: it is noticed."""
+    _, all_words = slots()
+    clients = np.array([5, 5], np.uint64)
+    counts = SlotCounts()
+    counts.read([Chunk(all_words, clients)], [0], long_term_ns=0)
+    acting(monkeypatch, slot_counts, lambda: clients.__setitem__(0, 3), nothing, nothing)
+    reading = counts.read([Chunk(all_words, clients)], [0], long_term_ns=0)
+    assert reading.clients is not None
+    found = reading.clients.counts(np.array([*[-1] * 7, 0]), 1)
+    assert found.established.tolist() == [2]

@@ -52,7 +52,6 @@ def read(counts: SlotCounts, chunks: Sequence[Chunk], *, has_clients: bool) -> S
         chunks,
         SINCE_NS,
         long_term_ns=SINCE_NS[0] if has_clients else None,
-        has_sums=True,
     )
     younger = [np.append(each, np.zeros(NUMBERS, np.int64)) for each in reading.younger]
     columns = [reading.established, *younger, reading.times]
@@ -126,7 +125,7 @@ def test_a_reading_after_a_failed_one_counts_all_slots(
     counts = SlotCounts()
     read(counts, [before, before], has_clients=True)
     with pytest.raises(MemoryError):
-        counts.read(failing(), SINCE_NS, long_term_ns=SINCE_NS[0], has_sums=False)
+        counts.read(failing(), SINCE_NS, long_term_ns=SINCE_NS[0])
     monkeypatch.undo()
     found = read(counts, [before, after], has_clients=True)
     assert found == read(SlotCounts(), [before, after], has_clients=True)

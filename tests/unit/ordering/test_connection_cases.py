@@ -127,6 +127,24 @@ def freeing(order: Operations, barrier: Operations) -> list[Thread]:
     ]
 
 
+def comparing(order: Operations, barrier: Operations) -> list[Thread]:
+    """A run opens a connection whose word is equal to that of the last reading.
+
+    The reader compares the word, then the client, with those of the last reading. In the
+    model, the new word is 2.
+    """
+    return [
+        run(Write("word", CLOSED), released("socket")),
+        run(awaited("socket"), Write("client", 2), *order, Write("word", 2)),
+        thread(Read("word_read", "word"), *barrier, Read("client_read", "client")),
+    ]
+
+
+def seems_unchanged(result: Result) -> bool:
+    """Return whether the new word was read with the client of the last reading."""
+    return result["word_read"] == 2 and result["client_read"] == 1
+
+
 def seeding(barrier: Operations) -> list[Thread]:
     """Userspace adds a seed: record, entry of the map, word."""
     return [
@@ -180,6 +198,14 @@ CASES = [
     Case("2 plain loads", reopening(EXCHANGE, NOTHING), is_mixed, FIRST, WEAK),
     Case("2 one lock", reopening(EXCHANGE, ONE_LOCK), is_mixed, FIRST, WEAK),
     Case("2 plain, all", reopening(NOTHING, NOTHING), is_mixed, FIRST, WEAK),
+    Case("2 comparison", comparing(EXCHANGE, BARRIER), seems_unchanged, FIRST),
+    Case(
+        "2 comparison, plain loads",
+        comparing(EXCHANGE, NOTHING),
+        seems_unchanged,
+        FIRST,
+        WEAK,
+    ),
     Case("3 exchange", replacing(EXCHANGE, EXCHANGE, BARRIER), is_mixed, FIRST),
     Case("3 two pops", replacing(TWO_POPS, TWO_POPS, BARRIER), is_mixed, FIRST),
     Case("3 last store", replacing(NOTHING, EXCHANGE, BARRIER), is_mixed, FIRST, WEAK),
