@@ -6,7 +6,7 @@ import gzip
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder
@@ -40,6 +40,10 @@ def negotiate(accept: str) -> Format:
     return _FORMATS[choose(accept, [each.content_type for each in _FORMATS])]
 
 
+Texts: TypeAlias = dict[str, tuple[WrittenFamily, bytes]]
+"""By name, each family as it was last written in one format, and its text."""
+
+
 class _FamilyCollector(Collector):
     """A collector that yields one given family: the encoders accept only collectors."""
 
@@ -56,13 +60,22 @@ class _FamilyCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield self._family
 
-    def written(self, form: Format) -> bytes:
-        """Return the family in a text format, without the text after the last family."""
-        if isinstance(self._family, WrittenFamily):
-            family = self._family
+    def written(self, form: Format, texts: Texts) -> bytes:
+        """Return the family in a text format, without the text after the last family.
+
+        Args:
+            form: the format.
+            texts: those of the format. A family that has not changed is not written again.
+        """
+        family = self._family
+        if not isinstance(family, WrittenFamily):
+            return form.encode(self).removesuffix(form.end)
+        known, text = texts.get(family.name, (None, b""))
+        if known is None or not family.is_written_as(known):
             head = _head(form, family.name, family.documentation, family.type)
-            return head + family.sample_lines()
-        return form.encode(self).removesuffix(form.end)
+            text = head + family.sample_lines()
+            texts[family.name] = family, text
+        return text
 
 
 @lru_cache(maxsize=256)
@@ -79,8 +92,17 @@ class Exposition:
     that are already written.
     """
 
-    def __init__(self, families: Iterable[Metric]) -> None:
-        """Keep the families; each format is written when it is first requested."""
+    def __init__(
+        self, families: Iterable[Metric], texts: "dict[Format, Texts] | None" = None
+    ) -> None:
+        """Keep the families; each format is written when it is first requested.
+
+        Args:
+            families: of one collection.
+            texts: those of earlier expositions, by format; replaced by those of this one.
+                None: there are none.
+        """
+        self._texts = {} if texts is None else texts
         self._collectors = [_FamilyCollector(written(family)) for family in families]
         self._written: dict[Format, Sequence[bytes]] = {}
         self._whole: dict[Format, bytes] = {}
@@ -113,7 +135,8 @@ class Exposition:
 
     def _families(self, form: Format) -> Sequence[bytes]:
         if form not in self._written:
-            self._written[form] = [each.written(form) for each in self._collectors]
+            texts = self._texts.setdefault(form, {})
+            self._written[form] = [each.written(form, texts) for each in self._collectors]
         return self._written[form]
 
 
@@ -128,6 +151,7 @@ class Collections:
     def __init__(self, registry: CollectorRegistry) -> None:
         """Collect from this registry, in the event loop."""
         self._registry = registry
+        self._texts: dict[Format, Texts] = {}
         self._waiting: list[asyncio.Future[Exposition]] = []
 
     async def next(self) -> Exposition:
@@ -148,7 +172,7 @@ class Collections:
     def _collect(self) -> None:
         waiting, self._waiting = self._waiting, []
         try:
-            exposition = Exposition(self._registry.collect())
+            exposition = Exposition(self._registry.collect(), self._texts)
         except Exception as error:  # raised in the requests that wait
             for each in waiting:
                 if not each.done():

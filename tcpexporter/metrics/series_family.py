@@ -83,6 +83,13 @@ class WrittenFamily(Metric):
         lines = [f"{name}{text}{_go_string(number)}\n" for text, number in pairs]
         return "".join(lines).encode()
 
+    def is_written_as(self, other: "WrittenFamily") -> bool:
+        """Return whether the samples of another family of this name are the same."""
+        labels, others = self.labels, other.labels
+        return self.numbers == other.numbers and (
+            labels is others or (labels.names, labels.rows) == (others.names, others.rows)
+        )
+
 
 class SeriesFamily(WrittenFamily):
     """A gauge or counter that has a whole number for each series."""

@@ -19,7 +19,7 @@ from prometheus_client.openmetrics.exposition import (
 )
 from prometheus_client.registry import Collector
 
-from tcpexporter.metrics.exposition import OPENMETRICS, TEXT, Exposition
+from tcpexporter.metrics.exposition import OPENMETRICS, TEXT, Exposition, Format, Texts
 from tcpexporter.metrics.series_family import (
     PLAIN_BELOW,
     LabelSets,
@@ -137,3 +137,47 @@ def test_families_that_the_library_writes_differently_are_left_to_it() -> None:
     for family in (histogram, dated, created, GaugeMetricFamily("empty", HELP)):
         assert written(family) is family
         assert Exposition([family]).body(TEXT) == generate_latest(Only(family))
+
+
+some_states = st.lists(
+    st.tuples(
+        st.sampled_from([("port",), ("netns",)]),
+        st.dictionaries(st.sampled_from(["443", "8080"]), st.sampled_from([0, 1, 7])),
+        st.sampled_from([TEXT, OPENMETRICS]),
+    ),
+    max_size=7,
+)
+
+
+@given(some_states)
+def test_an_exposition_after_others_is_written_as_the_first_one(
+    states: list[tuple[tuple[str], dict[str, int], Format]],
+) -> None:
+    """This holds for any changes of labels and numbers, and for any order of formats."""
+    texts: dict[Format, Texts] = {}
+    for names, numbers, form in states:
+        labels = LabelSets(names, [(each,) for each in numbers])
+        family = SeriesFamily("connections", HELP, "gauge", labels, [*numbers.values()])
+        exposition = Exposition([family], texts)
+        assert exposition.body(form) == Exposition([family]).body(form)
+
+
+def test_a_family_is_written_again_only_after_a_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of seven collections, the third one has another number, the fifth another label."""
+    collections = [(7, "443")] * 2 + [(5, "443")] * 2 + [(5, "80")] * 3
+    writings: list[Sequence[float]] = []
+    sample_lines = SeriesFamily.sample_lines
+
+    def spy(family: SeriesFamily) -> bytes:
+        writings.append(family.numbers)
+        return sample_lines(family)
+
+    monkeypatch.setattr(SeriesFamily, "sample_lines", spy)
+    texts: dict[Format, Texts] = {}
+    for number, port in collections:
+        labels = LabelSets(("port",), [(port,)])
+        family = SeriesFamily("connections", HELP, "gauge", labels, [number])
+        Exposition([family], texts).body(TEXT)
+    assert writings == [[7], [5], [5]]
