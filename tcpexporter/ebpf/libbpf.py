@@ -3,6 +3,7 @@
 
 import ctypes
 import os
+from functools import cache
 from typing import Any
 
 from tcpexporter.errors import SourceError
@@ -13,6 +14,7 @@ BPF_MAP_TYPE_ARRAY = 2
 """include/uapi/linux/bpf.h."""
 
 
+@cache  # loading it again takes 60 us, which a scrape would notice
 def load_libbpf() -> ctypes.CDLL:
     """Return the library; its functions store their error for `ctypes.get_errno`.
 
