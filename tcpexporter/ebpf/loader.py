@@ -30,7 +30,12 @@ from tcpexporter.ebpf.loader_protocol import (
     send_reason,
 )
 from tcpexporter.ebpf.program import TRACEPOINT
-from tcpexporter.ebpf.ranges import RANGE_BITS, RANGE_SLOTS, SERIES_FIRST
+from tcpexporter.ebpf.ranges import (
+    RANGE_BITS,
+    RANGE_SLOTS,
+    SERIES_FIRST,
+    SERIES_RANGE,
+)
 from tcpexporter.errors import LoadError, TcpExporterError
 from tcpexporter.host import libc, privileges
 
@@ -134,7 +139,8 @@ def _load_here(request: Request) -> Descriptors:
     except Exception as error:  # BCC raises Exception itself
         raise LoadError(_why_not_compiled(error, request)) from error
     _fill(maps["free_slots"], range(request.max_connections))
-    _fill(maps["free_series"], range(SERIES_FIRST, SERIES_FIRST + request.max_series))
+    numbers = range(SERIES_FIRST, SERIES_FIRST + request.max_series)
+    _fill(maps["free_series"], numbers, SERIES_RANGE)
     loaded = _load_program(code, types.function(TRACEPOINT))
     return Descriptors(**maps, program=loaded, link=_attach(loaded))
 
@@ -170,13 +176,15 @@ def _refusal(max_connections: int) -> int | None:
     return None
 
 
-def _fill(stack: int, numbers: range) -> None:
-    """Push numbers to a stack of free ones; the first number is popped first."""
+def _fill(stack: int, numbers: range, length: int = RANGE_SLOTS) -> None:
+    """Push numbers to a stack of free ones, in ranges; the first number is popped first.
+
+    No range crosses a multiple of ``length``.
+    """
     libbpf = load_libbpf()
-    aligned = range(numbers.start // RANGE_SLOTS * RANGE_SLOTS, numbers.stop, RANGE_SLOTS)
-    for at in reversed(aligned):
+    for at in reversed(range(numbers.start // length * length, numbers.stop, length)):
         first = max(at, numbers.start)
-        following = min(at + RANGE_SLOTS, numbers.stop) - first - 1
+        following = min(at + length, numbers.stop) - first - 1
         value = ctypes.byref(ctypes.c_uint32(first << RANGE_BITS | following))
         if libbpf.bpf_map_update_elem(stack, None, value, ctypes.c_uint64(0)):
             why = os.strerror(ctypes.get_errno())

@@ -74,16 +74,19 @@ from tcpexporter.ebpf.free_numbers import FreeNumbers
 from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
 from tcpexporter.ebpf.maps import Map, map_errors
+from tcpexporter.ebpf.ranges import SERIES_RANGE
 from tcpexporter.ebpf.runs import Runs
 from tcpexporter.errors import TrackerError
 
-WINDOW = 1024
+WINDOW = 256
 """Minimum number of entries that are mapped at once."""
 
-UNTOUCHED = 2048
+UNTOUCHED = 8 * SERIES_RANGE
 """After this many consecutive free numbers, no number was ever used.
 
-Numbers are allocated in ascending order, from ranges of 256."""
+Numbers are allocated in ascending order. A CPU that is about to use a number has popped the
+range that begins with it.
+"""
 
 FULL_SHARE = 0.75
 """From this share of numbers in use on, those without connections are freed."""

@@ -13,6 +13,7 @@ from tcpexporter.ebpf import loader
 from tcpexporter.ebpf.event_counters import EVENT_KINDS
 from tcpexporter.ebpf.loader_protocol import MAX_SERIES, Request
 from tcpexporter.ebpf.maps import FIRST
+from tcpexporter.ebpf.ranges import SERIES_RANGE
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.socket_tables.tables import open_tables
 from tests.kernel.helpers.in_process import SLOTS, attach, tracker_of
@@ -104,7 +105,7 @@ class SharedTracker:
         corrections = series._corrections.upto(used)
         corrections[:] = np.zeros(1, corrections.dtype)
         numbers = range(SERIES_FIRST, SERIES_FIRST + MAX_SERIES)
-        loader._fill(self._descriptors.free_series, numbers)
+        loader._fill(self._descriptors.free_series, numbers, SERIES_RANGE)
         counts = np.zeros((tracker._cpus, len(EVENT_KINDS)), np.uint64)
         zero_flags = ctypes.c_uint64(0)
         assert tracker._counters._call(
