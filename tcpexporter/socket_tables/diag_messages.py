@@ -8,10 +8,10 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.record import Records
+from tcpexporter.connections.record import IPV4_PREFIX, Records
 from tcpexporter.errors import SocketTableError
 from tcpexporter.lean import part_of
-from tcpexporter.socket_tables.entries import ENTRY, TCP_LISTEN, Bytes, v4_mapped
+from tcpexporter.socket_tables.entries import ENTRY, TCP_LISTEN, Bytes
 
 with part_of("pyroute2"):  # importing all of it would use 8 MiB more
     from pyroute2.netlink import NLMSG_DONE, NLMSG_ERROR
@@ -163,9 +163,12 @@ def decode_messages(
     entries = np.zeros(len(messages), ENTRY)
     is_ipv4 = messages["family"] == socket.AF_INET
     for end in ("local", "remote"):
-        address = entries["key"][f"{end}_address"]
-        address[:] = messages[f"{end}_address"]
-        address[is_ipv4] = v4_mapped(address[is_ipv4, :4])
+        # Words instead of bytes, one column at a time: this takes a third of the time.
+        address = entries["key"][f"{end}_address"].view(np.uint32)
+        given = messages[f"{end}_address"].view(np.uint32)
+        for word, prefix in enumerate(IPV4_PREFIX.view(np.uint32)):
+            address[:, word] = np.where(is_ipv4, prefix, given[:, word])
+        address[:, 3] = np.where(is_ipv4, given[:, 0], given[:, 3])
         entries["key"][f"{end}_port"] = messages[f"{end}_port"]
     entries["key"]["netns"] = netns
     entries["state"] = messages["state"]
