@@ -66,12 +66,22 @@ def client_hashes(
 
 def are_new(some: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
     """Return which hashes are not among ``known``, of which there may be many more."""
-    # Most known hashes differ from all of ``some`` in their last bits already. Sorting or
+    # Most hashes differ from all of the other array in their last bits already. Sorting or
     # searching a million takes a tenth of a second; this takes a hundredth.
+    known = known[_may_be_in(known, some)]
+    chosen = np.flatnonzero(_may_be_in(some, known))
+    are_new = np.ones(len(some), np.bool_)
+    are_new[chosen] = ~is_in(some[chosen], known)
+    return are_new
+
+
+def _may_be_in(some: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
+    """Return which hashes have the same last bits as one of ``others``."""
     last_bits = np.uint64((1 << FILTER_BITS) - 1)
-    is_like_some = np.zeros(1 << FILTER_BITS, np.bool_)
-    is_like_some[some & last_bits] = True
-    return ~is_in(some, known[is_like_some[known & last_bits]])
+    is_there = np.zeros(1 << FILTER_BITS, np.bool_)
+    is_there[(others & last_bits).view(np.int64)] = True
+    found: npt.NDArray[np.bool_] = is_there[(some & last_bits).view(np.int64)]
+    return found
 
 
 def is_first(some: Hashes) -> npt.NDArray[np.bool_]:

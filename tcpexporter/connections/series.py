@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from tcpexporter.connections.parts import OutboundPort, Parts
 from tcpexporter.connections.record import Numbers, Records, ip_versions
-from tcpexporter.connections.sets import is_in
+from tcpexporter.connections.sets import distinct, is_in
 
 SERIES = np.dtype(
     [
@@ -45,6 +45,10 @@ FOLDED = 4
 
 Series: TypeAlias = npt.NDArray[np.bytes_]
 """An array of `SERIES`, viewed as `SERIES_BYTES`: numpy can sort and compare these."""
+
+MULTIPLIER = 0x9E3779B97F4A7C15
+TABLE_BITS = 12
+"""For `grouped`: spreads series over a table of 2^12 elements, by multiplication."""
 
 NO_SERIES = b""
 """A series whose bytes are all 0."""
@@ -82,6 +86,28 @@ def series_of(connections: Records, parts: Parts) -> Series:
     if parts.by_cgroup:
         series["cgroup"] = connections["cgroup"]
     return series.view(SERIES_BYTES)
+
+
+def grouped(series: Series) -> tuple[Series, npt.NDArray[np.intp]]:
+    """Return each series once, in ascending order, and the index in it of each element.
+
+    Sorting all of them would take ten times as long: many connections have few series.
+    """
+    words = series.view(np.uint64).reshape(-1, SERIES.itemsize // 8)
+    mixed = words[:, 0] ^ (words[:, 1] * np.uint64(MULTIPLIER))
+    place = (mixed >> np.uint64(64 - TABLE_BITS)).view(np.int64)
+    table = np.zeros(1 << TABLE_BITS, np.intp)
+    every = np.arange(len(series))
+    table[place] = every
+    # An element that is like that of another series is taken for itself.
+    like = table[place]
+    like = np.where((words == words[like]).all(axis=1), like, every)
+    is_taken = np.zeros(len(series), np.bool_)
+    is_taken[like] = True
+    taken = series[is_taken]
+    found = distinct(taken)
+    number = np.searchsorted(found, taken)
+    return found, number[(np.cumsum(is_taken) - 1)[like]]
 
 
 def folded_series() -> Series:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Reads the array of connections while the BPF program writes to it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -142,7 +143,7 @@ class ConnectionArray:
             OSError: the kernel refuses to map them.
         """
         for at, words in enumerate(self.word_windows()):
-            yield self._mapped(at * WINDOW, at * WINDOW + len(words)), words
+            yield self._records(at, words), words
 
     def words_upto(self, slots: int) -> Words:
         """Return the words of at least the first ``slots`` slots.
@@ -171,29 +172,49 @@ class ConnectionArray:
         words = self.words()
         return self._mapped(0, len(words)), words
 
+    def _records(self, at: int, words: Words) -> Records:
+        """Return the records of a window; ``at`` is its index, ``words`` has its words."""
+        return self._mapped(at * WINDOW, at * WINDOW + len(words))
+
     def _mapped(self, first: int, last: int) -> Records:
         return map_entries(self._descriptor, self._record, first, last)
 
-    def known(self, *, with_seeds: bool) -> Known:
+    def known(self) -> Known:
         """Return all connections; those that change meanwhile may be missing.
 
         All earlier loads of this thread come first: a memory barrier orders them.
-
-        Args:
-            with_seeds: whether to return seeds too.
 
         Raises:
             OSError: the kernel refuses to map the arrays.
         """
         memory_barrier()
-        # The first window always, so that there is something to concatenate.
-        windows = [
-            _known(*window, at * WINDOW)
-            for at, window in enumerate(self.windows())
-            if with_seeds or not at or _has_reported(*window)
-        ]
-        known = Known(*(np.concatenate(each) for each in zip(*windows, strict=True)))
-        return known if with_seeds else known.only(~known.is_seed)
+        return _joined(
+            _known(*window, at * WINDOW) for at, window in enumerate(self.windows())
+        )
+
+    def reported(self, seeds: Slots) -> Known:
+        """Return the connections that are not seeds, as `known` does.
+
+        At a start, nearly all slots have seeds. So most windows have nothing else.
+
+        Args:
+            seeds: the slots of all seeds. The program writes no other connection to them.
+
+        Raises:
+            OSError: the kernel refuses to map the arrays.
+        """
+        memory_barrier()
+        seeds_in = np.bincount(seeds // WINDOW, minlength=self._slots // WINDOW + 1)
+        found = []
+        for at, words in enumerate(self.word_windows()):
+            if at and seeds_in[at] == WINDOW:
+                continue
+            records = self._records(at, words)
+            # The first window always, so that there is something to concatenate.
+            if not at or _has_reported(records, words):
+                found.append(_known(records, words, at * WINDOW))
+        known = _joined(found)
+        return known.only(~known.is_seed)
 
 
 def old_windows(array: MappedArray, slots: int) -> Iterator[Records]:
@@ -213,11 +234,13 @@ def old_windows(array: MappedArray, slots: int) -> Iterator[Records]:
             return
 
 
-def _has_reported(window: Records, words: Words) -> bool:
-    """Return whether a window has a connection that is not a seed.
+def _joined(windows: Iterable[tuple[npt.NDArray[Any], ...]]) -> Known:
+    """Return the connections of several results of `_known`."""
+    return Known(*(np.concatenate(each) for each in zip(*windows, strict=True)))
 
-    At a start nearly all windows have seeds alone. This takes less time than to copy them.
-    """
+
+def _has_reported(window: Records, words: Words) -> bool:
+    """Return whether a window has a connection that is not a seed."""
     is_reported = window["handle"] & HANDLE_SEEDED == 0
     is_reported &= words & np.uint64(SERIES_MASK) != 0
     return bool(is_reported.any())

@@ -68,8 +68,9 @@ from tcpexporter.connections.series import (
     entry_dtype,
     folded_number,
     folded_series,
+    grouped,
 )
-from tcpexporter.connections.sets import distinct, is_in
+from tcpexporter.connections.sets import is_in
 from tcpexporter.ebpf.free_numbers import FreeNumbers
 from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
@@ -192,14 +193,14 @@ class SeriesNumbers:
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        wanted = distinct(series)
+        wanted, place = grouped(series)
         # The ledger alone does not prove that a number is that of a series: f.
         is_folded = wanted.view(SERIES)["flags"] & FOLDED != 0
         numbers = folded_number(wanted)
         keys = _keys(wanted)
         for at in np.flatnonzero(~is_folded):
             numbers[at] = self._number_of(keys[at]) or self._allocate(keys[at])
-        found: Numbers = numbers[np.searchsorted(wanted, series)]
+        found: Numbers = numbers[place]
         return found
 
     def _allocate(self, series: np.void) -> np.uint32:

@@ -196,7 +196,7 @@ class Tracker(EventCounters):
         Raises:
             TrackerError: the kernel refuses a map operation.
         """
-        return self._array.known(with_seeds=with_seeds)
+        return self._array.known() if with_seeds else self._array.reported(self._seed_slots)
 
     def seeds(self, events: Events) -> int:
         """Return how many of the connections are seeds.
@@ -226,14 +226,15 @@ class Tracker(EventCounters):
         handles = hashes(seeds["key"]) | HANDLE_SEEDED
         is_new = is_first(handles)
         is_new &= are_new(handles, self._used()[0]["handle"][self._seed_slots])
-        chosen = np.flatnonzero(is_new)
+        if not is_new.all():  # usually all are new; then this would only copy them
+            seeds, handles = seeds[is_new], handles[is_new]
         numbers = self.series.numbers(series_of(seeds, self._parts))
-        slots = self._allocate(len(chosen))
-        self.seeds_refused += len(chosen) - len(slots)
+        slots = self._allocate(len(seeds))
+        self.seeds_refused += len(seeds) - len(slots)
         for at in range(0, len(slots), WINDOW):
             batch = slots[at : at + WINDOW]
-            rows = chosen[at : at + len(batch)]
-            new = np.zeros(len(rows), CONNECTION)
+            rows = slice(at, at + len(batch))
+            new = np.zeros(len(batch), CONNECTION)
             new["handle"] = handles[rows]
             for field in ("key", "is_outbound", "cgroup"):
                 new[field] = seeds[field][rows]
@@ -334,8 +335,11 @@ class Tracker(EventCounters):
         return len(removed) + len(late)
 
     def _release_recorded(self, slots: Slots) -> tuple[Slots, Words]:
+        closings = self._closings.pop()
+        if not len(closings):  # usually; copying a million handles takes 40 ms
+            return slots[:0], np.empty(0, np.uint64)
         records, all_words = self._used()
-        closed = slots[is_in(records["handle"][slots], self._closings.pop())]
+        closed = slots[is_in(records["handle"][slots], closings)]
         with self.runs.without_caches():
             return self._release(closed, all_words[closed])
 

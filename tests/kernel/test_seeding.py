@@ -11,9 +11,10 @@ import pytest
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.parts import Direction
-from tcpexporter.connections.record import CLOSED, Records
-from tcpexporter.ebpf import loader, reconcile
+from tcpexporter.connections.record import CLOSED, Records, Words
+from tcpexporter.ebpf import connection_array, loader, reconcile
 from tcpexporter.ebpf import tracker as tracker_module
+from tcpexporter.ebpf.connection_array import ConnectionArray
 from tcpexporter.ebpf.maps import Keys
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SocketTableError, TrackerError
@@ -29,6 +30,7 @@ from tests.kernel.helpers.in_process import (
     free_slots,
     invented,
     now_ns,
+    put_reported,
     remove_records,
     seeds,
     taken_slots,
@@ -376,6 +378,30 @@ def test_seeds_that_are_not_written_lose_no_slot(
     tracker.reclaim()
     everywhere = np.concatenate((free_slots(tracker), taken_slots(tracker)))
     assert sorted(everywhere.tolist()) == list(range(SLOTS))
+
+
+def test_windows_full_of_seeds_are_not_searched_for_reported_connections(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 300 slots, 3 have reported connections, and share a window with seeds."""
+    monkeypatch.setattr(connection_array, "WINDOW", 64)
+    read: list[int] = []
+    records_of = ConnectionArray._records
+
+    def spy(array: ConnectionArray, at: int, words: Words) -> Records:
+        read.append(at)
+        return records_of(array, at, words)
+
+    with tracker.recording_closings():
+        tracker.add(invented(139, local_port=1))
+        reported = invented(3, local_port=2)
+        put_reported(tracker, reported)
+        tracker.add(invented(158, local_port=3))
+        monkeypatch.setattr(ConnectionArray, "_records", spy)
+        found = tracker.known(with_seeds=False)
+    assert sorted(found.hashes.tolist()) == sorted(hashes(reported["key"]).tolist())
+    assert read[:3] == [0, 2, 4]
+    assert len(tracker.known().slots) == 300
 
 
 def test_closings_are_only_recorded_during_a_comparison(

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcpexporter.connections import series as series_module
 from tcpexporter.connections.parts import NO_LISTENER, Direction, OutboundPort, Parts
 from tcpexporter.connections.record import CONNECTION
 from tcpexporter.connections.series import (
@@ -20,6 +21,7 @@ from tcpexporter.connections.series import (
     entry_dtype,
     folded_number,
     folded_series,
+    grouped,
     series_of,
 )
 from tests.unit.connections.test_counting import (
@@ -132,3 +134,25 @@ def test_an_entry_has_lifetimes_on_request_only(buckets: int, words: int) -> Non
         assert ("lifetimes" in (each.names or ())) == bool(buckets)
     counters = [list((each.fields or {}).items())[-len(COUNTERS) :] for each in dtypes]
     assert counters[0] == counters[1]
+
+
+rows_of_few_series = st.lists(
+    st.tuples(
+        st.sampled_from([4, 6]),
+        st.sampled_from([0, OUTBOUND]),
+        st.sampled_from([0, 1, 443, 65535]),
+        st.sampled_from([0, 7]),
+        st.sampled_from([0, 11, 2**63]),
+    )
+)
+
+
+@given(rows_of_few_series, st.integers(1, 12))
+def test_equal_series_are_grouped(rows: list[tuple[int, ...]], bits: int) -> None:
+    """This holds if different series share an element of the table, too."""
+    series = series_of_rows(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(series_module, "TABLE_BITS", bits)
+        found, place = grouped(series)
+    assert found.tolist() == sorted({*series.tolist()})
+    assert found[place].tolist() == series.tolist()
