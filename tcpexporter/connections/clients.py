@@ -69,7 +69,7 @@ class ClientCounts(NamedTuple):
     """Connections of the client that has most."""
 
 
-def numbers_of(keys: ClientKeys) -> npt.NDArray[np.int64]:
+def _numbers_of(keys: ClientKeys) -> npt.NDArray[np.int64]:
     """Return the series numbers of clients."""
     return (keys >> _SHIFT).view(np.int64)
 
@@ -166,7 +166,7 @@ class ClientTable:
             young, connections = _distinct(young[young >= _FIRST])
             at = np.searchsorted(self._keys, young)
             has_only_young = self._connections[at] == connections
-            only_young = numbers_of(young[has_only_young])
+            only_young = _numbers_of(young[has_only_young])
             long_term = established - np.bincount(only_young, minlength=numbers)[:numbers]
         return ClientCounts(established, long_term, self._totals.largest)
 
@@ -188,7 +188,7 @@ class ClientTable:
         Args:
             new_numbers: of each series number, at least 1; 0: leave it out.
         """
-        chosen = np.flatnonzero(new_numbers[numbers_of(self._keys)])
+        chosen = np.flatnonzero(new_numbers[_numbers_of(self._keys)])
         moved = _moved(self._keys[chosen], new_numbers)
         table = ClientTable()
         table._keys, table._connections = _distinct(
@@ -242,7 +242,7 @@ class SeenClients:
         """Count the clients of numbers that share a row; equal ones count as one client."""
         new_numbers = np.zeros(len(rows), np.int64)
         new_numbers[numbers] = rows[numbers] + 1
-        young = self._young[new_numbers[numbers_of(self._young)] > 0]
+        young = self._young[new_numbers[_numbers_of(self._young)] > 0]
         joined = self._table.joined(new_numbers)
         found = joined.counts(len(counts[0]) + 1, _moved(young, new_numbers))
         filled = distinct(rows[numbers])
@@ -252,7 +252,7 @@ class SeenClients:
 
 def _moved(keys: ClientKeys, new_numbers: npt.NDArray[np.int64]) -> ClientKeys:
     """Return the same clients, with each series number n replaced by new_numbers[n]."""
-    moved = new_numbers[numbers_of(keys)].astype(np.uint64) << _SHIFT
+    moved = new_numbers[_numbers_of(keys)].astype(np.uint64) << _SHIFT
     moved |= keys & _HASH
     return moved
 

@@ -8,12 +8,11 @@ import numpy as np
 
 from tcpexporter.connections.clients import Chunk
 from tcpexporter.connections.identity import client_hashes
-from tcpexporter.connections.parts import TIME_SHIFT, Parts, time_units
+from tcpexporter.connections.parts import SERIES_FIRST, TIME_SHIFT, Parts, time_units
 from tcpexporter.connections.record import SERIES_BITS, Numbers, Records, Words, words
 from tcpexporter.connections.record import numbers as numbers_of
 from tcpexporter.connections.series import (
     NO_SERIES,
-    SERIES_FIRST,
     Forgotten,
     Ledger,
     Series,

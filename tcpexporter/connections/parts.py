@@ -20,6 +20,9 @@ PORTS = 65536
 TIME_SHIFT = 13
 """Times in words, and bounds of lifetimes, are in units of 2^13 ns."""
 
+SERIES_FIRST = 5
+"""The lowest number that a series can get. The lower ones are those of folded series."""
+
 NO_LISTENER = (0, 0)
 """Namespace and port, if the exporter does not listen in a namespace that it counts."""
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.parts import OutboundPort, Parts
+from tcpexporter.connections.parts import SERIES_FIRST, OutboundPort, Parts
 from tcpexporter.connections.record import Numbers, Records, ip_versions
 from tcpexporter.connections.sets import distinct, is_in
 
@@ -54,9 +54,6 @@ NO_SERIES = b""
 """A series whose bytes are all 0."""
 
 COUNTERS = ("opened", "closed", "failed")
-
-SERIES_FIRST = 5
-"""The lowest number that a series can get. The lower ones are those of `folded_series`."""
 
 
 def series_of(connections: Records, parts: Parts) -> Series:

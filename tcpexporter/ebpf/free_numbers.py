@@ -31,7 +31,7 @@ class FreeNumbers:
             OSError: the kernel refuses the operation.
         """
         popped = self._stack.pop(np.uint32)
-        return None if popped is None else numbers_of(int(popped))
+        return None if popped is None else numbers_in(int(popped))
 
     def push(self, numbers: Slots) -> None:
         """Free numbers; the first is the next to be allocated.
@@ -59,7 +59,7 @@ def ranges(numbers: Slots) -> Slots:
     return found
 
 
-def numbers_of(found: int) -> Slots:
+def numbers_in(found: int) -> Slots:
     """Return the numbers of one encoded range, in ascending order."""
     first = found >> RANGE_BITS
     return np.arange(first, first + found % RANGE_SLOTS + 1, dtype=np.uint32)

@@ -17,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from tcpexporter.connections.parts import SERIES_FIRST
 from tcpexporter.ebpf import program
 from tcpexporter.ebpf.btf import Btf
 from tcpexporter.ebpf.libbpf import BPF_MAP_TYPE_ARRAY, create_map, load_libbpf
@@ -30,12 +31,7 @@ from tcpexporter.ebpf.loader_protocol import (
     send_reason,
 )
 from tcpexporter.ebpf.program import TRACEPOINT
-from tcpexporter.ebpf.ranges import (
-    RANGE_BITS,
-    RANGE_SLOTS,
-    SERIES_FIRST,
-    SERIES_RANGE,
-)
+from tcpexporter.ebpf.ranges import RANGE_BITS, RANGE_SLOTS, SERIES_RANGE
 from tcpexporter.errors import LoadError, TcpExporterError
 from tcpexporter.host import libc, privileges
 

@@ -50,23 +50,23 @@ class Layout(NamedTuple):
     """Whether the run counted the same series, so that its ledger can be adopted."""
 
 
-def make(counted: Request) -> npt.NDArray[np.uint32]:
+def make(request: Request) -> npt.NDArray[np.uint32]:
     """Return the layout of this version, in `LAYOUT_WORDS` words, for this request."""
     words = np.zeros(LAYOUT_WORDS, np.uint32)
     values = [MAGIC, CONNECTION.itemsize, KEY.itemsize, *_offsets(CONNECTION, FIELDS)]
     values += _offsets(KEY, KEY_FIELDS)
-    values += [WORD_FORMAT, _entry(counted).itemsize, checksum(counted)]
-    values += _offsets(CONNECTION, ("cgroup",)) if counted.by_cgroup else [0]
+    values += [WORD_FORMAT, _entry(request).itemsize, checksum(request)]
+    values += _offsets(CONNECTION, ("cgroup",)) if request.by_cgroup else [0]
     words[: len(values)] = values
     return words
 
 
-def read(words: npt.NDArray[np.uint32], counted: Request) -> Layout:
+def read(words: npt.NDArray[np.uint32], request: Request) -> Layout:
     """Parse a layout.
 
     Args:
         words: the layout.
-        counted: what the program of this run counts.
+        request: the one that the program of this run was loaded for.
 
     Raises:
         ValueError: this is not a layout, or it has fields outside of the record.
@@ -91,7 +91,7 @@ def read(words: npt.NDArray[np.uint32], counted: Request) -> Layout:
     if found[3]:
         formats["cgroup"] = CONNECTION["cgroup"]
         offsets.append(int(found[3]))
-    expected = [_entry(counted).itemsize, checksum(counted)]
+    expected = [_entry(request).itemsize, checksum(request)]
     return Layout(
         _laid_out(formats, offsets, record_bytes),
         is_old=False,
@@ -99,20 +99,20 @@ def read(words: npt.NDArray[np.uint32], counted: Request) -> Layout:
     )
 
 
-def checksum(counted: Request) -> int:
+def checksum(request: Request) -> int:
     """Return a number that is equal for programs that count the same series."""
     compared = (
-        counted.netns,
-        counted.by_netns,
-        counted.by_cgroup,
-        int(counted.outbound_port),
-        counted.lifetime_bounds,
+        request.netns,
+        request.by_netns,
+        request.by_cgroup,
+        int(request.outbound_port),
+        request.lifetime_bounds,
     )
     return zlib.crc32(repr(compared).encode())
 
 
-def _entry(counted: Request) -> np.dtype[Any]:
-    return entry_dtype(bucket_count(counted.lifetime_bounds))
+def _entry(request: Request) -> np.dtype[Any]:
+    return entry_dtype(bucket_count(request.lifetime_bounds))
 
 
 def _offsets(dtype: np.dtype[Any], names: tuple[str, ...]) -> list[int]:

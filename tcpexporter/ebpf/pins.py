@@ -115,12 +115,12 @@ class Pins:
         """Return whether a previous run has left a generation to adopt."""
         return bool(self._complete())
 
-    def adopt(self, tracker: Tracker, counted: Request, tables: ConnectionTables) -> None:
+    def adopt(self, tracker: Tracker, request: Request, tables: ConnectionTables) -> None:
         """Add the connections of previous generations to a tracker, and their counters.
 
         Args:
             tracker: of this run; its program is already attached.
-            counted: what that program counts.
+            request: the one that its program was loaded for.
             tables: the socket tables, for cgroups that the previous run has not recorded.
 
         Raises:
@@ -129,7 +129,7 @@ class Pins:
         """
         complete = self._complete()
         for each in complete:
-            with _Generation.open(each, counted, tables) as generation:
+            with _Generation.open(each, request, tables) as generation:
                 reconcile.seed(tracker, generation)
                 self.adopted += generation.found
                 # The newest generation includes the counters of the previous ones.
@@ -141,12 +141,12 @@ class Pins:
         if self.adopted:
             log.info("adopted %s connections of the previous run", self.adopted)
 
-    def pin(self, descriptors: Descriptors, counted: Request) -> None:
+    def pin(self, descriptors: Descriptors, request: Request) -> None:
         """Pin this run as a generation, and remove the previous ones.
 
         Args:
             descriptors: of this run's program and maps.
-            counted: what that program counts.
+            request: the one that its program was loaded for.
 
         Raises:
             PinError: the kernel refuses to pin or remove an object.
@@ -156,7 +156,7 @@ class Pins:
         generation = self._directory / str(number)
         try:
             generation.mkdir(mode=0o700)
-            layout = _make_layout(counted)
+            layout = _make_layout(request)
             _pin(layout, generation / LAYOUT)
             os.close(layout)
             _pin(descriptors.connections, generation / CONNECTIONS)
@@ -248,7 +248,7 @@ class _Generation:
     def __init__(
         self,
         read: Callable[[], Iterator[Records]],
-        counted: Request,
+        request: Request,
         ledger: Callable[[], Ledger | None],
         tables: ConnectionTables,
     ) -> None:
@@ -256,19 +256,19 @@ class _Generation:
         self.ledger = ledger
         """A function that returns the ledger; None: the run counted other series."""
         self._read = read
-        self._counted = counted
+        self._request = request
         self._tables = tables
 
     @classmethod
     @contextlib.contextmanager
     def open(
-        cls, directory: Path, counted: Request, tables: ConnectionTables
+        cls, directory: Path, request: Request, tables: ConnectionTables
     ) -> Iterator[Self]:
         with contextlib.ExitStack() as undo:
             _, shown = _get(directory / LINK, undo)
             if "link_type" not in shown:
                 raise _not_ours(directory / LINK)
-            layout = _read_layout(directory, counted, undo)
+            layout = _read_layout(directory, request, undo)
             connections, shown = _get(directory / CONNECTIONS, undo)
             _require(directory / CONNECTIONS, shown, value_size=layout.record.itemsize)
             slots = _number(directory / CONNECTIONS, shown, "max_entries")
@@ -286,9 +286,9 @@ class _Generation:
             def read_ledger() -> Ledger | None:
                 if not layout.is_continued:
                     return None
-                return _read_ledger(directory, counted, undo)
+                return _read_ledger(directory, request, undo)
 
-            yield cls(read, counted, read_ledger, tables)
+            yield cls(read, request, read_ledger, tables)
 
     def established(self, *, with_ages: bool) -> Records:  # noqa: ARG002  all have ages
         """Return the connections, of dtype `SOCKET`; of those with equal keys, the newest.
@@ -301,10 +301,10 @@ class _Generation:
         """
         with map_errors():
             known = np.concatenate(list(self._read()))
-        if only := self._counted.netns:
+        if only := self._request.netns:
             known = known[known["key"]["netns"] == only]
         self.found = len(known)
-        if self._counted.by_cgroup and not known["cgroup"].all():
+        if self._request.by_cgroup and not known["cgroup"].all():
             with_cgroups(known, self._tables.established(with_ages=False))
         return _newest(known)
 
@@ -333,9 +333,9 @@ def _old_connections(array: MappedArray, slots: int) -> Iterator[Records]:
     return map(valid_old_connections, old_windows(array, slots))
 
 
-def _make_layout(counted: Request) -> int:
+def _make_layout(request: Request) -> int:
     """Create a map that describes the layout of the others; return its descriptor."""
-    words = pinned_layout.make(counted)
+    words = pinned_layout.make(request)
     descriptor = create_map(BPF_MAP_TYPE_ARRAY, 4, words.nbytes)
     key = ctypes.byref(ctypes.c_uint32(0))
     value = words.ctypes.data_as(ctypes.c_void_p)
@@ -343,7 +343,7 @@ def _make_layout(counted: Request) -> int:
     return descriptor
 
 
-def _read_layout(directory: Path, counted: Request, undo: contextlib.ExitStack) -> Layout:
+def _read_layout(directory: Path, request: Request, undo: contextlib.ExitStack) -> Layout:
     path = directory / LAYOUT
     descriptor, shown = _get(path, undo)
     _require(path, shown, value_size=4 * pinned_layout.LAYOUT_WORDS, max_entries=1)
@@ -351,15 +351,15 @@ def _read_layout(directory: Path, counted: Request, undo: contextlib.ExitStack) 
     with map_errors():
         Map(descriptor, "layouts").read(FIRST, words)
     try:
-        return pinned_layout.read(words, counted)
+        return pinned_layout.read(words, request)
     except ValueError:
         raise _not_ours(path) from None
 
 
 def _read_ledger(
-    directory: Path, counted: Request, undo: contextlib.ExitStack
+    directory: Path, request: Request, undo: contextlib.ExitStack
 ) -> Ledger | None:
-    buckets = bucket_count(counted.lifetime_bounds)
+    buckets = bucket_count(request.lifetime_bounds)
     dtypes = {LEDGER: entry_dtype(buckets), CORRECTIONS: correction_dtype(buckets)}
     arrays = []
     for name, entry in dtypes.items():

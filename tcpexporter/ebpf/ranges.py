@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-only
-"""Constants of bpf/tcp_tracker.h for the loader process, which does not import numpy."""
+"""Defines ranges of free numbers, without numpy: the loader process does not import it."""
 
 RANGE_BITS = 8
-"""Number of the low bits of an encoded range; they are its length minus one."""
+"""Number of the low bits of an encoded range; they are its length minus one. As in
+bpf/tcp_tracker.h."""
 
 RANGE_SLOTS = 1 << RANGE_BITS
 """The maximum length of a range."""
@@ -10,8 +11,5 @@ RANGE_SLOTS = 1 << RANGE_BITS
 SERIES_RANGE = 32
 """The maximum length of a range of series numbers that were never used.
 
-It is short, because reading the ledger ends after some ranges without a used number.
+It is short, because a scrape reads some of these ranges: `series_numbers.UNTOUCHED`.
 """
-
-SERIES_FIRST = 5
-"""The lowest series number that is free at first."""

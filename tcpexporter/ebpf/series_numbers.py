@@ -52,14 +52,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tcpexporter.connections.parts import TIME_SHIFT
+from tcpexporter.connections.parts import SERIES_FIRST, TIME_SHIFT
 from tcpexporter.connections.record import SERIES_BITS, SERIES_MASK, Numbers, Words
 from tcpexporter.connections.record import numbers as numbers_of
 from tcpexporter.connections.series import (
     FOLDED,
     NO_SERIES,
     SERIES,
-    SERIES_FIRST,
     Forgotten,
     Ledger,
     Series,

@@ -80,8 +80,8 @@ class EbpfSource:
             SettingsError: the namespace does not exist.
             SourceError: the source cannot be used; the message has the cause and a remedy.
         """
-        counted = loading.request
-        self._max_connections = counted.max_connections
+        request = loading.request
+        self._max_connections = request.max_connections
         self._state = state
         self._has_warned = False
         with contextlib.ExitStack() as undo:
@@ -92,14 +92,14 @@ class EbpfSource:
             undo.callback(descriptors.close)
             runs = Runs(descriptors)
             self._series = SeriesNumbers(
-                descriptors, runs, counted.max_series, counted.lifetime_bounds
+                descriptors, runs, request.max_series, request.lifetime_bounds
             )
             self._tracker = Tracker(
-                descriptors, counted.max_connections, parts, self._series, runs
+                descriptors, request.max_connections, parts, self._series, runs
             )
             self._tables = open_tables("auto", netns, with_cgroups=parts.by_cgroup)
             undo.callback(self._tables.close)
-            if counted.netns and counted.netns != self._tables.namespaces()[0]:
+            if request.netns and request.netns != self._tables.namespaces()[0]:
                 raise SourceError(
                     f"--netns {netns} was deleted and created again: restart the exporter"
                 )
@@ -109,10 +109,10 @@ class EbpfSource:
                 if self._pins.has_generation():
                     dump = begin_dump(self._tracker, self._tables.batches(with_ages=False))
                     undo.callback(wait, [dump])
-                self._pins.adopt(self._tracker, counted, self._tables)
+                self._pins.adopt(self._tracker, request, self._tables)
                 if dump:  # a failure leaves the generations for a later start
                     self._compared = compare(self._tracker, self._tables, dump.result())
-                self._pins.pin(descriptors, counted)
+                self._pins.pin(descriptors, request)
             undo.pop_all()
         self._listeners = Listeners(self._tables.listeners, self._tracker.listener_changes)
         self._reconciler = Reconciler(

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tcpexporter.config.settings import Settings
+from tcpexporter.connections.parts import SERIES_FIRST
 from tcpexporter.connections.record import CONNECTION
 from tcpexporter.connections.series import (
     SERIES,
-    SERIES_FIRST,
     bucket_count,
     correction_dtype,
     entry_dtype,

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from tcpexporter.connections.parts import OutboundPort, Parts
+from tcpexporter.connections.parts import SERIES_FIRST, OutboundPort, Parts
 from tcpexporter.connections.record import CLOSED, SERIES_MASK, Numbers
 from tcpexporter.connections.series import (
     NO_SERIES,
     SERIES,
     SERIES_BYTES,
-    SERIES_FIRST,
     Ledger,
     Series,
 )

@@ -7,8 +7,8 @@ import itertools
 
 import numpy as np
 
-from tcpexporter.connections.parts import SECRET
-from tcpexporter.connections.series import COUNTERS, SERIES_BYTES, SERIES_FIRST
+from tcpexporter.connections.parts import SECRET, SERIES_FIRST
+from tcpexporter.connections.series import COUNTERS, SERIES_BYTES
 from tcpexporter.ebpf import loader
 from tcpexporter.ebpf.event_counters import EVENT_KINDS
 from tcpexporter.ebpf.loader_protocol import MAX_SERIES, Request

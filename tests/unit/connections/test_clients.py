@@ -16,10 +16,9 @@ from tcpexporter.connections.clients import Chunk, ClientTable, SeenClients
 from tcpexporter.connections.counting import Counts, Projection, count
 from tcpexporter.connections.folding import Folder
 from tcpexporter.connections.memory_ledger import MemoryLedger
-from tcpexporter.connections.parts import NO_LISTENER, Direction, client_masks
+from tcpexporter.connections.parts import NO_LISTENER, SERIES_FIRST, Direction, client_masks
 from tcpexporter.connections.record import CLOSED, Records, words
 from tcpexporter.connections.selection import Selection, named
-from tcpexporter.connections.series import SERIES_FIRST
 from tcpexporter.connections.slot_counts import SlotCounts
 from tcpexporter.metrics.series_labels import Labels
 from tests.unit.connections.test_counting import (

@@ -19,6 +19,7 @@ from tcpexporter.connections.memory_ledger import MemoryLedger
 from tcpexporter.connections.parts import (
     NO_LISTENER,
     PORTS,
+    SERIES_FIRST,
     TIME_SHIFT,
     Direction,
     OutboundPort,
@@ -46,7 +47,6 @@ from tcpexporter.connections.series import (
     REMOTE_PORT,
     SERIES,
     SERIES_BYTES,
-    SERIES_FIRST,
     Ledger,
     Series,
 )

@@ -11,14 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections.memory_ledger import MemoryLedger
-from tcpexporter.connections.parts import TIME_SHIFT, OutboundPort, Parts
+from tcpexporter.connections.parts import SERIES_FIRST, TIME_SHIFT, OutboundPort, Parts
 from tcpexporter.connections.record import Words, numbers, times_ns
 from tcpexporter.connections.series import (
     FOLDED,
     NO_SERIES,
     OUTBOUND,
     SERIES,
-    SERIES_FIRST,
     series_of,
 )
 from tests.unit.connections.test_counting import (

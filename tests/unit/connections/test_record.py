@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.connections.parts import TIME_SHIFT
+from tcpexporter.connections.parts import SERIES_FIRST, TIME_SHIFT
 from tcpexporter.connections.record import (
     CLOSED,
     CONNECTION,
@@ -30,7 +30,6 @@ from tcpexporter.connections.series import (
     OWN,
     REMOTE_PORT,
     SERIES,
-    SERIES_FIRST,
     entry_dtype,
 )
 from tcpexporter.ebpf import ranges
@@ -183,11 +182,6 @@ def test_ip_versions_of_keys_within_records_and_of_no_keys() -> None:
     connections["key"]["local_address"][1, :12] = IPV4_PREFIX
     assert ip_versions(connections["key"]).tolist() == [6, 4, 6]
     assert ip_versions(np.empty(0, KEY)).tolist() == []
-
-
-def test_loader_and_exporter_have_the_same_lowest_series_number() -> None:
-    """The loader does not import numpy, so it has a constant of its own."""
-    assert ranges.SERIES_FIRST == SERIES_FIRST
 
 
 @given(

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpexporter.connections import series as series_module
-from tcpexporter.connections.parts import NO_LISTENER, Direction, OutboundPort, Parts
+from tcpexporter.connections.parts import (
+    NO_LISTENER,
+    SERIES_FIRST,
+    Direction,
+    OutboundPort,
+    Parts,
+)
 from tcpexporter.connections.record import CONNECTION
 from tcpexporter.connections.series import (
     COUNTERS,
@@ -16,7 +22,6 @@ from tcpexporter.connections.series import (
     OUTBOUND,
     OWN,
     REMOTE_PORT,
-    SERIES_FIRST,
     correction_dtype,
     entry_dtype,
     folded_number,

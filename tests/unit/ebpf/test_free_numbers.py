@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.ebpf.free_numbers import FreeNumbers, numbers_of, ranges
+from tcpexporter.ebpf.free_numbers import FreeNumbers, numbers_in, ranges
 from tcpexporter.ebpf.ranges import RANGE_BITS, RANGE_SLOTS
 
 LAST = (1 << 24) - 1
@@ -22,7 +22,7 @@ def test_ranges_decode_to_the_same_slots(slots: list[int]) -> None:
     found = [
         slot
         for each in ranges(np.array(slots, np.uint32)).tolist()
-        for slot in numbers_of(each).tolist()
+        for slot in numbers_in(each).tolist()
     ]
     assert found == slots
 
@@ -32,7 +32,7 @@ def test_consecutive_slots_share_ranges(slots: int) -> None:
     """A range has 256 slots, and the last one has the rest."""
     found = ranges(np.arange(slots, dtype=np.uint32))
     assert len(found) == -(-slots // RANGE_SLOTS)
-    assert [len(numbers_of(each)) for each in found.tolist()] == [
+    assert [len(numbers_in(each)) for each in found.tolist()] == [
         min(RANGE_SLOTS, slots - first) for first in range(0, slots, RANGE_SLOTS)
     ]
 
@@ -43,7 +43,7 @@ def test_consecutive_slots_share_ranges(slots: int) -> None:
 def test_no_range_crosses_a_multiple_of_its_maximum_length(slots: list[int]) -> None:
     """So a range fits into 32 bits, and each has at least one number."""
     for each in ranges(np.array(slots, np.uint32)).tolist():
-        found = numbers_of(each)
+        found = numbers_in(each)
         assert 0 < len(found) <= RANGE_SLOTS
         assert len({*(found // RANGE_SLOTS)}) == 1
         assert found.dtype == np.uint32
@@ -95,5 +95,5 @@ def test_the_program_can_split_a_range() -> None:
     """It allocates the first number, and pushes the rest, as in bpf/tcp_tracker.c."""
     (whole,) = ranges(np.arange(512, 512 + 7, dtype=np.uint32)).tolist()
     rest = whole + (1 << RANGE_BITS) - 1
-    assert numbers_of(rest).tolist() == [*range(513, 519)]
+    assert numbers_in(rest).tolist() == [*range(513, 519)]
     assert whole >> RANGE_BITS == 512
