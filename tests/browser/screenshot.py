@@ -48,7 +48,7 @@ def main() -> None:
         playwright = opened.enter_context(sync_playwright())
         path = shutil.which("chromium")
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 620})
+        page = browser.new_page(viewport={"width": 1280, "height": 606})
         page.goto(f"http://127.0.0.1:{exporter.port}/")
         page.wait_for_function("document.querySelector('th button')")
         time.sleep(7)
