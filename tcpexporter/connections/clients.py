@@ -50,7 +50,10 @@ class Chunk(NamedTuple):
             self.clients[chosen] = slots.clients
 
     def keys(self) -> ClientKeys:
-        """Return the keys of the clients; if they are not counted, all are the same one."""
+        """Return the keys of the clients.
+
+        If clients are not counted, all connections of a series have the same key.
+        """
         keys = self.words & np.uint64(SERIES_MASK)
         keys <<= _SHIFT
         if self.clients is not None:
@@ -75,9 +78,9 @@ def _numbers_of(keys: ClientKeys) -> npt.NDArray[np.int64]:
 
 
 class _Totals(NamedTuple):
-    """What does not depend on the ages of connections; one element for each number."""
+    """The clients of all connections, of any age; one element for each series number."""
 
-    clients: npt.NDArray[np.int64]
+    established: npt.NDArray[np.int64]
     largest: npt.NDArray[np.int64]
     """As in `ClientCounts`."""
 
@@ -159,9 +162,9 @@ class ClientTable:
             numbers: how many there are.
             young: the client of each connection that is not long-term.
         """
-        if self._totals is None or len(self._totals.clients) != numbers:
+        if self._totals is None or len(self._totals.established) != numbers:
             self._totals = self._added_up(numbers)
-        established = long_term = self._totals.clients
+        established = long_term = self._totals.established
         if len(young):
             young, connections = _distinct(young[young >= _FIRST])
             at = np.searchsorted(self._keys, young)

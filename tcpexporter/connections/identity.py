@@ -66,8 +66,8 @@ def client_hashes(
 
 def are_new(some: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
     """Return which hashes are not among ``known``, of which there may be many more."""
-    # Most hashes differ from all of the other array in their last bits already. Sorting or
-    # searching a million takes a tenth of a second; this takes a hundredth.
+    # Most hashes differ from all hashes of the other array in their last bits already.
+    # Sorting or searching a million takes a tenth of a second; this takes a hundredth.
     known = known[_may_be_in(known, some)]
     chosen = np.flatnonzero(_may_be_in(some, known))
     are_new = np.ones(len(some), np.bool_)

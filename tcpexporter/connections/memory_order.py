@@ -30,8 +30,9 @@ These are the cases. tests/unit/ordering tries all orders of each.
    barrier in between: so the record is not older than the word. A later record follows
    `CLOSED`: between the closing and the next opening, the socket's lock is released and one
    is acquired. The reader has a barrier before it loads the word again: so the record is
-   not newer. A reader that only compares the word, then the client, with those of the last
-   reading has one barrier, between the two: so the client is not older than the word.
+   not newer. A reader that compares the word, then the client, with those of the last
+   reading has one barrier, between the two: so the client is not older than the word. A
+   newer client that differs makes the reader read the slot as above.
 3. As 2, but the closing was missed. Then one run stores `CLOSED` and the next record,
    without a lock in between. It calls ``order_stores`` for that.
 4. As 2, but userspace frees the slot in between. It stores `CLOSED` and clears the handle,

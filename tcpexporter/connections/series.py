@@ -47,8 +47,10 @@ Series: TypeAlias = npt.NDArray[np.bytes_]
 """An array of `SERIES`, viewed as `SERIES_BYTES`: numpy can sort and compare these."""
 
 MULTIPLIER = 0x9E3779B97F4A7C15
-TABLE_BITS = 12
-"""For `grouped`: spreads series over a table of 2^12 elements, by multiplication."""
+"""2^64 divided by the golden ratio, odd: spreads series over the table of `grouped`."""
+
+TABLE_BITS = 16
+"""The table of `grouped` has 2^16 elements."""
 
 NO_SERIES = b""
 """A series whose bytes are all 0."""
@@ -88,7 +90,8 @@ def series_of(connections: Records, parts: Parts) -> Series:
 def grouped(series: Series) -> tuple[Series, npt.NDArray[np.intp]]:
     """Return each series once, in ascending order, and the index in it of each element.
 
-    Sorting all of them would take ten times as long: many connections have few series.
+    Many connections usually have few series. Then sorting all of them would take ten times
+    as long.
     """
     words = series.view(np.uint64).reshape(-1, SERIES.itemsize // 8)
     mixed = words[:, 0] ^ (words[:, 1] * np.uint64(MULTIPLIER))
@@ -96,7 +99,7 @@ def grouped(series: Series) -> tuple[Series, npt.NDArray[np.intp]]:
     table = np.zeros(1 << TABLE_BITS, np.intp)
     every = np.arange(len(series))
     table[place] = every
-    # An element that is like that of another series is taken for itself.
+    # If the table has an element of another series, the element represents itself.
     like = table[place]
     like = np.where((words == words[like]).all(axis=1), like, every)
     is_taken = np.zeros(len(series), np.bool_)

@@ -150,7 +150,7 @@ class SlotCounts:
             raise
 
     def _replace(self, at: int, chunk: Chunk) -> _Piece:
-        """Replace the slots of a piece, and count those that differ again."""
+        """Replace the slots of a piece, and count again those that differ."""
         if at == len(self._pieces):
             self._pieces.append(_Piece(has_clients=chunk.clients is not None))
         removed, added = self._pieces[at].replace(chunk)
@@ -192,7 +192,8 @@ def _differing(slots: Chunk, known: Chunk) -> npt.NDArray[np.intp]:
     """Return the indices of the slots that differ from those of the last reading."""
     differs = slots.words != known.words
     if slots.clients is not None:
-        # Seeds may have equal words: so a slot can have another client with the same word.
+        # A slot can have another client and the same word: two seeds, or connections that
+        # were established within 8 us.
         memory_barrier()
         differs |= slots.clients != known.clients
     return np.flatnonzero(differs)

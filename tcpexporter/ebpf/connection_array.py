@@ -198,7 +198,8 @@ class ConnectionArray:
         At a start, nearly all slots have seeds. So most windows have nothing else.
 
         Args:
-            seeds: the slots of all seeds. The program writes no other connection to them.
+            seeds: slots of seeds, open or closed. The program writes no other connection
+                to them.
 
         Raises:
             OSError: the kernel refuses to map the arrays.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-only
 """Reads what the BPF program and the kernel have counted since the program was loaded."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +48,7 @@ class EventCounters:
         """Use the descriptors of a program and its maps, which must stay open."""
         self._program = descriptors.program
         self._counters = Map(descriptors.events, "events")
-        self._cpus = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
+        self._cpus = possible_cpus()
 
     @map_errors()
     def events(self) -> Events:

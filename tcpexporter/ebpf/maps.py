@@ -7,6 +7,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -207,12 +208,16 @@ def refusal(operation: str) -> OSError:
     return OSError(number, f"the kernel refuses to {operation}: {os.strerror(number)}")
 
 
-def possible_cpus(ranges: str) -> int:
-    """Return the number of CPUs in ranges such as ``0-3,8-11``.
+def possible_cpus() -> int:
+    """Return the number of CPUs that this kernel can have.
 
-    A per-CPU map has one value for each CPU in /sys/devices/system/cpu/possible
-    (Documentation/admin-guide/cputopology.rst).
+    A per-CPU map has a value for each of them: Documentation/admin-guide/cputopology.rst.
     """
+    return cpus_in(Path("/sys/devices/system/cpu/possible").read_text())
+
+
+def cpus_in(ranges: str) -> int:
+    """Return the number of CPUs in ranges such as ``0-3,8-11``."""
     return sum(
         int(last or first) - int(first) + 1
         for first, _, last in (each.partition("-") for each in ranges.strip().split(","))

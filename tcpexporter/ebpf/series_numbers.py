@@ -73,7 +73,7 @@ from tcpexporter.connections.sets import is_in
 from tcpexporter.ebpf.free_numbers import FreeNumbers
 from tcpexporter.ebpf.loader_protocol import Descriptors
 from tcpexporter.ebpf.mapped_array import MappedArray
-from tcpexporter.ebpf.maps import Map, map_errors
+from tcpexporter.ebpf.maps import Map, map_errors, possible_cpus
 from tcpexporter.ebpf.ranges import SERIES_RANGE
 from tcpexporter.ebpf.runs import Runs
 from tcpexporter.errors import TrackerError
@@ -81,11 +81,12 @@ from tcpexporter.errors import TrackerError
 WINDOW = 256
 """Minimum number of entries that are mapped at once."""
 
-UNTOUCHED = 8 * SERIES_RANGE
-"""After this many consecutive free numbers, no number was ever used.
+UNTOUCHED_RANGES = 8
+"""Minimum number of ranges without a used number after which no number was ever used.
 
-Numbers are allocated in ascending order. A CPU that is about to use a number has popped the
-range that begins with it.
+Numbers are allocated in ascending order. A run of the program that allocates a number pops
+a range, and pushes the rest of it. If a run is late, the next ranges have used numbers
+already. On each CPU one run can be late, and one more that has interrupted it.
 """
 
 FULL_SHARE = 0.75
@@ -123,6 +124,7 @@ class SeriesNumbers:
         self._numbers = Map(descriptors.series_numbers, "series numbers")
         self._free = FreeNumbers(descriptors.free_series, "free series numbers")
         self._size = SERIES_FIRST + max_series
+        self._untouched = SERIES_RANGE * max(UNTOUCHED_RANGES, 2 * possible_cpus() + 1)
         self._forgotten = Forgotten()
         self._orphans: set[int] = set()
         self._moving = threading.Lock()
@@ -177,7 +179,7 @@ class SeriesNumbers:
         with self._growing:
             entries = self._ledger.upto(self._mapped)
             is_used = _in_use(entries)
-            while len(entries) < self._size and is_used[-UNTOUCHED:].any():
+            while len(entries) < self._size and is_used[-self._untouched :].any():
                 entries = self._ledger.upto(len(entries) + 1)  # and the rest of the window
                 is_used = _in_use(entries)
             self._mapped = len(entries)
@@ -237,7 +239,7 @@ class SeriesNumbers:
         if len(self._bounds):
             times = words >> np.uint64(SERIES_BITS)
             lifetimes = np.uint64(now_ns >> TIME_SHIFT) - times
-            corrections = self._corrections.upto(len(self._entries()))
+            corrections = self._corrections_of(numbers)
             np.add.at(corrections["lifetimes_sum"], numbers, lifetimes)
             buckets = np.searchsorted(self._bounds, lifetimes)
             np.add.at(corrections["lifetimes"], (numbers, buckets), np.uint64(1))
@@ -289,9 +291,13 @@ class SeriesNumbers:
         self, field: str, numbers: Numbers, change: "npt.NDArray[np.int64] | int"
     ) -> None:
         """Correct a field of some numbers, which may repeat."""
-        corrections = self._corrections.upto(len(self._entries()))
+        corrections = self._corrections_of(numbers)
         # A negative change wraps around; so does the sum, back to the right value.
         np.add.at(corrections[field], numbers, np.asarray(change, np.int64).view(np.uint64))
+
+    def _corrections_of(self, numbers: Numbers) -> "npt.NDArray[np.void]":
+        """Return the corrections of all numbers from 0 to the highest of these at least."""
+        return self._corrections.upto(int(numbers.max(initial=0)) + 1)
 
     # Freeing
 

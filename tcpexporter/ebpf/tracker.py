@@ -335,10 +335,11 @@ class Tracker(EventCounters):
         return len(removed) + len(late)
 
     def _release_recorded(self, slots: Slots) -> tuple[Slots, Words]:
-        closings = self._closings.pop()
-        if not len(closings):  # usually; copying a million handles takes 40 ms
-            return slots[:0], np.empty(0, np.uint64)
         records, all_words = self._used()
+        closings = self._closings.pop()
+        if not len(closings):
+            # This is usual, and copying a million handles takes 40 ms.
+            return slots[:0], all_words[:0]
         closed = slots[is_in(records["handle"][slots], closings)]
         with self.runs.without_caches():
             return self._release(closed, all_words[closed])

@@ -17,6 +17,10 @@ from tcpexporter.metrics.series_family import WrittenFamily, written
 
 _END = b"# EOF\n"
 
+KEPT_SAMPLES = 256
+"""The text of a family with more samples is not kept for the next exposition: that would
+require memory, and with many samples, one is likely to change."""
+
 
 class Format(NamedTuple):
     """A text format of the exposition."""
@@ -60,21 +64,24 @@ class _FamilyCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield self._family
 
-    def written(self, form: Format, texts: Texts) -> bytes:
+    def written(self, form: Format, before: Texts, kept: Texts) -> bytes:
         """Return the family in a text format, without the text after the last family.
 
         Args:
             form: the format.
-            texts: those of the format. A family that has not changed is not written again.
+            before: the texts of the last exposition. A family that has not changed is not
+                written again.
+            kept: gets the text, if it is to be kept for the next exposition.
         """
         family = self._family
         if not isinstance(family, WrittenFamily):
             return form.encode(self).removesuffix(form.end)
-        known, text = texts.get(family.name, (None, b""))
+        known, text = before.get(family.name, (None, b""))
         if known is None or not family.is_written_as(known):
             head = _head(form, family.name, family.documentation, family.type)
             text = head + family.sample_lines()
-            texts[family.name] = family, text
+        if len(family.numbers) <= KEPT_SAMPLES:
+            kept[family.name] = family, text
         return text
 
 
@@ -99,8 +106,8 @@ class Exposition:
 
         Args:
             families: of one collection.
-            texts: those of earlier expositions, by format; replaced by those of this one.
-                None: there are none.
+            texts: those of the last exposition in each format; this one replaces them when
+                it is written. None: there are none.
         """
         self._texts = {} if texts is None else texts
         self._collectors = [_FamilyCollector(written(family)) for family in families]
@@ -135,8 +142,11 @@ class Exposition:
 
     def _families(self, form: Format) -> Sequence[bytes]:
         if form not in self._written:
-            texts = self._texts.setdefault(form, {})
-            self._written[form] = [each.written(form, texts) for each in self._collectors]
+            before, kept = self._texts.get(form, {}), Texts()
+            self._written[form] = [
+                each.written(form, before, kept) for each in self._collectors
+            ]
+            self._texts[form] = kept
         return self._written[form]
 
 

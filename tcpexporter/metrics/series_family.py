@@ -84,10 +84,15 @@ class WrittenFamily(Metric):
         return "".join(lines).encode()
 
     def is_written_as(self, other: "WrittenFamily") -> bool:
-        """Return whether the samples of another family of this name are the same."""
+        """Return whether the text of another family of this name is the same."""
         labels, others = self.labels, other.labels
-        return self.numbers == other.numbers and (
-            labels is others or (labels.names, labels.rows) == (others.names, others.rows)
+        return (
+            self.numbers == other.numbers
+            and (self.type, self.documentation) == (other.type, other.documentation)
+            and (
+                labels is others
+                or (labels.names, labels.rows) == (others.names, others.rows)
+            )
         )
 
 

@@ -163,7 +163,7 @@ def decode_messages(
     entries = np.zeros(len(messages), ENTRY)
     is_ipv4 = messages["family"] == socket.AF_INET
     for end in ("local", "remote"):
-        # Words instead of bytes, one column at a time: this takes a third of the time.
+        # Copying words, one column at a time, takes a third of the time of copying bytes.
         address = entries["key"][f"{end}_address"].view(np.uint32)
         given = messages[f"{end}_address"].view(np.uint32)
         for word, prefix in enumerate(IPV4_PREFIX.view(np.uint32)):

@@ -52,7 +52,7 @@ def test_the_kernel_reports_the_calculated_sizes(bounds: tuple[int, ...]) -> Non
     The program observes no network namespace: connections of other processes would
     allocate elements of the hash maps meanwhile.
     """
-    cpus = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
+    cpus = possible_cpus()
     masks = ((1, 1), (1, 1))
     descriptors = loading.load(
         Request(300_000, NO_NETNS, (1, 2), client_masks=masks, lifetime_bounds=bounds)

@@ -2,6 +2,7 @@
 """Each case of `reconcile.seed` is forced with the BPF program and real sockets."""
 
 import contextlib
+import mmap
 import time
 from collections.abc import Callable, Generator, Iterator
 
@@ -11,7 +12,7 @@ import pytest
 from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.identity import hashes
 from tcpexporter.connections.parts import Direction
-from tcpexporter.connections.record import CLOSED, Records, Words
+from tcpexporter.connections.record import CLOSED, CONNECTION, Records, Words
 from tcpexporter.ebpf import connection_array, loader, reconcile
 from tcpexporter.ebpf import tracker as tracker_module
 from tcpexporter.ebpf.connection_array import ConnectionArray
@@ -383,8 +384,10 @@ def test_seeds_that_are_not_written_lose_no_slot(
 def test_windows_full_of_seeds_are_not_searched_for_reported_connections(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 300 slots, 3 have reported connections, and share a window with seeds."""
-    monkeypatch.setattr(connection_array, "WINDOW", 64)
+    """Of the slots of several windows, 3 have reported connections, and share a window with
+    seeds."""
+    window = mmap.PAGESIZE // CONNECTION.itemsize
+    monkeypatch.setattr(connection_array, "WINDOW", window)
     read: list[int] = []
     records_of = ConnectionArray._records
 
@@ -393,15 +396,15 @@ def test_windows_full_of_seeds_are_not_searched_for_reported_connections(
         return records_of(array, at, words)
 
     with tracker.recording_closings():
-        tracker.add(invented(139, local_port=1))
+        tracker.add(invented(2 * window + 11, local_port=1))
         reported = invented(3, local_port=2)
         put_reported(tracker, reported)
-        tracker.add(invented(158, local_port=3))
+        tracker.add(invented(2 * window + 29, local_port=3))
         monkeypatch.setattr(ConnectionArray, "_records", spy)
         found = tracker.known(with_seeds=False)
     assert sorted(found.hashes.tolist()) == sorted(hashes(reported["key"]).tolist())
     assert read[:3] == [0, 2, 4]
-    assert len(tracker.known().slots) == 300
+    assert len(tracker.known().slots) == 4 * window + 43
 
 
 def test_closings_are_only_recorded_during_a_comparison(

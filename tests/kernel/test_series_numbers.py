@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from tcpexporter.clock import boottime_ns
 from tcpexporter.connections.parts import SERIES_FIRST, OutboundPort, Parts
 from tcpexporter.connections.record import CLOSED, SERIES_MASK, Numbers
 from tcpexporter.connections.series import (
@@ -21,6 +22,7 @@ from tcpexporter.connections.series import (
     Series,
 )
 from tcpexporter.ebpf.loader_protocol import MAX_SERIES
+from tcpexporter.ebpf.ranges import SERIES_RANGE
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import TrackerError
 from tests.kernel.helpers.effort import Effort
@@ -135,6 +137,28 @@ def test_connections_of_a_series_have_its_number(tracker: Tracker) -> None:
         assert tracker.series.in_use() == 4  # inbound and outbound, for each version
         ledger = tracker.series.ledger()
         assert sorted(ledger.opened[numbers].tolist()) == [5, 7]
+    assert_each_has_one_owner(tracker)
+
+
+@pytest.mark.parametrize("held", [39, 97])
+def test_a_series_is_found_after_ranges_that_late_runs_hold(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    """The runs push their ranges back later. With more runs than a host of 20 CPUs can
+    have, the series is not found, but its closings are recorded."""
+    monkeypatch.setattr(tracker.series, "_untouched", 41 * SERIES_RANGE)
+    ranges = [tracker.series._free.pop() for _ in range(held)]
+    with Peers() as peers:
+        peers.connect(3)
+        words = words_at(tracker, slots_at(tracker, peers.port))
+        for numbers in reversed(ranges):
+            assert numbers is not None
+            tracker.series._free.push(numbers)
+        is_found = opened_and_closed(tracker.series.ledger(), peers.port) == (3, 0)
+        assert is_found == (held == 39)
+        tracker.series.record_closed(words, boottime_ns())
+    number = number_of(tracker, peers.port)
+    assert tracker.series._corrections.upto(number + 1)["closed"][number] == 3
     assert_each_has_one_owner(tracker)
 
 

@@ -84,7 +84,7 @@ class KernelCounts:
     def __init__(self, maps: Maps, programs: list[int], buckets: int) -> None:
         self._events = Map(maps["events"][0], "events")
         (self._program,) = programs
-        self.cpus = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
+        self.cpus = possible_cpus()
         descriptor, entries = maps["corrections"]
         entry = correction_dtype(buckets)
         array = MappedArray(descriptor, entry, entries, ENTRIES)

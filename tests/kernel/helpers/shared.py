@@ -97,7 +97,7 @@ class SharedTracker:
             while free.pop() is not None:
                 pass
         loader._fill(self._descriptors.free_slots, range(SLOTS))
-        used = len(series._entries())
+        used = SERIES_FIRST + MAX_SERIES
         ledger = series._ledger.upto(used)
         ledger[SERIES_FIRST:] = np.zeros(1, ledger.dtype)
         for name in COUNTERS:

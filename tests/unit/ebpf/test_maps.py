@@ -2,11 +2,10 @@
 """The number of values of a per-CPU map is computed from the ranges of possible CPUs."""
 
 import os
-from pathlib import Path
 
 import pytest
 
-from tcpexporter.ebpf.maps import possible_cpus
+from tcpexporter.ebpf.maps import cpus_in, possible_cpus
 
 
 @pytest.mark.parametrize(
@@ -23,10 +22,10 @@ from tcpexporter.ebpf.maps import possible_cpus
 )
 def test_cpus_of_all_ranges_are_counted(ranges: str, expected: int) -> None:
     """A per-CPU map has a value for each possible CPU, and none for gaps."""
-    assert possible_cpus(ranges) == expected
+    assert cpus_in(ranges) == expected
 
 
 def test_the_file_of_this_kernel_is_parsed() -> None:
     """It has at least as many CPUs as are in use."""
-    possible = possible_cpus(Path("/sys/devices/system/cpu/possible").read_text())
+    possible = possible_cpus()
     assert possible >= (os.cpu_count() or 1)

@@ -168,7 +168,7 @@ def test_any_words_are_refused_or_describe_fields_within_the_record(
 
 
 @pytest.mark.parametrize(
-    "counted",
+    "request_",
     [
         replace(COUNTED, max_connections=11),
         replace(COUNTED, max_series=11),
@@ -177,10 +177,10 @@ def test_any_words_are_refused_or_describe_fields_within_the_record(
         replace(COUNTED, without=("recursion_misses",)),
     ],
 )
-def test_the_same_series_are_continued(counted: Request) -> None:
+def test_the_same_series_are_continued(request_: Request) -> None:
     """Another capacity, secret or listener does not change what is counted separately."""
-    assert read(make(COUNTED), counted).is_continued
-    assert checksum(counted) == checksum(COUNTED)
+    assert read(make(COUNTED), request_).is_continued
+    assert checksum(request_) == checksum(COUNTED)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,14 @@ from prometheus_client.openmetrics.exposition import (
 )
 from prometheus_client.registry import Collector
 
-from tcpexporter.metrics.exposition import OPENMETRICS, TEXT, Exposition, Format, Texts
+from tcpexporter.metrics.exposition import (
+    KEPT_SAMPLES,
+    OPENMETRICS,
+    TEXT,
+    Exposition,
+    Format,
+    Texts,
+)
 from tcpexporter.metrics.series_family import (
     PLAIN_BELOW,
     LabelSets,
@@ -181,3 +188,28 @@ def test_a_family_is_written_again_only_after_a_change(
         family = SeriesFamily("connections", HELP, "gauge", labels, [number])
         Exposition([family], texts).body(TEXT)
     assert writings == [[7], [5], [5]]
+
+
+def test_texts_of_large_families_and_of_earlier_expositions_are_not_kept() -> None:
+    """Otherwise the process would use more memory until it ends."""
+    few = LabelSets(("port",), [("443",)])
+    many = LabelSets(("port",), [(str(port),) for port in range(KEPT_SAMPLES + 1)])
+    texts: dict[Format, Texts] = {}
+    for name, labels in (("first", few), ("second", few), ("third", many)):
+        numbers = [7] * len(labels.rows)
+        family = SeriesFamily(name, HELP, "gauge", labels, numbers)
+        Exposition([family], texts).body(TEXT)
+        assert [*texts[TEXT]] == ([name] if labels is few else [])
+
+
+@pytest.mark.parametrize(("text", "kind"), [("Other.", "gauge"), (HELP, "counter")])
+def test_a_family_with_another_head_is_written_again(text: str, kind: str) -> None:
+    """Only its help or its type has changed."""
+    texts: dict[Format, Texts] = {}
+    labels = LabelSets(("port",), [("443",)])
+    for family in (
+        SeriesFamily("connections", HELP, "gauge", labels, [7]),
+        SeriesFamily("connections", text, kind, labels, [7]),
+    ):
+        written_now = Exposition([family], texts).body(TEXT)
+        assert written_now == Exposition([family]).body(TEXT)
