@@ -171,7 +171,7 @@ FIGURES = (
         "scrape_million_times",
         "GET /metrics, 1,000,000 sockets, divided by that with 1,000",
         Unit.TIMES,
-        at_most=3.5,
+        at_most=2.5,
         known_as="default labels",
     ),
     Figure(
@@ -184,7 +184,7 @@ FIGURES = (
         "scrape_million_netns_all_times",
         "… the former with `--netns all`",
         Unit.TIMES,
-        at_most=3.5,
+        at_most=2.5,
         compared_with="scrape_million_times",
     ),
     Figure(
