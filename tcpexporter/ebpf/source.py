@@ -23,13 +23,13 @@ from tcpexporter.ebpf.loading import Loading
 from tcpexporter.ebpf.pins import Pins
 from tcpexporter.ebpf.reconcile import (
     Comparison,
-    Reconciler,
     begin_dump,
     compare,
     reconcile,
     seed,
     seed_in_batches,
 )
+from tcpexporter.ebpf.reconciler import Reconciler
 from tcpexporter.ebpf.runs import Runs
 from tcpexporter.ebpf.series_numbers import SeriesNumbers
 from tcpexporter.ebpf.tracker import Tracker

@@ -15,6 +15,7 @@ from tcpexporter.ebpf import event_counters, features, program, reconcile
 from tcpexporter.ebpf.btf import Btf
 from tcpexporter.ebpf.features import FEATURES, Feature
 from tcpexporter.ebpf.loader import BPF_F_NO_PREALLOC
+from tcpexporter.ebpf.reconciler import Reconciler
 from tcpexporter.host.privileges import CAP_BPF
 from tests.kernel.helpers.in_process import Dumps, at_port, attach
 from tests.kernel.test_faults import WITHOUT_BTF
@@ -326,7 +327,7 @@ def test_without_a_count_of_missed_events_the_thread_reconciles(
     events = tracker.events
     monkeypatch.setattr(tracker, "events", lambda: events()._replace(unrecorded=0))
     with Dumps() as dumps, Peers() as peers:
-        reconciler = reconcile.Reconciler(tracker, dumps, interval_s=1, cpu_share=1)
+        reconciler = Reconciler(tracker, dumps, interval_s=1, cpu_share=1)
         reconciler.start()
         peers.connect(7)
         assert tracker.missed_events() == 0

@@ -12,7 +12,8 @@ from tcpexporter.connections.parts import TIME_SHIFT, Direction
 from tcpexporter.connections.record import Records, Words
 from tcpexporter.ebpf import reconcile
 from tcpexporter.ebpf.free_numbers import Slots
-from tcpexporter.ebpf.reconcile import NOTHING, Corrections, Reconciler
+from tcpexporter.ebpf.reconcile import NOTHING, Corrections
+from tcpexporter.ebpf.reconciler import Reconciler
 from tcpexporter.ebpf.tracker import Tracker
 from tests.kernel.helpers.effort import Effort
 from tests.kernel.helpers.in_process import (

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpexporter.ebpf.reconcile import Corrections, Reconciler, seed
+from tcpexporter.ebpf.reconcile import Corrections, seed
+from tcpexporter.ebpf.reconciler import Reconciler
 from tests.unit.ebpf.fake_tracker import NETNS, FakeKernel, FakeTables, FakeTracker
 from tests.unit.ebpf.test_reconcile import OTHER_PORT, PORT
 

@@ -18,9 +18,10 @@ import pytest
 from tcpexporter.config.reader import ANSWERED, Message, Reader
 from tcpexporter.config.reload import Reloading, ReloadSignal
 from tcpexporter.connections.record import Records
-from tcpexporter.ebpf import reconcile
+from tcpexporter.ebpf import reconciler as reconciler_module
 from tcpexporter.ebpf.event_counters import Events
-from tcpexporter.ebpf.reconcile import Reconciler
+from tcpexporter.ebpf.reconcile import NOTHING
+from tcpexporter.ebpf.reconciler import Reconciler
 from tcpexporter.ebpf.tracker import Tracker
 from tcpexporter.errors import SocketTableError, ThreadError
 from tcpexporter.host import background
@@ -51,7 +52,7 @@ FAULTS = [
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "RETRY_S", 0.001)
-    monkeypatch.setattr(reconcile, "WATCH_S", 0.001)
+    monkeypatch.setattr(reconciler_module, "WATCH_S", 0.001)
 
 
 class Work:
@@ -286,7 +287,7 @@ def test_counts_are_refused_after_missed_events_without_reconciliation(
     assert trouble
     assert trouble.startswith("events were missed and reconciliation failed: ")
     assert sentence in trouble
-    monkeypatch.setattr(reconcile, "reconcile", lambda *_: reconcile.NOTHING)
+    monkeypatch.setattr(reconciler_module, "reconcile", lambda *_: NOTHING)
     eventually(lambda: reconciler.trouble() is None)
     eventually(lambda: reconciler.task.trouble() is None)
     reconciler.close()
