@@ -86,7 +86,8 @@ UNTOUCHED_RANGES = 8
 
 Numbers are allocated in ascending order. A run of the program that allocates a number pops
 a range, and pushes the rest of it. If a run is late, the next ranges have used numbers
-already. On each CPU one run can be late, and one more that has interrupted it.
+already. On each CPU one run can be late, and one more that has interrupted it; so can a
+thread of the exporter.
 """
 
 FULL_SHARE = 0.75
