@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
         return Chunk(self.words[chosen], clients)
 
     def padded(self, size: int) -> "Chunk":
-        """Return at least ``size`` slots: those that are missing have no connection."""
+        """Return at least ``size`` slots: empty ones are added at the end."""
         missing = np.zeros(max(0, size - len(self.words)), np.uint64)
         if not len(missing):
             return self

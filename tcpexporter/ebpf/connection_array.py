@@ -195,7 +195,7 @@ class ConnectionArray:
     def reported(self, seeds: Slots) -> Known:
         """Return the connections that are not seeds, as `known` does.
 
-        At a start, nearly all slots have seeds. So most windows have nothing else.
+        At a start, nearly all slots have seeds, and most windows have seeds alone.
 
         Args:
             seeds: slots of seeds, open or closed. The program writes no other connection
