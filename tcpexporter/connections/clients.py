@@ -130,6 +130,7 @@ class ClientTable:
         self._closed, self._opened, self._changes = [], [], 0
 
     def _has_many_changes(self) -> bool:
+        # A slot that changes closes one connection and opens another: two changes.
         return self._changes > 2 * MERGED_SHARE * len(self._keys)
 
     def _merge_changes(self) -> None:
